@@ -1,0 +1,1 @@
+"""The commands: a thin skin on ``topkd.compose``."""

@@ -1,0 +1,1 @@
+"""Never ask twice. Knows: keys, records, segments. Does not know: HTTP, torch."""

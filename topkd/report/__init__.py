@@ -1,0 +1,1 @@
+"""What people look at. Knows: finished metrics. Does not know: how they came about."""

@@ -1,0 +1,251 @@
+"""What travels between the rooms: sampling parameters, rollouts, behaviours and prepared samples.
+
+Variants are discriminated unions on ``kind``; match them exhaustively::
+
+    match sample:
+        case ScalarPreparedSample(): ...
+        case TopKPreparedSample(): ...
+        case _: assert_never(sample)
+
+``topkd.topk.wire`` reads and writes the same values as validated JSON.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from topkd.topk.errors import AlignmentError, ConfigError
+from topkd.topk.types import Bool, Float32, Int32, TopK
+
+FinishReason: TypeAlias = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Every sampling parameter, sent explicitly: a model's ``generation_config`` must never leak in.
+
+    The defaults sample from the policy itself (temperature 1, no truncation, no penalty), so the returned logprobs are
+    the policy's own. ``exact`` says whether that holds.
+    """
+
+    max_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        bad = [
+            name
+            for name, ok in (
+                ("max_tokens", self.max_tokens >= 1),
+                ("temperature", self.temperature >= 0.0),
+                ("top_p", 0.0 < self.top_p <= 1.0),
+                ("top_k", self.top_k >= 0),
+                ("min_p", 0.0 <= self.min_p <= 1.0),
+                ("repetition_penalty", self.repetition_penalty > 0.0),
+            )
+            if not ok
+        ]
+        if bad:
+            raise ConfigError(f"sampling parameter {bad[0]} out of range", got=getattr(self, bad[0]))
+
+    @property
+    def exact(self) -> bool:
+        """True when the sampled distribution is the policy's own softmax, untempered and untruncated."""
+        return (
+            self.temperature == 1.0
+            and self.top_p == 1.0
+            and self.top_k == 0
+            and self.min_p == 0.0
+            and self.repetition_penalty == 1.0
+            and self.presence_penalty == 0.0
+            and self.frequency_penalty == 0.0
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled completion with the exact log-probabilities it was sampled with.
+
+    Attributes:
+        prompt_ids: int32 [P], P >= 1.
+        completion_ids: int32 [C], the stop token included when the model emitted one.
+        logp: float32 [C], log-probability of each completion token under the distribution it was sampled from.
+        topk: The sampler's own top-K rows (``start = P - 1``), or None.
+        finish_reason: "stop", "length" or "abort".
+        version: Weight version of the policy that sampled it ("" when unknown).
+        sampling: The parameters it was sampled with.
+    """
+
+    prompt_ids: Int32
+    completion_ids: Int32
+    logp: Float32
+    finish_reason: FinishReason
+    sampling: SamplingParams
+    topk: TopK | None = None
+    version: str = ""
+
+    def __post_init__(self) -> None:
+        _freeze(self, prompt_ids=np.int32, completion_ids=np.int32, logp=np.float32)
+        _length("Rollout.logp", self.logp, self.completion_ids.size)
+        if self.prompt_ids.size < 1:
+            raise AlignmentError("a rollout needs at least one prompt token: row 0 has nothing to condition on")
+
+
+@dataclass(frozen=True, slots=True)
+class ScalarBehavior:
+    """The rollout's exact sampled-token logprobs, float32 [C]; fixed for every inner step."""
+
+    logp: Float32
+    kind: Literal["scalar"] = field(default="scalar", init=False)
+
+    def __post_init__(self) -> None:
+        _freeze(self, logp=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class TopKBehavior:
+    """As ``ScalarBehavior``, with the student's top-K rows at rollout time beside it."""
+
+    logp: Float32
+    topk: TopK
+    kind: Literal["topk"] = field(default="topk", init=False)
+
+    def __post_init__(self) -> None:
+        _freeze(self, logp=np.float32)
+        _length("TopKBehavior.topk", self.topk.actual_ids, self.logp.size)
+
+
+Behavior: TypeAlias = ScalarBehavior | TopKBehavior
+
+
+@dataclass(frozen=True, slots=True)
+class SampleCore:
+    """What every prepared sample knows, whatever its teacher said.
+
+    Attributes:
+        full_ids: int32 [P + C], the student's prompt and the completion.
+        prompt_len: P >= 1.
+        mask: bool [C], True where the completion token trains; row i of a TopK and entry i of the mask are one place.
+        teacher_prompt_ids: The prompt the *teacher* saw (its length may differ: a hint, another template).
+        teacher_id: Which teacher scored it.
+        sample_id: The data row it came from ("" when unnamed).
+    """
+
+    full_ids: Int32
+    prompt_len: int
+    mask: Bool
+    teacher_prompt_ids: Int32
+    teacher_id: str = ""
+    sample_id: str = ""
+
+    def __post_init__(self) -> None:
+        _freeze(self, full_ids=np.int32, mask=np.bool_, teacher_prompt_ids=np.int32)
+        if not 1 <= self.prompt_len <= self.full_ids.size:
+            raise AlignmentError("prompt_len out of range", got=self.prompt_len, expected=f"1..{self.full_ids.size}")
+        if self.teacher_prompt_ids.size < 1:
+            raise AlignmentError("the teacher's prompt needs at least one token")
+        _length("SampleCore.mask", self.mask, self.completion_len)
+
+    @property
+    def completion_len(self) -> int:
+        """C, the number of completion tokens."""
+        return int(self.full_ids.size) - self.prompt_len
+
+    @property
+    def completion_ids(self) -> Int32:
+        """int32 [C]."""
+        return self.full_ids[self.prompt_len :]
+
+    @property
+    def input_ids(self) -> Int32:
+        """int32 [P + C - 1]: what goes into the model; logit row P - 1 predicts the first completion token."""
+        return self.full_ids[:-1]
+
+    @property
+    def target_ids(self) -> Int32:
+        """int32 [P + C - 1]: what each input position should predict."""
+        return self.full_ids[1:]
+
+
+@dataclass(frozen=True, slots=True)
+class ScalarPreparedSample:
+    """A sample whose teacher gave the realised tokens' logprobs: float32 [C]; NaN = unknown, and masked."""
+
+    core: SampleCore
+    behavior: Behavior
+    teacher_logp: Float32
+    kind: Literal["scalar"] = field(default="scalar", init=False)
+
+    def __post_init__(self) -> None:
+        _freeze(self, teacher_logp=np.float32)
+        _length("ScalarPreparedSample.teacher_logp", self.teacher_logp, self.core.completion_len)
+        _length("ScalarPreparedSample.behavior", self.behavior.logp, self.core.completion_len)
+
+
+@dataclass(frozen=True, slots=True)
+class TopKPreparedSample:
+    """A sample whose teacher gave C rows of top-K; ``teacher.start`` is the *teacher's* P - 1."""
+
+    core: SampleCore
+    behavior: Behavior
+    teacher: TopK
+    kind: Literal["topk"] = field(default="topk", init=False)
+
+    def __post_init__(self) -> None:
+        _length("TopKPreparedSample.teacher", self.teacher.actual_ids, self.core.completion_len)
+        _length("TopKPreparedSample.behavior", self.behavior.logp, self.core.completion_len)
+        expected = self.core.teacher_prompt_ids.size - 1
+        if self.teacher.start != expected:
+            raise AlignmentError("teacher rows start at the wrong place", got=self.teacher.start, expected=expected)
+        if not np.array_equal(self.teacher.actual_ids, self.core.completion_ids):
+            row = int(np.argmax(self.teacher.actual_ids != self.core.completion_ids))
+            raise AlignmentError(
+                "teacher rows score another completion",
+                where=f"row {row}",
+                got=f"token {self.teacher.actual_ids[row]}",
+                expected=f"token {self.core.completion_ids[row]}",
+            )
+
+    @property
+    def teacher_logp(self) -> Float32:
+        """float32 [C]: the teacher's exact logprob of each realised token; NaN = unknown."""
+        return self.teacher.actual_logp
+
+
+PreparedSample: TypeAlias = ScalarPreparedSample | TopKPreparedSample
+
+
+def _freeze(value: object, **dtypes: Any) -> None:
+    for name, dtype in dtypes.items():
+        object.__setattr__(value, name, _vector(f"{type(value).__name__}.{name}", getattr(value, name), dtype))
+
+
+def _vector(name: str, value: ArrayLike, dtype: type[np.generic]) -> NDArray[Any]:
+    array = np.asarray(value)
+    if array.ndim != 1:
+        raise ConfigError(f"{name}: not one-dimensional", got=array.shape)
+    if array.size and dtype is np.int32 and array.dtype.kind not in "iu":
+        raise ConfigError(f"{name}: token ids must be integers", got=array.dtype)
+    if array.size and dtype is np.bool_ and array.dtype != np.bool_:
+        # 0/1 integers read as a -100 label mask would keep every token; only a boolean says which convention is meant.
+        raise ConfigError(f"{name}: a mask must be boolean", got=array.dtype, expected="bool")
+    if array.dtype != dtype or array.flags.writeable:
+        array = array.astype(dtype)
+        array.flags.writeable = False
+    return array
+
+
+def _length(name: str, array: NDArray[Any], expected: int) -> None:
+    if array.shape[0] != expected:
+        raise AlignmentError(f"{name}: wrong number of rows", got=array.shape[0], expected=expected)

@@ -1,0 +1,280 @@
+"""``TopK``: what a server said about each position, checked once and never changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from topkd.topk.errors import ConfigError, ResponseError
+
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Bool = NDArray[np.bool_]
+
+PAD_ID = -1
+MASS_TOLERANCE = 1e-3  # float32 JSON rounding stays far below; a served mass above this is not a distribution
+_LOGP_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """R rows of top-K natural-log probabilities; row i is the distribution that predicts token ``start + i + 1``.
+
+    Attributes:
+        start: Source position of row 0. P prompt tokens and R response tokens give ``start = P - 1`` and R rows.
+        ids: int32 [R, K], unique in a row, -1 pads at the end of a row.
+        logp: float32 [R, K], descending; -inf at pads. -inf at a real id says: probability exactly zero.
+        actual_ids: int32 [R], the realised token of each row; -1 where it is not known.
+        actual_logp: float32 [R], its exact logprob; NaN = unknown. Never floored, never looked up in the list.
+        tail_logp: float32 [R], log of the mass outside the list, from unrounded values; NaN = unknown.
+
+    A row with no entry at all is a hole: no signal, to be masked. It is not a distribution with an empty list.
+    Arrays are copied only when dtype or layout ask for it, and made read-only.
+    """
+
+    start: int
+    ids: Int32
+    logp: Float32
+    actual_ids: Int32
+    actual_logp: Float32
+    tail_logp: Float32
+
+    def __post_init__(self) -> None:
+        for name, dtype in _FIELDS.items():
+            object.__setattr__(self, name, _frozen(name, getattr(self, name), dtype))
+        _check(self)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows R."""
+        return int(self.ids.shape[0])
+
+    @property
+    def k(self) -> int:
+        """Width K of the list (pads included)."""
+        return int(self.ids.shape[1])
+
+    @property
+    def listed(self) -> Bool:
+        """bool [R, K], True where the list holds an id (False at pads)."""
+        return np.asarray(self.ids >= 0)
+
+    @property
+    def signal(self) -> Bool:
+        """bool [R], True where the row lists at least one id with non-zero probability."""
+        return np.asarray(np.isfinite(self.logp).any(axis=1))
+
+    def mass(self) -> Float64:
+        """Captured mass of each row, sum_k exp(logp_k), as float64 [R]."""
+        return np.asarray(np.exp(self.logp, dtype=np.float64).sum(axis=1))
+
+    def ceiling(self) -> Float64:
+        """Upper bound on the *probability* of an id that the row does not list: min(p_K, 1 - mass), float64 [R].
+
+        p_K is the smallest listed probability. ``tail_logp`` serves as 1 - mass where it is known. NaN for a hole.
+        """
+        counts = self.listed.sum(axis=1)
+        last = np.take_along_axis(self.logp, np.maximum(counts - 1, 0)[:, None], axis=1)[:, 0] if self.k else None
+        if last is None:
+            return np.full(self.rows, np.nan)
+        remaining = np.maximum(1.0 - self.mass(), 0.0)
+        tail = np.exp(self.tail_logp, dtype=np.float64)
+        bound = np.minimum(np.exp(last, dtype=np.float64), np.where(np.isnan(tail), remaining, tail))
+        return np.where(counts > 0, bound, np.nan)
+
+    def at(self, ids: ArrayLike) -> tuple[Float32, Bool]:
+        """Log-probabilities at given ids, and where they are known.
+
+        Args:
+            ids: int [R] or [R, M]; negative ids are never known.
+
+        Returns:
+            ``(logp, known)`` of the shape of ``ids``. Known are listed ids and the realised token, whose exact
+            ``actual_logp`` wins over the list. Unknown places hold NaN; ``ceiling()`` bounds them.
+        """
+        wanted = np.asarray(ids)
+        if wanted.ndim not in (1, 2) or wanted.shape[0] != self.rows or wanted.dtype.kind not in "iu":
+            raise ConfigError(
+                "TopK.at: ids of the wrong shape or type",
+                got=f"{wanted.dtype} {wanted.shape}",
+                expected=f"integers [{self.rows}] or [{self.rows}, M]",
+            )
+        columns = wanted[:, None] if wanted.ndim == 1 else wanted
+        logp = np.full(columns.shape, np.nan, dtype=np.float32)
+        for k in range(self.k):  # K passes over [R, M]: small, and no sort of the list is needed
+            hit = (columns == self.ids[:, k, None]) & (columns >= 0)
+            np.copyto(logp, self.logp[:, k, None], where=hit)
+        exact = (columns == self.actual_ids[:, None]) & (columns >= 0) & ~np.isnan(self.actual_logp)[:, None]
+        np.copyto(logp, self.actual_logp[:, None], where=exact)
+        return logp.reshape(wanted.shape), ~np.isnan(logp.reshape(wanted.shape))
+
+    def slice(self, rows: slice | None = None, *, k: int | None = None) -> TopK:
+        """The same scores, fewer rows and/or a narrower list.
+
+        Args:
+            rows: Row range (step 1); ``start`` moves with it.
+            k: Keep the k most probable entries; the mass that is dropped is added to ``tail_logp``.
+        """
+        first, stop, step = (rows or slice(None)).indices(self.rows)
+        if step != 1:
+            raise ConfigError("TopK.slice: only contiguous rows keep their source positions", got=f"step {step}")
+        if k is not None and k < 1:
+            raise ConfigError("TopK.slice: k must be at least 1", got=k)
+        part = slice(first, max(first, stop))
+        ids, logp, tail = self.ids[part], self.logp[part], self.tail_logp[part]
+        if k is not None and k < self.k:
+            dropped = np.exp(logp[:, k:], dtype=np.float64).sum(axis=1) + np.exp(tail, dtype=np.float64)
+            with np.errstate(divide="ignore"):
+                tail = np.log(dropped).astype(np.float32)
+            ids, logp = ids[:, :k], logp[:, :k]
+        return TopK(self.start + first, ids, logp, self.actual_ids[part], self.actual_logp[part], tail)
+
+    @classmethod
+    def from_lists(
+        cls,
+        positions: Sequence[Sequence[tuple[int, float]] | None],
+        *,
+        start: int = 0,
+        actual_ids: ArrayLike | None = None,
+        actual_logp: ArrayLike | None = None,
+    ) -> TopK:
+        """Build from lists of (id, logprob), one list a position, in any order.
+
+        NaN entries are dropped, a repeated id keeps its larger logprob, an empty list or None is a hole, and rows are
+        padded to the longest list. The tail mass comes from the given (unrounded) values. Dialect sentinels such as
+        -9999 must be resolved by the caller: what they mean differs between servers.
+        """
+        cleaned = [_clean(position) for position in positions]
+        width = max((len(row) for row in cleaned), default=0)
+        ids = np.full((len(cleaned), width), PAD_ID, dtype=np.int32)
+        logp = np.full((len(cleaned), width), -np.inf, dtype=np.float64)
+        for r, row in enumerate(cleaned):
+            if row:
+                ids[r, : len(row)], logp[r, : len(row)] = zip(*row, strict=True)
+        return cls(
+            start,
+            ids,
+            logp.astype(np.float32),
+            np.full(len(cleaned), PAD_ID, dtype=np.int32) if actual_ids is None else np.asarray(actual_ids),
+            np.full(len(cleaned), np.nan, dtype=np.float32) if actual_logp is None else np.asarray(actual_logp),
+            tail_logp(logp),
+        )
+
+    @classmethod
+    def concat(cls, parts: Sequence[TopK]) -> TopK:
+        """Rows of several scores one after the other (a flattened ragged batch), padded to the widest list.
+
+        ``start`` is 0: the rows of different sequences have no common source position.
+        """
+        width = max((part.k for part in parts), default=0)
+
+        def wide(part: TopK) -> tuple[Int32, Float32]:
+            ids = np.full((part.rows, width), PAD_ID, dtype=np.int32)
+            logp = np.full((part.rows, width), -np.inf, dtype=np.float32)
+            ids[:, : part.k], logp[:, : part.k] = part.ids, part.logp
+            return ids, logp
+
+        if not parts:
+            return cls.from_lists([])
+        lists = [wide(part) for part in parts]
+        return cls(
+            0,
+            np.concatenate([ids for ids, _ in lists]),
+            np.concatenate([logp for _, logp in lists]),
+            np.concatenate([part.actual_ids for part in parts]),
+            np.concatenate([part.actual_logp for part in parts]),
+            np.concatenate([part.tail_logp for part in parts]),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TopK):
+            return NotImplemented
+        return self.start == other.start and all(
+            np.array_equal(getattr(self, name), getattr(other, name), equal_nan=dtype is np.float32)
+            for name, dtype in _FIELDS.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # arrays: equality by value, no hash
+
+
+_FIELDS: dict[str, Any] = {
+    "ids": np.int32,
+    "logp": np.float32,
+    "actual_ids": np.int32,
+    "actual_logp": np.float32,
+    "tail_logp": np.float32,
+}
+
+
+def tail_logp(logp: ArrayLike) -> Float32:
+    """log(1 - sum_k exp(logp_k)) over the last axis, from unrounded values; -inf where nothing is left, NaN for a hole.
+
+    Pass float64: rounded to 16 bits, the tail is wrong by up to several nats.
+    """
+    values = np.asarray(logp, dtype=np.float64)
+    mass = np.exp(values).sum(axis=-1)
+    with np.errstate(divide="ignore"):
+        tail = np.log(np.maximum(1.0 - mass, 0.0))
+    return np.where(np.isfinite(values).any(axis=-1), tail, np.nan).astype(np.float32)
+
+
+def _clean(position: Sequence[tuple[int, float]] | None) -> list[tuple[int, float]]:
+    best: dict[int, float] = {}
+    for token, value in position or ():
+        if value == value and (token not in best or value > best[token]):  # noqa: PLR0124 - NaN is unequal to itself
+            best[token] = value
+    return sorted(best.items(), key=lambda entry: (-entry[1], entry[0]))
+
+
+def _frozen(name: str, value: object, dtype: type[np.generic]) -> NDArray[Any]:
+    array = np.asarray(value)
+    wanted = "iu" if dtype is np.int32 else "iuf"
+    if array.dtype.kind not in wanted and array.size:
+        raise ConfigError(f"TopK.{name}: wrong dtype", got=array.dtype, expected=np.dtype(dtype))
+    if dtype is np.int32 and array.size and (array.max() > np.iinfo(np.int32).max or array.min() < PAD_ID):
+        raise ResponseError(
+            f"TopK.{name}: token id out of range", got=f"{array.min()}..{array.max()}", expected="-1..2**31-1"
+        )
+    if array.dtype != dtype or array.flags.writeable or not array.flags.c_contiguous:
+        array = np.array(array, dtype=dtype, order="C")
+        array.flags.writeable = False
+    return array
+
+
+def _check(topk: TopK) -> None:
+    rows = topk.ids.shape[0] if topk.ids.ndim == 2 else -1
+    if rows < 0 or topk.logp.shape != topk.ids.shape:
+        raise ConfigError("TopK: ids and logp must be [R, K]", got=f"ids {topk.ids.shape}, logp {topk.logp.shape}")
+    for name in ("actual_ids", "actual_logp", "tail_logp"):
+        if getattr(topk, name).shape != (rows,):
+            raise ConfigError(f"TopK.{name}: wrong shape", got=getattr(topk, name).shape, expected=(rows,))
+    if topk.start < 0:
+        raise ConfigError("TopK.start must be at least 0", got=topk.start)
+    listed = topk.ids >= 0
+    _refuse(np.isnan(topk.logp), topk, "logprob is NaN")
+    _refuse(topk.logp > _LOGP_TOLERANCE, topk, "logprob above 0")
+    _refuse(~listed & (topk.logp > -np.inf), topk, "a pad (-1) carries a logprob; pads are -inf")
+    if topk.k > 1:
+        with np.errstate(invalid="ignore"):
+            _refuse(topk.logp[:, 1:] > topk.logp[:, :-1], topk, "logprobs are not in descending order")
+        _refuse(listed[:, 1:] & ~listed[:, :-1], topk, "a pad (-1) stands before a listed id")
+        ordered = np.sort(topk.ids, axis=1)
+        _refuse((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0), topk, "an id is listed twice")
+    _refuse((topk.mass() > 1 + MASS_TOLERANCE)[:, None], topk, f"mass above 1 + {MASS_TOLERANCE}")
+    _refuse((topk.actual_logp > _LOGP_TOLERANCE)[:, None], topk, "realised token's logprob above 0")
+    _refuse((topk.tail_logp > _LOGP_TOLERANCE)[:, None], topk, "tail_logp above 0")
+
+
+def _refuse(bad: NDArray[np.bool_], topk: TopK, what: str) -> None:
+    if bad.any():
+        row = int(np.argwhere(bad)[0][0])
+        raise ResponseError(
+            f"TopK: {what}",
+            where=f"row {row} of {topk.rows}, source position {topk.start + row}",
+            got=f"ids {topk.ids[row, :4].tolist()}.. logp {topk.logp[row, :4].tolist()}..",
+        )
