@@ -1,0 +1,186 @@
+"""Real servers as subprocesses: started once, watched while they start, killed with their process group."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[2]
+VLLM_PYTHON = Path(os.environ.get("VLLM_VENV", ROOT / ".venv-vllm")) / "bin" / "python"
+LLAMA_PYTHON = Path(os.environ.get("LLAMA_VENV", ROOT / ".venv-llama")) / "bin" / "python"
+SHIMS = Path(__file__).parent / "shims"
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A running server, and what it was told when it was started."""
+
+    kind: str  # "vllm" | "embedded"
+    url: str
+    model: str
+    model_dir: Path
+    max_logprobs: int
+    max_model_len: int
+    pid: int
+    log: Path
+    api_key: str | None = None
+
+    @property
+    def real(self) -> bool:
+        return self.kind == "vllm"
+
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+    def http(self, **options: object) -> httpx.Client:
+        """A plain HTTP client: the suite that checks the servers must not depend on the clients under test."""
+        return httpx.Client(
+            **{"base_url": self.url, "headers": self.headers(), "timeout": 120.0, "trust_env": False, **options}  # type: ignore[arg-type]
+        )
+
+
+@dataclass
+class Process:
+    """A child in its own process group, with its output in a file."""
+
+    popen: subprocess.Popen[bytes]
+    log: Path
+    killed: bool = field(default=False)
+
+    def kill(self, sig: int = signal.SIGKILL) -> None:
+        self.killed = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, sig)
+        self.popen.wait(timeout=30)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def tail(log: Path, lines: int = 60) -> str:
+    if not log.exists():
+        return "(no log)"
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _die_with_parent() -> None:
+    """In the child, before exec: a pytest that is SIGKILLed must not leave a 3 GB server behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], *, env: Mapping[str, str], log: Path, ready: str, timeout_s: float) -> Iterator[Process]:
+    """Starts a server, waits until ``GET ready`` answers 200, and kills the whole group at the end.
+
+    A child that dies, or is not ready in time, raises with the last lines of its log.
+    """
+    with log.open("wb") as out:
+        popen = subprocess.Popen(
+            command,
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - no threads run in the child before exec
+            cwd=log.parent,
+        )
+    process = Process(popen, log)
+    try:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if popen.poll() is not None:
+                raise RuntimeError(f"the server died with status {popen.returncode} while starting ({log}):\n{tail(log)}")
+            try:
+                if httpx.get(ready, timeout=2.0, trust_env=False).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the server was not ready after {timeout_s:.0f} s ({log}):\n{tail(log)}")
+            time.sleep(0.25)
+        yield process
+    finally:
+        if popen.poll() is None and not process.killed:
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(popen.pid, signal.SIGTERM)
+                popen.wait(timeout=5)
+        process.kill()
+
+
+def vllm_env(*, candidates: bool = False) -> dict[str, str]:
+    """The environment of a vLLM on CPU: offline, no telemetry, no compiler, dev routes on.
+
+    With ``candidates`` the V2 model runner is on, its kernels run by Triton's interpreter (see shims/sitecustomize.py).
+    """
+    keep = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH")
+    env = {name: os.environ[name] for name in keep if name in os.environ}
+    env |= {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the suite shares its cores with the reference and a second server
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # otherwise the first request compiles C++ for 10-17 s, or dies where there is no g++
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_CACHE_ROOT": str(VLLM_PYTHON.parents[1] / "cache"),
+    }
+    if candidates:
+        env |= {
+            "PYTHONPATH": str(SHIMS),
+            "TOPKD_TRITON_ON_CPU": "1",
+            "TRITON_INTERPRET": "1",
+            "VLLM_USE_V2_MODEL_RUNNER": "1",
+        }
+    return env
+
+
+@contextlib.contextmanager
+def vllm_server(
+    model_dir: Path,
+    *,
+    model: str,
+    log: Path,
+    max_logprobs: int,
+    max_model_len: int,
+    candidates: bool = False,
+    lora: bool = False,
+    api_key: str | None = None,
+) -> Iterator[tuple[Endpoint, Process]]:
+    """A real vLLM API server on loopback."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    # `python -m`, not the `vllm` command: that one looks up its own distribution under a name this build does not have.
+    command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(model_dir), "--served-model-name", model, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--max-model-len", str(max_model_len), "--max-logprobs", str(max_logprobs)]
+    command += ["--enforce-eager", "--enable-scale-out", "--max-num-seqs", "32"]
+    if lora:
+        command += ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "8"]
+    env = vllm_env(candidates=candidates)
+    if api_key:
+        env["VLLM_API_KEY"] = api_key
+    with running(command, env=env, log=log, ready=f"{url}/health", timeout_s=240) as process:
+        yield (
+            Endpoint("vllm", url, model, model_dir, max_logprobs, max_model_len, process.popen.pid, log, api_key),
+            process,
+        )
