@@ -1,0 +1,69 @@
+# Every target sets up the environment it needs (scripts/setup.sh); a second call installs nothing.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-vllm lint format types contracts wheel check bench bench-math bench-clients \
+        bench-offline bench-engine setup clean distclean
+
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+# Two workers of one thread each: the tests' tensors are tiny, and more threads only wait for one another.
+WORKERS ?= 2
+
+DEV := bin="$$(scripts/setup.sh dev)" &&
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
+
+demo: ## distil a tiny teacher over HTTP and show what it did (DEMO_ARGS="--objective gjs --seed 1")
+	@bin="$$(scripts/setup.sh train,serve,report)" && "$$bin/topkd" demo $(DEMO_ARGS)
+
+test: ## the fast tests (PYTEST_ARGS="tests/topk -k gjs" narrows them)
+	@$(DEV) $(ONE_THREAD) "$$bin/python" -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+test-slow: ## the slow tests, then test-vllm
+	@$(DEV) $(ONE_THREAD) "$$bin/python" -m pytest -q -m "slow and not vllm" --durations 15 $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory test-vllm
+
+test-vllm: ## the contract suite against a real vLLM on CPU, installed into .venv-vllm
+	@$(DEV) PYTHON="$$bin/python" bash scripts/setup_vllm.sh && "$$bin/python" -m pytest -q -m vllm --durations 15 $(PYTEST_ARGS)
+
+lint: ## ruff, and the documents' code blocks counted
+	@$(DEV) "$$bin/ruff" check . && "$$bin/ruff" format --check . && "$$bin/python" -m tests.docs.blocks
+
+format: ## let ruff format and fix
+	@$(DEV) "$$bin/ruff" format . && "$$bin/ruff" check --fix .
+
+types: ## mypy, strict, over the package and tests/typing
+	@$(DEV) "$$bin/mypy"
+
+contracts: ## which room may import which
+	@$(DEV) "$$bin/lint-imports"
+
+wheel: ## build the wheel and test it in a clean environment away from the source
+	@$(DEV) scripts/check_wheel.sh "$$bin/python"
+
+check: ## everything CI runs, with the minutes of each part
+	@scripts/check.sh lint types contracts test wheel test-slow
+
+bench: bench-math bench-clients bench-offline bench-engine ## all figures; results land in benchmarks/results/
+
+bench-math: ## F1 and F6: two-list divergences, fused loss
+bench-clients: ## F2 to F4: decoding and end-to-end scoring
+bench-offline: ## F7: the score cache against datasets and Parquet
+bench-engine: ## F5 and F8: overlap, estimators
+bench-math: SCRIPTS = $(wildcard benchmarks/bench_pairs.py benchmarks/bench_fused.py)
+bench-clients: SCRIPTS = $(wildcard benchmarks/bench_decode.py benchmarks/bench_scoring.py)
+bench-offline: SCRIPTS = $(wildcard benchmarks/bench_store.py)
+bench-engine: SCRIPTS = $(wildcard benchmarks/bench_overlap.py benchmarks/bench_estimators.py)
+bench-math bench-clients bench-offline bench-engine:
+	@$(DEV) for script in $(SCRIPTS); do echo "== $$script"; "$$bin/python" "$$script" || exit 1; done
+
+setup: ## the development environment, and nothing else
+	@$(DEV) echo "$$bin"
+
+clean: ## what builds and tests leave behind
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache demo-out
+	find topkd tests benchmarks examples docs scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## also the environments that make made
+	rm -rf .venv .venv-vllm

@@ -1,0 +1,172 @@
+"""Never run: what users write, checked by ``make types`` (mypy, strict)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import assert_never, assert_type
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topkd.topk import (
+    Behavior,
+    PreparedSample,
+    Rollout,
+    SampleCore,
+    SamplingParams,
+    ScalarBehavior,
+    ScalarPreparedSample,
+    TopK,
+    TopKBehavior,
+    TopKPreparedSample,
+)
+from topkd.topk.errors import ConfigError, KLimitError, ServerBusyError, ServerError, TopkdError
+from topkd.topk.protocols import (
+    CandidateScorer,
+    Ids,
+    Sampler,
+    SampleStore,
+    TeacherScorer,
+    WeightSink,
+    WeightUpdate,
+)
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+
+def reading_a_score(score: TopK) -> None:
+    """Every array has its dtype, and looking up ids gives values with the mask of what is known."""
+    assert_type(score.rows, int)
+    assert_type(score.ids, NDArray[np.int32])
+    assert_type(score.logp, Float32)
+    assert_type(score.tail_logp, Float32)
+    assert_type(score.mass(), Float64)
+    assert_type(score.ceiling(), Float64)
+    logp, known = score.at(score.actual_ids)
+    assert_type(logp, Float32)
+    assert_type(known, NDArray[np.bool_])
+    assert_type(score.slice(slice(1, 3), k=2), TopK)
+    assert_type(TopK.concat([score, score]), TopK)
+
+
+def building_a_score() -> TopK:
+    """Lists of (id, logprob), one a position; plain lists serve as the realised tokens."""
+    return TopK.from_lists([[(5, -0.1), (7, -2.5)], None], start=3, actual_ids=[5, 9], actual_logp=[-0.1, float("nan")])
+
+
+def one_sample_is_one_of_two(sample: PreparedSample) -> float:
+    """A match over the union is exhaustive: a third variant would be a type error here."""
+    match sample:
+        case ScalarPreparedSample():
+            assert_type(sample.teacher_logp, Float32)
+            return float(sample.teacher_logp.sum())
+        case TopKPreparedSample():
+            assert_type(sample.teacher, TopK)
+            return float(sample.teacher.mass().mean())
+        case _:
+            assert_never(sample)
+
+
+def the_tag_narrows_too(sample: PreparedSample, behavior: Behavior) -> TopK | None:
+    """``kind`` is a literal, so comparing it narrows the union."""
+    if behavior.kind == "topk":
+        assert_type(behavior, TopKBehavior)
+        return behavior.topk
+    assert_type(behavior, ScalarBehavior)
+    return sample.teacher if sample.kind == "topk" else None
+
+
+def preparing_a_sample(rollout: Rollout, teacher: TopK) -> PreparedSample:
+    """From a rollout and a score to what the learner takes."""
+    core = SampleCore(
+        full_ids=np.concatenate([rollout.prompt_ids, rollout.completion_ids]),
+        prompt_len=rollout.prompt_ids.size,
+        mask=np.ones(rollout.completion_ids.size, dtype=np.bool_),
+        teacher_prompt_ids=rollout.prompt_ids,
+    )
+    behavior = ScalarBehavior(rollout.logp) if rollout.topk is None else TopKBehavior(rollout.logp, rollout.topk)
+    return TopKPreparedSample(core, behavior, teacher)
+
+
+class MyTeacher:
+    """A teacher of one's own: no base class, the methods are enough."""
+
+    async def score(self, ids: Ids, start: int, k: int) -> TopK:
+        """Rows start .. len(ids) - 2."""
+        return TopK.from_lists([[(int(token), -0.5)] for token in ids[start + 1 :]], start=start).slice(k=k)
+
+    async def score_candidates(self, ids: Ids, start: int, candidates: NDArray[np.int32]) -> Float32:
+        """One logprob a candidate."""
+        return np.full(candidates.shape, -1.0, dtype=np.float32)
+
+
+class MySampler:
+    """A sampler of one's own."""
+
+    async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
+        """n rollouts."""
+        prompt = np.asarray(prompt_ids, dtype=np.int32)
+        one = Rollout(prompt, np.array([7], np.int32), np.array([-0.1], np.float32), "stop", params)
+        return [one] * n
+
+
+class MySink:
+    """Weights to a folder of one's own."""
+
+    async def push(self, update: WeightUpdate) -> str:
+        """The version that is now served."""
+        return update.version
+
+
+class MyStore:
+    """A store of one's own: a dict."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._rows: dict[tuple[str, tuple[int, ...]], TopK] = {}
+
+    def get(self, teacher: str, ids: Ids, start: int, k: int) -> TopK | None:
+        """None is a miss."""
+        found = self._rows.get((teacher, tuple(int(token) for token in ids)))
+        return None if found is None or found.start > start or found.k < k else found.slice(k=k)
+
+    def put(self, teacher: str, ids: Ids, scores: TopK) -> None:
+        """Kept for as long as the process lives."""
+        self._rows[teacher, tuple(int(token) for token in ids)] = scores
+
+
+async def plugging_them_together() -> Sequence[PreparedSample]:
+    """Structural typing: each class above is the protocol it implements."""
+    teacher: TeacherScorer = MyTeacher()
+    candidates: CandidateScorer = MyTeacher()
+    sampler: Sampler = MySampler()
+    sink: WeightSink = MySink()
+    store: SampleStore = MyStore()
+    prepared = []
+    for rollout in await sampler.sample([1, 2, 3], 2, SamplingParams(max_tokens=16, seed=0), k=20):
+        ids = np.concatenate([rollout.prompt_ids, rollout.completion_ids])
+        score = store.get("teacher", ids, 2, 20) or await teacher.score(ids, 2, 20)
+        store.put("teacher", ids, score)
+        assert_type(await candidates.score_candidates(ids, 2, score.ids), Float32)
+        prepared.append(preparing_a_sample(rollout, score))
+    assert_type(await sink.push(WeightUpdate(kind="lora", path="adapter", version="v1")), str)
+    return prepared
+
+
+async def catching_errors(teacher: TeacherScorer) -> int:
+    """One tree; each error is also what Python itself would have raised."""
+    try:
+        await teacher.score([1, 2], 0, 20)
+    except KLimitError as error:
+        assert_type(error.limit, int | None)
+        return error.exit_code
+    except ServerBusyError as error:
+        assert_type(error.retry_after_s, float | None)
+    except (ConfigError, ServerError) as error:
+        return error.exit_code
+    except (TimeoutError, ConnectionError, ValueError):
+        return 1
+    except TopkdError as error:
+        assert_type(error.hint, str)
+    return 0
