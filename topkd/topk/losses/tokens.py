@@ -1,0 +1,112 @@
+"""Which tokens count and how they are summed: one boolean mask, division by the number of valid tokens.
+
+Every loss here selects the valid positions *before* its arithmetic (nan * 0 is nan, in the value and in the gradient)
+and works in float32, or in float64 when it is given float64.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from topkd.topk.errors import ConfigError
+
+IGNORE_INDEX = -100
+Reduction: TypeAlias = Literal["mean", "sum"]
+FullReduction: TypeAlias = Literal["batchmean", "mean", "sum", "none"]
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in float32, or unchanged in float64; integers are refused."""
+    if not x.is_floating_point():
+        raise ConfigError("a loss needs floating-point tensors", got=x.dtype)
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def check_same(name: str, shape: torch.Size, **others: Tensor) -> None:
+    """Raise ConfigError where a tensor has not the shape of the argument called ``name``."""
+    for other, tensor in others.items():
+        if tensor.shape != shape:
+            raise ConfigError(f"{other} has not the shape of {name}", got=tuple(tensor.shape), expected=tuple(shape))
+
+
+def check_finite(mask: Tensor, **values: Tensor) -> None:
+    """Raise ConfigError where a value that must be known is NaN or infinite at a valid position."""
+    for name, value in values.items():
+        bad = ~torch.isfinite(value) & mask
+        if bool(bad.any()):
+            index = tuple(bad.nonzero()[0].tolist())
+            raise ConfigError(
+                f"{name} is not finite at a valid position",
+                where=f"index {index}, {int(bad.sum())} in all",
+                got=float(value[index]),
+                hint="mask the positions whose logprob is unknown",
+            )
+
+
+def boolean_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
+    """bool of the given shape; None means that every position is valid.
+
+    An integer or float mask is refused: 1/0 and -100 conventions read each other's masks without an error.
+    """
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    if mask.dtype != torch.bool:
+        raise ConfigError("a mask must be boolean", got=mask.dtype, expected="torch.bool", hint="pass mask.bool()")
+    if mask.shape != shape:
+        raise ConfigError("the mask has another shape than the tokens", got=tuple(mask.shape), expected=tuple(shape))
+    return mask.to(device)
+
+
+def labels_mask(labels: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
+    """bool, True where the label is not -100. A boolean tensor is taken as the mask itself.
+
+    Integers that are all 0 or 1 are refused: as labels they keep every position, and nearly always they are a mask.
+    """
+    if labels is None or labels.dtype == torch.bool:
+        return boolean_mask(labels, shape, device)
+    if labels.shape != shape:
+        raise ConfigError("labels have another shape than the tokens", got=tuple(labels.shape), expected=tuple(shape))
+    if labels.is_floating_point() or labels.is_complex():
+        raise ConfigError("labels must be integers (-100 = ignored) or a boolean mask", got=labels.dtype)
+    if labels.numel():
+        if bool(((labels == 0) | (labels == 1)).all()):
+            raise ConfigError(
+                "labels hold only 0 and 1: that is a mask, and as -100 labels it would keep every position",
+                hint="pass a boolean mask",
+            )
+        if bool(((labels < 0) & (labels != IGNORE_INDEX)).any()):
+            raise ConfigError("a label is negative but not -100", got=int(labels.min()), expected="-100 or a token id")
+    return (labels != IGNORE_INDEX).to(device)
+
+
+def reduce_mean(values: Tensor, count: int, num_tokens: float | Tensor | None) -> Tensor:
+    """sum(values) / num_tokens, by default over the ``count`` valid tokens; 0.0 with a graph when there are none.
+
+    Args:
+        values: Contributions of the valid tokens only.
+        count: How many tokens are valid here.
+        num_tokens: Valid tokens of the global batch when gradients are accumulated over micro-batches or ranks.
+    """
+    if num_tokens is None:
+        return values.sum() / max(count, 1)
+    if not float(num_tokens) > 0:
+        raise ConfigError("num_tokens must be positive", got=float(num_tokens))
+    return values.sum() / num_tokens
+
+
+def reduce_tokens(
+    values: Tensor, mask: Tensor, reduction: FullReduction, num_tokens: float | Tensor | None = None
+) -> Tensor:
+    """Reduce the valid tokens' values: mean and batchmean per valid token, sum, or none (zeros at masked places)."""
+    if reduction in ("mean", "batchmean"):
+        return reduce_mean(values, values.shape[0], num_tokens)
+    if num_tokens is not None:
+        raise ConfigError("num_tokens has no meaning for this reduction", got=reduction, expected="mean or batchmean")
+    if reduction == "sum":
+        return values.sum()
+    if reduction == "none":
+        return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+    raise ConfigError("unknown reduction", got=reduction, expected="batchmean, mean, sum or none")
