@@ -4,6 +4,8 @@ Knows: probabilities, divergences, advantages, estimators. Does not know: server
 (but for ``losses``, ``fused`` and ``schedule``, which are imported only by who asks).
 """
 
+from topkd.topk.advantages import forward_kl_advantage, gjs_advantage, scalar_kl_advantage
+from topkd.topk.divergence import gjs, shared_support_gjs
 from topkd.topk.samples import (
     Behavior,
     PreparedSample,
@@ -28,4 +30,9 @@ __all__ = [
     "TopK",
     "TopKBehavior",
     "TopKPreparedSample",
+    "forward_kl_advantage",
+    "gjs",
+    "gjs_advantage",
+    "scalar_kl_advantage",
+    "shared_support_gjs",
 ]

@@ -1,0 +1,60 @@
+"""Checked arguments of the NumPy maths: logprobs become float64 once, and what cannot be right is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from topkd.topk.errors import ConfigError
+from topkd.topk.types import Float64
+
+LOGP_TOLERANCE = 1e-3  # float32 rounding of a served logprob stays far below; above it, the numbers are logits
+
+
+def logp64(name: str, value: ArrayLike) -> Float64:
+    """``value`` as float64; refuses other dtypes and values above 0. NaN (unknown) and -inf (probability 0) pass."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "iuf" and array.size:
+        raise ConfigError(f"{name}: not an array of logprobs", got=array.dtype, expected="floating point")
+    array = array.astype(np.float64, copy=False)
+    if array.size and np.fmax.reduce(array, axis=None) > LOGP_TOLERANCE:
+        raise ConfigError(
+            f"{name}: logprob above 0",
+            got=f"{np.fmax.reduce(array, axis=None):.6g}",
+            hint="pass natural-log probabilities, not logits",
+        )
+    return array
+
+
+def logp_pair(teacher_logp: ArrayLike, student_logp: ArrayLike) -> tuple[Float64, Float64]:
+    """Both sides as float64 of one shape (a scalar goes with any shape; nothing else is broadcast)."""
+    teacher, student = logp64("teacher_logp", teacher_logp), logp64("student_logp", student_logp)
+    if teacher.shape != student.shape and teacher.ndim and student.ndim:
+        raise ConfigError(
+            "teacher_logp and student_logp differ in shape",
+            got=f"{teacher.shape} and {student.shape}",
+            hint="row i of both must be the same position",
+        )
+    return teacher, student
+
+
+def result_dtype(*values: ArrayLike) -> np.dtype[np.floating]:
+    """float32 when every argument is an array of at most 32-bit floats, else float64."""
+    narrow = all(isinstance(v, (np.ndarray, np.generic)) and v.dtype in (np.float32, np.float16) for v in values)
+    return np.dtype(np.float32 if narrow else np.float64)
+
+
+def narrowed(value: Float64, dtype: np.dtype[np.floating]) -> NDArray[np.floating]:
+    """``value`` in ``dtype``; what float32 cannot hold becomes infinite, as it must, without a warning."""
+    with np.errstate(over="ignore"):
+        return value.astype(dtype, copy=False)
+
+
+def check_beta(beta: float, name: str = "beta") -> float:
+    """``beta`` as a float in [0, 1]: the mixture weight of the *teacher*."""
+    number = float(beta)
+    if not 0.0 <= number <= 1.0:
+        raise ConfigError(
+            f"{name} out of range", got=beta, expected="0 (forward KL) .. 1 (reverse KL), the teacher's mixture weight"
+        )
+    return number
