@@ -72,7 +72,7 @@ lock() { # flock(1) is not on every system; a lock taken through the inherited d
   "$1" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
 }
 install() {
-  local quiet=-q
+  local quiet=-qq
   [ -t 2 ] && quiet=
   say "installing topkd[$extras] into $venv (first time: a minute or two)"
   rm -f "$venv/.topkd/dev" "$venv/.topkd/$extras"
@@ -112,7 +112,7 @@ reachable() {
 cuda_packages() { # what resolving torch alone would bring; nothing is downloaded but metadata
   local report
   report=$(scratch)
-  pip install -q --dry-run --ignore-installed --report "$report" -c constraints.txt "$@" torch >/dev/null ||
+  pip install -qq --dry-run --ignore-installed --report "$report" -c constraints.txt "$@" torch >/dev/null ||
     { rm -f "$report"; die "pip could not resolve torch (its reason is above)"; }
   "$venv/bin/python" - "$report" <<'PY'
 import json, re, sys
@@ -143,7 +143,7 @@ install_cpu_torch() {
   fi
   say "taking the CPU build of torch"
   # torch by itself, so that no other package is looked for on the extra index.
-  pip install -q -c constraints.txt ${where[@]+"${where[@]}"} torch || die "pip could not install torch (its reason is above)"
+  pip install -qq -c constraints.txt ${where[@]+"${where[@]}"} torch || die "pip could not install torch (its reason is above)"
 }
 
 make_venv() {
