@@ -94,7 +94,7 @@ use_active() {
   say "using the active environment $venv and its torch"
   local pins status=0
   pins=$(scratch)
-  grep -v '^torch==' constraints.txt >"$pins"
+  sed '/^torch==/d' constraints.txt >"$pins"
   # Holds the torch that is there: a dependency that wants another one is an error, not a silent replacement.
   "$venv/bin/python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >>"$pins"
   (install -c "$pins") || status=$?

@@ -1,0 +1,70 @@
+"""What the package promises to who installs it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+
+
+def _stated() -> list[tuple[str, Requirement]]:
+    rows = [("core", Requirement(line)) for line in PROJECT["dependencies"]]
+    rows += [(extra, Requirement(line)) for extra, lines in EXTRAS.items() for line in lines]
+    return [(group, requirement) for group, requirement in rows if requirement.name != "topkd"]
+
+
+@pytest.mark.parametrize("statement", ["import topkd, topkd.clients, topkd.offline", "from topkd.topk import TopK"])
+def test_the_client_rooms_load_no_learning_framework(statement: str) -> None:
+    code = f"import sys\n{statement}\nprint(sorted({{'torch', 'vllm', 'transformers'}} & sys.modules.keys()))"
+    out = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_the_client_rooms_import_every_name_they_promise() -> None:
+    code = "from topkd.topk import *\nfrom topkd.clients import *\nfrom topkd.offline import *"
+    subprocess.run([sys.executable, "-I", "-c", code], check=True)
+
+
+def test_every_dependency_has_its_reason_in_the_documents() -> None:
+    page = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    rows = {match[1].lower() for match in re.finditer(r"^\| `([\w.\[\]-]+)`", page, flags=re.MULTILINE)}
+    stated = {requirement.name.lower() for _, requirement in _stated()}
+    assert stated - rows == set(), "dependencies without a row in docs/dependencies.md"
+    assert rows - stated - {"hatchling"} == set(), "rows of docs/dependencies.md that nothing depends on"
+
+
+def test_the_pins_lie_within_the_ranges_that_the_package_states() -> None:
+    ranges = {requirement.name.lower(): requirement.specifier for _, requirement in _stated()}
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert {"torch", "ruff", "mypy"} <= {pin.name for pin in pins}
+    for pin in pins:
+        (exact,) = pin.specifier
+        assert exact.operator == "=="
+        assert ranges[pin.name.lower()].contains(exact.version), f"{pin} is outside what pyproject.toml allows"
+
+
+def test_every_extra_that_another_extra_names_exists() -> None:
+    own = {
+        extra
+        for lines in EXTRAS.values()
+        for line in lines
+        if line.startswith("topkd[")
+        for extra in Requirement(line).extras
+    }
+    assert own <= EXTRAS.keys()
+
+
+def test_the_installed_version_is_the_one_in_the_source() -> None:
+    text = (ROOT / "topkd" / "__init__.py").read_text(encoding="utf-8")
+    assert re.search(r'^__version__ = "(.+)"$', text, flags=re.MULTILINE)[1] == version("topkd")
