@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -15,13 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+from pydantic import SecretStr
 
 ROOT = Path(__file__).resolve().parents[2]
 VLLM_PYTHON = Path(os.environ.get("VLLM_VENV", ROOT / ".venv-vllm")) / "bin" / "python"
 LLAMA_PYTHON = Path(os.environ.get("LLAMA_VENV", ROOT / ".venv-llama")) / "bin" / "python"
 SHIMS = Path(__file__).parent / "shims"
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,13 @@ def tail(log: Path, lines: int = 60) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
-def _die_with_parent() -> None:
-    """In the child, before exec: a pytest that is SIGKILLed must not leave a 3 GB server behind."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+# Runs between us and the server, and becomes it: asks the kernel for SIGTERM when its parent dies, so that a pytest that
+# is SIGKILLed leaves no 3 GB server behind. (A preexec_fn would do the same, but forks a process that has threads.)
+_LAUNCHER = (
+    "import ctypes, os, signal, sys; "
+    "sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, signal.SIGTERM); "  # 1 = PR_SET_PDEATHSIG
+    "os.execve(sys.argv[1], sys.argv[1:], os.environ)"
+)
 
 
 @contextlib.contextmanager
@@ -93,13 +94,12 @@ def running(command: Sequence[str], *, env: Mapping[str, str], log: Path, ready:
     """
     with log.open("wb") as out:
         popen = subprocess.Popen(
-            command,
+            [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command],
             env=dict(env),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - no threads run in the child before exec
             cwd=log.parent,
         )
     process = Process(popen, log)
@@ -184,3 +184,22 @@ def vllm_server(
             Endpoint("vllm", url, model, model_dir, max_logprobs, max_model_len, process.popen.pid, log, api_key),
             process,
         )
+
+
+@contextlib.contextmanager
+def embedded_server(
+    model_dir: Path, *, model: str, log: Path, max_logprobs: int, max_model_len: int, api_key: str | None = None
+) -> Iterator[Endpoint]:
+    """``topkd serve`` as a child process, the way users start it."""
+    from topkd.serve import ServeConfig, ServerProcess
+
+    config = ServeConfig(
+        model=str(model_dir),
+        served_model_name=model,
+        port=0,
+        max_logprobs=max_logprobs,
+        max_model_len=max_model_len,
+        api_key=SecretStr(api_key) if api_key else None,
+    )
+    with ServerProcess(config, log_path=log) as up:
+        yield Endpoint("embedded", up.url, model, model_dir, max_logprobs, max_model_len, up.pid, log, api_key)
