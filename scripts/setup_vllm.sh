@@ -22,10 +22,9 @@ if [ "$(uname -s)" != Linux ]; then
   exit 1
 fi
 
-# One installer at a time: two concurrent make calls would both write the same site-packages.
-mkdir -p "$(dirname "$venv")"
+# One installer at a time: two concurrent make calls would both write the same site-packages. The script is its own lock.
 if command -v flock >/dev/null; then
-  exec 9>"$venv.lock"
+  exec 9<"scripts/${0##*/}"
   flock 9
 fi
 
