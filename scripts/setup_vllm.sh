@@ -4,7 +4,7 @@
 # Its own venv, because vLLM pins torch, transformers and most of what else topkd floats on. The server is only ever a
 # subprocess, so nothing of this venv is imported by the tests. About 3.5 GB on disk.
 #
-#   PYTHON        interpreter to build the venv with (default: the first of python3.12, 3.11, 3.13, 3.10 that is there)
+#   PYTHON        interpreter to build the venv with (default: the first of python3.11 ... 3.14 that is there)
 #   VLLM_VENV     where the venv goes (default: .venv-vllm in the checkout)
 #   TOPKD_REBUILD set to 1 to throw an existing venv away
 set -euo pipefail
@@ -35,15 +35,15 @@ fi
 
 python=${PYTHON:-}
 if [ -z "$python" ]; then
-  for candidate in python3.11 python3.12 python3.13 python3.10 python3; do
-    if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+  for candidate in python3.11 python3.12 python3.13 python3.14 python3; do
+    if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then
       python=$candidate
       break
     fi
   done
 fi
 if [ -z "$python" ]; then
-  say "no Python between 3.10 and 3.13 found (with the venv module); set PYTHON=/path/to/python"
+  say "no Python between 3.11 and 3.14 found (with the venv module); set PYTHON=/path/to/python"
   exit 1
 fi
 

@@ -14,7 +14,7 @@ _PREFIX = "base_model.model."
 
 
 def make_adapter(base: Path, out: Path, *, seed: int, std: float = 0.05) -> Path:
-    """A rank-4 adapter on every linear layer, with both factors random (a fresh LoRA's B is zero: it would test nothing)."""
+    """A rank-4 adapter on every linear layer, both factors random (a fresh LoRA's B is zero: it would test nothing)."""
     weights = load_file(base / "model.safetensors")
     generator = torch.Generator().manual_seed(seed)
     factors = {}

@@ -54,7 +54,9 @@ def _need_vllm() -> None:
 @pytest.fixture(scope="session")
 def embedded(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     log = tmp_path_factory.mktemp("embedded") / "server.log"
-    with embedded_server(models.policy, model="t", log=log, max_logprobs=MAX_LOGPROBS, max_model_len=MAX_MODEL_LEN) as up:
+    with embedded_server(
+        models.policy, model="t", log=log, max_logprobs=MAX_LOGPROBS, max_model_len=MAX_MODEL_LEN
+    ) as up:
         yield up
 
 

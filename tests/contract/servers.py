@@ -77,8 +77,8 @@ def tail(log: Path, lines: int = 60) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
-# Runs between us and the server, and becomes it: asks the kernel for SIGTERM when its parent dies, so that a pytest that
-# is SIGKILLed leaves no 3 GB server behind. (A preexec_fn would do the same, but forks a process that has threads.)
+# Runs between us and the server, and becomes it: asks the kernel for SIGTERM when its parent dies, so that a pytest
+# that is SIGKILLed leaves no 3 GB server behind. (A preexec_fn would do the same, but forks a process that has threads.)
 _LAUNCHER = (
     "import ctypes, os, signal, sys; "
     "sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, signal.SIGTERM); "  # 1 = PR_SET_PDEATHSIG
@@ -87,7 +87,9 @@ _LAUNCHER = (
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], *, env: Mapping[str, str], log: Path, ready: str, timeout_s: float) -> Iterator[Process]:
+def running(
+    command: Sequence[str], *, env: Mapping[str, str], log: Path, ready: str, timeout_s: float
+) -> Iterator[Process]:
     """Starts a server, waits until ``GET ready`` answers 200, and kills the whole group at the end.
 
     A child that dies, or is not ready in time, raises with the last lines of its log.
@@ -107,7 +109,9 @@ def running(command: Sequence[str], *, env: Mapping[str, str], log: Path, ready:
         deadline = time.monotonic() + timeout_s
         while True:
             if popen.poll() is not None:
-                raise RuntimeError(f"the server died with status {popen.returncode} while starting ({log}):\n{tail(log)}")
+                raise RuntimeError(
+                    f"the server died with status {popen.returncode} while starting ({log}):\n{tail(log)}"
+                )
             try:
                 if httpx.get(ready, timeout=2.0, trust_env=False).status_code == 200:
                     break
@@ -139,7 +143,7 @@ def vllm_env(*, candidates: bool = False) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the suite shares its cores with the reference and a second server
         "OMP_NUM_THREADS": "1",
-        "TORCHDYNAMO_DISABLE": "1",  # otherwise the first request compiles C++ for 10-17 s, or dies where there is no g++
+        "TORCHDYNAMO_DISABLE": "1",  # else the first request compiles C++ for 10-17 s, or dies without g++
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_CACHE_ROOT": str(VLLM_PYTHON.parents[1] / "cache"),

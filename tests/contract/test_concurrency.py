@@ -41,7 +41,9 @@ def test_scoring_beside_sampling_changes_neither(server: Endpoint):
         return [next(iter(row.values()))["logprob"] for row in rows]
 
     def greedy(ids: list[int]) -> tuple[list[int], list[float]]:
-        [choice] = complete(server, ids, max_tokens=16, temperature=0, logprobs=0, return_token_ids=True, ignore_eos=True)
+        [choice] = complete(
+            server, ids, max_tokens=16, temperature=0, logprobs=0, return_token_ids=True, ignore_eos=True
+        )
         return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
     alone = [(score(ids), greedy(ids)) for ids in prompts]
@@ -49,7 +51,9 @@ def test_scoring_beside_sampling_changes_neither(server: Endpoint):
         scores = [pool.submit(score, ids) for ids in prompts]
         draws = [pool.submit(greedy, ids) for ids in prompts]
         together = [(s.result(), d.result()) for s, d in zip(scores, draws, strict=True)]
-    for (score_alone, (ids_alone, logp_alone)), (score_both, (ids_both, logp_both)) in zip(alone, together, strict=True):
+    for (score_alone, (ids_alone, logp_alone)), (score_both, (ids_both, logp_both)) in zip(
+        alone, together, strict=True
+    ):
         assert score_both == pytest.approx(score_alone, abs=2e-5)
         assert ids_both == ids_alone
         assert logp_both == pytest.approx(logp_alone, abs=2e-5)

@@ -14,8 +14,16 @@ from tests.contract.wire import SCORE, complete, get, post, refused, token_ids
 @pytest.mark.parametrize(
     ("path", "fields", "words"),
     [
-        ("/v1/completions", {"prompt": [9, 10, 11], "max_tokens": 1, "prompt_logprobs": 65}, "Requested prompt logprobs of 65"),
-        ("/v1/completions", {"prompt": [9, 10, 11], "max_tokens": 1, "logprobs": 65}, "Requested sample logprobs of 65"),
+        (
+            "/v1/completions",
+            {"prompt": [9, 10, 11], "max_tokens": 1, "prompt_logprobs": 65},
+            "Requested prompt logprobs of 65",
+        ),
+        (
+            "/v1/completions",
+            {"prompt": [9, 10, 11], "max_tokens": 1, "logprobs": 65},
+            "Requested sample logprobs of 65",
+        ),
         (
             "/v1/chat/completions",
             {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "logprobs": True, "top_logprobs": 65},
@@ -28,7 +36,9 @@ from tests.contract.wire import SCORE, complete, get, post, refused, token_ids
         ),
     ],
 )
-def test_k_above_the_limit_is_refused_with_the_limit_in_the_message(server: Endpoint, path: str, fields: dict, words: str):
+def test_k_above_the_limit_is_refused_with_the_limit_in_the_message(
+    server: Endpoint, path: str, fields: dict, words: str
+):
     error = refused(server, path, {"model": server.model, **fields})
     assert error["type"] == "BadRequestError"
     assert words in error["message"]
@@ -44,11 +54,22 @@ def test_a_prompt_needs_room_for_one_token(server: Endpoint):
     full = token_ids(server.max_model_len)
     [choice] = complete(server, full[:-1], max_tokens=1, temperature=0, prompt_logprobs=0)
     assert len(choice["prompt_logprobs"]) == server.max_model_len - 1
-    for prompt in (full, [*full, 9]):
-        error = refused(server, "/v1/completions", {"model": server.model, "prompt": prompt, "max_tokens": 1})
-        assert f"maximum context length is {server.max_model_len} tokens" in error["message"]
-    generate = {"model": server.model, "token_ids": [*full, 9], "sampling_params": {"max_tokens": 1}}
-    assert "longer than the maximum model length" in refused(server, "/inference/v1/generate", generate)["message"]
+    # The server first cuts max_tokens down to the room that is left, then finds none: a context limit in other words.
+    body = {"model": server.model, "prompt": full, "max_tokens": 1}
+    assert "max_tokens must be at least 1, got 0" in refused(server, "/v1/completions", body)["message"]
+    error = refused(server, "/v1/completions", {**body, "prompt": [*full, 9]})
+    assert f"maximum context length is {server.max_model_len} tokens" in error["message"]
+    for ids in (full, [*full, 9]):
+        generate = {"model": server.model, "token_ids": ids, "sampling_params": {"max_tokens": 1}}
+        error = refused(server, "/inference/v1/generate", generate)
+        assert f"longer than the maximum model length of {server.max_model_len}" in error["message"]
+
+
+def test_max_tokens_is_cut_to_the_room_left_without_a_word(server: Endpoint):
+    prompt = token_ids(server.max_model_len - 3)
+    [choice] = complete(server, prompt, max_tokens=50, temperature=0, return_token_ids=True, ignore_eos=True)
+    assert len(choice["token_ids"]) == 3
+    assert choice["finish_reason"] == "length"
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/inference/v1/generate"])
@@ -97,7 +118,9 @@ def test_one_bad_prompt_fails_its_whole_batch(server: Endpoint):
 
 
 def test_an_unknown_field_is_ignored_so_a_200_proves_nothing(server: Endpoint):
-    [choice] = complete(server, [9, 10, 11], max_tokens=1, temperature=0, prompt_logprob_token_ids=[[5], [5]], no_such=1)
+    [choice] = complete(
+        server, [9, 10, 11], max_tokens=1, temperature=0, prompt_logprob_token_ids=[[5], [5]], no_such=1
+    )
     assert choice["prompt_logprobs"] is None
     assert "prompt_token_id_logprobs" not in choice
 

@@ -1,4 +1,4 @@
-"""Sampling: the logprobs a server reports are those the token was drawn with, and scoring the sequence gives them again."""
+"""Sampling: reported logprobs are those the token was drawn with, and scoring the sequence gives them again."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ def test_sampled_logprobs_equal_the_scoring_of_the_sampled_sequence(server: Endp
 def test_sampling_gives_the_top_k_beside_the_sampled_token(server: Endpoint):
     k = 6
     prompt = token_ids(9, seed=21)
-    [drawn] = complete(
-        server, prompt, max_tokens=16, seed=3, logprobs=k, return_tokens_as_token_ids=True, **SAMPLE
-    )
+    [drawn] = complete(server, prompt, max_tokens=16, seed=3, logprobs=k, return_tokens_as_token_ids=True, **SAMPLE)
     exact = logp_rows(server.model_dir, prompt + drawn["token_ids"])[len(prompt) - 1 :]
     seen = set()
     for row, token, listed in zip(exact, drawn["token_ids"], drawn["logprobs"]["top_logprobs"], strict=False):
@@ -51,7 +49,9 @@ def test_raw_logprobs_do_not_follow_the_temperature(server: Endpoint):
     cold = {**SAMPLE, "temperature": 0.7, "top_k": 8}
     [drawn] = complete(server, prompt, max_tokens=12, seed=3, logprobs=0, **cold)
     exact = logp_rows(server.model_dir, prompt + drawn["token_ids"])[len(prompt) - 1 :]
-    assert _logps(drawn) == pytest.approx([row[t] for row, t in zip(exact, drawn["token_ids"], strict=False)], abs=TOLERANCE)
+    assert _logps(drawn) == pytest.approx(
+        [row[t] for row, t in zip(exact, drawn["token_ids"], strict=False)], abs=TOLERANCE
+    )
     assert all(token in np.argsort(-row)[:8] for row, token in zip(exact, drawn["token_ids"], strict=False))
 
 

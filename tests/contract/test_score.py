@@ -85,7 +85,9 @@ def test_scoring_ignores_temperature_and_truncation(server: Endpoint):
         for sampling in ({"temperature": 1.0}, {"temperature": 0.5, "top_k": 2, "top_p": 0.5})
     )
     for row, other in zip(plain[1:], heated[1:], strict=True):
-        assert {key: entry["rank"] for key, entry in row.items()} == {key: entry["rank"] for key, entry in other.items()}
+        assert {key: entry["rank"] for key, entry in row.items()} == {
+            key: entry["rank"] for key, entry in other.items()
+        }
         for key, entry in row.items():
             assert other[key]["logprob"] == pytest.approx(entry["logprob"], abs=1e-5)
 

@@ -33,7 +33,7 @@ def get(server: Endpoint, path: str) -> httpx.Response:
 
 def complete(server: Endpoint, prompt: object, **fields: Any) -> list[dict[str, Any]]:
     """The choices of ``/v1/completions``, in the order of their index."""
-    reply = post(server, "/v1/completions", {"model": server.model, "prompt": prompt, **fields})
+    reply = post(server, "/v1/completions", {"model": server.model, "prompt": prompt} | fields)
     assert reply.status_code == 200, reply.text
     return sorted(reply.json()["choices"], key=lambda choice: choice["index"])
 
