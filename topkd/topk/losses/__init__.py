@@ -3,11 +3,23 @@
 Masks are boolean, means are over valid tokens, the teacher never receives a gradient, logs are natural.
 """
 
+from topkd.topk.losses.entropy import entropy_aware_opd_loss, eopd_loss, teacher_entropy
+from topkd.topk.losses.jsd import generalized_jsd_loss
+from topkd.topk.losses.kd import KDLoss
 from topkd.topk.losses.policy import icepop_loss, importance_sampling_loss, ppo_clip_loss, reinforce_loss
+from topkd.topk.losses.taid import taid_loss
+from topkd.topk.schedule import TAIDScheduler
 
 __all__ = [
+    "KDLoss",
+    "TAIDScheduler",
+    "entropy_aware_opd_loss",
+    "eopd_loss",
+    "generalized_jsd_loss",
     "icepop_loss",
     "importance_sampling_loss",
     "ppo_clip_loss",
     "reinforce_loss",
+    "taid_loss",
+    "teacher_entropy",
 ]

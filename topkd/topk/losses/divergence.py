@@ -1,0 +1,89 @@
+"""The integrands of GJS, forward and reverse KL on torch log-probabilities, safe at probability zero.
+
+beta is the mixture weight of the teacher T: beta = 0 is forward KL(T||S), beta = 1 reverse KL(S||T), between them
+GJS = beta KL(T||M) + (1-beta) KL(S||M) with M = beta T + (1-beta) S. The endpoints are special cases, not limits:
+GJS itself vanishes there. Natural logs; the teacher is detached.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from topkd.topk.errors import ConfigError
+
+CLAMPED_LOG_MASS = -1e-7  # a captured mass above 1 - 1e-7 is rounding, and log(1 - mass) would be noise or nan
+
+
+def check_beta(beta: float) -> float:
+    """The mixture weight, if it lies in [0, 1]."""
+    if not 0.0 <= beta <= 1.0:
+        raise ConfigError("beta must lie in [0, 1]", got=beta, hint="0 = forward KL, 1 = reverse KL, between = GJS")
+    return float(beta)
+
+
+def divergence_terms(teacher_logp: Tensor, student_logp: Tensor, beta: float) -> Tensor:
+    """Summands of the divergence, same shape as the inputs; their sum over the last axis is the divergence.
+
+    0 < beta < 1: beta t (log t - log m) + (1-beta) s (log s - log m), each >= 0.  beta = 0: t (log t - log s).
+    beta = 1: s (log s - log t). A probability of zero contributes 0 on its own side; +inf only at the endpoints, where
+    the other side is zero.
+
+    Args:
+        teacher_logp: Natural-log probabilities [..., V]; detached here.
+        student_logp: Natural-log probabilities [..., V].
+        beta: Mixture weight of the teacher, in [0, 1].
+    """
+    check_beta(beta)
+    teacher_logp = teacher_logp.detach()
+    teacher_has, student_has = teacher_logp > -math.inf, student_logp > -math.inf
+    # -inf is replaced before any arithmetic: a where() after it would still send nan through the backward pass
+    lt = torch.where(teacher_has, teacher_logp, 0.0)
+    ls = torch.where(student_has, student_logp, 0.0)
+    t, s = torch.where(teacher_has, lt.exp(), 0.0), torch.where(student_has, ls.exp(), 0.0)
+    if beta == 0.0:
+        return torch.where(teacher_has, torch.where(student_has, t * (lt - ls), math.inf), 0.0)
+    if beta == 1.0:
+        return torch.where(student_has, torch.where(teacher_has, s * (ls - lt), math.inf), 0.0)
+    either = teacher_has | student_has
+    log_teacher_part = torch.where(teacher_has, lt + math.log(beta), -math.inf)
+    log_student_part = torch.where(student_has, ls + math.log1p(-beta), -math.inf)
+    log_m = torch.logaddexp(torch.where(either, log_teacher_part, 0.0), torch.where(either, log_student_part, 0.0))
+    terms = beta * t * (lt - log_m) + (1.0 - beta) * s * (ls - log_m)
+    return torch.where(either, terms, 0.0)
+
+
+def divergence(teacher_logp: Tensor, student_logp: Tensor, beta: float) -> Tensor:
+    """GJS_beta over the last axis (KL at the endpoints), >= 0; both sides must be whole distributions.
+
+    Rounding may leave a sum slightly below zero: the value is raised to 0, the gradient is kept.
+    """
+    return clamp_value(divergence_terms(teacher_logp, student_logp, beta).sum(-1))
+
+
+def clamp_value(total: Tensor) -> Tensor:
+    """max(total, 0) with the gradient of total: near T = S rounding would otherwise switch tokens off."""
+    return total + (-total).clamp(min=0.0).detach()
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-softmax over the last axis where a row without any finite logit is all -inf instead of nan."""
+    dead = torch.isneginf(logits).all(-1, keepdim=True)
+    return torch.log_softmax(torch.where(dead, 0.0, logits), -1).masked_fill(dead, -math.inf)
+
+
+def log_tail(logp: Tensor) -> Tensor:
+    """log(1 - sum exp(logp)) over the last axis, the sum held at exp(-1e-7) or less: log(-expm1(min(lse, -1e-7)))."""
+    return log1mexp(torch.logsumexp(logp, -1).clamp(max=CLAMPED_LOG_MASS))
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0, from expm1 near 0 and log1p far from it."""
+    near = x > -math.log(2.0)
+    return torch.where(
+        near,
+        torch.log(-torch.expm1(torch.where(near, x, -1.0))),
+        torch.log1p(-torch.exp(torch.where(near, -1.0, x))),
+    )

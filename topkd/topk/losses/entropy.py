@@ -1,0 +1,194 @@
+"""Entropy-aware distillation: the source's soft mix of two KLs, and the paper's hard gate (arXiv:2603.07079).
+
+Two different algorithms. ``entropy_aware_opd_loss`` mixes forward and reverse KL convexly by H_T / h_max;
+``eopd_loss`` adds a forward KL on the teacher's top-k where H_T >= tau to an on-policy sampled-token term.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from topkd.topk.errors import ConfigError
+from topkd.topk.losses.divergence import divergence, log_softmax
+from topkd.topk.losses.jsd import check_options, check_positive, select_rows
+from topkd.topk.losses.policy import importance_ratio
+from topkd.topk.losses.taid import entropy
+from topkd.topk.losses.tokens import (
+    FullReduction,
+    Reduction,
+    boolean_mask,
+    check_finite,
+    check_same,
+    labels_mask,
+    reduce_tokens,
+    upcast,
+)
+
+
+def teacher_entropy(teacher_logits: Tensor) -> Tensor:
+    """H_T = -sum_v t log t over the last axis in nats, float32 (float64 stays), detached."""
+    return entropy(log_softmax(upcast(teacher_logits.detach())))
+
+
+def entropy_aware_opd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    labels: Tensor | None = None,
+    h_max: float | None = None,
+    temperature: float = 1.0,
+    reduction: FullReduction = "batchmean",
+    num_tokens: float | Tensor | None = None,
+) -> Tensor:
+    """Mean of w KL(T||S) + (1-w) KL(S||T), w = clamp(H_T / h_max, 0, 1): mode-covering where the teacher is unsure.
+
+    Gate and both KLs use the same temperature. This is the convex, soft form; the paper's is ``eopd_loss``.
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V], detached.
+        labels: int [...] with -100 at ignored positions, or a boolean mask; None = every position counts.
+        h_max: Entropy at which only the forward KL is left; ln V by default.
+        temperature: Divides both logits.
+        reduction: "batchmean" and "mean" divide by the valid tokens; "sum"; "none" returns [...], 0 at masked places.
+        num_tokens: Divide by this instead of the valid tokens of this batch.
+
+    Returns:
+        A scalar, or [...] for reduction "none".
+    """
+    check_options(temperature=temperature)
+    check_positive(h_max=h_max)
+    check_same("student_logits", student_logits.shape, teacher_logits=teacher_logits)
+    mask = labels_mask(labels, student_logits.shape[:-1], student_logits.device)
+    student = select_rows(student_logits, mask)
+    teacher_logp = log_softmax(select_rows(teacher_logits.detach(), mask).to(student.dtype) / temperature)
+    student_logp = log_softmax(student / temperature)
+    limit = math.log(student_logits.shape[-1]) if h_max is None else h_max
+    weight = (entropy(teacher_logp) / limit).clamp(0.0, 1.0) if limit > 0 else torch.zeros_like(teacher_logp[..., 0])
+    # a weight of exactly zero drops its KL, which may be infinite
+    forward = torch.where(weight > 0, weight * divergence(teacher_logp, student_logp, 0.0), 0.0)
+    reverse = torch.where(weight < 1, (1.0 - weight) * divergence(teacher_logp, student_logp, 1.0), 0.0)
+    return reduce_tokens(forward + reverse, mask, reduction, num_tokens)
+
+
+@overload
+def eopd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    sampled_ids: Tensor,
+    tau: float = 0.8,
+    alpha: float = 1.0,
+    k: int = 16,
+    behavior_logp: Tensor | None = None,
+    cap: float | None = None,
+    advantage_clip: float | None = None,
+    reduction: Reduction = "mean",
+    num_tokens: float | Tensor | None = None,
+    return_metrics: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def eopd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    sampled_ids: Tensor,
+    tau: float = 0.8,
+    alpha: float = 1.0,
+    k: int = 16,
+    behavior_logp: Tensor | None = None,
+    cap: float | None = None,
+    advantage_clip: float | None = None,
+    reduction: Reduction = "mean",
+    num_tokens: float | Tensor | None = None,
+    return_metrics: Literal[True],
+) -> tuple[Tensor, dict[str, float]]: ...
+def eopd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    sampled_ids: Tensor,
+    tau: float = 0.8,
+    alpha: float = 1.0,
+    k: int = 16,
+    behavior_logp: Tensor | None = None,
+    cap: float | None = None,
+    advantage_clip: float | None = None,
+    reduction: Reduction = "mean",
+    num_tokens: float | Tensor | None = None,
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, float]]:
+    """Mean of L_OPD + alpha 1[H_T >= tau] KL(T~_k || S): the paper's additive, hard gate (arXiv:2603.07079).
+
+    L_OPD = -sg[r A] log s(y), A = log t(y) - log s(y): the policy gradient of reverse KL(S||T) on the sampled token
+    (its *value* is a surrogate; the metric ``kl`` is the k1 estimate). T~_k is the teacher renormalised on its top k ids, S
+    keeps its normaliser over the whole vocabulary; H_T is over the whole vocabulary, in nats, at temperature 1. The
+    mean is over all valid tokens, gated or not.
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V], detached.
+        mask: bool [...], True = valid; None = all valid.
+        sampled_ids: int [...], the tokens that were sampled.
+        tau: Entropy from which the forward KL is added, in nats (inclusive).
+        alpha: Its weight.
+        k: How many teacher ids the forward KL is taken on.
+        behavior_logp: Logprob of the sampled tokens under the policy that sampled them; None = on-policy (r = 1).
+        cap: Upper bound of the ratio r, detached; None = none.
+        advantage_clip: Bound of |A|; None = none.
+        reduction: "mean" divides by the valid tokens; "sum" does not.
+        num_tokens: Divide by this instead.
+        return_metrics: Also return gate_fraction, kl, entropy and excluded (tokens to which the teacher gives
+            probability zero: they have no sampled-token term).
+
+    Returns:
+        A scalar, or (scalar, metrics).
+    """
+    check_options(top_k=k)
+    check_positive(cap=cap, advantage_clip=advantage_clip)
+    check_same("student_logits", student_logits.shape, teacher_logits=teacher_logits)
+    valid = boolean_mask(mask, student_logits.shape[:-1], student_logits.device)
+    if sampled_ids.shape != valid.shape or sampled_ids.is_floating_point():
+        raise ConfigError("sampled_ids must be integers, one a position", got=tuple(sampled_ids.shape))
+    student_logp = log_softmax(select_rows(student_logits, valid))
+    teacher_logp = log_softmax(select_rows(teacher_logits.detach(), valid).to(student_logp.dtype))
+    chosen = sampled_ids[valid].long().unsqueeze(-1)
+    s_y, t_y = student_logp.gather(-1, chosen).squeeze(-1), teacher_logp.gather(-1, chosen).squeeze(-1)
+    known = torch.isfinite(t_y) & torch.isfinite(s_y)
+    advantage = torch.where(known, t_y - s_y.detach(), 0.0)
+    if advantage_clip is not None:
+        advantage = advantage.clamp(-advantage_clip, advantage_clip)
+    weight = torch.ones_like(advantage)
+    if behavior_logp is not None:
+        check_same("sampled_ids", sampled_ids.shape, behavior_logp=behavior_logp)
+        check_finite(valid, behavior_logp=behavior_logp)
+        weight = importance_ratio(s_y, behavior_logp.detach()[valid].to(s_y.dtype))
+        weight = weight if cap is None else weight.clamp(max=cap)
+    sampled_term = -(weight * advantage * torch.where(known, s_y, 0.0))
+    h_teacher = entropy(teacher_logp)
+    gate = h_teacher >= tau
+    covering = torch.where(gate, forward_kl_on_top(teacher_logp, student_logp, k), 0.0)
+    loss = reduce_tokens(sampled_term + alpha * covering, valid, reduction, num_tokens)
+    if not return_metrics:
+        return loss
+    tokens = max(int(valid.sum()), 1)
+    metrics = {
+        "gate_fraction": float(gate.sum()) / tokens,
+        "kl": -float(advantage.sum()) / max(int(known.sum()), 1),
+        "entropy": float(h_teacher.sum()) / tokens,
+        "excluded": float((~known).sum()),
+    }
+    return loss, metrics
+
+
+def forward_kl_on_top(teacher_logp: Tensor, student_logp: Tensor, k: int) -> Tensor:
+    """KL(T~_k || S) over the last axis: T~_k renormalised on the teacher's k best ids, S not renormalised."""
+    top, ids = teacher_logp.topk(min(k, teacher_logp.shape[-1]), dim=-1)
+    return divergence(log_softmax(top), student_logp.gather(-1, ids), 0.0)

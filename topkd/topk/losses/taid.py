@@ -1,0 +1,98 @@
+"""TAID: a target that moves from the student to the teacher while training (arXiv:2501.16937)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from topkd.topk.errors import ConfigError
+from topkd.topk.losses.divergence import log_softmax
+from topkd.topk.losses.jsd import select_rows
+from topkd.topk.losses.tokens import boolean_mask, check_same, reduce_mean
+
+
+@overload
+def taid_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    *,
+    t: float,
+    num_tokens: float | Tensor | None = None,
+    return_metrics: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def taid_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    *,
+    t: float,
+    num_tokens: float | Tensor | None = None,
+    return_metrics: Literal[True],
+) -> tuple[Tensor, dict[str, float]]: ...
+def taid_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    *,
+    t: float,
+    num_tokens: float | Tensor | None = None,
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, float]]:
+    """Cross-entropy CE(p_t, S), p_t = softmax((1-t) sg[z_S] + t z_T), averaged over valid tokens.
+
+    The value at T = S is the entropy H(p_t), not 0; the gradient is s - p_t. t = 0 has a zero gradient, t = 1 is the
+    gradient of forward KL(T||S). The leg of weight zero is dropped at t = 0 and 1 (0 * -inf is nan). Ids at which the
+    student's logit is -inf are left out of the sum, as in KDLoss.
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V], detached.
+        mask: bool [...], True = valid; None = all valid.
+        t: Interpolation weight of the teacher, in [0, 1]; see TAIDScheduler.
+        num_tokens: Divide by this instead of the valid tokens of this batch.
+        return_metrics: Also return {"kl": mean KL(p_t||S), "t": t}, as the cross-entropy is not comparable across t.
+
+    Returns:
+        A scalar, or (scalar, metrics).
+    """
+    if not 0.0 <= t <= 1.0:
+        raise ConfigError("t must lie in [0, 1]", got=t)
+    check_same("student_logits", student_logits.shape, teacher_logits=teacher_logits)
+    valid = boolean_mask(mask, student_logits.shape[:-1], student_logits.device)
+    student = select_rows(student_logits, valid)
+    target_logp = log_softmax(_blend(student.detach(), select_rows(teacher_logits.detach(), valid), t))
+    per_token = cross_entropy(target_logp, student)
+    loss = reduce_mean(per_token, per_token.shape[0], num_tokens)
+    if not return_metrics:
+        return loss
+    kl = reduce_mean(per_token.detach() - entropy(target_logp), per_token.shape[0], num_tokens)
+    return loss, {"kl": float(kl), "t": float(t)}
+
+
+def cross_entropy(target_logp: Tensor, student_logits: Tensor) -> Tensor:
+    """-sum_v p(v) log s(v) over the last axis; ids with p = 0, or which the student excludes (-inf), add nothing."""
+    student_logp = log_softmax(student_logits)
+    used = (target_logp > -math.inf) & (student_logp > -math.inf)
+    target = torch.where(target_logp > -math.inf, target_logp, 0.0).exp()
+    return -torch.where(used, target * torch.where(used, student_logp, 0.0), 0.0).sum(-1)
+
+
+def entropy(logp: Tensor) -> Tensor:
+    """H = -sum p log p over the last axis, in nats."""
+    listed = logp > -math.inf
+    safe = torch.where(listed, logp, 0.0)
+    return -torch.where(listed, safe.exp() * safe, 0.0).sum(-1)
+
+
+def _blend(student: Tensor, teacher: Tensor, t: float) -> Tensor:
+    teacher = teacher.to(student.dtype)
+    if t == 0.0:
+        return student
+    if t == 1.0:
+        return teacher
+    return (1.0 - t) * student + t * teacher

@@ -1,0 +1,117 @@
+"""TAID's interpolation schedule: a linear floor that moves faster while the loss falls (arXiv:2501.16937)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from topkd.topk.errors import ConfigError
+
+_SMALLEST_LOSS = 1e-8  # the relative change against a loss of zero would be 1e15 and stay in the momentum for good
+
+
+class TAIDScheduler:
+    """t from t_start to t_end over num_train_steps, ahead of the line by alpha * sigmoid(momentum) * (1 - t).
+
+    After the first call, with float32 state: rel = (prev - loss) / prev; m = beta m + (1-beta) rel;
+    delta = alpha sigmoid(m) (1 - t); target = t_start + (t_end - t_start) step / N;
+    t = min(t_end, max(target, t + delta)).
+    With ``disable_adaptive`` t = target. Call ``update_t`` once per *optimiser* step; the last linear target is
+    t_start + (t_end - t_start)(N - 1)/N.
+
+    Attributes:
+        t: The weight to use for the next step.
+    """
+
+    def __init__(
+        self,
+        num_train_steps: int,
+        *,
+        t_start: float = 0.4,
+        t_end: float = 1.0,
+        alpha: float = 5e-4,
+        beta: float = 0.99,
+        disable_adaptive: bool = False,
+    ) -> None:
+        if num_train_steps < 1:
+            raise ConfigError("num_train_steps must be at least 1", got=num_train_steps)
+        if not 0.0 <= t_start < t_end <= 1.0:
+            raise ConfigError("TAID needs 0 <= t_start < t_end <= 1", got=f"t_start {t_start}, t_end {t_end}")
+        if not 0.0 <= beta < 1.0:
+            raise ConfigError("beta must lie in [0, 1)", got=beta)
+        if not alpha >= 0.0:
+            raise ConfigError("alpha must not be negative", got=alpha)
+        self.num_train_steps = num_train_steps
+        self.t_start, self.t_end = t_start, t_end
+        self.alpha, self.beta = alpha, beta
+        self.disable_adaptive = disable_adaptive
+        self._t = np.float32(t_start)
+        self._momentum = np.float32(0.0)
+        self._prev_loss: np.float32 | None = None
+        self._skipped = 0
+
+    @property
+    def t(self) -> float:
+        """Interpolation weight of the teacher for the next step."""
+        return float(self._t)
+
+    @property
+    def momentum(self) -> float:
+        """Running mean of the relative fall of the loss."""
+        return float(self._momentum)
+
+    @property
+    def prev_loss(self) -> float | None:
+        """The last finite loss, None before the first."""
+        return None if self._prev_loss is None else float(self._prev_loss)
+
+    @property
+    def skipped(self) -> int:
+        """How many non-finite losses were left out."""
+        return self._skipped
+
+    def update_t(self, loss: float, global_step: int) -> float | None:
+        """Move t after an optimiser step; returns the adaptive increment, None when there is none yet.
+
+        The first finite loss only seeds the schedule. A loss that is nan or infinite moves neither t nor the momentum.
+
+        Args:
+            loss: The step's loss (a float or a one-element tensor).
+            global_step: Number of optimiser steps taken, 0-based.
+        """
+        value = np.float32(float(loss))
+        if not math.isfinite(value):
+            self._skipped += 1
+            return None
+        previous, self._prev_loss = self._prev_loss, value
+        if previous is None:
+            return None
+        relative = (previous - value) / max(previous, np.float32(_SMALLEST_LOSS))
+        self._momentum = np.float32(self.beta) * self._momentum + np.float32(1.0 - self.beta) * relative
+        delta = np.float32(self.alpha) * _sigmoid(self._momentum) * (np.float32(1.0) - self._t)
+        progress = min(max(global_step, 0), self.num_train_steps) / self.num_train_steps
+        target = np.float32(self.t_start + (self.t_end - self.t_start) * progress)
+        moved = target if self.disable_adaptive else max(target, self._t + delta)
+        self._t = min(np.float32(self.t_end), moved)
+        return float(delta)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that moves, as plain numbers."""
+        return {"t": self.t, "momentum": self.momentum, "prev_loss": self.prev_loss, "skipped": self._skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``; the settings are the constructor's."""
+        missing = {"t", "momentum", "prev_loss"} - state.keys()
+        if missing:
+            raise ConfigError("TAIDScheduler state lacks keys", got=sorted(state), expected=sorted(missing))
+        self._t, self._momentum = np.float32(state["t"]), np.float32(state["momentum"])
+        self._prev_loss = None if state["prev_loss"] is None else np.float32(state["prev_loss"])
+        self._skipped = int(state.get("skipped", 0))
+
+
+def _sigmoid(x: np.float32) -> np.float32:
+    # from the side that cannot overflow
+    grown = np.exp(-abs(x), dtype=np.float32)
+    return np.float32((1.0 if x >= 0 else grown) / (np.float32(1.0) + grown))
