@@ -46,7 +46,14 @@ class Endpoint:
     def http(self, **options: object) -> httpx.Client:
         """A plain HTTP client: the suite that checks the servers must not depend on the clients under test."""
         return httpx.Client(
-            **{"base_url": self.url, "headers": self.headers(), "timeout": 120.0, "trust_env": False, **options}  # type: ignore[arg-type]
+            **{
+                "base_url": self.url,
+                "headers": self.headers(),
+                "timeout": 120.0,
+                "trust_env": False,
+                "verify": False,
+                **options,
+            }  # type: ignore[arg-type]
         )
 
 
@@ -78,7 +85,7 @@ def tail(log: Path, lines: int = 60) -> str:
 
 
 # Runs between us and the server, and becomes it: asks the kernel for SIGTERM when its parent dies, so that a pytest
-# that is SIGKILLed leaves no 3 GB server behind. (A preexec_fn would do the same, but forks a process that has threads.)
+# that is SIGKILLed leaves no 3 GB server behind. (A preexec_fn would do it too, but forks a process with threads.)
 _LAUNCHER = (
     "import ctypes, os, signal, sys; "
     "sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, signal.SIGTERM); "  # 1 = PR_SET_PDEATHSIG
