@@ -8,10 +8,13 @@ from topkd.topk.losses.jsd import generalized_jsd_loss
 from topkd.topk.losses.kd import KDLoss
 from topkd.topk.losses.policy import icepop_loss, importance_sampling_loss, ppo_clip_loss, reinforce_loss
 from topkd.topk.losses.taid import taid_loss
+from topkd.topk.losses.teacher import SparseTeacher
+from topkd.topk.losses.topk_policy import topk_policy_gradient_loss
 from topkd.topk.schedule import TAIDScheduler
 
 __all__ = [
     "KDLoss",
+    "SparseTeacher",
     "TAIDScheduler",
     "entropy_aware_opd_loss",
     "eopd_loss",
@@ -22,4 +25,5 @@ __all__ = [
     "reinforce_loss",
     "taid_loss",
     "teacher_entropy",
+    "topk_policy_gradient_loss",
 ]

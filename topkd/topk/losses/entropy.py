@@ -128,7 +128,7 @@ def eopd_loss(
     """Mean of L_OPD + alpha 1[H_T >= tau] KL(T~_k || S): the paper's additive, hard gate (arXiv:2603.07079).
 
     L_OPD = -sg[r A] log s(y), A = log t(y) - log s(y): the policy gradient of reverse KL(S||T) on the sampled token
-    (its *value* is a surrogate; the metric ``kl`` is the k1 estimate). T~_k is the teacher renormalised on its top k ids, S
+    (its *value* is a surrogate; the metric ``kl`` is the k1 estimate). T~_k is the teacher renormalised on its top k, S
     keeps its normaliser over the whole vocabulary; H_T is over the whole vocabulary, in nats, at temperature 1. The
     mean is over all valid tokens, gated or not.
 

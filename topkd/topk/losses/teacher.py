@@ -1,0 +1,128 @@
+"""``SparseTeacher``: rows of ``TopK`` as tensors, laid out like the student's positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from topkd.topk.errors import AlignmentError, ConfigError
+from topkd.topk.losses.divergence import CLAMPED_LOG_MASS, log1mexp
+from topkd.topk.types import TopK
+
+_LOWEST_TAIL = math.log(-math.expm1(CLAMPED_LOG_MASS))  # both sides' tails are held at 1e-7 or more
+
+
+@dataclass(frozen=True, slots=True)
+class SparseTeacher:
+    """N rows of top-K teacher logprobs on a device.
+
+    Attributes:
+        ids: int64 [N, K], -1 pads.
+        logp: float [N, K], natural logs, -inf at pads.
+        tail_logp: float [N], log of the mass outside the list, at least log(1e-7).
+        actual_ids: int64 [N], -1 unknown.
+        actual_logp: float [N], NaN unknown.
+    """
+
+    ids: Tensor
+    logp: Tensor
+    tail_logp: Tensor
+    actual_ids: Tensor
+    actual_logp: Tensor
+
+    @property
+    def listed(self) -> Tensor:
+        """bool [N, K], False at pads."""
+        return self.ids >= 0
+
+    @property
+    def signal(self) -> Tensor:
+        """bool [N], True where at least one listed id has a finite logprob; the others are holes."""
+        return torch.isfinite(self.logp).any(-1)
+
+    @property
+    def safe_ids(self) -> Tensor:
+        """int64 [N, K] with 0 at the pads, for gather."""
+        return self.ids.clamp(min=0)
+
+    def rows(self, index: Tensor) -> SparseTeacher:
+        """The rows picked by a boolean or integer index."""
+        return SparseTeacher(
+            self.ids[index],
+            self.logp[index],
+            self.tail_logp[index],
+            self.actual_ids[index],
+            self.actual_logp[index],
+        )
+
+    def head(self, k: int | None) -> SparseTeacher:
+        """The k most probable entries; what is dropped joins the tail. None changes nothing.
+
+        A server that was asked for k and appends the realised token answers k + 1 entries: cut it off, as a support
+        that contains y *because* y was sampled biases the estimator.
+        """
+        if k is None or k >= self.ids.shape[-1]:
+            return self
+        if k < 1:
+            raise ConfigError("k must be at least 1", got=k)
+        tail = torch.logsumexp(torch.cat([self.logp[:, k:], self.tail_logp[:, None]], -1), -1)
+        return SparseTeacher(self.ids[:, :k], self.logp[:, :k], tail, self.actual_ids, self.actual_logp)
+
+    @classmethod
+    def from_topk(cls, teacher: TopK, device: torch.device, dtype: torch.dtype) -> SparseTeacher:
+        """Tensors of a TopK. An unknown tail is derived from the listed logprobs."""
+
+        def floats(values: object) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        logp, tail = floats(teacher.logp), floats(teacher.tail_logp)
+        if teacher.k:
+            derived = log1mexp(torch.logsumexp(logp.double(), -1).clamp(max=CLAMPED_LOG_MASS)).to(dtype)
+            tail = torch.where(torch.isnan(tail), derived, tail)
+        return cls(
+            torch.tensor(teacher.ids, dtype=torch.long, device=device),
+            logp,
+            tail.clamp(min=_LOWEST_TAIL),
+            torch.tensor(teacher.actual_ids, dtype=torch.long, device=device),
+            floats(teacher.actual_logp),
+        )
+
+
+Teacher: TypeAlias = TopK | Sequence[TopK] | SparseTeacher
+
+
+def teacher_rows(teacher: Teacher, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> SparseTeacher:
+    """The teacher as N = prod(shape) flat rows.
+
+    Args:
+        teacher: A TopK whose rows follow each other, one TopK a sequence, or tensors that were made before. For
+            positions [B, T], B TopKs of at most T rows each are padded with holes at the end.
+        shape: Shape of the student's positions, [N] or [B, T].
+        device: Where the student is.
+        dtype: float32 or float64, as the student's logprobs.
+    """
+    if isinstance(teacher, SparseTeacher):
+        sparse = teacher
+    else:
+        if not isinstance(teacher, TopK):
+            teacher = TopK.concat(_padded(teacher, shape))
+        sparse = SparseTeacher.from_topk(teacher, device, dtype)
+    if sparse.ids.shape[0] != math.prod(shape):
+        raise AlignmentError(
+            "teacher and student have different numbers of rows",
+            got=int(sparse.ids.shape[0]),
+            expected=math.prod(shape),
+            hint="row i of the teacher must be the distribution of the student's row i",
+        )
+    return sparse
+
+
+def _padded(parts: Sequence[TopK], shape: torch.Size) -> list[TopK]:
+    if len(shape) != 2 or len(parts) != shape[0] or any(part.rows > shape[1] for part in parts):
+        return list(parts)
+    return [piece for part in parts for piece in (part, TopK.from_lists([None] * (shape[1] - part.rows)))]

@@ -1,0 +1,243 @@
+"""The top-K policy gradient with a sampled tail: analytic over the teacher's list, sampled outside it.
+
+Per position, with A the listed ids, o everything else, g the advantage of the divergence (gjs_advantage)::
+
+    G = sum_{v in A} sg[s(v) (g(v) - g_o)] grad log s(v)  +  lam 1[y not in A] sg[r (g(y) - g_o)] grad log s(y)
+
+Over y ~ S its expectation is exactly -grad[(1-lam) D_bucket + lam D]: at lam = 1 minus the gradient of the
+full-vocabulary divergence for every K, at lam = 0 of the (K+1)-bin one. Natural logs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from topkd.topk.errors import ConfigError
+from topkd.topk.losses.divergence import check_beta, divergence
+from topkd.topk.losses.jsd import check_positive, with_tail
+from topkd.topk.losses.policy import importance_ratio
+from topkd.topk.losses.teacher import SparseTeacher, Teacher, teacher_rows
+from topkd.topk.losses.tokens import Reduction, boolean_mask, check_finite, reduce_tokens, upcast
+
+TAIL_GATE = 1e-6  # below this the tail's advantage is a quotient of two roundings
+_TAIL_CLAMP = 1e-7
+
+
+@dataclass(frozen=True, slots=True)
+class SupportWeights:
+    """Detached float64 coefficients of log s, and what they were made of; N rows.
+
+    Attributes:
+        ids: [N, K], coefficient of log s at the listed ids (0 at pads).
+        actual: [N], coefficient of log s(y); 0 where y is listed.
+        gated: bool [N], the tail is empty to rounding on one side.
+        in_support: bool [N], y is listed.
+        excluded: bool [N], y outside the list with t(y) = 0 at beta = 1: no finite advantage.
+        teacher_tail: [N], t_o.
+        student_tail: [N], s_o.
+    """
+
+    ids: Tensor
+    actual: Tensor
+    gated: Tensor
+    in_support: Tensor
+    excluded: Tensor
+    teacher_tail: Tensor
+    student_tail: Tensor
+
+
+def advantage(log_ratio: Tensor, beta: float) -> Tensor:
+    """g as a function of log t - log s: (1-beta) log(beta t/s + 1 - beta); beta 1: log t/s; beta 0: t/s - 1."""
+    if beta == 1.0:
+        return log_ratio
+    if beta == 0.0:
+        return torch.expm1(log_ratio)
+    other = torch.full_like(log_ratio, math.log1p(-beta))
+    return (1.0 - beta) * torch.logaddexp(log_ratio + math.log(beta), other)
+
+
+def support_weights(
+    student_logp_at_ids: Tensor,
+    student_logp_actual: Tensor,
+    teacher: SparseTeacher,
+    *,
+    beta: float,
+    lam: float,
+    behavior_logp: Tensor | None = None,
+    cap: float | None = None,
+) -> SupportWeights:
+    """Coefficients of the estimator for rows that all have a signal; float64 and detached whatever comes in."""
+    ls, lt = student_logp_at_ids.detach().double(), teacher.logp.double()
+    s_y, t_y = student_logp_actual.detach().double(), teacher.actual_logp.double()
+    # at beta = 1 an id with t = 0 has no finite advantage: it is left in the tail, which is as good a partition
+    member = teacher.listed & (lt > -math.inf) if beta == 1.0 else teacher.listed
+    used = member & (ls > -math.inf)
+    s = torch.where(used, ls, -math.inf).exp()
+    ratio = torch.where(used, lt - torch.where(used, ls, 0.0), 0.0)
+    # s g, with its limit at beta = 0 written out: t/s overflows long before t - s does
+    head = torch.where(used, lt, -math.inf).exp() - s if beta == 0.0 else s * advantage(ratio, beta)
+    t_o, s_o = teacher.tail_logp.double().exp().clamp(min=_TAIL_CLAMP), (1.0 - s.sum(-1)).clamp(min=_TAIL_CLAMP)
+    gated = (t_o < TAIL_GATE) | (s_o < TAIL_GATE)
+    g_o = torch.where(gated, 0.0, advantage(t_o.log() - s_o.log(), beta))
+    w_ids = torch.where(used, head - s * g_o[:, None], 0.0)
+    in_support = (member & (teacher.ids == teacher.actual_ids[:, None])).any(-1)
+    outside = ~in_support & ~gated & (s_y > -math.inf)
+    excluded = outside & torch.isneginf(t_y) if beta == 1.0 else torch.zeros_like(gated)
+    sampled = outside & ~excluded & (lam > 0.0)
+    g_y = advantage(torch.where(sampled, t_y, 0.0) - torch.where(sampled, s_y, 0.0), beta)
+    w_actual = torch.where(sampled, lam * (g_y - g_o), 0.0)
+    if behavior_logp is not None:
+        weight = importance_ratio(s_y, behavior_logp.detach().double())
+        w_actual = w_actual * (weight if cap is None else weight.clamp(max=cap))
+    return SupportWeights(w_ids, w_actual, gated, in_support, excluded, t_o, s_o)
+
+
+def weighted_rows(student_logp_at_ids: Tensor, student_logp_actual: Tensor, weights: SupportWeights) -> Tensor:
+    """-(sum_k w_k log s_k + w_y log s_y), [N]; entries of weight zero are never touched (their log s may be -inf)."""
+    at_ids = torch.where(weights.ids != 0, student_logp_at_ids, 0.0)
+    actual = torch.where(weights.actual != 0, student_logp_actual, 0.0)
+    dtype = student_logp_at_ids.dtype
+    return -((weights.ids.to(dtype) * at_ids).sum(-1) + weights.actual.to(dtype) * actual)
+
+
+def usable_rows(teacher: SparseTeacher, lam: float) -> Tensor:
+    """bool [N]: the list has a signal and, when lam > 0, the realised token and its logprob are known."""
+    if lam == 0.0:
+        return teacher.signal
+    return teacher.signal & (teacher.actual_ids >= 0) & ~torch.isnan(teacher.actual_logp)
+
+
+def check_lam(lam: float) -> None:
+    """Raise ConfigError unless lam lies in [0, 1]."""
+    if not 0.0 <= lam <= 1.0:
+        raise ConfigError("lam must lie in [0, 1]", got=lam, hint="0 = (K+1)-bin divergence, 1 = the whole vocabulary")
+
+
+def estimator_metrics(weights: SupportWeights, bucket: Tensor, masked_rows: int) -> dict[str, float]:
+    """Means over the rows that were used; counts for what was gated, excluded or masked."""
+    count = max(weights.actual.shape[0], 1)
+    return {
+        "gated_rows": float(weights.gated.sum()),
+        "excluded_tokens": float(weights.excluded.sum()),
+        "masked_rows": float(masked_rows),
+        "in_support": float(weights.in_support.sum()) / count,
+        "teacher_tail": float(weights.teacher_tail.sum()) / count,
+        "student_tail": float(weights.student_tail.sum()) / count,
+        "divergence_bucket": float(bucket.sum()) / count,
+    }
+
+
+@overload
+def topk_policy_gradient_loss(
+    student_logp_at_ids: Tensor,
+    student_logp_actual: Tensor,
+    teacher: Teacher,
+    mask: Tensor | None = None,
+    *,
+    beta: float = 0.5,
+    lam: float = 0.3,
+    behavior_logp: Tensor | None = None,
+    cap: float | None = 2.0,
+    k: int | None = None,
+    reduction: Reduction = "mean",
+    num_tokens: float | Tensor | None = None,
+    return_metrics: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def topk_policy_gradient_loss(
+    student_logp_at_ids: Tensor,
+    student_logp_actual: Tensor,
+    teacher: Teacher,
+    mask: Tensor | None = None,
+    *,
+    beta: float = 0.5,
+    lam: float = 0.3,
+    behavior_logp: Tensor | None = None,
+    cap: float | None = 2.0,
+    k: int | None = None,
+    reduction: Reduction = "mean",
+    num_tokens: float | Tensor | None = None,
+    return_metrics: Literal[True],
+) -> tuple[Tensor, dict[str, float]]: ...
+def topk_policy_gradient_loss(
+    student_logp_at_ids: Tensor,
+    student_logp_actual: Tensor,
+    teacher: Teacher,
+    mask: Tensor | None = None,
+    *,
+    beta: float = 0.5,
+    lam: float = 0.3,
+    behavior_logp: Tensor | None = None,
+    cap: float | None = 2.0,
+    k: int | None = None,
+    reduction: Reduction = "mean",
+    num_tokens: float | Tensor | None = None,
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, float]]:
+    """The top-K policy gradient with a sampled tail; its gradient is the point, its value only a surrogate.
+
+    lam = 1: E over y ~ S of the gradient is +grad GJS_beta(T, S) of the loss, exactly, for every K and support that was
+    chosen without looking at y. lam < 1 trades the divergence for (1-lam) D_bucket + lam D and lowers the variance.
+    Rows whose tail is below 1e-6 on a side have no tail term (counted). Nothing is floored or renormalised.
+
+    Args:
+        student_logp_at_ids: Exact log s at the teacher's ids, [N, K] or [B, T, K]; whatever stands at pads is unused.
+        student_logp_actual: Exact log s(y), [N] or [B, T].
+        teacher: The same rows: TopK, a sequence of TopK, or SparseTeacher.
+        mask: bool [N] or [B, T], True = valid; None = all. Holes, and for lam > 0 rows whose realised token is unknown,
+            are masked besides and do not count in the mean.
+        beta: Mixture weight of the teacher (0 forward KL, 1 reverse KL).
+        lam: Weight of the sampled tail, in [0, 1].
+        behavior_logp: Logprob of y under the policy it was sampled from; None = on-policy. Only the sampled term needs
+            it.
+        cap: Upper bound of that ratio (detached; biased above it); None = none.
+        k: How many entries the server was asked for: further ones (its extra realised token) leave the support.
+        reduction: "mean" divides by the valid rows; "sum" does not.
+        num_tokens: Divide by this instead.
+        return_metrics: Also return counts (gated, excluded, masked rows) and means (tails, y in support, D_bucket).
+
+    Returns:
+        A scalar, or (scalar, metrics).
+    """
+    check_beta(beta)
+    check_lam(lam)
+    check_positive(cap=cap)
+    shape = student_logp_actual.shape
+    if student_logp_at_ids.shape[:-1] != shape:
+        raise ConfigError(
+            "student_logp_at_ids must be student_logp_actual's shape and K",
+            got=tuple(student_logp_at_ids.shape),
+            expected=(*shape, "K"),
+        )
+    at_ids = upcast(student_logp_at_ids.flatten(0, -2) if student_logp_at_ids.dim() > 1 else student_logp_at_ids[None])
+    sparse = teacher_rows(teacher, shape, at_ids.device, at_ids.dtype)
+    if sparse.ids.shape[-1] != at_ids.shape[-1]:
+        raise ConfigError("student and teacher differ in K", got=at_ids.shape[-1], expected=sparse.ids.shape[-1])
+    sparse = sparse.head(k)
+    valid = boolean_mask(mask, shape, at_ids.device).reshape(-1)
+    used = valid & usable_rows(sparse, lam)
+    rows = sparse.rows(used)
+    at_ids, actual = at_ids[used][:, : rows.ids.shape[-1]], upcast(student_logp_actual.reshape(-1)[used])
+    behavior = None
+    if behavior_logp is not None and lam > 0.0:
+        if behavior_logp.shape != shape:
+            raise ConfigError("behavior_logp has another shape", got=tuple(behavior_logp.shape), expected=tuple(shape))
+        check_finite(used, behavior_logp=behavior_logp.reshape(-1))
+        behavior = behavior_logp.reshape(-1)[used]
+    weights = support_weights(at_ids, actual, rows, beta=beta, lam=lam, behavior_logp=behavior, cap=cap)
+    loss = reduce_tokens(weighted_rows(at_ids, actual, weights), used, reduction, num_tokens)
+    if not return_metrics:
+        return loss
+    return loss, estimator_metrics(weights, bucket_rows(at_ids, rows, beta), int((valid & ~used).sum()))
+
+
+def bucket_rows(student_logp_at_ids: Tensor, teacher: SparseTeacher, beta: float) -> Tensor:
+    """D_bucket of each row, [N], detached float64: a lower bound of the divergence, for the diary."""
+    student = torch.where(teacher.listed, student_logp_at_ids.detach(), -math.inf).double()
+    tail = (1.0 - student.exp().sum(-1)).clamp(min=_TAIL_CLAMP).log()
+    return divergence(with_tail(teacher.logp.double(), teacher.tail_logp.double()), with_tail(student, tail), beta)
