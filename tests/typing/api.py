@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import assert_never, assert_type
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from topkd.topk import (
@@ -19,8 +20,24 @@ from topkd.topk import (
     TopK,
     TopKBehavior,
     TopKPreparedSample,
+    gjs,
+    gjs_advantage,
+    scalar_kl_advantage,
+    shared_support_gjs,
 )
 from topkd.topk.errors import ConfigError, KLimitError, ServerBusyError, ServerError, TopkdError
+from topkd.topk.losses import (
+    KDLoss,
+    TAIDScheduler,
+    entropy_aware_opd_loss,
+    eopd_loss,
+    generalized_jsd_loss,
+    importance_sampling_loss,
+    ppo_clip_loss,
+    taid_loss,
+    teacher_entropy,
+    topk_policy_gradient_loss,
+)
 from topkd.topk.protocols import (
     CandidateScorer,
     Ids,
@@ -170,3 +187,40 @@ async def catching_errors(teacher: TeacherScorer) -> int:
     except TopkdError as error:
         assert_type(error.hint, str)
     return 0
+
+
+def maths_on_arrays(sample: ScalarPreparedSample, teacher_logp_TV: Float64, student_logp_TV: Float64) -> None:
+    """NumPy in, NumPy out."""
+    behavior = sample.behavior.logp
+    assert_type(scalar_kl_advantage(sample.teacher_logp, behavior), NDArray[np.floating])
+    assert_type(gjs_advantage(sample.teacher_logp, behavior, 0.5), NDArray[np.floating])
+    assert_type(gjs(teacher_logp_TV, student_logp_TV, 0.5), Float64)
+    assert_type(shared_support_gjs(teacher_logp_TV, student_logp_TV, 0.5, tail="bucket"), Float64)
+
+
+def losses_on_tensors(
+    student: torch.Tensor, teacher: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Every loss is a scalar tensor with a graph."""
+    total = generalized_jsd_loss(student, teacher, None, 0.5, 1.0, "batchmean", top_k=20, token_clip=None)
+    schedule = TAIDScheduler(100, t_start=0.4, t_end=1.0)
+    taid = taid_loss(student, teacher, mask, t=schedule.t)
+    schedule.update_t(float(taid.detach()), 1)
+    total = total + taid + KDLoss()(student, teacher, ids)
+    total = total + entropy_aware_opd_loss(student, teacher, labels=None, h_max=None)
+    total = total + eopd_loss(student, teacher, mask=mask, sampled_ids=ids, tau=0.8)
+    assert_type(teacher_entropy(teacher), torch.Tensor)
+    return total
+
+
+def policy_gradients(
+    new: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Importance weights are detached inside; the mask is boolean."""
+    plain = importance_sampling_loss(new, old, advantages, mask, cap=2.0, reduction="mean")
+    return plain + ppo_clip_loss(new, old, advantages, mask, clip=0.2, dual_clip=3.0)
+
+
+def the_estimator(at_ids: torch.Tensor, actual: torch.Tensor, teacher: TopK, mask: torch.Tensor) -> torch.Tensor:
+    """The teacher's scores go in as they came."""
+    return topk_policy_gradient_loss(at_ids, actual, teacher, mask, beta=0.5, lam=0.3, behavior_logp=None, cap=2.0)
