@@ -206,7 +206,8 @@ def losses_on_tensors(
     schedule = TAIDScheduler(100, t_start=0.4, t_end=1.0)
     taid = taid_loss(student, teacher, mask, t=schedule.t)
     schedule.update_t(float(taid.detach()), 1)
-    total = total + taid + KDLoss()(student, teacher, ids)
+    kd: torch.Tensor = KDLoss()(student, teacher, ids)
+    total = total + taid + kd
     total = total + entropy_aware_opd_loss(student, teacher, labels=None, h_max=None)
     total = total + eopd_loss(student, teacher, mask=mask, sampled_ids=ids, tau=0.8)
     assert_type(teacher_entropy(teacher), torch.Tensor)
