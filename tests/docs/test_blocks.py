@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from tests.docs.blocks import ROOT, Block, BlockError, all_blocks, blocks_of
+from topkd.topk.errors import ConfigError
 
 FAST_LIMIT_S = 60
 SLOW_LIMIT_S = 1200
-# A TOML file with any of these tables is a run config, so `topkd train` must be able to load it.
-RUN_TABLES = {"objective", "student", "teacher", "learner", "sampler"}
+TOML_FILES = sorted(path for folder in ("examples", "benchmarks", "docs") for path in (ROOT / folder).rglob("*.toml"))
 
 
 def _cases() -> list[object]:
@@ -41,7 +41,7 @@ def run_block(block: Block, folder: Path) -> None:
     if block.kind == "json":
         json.loads(block.code)
     elif block.kind == "toml":
-        _load_toml(block, folder)
+        load_toml(block.program, block.name)
     elif block.kind == "python":
         script = folder / "block.py"
         script.write_text(block.program, encoding="utf-8")
@@ -61,14 +61,17 @@ def _typed(block: Block) -> str:
     return "\n".join(typed)
 
 
-def _load_toml(block: Block, folder: Path) -> None:
-    tables = tomllib.loads(block.program)
-    if RUN_TABLES & tables.keys():
-        path = folder / "run.toml"
-        path.write_text(block.program, encoding="utf-8")
-        from topkd.compose import load_config
+def load_toml(text: str, where: str) -> None:
+    """Parses; what sets anything of a run is validated as a run config, a fragment after completion."""
+    tables = tomllib.loads(text)
+    from topkd.compose.config import RunConfig, validated
 
-        load_config(path)
+    if not RunConfig.model_fields.keys() & tables.keys():
+        return
+    rest = {"student": {"model": "m"}, "teacher": {"url": "http://127.0.0.1:8000"}, "data": {"path": "p.jsonl"}}
+    if "teachers" in tables:
+        del rest["teacher"]
+    validated(RunConfig, rest | tables, where=where)
 
 
 def _run(command: list[str], block: Block, folder: Path) -> None:
@@ -144,6 +147,18 @@ def test_a_toml_block_that_does_not_parse_is_an_error(tmp_path: Path) -> None:
     (block,) = _document(tmp_path, "```toml\na = \n```")
     with pytest.raises(tomllib.TOMLDecodeError):
         run_block(block, tmp_path)
+
+
+def test_a_toml_block_with_an_unknown_run_key_is_an_error(tmp_path: Path) -> None:
+    fine, wrong = _document(tmp_path, "```toml\nk = 20\n```\n\n```toml\nk = 20\nstepz = 3\n```\n")
+    run_block(fine, tmp_path)
+    with pytest.raises(ConfigError, match="stepz"):
+        run_block(wrong, tmp_path)
+
+
+def test_every_toml_file_of_the_repository_loads() -> None:
+    for path in TOML_FILES:
+        load_toml(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT)))
 
 
 def test_no_run_needs_a_reason_and_binds_only_to_the_block_below(tmp_path: Path) -> None:
