@@ -1,0 +1,122 @@
+"""What a record is found by: a keyed hash of who answered and of the exact ids that were asked about."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import TypeAlias
+
+import numpy as np
+
+from topkd.topk.errors import ConfigError, DataError
+from topkd.topk.protocols import Ids
+from topkd.topk.samples import SamplingParams
+from topkd.topk.types import Int32
+
+KEY_BYTES = 16
+RAW_LOGPROBS = "raw_logprobs"  # the model's own softmax: temperature 1, before any truncation or penalty
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherIdentity:
+    """Who answers, in every respect that changes a logprob. Never an address, never a secret.
+
+    Attributes:
+        name: The served model name (or path).
+        revision: Revision, checkpoint hash, or a fingerprint of the user's choice. Empty says: whatever that name is.
+        tokenizer: Hash of the tokenizer, "" when unknown.
+        context: Hash of what the teacher sees beyond the ids (a template version, an adapter), "" when nothing.
+        semantics: What the numbers are; ``RAW_LOGPROBS`` unless the list was tempered, renormalised or quantised.
+    """
+
+    name: str
+    revision: str = ""
+    tokenizer: str = ""
+    context: str = ""
+    semantics: str = RAW_LOGPROBS
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ConfigError("teacher identity without a name", hint="give the served model name")
+        for field, value in asdict(self).items():
+            if "://" in value:
+                # The same teacher behind two addresses is one teacher, and an address may carry credentials.
+                raise ConfigError(
+                    f"teacher identity: {field} is a URL",
+                    got=value.split("://", 1)[0] + "://...",
+                    hint="use the served model name and a revision or fingerprint",
+                )
+        if not self.semantics:
+            raise ConfigError("teacher identity without logprob semantics", expected=RAW_LOGPROBS)
+
+    @property
+    def digest(self) -> bytes:
+        """32 bytes that every key of this teacher depends on."""
+        return _digest(self)
+
+    @property
+    def tag(self) -> int:
+        """First 4 bytes of the digest as an integer: which teacher a record belongs to, for listing."""
+        return int.from_bytes(self.digest[:4], "little")
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces, ASCII."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> TeacherIdentity:
+        """The identity that ``to_json`` wrote; unknown fields are an error."""
+        try:
+            fields = json.loads(text)
+            return cls(**fields)
+        except (ValueError, TypeError) as error:
+            raise DataError("not a teacher identity", got=repr(text)[:80]) from error
+
+
+Teacher: TypeAlias = str | TeacherIdentity
+
+
+@lru_cache(maxsize=256)
+def _digest(identity: TeacherIdentity) -> bytes:
+    return hashlib.blake2b(identity.to_json().encode(), digest_size=32, person=b"topkd-teacher").digest()
+
+
+@lru_cache(maxsize=256)
+def identity_of(teacher: Teacher) -> TeacherIdentity:
+    """The identity itself, or the one that a bare name stands for."""
+    return TeacherIdentity(teacher) if isinstance(teacher, str) else teacher
+
+
+def token_array(ids: Ids) -> Int32:
+    """int32 [N], checked: one-dimensional, integers, none negative."""
+    array = np.asarray(ids)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
+        raise DataError("token ids must be a non-empty list of integers", got=f"{array.dtype} {array.shape}")
+    if array.min() < 0 or array.max() > np.iinfo(np.int32).max:
+        raise DataError("token id out of range", got=f"{array.min()}..{array.max()}", expected="0..2**31-1")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def score_key(identity: TeacherIdentity, ids: Int32) -> bytes:
+    """Key of a score: the teacher and every token it saw. Where scoring starts and K are no part of it."""
+    return hashlib.blake2b(
+        ids.astype("<i4", copy=False).tobytes(), digest_size=KEY_BYTES, key=identity.digest, person=b"score"
+    ).digest()
+
+
+def rollout_key(
+    identity: TeacherIdentity, prompt_ids: Int32, params: SamplingParams, *, version: str = "", occurrence: int = 0
+) -> bytes:
+    """Key of a rollout: the policy and its version, the prompt, every sampling parameter, and the how-manieth asking.
+
+    ``occurrence`` tells apart repeated requests without a seed, which are meant to give different completions.
+    """
+    asked = json.dumps(
+        {"params": asdict(params), "version": version, "occurrence": occurrence}, sort_keys=True, separators=(",", ":")
+    ).encode()
+    hashed = hashlib.blake2b(digest_size=KEY_BYTES, key=identity.digest, person=b"rollout")
+    hashed.update(len(asked).to_bytes(4, "little") + asked)
+    hashed.update(prompt_ids.astype("<i4", copy=False).tobytes())
+    return hashed.digest()

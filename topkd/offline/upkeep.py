@@ -1,0 +1,162 @@
+"""Looking after a cache: what it holds, whether it holds, and what can go."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from topkd.offline.appending import locked_by_writer
+from topkd.offline.codecs import CODEC_NAMES
+from topkd.offline.folder import open_folder
+from topkd.offline.records import KIND_NAMES, ROLLOUT, SCORE, Header
+from topkd.offline.segments import Damage, Segment, segment_paths
+from topkd.offline.tables import (
+    answers,
+    close_all,
+    folder_bytes,
+    header_rows,
+    joined,
+    live_rows,
+    read_tables,
+    teachers_of,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """What a folder holds; ``as_dict`` is what ``topkd cache stats --json`` prints."""
+
+    path: str
+    records: int  # scores and rollouts on the disk
+    live: int  # those that a request can be answered from
+    scores: int
+    rollouts: int
+    tokens: int  # scored positions and sampled tokens of live records
+    bytes: int
+    bytes_per_token: float | None
+    segments: int
+    sealed: int
+    k: dict[int, int]  # K asked for, to live scores
+    rows: dict[str, float]  # scored positions of a live score: min, median, mean, p99, max
+    codecs: dict[str, int]
+    teachers: list[dict[str, Any]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types only."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What reading every byte found. ``ok`` is False when something that was acknowledged may be lost."""
+
+    path: str
+    segments: int
+    records: int
+    duplicates: int  # records that another one makes superfluous; harmless, and gone after a compaction
+    bytes: int
+    damage: list[Damage] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """No damage beyond what a crash leaves behind."""
+        return not any(item.fatal for item in self.damage)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types only."""
+        return {**asdict(self), "ok": self.ok}
+
+
+def stats(path: str | os.PathLike[str]) -> CacheStats:
+    """Counts from the indexes alone, without reading a payload (but for the teachers' names)."""
+    root = Path(path)
+    open_folder(root, create=False)
+    segments, table = read_tables(root)
+    try:
+        told = answers(table)
+        live = told[live_rows(told)]
+        scores = live[live["kind"] == SCORE]
+        tokens = int(live["rows"].sum(dtype=np.int64))
+        size = folder_bytes(root)
+        names = teachers_of(segments, table)
+        return CacheStats(
+            path=str(root),
+            records=len(told),
+            live=len(live),
+            scores=len(scores),
+            rollouts=int(live["start"][live["kind"] == ROLLOUT].sum(dtype=np.int64)),
+            tokens=tokens,
+            bytes=size,
+            bytes_per_token=size / tokens if tokens else None,
+            segments=len(segments),
+            sealed=sum(segment.index is not None for segment in segments),
+            k={int(k): int(n) for k, n in zip(*np.unique(scores["asked"], return_counts=True), strict=True)},
+            rows=_spread(scores["rows"]),
+            codecs={CODEC_NAMES.get(c, str(c)): n for c, n in Counter(live["codec"].tolist()).items()},
+            teachers=[
+                {
+                    **asdict(names[tag]),
+                    "records": int((live["tag"] == tag).sum()),
+                    "tokens": int(live["rows"][live["tag"] == tag].sum(dtype=np.int64)),
+                }
+                for tag in sorted(names)
+            ],
+        )
+    finally:
+        close_all(segments)
+
+
+def verify(path: str | os.PathLike[str]) -> Verification:
+    """Reads every byte of every segment and index; names each piece that is not as it was written."""
+    root = Path(path)
+    open_folder(root, create=False)
+    damage: list[Damage] = []
+    rows: list[np.ndarray[Any, Any]] = []
+    size = count = 0
+    for position, file in enumerate(segment_paths(root)):
+        with contextlib.closing(Segment(file)) as segment:
+            size += segment.size
+            count += 1
+            scan = segment.scan(payloads=True)
+            torn = [item for item in scan.damage if not item.fatal]
+            if segment.index is not None:
+                damage += [item for item in scan.damage if item.fatal and item.offset < segment.end]
+                if torn and torn[0].offset < segment.end and not segment.damage:
+                    damage.append(Damage(file.name, torn[0].offset, torn[0].size, "record does not hold"))
+                damage += segment.damage + _unindexed(segment, scan.found)
+            else:
+                busy = locked_by_writer(file)  # a record that is being written is no tear
+                damage += segment.damage + [item for item in scan.damage if item.fatal or not busy]
+            rows.append(header_rows(position, scan.found))
+    told = answers(joined(rows))
+    return Verification(str(root), count, len(told), int(len(told) - live_rows(told).sum()), size, damage)
+
+
+def _unindexed(segment: Segment, found: list[tuple[int, Header]]) -> list[Damage]:
+    index = segment.index
+    assert index is not None  # noqa: S101 - only called for sealed segments
+    known = set(index.entries["offset"].tolist())
+    return [
+        Damage(segment.name, offset, header.span, f"{KIND_NAMES.get(header.kind, 'strange')} record not in the index")
+        for offset, header in found
+        if offset not in known and offset < segment.end
+    ]
+
+
+def _spread(rows: np.ndarray[Any, Any]) -> dict[str, float]:
+    if not len(rows):
+        return {}
+    values = rows.astype(np.float64)
+    return {
+        "min": float(values.min()),
+        "median": float(np.median(values)),
+        "mean": float(values.mean()),
+        "p99": float(np.percentile(values, 99)),
+        "max": float(values.max()),
+    }
