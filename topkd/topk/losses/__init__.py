@@ -7,6 +7,7 @@ from topkd.topk.losses.entropy import entropy_aware_opd_loss, eopd_loss, teacher
 from topkd.topk.losses.jsd import generalized_jsd_loss
 from topkd.topk.losses.kd import KDLoss
 from topkd.topk.losses.policy import icepop_loss, importance_sampling_loss, ppo_clip_loss, reinforce_loss
+from topkd.topk.losses.sparse import fused_divergence_loss, sparse_divergence_loss
 from topkd.topk.losses.taid import taid_loss
 from topkd.topk.losses.teacher import SparseTeacher
 from topkd.topk.losses.topk_policy import topk_policy_gradient_loss
@@ -18,11 +19,13 @@ __all__ = [
     "TAIDScheduler",
     "entropy_aware_opd_loss",
     "eopd_loss",
+    "fused_divergence_loss",
     "generalized_jsd_loss",
     "icepop_loss",
     "importance_sampling_loss",
     "ppo_clip_loss",
     "reinforce_loss",
+    "sparse_divergence_loss",
     "taid_loss",
     "teacher_entropy",
     "topk_policy_gradient_loss",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from topkd.topk.errors import AlignmentError, ConfigError
 from topkd.topk.losses.divergence import CLAMPED_LOG_MASS, log1mexp
+from topkd.topk.losses.tokens import widest
 from topkd.topk.types import TopK
 
 _LOWEST_TAIL = math.log(-math.expm1(CLAMPED_LOG_MASS))  # both sides' tails are held at 1e-7 or more
@@ -50,8 +51,8 @@ class SparseTeacher:
         """int64 [N, K] with 0 at the pads, for gather."""
         return self.ids.clamp(min=0)
 
-    def rows(self, index: Tensor) -> SparseTeacher:
-        """The rows picked by a boolean or integer index."""
+    def rows(self, index: Tensor | slice) -> SparseTeacher:
+        """The rows picked by a boolean or integer index, or a slice of them."""
         return SparseTeacher(
             self.ids[index],
             self.logp[index],
@@ -82,7 +83,7 @@ class SparseTeacher:
 
         logp, tail = floats(teacher.logp), floats(teacher.tail_logp)
         if teacher.k:
-            derived = log1mexp(torch.logsumexp(logp.double(), -1).clamp(max=CLAMPED_LOG_MASS)).to(dtype)
+            derived = log1mexp(torch.logsumexp(widest(logp), -1).clamp(max=CLAMPED_LOG_MASS)).to(dtype)
             tail = torch.where(torch.isnan(tail), derived, tail)
         return cls(
             torch.tensor(teacher.ids, dtype=torch.long, device=device),

@@ -25,6 +25,11 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def widest(x: Tensor) -> Tensor:
+    """x in float64, for [N, K] quantities such as 1 - sum_k s_k; in float32 on Apple GPUs, which have no float64."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
 def check_same(name: str, shape: torch.Size, **others: Tensor) -> None:
     """Raise ConfigError where a tensor has not the shape of the argument called ``name``."""
     for other, tensor in others.items():

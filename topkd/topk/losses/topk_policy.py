@@ -22,7 +22,7 @@ from topkd.topk.losses.divergence import check_beta, divergence
 from topkd.topk.losses.jsd import check_positive, with_tail
 from topkd.topk.losses.policy import importance_ratio
 from topkd.topk.losses.teacher import SparseTeacher, Teacher, teacher_rows
-from topkd.topk.losses.tokens import Reduction, boolean_mask, check_finite, reduce_tokens, upcast
+from topkd.topk.losses.tokens import Reduction, boolean_mask, check_finite, reduce_tokens, upcast, widest
 
 TAIL_GATE = 1e-6  # below this the tail's advantage is a quotient of two roundings
 _TAIL_CLAMP = 1e-7
@@ -72,8 +72,8 @@ def support_weights(
     cap: float | None = None,
 ) -> SupportWeights:
     """Coefficients of the estimator for rows that all have a signal; float64 and detached whatever comes in."""
-    ls, lt = student_logp_at_ids.detach().double(), teacher.logp.double()
-    s_y, t_y = student_logp_actual.detach().double(), teacher.actual_logp.double()
+    ls, lt = widest(student_logp_at_ids.detach()), widest(teacher.logp)
+    s_y, t_y = widest(student_logp_actual.detach()), widest(teacher.actual_logp)
     # at beta = 1 an id with t = 0 has no finite advantage: it is left in the tail, which is as good a partition
     member = teacher.listed & (lt > -math.inf) if beta == 1.0 else teacher.listed
     used = member & (ls > -math.inf)
@@ -81,7 +81,7 @@ def support_weights(
     ratio = torch.where(used, lt - torch.where(used, ls, 0.0), 0.0)
     # s g, with its limit at beta = 0 written out: t/s overflows long before t - s does
     head = torch.where(used, lt, -math.inf).exp() - s if beta == 0.0 else s * advantage(ratio, beta)
-    t_o, s_o = teacher.tail_logp.double().exp().clamp(min=_TAIL_CLAMP), (1.0 - s.sum(-1)).clamp(min=_TAIL_CLAMP)
+    t_o, s_o = widest(teacher.tail_logp).exp().clamp(min=_TAIL_CLAMP), (1.0 - s.sum(-1)).clamp(min=_TAIL_CLAMP)
     gated = (t_o < TAIL_GATE) | (s_o < TAIL_GATE)
     g_o = torch.where(gated, 0.0, advantage(t_o.log() - s_o.log(), beta))
     w_ids = torch.where(used, head - s * g_o[:, None], 0.0)
@@ -92,7 +92,7 @@ def support_weights(
     g_y = advantage(torch.where(sampled, t_y, 0.0) - torch.where(sampled, s_y, 0.0), beta)
     w_actual = torch.where(sampled, lam * (g_y - g_o), 0.0)
     if behavior_logp is not None:
-        weight = importance_ratio(s_y, behavior_logp.detach().double())
+        weight = importance_ratio(s_y, widest(behavior_logp.detach()))
         w_actual = w_actual * (weight if cap is None else weight.clamp(max=cap))
     return SupportWeights(w_ids, w_actual, gated, in_support, excluded, t_o, s_o)
 
@@ -238,6 +238,6 @@ def topk_policy_gradient_loss(
 
 def bucket_rows(student_logp_at_ids: Tensor, teacher: SparseTeacher, beta: float) -> Tensor:
     """D_bucket of each row, [N], detached float64: a lower bound of the divergence, for the diary."""
-    student = torch.where(teacher.listed, student_logp_at_ids.detach(), -math.inf).double()
+    student = widest(torch.where(teacher.listed, student_logp_at_ids.detach(), -math.inf))
     tail = (1.0 - student.exp().sum(-1)).clamp(min=_TAIL_CLAMP).log()
-    return divergence(with_tail(teacher.logp.double(), teacher.tail_logp.double()), with_tail(student, tail), beta)
+    return divergence(with_tail(widest(teacher.logp), widest(teacher.tail_logp)), with_tail(student, tail), beta)

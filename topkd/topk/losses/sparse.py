@@ -1,0 +1,156 @@
+"""Divergences against a teacher that is known only at K ids a row, from logits or from (hidden, lm_head).
+
+``tail="bucket"`` compares K + 1 bins, everything outside the list being one: an exact coarse-graining, never above the
+full-vocabulary divergence and growing with K. ``tail="renormalise"`` compares the conditionals on the K ids: blind to the
+mass outside, zero at K = 1. beta as everywhere: 0 forward KL(T||S), 1 reverse KL(S||T), between them GJS.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from topkd.topk.errors import ConfigError
+from topkd.topk.fused import fused_row_loss, gather_logprobs, subset_logits
+from topkd.topk.losses.divergence import check_beta, divergence, log_softmax, log_tail
+from topkd.topk.losses.jsd import Tail, check_options, with_tail
+from topkd.topk.losses.teacher import SparseTeacher, Teacher, teacher_rows
+from topkd.topk.losses.tokens import FullReduction, Reduction, boolean_mask, reduce_mean, reduce_tokens, widest
+
+
+def sparse_divergence_loss(
+    student_logits: Tensor,
+    teacher: Teacher,
+    mask: Tensor | None = None,
+    *,
+    beta: float = 0.5,
+    tail: Tail = "bucket",
+    temperature: float = 1.0,
+    k: int | None = None,
+    reduction: FullReduction = "mean",
+    num_tokens: float | Tensor | None = None,
+) -> Tensor:
+    """GJS_beta (KL at the ends) between a top-K teacher and student logits, averaged over valid rows.
+
+    Args:
+        student_logits: [N, V] or [B, T, V].
+        teacher: The same rows: TopK, a sequence of TopK (padded with holes to [B, T]), or SparseTeacher.
+        mask: bool [N] or [B, T], True = valid; None = all. Holes are masked besides and do not count.
+        beta: Mixture weight of the teacher.
+        tail: "bucket" (K + 1 bins) or "renormalise" (conditionals on the list).
+        temperature: Only with "renormalise": log p / T of a list is no logprob, its normaliser needs the vocabulary.
+        k: Use only the k most probable entries; the others join the tail.
+        reduction: "mean" and "batchmean" divide by the valid rows; "sum"; "none" keeps the shape, 0 at masked places.
+        num_tokens: Divide by this instead of the valid rows of this batch.
+
+    Returns:
+        A scalar, or the mask's shape for reduction "none".
+    """
+    check_sparse_options(beta, tail, temperature)
+    rows, used = select_teacher(teacher, mask, student_logits.shape[:-1], student_logits, k)
+    logp, _ = gather_logprobs(student_logits[used], rows.ids)
+    per_row = divergence(*bins(logp, rows, tail, temperature), beta)
+    return reduce_tokens(per_row, used, reduction, num_tokens)
+
+
+def fused_divergence_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: Teacher,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    beta: float = 0.5,
+    tail: Tail = "bucket",
+    temperature: float = 1.0,
+    k: int | None = None,
+    reduction: Reduction = "mean",
+    num_tokens: float | Tensor | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """``sparse_divergence_loss`` from the last hidden states and the head, without N x V logits.
+
+    Masked rows and holes are dropped before the head. "bucket" takes its gradients in the forward pass, one row chunk at
+    a time; "renormalise" needs the K logits of each row only and never multiplies the head out.
+
+    Args:
+        hidden: [N, H] or [B, T, H].
+        weight: lm_head weight [V, H]; may be frozen or tied.
+        teacher: The same rows.
+        mask: bool, True = valid; None = all.
+        bias: [V] or None.
+        beta: Mixture weight of the teacher.
+        tail: "bucket" or "renormalise".
+        temperature: Only with "renormalise".
+        k: Use only the k most probable entries.
+        reduction: "mean" or "sum".
+        num_tokens: Divide by this instead of the valid rows of this batch.
+        chunk: Rows at a time; chosen by size when None.
+
+    Returns:
+        A scalar.
+    """
+    check_sparse_options(beta, tail, temperature)
+    rows, used = select_teacher(teacher, mask, hidden.shape[:-1], hidden, k)
+    picked = hidden[used]
+    if tail == "renormalise":
+        z = subset_logits(picked, weight, rows.ids, bias=bias)
+        per_row = divergence(*bins(z, rows, tail, temperature), beta)
+        return reduce_tokens(per_row, used, reduction, num_tokens)
+
+    def row_loss(logp: Tensor, lse: Tensor, part: slice) -> Tensor:  # noqa: ARG001 - the protocol's argument
+        return divergence(*bins(logp, rows.rows(part), tail, temperature), beta)
+
+    total = fused_row_loss(picked, weight, rows.ids, row_loss, bias=bias, chunk=chunk)
+    return scale_total(total, int(used.sum()), reduction, num_tokens)
+
+
+def bins(student_logp: Tensor, rows: SparseTeacher, tail: Tail, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(teacher, student) log-probabilities of whole distributions on the list, [N, K] or with the bucket [N, K+1].
+
+    Args:
+        student_logp: [N, K], exact logprobs at the teacher's ids (for "renormalise" logits will do).
+        rows: The teacher's rows.
+        tail: "bucket" or "renormalise".
+        temperature: For "renormalise".
+    """
+    student = student_logp.masked_fill(~rows.listed, -math.inf)
+    teacher = rows.logp.to(student.dtype)
+    if tail == "renormalise":
+        return log_softmax(teacher / temperature), log_softmax(student / temperature)
+    # 1 - sum_k s_k cancels: its gradient is taken in float64, where that costs nothing at [N, K]
+    student_tail = log_tail(widest(student)).to(student.dtype)
+    return with_tail(teacher, rows.tail_logp.to(student.dtype)), with_tail(student, student_tail)
+
+
+def select_teacher(
+    teacher: Teacher, mask: Tensor | None, shape: torch.Size, like: Tensor, k: int | None
+) -> tuple[SparseTeacher, Tensor]:
+    """The teacher's rows that train, and the boolean selection they come from (valid and not a hole)."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    sparse = teacher_rows(teacher, shape, like.device, dtype).head(k)
+    used = boolean_mask(mask, shape, like.device) & sparse.signal.reshape(shape)
+    return sparse.rows(used.reshape(-1)), used
+
+
+def scale_total(total: Tensor, count: int, reduction: Reduction, num_tokens: float | Tensor | None) -> Tensor:
+    """The sum over rows as it is asked for: "sum", or "mean" over ``count`` rows (or num_tokens)."""
+    if reduction == "mean":
+        return reduce_mean(total, count, num_tokens)
+    if reduction == "sum" and num_tokens is None:
+        return total
+    raise ConfigError("a fused loss takes reduction mean, or sum without num_tokens", got=reduction)
+
+
+def check_sparse_options(beta: float, tail: str, temperature: float) -> None:
+    """Raise ConfigError where an option lies outside its range, or a bucket would be tempered."""
+    check_beta(beta)
+    check_options(temperature=temperature, tail=tail)
+    if tail == "bucket" and temperature != 1.0:
+        raise ConfigError(
+            "a tail bucket cannot be tempered on the client: the list's normaliser needs the whole vocabulary",
+            got=f"temperature {temperature}",
+            hint="let the server temper its logprobs, or use tail='renormalise'",
+        )
