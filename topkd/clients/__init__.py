@@ -1,1 +1,29 @@
-"""How servers say it. Knows: HTTP, dialects, retries. Does not know: losses, training, caches."""
+"""How servers say it. Knows: HTTP, dialects, retries. Does not know: losses, training, caches.
+
+Names are imported when they are first used: ``import topkd.clients`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from topkd.clients.config import ClientConfig
+    from topkd.clients.connection import connect
+    from topkd.clients.dialect import ServerInfo
+    from topkd.clients.vllm import VllmCompletions
+
+_HOMES = {
+    "ClientConfig": "config",
+    "ServerInfo": "dialect",
+    "VllmCompletions": "vllm",
+    "connect": "connection",
+}
+__all__ = ["ClientConfig", "ServerInfo", "VllmCompletions", "connect"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,166 @@
+"""What every reply must satisfy, whatever dialect it came in. Pure: arrays in, a checked ``TopK`` out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topkd.topk.errors import AlignmentError, ConfigError, ResponseError
+from topkd.topk.protocols import Ids
+from topkd.topk.types import PAD_ID, Bool, Float32, Float64, Int32, TopK, tail_logp
+
+LOWEST = -9000.0  # vLLM writes -inf as -9999.0: no softmax output in float32 or float64 comes near
+_ABOVE_ZERO = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """What a decoder read: R rows of unordered entries.
+
+    Attributes:
+        ids: int32 [R, W], -1 where a row has fewer entries.
+        logp: float64 [R, W], as served (sentinels included); -inf at pads.
+        rank: int32 [R], the served rank of the realised token; 0 where the server gives none.
+    """
+
+    ids: Int32
+    logp: Float64
+    rank: Int32
+
+
+def request_ids(ids: Ids, start: int, k: int, vocab_size: int | None = None) -> Int32:
+    """The ids as int32, refused where no server could score them.
+
+    Raises:
+        ConfigError: fewer than start + 2 ids, a negative start or k, or an id outside the vocabulary.
+    """
+    array = np.asarray(ids)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ConfigError("token ids must be a flat sequence of integers", got=f"{array.dtype} {array.shape}")
+    if start < 0 or array.size < start + 2:
+        raise ConfigError(
+            "nothing to score", got=f"{array.size} ids, start {start}", expected="start >= 0 and at least start + 2 ids"
+        )
+    if k < 0:
+        raise ConfigError("k must be at least 0", got=k)
+    check_vocabulary(array, vocab_size)
+    return array.astype(np.int32)
+
+
+def check_vocabulary(ids: NDArray[np.integer], vocab_size: int | None) -> None:
+    """Refuses ids of a request that the model cannot have."""
+    top = np.iinfo(np.int32).max if vocab_size is None else vocab_size - 1
+    if ids.size and (int(ids.min()) < 0 or int(ids.max()) > top):
+        at = int(np.argmax((ids < 0) | (ids > top)))
+        raise ConfigError(
+            "token id outside the vocabulary", where=f"position {at}", got=int(ids[at]), expected=f"0..{top}"
+        )
+
+
+def scored(entries: Entries, ids: Int32, start: int, k: int, vocab_size: int | None = None) -> tuple[TopK, int]:
+    """Rows of a K-or-(K+1)-entry reply (vLLM's form) as ``TopK``, and how many -inf sentinels it held.
+
+    A row lists the top K; the realised token is among them, or is one more entry that no entry lies below. It is found
+    by its id, never by its place.
+
+    Raises:
+        AlignmentError: wrong number of rows, or a row that does not score ``ids[start + 1 + i]``.
+        ResponseError: fewer or more entries, mass above 1, NaN, an id outside the vocabulary or listed twice.
+    """
+    actual = ids[start + 1 :]
+    check_rows(entries.ids.shape[0], actual.size)
+    listed = np.asarray(entries.ids >= 0)
+    _check_entries(entries, listed, start, vocab_size)
+    zero = listed & (entries.logp <= LOWEST)
+    zeros = int(np.count_nonzero(zero))
+    logp = np.where(zero, -np.inf, entries.logp) if zeros else entries.logp
+    hit = np.asarray(entries.ids == actual[:, None])
+    column = hit.argmax(axis=1)
+    rows = np.arange(actual.size)
+    row = _first(~hit[rows, column])
+    if row is not None:
+        got, expected = f"ids {entries.ids[row, :4].tolist()}..", f"token {int(actual[row])} among them"
+        raise AlignmentError("the realised token is not in its row", where=_at(row, start), got=got, expected=expected)
+    actual_logp = logp[rows, column]
+    want = k if vocab_size is None else min(k, vocab_size)
+    extra = _extra(entries, listed, logp, actual_logp, start=start, want=want)
+    kept_ids = entries.ids
+    if extra.any():
+        drop = extra[:, None] & hit
+        kept_ids, logp = np.where(drop, PAD_ID, kept_ids), np.where(drop, -np.inf, logp)
+    return ordered(kept_ids, logp, start=start, k=want, actual_ids=actual, actual_logp=actual_logp), zeros
+
+
+def _extra(entries: Entries, listed: Bool, logp: Float64, actual_logp: Float64, *, start: int, want: int) -> Bool:
+    """Rows whose realised token comes on top of the K; refuses rows that are neither K nor K + 1 entries."""
+    counts = listed.sum(axis=1)
+    extra = np.asarray(counts == want + 1)
+    row = _first((counts != want) & ~extra)
+    if row is not None:
+        expected = f"K = {want}, or one more with the realised token"
+        raise ResponseError("wrong number of entries", where=_at(row, start), got=int(counts[row]), expected=expected)
+    row = _first(~extra & (entries.rank > want))
+    if row is not None:
+        got = f"{want} entries with the realised token at rank {int(entries.rank[row])}"
+        raise ResponseError("a top-K entry is missing", where=_at(row, start), got=got, expected=f"{want + 1} entries")
+    if extra.any():
+        row = _first(extra & (actual_logp > np.where(listed, logp, np.inf).min(axis=1)))
+        if row is not None:
+            got = f"{want + 1}, and the realised token is not the least probable"
+            raise ResponseError("one entry too many", where=_at(row, start), got=got, expected=want)
+    return extra
+
+
+def ordered(
+    ids: Int32, logp: Float64, *, start: int, k: int, actual_ids: Int32, actual_logp: Float64 | Float32
+) -> TopK:
+    """``TopK`` of entries in any order: by logprob, ties by id, cut to ``k`` columns (pads last)."""
+    width = ids.shape[1]
+    if width > 1 and bool(((logp[:, 1:] > logp[:, :-1]) | (ids[:, :-1] < 0)).any()):
+        # Pads sort behind a real entry of probability zero: their id counts as the largest.
+        order = np.lexsort((np.where(ids < 0, np.iinfo(np.int32).max, ids), -logp), axis=1)
+        ids, logp = np.take_along_axis(ids, order, axis=1), np.take_along_axis(logp, order, axis=1)
+    if width < k:
+        ids = np.pad(ids, ((0, 0), (0, k - width)), constant_values=PAD_ID)
+        logp = np.pad(logp, ((0, 0), (0, k - width)), constant_values=-np.inf)
+    ids, logp = ids[:, :k], logp[:, :k]
+    return TopK(
+        start, ids, logp.astype(np.float32), actual_ids, np.asarray(actual_logp, dtype=np.float32), tail_logp(logp)
+    )
+
+
+def check_rows(got: int, expected: int) -> None:
+    """Refuses a reply that is a row short or long."""
+    if got != expected:
+        raise AlignmentError(
+            "wrong number of rows",
+            got=got,
+            expected=expected,
+            hint="was the prompt truncated, or does a proxy change the request?",
+        )
+
+
+def _check_entries(entries: Entries, listed: Bool, start: int, vocab_size: int | None) -> None:
+    logp = entries.logp
+    if vocab_size is not None:
+        _refuse(entries.ids >= vocab_size, entries.ids, start, "id outside the vocabulary", f"below {vocab_size}")
+    _refuse(np.isnan(logp), logp, start, "a logprob is NaN", "a number")
+    _refuse(logp > _ABOVE_ZERO, logp, start, "a logprob is above 0", "<= 0; does the server return logits?")
+    _refuse(listed & np.isneginf(logp), logp, start, "a logprob is -inf", "a number: JSON has no infinity")
+
+
+def _refuse(bad: NDArray[Any], values: NDArray[Any], start: int, what: str, expected: str) -> None:
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        raise ResponseError(what, where=_at(row, start), got=values[row, column].item(), expected=expected)
+
+
+def _first(bad: NDArray[Any]) -> int | None:
+    return int(np.argmax(bad)) if bad.any() else None
+
+
+def _at(row: int, start: int) -> str:
+    return f"row {row}, predicting position {start + row + 1}"

@@ -1,0 +1,196 @@
+"""One server address: admission, tries, status and decoding, in this order, for every dialect."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+from pydantic import SecretStr
+
+from topkd.clients.config import ClientConfig
+from topkd.clients.limits import Budget, Gate
+from topkd.clients.metrics import Metrics
+from topkd.clients.refusals import refusal
+from topkd.clients.retry import Try, with_retries
+from topkd.clients.secrets import load_key
+from topkd.clients.transport import HttpxTransport, Reply, Request, Transport
+from topkd.topk.errors import (
+    ConfigError,
+    ResponseError,
+    RetryableServerError,
+    ServerBusyError,
+    ServerTimeoutError,
+    TopkdError,
+)
+
+Result = TypeVar("Result")
+_INLINE_BYTES = 32_768  # below this a hop to a thread costs more than the decoding
+
+
+class Endpoint:
+    """Sends requests to one base URL and turns replies into values, or into one of our errors.
+
+    Args:
+        base_url: ``http(s)://host:port``; a trailing ``/v1`` is cut off.
+        api_key: As for ``load_key``.
+        config: Bounds and time-outs.
+        budget: Shared with the other replicas of a fleet.
+        metrics: Shared likewise.
+        transport: In place of httpx.
+        bearer: False for servers that take the key in another header (``key_header``).
+        key_header: Name of that header.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | SecretStr | None = None,
+        config: ClientConfig | None = None,
+        budget: Budget | None = None,
+        metrics: Metrics | None = None,
+        transport: Transport | None = None,
+        key_header: str = "authorization",
+    ) -> None:
+        self.url = clean_url(base_url)
+        self.config = config or ClientConfig()
+        self.metrics = metrics or Metrics()
+        self.gate = Gate(self.config, self.metrics, budget)
+        self._key, self._key_header = load_key(api_key, where=self.url), key_header
+        self._transport = transport or HttpxTransport(self.config)
+        self._threads: ThreadPoolExecutor | None = None
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.url!r})"
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: Callable[[Try], object] | object | None = None,
+        *,
+        decode: Callable[[bytes], Result],
+        where: str = "",
+        tokens: int = 0,
+        entries: int = 0,
+        k: int = 0,
+        model: str = "",
+        response_retries: int = 0,
+        retries: bool = True,
+    ) -> Result:
+        """The decoded reply to one request.
+
+        Args:
+            method: HTTP method.
+            path: Route, with its leading slash.
+            body: What goes as JSON, or a function of the try that builds it (a retry may have to differ).
+            decode: Pure; bytes to a checked value. Runs in a thread when the reply is large.
+            where: Endpoint, model and request for error messages.
+            tokens: Prompt tokens plus tokens to generate: the time-out grows with them.
+            entries: (token, logprob) pairs expected in the reply: its size is bounded by them, admission counts them.
+            k: K asked for, for messages.
+            model: Model asked for, for messages.
+            response_retries: Tries left after a reply that failed its checks.
+            retries: False for a single try (a health probe).
+        """
+        where = where or f"{self.url}{path}"
+
+        async def attempt(one: Try) -> Result:
+            content = body(one) if callable(body) else body
+            request = Request(
+                method,
+                self.url + path,
+                None if content is None else msgspec.json.encode(content),
+                {} if content is None else {"content-type": "application/json"},
+                self._private(),
+                timeout_s=max(0.001, min(self.config.try_timeout_s(tokens), one.remaining_s)),
+                max_bytes=self.config.reply_bound(entries),
+            )
+            return await self._once(request, decode, where=where, cost=max(1, entries), k=k, model=model)
+
+        if not retries:
+            return await attempt(Try(0, self.config.total_timeout_s, None))
+        return await with_retries(attempt, self.config, self.metrics, response_retries=response_retries)
+
+    async def aclose(self) -> None:
+        """Closes connections and decoding threads."""
+        self.gate.close()
+        await self._transport.aclose()
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads = None
+
+    async def _once(
+        self, request: Request, decode: Callable[[bytes], Result], *, where: str, cost: int, k: int, model: str
+    ) -> Result:
+        permit = await self.gate.enter(cost, where=where)
+        try:
+            self.metrics.add("tries")
+            try:
+                reply = await self._transport.send(request)
+            except RetryableServerError as error:
+                # A slow server is no more helped by the same number of requests than an absent one.
+                permit.replied(overload=True)
+                self.metrics.add("timeouts" if isinstance(error, ServerTimeoutError) else "transport_errors")
+                raise
+            self.metrics.add("reply_bytes", len(reply.body))
+            if reply.status != 200:
+                failed = refusal(reply, where=where, k=k, model=model)
+                permit.replied(overload=isinstance(failed, ServerBusyError), neutral=True)
+                self.metrics.add(f"http_{reply.status}")
+                raise failed
+            permit.replied()
+            return await self._decode(reply, decode, where)
+        finally:
+            permit.release()
+
+    async def _decode(self, reply: Reply, decode: Callable[[bytes], Result], where: str) -> Result:
+        started = time.perf_counter()
+        try:
+            if len(reply.body) <= _INLINE_BYTES:
+                return decode(reply.body)
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(self.config.decode_workers, thread_name_prefix="topkd-decode")
+            return await asyncio.get_running_loop().run_in_executor(self._threads, decode, reply.body)
+        except ResponseError as error:
+            self.metrics.add("bad_replies")
+            raise located(error, where) from error
+        finally:
+            self.metrics.add("decode_s", time.perf_counter() - started)
+
+    def _private(self) -> Mapping[str, str]:
+        if self._key is None:
+            return {}
+        value = self._key.get_secret_value()
+        return {self._key_header: f"Bearer {value}" if self._key_header == "authorization" else value}
+
+
+def located(error: ResponseError, where: str) -> ResponseError:
+    """The same error, saying which endpoint, model and request it is about."""
+    if where in error.where:
+        return error
+    place = f"{where}, {error.where}" if error.where else where
+    return type(error)(error.what, where=place, got=error.got, expected=error.expected, hint=error.hint)
+
+
+def clean_url(base_url: str) -> str:
+    """``scheme://host[:port][/prefix]`` without a trailing slash or ``/v1``; a ConfigError when it is no such thing."""
+    text = base_url.strip().rstrip("/")
+    try:
+        parts = urlsplit(text)
+        port_ok = parts.port is None or parts.port > 0
+    except ValueError:
+        parts, port_ok = urlsplit(""), False
+    if parts.username or parts.password:
+        raise ConfigError("the base URL holds a user name or password", where=parts.hostname or "", hint="use api_key")
+    if parts.scheme not in {"http", "https"} or not parts.hostname or not port_ok or parts.query or parts.fragment:
+        raise ConfigError("not a base URL", got=repr(base_url), expected="http(s)://host:port")
+    return text.removesuffix("/v1").rstrip("/")
+
+
+__all__ = ["Endpoint", "TopkdError", "clean_url", "located"]

@@ -1,0 +1,220 @@
+"""Bytes over HTTP, and nothing else: the only module that knows httpx.
+
+Replies are bounded in size and time, key-carrying headers stay on their host, and every exception of the HTTP library
+leaves as one of ours. Anything with ``send`` and ``aclose`` can take its place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import weakref
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+from urllib.parse import urljoin, urlsplit
+
+import httpx
+
+from topkd.clients.config import ClientConfig
+from topkd.topk.errors import (
+    ConfigError,
+    FinalServerError,
+    RequestRefusedError,
+    ResponseError,
+    ServerTimeoutError,
+    ServerUnreachableError,
+)
+
+_MAX_REDIRECTS = 3
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One HTTP request. ``private`` headers (keys) are dropped on the way to another host and never shown."""
+
+    method: str
+    url: str
+    content: bytes | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    private: Mapping[str, str] = field(default_factory=dict, repr=False)
+    timeout_s: float = 60.0
+    max_bytes: int = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Status, headers (lower-case names) and the whole body."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    url: str = ""
+
+
+class Transport(Protocol):
+    """What the endpoint needs of an HTTP library."""
+
+    async def send(self, request: Request) -> Reply:
+        """The whole reply, or a ``TopkdError``."""
+        ...
+
+    async def aclose(self) -> None:
+        """Closes every connection."""
+        ...
+
+
+class HttpxTransport:
+    """httpx with one connection pool per event loop, sized so that the pool itself never queues."""
+
+    def __init__(self, config: ClientConfig) -> None:
+        self._config = config
+        self._pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[bool, httpx.AsyncClient]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._closed = False
+
+    async def send(self, request: Request) -> Reply:
+        """The reply, redirects followed; see ``Transport``."""
+        where = f"{request.method} {request.url}"
+        if self._closed:
+            raise ConfigError("the client is closed", where=where)
+        try:
+            async with asyncio.timeout(request.timeout_s):
+                return await self._follow(request)
+        except TimeoutError as error:
+            raise ServerTimeoutError(
+                "no whole reply in time", where=where, expected=f"within {request.timeout_s:.3g} s", hint=_SLOW
+            ) from error
+        except httpx.ConnectTimeout as error:
+            raise ServerTimeoutError(
+                "no connection in time",
+                where=where,
+                expected=f"within {self._config.connect_timeout_s:.3g} s",
+                hint="is the address right and the server up?",
+            ) from error
+        except httpx.TimeoutException as error:
+            raise ServerTimeoutError("no reply in time", where=where, hint=_SLOW) from error
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
+            raise ConfigError("the address cannot be used", where=where, hint="expected http(s)://host:port") from error
+        except (httpx.ConnectError, ssl.SSLError) as error:
+            raise _connect_error(error, where) from error
+        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+            raise ServerUnreachableError(
+                "the connection broke before the reply was whole", where=where, got=type(error).__name__
+            ) from error
+
+    async def aclose(self) -> None:
+        """Closes the pool of this loop; pools of loops that are gone went with them."""
+        self._closed = True
+        for client in self._pools.pop(asyncio.get_running_loop(), {}).values():
+            await client.aclose()
+
+    def _pool(self, host: str | None) -> httpx.AsyncClient:
+        # Proxies from the environment are for the world outside; a loopback server is never behind one.
+        pools = self._pools.setdefault(asyncio.get_running_loop(), {})
+        outside = host not in _LOOPBACK
+        if outside not in pools:
+            slots = self._config.max_in_flight + 16
+            pools[outside] = httpx.AsyncClient(
+                verify=self._config.verify_tls,
+                trust_env=outside,
+                follow_redirects=False,
+                timeout=httpx.Timeout(None, connect=self._config.connect_timeout_s),
+                limits=httpx.Limits(
+                    max_connections=slots,
+                    max_keepalive_connections=slots,
+                    keepalive_expiry=self._config.keepalive_expiry_s,
+                ),
+                headers={"accept": "application/json", "accept-encoding": "identity", "user-agent": "topkd"},
+            )
+        return pools[outside]
+
+    async def _follow(self, request: Request) -> Reply:
+        for _ in range(_MAX_REDIRECTS + 1):
+            reply = await self._once(request)
+            target = reply.headers.get("location")
+            if reply.status not in {301, 302, 303, 307, 308} or not target:
+                return reply
+            url = urljoin(request.url, target)
+            if request.method != "GET" and reply.status not in {307, 308}:
+                raise RequestRefusedError(
+                    "the server redirects the request in a way that drops its body",
+                    where=f"{request.method} {request.url}",
+                    got=f"{reply.status} to {url}",
+                    hint="use that address as the base URL",
+                )
+            request = replace(request, url=url, private=request.private if _same_host(request.url, url) else {})
+        raise RequestRefusedError("too many redirects", where=f"{request.method} {request.url}")
+
+    async def _once(self, request: Request) -> Reply:
+        client = self._pool(urlsplit(request.url).hostname)
+        headers = {**request.headers, **request.private}
+        async with client.stream(request.method, request.url, content=request.content, headers=headers) as response:
+            body = await _read(response, request)
+            return Reply(response.status_code, dict(response.headers), body, request.url)
+
+
+_SLOW = "raise read_timeout_s or read_timeout_per_token_s if the server is only slow"
+
+
+def _connect_error(error: Exception, where: str) -> Exception:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return FinalServerError(
+                "the server's TLS certificate is not trusted",
+                where=where,
+                got=cause.verify_message,
+                hint="fix the chain",
+            )
+        cause = cause.__cause__ or cause.__context__
+    return ServerUnreachableError("no connection", where=where, got=str(error) or type(error).__name__, hint=_DEAD)
+
+
+_DEAD = "is the server running, and are host and port right?"
+
+
+def _same_host(a: str, b: str) -> bool:
+    old, new = urlsplit(a), urlsplit(b)
+    if old.hostname != new.hostname:
+        return False
+    upgrade = old.scheme == "http" and new.scheme == "https" and (old.port or 80, new.port or 443) == (80, 443)
+    return upgrade or (old.scheme, old.port) == (new.scheme, new.port)
+
+
+async def _read(response: httpx.Response, request: Request) -> bytes:
+    """The body, never more than ``max_bytes`` of it, inflated within the same bound."""
+    encoding = response.headers.get("content-encoding", "identity").strip().lower()
+    if encoding in {"", "identity"}:
+        inflate = None
+    elif encoding in {"gzip", "deflate"}:
+        inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    else:
+        raise ResponseError("the reply is encoded in a way we did not ask for", where=request.url, got=encoding)
+    announced = response.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > request.max_bytes:
+        raise _too_large(request, f"{announced} bytes announced")
+    body = bytearray()
+    try:
+        async for chunk in response.aiter_raw():
+            body += chunk if inflate is None else inflate.decompress(chunk, request.max_bytes + 1 - len(body))
+            if len(body) > request.max_bytes:
+                raise _too_large(request, f"more than {request.max_bytes} bytes")
+    except zlib.error as error:
+        raise ResponseError("the reply's compression is broken", where=request.url, got=str(error)) from error
+    if inflate is not None and body and not inflate.eof:
+        raise ResponseError("the reply's compression is broken", where=request.url, got="a stream without its end")
+    return bytes(body)
+
+
+def _too_large(request: Request, got: str) -> ResponseError:
+    return ResponseError(
+        "the reply is too large",
+        where=request.url,
+        got=got,
+        expected=f"at most {request.max_bytes}",
+        hint="max_reply_bytes",
+    )
