@@ -6,6 +6,7 @@ Knows: probabilities, divergences, advantages, estimators. Does not know: server
 
 from topkd.topk.advantages import forward_kl_advantage, gjs_advantage, scalar_kl_advantage
 from topkd.topk.divergence import gjs, shared_support_gjs
+from topkd.topk.pairs import topk_gjs
 from topkd.topk.samples import (
     Behavior,
     PreparedSample,
@@ -35,4 +36,5 @@ __all__ = [
     "gjs_advantage",
     "scalar_kl_advantage",
     "shared_support_gjs",
+    "topk_gjs",
 ]
