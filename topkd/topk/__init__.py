@@ -5,7 +5,12 @@ Knows: probabilities, divergences, advantages, estimators. Does not know: server
 """
 
 from topkd.topk.advantages import forward_kl_advantage, gjs_advantage, scalar_kl_advantage
+from topkd.topk.baselines import discounted_return, topk_value_baseline, value_baseline
+from topkd.topk.compat import compute_topk_gjs, extract_token_logprobs, slice_completion_topk
 from topkd.topk.divergence import gjs, shared_support_gjs
+from topkd.topk.entropy import entropy_bounds
+from topkd.topk.estimator import gated_rows, topk_weights
+from topkd.topk.kl_estimates import kl_k1, kl_k3
 from topkd.topk.pairs import topk_gjs
 from topkd.topk.samples import (
     Behavior,
@@ -31,10 +36,21 @@ __all__ = [
     "TopK",
     "TopKBehavior",
     "TopKPreparedSample",
+    "compute_topk_gjs",
+    "discounted_return",
+    "entropy_bounds",
+    "extract_token_logprobs",
     "forward_kl_advantage",
+    "gated_rows",
     "gjs",
     "gjs_advantage",
+    "kl_k1",
+    "kl_k3",
     "scalar_kl_advantage",
     "shared_support_gjs",
+    "slice_completion_topk",
     "topk_gjs",
+    "topk_value_baseline",
+    "topk_weights",
+    "value_baseline",
 ]

@@ -15,10 +15,12 @@ from topkd.topk.errors import AlignmentError, ConfigError
 from topkd.topk.inputs import check_beta
 from topkd.topk.mass import log_mass
 from topkd.topk.types import Bool, Float64, TopK
-from topkd.topk.union import UnionTail
+from topkd.topk.union import MIN_TAIL, UnionTail
 
+# Where float32 keeps 1e-6 and a missing id's share is small against what is listed; elsewhere float64 does the work.
+FAST_BETA = (0.01, 0.99)
+FAST_FLOOR = -10.0
 Missing = Literal["union_tail", "intersection_tail", "floor", "renormalise"]
-MIN_TAIL = 1e-7  # the least mass a list leaves over: below it, 1 - mass is rounding
 
 
 def topk_gjs(
@@ -67,11 +69,6 @@ def topk_gjs(
             values[left] = _exact(_rows(teacher, left), _rows(student, left), beta, missing, floor)
         return values
     return _exact(teacher, student, beta, missing, floor)
-
-
-# Where float32 keeps 1e-6 and a missing id's share is small against what is listed; elsewhere float64 does the work.
-FAST_BETA = (0.01, 0.99)
-FAST_FLOOR = -12.0
 
 
 def aligned_gjs(pair: Aligned, beta: float, missing: Missing, floor: float) -> Float64:
@@ -130,7 +127,7 @@ def log_renormalised(logp: Float64) -> Float64:
 def _remaining(tail: Float64, logp: Float64, dropped: Bool) -> Float64:
     kept = 1.0 - np.exp(logp, where=~dropped, out=np.zeros_like(logp)).sum(axis=1)
     known = tail + np.exp(logp, where=dropped, out=np.zeros_like(logp)).sum(axis=1)
-    return np.maximum(np.where(np.isnan(tail), kept, known), MIN_TAIL)
+    return np.asarray(np.maximum(np.where(np.isnan(tail), kept, known), MIN_TAIL))
 
 
 def _exact(teacher: TopK, student: TopK, beta: float, missing: Missing, floor: float) -> Float64:

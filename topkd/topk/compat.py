@@ -1,0 +1,112 @@
+"""The list functions of the top-K GJS engine this work started from, under their own names, for comparison.
+
+They take plain lists of (id, logprob). What they measure is kept where it is a divergence at all; the engine of topkd
+uses ``topk_gjs`` (union of both lists, tail kept), exact sampled-token logprobs, and masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+
+from topkd.topk.alignment import align
+from topkd.topk.divergence import integrand
+from topkd.topk.errors import AlignmentError, ConfigError
+from topkd.topk.inputs import check_beta, logp64
+from topkd.topk.pairs import log_renormalised
+from topkd.topk.types import PAD_ID, Float64, Int32
+
+Position: TypeAlias = Sequence[tuple[int, float]]
+_Entry = TypeVar("_Entry")
+
+
+def compute_topk_gjs(
+    teacher_topk: Sequence[Position], student_topk: Sequence[Position], alpha: float, floor_logprob: float = -20.0
+) -> list[float]:
+    """GJS_alpha on the teacher's ids only: student entries that are missing get the floor, both sides renormalised.
+
+    alpha is the mixture weight of the teacher; natural log, >= 0. For 0 < alpha < 1 these are the source's values:
+    blind to the mass outside the teacher's list, 0 for K = 1, and small for *disjoint* lists (every student entry is
+    the floor, and renormalises to uniform). Prefer ``topk_gjs``. Where the source returned no divergence, this does:
+    alpha = 0 is KL(T||S) and alpha = 1 is KL(S||T) on the same ids; a repeated id counts once, with its larger
+    logprob; NaN entries are dropped.
+
+    Returns:
+        One float a position; NaN where either list is empty (no signal).
+    """
+    alpha = check_beta(alpha, "alpha")
+    if len(teacher_topk) != len(student_topk):
+        raise AlignmentError(
+            "teacher_topk and student_topk differ in length", got=f"{len(teacher_topk)} and {len(student_topk)}"
+        )
+    if not floor_logprob < 0.0:
+        raise ConfigError("floor_logprob must be negative", got=floor_logprob)
+    if not teacher_topk:
+        return []
+    teacher_ids, teacher_logp = _padded("teacher_topk", teacher_topk)
+    student_ids, student_logp = _padded("student_topk", student_topk)
+    pair = align(teacher_ids, teacher_logp, student_ids, student_logp)
+    student = np.where(pair.in_teacher & ~pair.in_student, floor_logprob, pair.student)
+    student = log_renormalised(np.where(pair.in_teacher, student, -np.inf))
+    total = integrand(log_renormalised(pair.teacher), student, alpha).sum(axis=1)
+    values: list[float] = np.where(pair.signal, np.maximum(total, 0.0), np.nan).tolist()
+    return values
+
+
+def extract_token_logprobs(
+    topk: Sequence[Position], token_ids: Sequence[int], floor_logprob: float | None = -20.0
+) -> list[float]:
+    """The listed logprob of one token a position; ``floor_logprob`` where the list does not hold it, as in the source.
+
+    For reading old data only. A floored logprob is not a logprob: an importance ratio made of it is off by up to e^17,
+    an advantage by as many nats. Pass ``floor_logprob=None`` for NaN (mask it), or use ``TopK.actual_logp``.
+    """
+    if len(topk) != len(token_ids):
+        raise AlignmentError("topk and token_ids differ in length", got=f"{len(topk)} and {len(token_ids)}")
+    if not topk:
+        return []
+    ids, logp = _padded("topk", topk)
+    hit = (ids == np.asarray(token_ids)[:, None]) & (ids >= 0)
+    found = np.where(hit, logp, -np.inf).max(axis=1, initial=-np.inf)
+    absent = np.nan if floor_logprob is None else floor_logprob
+    values: list[float] = np.where(hit.any(axis=1), found, absent).tolist()
+    return values
+
+
+def slice_completion_topk(
+    full: Sequence[Sequence[_Entry] | None], prompt_len: int, completion_len: int
+) -> list[list[_Entry]]:
+    """Positions ``prompt_len .. prompt_len + completion_len`` of a prompt-logprobs reply; null becomes an empty list.
+
+    ``full[i]`` scores token i given the tokens before it, so the completion starts at ``prompt_len``. An empty list is
+    a hole (no signal), not a distribution. A reply that is too short gives fewer positions: check the length.
+    """
+    if prompt_len < 0 or completion_len < 0:
+        raise ConfigError("prompt_len and completion_len must not be negative", got=f"{prompt_len}, {completion_len}")
+    return [list(position or ()) for position in full[prompt_len : prompt_len + completion_len]]
+
+
+def _padded(name: str, positions: Sequence[Position]) -> tuple[Int32, Float64]:
+    """[R, K] ids and float64 logprobs, -1 and -inf at pads; NaN dropped, a repeated id once with its larger value."""
+    counts = np.fromiter(map(len, positions), dtype=np.int64, count=len(positions))
+    flat = np.array(list(chain.from_iterable(positions)), dtype=np.float64).reshape(-1, 2)
+    rows, ids, logp = np.repeat(np.arange(len(positions)), counts), flat[:, 0].astype(np.int64), flat[:, 1]
+    logp64(name, logp)
+    if ids.size and (ids.min() < 0 or ids.max() > np.iinfo(np.int32).max or (ids != flat[:, 0]).any()):
+        raise ConfigError(f"{name}: token ids must be integers in 0..2**31-1")
+    known = ~np.isnan(logp)
+    rows, ids, logp = rows[known], ids[known], logp[known]
+    order = np.lexsort((-logp, ids, rows))
+    rows, ids, logp = rows[order], ids[order], logp[order]
+    first = np.ones(rows.size, dtype=np.bool_)
+    first[1:] = (rows[1:] != rows[:-1]) | (ids[1:] != ids[:-1])
+    rows, ids, logp = rows[first], ids[first], logp[first]
+    kept = np.bincount(rows, minlength=len(positions))
+    column = np.arange(rows.size) - np.repeat(np.cumsum(kept) - kept, kept)
+    padded_ids = np.full((len(positions), int(kept.max(initial=0))), PAD_ID, dtype=np.int32)
+    padded_logp = np.full(padded_ids.shape, -np.inf)
+    padded_ids[rows, column], padded_logp[rows, column] = ids, logp
+    return padded_ids, padded_logp
