@@ -46,7 +46,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     )
 
 
-def _need_vllm() -> None:
+def need_vllm() -> None:
     if not VLLM_PYTHON.exists():
         pytest.fail(f"no real vLLM at {VLLM_PYTHON}: run `bash scripts/setup_vllm.sh`", pytrace=False)
 
@@ -62,7 +62,7 @@ def embedded(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="session")
 def vllm(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    _need_vllm()
+    need_vllm()
     log = tmp_path_factory.mktemp("vllm") / "server.log"
     with vllm_server(
         models.policy, model="t", log=log, max_logprobs=MAX_LOGPROBS, max_model_len=MAX_MODEL_LEN, lora=True
@@ -81,7 +81,7 @@ def guarded_embedded(models: Models, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def guarded_vllm(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    _need_vllm()
+    need_vllm()
     log = tmp_path_factory.mktemp("guarded-vllm") / "server.log"
     with vllm_server(
         models.policy,

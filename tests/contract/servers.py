@@ -140,6 +140,7 @@ def vllm_env(*, candidates: bool = False) -> dict[str, str]:
     """The environment of a vLLM on CPU: offline, no telemetry, no compiler, dev routes on.
 
     With ``candidates`` the V2 model runner is on, its kernels run by Triton's interpreter (see shims/sitecustomize.py).
+    Its top-k/top-p kernel does not run interpreted and takes the engine down: send no truncation to that server.
     """
     keep = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH")
     env = {name: os.environ[name] for name in keep if name in os.environ}

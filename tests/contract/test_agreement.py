@@ -142,7 +142,6 @@ CANDIDATES = {
     "all rows": {"prompt_logprob_token_ids": [[5, 9]] * 16},
     "start": {"prompt_logprob_token_ids": [[5], [7, 8], [-1], [2047]], "prompt_logprob_start": 12},
     "with top-k": {"prompt_logprob_token_ids": [[5, 9]] * 16, "prompt_logprobs": 2},
-    "n 2": {"prompt_logprob_token_ids": [[5, 9]] * 16, "n": 2, "temperature": 1, "top_k": 1, "seed": 1},
     "wrong rows": {"prompt_logprob_token_ids": [[5], [6]], "prompt_logprob_start": 12},
     "past vocab": {"prompt_logprob_token_ids": [[2048]] * 16},
     "too wide": {"prompt_logprob_token_ids": [list(range(65))] * 16},
