@@ -1,8 +1,8 @@
 """Divergences against a teacher that is known only at K ids a row, from logits or from (hidden, lm_head).
 
 ``tail="bucket"`` compares K + 1 bins, everything outside the list being one: an exact coarse-graining, never above the
-full-vocabulary divergence and growing with K. ``tail="renormalise"`` compares the conditionals on the K ids: blind to the
-mass outside, zero at K = 1. beta as everywhere: 0 forward KL(T||S), 1 reverse KL(S||T), between them GJS.
+full-vocabulary divergence and growing with K. ``tail="renormalise"`` compares the conditionals on the K ids, blind to
+the mass outside, zero at K = 1. beta as everywhere: 0 forward KL(T||S), 1 reverse KL(S||T), between them GJS.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def fused_divergence_loss(
 ) -> Tensor:
     """``sparse_divergence_loss`` from the last hidden states and the head, without N x V logits.
 
-    Masked rows and holes are dropped before the head. "bucket" takes its gradients in the forward pass, one row chunk at
-    a time; "renormalise" needs the K logits of each row only and never multiplies the head out.
+    Masked rows and holes are dropped before the head. "bucket" takes its gradients in the forward pass, chunk by
+    chunk of rows; "renormalise" needs the K logits of each row only and never multiplies the head out.
 
     Args:
         hidden: [N, H] or [B, T, H].
@@ -131,7 +131,8 @@ def select_teacher(
     """The teacher's rows that train, and the boolean selection they come from (valid and not a hole)."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     sparse = teacher_rows(teacher, shape, like.device, dtype).head(k)
-    used = boolean_mask(mask, shape, like.device) & sparse.signal.reshape(shape)
+    used: Tensor = boolean_mask(mask, shape, like.device)
+    used = torch.logical_and(used, sparse.signal.reshape(shape))
     return sparse.rows(used.reshape(-1)), used
 
 
@@ -139,9 +140,9 @@ def scale_total(total: Tensor, count: int, reduction: Reduction, num_tokens: flo
     """The sum over rows as it is asked for: "sum", or "mean" over ``count`` rows (or num_tokens)."""
     if reduction == "mean":
         return reduce_mean(total, count, num_tokens)
-    if reduction == "sum" and num_tokens is None:
-        return total
-    raise ConfigError("a fused loss takes reduction mean, or sum without num_tokens", got=reduction)
+    if reduction != "sum" or num_tokens is not None:
+        raise ConfigError("a fused loss takes reduction mean, or sum without num_tokens", got=reduction)
+    return total
 
 
 def check_sparse_options(beta: float, tail: str, temperature: float) -> None:
