@@ -1,4 +1,9 @@
 """Moving samples and taking steps.
 
-Knows: torch, the student, the order of things. Does not know: HTTP, files of scores.
+Knows: torch, the student, the order of things. Does not know: HTTP, files of scores. Importing the package
+loads no torch: take what you need from its modules (``topkd.engine.loop``, ``topkd.engine.learner``, ...).
 """
+
+from topkd.engine.config import EngineConfig, LearnerConfig, RolloutConfig
+
+__all__ = ["EngineConfig", "LearnerConfig", "RolloutConfig"]

@@ -1,0 +1,66 @@
+"""``topkd``: the command line. One clear line on bad input, exit codes 0 (done), 1 (failed run), 2 (user's mistake)."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+import topkd
+from topkd.cli import demo, serve, train
+from topkd.topk.errors import TopkdError
+
+app = typer.Typer(
+    name="topkd",
+    help="Distil a teacher you can reach only through an API.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.command)
+app.command("train")(train.command)
+app.command("serve")(serve.command)
+
+
+def _version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it
+    if wanted:
+        typer.echo(f"topkd {topkd.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[  # noqa: ARG001 - handled by its callback
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks instead of one-line errors.")] = False,
+) -> None:
+    """Options before the command."""
+    if debug:
+        os.environ["TOPKD_DEBUG"] = "1"
+
+
+def main() -> None:
+    """Entry point of the ``topkd`` script."""
+    try:
+        app()
+    except TopkdError as error:
+        _fail(f"error: {error}", error.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped", 1)
+    except BrokenPipeError:
+        # The reader of our output went away (`topkd ... | head`); keep Python from flushing into it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:  # noqa: BLE001 - the last resort: a traceback is for --debug
+        _fail(f"internal error: {type(error).__name__}: {error} (topkd --debug shows where)", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    if os.environ.get("TOPKD_DEBUG"):
+        traceback.print_exc()
+    typer.echo(f"topkd: {' '.join(message.split())}", err=True)
+    sys.exit(code)

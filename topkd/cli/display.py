@@ -1,0 +1,75 @@
+"""Progress on a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import os
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from topkd.compose.progress import Progress as Told
+
+_PLAIN_EVERY_S = 10.0
+
+
+class Display(Told):
+    """Shows what ``compose`` tells: a live bar on a terminal, at most a line every ten seconds elsewhere."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.live = self.console.is_terminal and not os.environ.get("CI")
+        self._bars = Progress(
+            TextColumn("{task.description:<18}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
+            console=self.console,
+            disable=not self.live,
+        )
+        self._task: TaskID | None = None
+        self._name, self._total, self._said_at, self._began = "", 0, 0.0, time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def note(self, text: str) -> None:
+        """A line worth reading once."""
+        self.console.print(text, markup=False)
+
+    def stage(self, name: str, total: int) -> None:
+        """Work of ``total`` units begins."""
+        self._name, self._total, self._said_at = name, total, 0.0
+        self._task = self._bars.add_task(name, total=total, detail="")
+
+    def advance(self, done: int, detail: str = "") -> None:
+        """``done`` units of the present stage are finished."""
+        if self.live and self._task is not None:
+            self._bars.update(self._task, completed=done, detail=detail)
+        elif done == self._total or time.monotonic() - self._said_at > _PLAIN_EVERY_S:
+            self._said_at = time.monotonic()
+            self.note(f"{self._name}: {done}/{self._total} {detail} ({time.monotonic() - self._began:.0f} s)")
+
+    def record(self, kind: str, record: dict[str, Any]) -> None:
+        """A step moves the bar; an evaluation gets a line of its own."""
+        if kind == "eval":
+            self.note(
+                f"step {record['step']:>4}: held-out KL(S||T) {record['reverse_kl']:.4f}  "
+                f"KL(T||S) {record['forward_kl']:.4f}  agreement {100 * record['agreement']:.1f} %"
+            )
+            return
+        seconds = record["sample_s"] + record["score_wait_s"] + record["learn_s"]
+        detail = f"kl {record.get('kl_k1') or float('nan'):.3f}  {record['tokens'] / max(seconds, 1e-9):.0f} tok/s"
+        if record["lost"]:
+            detail += f"  lost {sum(record['lost'].values())}"
+        self.advance(record["step"], detail)

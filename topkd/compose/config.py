@@ -1,0 +1,150 @@
+"""One run, one frozen config, one TOML file; every mistake in it is one clear line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from topkd.clients import ClientConfig
+from topkd.engine import EngineConfig
+from topkd.topk.errors import ConfigError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StudentConfig(_Frozen):
+    """The model that learns."""
+
+    model: str
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class TeacherConfig(_Frozen):
+    """A server that scores. A key never stands in a config: ``api_key_env`` names the variable that holds it."""
+
+    url: str
+    model: str | None = None
+    dialect: Literal["vllm"] = "vllm"
+    api_key_env: str | None = None
+
+    def api_key(self) -> SecretStr | None:
+        """The key from the environment; naming a variable that is not set is an error."""
+        if self.api_key_env is None:
+            return None
+        value = os.environ.get(self.api_key_env)
+        if not value:
+            raise ConfigError(f"the environment variable {self.api_key_env} (teacher.api_key_env) is not set")
+        return SecretStr(value)
+
+
+class DataConfig(_Frozen):
+    """Where prompts come from: JSONL rows with ``prompt_ids``, ``prompt`` or ``messages``."""
+
+    path: str
+    limit: Annotated[int | None, Field(ge=1)] = None
+
+
+class RunConfig(EngineConfig):
+    """``topkd train run.toml``: the engine's settings at the top level, and the pieces it is wired to."""
+
+    student: StudentConfig
+    teacher: TeacherConfig | None = None
+    teachers: Annotated[dict[str, TeacherConfig], Field(default_factory=dict)]
+    data: DataConfig
+    client: ClientConfig = ClientConfig()
+
+    @model_validator(mode="after")
+    def _one_way_to_name_teachers(self) -> RunConfig:
+        if (self.teacher is None) == (not self.teachers):
+            raise ValueError("give either [teacher] or [teachers.NAME] tables, not both and not neither")
+        return self
+
+    def teacher_map(self) -> dict[str, TeacherConfig]:
+        """teacher_id -> config; the single [teacher] answers to the empty id."""
+        return {"": self.teacher} if self.teacher is not None else dict(self.teachers)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML run file, apply ``key=value`` overrides, check everything."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError("cannot read the config", where=str(path), got=reason) from error
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError("the config is not TOML", where=str(path), got=str(error)) from error
+    for override in overrides:
+        _set(values, override)
+    return validated(RunConfig, values, where=str(path))
+
+
+def validated(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
+    """``model`` from plain values; the first problem pydantic finds becomes one ConfigError."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        if problem["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(model), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "remove it or check the spelling"
+            raise ConfigError(f"unknown config key {key!r}{more}", where=where, hint=hint) from None
+        raise ConfigError(
+            f"config key {key!r}{more}", where=where, got=_shown(problem.get("input")), expected=problem["msg"]
+        ) from None
+
+
+def _known_keys(model: type[BaseModel], depth: int = 3) -> set[str]:
+    keys: set[str] = set()
+    for name, field in model.model_fields.items():
+        keys.add(name)
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        for inner in candidates:
+            if depth and isinstance(inner, type) and issubclass(inner, BaseModel):
+                keys |= _known_keys(inner, depth - 1)
+    return keys
+
+
+def _shown(value: object) -> str:
+    return repr(value) if not isinstance(value, dict) else f"a table with {sorted(value)}"
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError("--set takes key=value", got=override, hint="for instance --set objective.kind=gjs")
+    *path, last = key.strip().split(".")
+    table = values
+    for part in path:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {key}: {part} is a value, not a table", got=override)
+    table[last] = _parsed(text.strip())
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word is a string, so that --set objective.kind=gjs needs no quotes
+
+
+def saved(config: BaseModel, path: Path) -> None:
+    """Write the resolved config beside the run, as JSON; secrets are not in it (only names of variables are)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")

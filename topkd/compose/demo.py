@@ -1,0 +1,266 @@
+"""``topkd demo``: the main job on what every machine has - no network, no download, a real server in another process.
+
+A byte-level BPE and a corpus come from the Python standard library's sources; a teacher and a much less trained student
+are made on the spot and cached; the teacher then serves its logprobs over HTTP and the student learns from them. The
+teacher's weights are opened here too, but only to *measure* the exact divergence before and after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+import topkd
+from topkd.clients import ClientConfig, connect
+from topkd.compose import corpus
+from topkd.compose.config import saved
+from topkd.compose.progress import Progress
+from topkd.compose.train import RunResult, fresh_folder, run
+from topkd.engine import EngineConfig, LearnerConfig, RolloutConfig
+from topkd.engine.config import GJS, Objective, ScalarKL, TopKPolicyGradient
+from topkd.engine.data import PromptRow
+from topkd.report.curves import write_demo_curve
+from topkd.serve import ServeConfig, ServerProcess
+from topkd.topk.errors import ConfigError
+
+ObjectiveName = Literal["scalar_kl", "gjs", "topk_pg"]
+
+CORPUS_BYTES = 4_000_000
+HELD_OUT_TOKENS = 150_000
+VOCAB = 1024
+PROMPT_TOKENS = 24
+COMPLETION_TOKENS = 32
+PROBES = 96
+PROBE_TOKENS = 48
+TEACHER = {"hidden": 160, "layers": 3, "heads": 4, "steps": 600}
+STUDENT = {"hidden": 96, "layers": 2, "heads": 2, "steps": 120, "seed": 1}
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """What the demo has to show."""
+
+    out: Path
+    figure: Path
+    before: dict[str, float]
+    after: dict[str, float]
+    samples: dict[str, str]
+    tokens: int
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Assets:
+    """The cached folders and the token stream behind the demo."""
+
+    teacher: Path
+    student: Path
+    training: NDArray[np.int32]
+    held_out: NDArray[np.int32]
+
+
+async def demo(
+    objective: ObjectiveName = "topk_pg",
+    *,
+    steps: int = 150,
+    seed: int = 0,
+    out: Path | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> DemoResult:
+    """Build (or reuse) the tiny models, serve the teacher, distil over HTTP, measure exactly, draw the curve."""
+    import torch
+
+    from topkd.engine.student import Student, load_tokenizer
+
+    progress = progress or Progress()
+    config = demo_config(objective, steps, seed)
+    out = out or Path("runs") / f"demo-{objective}-seed{seed}"
+    _replace_demo(out)
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))  # the other half belongs to the server
+    began = time.perf_counter()
+    assets = build_assets(cache or cache_root(), progress)
+    assets_s = time.perf_counter() - began
+
+    tokenizer = load_tokenizer(str(assets.student))
+    student, judge = Student.load(str(assets.student), "cpu"), Student.load(str(assets.teacher), "cpu")
+    probes = await _probes(student, assets.held_out, tokenizer)
+    text_before = await _completion(student, probes[0].ids[: probes[0].prompt_len], tokenizer)
+
+    def evaluate() -> dict[str, Any]:
+        from topkd.engine.evaluation import exact_divergences
+
+        return exact_divergences(student, judge, probes)
+
+    progress.note("starting the teacher's server in another process")
+    # One sequence a forward pass: what shares a batch depends on timing, and rounding depends on the batch.
+    serve = ServeConfig(
+        model=str(assets.teacher), served_model_name="teacher", port=0, max_logprobs=config.k, max_batch_tokens=1
+    )
+    began = time.perf_counter()
+    saved(config, out / "config.json")
+    with ServerProcess(serve, log_path=out / "server.log") as server:
+        progress.note(f"teacher at {server.url} (process {server.pid}); K = {config.k}, objective {objective}")
+        client = await connect(server.url, model="teacher", config=ClientConfig(total_timeout_s=30.0))
+        async with client:
+            rows = _prompts(assets.training, seed)
+            result = await run(
+                config,
+                student=student,
+                tokenizer=tokenizer,
+                rows=rows,
+                teachers={"": client},
+                out=out,
+                progress=progress,
+                evaluate=evaluate,
+            )
+    seconds = {"assets": assets_s, "distil": time.perf_counter() - began}
+    samples = {
+        "prompt": tokenizer.decode(probes[0].ids[: probes[0].prompt_len]),
+        "student before": text_before,
+        "student after": await _completion(student, probes[0].ids[: probes[0].prompt_len], tokenizer),
+        "teacher": await _completion(judge, probes[0].ids[: probes[0].prompt_len], tokenizer),
+    }
+    return _finish(result, samples, seconds, objective)
+
+
+def demo_config(objective: ObjectiveName, steps: int, seed: int) -> EngineConfig:
+    """The engine settings the demo runs with; printed nowhere else, saved beside the run."""
+    objectives: dict[ObjectiveName, Objective] = {
+        "scalar_kl": ScalarKL(),
+        "gjs": GJS(),
+        "topk_pg": TopKPolicyGradient(),
+    }
+    return EngineConfig(
+        steps=steps,
+        seed=seed,
+        k=20,
+        max_staleness=1,
+        eval_every=max(1, steps // 6),
+        objective=objectives[objective],
+        rollout=RolloutConfig(
+            prompts_per_step=32, samples_per_prompt=1, max_completion_tokens=COMPLETION_TOKENS, batch_size=32
+        ),
+        learner=LearnerConfig(lr=LEARNING_RATE, warmup_steps=5),
+    )
+
+
+def cache_root() -> Path:
+    """Where trained demo models are kept: $XDG_CACHE_HOME/topkd or ~/.cache/topkd."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "topkd"
+
+
+def build_assets(cache: Path, progress: Progress) -> Assets:
+    """Tokenizer, teacher and student from the cache, or trained now; the key is everything they depend on."""
+    files = corpus.standard_library_files(CORPUS_BYTES)
+    texts = corpus.read_texts(files)
+    recipe = json.dumps({"vocab": VOCAB, "teacher": TEACHER, "student": STUDENT, "held_out": HELD_OUT_TOKENS})
+    digest = hashlib.blake2b(recipe.encode(), digest_size=8)
+    for text in texts:
+        digest.update(hashlib.blake2b(text.encode()).digest())
+    folder = cache / "demo" / digest.hexdigest()
+    if not (folder / "stream.npy").exists():
+        _train_assets(texts, folder, progress)
+    stream = np.load(folder / "stream.npy")
+    return Assets(folder / "teacher", folder / "student", stream[:-HELD_OUT_TOKENS], stream[-HELD_OUT_TOKENS:])
+
+
+def _train_assets(texts: list[str], folder: Path, progress: Progress) -> None:
+    from topkd.compose import tiny
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise ConfigError("cannot write to the cache", where=str(folder.parent), got=error.strerror) from error
+    try:
+        progress.note("training a byte-level BPE on the Python standard library's sources")
+        corpus.train_tokenizer(texts[: len(texts) // 2], VOCAB, staging / "tokenizer")
+        stream = corpus.encode(texts, staging / "tokenizer")
+        for name, shape in (("teacher", TEACHER), ("student", STUDENT)):
+            spec = tiny.TinyModel(vocab_size=VOCAB, **shape)
+            model = tiny.build(spec)
+            progress.stage(f"train the {name}", spec.steps)
+            tiny.train(
+                model,
+                spec,
+                stream[:-HELD_OUT_TOKENS],
+                lambda step, loss: progress.advance(step, f"loss {loss:.2f}"),
+            )
+            tiny.save(model, staging / name)
+            shutil.copytree(staging / "tokenizer", staging / name, dirs_exist_ok=True)
+        np.save(staging / "stream.npy", stream)
+        if not folder.exists():  # another demo may have finished first; its folder is as good
+            staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _prompts(training: NDArray[np.int32], seed: int) -> list[PromptRow]:
+    starts = np.random.default_rng([seed, 1]).integers(0, len(training) - PROMPT_TOKENS, size=4096)
+    windows = [training[start : start + PROMPT_TOKENS] for start in starts]
+    return [PromptRow(window, window, "", f"window {start}") for window, start in zip(windows, starts, strict=True)]
+
+
+async def _probes(student: Any, held_out: NDArray[np.int32], tokenizer: Any) -> list[Any]:
+    """Held-out prompts, each continued by the untrained student: fixed prefixes to measure on, whatever the seed."""
+    from topkd.engine.evaluation import Probe
+
+    starts = np.random.default_rng(0).integers(0, len(held_out) - PROMPT_TOKENS, size=PROBES)
+    prompts = [held_out[start : start + PROMPT_TOKENS] for start in starts]
+    rollouts = await _sampled(student, prompts, tokenizer, PROBE_TOKENS)
+    return [
+        Probe(np.concatenate([prompt, rollout.completion_ids]), PROMPT_TOKENS)
+        for prompt, rollout in zip(prompts, rollouts, strict=True)
+    ]
+
+
+async def _completion(model: Any, prompt: NDArray[np.int32], tokenizer: Any) -> str:
+    (rollout,) = await _sampled(model, [prompt], tokenizer, 40)
+    return str(tokenizer.decode(rollout.completion_ids, skip_special_tokens=True))
+
+
+async def _sampled(model: Any, prompts: list[NDArray[np.int32]], tokenizer: Any, tokens: int) -> list[Any]:
+    from topkd.engine.sampler import InProcessSampler
+    from topkd.topk import SamplingParams
+
+    sampler = InProcessSampler(model, stop_ids=[tokenizer.eos_token_id])
+    drawn = await sampler.sample_batch(prompts, 1, SamplingParams(max_tokens=tokens, seed=7))
+    return [rollouts[0] for rollouts in drawn]
+
+
+def _replace_demo(out: Path) -> None:
+    """A former demo in ``out`` makes room for this one; anything else that lies there stays, and is an error."""
+    if (out / "demo.json").exists():
+        shutil.rmtree(out)
+    fresh_folder(out)
+    (out / "demo.json").write_text("{}\n", encoding="utf-8")
+
+
+def _finish(result: RunResult, samples: dict[str, str], seconds: dict[str, float], objective: str) -> DemoResult:
+    figure = write_demo_curve(
+        result.evals, result.steps, result.out / "curve.png", title=f"topkd {topkd.__version__} demo: {objective}"
+    )
+    done = DemoResult(
+        result.out,
+        figure,
+        result.evals[0],
+        result.evals[-1],
+        samples,
+        sum(record["tokens"] for record in result.steps),
+        seconds,
+    )
+    summary = {"before": done.before, "after": done.after, "tokens": done.tokens, "seconds": seconds, **samples}
+    (result.out / "demo.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return done

@@ -1,0 +1,81 @@
+"""Exact divergences between two local models on fixed sequences: the whole vocabulary, no estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topkd.engine.student import Student
+from topkd.topk.errors import AlignmentError, ConfigError
+from topkd.topk.types import Int32
+
+_ROWS_AT_ONCE = 2048  # bounds the [rows, V] float64 temporaries
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A sequence and where its scored part begins: positions ``prompt_len ..`` are compared."""
+
+    ids: Int32
+    prompt_len: int
+
+
+@torch.inference_mode()
+def exact_divergences(student: Student, teacher: Student, probes: Sequence[Probe]) -> dict[str, float]:
+    """Mean over scored positions, in nats, of KL(S||T), KL(T||S) and JSD, and how often both put the same token first.
+
+    Float64 over the full vocabulary, from each model's own float32 logits.
+    """
+    if not probes:
+        raise ConfigError("no sequences to evaluate on")
+    if student.vocab_size != teacher.vocab_size:
+        raise AlignmentError("vocabularies differ", got=student.vocab_size, expected=teacher.vocab_size)
+    sums, count = torch.zeros(4, dtype=torch.float64), 0
+    for batch, rows in _batches(probes):
+        student_logits = student.logit_rows(*_on(student, batch), rows.to(student.device))
+        teacher_logits = teacher.logit_rows(*_on(teacher, batch), rows.to(teacher.device))
+        for first in range(0, len(rows), _ROWS_AT_ONCE):
+            part = slice(first, first + _ROWS_AT_ONCE)
+            sums += _divergence_sums(student_logits[part].cpu(), teacher_logits[part].cpu())
+        count += len(rows)
+    reverse, forward, jsd, agree = (sums / count).tolist()
+    return {"reverse_kl": reverse, "forward_kl": forward, "jsd": jsd, "agreement": agree, "eval_tokens": count}
+
+
+def _divergence_sums(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    s = torch.log_softmax(student_logits.double(), dim=-1)
+    t = torch.log_softmax(teacher_logits.double(), dim=-1)
+    m = torch.logaddexp(s, t) - np.log(2.0)
+    return torch.stack(
+        [
+            (s.exp() * (s - t)).sum(),
+            (t.exp() * (t - s)).sum(),
+            0.5 * (s.exp() * (s - m)).sum() + 0.5 * (t.exp() * (t - m)).sum(),
+            (s.argmax(-1) == t.argmax(-1)).double().sum(),
+        ]
+    )
+
+
+def _batches(probes: Sequence[Probe], size: int = 16) -> list[tuple[list[Probe], Tensor]]:
+    ordered = sorted(probes, key=lambda probe: probe.ids.size)
+    batches = []
+    for first in range(0, len(ordered), size):
+        part = ordered[first : first + size]
+        width = max(probe.ids.size for probe in part) - 1
+        rows = [b * width + np.arange(probe.prompt_len - 1, probe.ids.size - 1) for b, probe in enumerate(part)]
+        batches.append((part, torch.from_numpy(np.concatenate(rows))))
+    return batches
+
+
+def _on(student: Student, batch: list[Probe]) -> tuple[Tensor, Tensor]:
+    width = max(probe.ids.size for probe in batch) - 1
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    attention = torch.zeros_like(ids)
+    for b, probe in enumerate(batch):
+        ids[b, : probe.ids.size - 1] = torch.from_numpy(probe.ids[:-1].astype(np.int64))
+        attention[b, : probe.ids.size - 1] = 1
+    return ids.to(student.device), attention.to(student.device)

@@ -1,0 +1,129 @@
+"""One optimiser step on prepared samples: forward the rows that train, form the objective, step, report."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from topkd.engine.batching import micro_batches
+from topkd.engine.config import LearnerConfig, Objective
+from topkd.engine.objectives import TokenStats, objective_loss, valid_tokens
+from topkd.engine.student import Student
+from topkd.topk.errors import TrainingError
+from topkd.topk.samples import PreparedSample
+
+MAX_SKIPPED_IN_A_ROW = 5
+
+
+class Learner:
+    """Owns the optimiser. ``version`` counts the steps that changed the weights' history, and labels rollouts.
+
+    Args:
+        student: The model; its weights change only inside ``step``, under ``lock``.
+        config: Optimiser settings.
+        objective: What to minimise.
+        lock: Held while weights change or are read for a step (share it with an in-process sampler).
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        config: LearnerConfig,
+        objective: Objective,
+        *,
+        lock: threading.Lock | None = None,
+    ) -> None:
+        self.student, self.config, self.objective = student, config, objective
+        self.lock = lock or threading.Lock()
+        self.version = 0
+        self._skipped_in_a_row = 0
+        self._trained = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            self._trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+        )
+
+    def step(self, samples: Sequence[PreparedSample]) -> dict[str, Any]:
+        """Take one step; returns the diary entry.
+
+        A step without a trainable token, or with a non-finite gradient, changes no weight and says so in ``skipped``;
+        several in a row end the run.
+        """
+        masks = [valid_tokens(sample, self.objective) for sample in samples]
+        num_tokens = int(sum(mask.sum() for mask in masks))
+        stats: list[TokenStats] = []
+        loss_sum, norm, skipped = 0.0, math.nan, "" if num_tokens else "no trainable token"
+        with self.lock:
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._lr()
+            for batch in micro_batches(samples, masks, self.config.micro_batch_tokens, self.student.device):
+                logits = self.student.logit_rows(batch.input_ids, batch.attention_mask, batch.rows)
+                loss, tokens = objective_loss(self.objective, logits, batch, self.config.importance, num_tokens)
+                loss.backward()  # type: ignore[no-untyped-call]
+                loss_sum += float(loss.detach())
+                stats.append(tokens)
+            if num_tokens:
+                norm = float(torch.nn.utils.clip_grad_norm_(self._trained, self.config.max_grad_norm))
+                if math.isfinite(norm) and math.isfinite(loss_sum):
+                    self._optimizer.step()
+                else:
+                    skipped = "non-finite gradient"
+            self._optimizer.zero_grad(set_to_none=True)
+            self.version += 1
+        self._count_skips(skipped)
+        tokens_given = int(sum(sample.core.mask.sum() for sample in samples))
+        return {
+            "loss": loss_sum,
+            "grad_norm": norm,
+            "lr": self._optimizer.param_groups[0]["lr"],
+            "tokens": num_tokens,
+            "masked_tokens": tokens_given - num_tokens,
+            "skipped": skipped,
+            **(token_metrics(stats, self.config.importance.cap) if stats else {}),
+        }
+
+    def _lr(self) -> float:
+        warm = self.config.warmup_steps
+        return self.config.lr * (min(1.0, (self.version + 1) / warm) if warm else 1.0)
+
+    def _count_skips(self, skipped: str) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"{self._skipped_in_a_row} steps in a row changed nothing",
+                got=skipped,
+                hint="lower learner.lr, or look at masked_tokens and lost samples in metrics.jsonl",
+            )
+
+
+def token_metrics(stats: Sequence[TokenStats], cap: float) -> dict[str, float]:
+    """What a step's tokens say, as numbers for the diary; KLs are in nats and have the sign of a KL.
+
+    ``kl_k1`` is the mean of log s - log t over sampled tokens (an estimate of KL(S||T)), ``kl_k3`` the non-negative
+    estimate expm1(d) - d with d = log t - log s, ``behavior_kl_k3`` the same between rollout and current policy.
+    """
+    new, behavior, teacher, advantage = (
+        np.concatenate([getattr(part, name) for part in stats]).astype(np.float64)
+        for name in ("logp_new", "logp_behavior", "logp_teacher", "advantage")
+    )
+    to_teacher = teacher - new
+    known = np.isfinite(to_teacher)
+    to_teacher = to_teacher[known]
+    log_ratio = np.clip(new - behavior, -20.0, 20.0)
+    ratio = np.exp(log_ratio)
+    return {
+        "kl_k1": float(-to_teacher.mean()) if known.any() else math.nan,
+        "kl_k3": float((np.expm1(to_teacher) - to_teacher).mean()) if known.any() else math.nan,
+        "advantage_mean": float(advantage.mean()),
+        "advantage_std": float(advantage.std()),
+        "advantage_abs_mean": float(np.abs(advantage).mean()),
+        "ratio_mean": float(ratio.mean()),
+        "ratio_max": float(ratio.max()),
+        "ratio_capped": float((ratio > cap).mean()),
+        "ess": float(ratio.sum() ** 2 / np.square(ratio).sum() / ratio.size),
+        "behavior_kl_k3": float((np.expm1(log_ratio) - log_ratio).mean()),
+    }

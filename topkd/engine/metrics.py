@@ -1,0 +1,63 @@
+"""The run's diary: one JSON object a line, flushed line by line, strict JSON (a non-finite number is null)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from topkd.topk.errors import ConfigError, DataError
+
+
+class MetricsLog:
+    """Appends records to ``metrics.jsonl``. A record says its ``kind``: "step", "eval" or "event"."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[str] = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write metrics to {path}", got=error.strerror) from error
+
+    def write(self, kind: str, record: Mapping[str, Any]) -> None:
+        """One line; numbers that JSON cannot say are written as null."""
+        self._file.write(json.dumps({"kind": kind, **_finite(dict(record))}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Records of a diary; a torn last line (a killed run) is left out, any other unreadable line is an error."""
+    records: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise DataError("unreadable metrics line", where=f"{path}:{number}", got=line[:80]) from error
+        if kind is None or record["kind"] == kind:
+            records.append(record)
+    return records
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,120 @@
+"""From teacher and student logprobs to a loss: one objective a branch, the same diary for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import assert_never
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topkd.engine.batching import MicroBatch
+from topkd.engine.config import GJS, ImportanceSampling, Objective, ScalarKL, TopKPolicyGradient
+from topkd.topk import TopK, TopKPreparedSample, gjs_advantage, scalar_kl_advantage
+from topkd.topk.errors import ConfigError
+from topkd.topk.losses import importance_sampling_loss, topk_policy_gradient_loss
+from topkd.topk.samples import PreparedSample
+from topkd.topk.types import Bool, Float32, Float64
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """Per-token facts of one micro-batch, for the diary; all float [N]."""
+
+    logp_new: Float32
+    logp_behavior: Float32
+    logp_teacher: Float32
+    advantage: Float64
+
+
+def valid_tokens(sample: PreparedSample, objective: Objective) -> Bool:
+    """Bool [C]: completion tokens that train. Unknown teacher or behaviour logprobs are masked, never replaced.
+
+    Where the advantage is a log-ratio (scalar KL, beta = 1), a token to which the teacher gives exactly zero
+    probability has none that is finite: masked too. The top-K objective needs a row that lists something.
+    """
+    valid = sample.core.mask & ~np.isnan(sample.teacher_logp) & ~np.isnan(sample.behavior.logp)
+    match objective:
+        case ScalarKL():
+            valid &= np.isfinite(sample.teacher_logp)
+        case GJS():
+            valid &= np.isfinite(sample.teacher_logp) | (objective.beta < 1.0)
+        case TopKPolicyGradient():
+            valid &= np.isfinite(sample.teacher_logp) | (objective.beta < 1.0)
+            valid &= _teacher_rows(sample).signal
+        case _:
+            assert_never(objective)
+    return valid
+
+
+def objective_loss(
+    objective: Objective, logits: Tensor, batch: MicroBatch, importance: ImportanceSampling, num_tokens: int
+) -> tuple[Tensor, TokenStats]:
+    """Loss of one micro-batch, divided by ``num_tokens`` of the whole step, and what its tokens looked like.
+
+    Args:
+        objective: What to minimise.
+        logits: float32 [N, V] at the batch's trained rows, with graph.
+        batch: Tokens, samples and picks behind those rows.
+        importance: Weight of sampled tokens against the fixed rollout logprobs.
+        num_tokens: Trained tokens of the global batch.
+    """
+    logp_new = torch.log_softmax(logits, dim=-1).gather(1, batch.targets[:, None])[:, 0]
+    behavior = _cut(batch, [sample.behavior.logp for sample in batch.samples])
+    teacher = _cut(batch, [sample.teacher_logp for sample in batch.samples])
+    student = logp_new.detach().cpu().numpy()
+    on_device = torch.from_numpy(behavior).to(logits.device)
+    cap = importance.cap if importance.kind == "truncated" else 1.0
+    reference = on_device if importance.kind == "truncated" else logp_new.detach()
+    match objective:
+        case ScalarKL() | GJS():
+            beta = objective.beta if isinstance(objective, GJS) else None
+            advantage = scalar_kl_advantage(teacher, student) if beta is None else gjs_advantage(teacher, student, beta)
+            loss = importance_sampling_loss(
+                logp_new, reference, torch.from_numpy(advantage).to(logits.device), cap=cap, num_tokens=num_tokens
+            )
+        case TopKPolicyGradient():
+            rows = _rows(batch)
+            ids = torch.from_numpy(rows.ids.astype(np.int64)).to(logits.device)
+            logp_all = torch.log_softmax(logits, dim=-1)
+            loss = topk_policy_gradient_loss(
+                logp_all.gather(1, ids.clamp_min(0)),
+                logp_new,
+                rows,
+                beta=objective.beta,
+                lam=objective.lam,
+                behavior_logp=reference,
+                cap=cap,
+                num_tokens=num_tokens,
+            )
+            advantage = gjs_advantage(teacher, student, objective.beta)
+        case _:
+            assert_never(objective)
+    return loss, TokenStats(student, behavior, teacher, np.asarray(advantage, dtype=np.float64))
+
+
+def _rows(batch: MicroBatch) -> TopK:
+    parts = []
+    for sample, pick in zip(batch.samples, batch.picks, strict=True):
+        rows = _teacher_rows(sample)
+        parts.append(
+            TopK(
+                0, rows.ids[pick], rows.logp[pick], rows.actual_ids[pick], rows.actual_logp[pick], rows.tail_logp[pick]
+            )
+        )
+    return TopK.concat(parts)
+
+
+def _teacher_rows(sample: PreparedSample) -> TopK:
+    if not isinstance(sample, TopKPreparedSample):
+        raise ConfigError(
+            "the topk_pg objective needs the teacher's top-K rows",
+            got="a sample with realised-token logprobs only",
+            hint="score with k >= 1, or use objective scalar_kl or gjs",
+        )
+    return sample.teacher
+
+
+def _cut(batch: MicroBatch, values: list[Float32]) -> Float32:
+    return np.concatenate([value[pick] for value, pick in zip(values, batch.picks, strict=True)])

@@ -1,0 +1,112 @@
+"""From rollouts to prepared samples: one teacher call each, all at once; what is lost is counted and named."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from topkd.engine.data import PromptRow
+from topkd.topk.errors import ConfigError, ContextLimitError, ResponseError, RetryableServerError, TopkdError
+from topkd.topk.protocols import TeacherScorer
+from topkd.topk.samples import (
+    PreparedSample,
+    Rollout,
+    SampleCore,
+    ScalarBehavior,
+    TopKBehavior,
+    TopKPreparedSample,
+)
+
+# What may cost one sample without ending the run: the server's trouble with this very request. A refusal that holds for
+# every request (K limit, authentication, no such model) is raised.
+LOSABLE = (RetryableServerError, ResponseError, ContextLimitError)
+
+
+@dataclass(slots=True)
+class ScoredBatch:
+    """The samples of one step, and the account of those that were lost (reason -> count)."""
+
+    samples: list[PreparedSample] = field(default_factory=list)
+    lost: Counter[str] = field(default_factory=Counter)
+    first_error: TopkdError | None = None
+    truncated: int = 0
+
+    @property
+    def total(self) -> int:
+        """Samples asked for."""
+        return len(self.samples) + self.lost.total()
+
+
+def teacher_for(teachers: Mapping[str, TeacherScorer], teacher_id: str) -> TeacherScorer:
+    """The teacher a row names; an unmapped name is an error, never a default taken silently."""
+    try:
+        return teachers[teacher_id]
+    except KeyError:
+        raise ConfigError(f"no teacher named {teacher_id!r}", expected=f"one of {sorted(teachers)}") from None
+
+
+async def score_rollouts(
+    rows: Sequence[PromptRow], rollouts: Sequence[Rollout], teachers: Mapping[str, TeacherScorer], k: int
+) -> ScoredBatch:
+    """Score every rollout (``rows[i]`` is the prompt of ``rollouts[i]``), concurrently, keeping their order."""
+
+    async def one(row: PromptRow, rollout: Rollout) -> PreparedSample | TopkdError:
+        if rollout.finish_reason == "abort":
+            return ResponseError("the sampler aborted the completion")
+        try:
+            return await _prepare(row, rollout, teacher_for(teachers, row.teacher_id), k)
+        except LOSABLE as error:
+            return error
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one(row, rollout)) for row, rollout in zip(rows, rollouts, strict=True)]
+    batch = ScoredBatch(truncated=sum(rollout.finish_reason == "length" for rollout in rollouts))
+    for outcome in (task.result() for task in tasks):
+        if isinstance(outcome, TopkdError):
+            batch.lost[type(outcome).__name__] += 1
+            batch.first_error = batch.first_error or outcome
+        else:
+            batch.samples.append(outcome)
+    return batch
+
+
+async def _prepare(row: PromptRow, rollout: Rollout, teacher: TeacherScorer, k: int) -> PreparedSample:
+    start = row.teacher_prompt_ids.size - 1
+    scores = await teacher.score(np.concatenate([row.teacher_prompt_ids, rollout.completion_ids]), start, k)
+    core = SampleCore(
+        np.concatenate([rollout.prompt_ids, rollout.completion_ids]),
+        int(rollout.prompt_ids.size),
+        np.ones(rollout.completion_ids.size, dtype=np.bool_),
+        row.teacher_prompt_ids,
+        row.teacher_id,
+        row.sample_id,
+    )
+    behavior = ScalarBehavior(rollout.logp) if rollout.topk is None else TopKBehavior(rollout.logp, rollout.topk)
+    return TopKPreparedSample(core, behavior, scores)
+
+
+def teacher_metrics(batch: ScoredBatch) -> dict[str, float | int | dict[str, int]]:
+    """What the scores of a step look like: captured and tail mass, realised tokens inside the list, holes."""
+    topks = [sample.teacher for sample in batch.samples if isinstance(sample, TopKPreparedSample)]
+    rows = sum(topk.rows for topk in topks)
+    account: dict[str, float | int | dict[str, int]] = {
+        "samples": len(batch.samples),
+        "lost": dict(batch.lost),
+        "truncated": batch.truncated,
+        "completion_tokens": rows,
+    }
+    if rows:
+        inside = sum(int((topk.ids == topk.actual_ids[:, None]).any(axis=1).sum()) for topk in topks)
+        tail = np.concatenate([topk.tail_logp for topk in topks]).astype(np.float64)
+        account |= {
+            "teacher_mass": float(np.concatenate([topk.mass() for topk in topks]).mean()),
+            "tail_mass": float(np.exp(tail[~np.isnan(tail)]).mean()) if (~np.isnan(tail)).any() else float("nan"),
+            "realised_in_topk": inside / rows,
+            "missing_tokens": sum(int(np.isnan(topk.actual_logp).sum()) for topk in topks),
+            "rows_without_signal": sum(int((~topk.signal).sum()) for topk in topks),
+        }
+    return account

@@ -1,0 +1,111 @@
+"""The student: a Hugging Face causal LM, its device, and the logits of just the rows that train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from topkd.topk.errors import ConfigError
+
+Device = Literal["auto", "cuda", "mps", "cpu"]
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """A causal LM split where the work splits: ``backbone`` gives hidden states, ``head`` turns chosen rows to logits.
+
+    The model stays in eval mode: with dropout on, the policy that is trained is not the policy that was sampled.
+    """
+
+    model: nn.Module
+    backbone: nn.Module
+    head: nn.Module
+    device: torch.device
+
+    @classmethod
+    def wrap(cls, model: nn.Module, device: Device = "auto") -> Student:
+        """Take a loaded Hugging Face causal LM; moved to ``device`` (auto: cuda, then mps, then cpu)."""
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        backbone = getattr(model, getattr(model, "base_model_prefix", "") or "model", None)
+        if head is None or backbone is None:
+            raise ConfigError(
+                "the student is not a causal language model with a separate output head",
+                got=type(model).__name__,
+                hint="load it with transformers.AutoModelForCausalLM",
+            )
+        target = pick_device(device)
+        model.to(target).eval()
+        return cls(model, backbone, head, target)
+
+    @classmethod
+    def load(cls, path: str, device: Device = "auto", dtype: DType = "float32") -> Student:
+        """Load a model folder or id. Trained weights are kept in ``dtype`` (float32 unless memory forbids it)."""
+        return cls.wrap(load_causal_lm(path, dtype), device)
+
+    def hidden_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
+        """Final hidden states [N, H] at flat positions ``rows`` of a right-padded batch [B, T]."""
+        hidden: Tensor = self.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        return hidden.reshape(-1, hidden.shape[-1])[rows]
+
+    def logit_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
+        """float32 logits [N, V] at those positions only: masked and prompt rows never reach the head."""
+        logits: Tensor = self.head(self.hidden_rows(input_ids, attention_mask, rows))
+        return logits.float()
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output head (a padded vocabulary counts)."""
+        weight = self.head.weight
+        if not isinstance(weight, Tensor):
+            raise ConfigError("the student's output head has no weight matrix", got=type(self.head).__name__)
+        return int(weight.shape[0])
+
+
+def pick_device(device: Device) -> torch.device:
+    """``auto`` is cuda, then mps, then cpu; asking for an absent one is an error, never a fallback."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return torch.device(next(name for name, there in available.items() if there))
+    if not available[device]:
+        raise ConfigError(
+            f"device {device} is not available",
+            expected=f"one of {[name for name, there in available.items() if there]}",
+            hint='use device = "auto"',
+        )
+    return torch.device(device)
+
+
+def load_causal_lm(path: str, dtype: DType = "float32") -> Any:
+    """A Hugging Face causal LM from a folder or an id; one clear error when it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        raise ConfigError(_load_message(path, "a causal language model"), got=_first_line(error)) from error
+
+
+def load_tokenizer(path: str) -> Any:
+    """A Hugging Face tokenizer from a folder or an id."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_load_message(path, "a tokenizer"), got=_first_line(error)) from error
+
+
+def _load_message(path: str, what: str) -> str:
+    kind = "folder" if Path(path).exists() else "no such folder here, and not loadable as a hub id"
+    return f"cannot load {what} from {path!r} ({kind})"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
