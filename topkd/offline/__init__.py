@@ -2,6 +2,8 @@
 
 from topkd.offline.caching import CacheMetrics, CachingSampler, CachingScorer, ReplaySampler, ReplayScorer
 from topkd.offline.compaction import Compaction, gc, merge
+from topkd.offline.exchange import Exchange, export_parquet, from_dataset, import_parquet, to_dataset
+from topkd.offline.imports import import_axolotl, import_distillkit
 from topkd.offline.keys import TeacherIdentity
 from topkd.offline.store import ScoreStore
 from topkd.offline.upkeep import CacheStats, Verification, stats, verify
@@ -12,13 +14,20 @@ __all__ = [
     "CachingSampler",
     "CachingScorer",
     "Compaction",
+    "Exchange",
     "ReplaySampler",
     "ReplayScorer",
     "ScoreStore",
     "TeacherIdentity",
     "Verification",
+    "export_parquet",
+    "from_dataset",
     "gc",
+    "import_axolotl",
+    "import_distillkit",
+    "import_parquet",
     "merge",
     "stats",
+    "to_dataset",
     "verify",
 ]

@@ -37,9 +37,9 @@ class SegmentWriter:
     """The one writer of a new segment. ``append`` writes; after ``sync`` what was written is acknowledged."""
 
     def __init__(self, root: Path, writer: str, number: int) -> None:
+        self._fd = -1
         self.path, self.end, self.synced = root, 0, 0
         self.entries: list[tuple[int, Header]] = []
-        self._fd = -1
         while self._fd < 0:
             self.path = root / f"seg-{writer}-{number:06d}.tkl"
             with contextlib.suppress(FileExistsError):
@@ -58,6 +58,8 @@ class SegmentWriter:
 
     def read(self, offset: int) -> Record:
         """A record of this segment, before or after it is durable."""
+        if self._fd < 0:
+            return Segment(self.path).read(offset)
         where = f"{self.path} at {offset}"
         header = read_header(os.pread(self._fd, ALIGN, offset))
         if header is None:
@@ -96,6 +98,9 @@ class SegmentWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def __del__(self) -> None:
+        self.abandon()
 
     def _claim(self) -> int:
         try:

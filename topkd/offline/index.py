@@ -130,3 +130,8 @@ def place_of(entry: Any, segment: int) -> Place:
         int(entry["asked"]),
         int(entry["rows"]),
     )
+
+
+def place_at(segment: int, offset: int, header: Header) -> Place:
+    """The place of a record whose header was read."""
+    return Place(segment, offset, header.kind, header.start, header.asked, header.rows)

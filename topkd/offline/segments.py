@@ -72,6 +72,8 @@ def segment_paths(root: Path) -> list[Path]:
 class Segment:
     """A segment that is read. Sealed ones are mapped; one that may still grow is read by position."""
 
+    _fd = -1
+
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
         self.index: SortedIndex | None = None
@@ -133,6 +135,9 @@ class Segment:
             os.close(self._fd)
             self._fd = -1
         self._map = None
+
+    def __del__(self) -> None:
+        self.close()  # not before the last reader in another thread is done with it
 
     def _check_header(self) -> None:
         block = os.pread(self._fd, ALIGN, 0)

@@ -15,9 +15,10 @@ import numpy as np
 from topkd.offline.appending import SegmentWriter, adopt_orphans
 from topkd.offline.codecs import CODECS, CodecName, narrowed
 from topkd.offline.folder import open_folder
-from topkd.offline.index import JoinedIndex, Place, SortedIndex
-from topkd.offline.keys import Teacher, identity_of, rollout_key, score_key, token_array
-from topkd.offline.records import ALIGN, ROLLOUT, SCORE, Record, rollout_record, score_record
+from topkd.offline.index import Place, place_at
+from topkd.offline.keys import Teacher, TeacherIdentity, identity_of, rollout_key, score_key, token_array
+from topkd.offline.places import Places
+from topkd.offline.records import ALIGN, ROLLOUT, SCORE, Header, Record, rollout_record, score_record
 from topkd.offline.segments import Segment, segment_paths
 from topkd.offline.upkeep import CacheStats, Verification, stats, verify
 from topkd.offline.writing import SEGMENT_BYTES, RecordLog
@@ -70,11 +71,7 @@ class ScoreStore:
         self._segments: list[Segment | SegmentWriter] = []
         self._ordinal: dict[str, int] = {}  # file name to its place in _segments
         self._growing: dict[str, int] = {}  # unsealed segments of others, and up to where they were read
-        self._fresh: dict[bytes, list[Place]] = {}  # records without a sorted index
-        self._single: list[tuple[int, SortedIndex]] = []
-        self._joined: JoinedIndex | None = None
-        self._joined_parts: list[tuple[int, SortedIndex]] = []
-        self._lookups = 0
+        self._places = Places()
         self._damaged: dict[tuple[int, int], str] = {}
         self.refresh()
 
@@ -102,8 +99,7 @@ class ScoreStore:
                 return
             self._writable()
             header, payload = score_record(identity, key, array, scores, codec=self.codec, asked=k)
-            writer, offset = self._log.append(header, payload, identity)
-            self._remember(key, Place(self._own(writer), offset, SCORE, scores.start, header.asked, scores.rows))
+            self._append(identity, header, payload)
 
     def get_rollouts(
         self,
@@ -143,8 +139,7 @@ class ScoreStore:
                 return
             self._writable()
             header, payload = rollout_record(identity, key, rollouts, codec=self.codec, asked=k)
-            writer, offset = self._log.append(header, payload, identity)
-            self._remember(key, Place(self._own(writer), offset, ROLLOUT, len(rollouts), header.asked, header.rows))
+            self._append(identity, header, payload)
 
     def covers(self, teacher: Teacher, ids: Ids, start: int, k: int) -> bool:
         """Whether ``get`` would find rows, by the index alone."""
@@ -154,7 +149,7 @@ class ScoreStore:
     def held(self, teacher: Teacher, ids: Ids) -> list[tuple[int, int]]:
         """(start, K) of every record of these ids, for saying why a request is not answered."""
         with self._lock:
-            places = self._find(score_key(identity_of(teacher), token_array(ids)))
+            places = self._places.find(score_key(identity_of(teacher), token_array(ids)))
             return sorted({(place.start, place.asked) for place in places if place.kind == SCORE})
 
     def commit(self) -> int:
@@ -188,7 +183,7 @@ class ScoreStore:
         for ordinal, segment in segments:
             for offset in self._offsets(ordinal, segment, kinds):
                 try:
-                    record = segment.read(offset)
+                    record = self._fetch(ordinal, offset)
                 except CacheCorruptError as error:
                     self._damaged[ordinal, offset] = str(error)
                     continue
@@ -220,16 +215,7 @@ class ScoreStore:
     def __len__(self) -> int:
         """Number of distinct keys (scores and rollouts)."""
         with self._lock:
-            parts = [index for _, index in self._joined_parts + self._single]
-            keys = {key for key, places in self._fresh.items() if any(p.kind in {SCORE, ROLLOUT} for p in places)}
-            pairs = [
-                np.stack([part.high[told], part.entries["low"][told]], axis=1)
-                for part in parts
-                for told in [np.isin(part.entries["kind"], (SCORE, ROLLOUT))]
-            ]
-            pairs.append(np.array([[int.from_bytes(k[:8], "big"), int.from_bytes(k[8:], "big")] for k in keys],
-                                  dtype=np.uint64).reshape(-1, 2))  # fmt: skip
-            return int(np.unique(np.concatenate(pairs), axis=0).shape[0])
+            return self._places.count((SCORE, ROLLOUT))
 
     def __enter__(self) -> Self:
         return self
@@ -243,13 +229,16 @@ class ScoreStore:
         # A worker process opens the folder itself and, if it writes, has a segment of its own.
         return _reopen, (str(self.path), self.mode, self.codec, self._options)
 
+    def _append(self, identity: TeacherIdentity, header: Header, payload: bytes) -> None:
+        writer, offset = self._log.append(header, payload, identity)
+        self._places.add(header.key, place_at(self._own(writer), offset, header))
+
     def _read(self, key: bytes, kind: int, start: int, k: int) -> Record | None:
         with self._lock:
-            self._lookups += 1
             places = self._answers(key, kind, start, k)
         for place in places:
             try:
-                record = self._segments[place.segment].read(place.offset)
+                record = self._fetch(place.segment, place.offset)
             except CacheCorruptError as error:
                 self._damaged[place.segment, place.offset] = str(error)
                 continue
@@ -259,11 +248,18 @@ class ScoreStore:
             self._damaged[place.segment, place.offset] = f"the index points to another record ({where})"
         return None
 
+    def _fetch(self, ordinal: int, offset: int) -> Record:
+        segment = self._segments[ordinal]
+        if isinstance(segment, Segment):
+            return segment.read(offset)
+        with self._lock:  # the own segment's file changes hands when it is sealed
+            return self._segments[ordinal].read(offset)
+
     def _answers(self, key: bytes, kind: int, start: int, k: int) -> list[Place]:
         """Records that cover a request, widest first; among equals the first by file name and offset wins."""
         places = [
             place
-            for place in self._find(key)
+            for place in self._places.find(key)
             if place.kind == kind
             and place.asked >= k
             and (place.start <= start if kind == SCORE else place.start >= start)
@@ -272,24 +268,6 @@ class ScoreStore:
         if len(places) > 1:
             places.sort(key=lambda place: (-place.asked, place.start, self._name(place.segment), place.offset))
         return places
-
-    def _find(self, key: bytes) -> list[Place]:
-        places = list(self._fresh.get(key, ()))
-        if len(self._single) > 4:
-            self._join()
-        for ordinal, index in self._single:
-            places += index.find(key, ordinal)
-        if self._joined is not None:
-            places += self._joined.find(key)
-        return places
-
-    def _join(self) -> None:
-        # Searching s segments costs about 1 us each, joining n records about 0.1 us each: join once it has paid.
-        parts = self._joined_parts + self._single
-        if self._lookups * len(self._single) * 10 < sum(len(index.high) for _, index in parts):
-            return
-        self._joined, self._joined_parts, self._single = JoinedIndex(parts), parts, []
-        self._lookups = 0
 
     def _is_live(self, record: Record, ordinal: int, offset: int) -> bool:
         header = record.header
@@ -302,12 +280,7 @@ class ScoreStore:
             entries = segment.index.entries
             return [int(offset) for offset in np.sort(entries["offset"][np.isin(entries["kind"], list(kinds))])]
         with self._lock:
-            return sorted(
-                place.offset
-                for places in self._fresh.values()
-                for place in places
-                if place.segment == ordinal and place.kind in kinds
-            )
+            return self._places.offsets(ordinal, kinds)
 
     def _adopt(self, segment: Segment, ordinal: int | None) -> None:
         if ordinal is None:
@@ -315,11 +288,11 @@ class ScoreStore:
             self._segments.append(segment)
             self._ordinal[segment.name] = ordinal
         else:
-            self._forget(ordinal)
+            self._places.forget(ordinal)
             self._segments[ordinal] = segment
         self._growing.pop(segment.name, None)
         if segment.index is not None:
-            self._single.append((ordinal, segment.index))
+            self._places.add_sorted(ordinal, segment.index)
         else:
             self._growing[segment.name] = ALIGN
             self._scan(segment.name, ordinal)
@@ -330,7 +303,7 @@ class ScoreStore:
         scan = segment.scan(self._growing[name])
         self._growing[name] = scan.end
         for offset, header in scan.found:
-            self._remember(header.key, Place(ordinal, offset, header.kind, header.start, header.asked, header.rows))
+            self._places.add(header.key, place_at(ordinal, offset, header))
 
     def _settle(self, writer: SegmentWriter) -> None:
         self._adopt(Segment(writer.path), self._ordinal[writer.path.name])
@@ -344,15 +317,6 @@ class ScoreStore:
             self._ordinal[name] = len(self._segments)
             self._segments.append(writer)
         return self._ordinal[name]
-
-    def _remember(self, key: bytes, place: Place) -> None:
-        self._fresh.setdefault(key, []).append(place)
-
-    def _forget(self, ordinal: int) -> None:
-        for key in [key for key, places in self._fresh.items() if any(p.segment == ordinal for p in places)]:
-            self._fresh[key] = [place for place in self._fresh[key] if place.segment != ordinal]
-            if not self._fresh[key]:
-                del self._fresh[key]
 
     def _name(self, ordinal: int) -> str:
         return self._segments[ordinal].path.name
