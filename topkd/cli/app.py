@@ -25,7 +25,7 @@ app.command("train")(train.command)
 app.command("serve")(serve.command)
 
 
-def _version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it
+def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"topkd {topkd.__version__}")
         raise typer.Exit

@@ -1,0 +1,155 @@
+"""One step: the right gradient, the right denominator, holes masked, trouble reported."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine.pieces import model_folder, scalar_sample, topk_sample
+from topkd.engine.config import GJS, ImportanceSampling, LearnerConfig, ScalarKL, TopKPolicyGradient
+from topkd.engine.learner import Learner
+from topkd.engine.student import Student
+from topkd.topk.errors import ConfigError, TrainingError
+
+BIG = 1e9  # a clip norm that never clips
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("model"))
+
+
+def fresh(folder):
+    return Student.load(str(folder), "cpu")
+
+
+def logp_of(student, sample, *, grad=False):
+    ids = torch.tensor(sample.core.full_ids.astype(np.int64))[None]
+    with torch.set_grad_enabled(grad):
+        logp = torch.log_softmax(student.model(input_ids=ids[:, :-1]).logits[0].double(), -1)
+    rows = torch.arange(sample.core.prompt_len - 1, ids.shape[1] - 1)
+    return logp[rows, ids[0, sample.core.prompt_len :]], logp[rows]
+
+
+def gradients_of_step(student, samples, objective, **config):
+    """The gradient a step used, recovered from one SGD-like look: hook the optimiser instead of trusting it."""
+    learner = Learner(student, LearnerConfig(max_grad_norm=BIG, **config), objective)
+    seen = {}
+
+    def step(*args, **kwargs):
+        seen.update({name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None})
+
+    learner._optimizer.step = step
+    record = learner.step(samples)
+    return seen, record
+
+
+@pytest.mark.parametrize("objective", [ScalarKL(), GJS(beta=0.5), GJS(beta=0.0), GJS(beta=1.0)], ids=str)
+def test_the_gradient_is_minus_the_mean_of_weighted_advantages(folder, objective):
+    student = fresh(folder)
+    rng = np.random.default_rng(0)
+    samples = [
+        scalar_sample([3, 4], [5, 6, 7], -rng.uniform(0.5, 6, 3), -rng.uniform(0.5, 6, 3)),
+        scalar_sample([8], [9, 10, 11, 12], -rng.uniform(0.5, 6, 4), -rng.uniform(0.5, 6, 4), [1, 0, 1, 1]),
+    ]
+    got, record = gradients_of_step(student, samples, objective, importance=ImportanceSampling(cap=2.0))
+    student.model.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for sample in samples:
+        logp, _ = logp_of(student, sample, grad=True)
+        s, t = logp.detach().numpy(), sample.teacher_logp.astype(np.float64)
+        beta = getattr(objective, "beta", 1.0)
+        advantage = (
+            t - s if beta == 1.0 else np.expm1(t - s) if beta == 0.0 else 0.5 * np.log(0.5 * np.exp(t - s) + 0.5)
+        )
+        weight = np.minimum(np.exp(s - sample.behavior.logp), 2.0)
+        total = total - (torch.from_numpy(weight * advantage * sample.core.mask) * logp).sum() / 6
+    total.backward()
+    for name, parameter in student.model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=2e-3, atol=2e-5)
+    assert record["tokens"] == 6
+    assert record["masked_tokens"] == 0
+
+
+def test_micro_batches_change_nothing(folder):
+    rng = np.random.default_rng(1)
+    samples = [
+        scalar_sample([3] * (1 + i), list(range(5, 7 + i)), -rng.uniform(0.5, 6, 2 + i), -rng.uniform(0.5, 6, 2 + i))
+        for i in range(5)
+    ]
+    student = fresh(folder)
+    whole, _ = gradients_of_step(student, samples, GJS())
+    parts, _ = gradients_of_step(copy.deepcopy(fresh(folder)), samples, GJS(), micro_batch_tokens=8)
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-6)
+
+
+def test_unknown_teacher_logprobs_are_masked_and_equal_to_a_mask(folder):
+    with_hole = scalar_sample([3, 4], [5, 6, 7], [-1.0, np.nan, -2.0], [-1.0, -1.0, -1.0])
+    with_mask = scalar_sample([3, 4], [5, 6, 7], [-1.0, -9.0, -2.0], [-1.0, -1.0, -1.0], [1, 0, 1])
+    one, record = gradients_of_step(fresh(folder), [with_hole], GJS())
+    two, _ = gradients_of_step(fresh(folder), [with_mask], GJS())
+    assert record["masked_tokens"] == 1
+    for name in one:
+        torch.testing.assert_close(one[name], two[name])
+
+
+def test_a_token_the_teacher_excludes_is_masked_for_scalar_kl_and_bounded_for_gjs(folder):
+    sample = scalar_sample([3, 4], [5, 6], [-np.inf, -1.0], [-1.0, -1.0])
+    _, scalar = gradients_of_step(fresh(folder), [sample], ScalarKL())
+    _, gjs = gradients_of_step(fresh(folder), [sample], GJS(beta=0.5))
+    assert (scalar["tokens"], scalar["masked_tokens"]) == (1, 1)
+    assert (gjs["tokens"], gjs["masked_tokens"]) == (2, 0)
+    assert np.isfinite(gjs["loss"])
+    assert np.isfinite(scalar["loss"])
+
+
+def test_topk_objective_over_the_whole_vocabulary_gives_the_dense_gradient(folder):
+    """With K = V nothing is sampled: the step's gradient is the divergence's own, whatever the completion was."""
+    student, teacher = fresh(folder), Student.load(str(model_folder(folder.parent / "other", seed=5)), "cpu")
+    sample = scalar_sample([3, 4], [5, 6], [0, 0], [-1.0, -1.0])
+    _, dense_t = logp_of(teacher, sample)
+    lists = [list(enumerate(row.tolist())) for row in dense_t.float().double()]
+    actual = dense_t[[0, 1], [5, 6]].numpy()
+    got, _ = gradients_of_step(
+        student, [topk_sample([3, 4], [5, 6], lists, actual, [-1.0, -1.0])], TopKPolicyGradient()
+    )
+    student.model.zero_grad()
+    _, s = logp_of(student, sample, grad=True)
+    m = torch.logaddexp(s, dense_t) - np.log(2)
+    divergence = 0.5 * (dense_t.exp() * (dense_t - m)).sum(-1) + 0.5 * (s.exp() * (s - m)).sum(-1)
+    divergence.mean().backward()
+    for name, parameter in student.model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=5e-3, atol=5e-6)
+
+
+def test_the_topk_objective_refuses_scalar_samples(folder):
+    with pytest.raises(ConfigError, match="needs the teacher's top-K rows"):
+        Learner(fresh(folder), LearnerConfig(), TopKPolicyGradient()).step([scalar_sample([3], [5], [-1.0], [-1.0])])
+
+
+def test_a_step_without_a_trainable_token_changes_nothing_and_says_so(folder):
+    student = fresh(folder)
+    before = copy.deepcopy(student.model.state_dict())
+    learner = Learner(student, LearnerConfig(lr=1.0), GJS())
+    hole = scalar_sample([3, 4], [5], [np.nan], [-1.0])
+    record = learner.step([hole])
+    assert record["skipped"] == "no trainable token"
+    assert all(torch.equal(before[name], value) for name, value in student.model.state_dict().items())
+    for _ in range(3):
+        learner.step([hole])
+    with pytest.raises(TrainingError, match="changed nothing"):
+        learner.step([hole])
+
+
+def test_kl_metrics_have_the_sign_of_a_kl(folder):
+    student = fresh(folder)
+    sample = scalar_sample([3, 4], [5, 6], [0, 0], [-1.0, -1.0])
+    logp, _ = logp_of(student, sample)
+    worse = scalar_sample([3, 4], [5, 6], logp.numpy() - 0.7, logp.numpy())
+    record = Learner(student, LearnerConfig(lr=1e-9), ScalarKL()).step([worse])
+    assert record["kl_k1"] == pytest.approx(0.7, abs=1e-4)
+    assert record["kl_k3"] == pytest.approx(np.expm1(-0.7) + 0.7, abs=1e-4)
+    assert record["ratio_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert record["ess"] == pytest.approx(1.0, abs=1e-4)

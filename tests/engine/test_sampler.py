@@ -1,0 +1,97 @@
+"""The in-process sampler: exact logprobs, honest ends, nothing leaking in."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine.pieces import model_folder
+from topkd.engine.sampler import InProcessSampler
+from topkd.engine.student import Student
+from topkd.topk import SamplingParams
+from topkd.topk.errors import ConfigError
+
+PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return Student.load(str(model_folder(tmp_path_factory.mktemp("model"))), "cpu")
+
+
+def float64_logp(student, ids):
+    with torch.inference_mode():
+        logits = student.model(input_ids=torch.tensor([ids])).logits[0]
+    return torch.log_softmax(logits.double(), dim=-1).numpy()
+
+
+async def test_logprobs_equal_the_models_own_log_softmax_for_ragged_batches(student):
+    drawn = await InProcessSampler(student).sample_batch(PROMPTS, 2, SamplingParams(max_tokens=12, seed=3), k=7)
+    for prompt, rollouts in zip(PROMPTS, drawn, strict=True):
+        assert len(rollouts) == 2
+        for rollout in rollouts:
+            assert rollout.prompt_ids.tolist() == prompt
+            reference = float64_logp(student, [*prompt, *rollout.completion_ids.tolist()])
+            rows = reference[len(prompt) - 1 : -1]
+            realised = rows[np.arange(len(rows)), rollout.completion_ids]
+            np.testing.assert_allclose(rollout.logp, realised, atol=2e-5)
+            order = np.sort(rows, axis=1)[:, ::-1][:, :7]
+            np.testing.assert_allclose(rollout.topk.logp, order, atol=2e-5)
+            np.testing.assert_allclose(np.exp(rollout.topk.tail_logp), 1 - np.exp(order).sum(axis=1), atol=2e-5)
+            assert rollout.topk.start == len(prompt) - 1
+
+
+async def test_the_same_seed_gives_the_same_rollouts_and_another_seed_does_not(student):
+    sampler = InProcessSampler(student)
+    draws = [
+        [rollout.completion_ids.tolist() for (rollout,) in await sampler.sample_batch(PROMPTS, 1, params)]
+        for params in (SamplingParams(max_tokens=10, seed=1),) * 2 + (SamplingParams(max_tokens=10, seed=2),)
+    ]
+    assert draws[0] == draws[1] != draws[2]
+
+
+async def test_a_stop_token_ends_the_completion_is_kept_and_is_scored(student):
+    free = (await InProcessSampler(student).sample([5, 6], 1, SamplingParams(max_tokens=20, seed=0)))[0]
+    stop = int(free.completion_ids[4])
+    first = free.completion_ids.tolist().index(stop)
+    (ended,) = await InProcessSampler(student, stop_ids=[stop]).sample([5, 6], 1, SamplingParams(max_tokens=20, seed=0))
+    assert ended.completion_ids.tolist() == free.completion_ids[: first + 1].tolist()
+    assert ended.finish_reason == "stop"
+    assert free.finish_reason == "length"
+    np.testing.assert_allclose(ended.logp, free.logp[: first + 1], atol=1e-6)
+
+
+async def test_a_hostile_generation_config_changes_nothing(student, tmp_path):
+    plain = await InProcessSampler(student).sample_batch(PROMPTS, 1, SamplingParams(max_tokens=16, seed=5))
+    student.model.save_pretrained(tmp_path)
+    hostile = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(hostile))
+    other = Student.load(str(tmp_path), "cpu")
+    again = await InProcessSampler(other).sample_batch(PROMPTS, 1, SamplingParams(max_tokens=16, seed=5))
+    for (one,), (two,) in zip(plain, again, strict=True):
+        assert one.completion_ids.tolist() == two.completion_ids.tolist()
+
+
+async def test_sampling_follows_the_policys_distribution(student):
+    expected = np.exp(float64_logp(student, [5, 6, 7]))[-1]
+    drawn = await InProcessSampler(student, batch_size=2000).sample(
+        [5, 6, 7], 2000, SamplingParams(max_tokens=1, seed=0)
+    )
+    counts = np.bincount([int(r.completion_ids[0]) for r in drawn], minlength=len(expected))
+    top = np.argsort(expected)[-5:]
+    spread = np.sqrt(expected[top] * (1 - expected[top]) / 2000)
+    assert (np.abs(counts[top] / 2000 - expected[top]) < 5 * spread).all()
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(temperature=0.7), SamplingParams(top_p=0.9), SamplingParams(top_k=5)]
+)
+async def test_a_truncating_or_tempered_sampler_is_refused(student, params):
+    with pytest.raises(ConfigError, match="draws from the policy itself"):
+        await InProcessSampler(student).sample([5], 1, params)
+
+
+async def test_an_empty_prompt_is_refused(student):
+    with pytest.raises(ConfigError, match="at least one token"):
+        await InProcessSampler(student).sample([], 1, SamplingParams(max_tokens=2))
