@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from topkd.topk.errors import AlignmentError, ConfigError
+from topkd.topk.inputs import LOGP_TOLERANCE
 from topkd.topk.types import Bool, Float32, Int32, TopK
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort"]
@@ -100,6 +101,8 @@ class Rollout:
         _length("Rollout.logp", self.logp, self.completion_ids.size)
         if self.prompt_ids.size < 1:
             raise AlignmentError("a rollout needs at least one prompt token: row 0 has nothing to condition on")
+        if self.topk is not None:
+            _rows("Rollout.topk", self.topk, self.prompt_ids.size - 1, self.completion_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +193,7 @@ class ScalarPreparedSample:
     def __post_init__(self) -> None:
         _freeze(self, teacher_logp=np.float32)
         _length("ScalarPreparedSample.teacher_logp", self.teacher_logp, self.core.completion_len)
-        _length("ScalarPreparedSample.behavior", self.behavior.logp, self.core.completion_len)
+        _behaved("ScalarPreparedSample.behavior", self.behavior, self.core)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,19 +206,12 @@ class TopKPreparedSample:
     kind: Literal["topk"] = field(default="topk", init=False)
 
     def __post_init__(self) -> None:
-        _length("TopKPreparedSample.teacher", self.teacher.actual_ids, self.core.completion_len)
-        _length("TopKPreparedSample.behavior", self.behavior.logp, self.core.completion_len)
-        expected = self.core.teacher_prompt_ids.size - 1
-        if self.teacher.start != expected:
-            raise AlignmentError("teacher rows start at the wrong place", got=self.teacher.start, expected=expected)
-        if not np.array_equal(self.teacher.actual_ids, self.core.completion_ids):
-            row = int(np.argmax(self.teacher.actual_ids != self.core.completion_ids))
-            raise AlignmentError(
-                "teacher rows score another completion",
-                where=f"row {row}",
-                got=f"token {self.teacher.actual_ids[row]}",
-                expected=f"token {self.core.completion_ids[row]}",
-            )
+        _behaved("TopKPreparedSample.behavior", self.behavior, self.core)
+        _rows(
+            "TopKPreparedSample.teacher", self.teacher, self.core.teacher_prompt_ids.size - 1, self.core.completion_ids
+        )
+        if (self.teacher.actual_ids < 0).any():
+            raise AlignmentError("a teacher row does not know its token", where="TopKPreparedSample.teacher", got="-1")
 
     @property
     def teacher_logp(self) -> Float32:
@@ -237,6 +233,12 @@ def _vector(name: str, value: ArrayLike, dtype: type[np.generic]) -> NDArray[Any
         raise ConfigError(f"{name}: not one-dimensional", got=array.shape)
     if array.size and dtype is np.int32 and array.dtype.kind not in "iu":
         raise ConfigError(f"{name}: token ids must be integers", got=array.dtype)
+    if array.size and dtype is np.int32 and (array.min() < 0 or array.max() > np.iinfo(np.int32).max):
+        raise ConfigError(f"{name}: token id out of range", got=f"{array.min()}..{array.max()}", expected="0..2**31-1")
+    if array.size and dtype is np.float32 and array.dtype.kind not in "iuf":
+        raise ConfigError(f"{name}: logprobs must be numbers", got=array.dtype)
+    if array.size and dtype is np.float32 and np.fmax.reduce(array) > LOGP_TOLERANCE:
+        raise ConfigError(f"{name}: logprob above 0", got=f"{np.fmax.reduce(array):.6g}")
     if array.size and dtype is np.bool_ and array.dtype != np.bool_:
         # 0/1 integers read as a -100 label mask would keep every token; only a boolean says which convention is meant.
         raise ConfigError(f"{name}: a mask must be boolean", got=array.dtype, expected="bool")
@@ -249,3 +251,25 @@ def _vector(name: str, value: ArrayLike, dtype: type[np.generic]) -> NDArray[Any
 def _length(name: str, array: NDArray[Any], expected: int) -> None:
     if array.shape[0] != expected:
         raise AlignmentError(f"{name}: wrong number of rows", got=array.shape[0], expected=expected)
+
+
+def _rows(name: str, topk: TopK, start: int, completion_ids: Int32) -> None:
+    """Refuses rows of another place or another completion; an unknown (-1) realised token contradicts nothing."""
+    _length(name, topk.actual_ids, completion_ids.size)
+    if topk.start != start:
+        raise AlignmentError(f"{name}: rows start at the wrong place", got=topk.start, expected=start)
+    differ = (topk.actual_ids != completion_ids) & (topk.actual_ids >= 0)
+    if differ.any():
+        row = int(np.argmax(differ))
+        raise AlignmentError(
+            f"{name}: rows score another completion",
+            where=f"row {row}",
+            got=f"token {topk.actual_ids[row]}",
+            expected=f"token {completion_ids[row]}",
+        )
+
+
+def _behaved(name: str, behavior: Behavior, core: SampleCore) -> None:
+    _length(name, behavior.logp, core.completion_len)
+    if isinstance(behavior, TopKBehavior):
+        _rows(f"{name}.topk", behavior.topk, core.prompt_len - 1, core.completion_ids)

@@ -155,7 +155,10 @@ class TopK:
         logp = np.full((len(cleaned), width), -np.inf, dtype=np.float64)
         for r, row in enumerate(cleaned):
             if row:
-                ids[r, : len(row)], logp[r, : len(row)] = zip(*row, strict=True)
+                try:
+                    ids[r, : len(row)], logp[r, : len(row)] = zip(*row, strict=True)
+                except OverflowError as error:
+                    raise ResponseError("TopK.from_lists: token id out of range", where=f"position {r}") from error
         return cls(
             start,
             ids,
