@@ -14,6 +14,7 @@ from topkd.topk.types import PAD_ID, Bool, Float32, Float64, Int32, TopK, tail_l
 
 LOWEST = -9000.0  # vLLM writes -inf as -9999.0: no softmax output in float32 or float64 comes near
 _ABOVE_ZERO = 1e-3
+_LAST = np.int32(np.iinfo(np.int32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,23 @@ class Entries:
     ids: Int32
     logp: Float64
     rank: Int32
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """What a fast decoder read and already checked: R rows of exactly K, the realised token of each identified.
+
+    Attributes:
+        ids: int32 [R, K], by rank.
+        logp: float64 [R, K], as served.
+        actual_logp: float64 [R], of the realised token, as served.
+        extra: bool [R], True where the realised token came on top of the K.
+    """
+
+    ids: Int32
+    logp: Float64
+    actual_logp: Float64
+    extra: Bool
 
 
 def request_ids(ids: Ids, start: int, k: int, vocab_size: int | None = None) -> Int32:
@@ -73,7 +91,10 @@ def scored(entries: Entries, ids: Int32, start: int, k: int, vocab_size: int | N
     actual = ids[start + 1 :]
     check_rows(entries.ids.shape[0], actual.size)
     listed = np.asarray(entries.ids >= 0)
-    _check_entries(entries, listed, start, vocab_size)
+    _check_values(entries.ids, entries.logp, start, vocab_size)
+    _refuse(
+        listed & np.isneginf(entries.logp), entries.logp, start, "a logprob is -inf", "a number: JSON has no infinity"
+    )
     zero = listed & (entries.logp <= LOWEST)
     zeros = int(np.count_nonzero(zero))
     logp = np.where(zero, -np.inf, entries.logp) if zeros else entries.logp
@@ -92,6 +113,20 @@ def scored(entries: Entries, ids: Int32, start: int, k: int, vocab_size: int | N
         drop = extra[:, None] & hit
         kept_ids, logp = np.where(drop, PAD_ID, kept_ids), np.where(drop, -np.inf, logp)
     return ordered(kept_ids, logp, start=start, k=want, actual_ids=actual, actual_logp=actual_logp), zeros
+
+
+def ranked(rows: Ranked, ids: Int32, start: int, vocab_size: int | None = None) -> tuple[TopK, int]:
+    """The same from a fast decoder's rows."""
+    _check_values(rows.ids, rows.logp, start, vocab_size)
+    _check_values(ids[start + 1 :, None], rows.actual_logp[:, None], start, vocab_size)
+    logp, actual_logp = rows.logp, rows.actual_logp
+    zeros = 0
+    if (actual_logp <= LOWEST).any() or (logp[:, -1:] <= LOWEST).any():
+        zero, actual_zero = logp <= LOWEST, actual_logp <= LOWEST
+        zeros = int(np.count_nonzero(zero) + np.count_nonzero(actual_zero & rows.extra))
+        logp, actual_logp = np.where(zero, -np.inf, logp), np.where(actual_zero, -np.inf, actual_logp)
+    k = rows.ids.shape[1]
+    return ordered(rows.ids, logp, start=start, k=k, actual_ids=ids[start + 1 :], actual_logp=actual_logp), zeros
 
 
 def _extra(entries: Entries, listed: Bool, logp: Float64, actual_logp: Float64, *, start: int, want: int) -> Bool:
@@ -119,10 +154,16 @@ def ordered(
 ) -> TopK:
     """``TopK`` of entries in any order: by logprob, ties by id, cut to ``k`` columns (pads last)."""
     width = ids.shape[1]
-    if width > 1 and bool(((logp[:, 1:] > logp[:, :-1]) | (ids[:, :-1] < 0)).any()):
-        # Pads sort behind a real entry of probability zero: their id counts as the largest.
-        order = np.lexsort((np.where(ids < 0, np.iinfo(np.int32).max, ids), -logp), axis=1)
-        ids, logp = np.take_along_axis(ids, order, axis=1), np.take_along_axis(logp, order, axis=1)
+    if width > 1:
+        left, right = logp[:, :-1], logp[:, 1:]
+        late = np.where(ids < 0, _LAST, ids)  # a pad sorts behind an entry of probability zero
+        wrong = np.asarray(((right > left) | ((right == left) & (late[:, 1:] < late[:, :-1]))).any(axis=1))
+        if wrong.any():
+            rows = np.flatnonzero(wrong)
+            order = np.lexsort((late[rows], -logp[rows]), axis=1)
+            ids, logp = ids.copy(), logp.copy()
+            ids[rows] = np.take_along_axis(ids[rows], order, axis=1)
+            logp[rows] = np.take_along_axis(logp[rows], order, axis=1)
     if width < k:
         ids = np.pad(ids, ((0, 0), (0, k - width)), constant_values=PAD_ID)
         logp = np.pad(logp, ((0, 0), (0, k - width)), constant_values=-np.inf)
@@ -143,13 +184,11 @@ def check_rows(got: int, expected: int) -> None:
         )
 
 
-def _check_entries(entries: Entries, listed: Bool, start: int, vocab_size: int | None) -> None:
-    logp = entries.logp
+def _check_values(ids: Int32, logp: Float64, start: int, vocab_size: int | None) -> None:
     if vocab_size is not None:
-        _refuse(entries.ids >= vocab_size, entries.ids, start, "id outside the vocabulary", f"below {vocab_size}")
+        _refuse(ids >= vocab_size, ids, start, "id outside the vocabulary", f"below {vocab_size}")
     _refuse(np.isnan(logp), logp, start, "a logprob is NaN", "a number")
     _refuse(logp > _ABOVE_ZERO, logp, start, "a logprob is above 0", "<= 0; does the server return logits?")
-    _refuse(listed & np.isneginf(logp), logp, start, "a logprob is -inf", "a number: JSON has no infinity")
 
 
 def _refuse(bad: NDArray[Any], values: NDArray[Any], start: int, what: str, expected: str) -> None:

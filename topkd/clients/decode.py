@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from topkd.clients.checks import Entries
+from topkd.clients import decode_numpy
+from topkd.clients.checks import ranked, scored
 from topkd.clients.decode_json import prompt_rows, scored_choice
 from topkd.topk.errors import AlignmentError
-from topkd.topk.types import Int32
+from topkd.topk.types import Int32, TopK
+
+_WORTH_IT = 16_384  # bytes below which the typed decoder is as fast
 
 
-def decode_scored(body: bytes, ids: Int32, start: int, k: int) -> Entries:
-    """Entries of rows ``start + 1 ..`` of a scoring reply of ``/v1/completions``."""
-    del k
-    choice = scored_choice(body)
-    check_prompt(choice.prompt_token_ids, ids)
-    return prompt_rows(choice, ids, start)
+def score_reply(
+    body: bytes, *, ids: Int32, start: int, k: int, vocab_size: int | None = None
+) -> tuple[TopK, int, bool]:
+    """Bytes of a ``/v1/completions`` reply to checked rows.
+
+    Returns:
+        The rows, how many zero-probability sentinels they held, and whether the fast reading was taken.
+    """
+    fast = decode_numpy.read_rows(body, ids, start, k) if len(body) >= _WORTH_IT else None
+    if fast is None:
+        choice = scored_choice(body)
+        check_prompt(choice.prompt_token_ids, ids)
+        return *scored(prompt_rows(choice, ids, start), ids, start, k, vocab_size), False
+    rows, envelope = fast
+    check_prompt(scored_choice(envelope).prompt_token_ids, ids)
+    return *ranked(rows, ids, start, vocab_size), True
 
 
 def check_prompt(echoed: list[int] | None, ids: Int32) -> None:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import SecretStr
 
-from topkd.clients.checks import check_vocabulary, request_ids, scored
+from topkd.clients.checks import check_vocabulary, request_ids
 from topkd.clients.config import ClientConfig
-from topkd.clients.decode import decode_scored
+from topkd.clients.decode import score_reply
 from topkd.clients.dialect import HttpClient
 from topkd.clients.limits import Budget
 from topkd.clients.metrics import Metrics
@@ -121,11 +121,11 @@ class VllmCompletions(HttpClient):
             # The same broken cache entry gives the same NaN again: the one retry asks for another.
             return score_body(model, array, k) | _salt(one)
 
-        topk, zeros = await self.endpoint.call(
+        topk, zeros, fast = await self.endpoint.call(
             "POST",
             _ROUTE,
             build,
-            decode=partial(_score_reply, ids=array, start=start, k=k, vocab_size=self.vocab_size),
+            decode=partial(score_reply, ids=array, start=start, k=k, vocab_size=self.vocab_size),
             where=self.where(f"{array.size} tokens, K = {k}"),
             tokens=int(array.size),
             entries=int(array.size) * (k + 1),
@@ -134,6 +134,7 @@ class VllmCompletions(HttpClient):
             response_retries=self.endpoint.config.response_retries,
         )
         self._note(topk, zeros)
+        self.metrics_.add("decoded_fast" if fast else "decoded_typed")
         return topk
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
@@ -175,7 +176,3 @@ class VllmCompletions(HttpClient):
 
 def _salt(one: Try) -> dict[str, str]:
     return {"cache_salt": f"retry-{one.number}"} if one.failure is not None and repeats(one.failure) else {}
-
-
-def _score_reply(body: bytes, *, ids: Int32, start: int, k: int, vocab_size: int | None) -> tuple[TopK, int]:
-    return scored(decode_scored(body, ids, start, k), ids, start, k, vocab_size)
