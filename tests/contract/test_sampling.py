@@ -32,7 +32,7 @@ def test_sampled_logprobs_equal_the_scoring_of_the_sampled_sequence(server: Endp
 def test_sampling_gives_the_top_k_beside_the_sampled_token(server: Endpoint):
     k = 6
     prompt = token_ids(9, seed=21)
-    [drawn] = complete(server, prompt, max_tokens=16, seed=3, logprobs=k, return_tokens_as_token_ids=True, **SAMPLE)
+    [drawn] = complete(server, prompt, max_tokens=64, seed=3, logprobs=k, return_tokens_as_token_ids=True, **SAMPLE)
     exact = logp_rows(server.model_dir, prompt + drawn["token_ids"])[len(prompt) - 1 :]
     seen = set()
     for row, token, listed in zip(exact, drawn["token_ids"], drawn["logprobs"]["top_logprobs"], strict=False):
