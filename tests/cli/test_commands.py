@@ -1,0 +1,77 @@
+"""The command line as a user meets it: help, exit codes, one line on bad input, no traceback."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def topkd(*args, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "topkd", *map(str, args)],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=120,
+        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "100", **env},
+    )
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["serve"]], ids=" ".join)
+def test_every_command_has_help_with_an_example(command):
+    done = topkd(*command, "--help")
+    assert done.returncode == 0
+    assert not command or "Example: topkd" in done.stdout
+
+
+def test_the_version_is_the_packages(capsys):
+    import topkd as package
+
+    assert topkd("--version").stdout.strip() == f"topkd {package.__version__}"
+
+
+BAD = [
+    (["train", "none.toml", "--out", "o"], "cannot read the config (none.toml): got No such file or directory"),
+    (["train", "broken.toml", "--out", "o"], "the config is not TOML"),
+    (["train", "unknown.toml", "--out", "o"], "unknown config key 'stepz' (unknown.toml); did you mean 'steps'?"),
+    (["serve", "no/such/model"], "no/such/model"),
+    (["serve", "m", "--api-key-env", "NOT_SET_ANYWHERE"], "NOT_SET_ANYWHERE (--api-key-env) is not set"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.toml").write_text("steps = = 3")
+    (tmp_path / "unknown.toml").write_text(
+        "stepz = 3\n[student]\nmodel='m'\n[teacher]\nurl='http://127.0.0.1:1'\n[data]\npath='p'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "topkd", *args],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"},
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert message in last
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert last.startswith("topkd: error: ")
+
+
+def test_an_option_that_does_not_exist_is_refused_with_exit_code_2():
+    done = topkd("demo", "--objectiv", "gjs")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_dry_run_prints_the_resolved_config_and_needs_no_server(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[student]\nmodel='m'\n[teacher]\nurl='http://127.0.0.1:1'\n[data]\npath='p'\n")
+    done = topkd("train", path, "--out", tmp_path / "o", "--dry-run", "--set", "objective.kind=gjs")
+    assert done.returncode == 0, done.stderr
+    assert '"kind": "gjs"' in done.stdout
+    assert not (tmp_path / "o").exists()

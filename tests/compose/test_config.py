@@ -1,0 +1,77 @@
+"""Run configs: what is accepted, and one clear line for what is not."""
+
+import json
+
+import pytest
+
+from topkd.compose.config import RunConfig, load_config
+from topkd.topk.errors import ConfigError
+
+GOOD = """
+steps = 7
+[student]
+model = "student"
+[teacher]
+url = "http://127.0.0.1:8011"
+[data]
+path = "prompts.jsonl"
+[objective]
+kind = "gjs"
+beta = 0.3
+"""
+
+
+def written(tmp_path, text):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_config_is_read_with_defaults_and_overrides(tmp_path):
+    config = load_config(written(tmp_path, GOOD), ["steps=9", "objective.kind=topk_pg", "learner.lr=1e-5", "k=8"])
+    assert (config.steps, config.k, config.learner.lr, config.objective.kind) == (9, 8, 1e-5, "topk_pg")
+    assert (config.objective.beta, config.objective.lam) == (0.3, 0.3)
+    assert load_config(written(tmp_path, GOOD)).objective.beta == 0.3
+
+
+def test_the_default_objective_is_topk_pg_with_the_documented_numbers(tmp_path):
+    config = load_config(written(tmp_path, GOOD.split("[objective]", maxsplit=1)[0]))
+    assert config.objective.model_dump() == {"kind": "topk_pg", "beta": 0.5, "lam": 0.3}
+    assert (config.k, config.max_staleness, config.learner.importance.cap) == (20, 1, 2.0)
+    assert (config.rollout.prompts_per_step, config.rollout.samples_per_prompt) == (64, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (GOOD.replace("steps", "stesp"), [], r"unknown config key 'stesp' \(.*run.toml\); did you mean 'steps'\?"),
+        (GOOD.replace("beta = 0.3", "beta = 1.5"), [], r"config key 'objective.gjs.beta'.*got 1.5.*less than or equal"),
+        (GOOD.replace('"gjs"', '"jsd"'), [], r"config key 'objective'.*jsd.*scalar_kl.*gjs.*topk_pg"),
+        (GOOD.replace("[teacher]", "[teachr]"), [], r"teachr"),
+        (GOOD + "[teachers.maths]\nurl = 'http://x'\n", [], r"either \[teacher\] or \[teachers.NAME\]"),
+        (GOOD, ["steps"], r"--set takes key=value: got steps"),
+        (GOOD, ["steps.deep=1"], r"steps is a value, not a table"),
+        (GOOD, ["steps=many"], r"config key 'steps'.*got 'many'.*integer"),
+        ("steps = ", [], r"not TOML"),
+    ],
+)
+def test_a_bad_config_is_one_clear_line(tmp_path, text, overrides, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(written(tmp_path, text), overrides)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_missing_file_says_so(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the config .*No such file"):
+        load_config(tmp_path / "none.toml")
+
+
+def test_a_key_is_named_by_variable_and_never_stands_in_the_saved_config(tmp_path, monkeypatch):
+    config = load_config(written(tmp_path, GOOD), ["teacher.api_key_env=TEACHER_KEY"])
+    with pytest.raises(ConfigError, match=r"TEACHER_KEY .* is not set"):
+        config.teacher.api_key()
+    monkeypatch.setenv("TEACHER_KEY", "very-secret")
+    assert config.teacher.api_key().get_secret_value() == "very-secret"
+    assert "very-secret" not in json.dumps(config.model_dump(mode="json")) + repr(config)
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config

@@ -1,0 +1,5 @@
+"""``python -m topkd``: the same commands as the ``topkd`` script."""
+
+from topkd.cli import main
+
+main()
