@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from topkd.clients import decode_numpy
-from topkd.clients.checks import ranked, scored
+from collections.abc import Callable
+from functools import cache
+
+from topkd.clients import decode_numba, decode_numpy
+from topkd.clients.checks import Ranked, ranked, scored
 from topkd.clients.decode_json import prompt_rows, scored_choice
 from topkd.topk.errors import AlignmentError
 from topkd.topk.types import Int32, TopK
 
+Reader = Callable[[bytes, Int32, int, int], tuple[Ranked, bytes] | None]
 _WORTH_IT = 16_384  # bytes below which the typed decoder is as fast
+
+
+@cache
+def fast_reader() -> Reader:
+    """numba's where it is installed, else NumPy's."""
+    return decode_numba.read_rows if decode_numba.available() else decode_numpy.read_rows
 
 
 def score_reply(
@@ -19,7 +29,7 @@ def score_reply(
     Returns:
         The rows, how many zero-probability sentinels they held, and whether the fast reading was taken.
     """
-    fast = decode_numpy.read_rows(body, ids, start, k) if len(body) >= _WORTH_IT else None
+    fast = fast_reader()(body, ids, start, k) if len(body) >= _WORTH_IT else None
     if fast is None:
         choice = scored_choice(body)
         check_prompt(choice.prompt_token_ids, ids)

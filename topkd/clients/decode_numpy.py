@@ -2,8 +2,8 @@
 
 Sound because the bytes ``":{"logprob":`` cannot occur inside a JSON string (a quote in a string is escaped), so each
 occurrence is an entry. Everything that the reading relies on is checked; ``read_rows`` returns None when a check fails,
-and the typed decoder then gives the answer or the reason. It relies on the form that vLLM writes: compact JSON, keys in the
-order logprob, rank, the realised token first and the rest by rank, ids of up to six digits.
+and the typed decoder then gives the answer or the reason. It relies on the form that vLLM writes: compact JSON, keys in
+the order logprob, rank, the realised token first and the rest by rank, ids of up to six digits.
 
 A number is read to 16 decimals: closer than 1e-15 to the double in the text, so every float32 that a server wrote comes
 back bit for bit.
@@ -68,44 +68,49 @@ class _Views:
         )
 
 
+class _UnusualError(Exception):
+    """The reply is not exactly of the expected form."""
+
+
+def _expect(holds: object) -> None:
+    if not holds:
+        raise _UnusualError
+
+
 def read_rows(body: bytes, ids: Int32, start: int, k: int) -> tuple[Ranked, bytes] | None:
-    """Rows ``start + 1 ..`` of a scoring reply and the reply without them (``null`` in their place, for the typed decoder).
+    """Rows ``start + 1 ..`` of a scoring reply, and the reply without them (null in their place).
 
     None when the reply is not exactly of the expected form.
     """
-    first = body.find(_START)
-    if first < 0 or k < 1 or len(body) < 4 * _MARGIN or body.find(_START, first + 1) >= 0:
+    try:
+        return _read(body, ids, start, k)
+    except (_UnusualError, IndexError):
         return None
+
+
+def _read(body: bytes, ids: Int32, start: int, k: int) -> tuple[Ranked, bytes]:
+    first = body.find(_START)
+    _expect(first >= 0 and k >= 1 and body[first + len(_START) :][:7] == b'null,{"')
     views = _Views.of(body)
     at = _anchors(views, first)
-    if at is None or not at.size:
-        return None
     end = _region_end(body, int(at[-1]))
-    found = _keys(views, at)
-    if end is None or found is None or body[first + len(_START) :][:7] != b'null,{"':
-        return None
-    tokens, opens = found
+    _expect(body.find(_START, end) < 0)
+    tokens, opens = _keys(views, at)
     starts = np.flatnonzero(opens)
-    if starts.size != ids.size - 1 or starts[0] != 0:
-        return None
-    first_entry = int(starts[start])
-    starts = starts[start:] - first_entry
-    values = _numbers(views, at[first_entry:])
-    if values is None:
-        return None
-    logp, stop = values
+    _expect(starts.size == ids.size - 1 and starts[0] == 0)
+    entry = int(starts[start])
+    starts = starts[start:] - entry
+    logp, stop = _numbers(views, at[entry:])
     ranks = _ranks(views, stop[starts])
-    if ranks is None:
-        return None
-    ranked = _assemble(tokens[first_entry:], logp, starts, ranks, actual=ids[start + 1 :], k=k)
-    return None if ranked is None else (ranked, body[: first + len(_START) - 1] + b"null" + body[end:])
+    ranked = _assemble(tokens[entry:], logp, starts, ranks, actual=ids[start + 1 :], k=k)
+    return ranked, body[: first + len(_START) - 1] + b"null" + body[end:]
 
 
-def _anchors(views: _Views, first: int) -> _I64 | None:
+def _anchors(views: _Views, first: int) -> _I64:
     """Offsets of the ``{`` of every entry."""
     buffer = np.frombuffer(views.body, dtype=np.uint8)
     last = len(views.body) - _MARGIN
-    parts = []
+    parts = [np.empty(0, dtype=np.int64)]
     for low in range(first, last, _SCAN_BYTES):
         brace = np.flatnonzero(buffer[low : min(low + _SCAN_BYTES, last)] == ord("{"))
         brace += low
@@ -113,18 +118,21 @@ def _anchors(views: _Views, first: int) -> _I64 | None:
         is_key &= views.u64[brace + 3] == _KEY_TAIL
         parts.append(brace[is_key])
     # An entry in the last bytes of the reply would go unseen; there is none in a well-formed one.
-    beyond = views.body.find(b'":{"logprob":', max(last - 2, 0))
-    return None if beyond >= 0 or not parts else np.concatenate(parts)
+    at = np.concatenate(parts)
+    _expect(at.size and views.body.find(b'":{"logprob":', max(last - 2, 0)) < 0)
+    return at
 
 
-def _region_end(body: bytes, last: int) -> int | None:
+def _region_end(body: bytes, last: int) -> int:
     """Offset behind the ``]`` that closes the rows, from the last entry."""
     number = _NUMBER.match(body, last + 11)
+    _expect(number)
     entry = _ENTRY_END.match(body, number.end() - 8) if number else None
-    return entry.end() + 2 if entry and body[entry.end() : entry.end() + 2] == b"}]" else None
+    _expect(entry and body[entry.end() : entry.end() + 2] == b"}]")
+    return entry.end() + 2 if entry else 0
 
 
-def _keys(views: _Views, at: _I64) -> tuple[_I64, NDArray[np.bool_]] | None:
+def _keys(views: _Views, at: _I64) -> tuple[_I64, NDArray[np.bool_]]:
     """Token id of each entry, and whether it opens a row."""
     tokens = np.empty(at.size, dtype=np.int64)
     opens = np.empty(at.size, dtype=np.bool_)
@@ -143,18 +151,18 @@ def _keys(views: _Views, at: _I64) -> tuple[_I64, NDArray[np.bool_]] | None:
         digit &= ~(other * _FF)
         tokens[part] = _eight(digit)
         quote = brace - 11 + ((other * _ONES) >> _S56).astype(np.int64)
+        _expect((quote < brace - 3).all())
         before = views.u32[quote - 3]
         row = before == _NEXT_ROW
         if low == 0:
             row[0] = before[0] == _FIRST_ROW
         opens[part] = row
         row |= (before >> np.uint32(8)) == _NEXT_ENTRY
-        if not row.all():
-            return None
+        _expect(row.all())
     return tokens, opens
 
 
-def _numbers(views: _Views, at: _I64) -> tuple[Float64, _I64] | None:
+def _numbers(views: _Views, at: _I64) -> tuple[Float64, _I64]:
     """Logprob of each entry, and the offset behind its text."""
     logp = np.empty(at.size, dtype=np.float64)
     stop = np.empty(at.size, dtype=np.int64)
@@ -163,9 +171,9 @@ def _numbers(views: _Views, at: _I64) -> tuple[Float64, _I64] | None:
         plain = _plain_numbers(views, at[part], logp[part], stop[part])
         for i in (np.flatnonzero(~plain) + low).tolist():  # exponents, 0.0, -9999.0, three digits before the point
             text = _NUMBER.match(views.body, int(at[i]) + 11)
-            if text is None:
-                return None
-            logp[i], stop[i] = float(text[1]), text.end() - 8
+            _expect(text)
+            if text:
+                logp[i], stop[i] = float(text[1]), text.end() - 8
     return logp, stop
 
 
@@ -182,7 +190,7 @@ def _plain_numbers(views: _Views, brace: _I64, logp: Float64, stop: _I64) -> NDA
     whole = np.where(short, one, one * _TEN + two)
     place = brace + np.where(short, 14, 15)
     high, high_digits = _leading(views.u64[place])
-    low_word, low_digits = _leading(views.u64[np.minimum(place + 8, views.u64.size - 1)])
+    low_word, low_digits = _leading(views.u64[place + 8])
     full = high_digits == 8
     low_word *= full
     low_digits *= full
@@ -193,12 +201,12 @@ def _plain_numbers(views: _Views, brace: _I64, logp: Float64, stop: _I64) -> NDA
         _, more = _leading(views.u64[stop[longer]])
         stop[longer] += more
     plain &= high_digits > 0
-    plain &= views.u64[np.minimum(stop, views.u64.size - 1)] == _RANK
+    plain &= views.u64[stop] == _RANK
     np.multiply(_eight(low_word), 1e-16, out=logp)
     logp += _eight(high) * 1e-8
     logp += whole
     np.negative(logp, out=logp)
-    return plain
+    return np.asarray(plain)
 
 
 def _leading(word: _U64) -> tuple[_U64, _I64]:
@@ -228,29 +236,24 @@ def _eight(digit: _U64) -> _I64:
     return value.view(np.int64)
 
 
-def _ranks(views: _Views, stop: _I64) -> _I64 | None:
+def _ranks(views: _Views, stop: _I64) -> _I64:
     """The rank that stands behind each number."""
     word, digits = _leading(views.u64[stop + 8])
-    if not ((digits > 0) & (digits < 8)).all():
-        return None
+    _expect(((digits > 0) & (digits < 8)).all())
     return np.asarray(_eight(word) // 10 ** (8 - digits))
 
 
-def _assemble(tokens: _I64, logp: Float64, starts: _I64, ranks: _I64, *, actual: Int32, k: int) -> Ranked | None:
+def _assemble(tokens: _I64, logp: Float64, starts: _I64, ranks: _I64, *, actual: Int32, k: int) -> Ranked:
     counts = np.diff(starts, append=tokens.size)
-    extra = counts == k + 1
-    if not (extra | (counts == k)).all() or not np.array_equal(tokens[starts], actual):
-        return None
-    if ((ranks < 1) | (extra != (ranks > k))).any():
-        return None
+    extra = np.asarray(counts == k + 1)
+    _expect((extra | (counts == k)).all() and np.array_equal(tokens[starts], actual))
+    _expect((ranks >= 1).all() and np.array_equal(extra, ranks > k))
     # The realised token stands first. Elsewhere in the list (rank r <= K) it goes to column r - 1.
     column = np.arange(k)
     place = np.where(extra, k, ranks - 1)[:, None]
     source = starts[:, None] + column
     source += column < place
     np.copyto(source, starts[:, None], where=column == place)
-    actual_logp = logp[starts]
-    lists = logp[source]
-    if (extra & (actual_logp > lists[:, -1])).any():
-        return None
+    actual_logp, lists = logp[starts], logp[source]
+    _expect(not (extra & (actual_logp > lists[:, -1])).any())
     return Ranked(tokens.astype(np.int32)[source], lists, actual_logp, extra)
