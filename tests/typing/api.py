@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from topkd.clients import ClientConfig, ServerInfo, VllmCompletions, connect
+from topkd.offline import CachingSampler, CachingScorer, ReplayScorer, ScoreStore, TeacherIdentity
+from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk import (
     Behavior,
     PreparedSample,
@@ -20,10 +23,16 @@ from topkd.topk import (
     TopK,
     TopKBehavior,
     TopKPreparedSample,
+    compute_topk_gjs,
+    entropy_bounds,
+    extract_token_logprobs,
     gjs,
     gjs_advantage,
     scalar_kl_advantage,
     shared_support_gjs,
+    slice_completion_topk,
+    topk_gjs,
+    topk_weights,
 )
 from topkd.topk.errors import ConfigError, KLimitError, ServerBusyError, ServerError, TopkdError
 from topkd.topk.losses import (
@@ -198,6 +207,18 @@ def maths_on_arrays(sample: ScalarPreparedSample, teacher_logp_TV: Float64, stud
     assert_type(shared_support_gjs(teacher_logp_TV, student_logp_TV, 0.5, tail="bucket"), Float64)
 
 
+def maths_on_scores(teacher: TopK, student: TopK, at_ids_RK: Float32, actual_R: Float32) -> None:
+    """Scores in, one value a row out; lists as other code has them work too."""
+    assert_type(topk_gjs(teacher, student, 0.5, missing="union_tail", floor=-20.0), Float64)
+    assert_type(entropy_bounds(teacher, 151_936), tuple[Float64, Float64])
+    w_ids, w_actual = topk_weights(teacher, at_ids_RK, actual_R, beta=0.5, lam=0.3, is_weight=None)
+    assert_type(w_ids, NDArray[np.floating])
+    assert_type(w_actual, NDArray[np.floating])
+    lists = slice_completion_topk([[(1, -0.1)], None, [(2, -0.3)]], prompt_len=1, completion_len=2)
+    assert_type(compute_topk_gjs(lists, lists, 0.5, floor_logprob=-20.0), list[float])
+    assert_type(extract_token_logprobs(lists, [1, 2], floor_logprob=None), list[float])
+
+
 def losses_on_tensors(
     student: torch.Tensor, teacher: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
@@ -225,3 +246,37 @@ def policy_gradients(
 def the_estimator(at_ids: torch.Tensor, actual: torch.Tensor, teacher: TopK, mask: torch.Tensor) -> torch.Tensor:
     """The teacher's scores go in as they came."""
     return topk_policy_gradient_loss(at_ids, actual, teacher, mask, beta=0.5, lam=0.3, behavior_logp=None, cap=2.0)
+
+
+async def asking_a_server() -> TopK:
+    """A client is a scorer and a sampler; a setting has its unit in its name."""
+    config = ClientConfig(connect_timeout_s=2.0, max_retries=3)
+    async with VllmCompletions("http://127.0.0.1:8000", model="teacher", api_key="k", config=config) as client:
+        teacher: TeacherScorer = client
+        sampler: Sampler = client
+        assert_type(await client.server_info(), ServerInfo)
+        assert_type(client.metrics, dict[str, float])
+        (rollout,) = await sampler.sample([1, 2, 3], 1, SamplingParams(max_tokens=8))
+        ids = np.concatenate([rollout.prompt_ids, rollout.completion_ids])
+        return await teacher.score(ids, start=2, k=20)
+
+
+async def asking_only_once(folder: str) -> TopK:
+    """A live, a cached and a replayed teacher are the same type."""
+    identity = TeacherIdentity("teacher", revision="main")
+    with ScoreStore(folder, mode="a", codec="packed") as store:
+        live = await connect("http://127.0.0.1:8000")
+        cached: TeacherScorer = CachingScorer(live, store, identity)
+        sampler: Sampler = CachingSampler(live, store, identity)
+        await sampler.sample([1, 2, 3], 1, SamplingParams(seed=0))
+        await cached.score([1, 2, 3, 4], 2, 20)
+        await live.aclose()
+    with ScoreStore(folder, mode="r") as store:
+        replayed: TeacherScorer = ReplayScorer(store, identity)
+        return await replayed.score([1, 2, 3, 4], 2, 20)
+
+
+def serving_a_model(path: str) -> str:
+    """A server of one's own, gone at the end of the block."""
+    with ServerProcess(ServeConfig(model=path, port=0, max_logprobs=64)) as server:
+        return server.url
