@@ -95,7 +95,7 @@ async def demo(
 
     tokenizer = load_tokenizer(str(assets.student))
     student, judge = Student.load(str(assets.student), "cpu"), Student.load(str(assets.teacher), "cpu")
-    probes = await _probes(student, assets.held_out, tokenizer)
+    probes = await held_out_probes(student, assets.held_out, tokenizer)
     text_before = await _completion(student, probes[0].ids[: probes[0].prompt_len], tokenizer)
 
     def evaluate() -> dict[str, Any]:
@@ -114,7 +114,7 @@ async def demo(
         progress.note(f"teacher at {server.url} (process {server.pid}); K = {config.k}, objective {objective}")
         client = await connect(server.url, model="teacher", config=ClientConfig(total_timeout_s=30.0))
         async with client:
-            rows = _prompts(assets.training, seed)
+            rows = prompt_rows(assets.training, seed)
             result = await run(
                 config,
                 student=student,
@@ -207,13 +207,14 @@ def _train_assets(texts: list[str], folder: Path, progress: Progress) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _prompts(training: NDArray[np.int32], seed: int) -> list[PromptRow]:
+def prompt_rows(training: NDArray[np.int32], seed: int) -> list[PromptRow]:
+    """Random windows of the training stream, 4,096 of them, chosen by the seed."""
     starts = np.random.default_rng([seed, 1]).integers(0, len(training) - PROMPT_TOKENS, size=4096)
     windows = [training[start : start + PROMPT_TOKENS] for start in starts]
     return [PromptRow(window, window, "", f"window {start}") for window, start in zip(windows, starts, strict=True)]
 
 
-async def _probes(student: Any, held_out: NDArray[np.int32], tokenizer: Any) -> list[Any]:
+async def held_out_probes(student: Any, held_out: NDArray[np.int32], tokenizer: Any) -> list[Any]:
     """Held-out prompts, each continued by the untrained student: fixed prefixes to measure on, whatever the seed."""
     from topkd.engine.evaluation import Probe
 
