@@ -1,0 +1,72 @@
+"""``python -m topkd.serve MODEL``: the server as a program of its own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+
+from pydantic import ValidationError
+
+from topkd.serve.config import API_KEY_VARIABLE, ServeConfig
+from topkd.topk.errors import ConfigError, TopkdError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 after a clean end, 2 when the command line or the model cannot be right."""
+    options = vars(_parser().parse_args(argv))
+    if options.pop("watch_stdin"):
+        threading.Thread(target=_end_with_parent, name="topkd-serve-parent", daemon=True).start()
+    key = os.environ.pop(options.pop("api_key_env"), None)
+    try:
+        config = _config(options, key)
+        from transformers.utils import logging as progress
+
+        from topkd.serve.run import serve
+
+        progress.disable_progress_bar()
+        serve(config)
+    except TopkdError as error:
+        sys.stderr.write(f"topkd serve: {error}\n")
+        return error.exit_code
+    return 0
+
+
+def _config(options: dict[str, object], key: str | None) -> ServeConfig:
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return ServeConfig.model_validate({**given, **({"api_key": key} if key else {})})
+    except ValidationError as error:
+        finding = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, finding["loc"]))
+        raise ConfigError(f"bad option: {finding['msg']}", where=where) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m topkd.serve", description="Serve a causal LM in vLLM's dialects.")
+    parser.add_argument("model", help="folder or id of a Hugging Face causal LM")
+    parser.add_argument("--served-model-name")
+    parser.add_argument("--host")
+    for name in ("port", "max-logprobs", "max-model-len", "max-queue", "max-batch-tokens", "max-running"):
+        parser.add_argument(f"--{name}", type=int)
+    for name in ("max-kv-tokens", "max-body-bytes", "seed"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--dtype")
+    parser.add_argument("--device")
+    parser.add_argument("--logprobs-mode")
+    parser.add_argument("--enable-lora", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--api-key-env", default=API_KEY_VARIABLE, help="environment variable that holds the API key")
+    parser.add_argument("--watch-stdin", action="store_true", help="end when standard input closes")
+    return parser
+
+
+def _end_with_parent() -> None:
+    """A pipe closes when its other end dies, however it dies: SIGKILL leaves no orphan."""
+    while sys.stdin.buffer.read(4096):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

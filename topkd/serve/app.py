@@ -1,0 +1,94 @@
+"""The ASGI application: every route of one served model."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from topkd import __version__
+from topkd.serve import generate, openai
+from topkd.serve.config import ServeConfig
+from topkd.serve.control import Control
+from topkd.serve.refusal import Refusal
+from topkd.serve.requests import DetokenizeBody, TokenizeBody, check_ids
+from topkd.serve.served import VLLM_DIALECT, Served
+from topkd.serve.wire import KeyGuard, answered, detail, json_reply, read
+
+
+def create_app(model: Any, tokenizer: Any, config: ServeConfig) -> Starlette:
+    """An application for ``model``; ``app.state.served`` holds the engine behind it."""
+    served = Served(model, tokenizer, config)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        served.engine.stop()
+
+    routes = [*_information(served), *openai.routes(served), *generate.routes(served)]
+    if config.control_routes:
+        routes += Control(served).routes()
+    middleware = [] if config.api_key is None else [Middleware(KeyGuard, key=config.api_key.get_secret_value())]
+    app = Starlette(routes=routes, middleware=middleware, lifespan=lifespan, exception_handlers={HTTPException: detail})
+    app.state.served = served
+    return app
+
+
+def _information(served: Served) -> list[Route]:
+    async def healthy(_: Request) -> Response:
+        return Response()
+
+    async def version(_: Request) -> Response:
+        # A local version of the dialect's release: clients that compare versions see 0.32.0, people see what it is.
+        return json_reply({"version": f"{VLLM_DIALECT}+topkd.{__version__}"})
+
+    async def models(_: Request) -> Response:
+        return json_reply(served.cards())
+
+    async def load(_: Request) -> Response:
+        return json_reply({"server_load": sum(served.engine.load)})
+
+    async def metrics(_: Request) -> Response:
+        running, waiting = served.engine.load
+        labels = f'{{engine="0",model_name="{served.config.name}"}}'
+        values = {
+            "vllm:num_requests_running": ("gauge", running),
+            "vllm:num_requests_waiting": ("gauge", waiting),
+            "vllm:prompt_tokens_total": ("counter", served.engine.prompt_tokens),
+            "vllm:generation_tokens_total": ("counter", served.engine.drawn_tokens),
+        }
+        lines = [f"# TYPE {name} {kind}\n{name}{labels} {float(value)}\n" for name, (kind, value) in values.items()]
+        return Response("".join(lines), media_type="text/plain; version=0.0.4")
+
+    async def tokenize(request: Request) -> Response:
+        body = await read(request, TokenizeBody, served.config.max_body_bytes)
+        served.adapter_of(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise Refusal("Give either prompt or messages", param="prompt")
+        if body.prompt is not None:
+            ids = served.words.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+        else:
+            options = {"add_generation_prompt": body.add_generation_prompt, **(body.chat_template_kwargs or {})}
+            ids = served.words.chat(body.messages or [], **options)
+        strings = served.words.pieces(ids) if body.return_token_strs else None
+        return json_reply({"count": len(ids), "max_model_len": served.context, "tokens": ids, "token_strs": strings})
+
+    async def detokenize(request: Request) -> Response:
+        body = await read(request, DetokenizeBody, served.config.max_body_bytes)
+        served.adapter_of(body.model)
+        return json_reply({"prompt": served.words.decode(list(check_ids(body.tokens, served.vocab)))})
+
+    gets = {"/v1/models": models, "/version": version, "/load": load, "/metrics": metrics}
+    return [
+        *(Route(path, answered(healthy), methods=["GET", "POST"]) for path in ("/health", "/ping")),
+        *(Route(path, answered(handler), methods=["GET"]) for path, handler in gets.items()),
+        Route("/tokenize", answered(tokenize), methods=["POST"]),
+        Route("/detokenize", answered(detokenize), methods=["POST"]),
+    ]
