@@ -75,7 +75,7 @@ def advantage64(difference: Float64, beta: float) -> Float64:
     """The advantage as a function of d = log t - log s, in float64 (see ``gjs_advantage``); beta is in range."""
     if beta == 1.0:
         return np.where(np.isneginf(difference), np.nan, difference)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         if beta == 0.0:
             return np.asarray(np.expm1(difference))
         # Near d = 0 log1p/expm1 keep every digit; away from it logaddexp neither overflows nor cancels.

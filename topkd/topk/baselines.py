@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from topkd.topk.divergence import kl_terms
+from topkd.topk.divergence import kl_terms, log_mixture
 from topkd.topk.errors import ConfigError
 from topkd.topk.inputs import check_beta, logp_pair
 from topkd.topk.mass import check_mass, log_tail
@@ -109,8 +109,8 @@ def _mean_advantage(teacher: Float64, student: Float64, beta: float) -> Float64:
         return np.where(np.isnan(teacher + student).any(axis=-1), np.nan, 0.0)
     if beta == 1.0:
         return np.asarray(np.minimum(-kl_terms(student, teacher).sum(axis=-1), 0.0))
-    mixture = np.logaddexp(teacher + np.log(beta), student + np.log1p(-beta))
-    return np.asarray(np.minimum(-(1.0 - beta) * kl_terms(student, mixture).sum(axis=-1), 0.0))
+    terms = kl_terms(student, log_mixture(teacher, student, beta))
+    return np.asarray(np.minimum(-(1.0 - beta) * terms.sum(axis=-1), 0.0))
 
 
 def _steps_left(size: int, lengths: ArrayLike | None) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:

@@ -103,8 +103,14 @@ def integrand(teacher: Float64, student: Float64, beta: float) -> Float64:
         return kl_terms(teacher, student)
     if beta == 1.0:
         return kl_terms(student, teacher)
-    mixture = np.logaddexp(teacher + np.log(beta), student + np.log1p(-beta))
+    mixture = log_mixture(teacher, student, beta)
     return beta * kl_terms(teacher, mixture) + (1.0 - beta) * kl_terms(student, mixture)
+
+
+def log_mixture(teacher: Float64, student: Float64, beta: float) -> Float64:
+    """log m = log(beta t + (1-beta) s) for 0 < beta < 1, elementwise; NaN where either side is NaN."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.logaddexp(teacher + np.log(beta), student + np.log1p(-beta)))
 
 
 def kl_terms(logp: Float64, logq: Float64) -> Float64:

@@ -1,0 +1,171 @@
+"""GJS of two lists that name different ids."""
+
+import numpy as np
+import pytest
+
+from tests.topk import reference
+from tests.topk.lists import as_dict, random_logp, topk_of
+from topkd.topk import TopK, gjs, topk_gjs
+from topkd.topk.errors import AlignmentError, ConfigError
+from topkd.topk.union import UnionTail
+
+BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
+
+
+def correlated(rng: np.random.Generator, rows: int, vocab: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    shared = rng.normal(size=(rows, vocab))
+    sides = [scale * (shared + rng.normal(size=shared.shape) * 0.6) for _ in range(2)]
+    return tuple(z - np.log(np.exp(z - z.max(1, keepdims=True)).sum(1, keepdims=True)) - z.max(1, keepdims=True)
+                 for z in sides)  # fmt: skip
+
+
+def ragged(rng: np.random.Generator, scores: TopK) -> TopK:
+    """Cuts every row to a length of its own, puts holes and exact zeros in."""
+    keep = rng.integers(0, scores.k + 1, size=scores.rows)
+    pad = np.arange(scores.k) >= keep[:, None]
+    logp = np.where(pad, -np.inf, scores.logp)
+    zero = (rng.random(scores.rows) < 0.2) & (keep > 1)
+    logp[zero, keep[zero] - 1] = -np.inf
+    return TopK(
+        0,
+        np.where(pad, -1, scores.ids).astype(np.int32),
+        logp.astype(np.float32),
+        scores.actual_ids,
+        scores.actual_logp,
+        np.full(scores.rows, np.nan, dtype=np.float32),
+    )
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize(("teacher_k", "student_k"), [(1, 1), (20, 20), (3, 17), (64, 20)])
+@pytest.mark.parametrize("scale", [1.0, 4.0, 30.0])
+def test_every_variant_matches_the_slow_reference(beta: float, teacher_k: int, student_k: int, scale: float) -> None:
+    rng = np.random.default_rng(teacher_k * 31 + student_k)
+    t, s = correlated(rng, 40, 90, scale)
+    for make in (lambda x: x, lambda x: ragged(rng, x)):
+        teacher, student = make(topk_of(t, teacher_k, tail=False)), make(topk_of(s, student_k, tail=False))
+        pairs = [(as_dict(teacher, r), as_dict(student, r)) for r in range(40)]
+        alive = teacher.signal & student.signal
+
+        union = topk_gjs(teacher, student, beta)
+        np.testing.assert_array_equal(np.isnan(union), ~alive)
+        lower = topk_gjs(teacher, student, beta, "intersection_tail")
+        floor = topk_gjs(teacher, student, beta, "floor", -12.0)
+        for row in np.flatnonzero(alive):
+            a, b = pairs[row]
+            assert union[row] == pytest.approx(reference.union_tail(a, b, beta), rel=2e-6, abs=1e-6)
+            assert lower[row] == pytest.approx(reference.intersection_tail(a, b, beta), rel=1e-9, abs=1e-12)
+            assert floor[row] == pytest.approx(reference.floor_renormalised(a, b, beta, -12.0), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 20, 64, 128, 200])
+@pytest.mark.parametrize("beta", [0.02, 0.3, 0.5, 0.7, 0.98])
+def test_the_fast_kernel_stays_within_1e_6_of_float64(k: int, beta: float) -> None:
+    rng = np.random.default_rng(k)
+    for scale in (1.0, 3.0, 15.0):
+        t, s = correlated(rng, 150, 600, scale)
+        teacher, student = ragged(rng, topk_of(t, k)), topk_of(s, k)
+        values, left = UnionTail(k, k)(teacher, student, beta, -20.0)
+        done = np.setdiff1d(np.flatnonzero(teacher.signal & student.signal), left)
+        assert done.size > 10
+        for row in done[:60]:
+            # The stored tail is what the reference must use too; here both agree, for the lists are float32 of exact.
+            truth = reference.union_tail(as_dict(teacher, row), as_dict(student, row), beta)
+            known = abs(np.exp(np.float64(student.tail_logp[row])) - (1 - student.mass()[row])) < 1e-7
+            if known:
+                assert values[row] == pytest.approx(truth, abs=1.2e-6)
+
+
+def test_blocks_do_not_leak_into_one_another() -> None:
+    rng = np.random.default_rng(9)
+    t, s = correlated(rng, 5000, 40, 2.0)
+    teacher, student = topk_of(t, 20), topk_of(s, 20)
+    whole = topk_gjs(teacher, student, 0.5)
+    for start in (0, 818, 819, 820, 4990):
+        part = slice(start, start + 7)
+        np.testing.assert_allclose(topk_gjs(teacher.slice(part), student.slice(part), 0.5), whole[part], atol=3e-7)
+
+
+def test_neighbouring_rows_that_share_ids_are_not_pairs() -> None:
+    """The last key of one row and the first of the next are the same id: a flat comparison would pair them."""
+    ids = np.array([[5, 9], [9, 11]], dtype=np.int32)
+    logp = np.log(np.array([[0.5, 0.3], [0.6, 0.2]], dtype=np.float32))
+    teacher = TopK(0, ids, logp, np.full(2, -1), np.full(2, np.nan), np.full(2, np.nan))
+    student = TopK(0, ids - 4, logp, np.full(2, -1), np.full(2, np.nan), np.full(2, np.nan))
+    expected = [reference.union_tail(as_dict(teacher, r), as_dict(student, r), 0.5) for r in range(2)]
+    np.testing.assert_allclose(topk_gjs(teacher, student, 0.5), expected, atol=1e-6)
+
+
+def test_ids_too_large_for_a_short_key_are_still_right() -> None:
+    big = 2**31 - 5
+    teacher = TopK.from_lists([[(big, -0.3), (7, -2.0)]])
+    student = TopK.from_lists([[(7, -0.4), (big, -1.6)]])
+    expected = reference.union_tail(as_dict(teacher, 0), as_dict(student, 0), 0.5)
+    assert topk_gjs(teacher, student, 0.5)[0] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_full_lists_give_the_dense_value_in_every_variant(beta: float) -> None:
+    rng = np.random.default_rng(4)
+    t, s = random_logp(rng, 6, 25), random_logp(rng, 6, 25)
+    teacher, student = topk_of(t, 25), topk_of(s, 25)
+    dense = gjs(t, s, beta)
+    for missing in ("union_tail", "intersection_tail", "floor", "renormalise"):
+        np.testing.assert_allclose(topk_gjs(teacher, student, beta, missing), dense, atol=3e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_the_intersection_is_a_lower_bound_of_the_dense_value(beta: float) -> None:
+    rng = np.random.default_rng(6)
+    t, s = correlated(rng, 200, 60, 2.0)
+    dense = gjs(t, s, beta)
+    for k in (1, 5, 20, 59):
+        lower = topk_gjs(topk_of(t, k), topk_of(s, k), beta, "intersection_tail")
+        assert (lower <= dense + 2e-6).all()
+        assert lower.max() > 0
+
+
+def test_renormalise_looks_at_common_ids_only_and_has_no_signal_without_one() -> None:
+    teacher = TopK.from_lists([[(1, np.log(0.6)), (2, np.log(0.2)), (3, np.log(0.1))], [(1, -0.5)]])
+    student = TopK.from_lists([[(2, np.log(0.4)), (1, np.log(0.1)), (9, np.log(0.1))], [(2, -0.5)]])
+    got = topk_gjs(teacher, student, 0.5, "renormalise")
+    assert got[0] == pytest.approx(reference.gjs(np.log([0.75, 0.25]), np.log([0.2, 0.8]), 0.5), abs=1e-6)
+    assert np.isnan(got[1])
+
+
+def test_the_stored_tail_wins_over_one_minus_the_rounded_mass() -> None:
+    exact = np.log([[0.6, 0.399999]])
+    rounded = exact.astype(np.float16).astype(np.float32)
+    ids = np.array([[1, 2]], dtype=np.int32)
+    nothing = (np.full(1, -1), np.full(1, np.nan))
+    stored = TopK(0, ids, rounded, *nothing, np.log(np.array([1e-6])))
+    derived = TopK(0, ids, rounded, *nothing, np.full(1, np.nan))
+    other = TopK(0, ids + 5, np.log(np.array([[0.5, 0.3]], dtype=np.float32)), *nothing, np.log(np.array([0.2])))
+    truth = reference.union_tail({1: exact[0, 0], 2: exact[0, 1]}, as_dict(other, 0), 0.5)
+    assert abs(topk_gjs(stored, other, 0.5)[0] - truth) < abs(topk_gjs(derived, other, 0.5)[0] - truth)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    one, two = TopK.from_lists([[(1, -0.5)]]), TopK.from_lists([[(1, -0.5)], [(2, -0.5)]])
+    with pytest.raises(ConfigError, match="rows"):
+        topk_gjs(one, two, 0.5)
+    with pytest.raises(ConfigError, match="variant"):
+        topk_gjs(one, one, 0.5, "tail")
+    with pytest.raises(ConfigError, match="floor"):
+        topk_gjs(one, one, 0.5, floor=0.0)
+    with pytest.raises(ConfigError, match="beta"):
+        topk_gjs(one, one, -0.5)
+    left = TopK.from_lists([[(1, -0.5)]], actual_ids=[1])
+    right = TopK.from_lists([[(1, -0.5)]], actual_ids=[2])
+    with pytest.raises(AlignmentError, match="different completions"):
+        topk_gjs(left, right, 0.5)
+
+
+@pytest.mark.parametrize("missing", ["union_tail", "intersection_tail", "floor", "renormalise"])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_no_rows_and_no_lists_are_handled(missing: str, beta: float) -> None:
+    empty = TopK.from_lists([])
+    assert topk_gjs(empty, empty, beta, missing).shape == (0,)
+    hole, some = TopK.from_lists([[], []]), TopK.from_lists([[(1, -0.5)], None])
+    assert np.isnan(topk_gjs(hole, some, beta, missing)).all()
+    assert np.isnan(topk_gjs(some, hole, beta, missing)).all()
