@@ -11,7 +11,7 @@ import zstandard
 
 def records(folder):
     """Every whole record: a dict of its header, with ``payload``."""
-    names = "kind codec high flags start rows width asked size tag key check".split()
+    names = ["kind", "codec", "high", "flags", "start", "rows", "width", "asked", "size", "tag", "key", "check"]
     for path in sorted(Path(folder).glob("seg-*.tkl")):
         data = path.read_bytes()
         assert data[:8] == b"TKLSEG\r\n"

@@ -140,7 +140,9 @@ def test_a_payload_of_the_wrong_length_is_corrupt_not_read(codec):
 def test_narrowing_adds_the_dropped_mass_to_the_tail():
     _, scores = scored(8, k=8)
     cut = narrowed(scores, 9, 3)
-    expected = np.log(np.exp(scores.logp[4:, 3:].astype(np.float64)).sum(1) + np.exp(scores.tail_logp[4:].astype(float)))
+    expected = np.log(
+        np.exp(scores.logp[4:, 3:].astype(np.float64)).sum(1) + np.exp(scores.tail_logp[4:].astype(float))
+    )
     assert cut.start == 9
     assert np.allclose(cut.tail_logp, expected, atol=1e-6)
     assert cut.ids.tolist() == scores.ids[4:, :3].tolist()

@@ -54,7 +54,8 @@ def gc(
             if isinstance(read_index(index), str) or not index.with_suffix(".tkl").exists():
                 index.unlink(missing_ok=True)  # its segment is sealed again, or gone
         damage = adopt_orphans(root)
-        segments, table = read_tables(root)
+        # A damaged record must not make a sound one of the same key superfluous: everything is read first.
+        segments, table = read_tables(root, damage=damage)
         try:
             sealed = [position for position, segment in enumerate(segments) if segment.index is not None]
             # A record that another process has not yet committed must not make a durable one superfluous.
@@ -89,7 +90,7 @@ def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[s
     try:
         for number, folder in enumerate(roots):
             open_folder(folder, create=False)
-            found, rows = read_tables(folder, first=len(segments))
+            found, rows = read_tables(folder, first=len(segments), damage=damage)
             segments += found
             tables.append(rows)
             if number == 0:

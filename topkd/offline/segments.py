@@ -21,6 +21,7 @@ from topkd.offline.records import ALIGN, MAGIC, Header, Record, read_header, ver
 from topkd.topk.errors import CacheCorruptError, CacheError
 
 VERSION = 1
+TORN = "torn tail"
 SEGMENT_MAGIC = b"TKLSEG\r\n"  # the line end shows a copy in text mode
 INDEX_MAGIC = b"TKLIDX\r\n"
 SEGMENT_HEADER = struct.Struct(
@@ -117,7 +118,7 @@ class Segment:
             if header is None or position + header.span > size:
                 following = _next_header(view, position + ALIGN, size)
                 if following is None:
-                    damage.append(Damage(self.name, position, size - position, "torn tail", fatal=False))
+                    damage.append(Damage(self.name, position, size - position, TORN, fatal=False))
                     break
                 damage.append(Damage(self.name, position, following - position, "record header does not hold"))
                 position = following
@@ -126,6 +127,8 @@ class Segment:
                 damage.append(Damage(self.name, position, header.span, "record checksum does not hold"))
             else:
                 found.append((position, header))
+                if payloads and any(view[position + ALIGN + header.size : position + header.span]):
+                    damage.append(Damage(self.name, position, header.span, "padding is not zero", fatal=False))
             position = end = position + header.span
         return Scan(found, damage, end)
 

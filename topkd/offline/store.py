@@ -210,7 +210,7 @@ class ScoreStore:
         with self._lock:
             sealed = self._log.close()
             if sealed is not None:
-                self._settle(sealed)
+                self._adopt(Segment(sealed.path), self._ordinal.get(sealed.path.name))
 
     def __len__(self) -> int:
         """Number of distinct keys (scores and rollouts)."""
@@ -304,9 +304,6 @@ class ScoreStore:
         self._growing[name] = scan.end
         for offset, header in scan.found:
             self._places.add(header.key, place_at(ordinal, offset, header))
-
-    def _settle(self, writer: SegmentWriter) -> None:
-        self._adopt(Segment(writer.path), self._ordinal[writer.path.name])
 
     def _own(self, writer: SegmentWriter) -> int:
         name = writer.path.name

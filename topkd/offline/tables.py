@@ -12,7 +12,7 @@ import numpy as np
 from topkd.offline.index import ENTRY
 from topkd.offline.keys import TeacherIdentity
 from topkd.offline.records import IDENTITY, ROLLOUT, SCORE, Header
-from topkd.offline.segments import Segment, segment_paths
+from topkd.offline.segments import Damage, Segment, segment_paths
 from topkd.topk.errors import CacheCorruptError
 
 ROW = np.dtype([("high", "<u8"), ("segment", "<u4"), *[(name, ENTRY[name]) for name in ENTRY.names or ()]])
@@ -21,8 +21,14 @@ ROW = np.dtype([("high", "<u8"), ("segment", "<u4"), *[(name, ENTRY[name]) for n
 Table: TypeAlias = np.ndarray[Any, Any]
 
 
-def read_tables(root: Path, first: int = 0) -> tuple[list[Segment], Table]:
-    """The segments of a folder, and a row for each record; ``first`` is the number of the first segment."""
+def read_tables(root: Path, *, first: int = 0, damage: list[Damage] | None = None) -> tuple[list[Segment], Table]:
+    """The segments of a folder, and a row for each record.
+
+    Args:
+        root: The folder.
+        first: Number of the first segment.
+        damage: Given, every record is read: only those that hold have a row, and the damage is appended here.
+    """
     segments: list[Segment] = []
     tables = []
     for path in segment_paths(root):
@@ -30,8 +36,11 @@ def read_tables(root: Path, first: int = 0) -> tuple[list[Segment], Table]:
             segment = Segment(path)
             position = first + len(segments)
             segments.append(segment)
-            if segment.index is None:
-                tables.append(header_rows(position, segment.scan().found))
+            if segment.index is None or damage is not None:
+                scan = segment.scan(payloads=damage is not None)
+                tables.append(header_rows(position, scan.found))
+                if damage is not None:
+                    damage += [item for item in scan.damage if item.fatal]
                 continue
             table = np.zeros(len(segment.index.high), ROW)
             table["high"], table["segment"] = segment.index.high, position

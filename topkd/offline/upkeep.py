@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from topkd.offline.appending import locked_by_writer
 from topkd.offline.codecs import CODEC_NAMES
 from topkd.offline.folder import open_folder
 from topkd.offline.records import KIND_NAMES, ROLLOUT, SCORE, Header
-from topkd.offline.segments import Damage, Segment, segment_paths
+from topkd.offline.segments import TORN, Damage, Segment, segment_paths
 from topkd.offline.tables import (
     answers,
     close_all,
@@ -124,12 +124,14 @@ def verify(path: str | os.PathLike[str]) -> Verification:
             size += segment.size
             count += 1
             scan = segment.scan(payloads=True)
-            torn = [item for item in scan.damage if not item.fatal]
             if segment.index is not None:
-                damage += [item for item in scan.damage if item.fatal and item.offset < segment.end]
-                if torn and torn[0].offset < segment.end and not segment.damage:
-                    damage.append(Damage(file.name, torn[0].offset, torn[0].size, "record does not hold"))
-                damage += segment.damage + _unindexed(segment, scan.found)
+                inside = [item for item in scan.damage if item.offset < segment.end]
+                if not segment.damage:  # sealed and of full length: what looks like a torn tail is a record
+                    inside = [
+                        replace(item, what="record does not hold", fatal=True) if item.what == TORN else item
+                        for item in inside
+                    ]
+                damage += segment.damage + inside + _unindexed(segment, scan.found)
             else:
                 busy = locked_by_writer(file)  # a record that is being written is no tear
                 damage += segment.damage + [item for item in scan.damage if item.fatal or not busy]
