@@ -6,6 +6,7 @@ A block whose language is in ``RUNNABLE`` is run by ``test_blocks.py``. An HTML 
     <!-- slow -->               run by `make test-slow` instead of `make test`
     <!-- repo -->               run in the repository's root instead of an empty folder
     <!-- continues -->          runs after the document's earlier blocks of the same language, as one program
+    <!-- server -->             run with a tiny model behind the embedded server in place of SERVER_URL
 
 Words combine with commas: ``<!-- slow, repo -->``. ``python -m tests.docs.blocks`` prints the counts.
 """
@@ -22,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RUNNABLE = {"bash": "bash", "sh": "bash", "shell": "bash", "console": "console", "python": "python", "py": "python"}
 RUNNABLE |= {"toml": "toml", "json": "json"}
-WORDS = {"slow", "repo", "continues"}
+WORDS = {"slow", "repo", "continues", "server"}
+SERVER_URL = "http://127.0.0.1:8000"  # what documents call the reader's own server
 
 _FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,}|~{3,})[ \t]*(?P<info>[^`\n]*)$")
 _COMMENT = re.compile(r"^ *<!--(?P<text>.*?)-->\s*$")

@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.docs.blocks import ROOT, Block, BlockError, all_blocks, blocks_of
+from tests.docs.blocks import ROOT, SERVER_URL, Block, BlockError, all_blocks, blocks_of
 from topkd.topk.errors import ConfigError
 
 FAST_LIMIT_S = 60
@@ -31,8 +34,29 @@ def _cases() -> list[object]:
     ]
 
 
+@pytest.fixture(scope="module")
+def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
+    """Starts the embedded server when the first block asks for it."""
+    with contextlib.ExitStack() as stack:
+
+        @cache
+        def start() -> str:
+            from tests.fakes.tinymodels import make_tiny_model
+            from topkd.serve import ServeConfig, ServerProcess
+
+            folder = tmp_path_factory.mktemp("server")
+            make_tiny_model(folder / "model")
+            config = ServeConfig(model=str(folder / "model"), port=0)
+            return stack.enter_context(ServerProcess(config, log_path=folder / "server.log")).url
+
+        yield start
+
+
 @pytest.mark.parametrize("block", _cases())
-def test_a_documented_block_works_as_written(block: Block, tmp_path: Path) -> None:
+def test_a_documented_block_works_as_written(block: Block, tmp_path: Path, server_url: Callable[[], str]) -> None:
+    if "server" in block.words:
+        assert SERVER_URL in block.program, f"{block.name} asks for a server and does not name {SERVER_URL}"
+        block = replace(block, prelude="", code=block.program.replace(SERVER_URL, server_url()))
     run_block(block, tmp_path)
 
 
@@ -181,6 +205,17 @@ def test_a_continued_block_sees_what_the_earlier_ones_made(tmp_path: Path) -> No
     text = "```python\nx = 41\n```\n\n```sh\ntrue\n```\n\n<!-- continues -->\n```python\nassert x == 41\n```\n"
     *_, last = _document(tmp_path, text)
     run_block(last, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_block_that_needs_a_server_meets_the_embedded_one(tmp_path: Path, server_url: Callable[[], str]) -> None:
+    text = (
+        "<!-- server -->\n```python\nimport asyncio\nfrom topkd.clients import connect\n\n\nasync def main():\n"
+        f"    async with await connect({SERVER_URL!r}) as teacher:\n"
+        "        assert (await teacher.score([5, 6, 7], start=1, k=20)).rows == 1\n\n\nasyncio.run(main())\n```\n"
+    )
+    (block,) = _document(tmp_path, text)
+    test_a_documented_block_works_as_written(block, tmp_path, server_url)
 
 
 def test_indented_fences_and_longer_fences_are_blocks_too(tmp_path: Path) -> None:
