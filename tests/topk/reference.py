@@ -102,7 +102,7 @@ def floor_renormalised(
     union = sorted(set(teacher) | set(student))
     sides = []
     for side in (teacher, student):
-        low = min(floor, min(x for x in side.values() if x > -math.inf))
+        low = min(floor, *(x for x in side.values() if x > -math.inf))
         p = [prob(side.get(token, low)) for token in union]
         sides.append([x / math.fsum(p) for x in p])
     return max(0.0, gjs_of(sides[0], sides[1], beta))

@@ -1,6 +1,7 @@
 """Baselines, returns and entropy bounds."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_returns_discount_the_divergences_that_follow(gamma: float) -> None:
     edges = np.cumsum([0, *lengths])
     expected = [
         value
-        for first, last in zip(edges[:-1], edges[1:], strict=True)
+        for first, last in pairwise(edges)
         for value in reference.returns(advantage[first:last], divergence[first:last], gamma)
     ]
     got = discounted_return(advantage, divergence, gamma, lengths=lengths)

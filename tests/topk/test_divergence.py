@@ -70,7 +70,7 @@ def test_a_row_without_signal_is_nan_never_zero(tail: str, beta: float) -> None:
     unknown = np.array([-1.0, np.nan, -2.0])
     teacher, student = np.stack([hole, some, some, unknown, hole]), np.stack([some, hole, unknown, some, hole])
     assert np.isnan(shared_support_gjs(teacher, student, beta, tail)).all()
-    dense = np.log([0.5, 0.5, 1.0]) + [0, 0, -np.inf]
+    dense = np.array([*np.log([0.5, 0.5]), -np.inf])
     assert np.isnan(gjs(np.stack([hole, unknown]), np.stack([dense, dense]), beta)).all()
 
 
