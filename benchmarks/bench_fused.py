@@ -177,7 +177,8 @@ def report(rows: list[dict[str, Any]]) -> str:
         base = next(r for r in rows if r["dtype"] == row["dtype"] and r["side"] == "naive dense")
         lines.append(
             f"{row['dtype']:9} {row['side']:20} {row['above_inputs_mb']:16.0f} {row['scratch_mb']:11.0f} "
-            f"{row['seconds']:8.3f} {row['scratch_mb'] / base['scratch_mb']:10.3f} {row['seconds'] / base['seconds']:9.2f}"
+            f"{row['seconds']:8.3f} {row['scratch_mb'] / base['scratch_mb']:10.3f} "
+            f"{row['seconds'] / base['seconds']:9.2f}"
         )
     return "\n".join(lines)
 

@@ -12,8 +12,8 @@ Shapes: N rows, H hidden, V vocabulary, K ids a row (-1 = pad). Nothing depends 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,9 +24,15 @@ from topkd.topk.errors import ConfigError
 RowLoss: TypeAlias = Callable[[Tensor, Tensor, slice], Tensor]
 """(logp [C, K], lse [C], rows) -> loss of each row [C]; may be differentiated with respect to logp only."""
 
+F = TypeVar("F", bound=Callable[..., Any])
 _CHUNK_BYTES = 160 << 20  # the one chunk of logits: 256 rows of a 152k vocabulary in float32, 512 in bf16
 _BLOCK = {"cpu": 1 << 19}  # elements in float32 at once: on a CPU they stay in the cache between max, exp and sum
 _LARGE_BLOCK = 1 << 25
+
+
+def eager(function: F) -> F:
+    """The function left out of ``torch.compile``: it calls autograd inside; a compiled model breaks cleanly at it."""
+    return cast("F", torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 def gather_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,6 +74,7 @@ def topk_logprobs(
     return logp.masked_fill(ids < 0, -math.inf), lse
 
 
+@eager
 def fused_row_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -99,7 +106,8 @@ def fused_row_loss(
     _check_ids(ids, hidden.shape[:-1], weight.shape[0])
     rows = chunk or _even(hidden.shape[0], _CHUNK_BYTES // (hidden.element_size() * weight.shape[0]))
     with torch.autocast(hidden.device.type, enabled=False):
-        total: Tensor = _row_loss(hidden, weight, bias, ids, row_loss, rows, torch.is_grad_enabled())
+        grad = torch.is_grad_enabled()
+        total: Tensor = _RowLoss.apply(hidden, weight, bias, ids, row_loss, rows, grad)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -152,14 +160,17 @@ class _RowLoss(torch.autograd.Function):
                 continue
             (coefficient,) = torch.autograd.grad(chunk_total, leaf, materialize_grads=True)
             coefficient = torch.where(chosen >= 0, coefficient, 0.0)
-            z.mul_((-coefficient.sum(-1) / mass).unsqueeze(-1))
-            z.scatter_add_(1, chosen.clamp(min=0), coefficient.to(z.dtype))
+            scale = (-coefficient.sum(-1) / mass).unsqueeze(-1)
+            for inside, block, wide in _widened(z, dtype):
+                block.copy_(wide.mul_(scale[inside]))
+            _add_at(z, chosen.clamp(min=0), coefficient)
             if d_hidden is not None:
                 torch.mm(z, weight, out=d_hidden[part])
             if d_weight is not None:
                 d_weight.addmm_(z.t(), h)
             if d_bias is not None:
-                d_bias += z.sum(0, dtype=dtype)
+                for _, _, wide in _widened(z, dtype):
+                    d_bias += wide.sum(0)
         ctx.grads = [d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype)]
         return total
 
@@ -176,10 +187,6 @@ class _RowLoss(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
-# it calls autograd inside: a compiled model around it keeps its graph on both sides
-_row_loss = torch.compiler.disable(_RowLoss.apply)  # type: ignore[no-untyped-call]
-
-
 class _TopKLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0917
@@ -193,7 +200,9 @@ class _TopKLogprobs(torch.autograd.Function):
             local = ids - first
             inside = (local >= 0) & (local < z.shape[1])
             target += torch.where(inside, z.gather(1, local.clamp(0, z.shape[1] - 1)).to(dtype), 0.0)
-            lse = torch.logaddexp(lse, torch.cat([block.to(dtype).logsumexp(-1) for block in _blocks(z)]))
+            for rows, block, wide in _widened(z, dtype):  # noqa: B007 - deleted below, as it is z's storage
+                lse[rows] = torch.logaddexp(lse[rows], wide.logsumexp(-1))
+            del z, block, wide  # before the next chunk is made
         ctx.save_for_backward(hidden, weight, bias, ids, lse)
         ctx.columns = columns
         return target - lse.unsqueeze(-1), lse
@@ -211,17 +220,18 @@ class _TopKLogprobs(torch.autograd.Function):
         for first in range(0, weight.shape[0], ctx.columns):
             z = _columns(hidden, weight, bias, first, ctx.columns)
             part = slice(first, first + z.shape[1])
-            for block, block_lse, block_slope in zip(_blocks(z), _blocks(z, lse), _blocks(z, slope), strict=True):
-                block.copy_(block.to(dtype).sub(block_lse.unsqueeze(-1)).exp_().mul_(block_slope.unsqueeze(-1)))
+            for rows, block, wide in _widened(z, dtype):
+                block.copy_(wide.sub_(lse[rows].unsqueeze(-1)).exp_().mul_(slope[rows].unsqueeze(-1)))
             local = ids - first
             inside = (local >= 0) & (local < z.shape[1])
-            z.scatter_add_(1, local.clamp(0, z.shape[1] - 1), torch.where(inside, coefficient, 0.0).to(z.dtype))
+            _add_at(z, local.clamp(0, z.shape[1] - 1), torch.where(inside, coefficient, 0.0))
             if d_hidden is not None:
                 d_hidden += z @ weight[part]
             if d_weight is not None:
                 torch.mm(z.t(), hidden, out=d_weight[part])
             if d_bias is not None:
-                d_bias[part] = z.sum(0, dtype=dtype)
+                d_bias[part] = torch.stack([wide.sum(0) for _, _, wide in _widened(z, dtype)]).sum(0)
+            del z, block, wide  # before the next chunk is made
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None
 
 
@@ -256,18 +266,20 @@ class _SubsetLogits(torch.autograd.Function):
 def _exponentiate(z: Tensor, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Turn logits into exp(z - max) in place; returns logp at ids (-inf at pads), logsumexp and sum exp(z - max)."""
     target = z.gather(1, ids.clamp(min=0)).to(dtype)
-    tops, masses = [], []
-    for block in _blocks(z):
-        wide = block.to(dtype)  # the block itself where the dtype is wide already
+    lse, mass = (torch.empty(z.shape[0], dtype=dtype, device=z.device) for _ in range(2))
+    for rows, block, wide in _widened(z, dtype):
         top = wide.amax(-1, keepdim=True)
-        wide.sub_(top).exp_()
-        masses.append(wide.sum(-1))
-        tops.append(top.squeeze(-1))
-        if wide.dtype != block.dtype:
+        torch.sum(wide.sub_(top).exp_(), -1, out=mass[rows])
+        torch.add(top.squeeze(-1), mass[rows].log(), out=lse[rows])
+        if wide is not block:
             block.copy_(wide)
-    mass = torch.cat(masses)
-    lse = torch.cat(tops) + mass.log()
     return (target - lse.unsqueeze(-1)).masked_fill(ids < 0, -math.inf), lse, mass
+
+
+def _add_at(z: Tensor, ids: Tensor, values: Tensor) -> None:
+    """z[i, ids[i, k]] += values[i, k] in place; scatter_add_ on a CPU would make a copy of z in half precision."""
+    flat = ids + torch.arange(z.shape[0], device=z.device).unsqueeze(-1) * z.shape[1]
+    z.view(-1).index_add_(0, flat.reshape(-1), values.reshape(-1).to(z.dtype))
 
 
 def _columns(hidden: Tensor, weight: Tensor, bias: Tensor | None, first: int, columns: int) -> Tensor:
@@ -275,10 +287,17 @@ def _columns(hidden: Tensor, weight: Tensor, bias: Tensor | None, first: int, co
     return z if bias is None else z.add_(bias[first : first + columns])
 
 
-def _blocks(z: Tensor, values: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Row blocks of z small enough to be copied to float32 (or the same rows of another tensor)."""
-    rows = max(1, _BLOCK.get(z.device.type, _LARGE_BLOCK) // z.shape[1])
-    return torch.split(z if values is None else values, rows)
+def _widened(z: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Row blocks of z and the same in the wide dtype: the block itself, or a copy in one small workspace.
+
+    A fresh copy a block would leave a hole in the heap each time, which small results then occupy: 300 MB in the end.
+    """
+    size = max(1, _BLOCK.get(z.device.type, _LARGE_BLOCK) // z.shape[1])
+    space = None if z.dtype == dtype else torch.empty((min(size, z.shape[0]), z.shape[1]), dtype=dtype, device=z.device)
+    for start in range(0, z.shape[0], size):
+        rows = slice(start, min(start + size, z.shape[0]))
+        block = z[rows]
+        yield rows, block, block if space is None else space[: rows.stop - start].copy_(block)
 
 
 def _even(total: int, most: int) -> int:

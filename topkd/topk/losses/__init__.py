@@ -4,6 +4,7 @@ Masks are boolean, means are over valid tokens, the teacher never receives a gra
 """
 
 from topkd.topk.losses.entropy import entropy_aware_opd_loss, eopd_loss, teacher_entropy
+from topkd.topk.losses.fused_policy import FusedPolicyLoss, fused_topk_policy_gradient_loss
 from topkd.topk.losses.jsd import generalized_jsd_loss
 from topkd.topk.losses.kd import KDLoss
 from topkd.topk.losses.policy import icepop_loss, importance_sampling_loss, ppo_clip_loss, reinforce_loss
@@ -14,12 +15,14 @@ from topkd.topk.losses.topk_policy import topk_policy_gradient_loss
 from topkd.topk.schedule import TAIDScheduler
 
 __all__ = [
+    "FusedPolicyLoss",
     "KDLoss",
     "SparseTeacher",
     "TAIDScheduler",
     "entropy_aware_opd_loss",
     "eopd_loss",
     "fused_divergence_loss",
+    "fused_topk_policy_gradient_loss",
     "generalized_jsd_loss",
     "icepop_loss",
     "importance_sampling_loss",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.fused import fused_row_loss, gather_logprobs, subset_logits
+from topkd.topk.fused import eager, fused_row_loss, gather_logprobs, subset_logits
 from topkd.topk.losses.divergence import check_beta, divergence, log_softmax, log_tail
 from topkd.topk.losses.jsd import Tail, check_options, with_tail
 from topkd.topk.losses.teacher import SparseTeacher, Teacher, teacher_rows
@@ -55,6 +55,7 @@ def sparse_divergence_loss(
     return reduce_tokens(per_row, used, reduction, num_tokens)
 
 
+@eager
 def fused_divergence_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -138,11 +139,9 @@ def select_teacher(
 
 def scale_total(total: Tensor, count: int, reduction: Reduction, num_tokens: float | Tensor | None) -> Tensor:
     """The sum over rows as it is asked for: "sum", or "mean" over ``count`` rows (or num_tokens)."""
-    if reduction == "mean":
-        return reduce_mean(total, count, num_tokens)
-    if reduction != "sum" or num_tokens is not None:
+    if reduction not in ("mean", "sum") or (reduction == "sum" and num_tokens is not None):
         raise ConfigError("a fused loss takes reduction mean, or sum without num_tokens", got=reduction)
-    return total
+    return reduce_mean(total, count, num_tokens) if reduction == "mean" else total
 
 
 def check_sparse_options(beta: float, tail: str, temperature: float) -> None:

@@ -11,7 +11,8 @@ full-vocabulary divergence for every K, at lam = 0 of the (K+1)-bin one. Natural
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Literal, overload
 
 import torch
@@ -49,6 +50,14 @@ class SupportWeights:
     excluded: Tensor
     teacher_tail: Tensor
     student_tail: Tensor
+
+    @classmethod
+    def concat(cls, parts: Sequence[SupportWeights]) -> SupportWeights:
+        """The rows of several chunks; without any chunk, no row."""
+        if not parts:
+            none = torch.zeros(0)
+            return cls(none, none, none.bool(), none.bool(), none.bool(), none, none)
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 def advantage(log_ratio: Tensor, beta: float) -> Tensor:

@@ -1,0 +1,123 @@
+"""The top-K policy gradient straight from (hidden, lm_head): no N x V logits, gradients taken in the forward pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from topkd.topk.errors import ConfigError
+from topkd.topk.fused import eager, fused_row_loss
+from topkd.topk.losses.divergence import check_beta
+from topkd.topk.losses.jsd import check_positive
+from topkd.topk.losses.sparse import scale_total, select_teacher
+from topkd.topk.losses.teacher import Teacher
+from topkd.topk.losses.tokens import Reduction, check_finite
+from topkd.topk.losses.topk_policy import (
+    SupportWeights,
+    bucket_rows,
+    check_lam,
+    estimator_metrics,
+    support_weights,
+    usable_rows,
+    weighted_rows,
+)
+
+
+class FusedPolicyLoss(NamedTuple):
+    """What one call of the fused estimator gives.
+
+    Attributes:
+        loss: Scalar; its gradient is the estimator, its value a surrogate.
+        student_logp: float [n], detached log s(y) of the rows that were used (-inf where y is unknown).
+        used: bool, the mask's shape: which rows those are.
+        metrics: As of ``topk_policy_gradient_loss``.
+    """
+
+    loss: Tensor
+    student_logp: Tensor
+    used: Tensor
+    metrics: dict[str, float]
+
+
+@eager
+def fused_topk_policy_gradient_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: Teacher,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    beta: float = 0.5,
+    lam: float = 0.3,
+    behavior_logp: Tensor | None = None,
+    cap: float | None = 2.0,
+    k: int | None = None,
+    reduction: Reduction = "mean",
+    num_tokens: float | Tensor | None = None,
+    chunk: int | None = None,
+) -> FusedPolicyLoss:
+    """``topk_policy_gradient_loss`` from the last hidden states and the head; the same gradient, 1/10 of the memory.
+
+    The logprobs at the K ids and at the teacher's realised token are gathered from row chunks; rows that are masked or
+    without a signal are dropped before the head.
+
+    Args:
+        hidden: [N, H] or [B, T, H].
+        weight: lm_head weight [V, H]; may be frozen or tied.
+        teacher: The same rows; ``actual_ids`` are the sampled tokens.
+        mask: bool [N] or [B, T], True = valid; None = all.
+        bias: [V] or None.
+        beta: Mixture weight of the teacher (0 forward KL, 1 reverse KL).
+        lam: Weight of the sampled tail, in [0, 1].
+        behavior_logp: Logprob of the sampled tokens under the policy that sampled them; None = on-policy.
+        cap: Upper bound of the ratio; None = none.
+        k: How many entries the server was asked for.
+        reduction: "mean" divides by the rows that were used; "sum" does not.
+        num_tokens: Divide by this instead.
+        chunk: Rows at a time; chosen by size when None.
+
+    Returns:
+        The loss, the student's logprobs of the sampled tokens, the rows that were used, and metrics.
+    """
+    check_beta(beta)
+    check_lam(lam)
+    check_positive(cap=cap)
+    shape = hidden.shape[:-1]
+    rows, used = select_teacher(teacher, mask, shape, hidden, k)
+    valid = used.numel() if mask is None else int(mask.sum())
+    known = usable_rows(rows, lam)
+    rows, used = rows.rows(known), used.masked_scatter(used, known)
+    behavior = None
+    if behavior_logp is not None and lam > 0.0:
+        if behavior_logp.shape != shape:
+            raise ConfigError("behavior_logp has another shape", got=tuple(behavior_logp.shape), expected=tuple(shape))
+        check_finite(used, behavior_logp=behavior_logp)
+        behavior = behavior_logp[used]
+    made: list[SupportWeights] = []
+    buckets: list[Tensor] = []
+    student_logp = torch.empty(rows.actual_ids.shape, dtype=rows.logp.dtype, device=hidden.device)
+
+    def row_loss(logp: Tensor, lse: Tensor, part: slice) -> Tensor:  # noqa: ARG001 - the protocol's argument
+        at_ids, actual, teacher_part = logp[:, :-1], logp[:, -1], rows.rows(part)
+        weights = support_weights(
+            at_ids,
+            actual,
+            teacher_part,
+            beta=beta,
+            lam=lam,
+            behavior_logp=None if behavior is None else behavior[part],
+            cap=cap,
+        )
+        made.append(weights)
+        buckets.append(bucket_rows(at_ids, teacher_part, beta))
+        student_logp[part] = actual.detach()
+        return weighted_rows(at_ids, actual, weights)
+
+    ids = torch.cat([rows.ids, rows.actual_ids.unsqueeze(-1)], -1)
+    total = fused_row_loss(hidden[used], weight, ids, row_loss, bias=bias, chunk=chunk)
+    loss = scale_total(total, ids.shape[0], reduction, num_tokens)
+    metrics = estimator_metrics(SupportWeights.concat(made), torch.cat([*buckets, student_logp[:0]]), 0)
+    metrics["masked_rows"] = float(valid - ids.shape[0])
+    return FusedPolicyLoss(loss, student_logp, used, metrics)
