@@ -31,7 +31,7 @@ _LARGE_BLOCK = 1 << 25
 
 
 def eager(function: F) -> F:
-    """The function left out of ``torch.compile``: it calls autograd inside; a compiled model breaks cleanly at it."""
+    """The function left out of ``torch.compile``: it fills buffers in place; a compiled model breaks cleanly at it."""
     return cast("F", torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
@@ -47,6 +47,7 @@ def gather_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return logp.masked_fill(ids < 0, -math.inf), lse
 
 
+@eager
 def topk_logprobs(
     hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor | None = None, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -111,6 +112,7 @@ def fused_row_loss(
     return total
 
 
+@eager
 def subset_logits(hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """Logits at the ids only, [N, K] float32 (float64 stays), -inf at pads; cost N K H instead of N V H.
 
