@@ -12,15 +12,32 @@ if TYPE_CHECKING:
     from topkd.clients.config import ClientConfig
     from topkd.clients.connection import connect
     from topkd.clients.dialect import ServerInfo
+    from topkd.clients.fleet import Fleet, TeacherRouter
+    from topkd.clients.stream import Done, Job, Stream
     from topkd.clients.vllm import VllmCompletions
 
 _HOMES = {
     "ClientConfig": "config",
+    "Done": "stream",
+    "Fleet": "fleet",
+    "Job": "stream",
     "ServerInfo": "dialect",
+    "Stream": "stream",
+    "TeacherRouter": "fleet",
     "VllmCompletions": "vllm",
     "connect": "connection",
 }
-__all__ = ["ClientConfig", "ServerInfo", "VllmCompletions", "connect"]
+__all__ = [
+    "ClientConfig",
+    "Done",
+    "Fleet",
+    "Job",
+    "ServerInfo",
+    "Stream",
+    "TeacherRouter",
+    "VllmCompletions",
+    "connect",
+]
 
 
 def __getattr__(name: str) -> Any:

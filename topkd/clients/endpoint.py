@@ -13,10 +13,10 @@ import msgspec
 from pydantic import SecretStr
 
 from topkd.clients.config import ClientConfig
-from topkd.clients.limits import Budget, Gate
+from topkd.clients.limits import Budget, Gate, Permit
 from topkd.clients.metrics import Metrics
 from topkd.clients.refusals import refusal
-from topkd.clients.retry import Try, with_retries
+from topkd.clients.retry import Total, Try, with_retries
 from topkd.clients.secrets import load_key
 from topkd.clients.transport import HttpxTransport, Reply, Request, Transport
 from topkd.topk.errors import (
@@ -25,7 +25,6 @@ from topkd.topk.errors import (
     RetryableServerError,
     ServerBusyError,
     ServerTimeoutError,
-    TopkdError,
 )
 
 Result = TypeVar("Result")
@@ -42,8 +41,7 @@ class Endpoint:
         budget: Shared with the other replicas of a fleet.
         metrics: Shared likewise.
         transport: In place of httpx.
-        bearer: False for servers that take the key in another header (``key_header``).
-        key_header: Name of that header.
+        key_header: Header that carries the key; ``authorization`` as a bearer token.
     """
 
     def __init__(
@@ -101,20 +99,25 @@ class Endpoint:
         where = where or f"{self.url}{path}"
 
         async def attempt(one: Try) -> Result:
-            content = body(one) if callable(body) else body
-            request = Request(
-                method,
-                self.url + path,
-                None if content is None else msgspec.json.encode(content),
-                {} if content is None else {"content-type": "application/json"},
-                self._private(),
-                timeout_s=max(0.001, min(self.config.try_timeout_s(tokens), one.remaining_s)),
-                max_bytes=self.config.reply_bound(entries),
-            )
-            return await self._once(request, decode, where=where, cost=max(1, entries), k=k, model=model)
+            permit = await self.gate.enter(max(1, entries), where=where)
+            try:
+                one.total.start()
+                content = body(one) if callable(body) else body
+                request = Request(
+                    method,
+                    self.url + path,
+                    None if content is None else msgspec.json.encode(content),
+                    {} if content is None else {"content-type": "application/json"},
+                    self._private(),
+                    timeout_s=max(0.001, min(self.config.try_timeout_s(tokens), one.total.remaining_s)),
+                    max_bytes=self.config.reply_bound(entries),
+                )
+                return await self._once(request, decode, permit, where=where, k=k, model=model)
+            finally:
+                permit.release()
 
-        if not retries:
-            return await attempt(Try(0, self.config.total_timeout_s, None))
+        if not retries or self.config.max_retries == 0:
+            return await attempt(Try(0, Total(self.config.total_timeout_s)))
         return await with_retries(attempt, self.config, self.metrics, response_retries=response_retries)
 
     async def aclose(self) -> None:
@@ -126,28 +129,24 @@ class Endpoint:
             self._threads = None
 
     async def _once(
-        self, request: Request, decode: Callable[[bytes], Result], *, where: str, cost: int, k: int, model: str
+        self, request: Request, decode: Callable[[bytes], Result], permit: Permit, *, where: str, k: int, model: str
     ) -> Result:
-        permit = await self.gate.enter(cost, where=where)
+        self.metrics.add("tries")
         try:
-            self.metrics.add("tries")
-            try:
-                reply = await self._transport.send(request)
-            except RetryableServerError as error:
-                # A slow server is no more helped by the same number of requests than an absent one.
-                permit.replied(overload=True)
-                self.metrics.add("timeouts" if isinstance(error, ServerTimeoutError) else "transport_errors")
-                raise
-            self.metrics.add("reply_bytes", len(reply.body))
-            if reply.status != 200:
-                failed = refusal(reply, where=where, k=k, model=model)
-                permit.replied(overload=isinstance(failed, ServerBusyError), neutral=True)
-                self.metrics.add(f"http_{reply.status}")
-                raise failed
-            permit.replied()
-            return await self._decode(reply, decode, where)
-        finally:
-            permit.release()
+            reply = await self._transport.send(request)
+        except RetryableServerError as error:
+            # A slow server is no more helped by the same number of requests than an absent one.
+            permit.replied(overload=True)
+            self.metrics.add("timeouts" if isinstance(error, ServerTimeoutError) else "transport_errors")
+            raise
+        self.metrics.add("reply_bytes", len(reply.body))
+        if reply.status != 200:
+            failed = refusal(reply, where=where, k=k, model=model)
+            permit.replied(overload=isinstance(failed, ServerBusyError), neutral=True)
+            self.metrics.add(f"http_{reply.status}")
+            raise failed
+        permit.replied()
+        return await self._decode(reply, decode, where)
 
     async def _decode(self, reply: Reply, decode: Callable[[bytes], Result], where: str) -> Result:
         started = time.perf_counter()
@@ -191,6 +190,3 @@ def clean_url(base_url: str) -> str:
     if parts.scheme not in {"http", "https"} or not parts.hostname or not port_ok or parts.query or parts.fragment:
         raise ConfigError("not a base URL", got=repr(base_url), expected="http(s)://host:port")
     return text.removesuffix("/v1").rstrip("/")
-
-
-__all__ = ["Endpoint", "TopkdError", "clean_url", "located"]

@@ -24,13 +24,36 @@ from topkd.topk.errors import ResponseError, RetryableServerError, ServerTimeout
 Result = TypeVar("Result")
 
 
+class Total:
+    """The time all tries of one request share. It runs from admission: waiting for a turn is not the server's fault."""
+
+    def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit_s, self._clock = limit_s, clock
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Starts the clock, once."""
+        if self._started is None:
+            self._started = self._clock()
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds since the start; 0 before it."""
+        return 0.0 if self._started is None else self._clock() - self._started
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds left."""
+        return self._limit_s - self.spent_s
+
+
 @dataclass(frozen=True, slots=True)
 class Try:
-    """What a try knows: its number from 0, the seconds left in the total, and why the one before failed."""
+    """What a try knows: its number from 0, the time it shares with the others, and why the one before failed."""
 
     number: int
-    remaining_s: float
-    failure: TopkdError | None
+    total: Total
+    failure: TopkdError | None = None
 
 
 async def with_retries(
@@ -45,8 +68,8 @@ async def with_retries(
 
     The last error is raised as it came, with the number of tries added to its message when there was more than one.
     """
-    started = time.monotonic()
-    policy = _Policy(config, response_retries, started)
+    total = Total(config.total_timeout_s)
+    policy = _Policy(config, response_retries, total)
     failure: TopkdError | None = None
     number = 0
 
@@ -66,17 +89,17 @@ async def with_retries(
         async for one in retrying:
             with one:
                 number = one.retry_state.attempt_number
-                remaining = config.total_timeout_s - (time.monotonic() - started)
                 try:
-                    return await attempt(Try(number - 1, remaining, failure))
+                    return await attempt(Try(number - 1, total, failure))
                 except TopkdError as error:
+                    total.start()
                     failure = error
                     raise
     except TopkdError as error:
         metrics.add("failed_requests")
         metrics.add(f"failed_{type(error).__name__}")
         if number > 1:
-            _count(error, number, time.monotonic() - started)
+            _count(error, number, total.spent_s)
         raise
     raise AssertionError("tenacity ended without a result")  # pragma: no cover - it returns or raises
 
@@ -84,8 +107,8 @@ async def with_retries(
 class _Policy:
     """When to go on, and how long to pause before."""
 
-    def __init__(self, config: ClientConfig, response_retries: int, started: float) -> None:
-        self._config, self._response_retries, self._started = config, response_retries, started
+    def __init__(self, config: ClientConfig, response_retries: int, total: Total) -> None:
+        self._config, self._response_retries, self._total = config, response_retries, total
         self._repeating = self._responses = 0
 
     def again(self, error: BaseException) -> bool:
@@ -110,7 +133,7 @@ class _Policy:
     def enough(self, state: tenacity.RetryCallState) -> bool:
         if state.attempt_number > self._config.max_retries:
             return True
-        return time.monotonic() - self._started + state.upcoming_sleep >= self._config.total_timeout_s
+        return state.upcoming_sleep >= self._total.remaining_s
 
 
 def _count(error: TopkdError, tries: int, seconds: float) -> None:
