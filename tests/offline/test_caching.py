@@ -1,0 +1,244 @@
+"""A hit never reaches the network; equal questions are asked once; what a miss returns is what a replay returns."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from tests.offline.samples import checked, same, scored
+from topkd.offline import CachingSampler, CachingScorer, ReplaySampler, ReplayScorer, ScoreStore, TeacherIdentity
+from topkd.topk import Rollout, SamplingParams
+from topkd.topk.errors import CacheMissError, ServerBusyError
+from topkd.topk.protocols import Sampler, TeacherScorer
+
+TEACHER = TeacherIdentity("teacher", revision="abc")
+
+
+class LiveTeacher:
+    """Scores by a fixed table of one wide list, after a wait that a test controls; counts what it is asked."""
+
+    def __init__(self, seed: int = 1, k: int = 16) -> None:
+        self.ids, self.wide = scored(seed, k=k, start=0)
+        self.asked: list[tuple[int, int]] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.failures = 0
+        self.cancelled = 0
+
+    async def score(self, ids, start, k):
+        assert np.array_equal(ids, self.ids)
+        self.asked.append((start, k))
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.failures:
+            self.failures -= 1
+            raise ServerBusyError("the server asks for fewer requests")
+        return self.wide.slice(slice(start, None), k=min(k, self.wide.k))
+
+
+@pytest.fixture
+def store(tmp_path):
+    with ScoreStore(tmp_path / "cache", mode="a") as store:
+        yield store
+
+
+async def test_the_second_request_is_a_hit_and_so_are_narrower_and_later_ones(store):
+    live = LiveTeacher()
+    scorer: TeacherScorer = CachingScorer(live, store, TEACHER)
+    first = await scorer.score(live.ids, 5, 8)
+    assert same(await scorer.score(live.ids.tolist(), 5, 8), first)
+    assert same(await scorer.score(live.ids, 9, 3), checked(first.slice(slice(4, None), k=3)))
+    assert live.asked == [(5, 8)]
+    assert scorer.metrics.as_dict() == {"hits": 2, "misses": 1, "joined": 0, "saved_tokens": 80, "asked_tokens": 40}
+
+
+async def test_a_wider_k_or_an_earlier_start_is_asked_and_supersedes(store):
+    live = LiveTeacher()
+    scorer = CachingScorer(live, store, TEACHER)
+    for start, k in ((5, 4), (5, 8), (2, 8), (2, 4), (30, 1)):
+        assert (await scorer.score(live.ids, start, k)).k == k
+    assert live.asked == [(5, 4), (5, 8), (2, 8)]
+    assert store.stats().live == 1
+
+
+async def test_concurrent_misses_for_one_key_become_one_request(store):
+    live = LiveTeacher()
+    live.gate.clear()
+    scorer = CachingScorer(live, store, TEACHER)
+    requests = [(3, 8)] * 10 + [(3, 2), (20, 8), (7, 5)]
+    waiting = [asyncio.create_task(scorer.score(live.ids, start, k)) for start, k in requests]
+    await asyncio.sleep(0.01)
+    live.gate.set()
+    answers = await asyncio.gather(*waiting)
+    assert live.asked == [(3, 8)]
+    assert all((answer.start, answer.k) == request for answer, request in zip(answers, requests, strict=True))
+    assert all(same(answer, answers[0]) for answer in answers[:10])
+    assert (scorer.metrics.misses, scorer.metrics.joined) == (1, 12)
+    assert store.stats().records == 1
+
+
+async def test_a_wider_request_does_not_join_a_narrower_one(store):
+    live = LiveTeacher()
+    live.gate.clear()
+    scorer = CachingScorer(live, store, TEACHER)
+    waiting = [asyncio.create_task(scorer.score(live.ids, 3, k)) for k in (4, 8)]
+    await asyncio.sleep(0.01)
+    live.gate.set()
+    assert [answer.k for answer in await asyncio.gather(*waiting)] == [4, 8]
+    assert live.asked == [(3, 4), (3, 8)]
+
+
+async def test_a_failure_reaches_all_who_wait_and_is_not_remembered(store):
+    live = LiveTeacher()
+    live.gate.clear()
+    live.failures = 1
+    scorer = CachingScorer(live, store, TEACHER)
+    waiting = [asyncio.create_task(scorer.score(live.ids, 3, 4)) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    live.gate.set()
+    answers = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [ServerBusyError] * 3
+    assert len(store) == 0
+    assert (await scorer.score(live.ids, 3, 4)).k == 4
+    assert live.asked == [(3, 4), (3, 4)]
+
+
+async def test_one_caller_that_gives_up_does_not_stop_the_others(store):
+    live = LiveTeacher()
+    live.gate.clear()
+    scorer = CachingScorer(live, store, TEACHER)
+    first = asyncio.create_task(scorer.score(live.ids, 3, 4))
+    second = asyncio.create_task(scorer.score(live.ids, 3, 4))
+    await asyncio.sleep(0.01)
+    first.cancel()
+    await asyncio.sleep(0.01)
+    live.gate.set()
+    assert (await second).k == 4
+    assert first.cancelled()
+    assert live.asked == [(3, 4)]
+    assert live.cancelled == 0
+
+
+async def test_the_request_is_dropped_with_its_last_caller(store):
+    live = LiveTeacher()
+    live.gate.clear()
+    scorer = CachingScorer(live, store, TEACHER)
+    waiting = [asyncio.create_task(scorer.score(live.ids, 3, 4)) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    for task in waiting:
+        task.cancel()
+    await asyncio.sleep(0.01)
+    assert live.cancelled == 1
+    live.gate.set()
+    assert (await scorer.score(live.ids, 3, 4)).k == 4
+
+
+@pytest.mark.parametrize("codec", ["raw", "packed", "cold"])
+async def test_a_replay_gives_bit_for_bit_what_the_live_run_gave(tmp_path, codec):
+    live = LiveTeacher(k=20)
+    with ScoreStore(tmp_path, mode="a", codec=codec) as store:
+        answers = [await CachingScorer(live, store, TEACHER).score(live.ids, start, 20) for start in (9, 4)]
+    with ScoreStore(tmp_path) as store:
+        replay: TeacherScorer = ReplayScorer(store, TEACHER)
+        again = [await replay.score(live.ids, start, 20) for start in (4,)]
+    assert same(again[0], answers[1])
+
+
+async def test_what_another_process_wrote_is_found_before_asking(tmp_path):
+    live = LiveTeacher()
+    store, other = ScoreStore(tmp_path, mode="a"), ScoreStore(tmp_path, mode="a")
+    scorer = CachingScorer(live, store, TEACHER, refresh_s=0.0)
+    other.put(TEACHER, live.ids, live.wide)
+    assert (await scorer.score(live.ids, 5, 8)).k == 8
+    assert live.asked == []
+    store.close()
+    other.close()
+
+
+async def test_a_replay_miss_says_what_is_asked_what_is_there_and_what_to_do(store):
+    ids, scores = scored(3, k=8)
+    replay = ReplayScorer(store, TEACHER)
+    with pytest.raises(CacheMissError, match="no record of these ids") as nothing:
+        await replay.score(ids, 5, 8)
+    assert "teacher" in str(nothing.value)
+    assert "\n" not in str(nothing.value)
+    store.put(TEACHER, ids, scores)
+    with pytest.raises(CacheMissError, match=r"got K 8 from position 5, expected K 20 from position 5"):
+        await replay.score(ids, 5, 20)
+    with pytest.raises(CacheMissError, match="expected K 8 from position 2"):
+        await replay.score(ids, 2, 8)
+    assert isinstance(nothing.value, LookupError)
+    assert replay.metrics.misses == 3
+
+
+class LiveSampler:
+    """Completions that differ at every call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def sample(self, prompt_ids, n, params, *, k=0):
+        self.calls += 1
+        rollouts = []
+        for number in range(n):
+            ids, lists = scored(100 * self.calls + number, tokens=20, k=max(k, 1), start=3)
+            ids = np.concatenate([np.asarray(prompt_ids, np.int32), ids[4:]])
+            topk = lists if k else None
+            rollouts.append(Rollout(ids[:4], ids[4:], lists.actual_logp, "stop", params, topk, f"v{self.calls}"))
+        return rollouts
+
+
+def equal(a: list[Rollout], b: list[Rollout]) -> bool:
+    return all(
+        x.completion_ids.tolist() == y.completion_ids.tolist()
+        and x.logp.tobytes() == y.logp.tobytes()
+        and (x.version, x.sampling, x.finish_reason) == (y.version, y.sampling, y.finish_reason)
+        and (x.topk is None if y.topk is None else same(x.topk, y.topk))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("k", [0, 8])
+async def test_a_run_replays_its_rollouts_in_order(store, k):
+    live = LiveSampler()
+    prompt, params = [1, 2, 3, 4], SamplingParams()
+    sampler: Sampler = CachingSampler(live, store, TEACHER)
+    recorded = [await sampler.sample(prompt, 2, params, k=k) for _ in range(3)]
+    assert live.calls == 3  # without a seed every asking is a new one
+    assert recorded[0][0].completion_ids.tolist() != recorded[1][0].completion_ids.tolist()
+    replay = ReplaySampler(store, TEACHER)
+    for rollouts in recorded:
+        assert equal(await replay.sample(prompt, 2, params, k=k), rollouts)
+    with pytest.raises(CacheMissError, match="asking number 4"):
+        await replay.sample(prompt, 2, params, k=k)
+    again = CachingSampler(live, store, TEACHER)
+    assert equal(await again.sample(prompt, 2, params, k=k), recorded[0])
+    assert live.calls == 3
+    assert (again.metrics.hits, again.metrics.saved_tokens) == (1, 32)
+
+
+async def test_with_a_seed_equal_requests_are_one_even_when_concurrent(store):
+    live = LiveSampler()
+    sampler = CachingSampler(live, store, TEACHER)
+    params = SamplingParams(seed=11)
+    many = await asyncio.gather(*(sampler.sample([1, 2, 3, 4], 2, params) for _ in range(5)))
+    assert live.calls == 1
+    assert all(equal(rollouts, many[0]) for rollouts in many)
+
+
+async def test_another_version_of_the_weights_is_another_policy(store):
+    live, version = LiveSampler(), "v1"
+    sampler = CachingSampler(live, store, TEACHER, version=lambda: version)
+    params = SamplingParams(seed=1)
+    first = await sampler.sample([1, 2, 3, 4], 1, params)
+    version = "v2"
+    second = await sampler.sample([1, 2, 3, 4], 1, params)
+    assert live.calls == 2
+    assert not equal(first, second)
+    version = "v1"
+    assert equal(await sampler.sample([1, 2, 3, 4], 1, params), first)
