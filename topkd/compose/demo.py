@@ -88,10 +88,10 @@ async def demo(
     config = demo_config(objective, steps, seed)
     out = out or Path("runs") / f"demo-{objective}-seed{seed}"
     _replace_demo(out)
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))  # the other half belongs to the server
     began = time.perf_counter()
     assets = build_assets(cache or cache_root(), progress)
     assets_s = time.perf_counter() - began
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))  # the other half belongs to the server
 
     tokenizer = load_tokenizer(str(assets.student))
     student, judge = Student.load(str(assets.student), "cpu"), Student.load(str(assets.teacher), "cpu")

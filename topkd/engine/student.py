@@ -85,6 +85,9 @@ def pick_device(device: Device) -> torch.device:
 def load_causal_lm(path: str, dtype: DType = "float32") -> Any:
     """A Hugging Face causal LM from a folder or an id; one clear error when it cannot be loaded."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # its bars would tear ours
 
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))

@@ -1,0 +1,72 @@
+"""The demo with its sizes turned down: every part of it, from corpus to curve, on one run."""
+
+import json
+
+import pytest
+
+from topkd.compose import corpus, demo
+from topkd.compose.progress import Progress
+from topkd.engine.metrics import read_metrics
+
+
+class Told(Progress):
+    def __init__(self):
+        self.notes, self.stages, self.kinds = [], [], []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def stage(self, name, total):
+        self.stages.append((name, total))
+
+    def record(self, kind, record):
+        self.kinds.append(kind)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(demo, "CORPUS_BYTES", 300_000)
+    monkeypatch.setattr(demo, "HELD_OUT_TOKENS", 5_000)
+    monkeypatch.setattr(demo, "PROBES", 8)
+    monkeypatch.setattr(demo, "TEACHER", {"hidden": 32, "layers": 1, "heads": 2, "steps": 12, "batch": 4})
+    monkeypatch.setattr(demo, "STUDENT", {"hidden": 32, "layers": 1, "heads": 2, "steps": 2, "seed": 1, "batch": 4})
+
+
+async def test_the_demo_runs_from_corpus_to_curve_and_reuses_what_it_trained(small, tmp_path):
+    told = Told()
+    first = await demo.demo("gjs", steps=3, seed=1, out=tmp_path / "a", cache=tmp_path / "cache", progress=told)
+    assert told.stages == [("train the teacher", 12), ("train the student", 2), ("distil", 3)]
+    assert told.kinds.count("step") == 3
+    assert first.figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert first.tokens == sum(record["tokens"] for record in read_metrics(tmp_path / "a" / "metrics.jsonl", "step"))
+    assert (tmp_path / "a" / "student" / "model.safetensors").exists()
+    summary = json.loads((tmp_path / "a" / "demo.json").read_text())
+    assert summary["before"]["reverse_kl"] == first.before["reverse_kl"] > 0
+    again = Told()
+    second = await demo.demo("gjs", steps=3, seed=1, out=tmp_path / "b", cache=tmp_path / "cache", progress=again)
+    assert again.stages == [("distil", 3)]
+    assert second.after == first.after  # deterministic for a seed, real HTTP in between
+
+
+def test_the_corpus_is_the_same_every_time_and_a_mixture_from_the_start():
+    files = corpus.standard_library_files(500_000)
+    assert files == corpus.standard_library_files(500_000)
+    assert len({path.parent for path in files[:20]}) > 3
+    assert sum(path.stat().st_size for path in files) <= 500_000
+
+
+def test_encoding_and_decoding_lose_nothing(tmp_path):
+    texts = corpus.read_texts(corpus.standard_library_files(200_000))
+    corpus.train_tokenizer(texts, 512, tmp_path)
+    from transformers import AutoTokenizer
+
+    ids = corpus.encode(texts[:2], tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    end = tokenizer.eos_token
+    assert tokenizer.decode(ids) == texts[0] + end + texts[1] + end
+
+
+async def test_a_folder_that_is_not_a_demos_is_left_alone(small, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(Exception, match="already holds a run"):
+        await demo.demo("gjs", steps=1, out=tmp_path, cache=tmp_path / "cache")
