@@ -96,8 +96,8 @@ def _choice(served: Served, body: GenerateBody, job: Job, index: int, out: Compl
     }
     if body.output_mode == "text":
         choice["text"] = out.text
-    if (k := job.sampling.logprobs) is not None:
-        k = shown_k(job.sampling, k)
+    if job.sampling.logprobs is not None:
+        k = shown_k(job.sampling)
         text = body.output_mode == "text"
         choice["logprobs"] = (
             replies.chat_logprobs(out, served.words, k=k, as_ids=False) if text else replies.generate_logprobs(out, k=k)

@@ -118,9 +118,9 @@ def _prompts(served: Served, body: CompletionBody) -> list[list[int]]:
     ]
 
 
-def shown_k(sampling: Sampling, k: int) -> int:
-    """Entries beside the drawn token: the ids asked for by name are never cut."""
-    return max(k, len(sampling.logprob_token_ids))
+def shown_k(sampling: Sampling) -> int:
+    """Entries beside the drawn token in completions, and with it in chat: ids asked for by name are never cut."""
+    return max(sampling.logprobs or 0, 1 + len(sampling.logprob_token_ids) if sampling.logprob_token_ids else 0)
 
 
 def _completions_reply(served: Served, body: CompletionBody, plan: _Plan, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _completions_reply(served: Served, body: CompletionBody, plan: _Plan, answer
                 logprobs = replies.completion_logprobs(
                     out,
                     served.words,
-                    k=shown_k(job.sampling, plan.logprobs),
+                    k=shown_k(job.sampling),
                     as_ids=as_ids,
                     echoed=rows if body.echo else None,
                     prompt=job.ids if body.echo else (),
@@ -203,7 +203,8 @@ def _plan_chat(served: Served, body: ChatBody) -> Job:
 def _chat_reply(served: Served, body: ChatBody, job: Job, answer: Answer) -> dict[str, Any]:
     choices = []
     for index, out in enumerate(answer.completions):
-        k, as_ids = job.sampling.logprobs, bool(body.return_tokens_as_token_ids)
+        k, as_ids = shown_k(job.sampling), bool(body.return_tokens_as_token_ids)
+        chosen = replies.chat_logprobs(out, served.words, k=k, as_ids=as_ids) if body.logprobs else None
         message = {
             "role": "assistant",
             "content": out.text,
@@ -217,7 +218,7 @@ def _chat_reply(served: Served, body: ChatBody, job: Job, answer: Answer) -> dic
             {
                 "index": index,
                 "message": message,
-                "logprobs": None if k is None else replies.chat_logprobs(out, served.words, k=k, as_ids=as_ids),
+                "logprobs": chosen,
                 "finish_reason": out.finish_reason,
                 "stop_reason": out.stop_reason,
                 "token_ids": out.token_ids if body.return_token_ids else None,
