@@ -71,9 +71,9 @@ class HttpxTransport:
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
-        self._pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[bool, httpx.AsyncClient]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._pools: weakref.WeakKeyDictionary[
+            asyncio.AbstractEventLoop, dict[tuple[bool, bool], httpx.AsyncClient]
+        ] = weakref.WeakKeyDictionary()
         self._closed = False
 
     async def send(self, request: Request) -> Reply:
@@ -112,14 +112,16 @@ class HttpxTransport:
         for client in self._pools.pop(asyncio.get_running_loop(), {}).values():
             await client.aclose()
 
-    def _pool(self, host: str | None) -> httpx.AsyncClient:
-        # Proxies from the environment are for the world outside; a loopback server is never behind one.
+    def _pool(self, url: str) -> httpx.AsyncClient:
+        parts = urlsplit(url)
+        # Proxies from the environment are for the world outside; a loopback server is never behind one. Plain HTTP gets
+        # a pool of its own because a TLS context takes 100 ms to build.
+        outside, tls = parts.hostname not in _LOOPBACK, parts.scheme == "https"
         pools = self._pools.setdefault(asyncio.get_running_loop(), {})
-        outside = host not in _LOOPBACK
-        if outside not in pools:
+        if (outside, tls) not in pools:
             slots = self._config.max_in_flight + 16
-            pools[outside] = httpx.AsyncClient(
-                verify=self._config.verify_tls,
+            pools[outside, tls] = httpx.AsyncClient(
+                verify=self._config.verify_tls and (tls or outside),
                 trust_env=outside,
                 follow_redirects=False,
                 timeout=httpx.Timeout(None, connect=self._config.connect_timeout_s),
@@ -130,7 +132,7 @@ class HttpxTransport:
                 ),
                 headers={"accept": "application/json", "accept-encoding": "identity", "user-agent": "topkd"},
             )
-        return pools[outside]
+        return pools[outside, tls]
 
     async def _follow(self, request: Request) -> Reply:
         for _ in range(_MAX_REDIRECTS + 1):
@@ -150,7 +152,7 @@ class HttpxTransport:
         raise RequestRefusedError("too many redirects", where=f"{request.method} {request.url}")
 
     async def _once(self, request: Request) -> Reply:
-        client = self._pool(urlsplit(request.url).hostname)
+        client = self._pool(request.url)
         headers = {**request.headers, **request.private}
         async with client.stream(request.method, request.url, content=request.content, headers=headers) as response:
             body = await _read(response, request)
