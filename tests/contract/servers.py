@@ -18,6 +18,7 @@ from pydantic import SecretStr
 
 ROOT = Path(__file__).resolve().parents[2]
 VLLM_PYTHON = Path(os.environ.get("VLLM_VENV", ROOT / ".venv-vllm")) / "bin" / "python"
+OLDER_VLLM_PYTHON = ROOT / ".venv-vllm-0.31" / "bin" / "python"
 LLAMA_PYTHON = Path(os.environ.get("LLAMA_VENV", ROOT / ".venv-llama")) / "bin" / "python"
 SHIMS = Path(__file__).parent / "shims"
 
@@ -42,6 +43,13 @@ class Endpoint:
 
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+    def kill(self) -> None:
+        """SIGKILL to all of it: a vLLM leads a process group of its own, the embedded server is one process in ours."""
+        if os.getpgid(self.pid) == self.pid:
+            os.killpg(self.pid, signal.SIGKILL)
+        else:
+            os.kill(self.pid, signal.SIGKILL)
 
     def http(self, **options: object) -> httpx.Client:
         """A plain HTTP client: the suite that checks the servers must not depend on the clients under test."""
@@ -136,7 +144,7 @@ def running(
         process.kill()
 
 
-def vllm_env(*, candidates: bool = False) -> dict[str, str]:
+def vllm_env(*, candidates: bool = False, python: Path = VLLM_PYTHON) -> dict[str, str]:
     """The environment of a vLLM on CPU: offline, no telemetry, no compiler, dev routes on.
 
     With ``candidates`` the V2 model runner is on, its kernels run by Triton's interpreter (see shims/sitecustomize.py).
@@ -154,7 +162,7 @@ def vllm_env(*, candidates: bool = False) -> dict[str, str]:
         "TORCHDYNAMO_DISABLE": "1",  # else the first request compiles C++ for 10-17 s, or dies without g++
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        "VLLM_CACHE_ROOT": str(VLLM_PYTHON.parents[1] / "cache"),
+        "VLLM_CACHE_ROOT": str(python.parents[1] / "cache"),
     }
     if candidates:
         env |= {
@@ -177,25 +185,23 @@ def vllm_server(
     candidates: bool = False,
     lora: bool = False,
     api_key: str | None = None,
-) -> Iterator[tuple[Endpoint, Process]]:
+    python: Path = VLLM_PYTHON,
+) -> Iterator[Endpoint]:
     """A real vLLM API server on loopback."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     # `python -m`, not the `vllm` command: that one looks up its own distribution under a name this build does not have.
-    command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server"]
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(model_dir), "--served-model-name", model, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", str(max_model_len), "--max-logprobs", str(max_logprobs)]
     command += ["--enforce-eager", "--enable-scale-out", "--max-num-seqs", "32"]
     if lora:
         command += ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "8"]
-    env = vllm_env(candidates=candidates)
+    env = vllm_env(candidates=candidates, python=python)
     if api_key:
         env["VLLM_API_KEY"] = api_key
     with running(command, env=env, log=log, ready=f"{url}/health", timeout_s=240) as process:
-        yield (
-            Endpoint("vllm", url, model, model_dir, max_logprobs, max_model_len, process.popen.pid, log, api_key),
-            process,
-        )
+        yield Endpoint("vllm", url, model, model_dir, max_logprobs, max_model_len, process.popen.pid, log, api_key)
 
 
 @contextlib.contextmanager

@@ -216,11 +216,9 @@ def test_the_embedded_server_answers_as_the_real_vllm(case: str, vllm: Endpoint,
 
 
 @pytest.mark.parametrize("case", CANDIDATES)
-def test_the_embedded_server_scores_candidates_as_the_real_vllm(
-    case: str, guarded_vllm: Endpoint, guarded_embedded: Endpoint
-):
+def test_the_embedded_server_scores_candidates_as_the_real_vllm(case: str, guarded_vllm: Endpoint, embedded: Endpoint):
     request = ("POST", "/inference/v1/generate", _generate(**CANDIDATES[case]))
-    found = _compare(_send(guarded_vllm, *request), _send(guarded_embedded, *request))
+    found = _compare(_send(guarded_vllm, *request), _send(embedded, *request))
     assert not found, "\n".join(found)
 
 

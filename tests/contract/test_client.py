@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from collections.abc import AsyncIterator
 
 import numpy as np
@@ -32,7 +30,7 @@ QUICK = ClientConfig(max_retries=1, backoff_s=0.05, connect_timeout_s=2.0)
 
 @pytest.fixture
 async def client(server: Endpoint) -> AsyncIterator[VllmCompletions]:
-    async with VllmCompletions(server.url, config=QUICK, vocab_size=2048) as up:
+    async with VllmCompletions(server.url, api_key=server.api_key, config=QUICK, vocab_size=2048) as up:
         yield up
 
 
@@ -109,7 +107,7 @@ async def test_sixteen_scores_at_once_equal_sixteen_in_turn(client: VllmCompleti
 
 
 async def test_the_only_model_is_found_and_the_server_described(server: Endpoint):
-    up = await connect(server.url)
+    up = await connect(server.url, api_key=server.api_key)
     async with up:
         info = await up.server_info()
     assert (info.model, info.max_model_len) == (server.model, server.max_model_len)
@@ -145,7 +143,7 @@ async def test_the_longest_prompt_that_fits_is_scored(server: Endpoint, client: 
 
 
 async def test_an_unknown_model_is_a_model_not_found(server: Endpoint):
-    async with VllmCompletions(server.url, model="nobody", config=QUICK) as up:
+    async with VllmCompletions(server.url, api_key=server.api_key, model="nobody", config=QUICK) as up:
         for call in (
             up.score(token_ids(5), 0, 2),
             up.sample(token_ids(5), 1, SamplingParams(max_tokens=1)),
@@ -157,10 +155,10 @@ async def test_an_unknown_model_is_a_model_not_found(server: Endpoint):
 
 async def test_an_id_outside_the_vocabulary_is_refused_by_us_or_by_the_server(server: Endpoint):
     ids = [9, 10, 5000]
-    async with VllmCompletions(server.url, config=QUICK) as blind:
+    async with VllmCompletions(server.url, api_key=server.api_key, config=QUICK) as blind:
         with pytest.raises(RequestRefusedError, match="5000"):
             await blind.score(ids, 0, 2)
-    async with VllmCompletions(server.url, config=QUICK, vocab_size=2048) as knowing:
+    async with VllmCompletions(server.url, api_key=server.api_key, config=QUICK, vocab_size=2048) as knowing:
         with pytest.raises(ValueError, match="5000"):
             await knowing.score(ids, 0, 2)
 
@@ -179,7 +177,7 @@ async def test_the_key_is_needed_used_and_never_shown(guarded: Endpoint):
 
 async def test_a_paused_server_is_a_time_out_not_a_hang(server: Endpoint):
     config = ClientConfig(max_retries=0, read_timeout_s=1.0, read_timeout_per_token_s=0.0)
-    async with VllmCompletions(server.url, model=server.model, config=config) as up:
+    async with VllmCompletions(server.url, api_key=server.api_key, model=server.model, config=config) as up:
         assert post(server, "/pause?mode=keep", None).status_code == 200
         try:
             with pytest.raises(ServerTimeoutError):
@@ -191,7 +189,7 @@ async def test_a_paused_server_is_a_time_out_not_a_hang(server: Endpoint):
 
 async def test_a_generation_aborted_by_a_pause_is_drawn_again_not_kept_short(server: Endpoint):
     config = ClientConfig(max_retries=8, backoff_s=0.2, backoff_max_s=0.5)
-    async with VllmCompletions(server.url, model=server.model, config=config) as up:
+    async with VllmCompletions(server.url, api_key=server.api_key, model=server.model, config=config) as up:
         params = SamplingParams(max_tokens=900, seed=3)
         drawing = asyncio.create_task(up.sample(token_ids(6, seed=540), 4, params))
         await asyncio.sleep(0.5)
@@ -237,7 +235,7 @@ async def test_a_server_killed_in_mid_request_is_unreachable_in_bounded_time(doo
         drawing = asyncio.create_task(up.sample(token_ids(6), 8, SamplingParams(max_tokens=1000)))
         await asyncio.sleep(0.5)
         assert not drawing.done()
-        os.killpg(os.getpgid(doomed.pid), signal.SIGKILL)
+        doomed.kill()
         async with asyncio.timeout(60):
             with pytest.raises(ServerUnreachableError, match=doomed.url):
                 await drawing

@@ -15,6 +15,8 @@ from tests.contract.conftest import Models
 from tests.contract.reference import logp_rows
 from tests.contract.servers import LLAMA_PYTHON, Endpoint, free_port, running
 from tests.contract.wire import complete, get, post, token_ids
+from topkd.clients import ClientConfig, VllmCompletions
+from topkd.topk.errors import ResponseError, UnsupportedError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -100,3 +102,9 @@ def test_it_is_not_a_vllm_and_refuses_a_prompt_past_its_context(llama: Endpoint)
     assert post(llama, "/inference/v1/generate", {"token_ids": token_ids(5)}).status_code == 404
     error = post(llama, "/v1/completions", {"model": "t", "prompt": token_ids(1100), "max_tokens": 1}).json()["error"]
     assert "exceeds the available context size" in error["message"]
+
+
+async def test_our_client_says_it_cannot_teach_instead_of_returning_rows(llama: Endpoint, readable: list[int]):
+    async with VllmCompletions(llama.url, model="t", config=ClientConfig(max_retries=1, backoff_s=0.05)) as up:
+        with pytest.raises((ResponseError, UnsupportedError), match="prompt_logprobs"):
+            await up.score(readable, 0, 3)

