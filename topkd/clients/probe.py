@@ -11,8 +11,9 @@ from topkd.clients import probe_scores, probe_tokens, probe_vllm
 from topkd.clients.bytemap import ByteMap, load_bytemap
 from topkd.clients.config import ClientConfig
 from topkd.clients.dialect import ServerInfo
-from topkd.clients.probe_findings import ProbeReport, verdict
-from topkd.clients.probe_session import SAMPLING, SCORING, SERVER, TOKENS, Session
+from topkd.clients.probe_findings import Load, ProbeReport, verdict
+from topkd.clients.probe_load import advice, measure_load
+from topkd.clients.probe_session import GROUPS, OPERATION, SAMPLING, SCORING, SERVER, TOKENS, Session
 from topkd.clients.probe_wire import Wire
 from topkd.clients.vllm import VllmCompletions
 
@@ -26,6 +27,10 @@ async def probe(
     model: str | None = None,
     api_key: str | SecretStr | None = None,
     student: str | Path | ByteMap | None = None,
+    dialect: str = "auto",
+    load: bool = False,
+    load_tokens: int = 2048,
+    batch: int = 256,
     config: ClientConfig | None = None,
 ) -> ProbeReport:
     """Asks one server what it can do.
@@ -35,6 +40,10 @@ async def probe(
         model: Served name; None takes the only one.
         api_key: As for a client.
         student: The student's tokenizer (folder, file, cached Hugging Face id, or a loaded map), to compare ids.
+        dialect: "auto" finds it out.
+        load: Measure scoring under rising concurrency too.
+        load_tokens: Tokens of each request then.
+        batch: Sequences of one training step in the forecast.
         config: Time-outs and retries.
 
     Raises:
@@ -50,12 +59,18 @@ async def probe(
         session = Session(client, client, wire, info, prompt, known)
         await _server(session)
         await ask_vllm(session)
-        return report(session, client.endpoint.url, "vllm", started)
+        measured = await measure_load(session, tokens=load_tokens, batch=batch) if load and teaches(session) else None
+        return report(session, client.endpoint.url, "vllm", started, measured)
 
 
-def report(session: Session, url: str, dialect: str, started: float) -> ProbeReport:
+def teaches(session: Session) -> bool:
+    """Whether what was found so far allows teaching."""
+    return verdict(session.capabilities, tuple(session.findings))[0]
+
+
+def report(session: Session, url: str, dialect: str, started: float, load: Load | None) -> ProbeReport:
     """The report of a session that has asked everything."""
-    findings = tuple(session.findings)
+    findings = tuple(sorted(session.findings, key=lambda finding: GROUPS.index(finding.group)))
     can_teach, words = verdict(session.capabilities, findings)
     return ProbeReport(
         url=url,
@@ -67,6 +82,8 @@ def report(session: Session, url: str, dialect: str, started: float) -> ProbeRep
         findings=findings,
         requests=session.wire.requests,
         seconds=time.perf_counter() - started,
+        load=load,
+        advice=advice(dialect, session.capabilities, load),
     )
 
 
@@ -94,16 +111,16 @@ async def ask_vllm(session: Session) -> None:
         return
     if session.capabilities.score_k is None:
         return
-    await ask("realised_token", SCORING, "logprob of the realised token", probe_scores.realised_token, on_error="fail")
+    await ask("realised_token", SCORING, "realised token's logprob", probe_scores.realised_token, on_error="fail")
     await ask("alignment", SCORING, "alignment self-test", probe_scores.self_test, on_error="fail")
-    await ask("score_temperature", SCORING, "scores ignore temperature and top_k", probe_vllm.score_temperature)
+    await ask("score_temperature", SCORING, "temperature, top_k", probe_vllm.score_temperature)
     await ask("context", SCORING, "longest prompt", probe_vllm.context_room)
-    await ask("candidates", SCORING, "scores candidates", probe_vllm.candidates)
-    await ask("suffix", SCORING, "scores the completion's rows only", probe_vllm.suffix)
-    await ask("sampling", SAMPLING, "token ids and logprobs of draws", probe_scores.sampling_list)
-    await ask("sample_temperature", SAMPLING, "sampled logprobs are", probe_vllm.sample_temperature)
+    await ask("candidates", SCORING, "candidate scoring", probe_vllm.candidates)
+    await ask("suffix", SCORING, "suffix scoring", probe_vllm.suffix)
+    await ask("sampling", SAMPLING, "ids and logprobs", probe_scores.sampling_list)
+    await ask("sample_temperature", SAMPLING, "logprobs are of", probe_vllm.sample_temperature)
     await ask("spelling", TOKENS, "spelling of ids", probe_tokens.spelling)
-    await ask("vocabulary", TOKENS, "ids inside the vocabulary", probe_tokens.vocabulary)
-    await ask("tokenizer", TOKENS, "tokenizer is the student's", probe_tokens.tokenizer)
-    await ask("speed", SCORING, "speed of scoring", probe_scores.speed)
+    await ask("vocabulary", TOKENS, "vocabulary", probe_tokens.vocabulary)
+    await ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.tokenizer)
+    await ask("speed", OPERATION, "speed of scoring", probe_scores.speed)
     await probe_vllm.sync_routes(session)

@@ -25,10 +25,10 @@ async def realised_token(session: Session) -> None:
     session.add(
         "realised_token",
         SCORING,
-        "logprob of the realised token",
+        "realised token's logprob",
         "ok" if ok else "fail",
         "exact" if ok else "missing",
-        f"{known} of {scores.rows} rows, {outside} of them outside the top 1"
+        f"{known} of {scores.rows} rows, {outside} not the top 1"
         if ok
         else f"the realised token has no logprob in {scores.rows - known} of {scores.rows} rows",
     )
@@ -62,9 +62,9 @@ async def self_test(session: Session) -> None:
             "alignment self-test",
             "warn" if noise else "ok",
             f"within {worst:.1g} nats",
-            f"{tokens} drawn tokens scored again; 16-bit servers differ by up to 0.1 between prefill and decoding"
+            f"{tokens} draws scored again; 16-bit servers differ by up to 0.1 between prefill and decoding"
             if noise
-            else f"{tokens} drawn tokens scored again, each as it was drawn",
+            else f"{tokens} draws scored again agree",
         )
     else:
         shift = next((test.shift for test in tests if test.shift), None)
@@ -115,7 +115,7 @@ async def speed(session: Session) -> None:
     session.add(
         "latency",
         OPERATION,
-        "latency of a score",
+        "latency of a short score",
         "info",
         f"{1e3 * float(np.median(short)):.0f} ms",
         f"{session.prompt.size} tokens, K = {session.k}, median of 3",
@@ -132,7 +132,7 @@ async def speed(session: Session) -> None:
         "scoring, one request",
         "info",
         f"{length / seconds:,.0f} tokens/s",
-        f"{length} tokens, K = {session.k}; --load measures many at once",
+        f"{length} tokens, K = {session.k}; --load: many",
     )
 
 
@@ -150,8 +150,8 @@ async def sampling_list(session: Session) -> None:
     session.add(
         "sampling",
         SAMPLING,
-        "token ids and logprobs of draws",
+        "ids and logprobs",
         "ok" if exact else "warn",
         "exact" if exact else "unknown logprobs",
-        f"with the sampler's own top {session.k}" + (f", weights {rollout.version!r}" if rollout.version else ""),
+        f"and the sampler's own top {session.k}" + (f", weights {rollout.version!r}" if rollout.version else ""),
     )

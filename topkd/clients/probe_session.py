@@ -18,6 +18,7 @@ from topkd.topk.types import Int32, TopK
 # Letters outside ASCII, digits, code and an emoji: where tokenizers of one family begin to differ.
 TEXT = "The capital of France is Paris.\n\tdef naïve(x): return x + 1024  # 東京 🙂\n"
 SERVER, SCORING, SAMPLING, TOKENS, OPERATION = "server", "scoring", "sampling", "tokens", "operation"
+GROUPS = (SERVER, SCORING, SAMPLING, TOKENS, OPERATION)
 
 
 class Teacher(Protocol):
@@ -60,7 +61,9 @@ class Session:
     seen_ids: set[int] = field(default_factory=set)
     decoded: dict[int, str] = field(default_factory=dict)
 
-    def add(self, key: str, group: str, title: str, status: Status, value: str, detail: str = "") -> None:
+    def add(  # noqa: PLR0917 - a row of a table, written where it is found
+        self, key: str, group: str, title: str, status: Status, value: str, detail: str = ""
+    ) -> None:
         """Writes a finding down."""
         self.findings.append(Finding(key, group, title, status, value, detail))
 

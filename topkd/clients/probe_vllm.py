@@ -45,7 +45,9 @@ async def score_limit(session: Session) -> None:
         "warn" if small else "ok",
         "no limit" if limit < 0 else str(limit),
         ("below the default K = 20: serve with --max-logprobs 20 or more; " if small else "")
-        + f"K = {min(confirmed, scores.k)} confirmed on {scores.rows} rows",
+        + f"confirmed on {scores.rows} rows"
+        if confirmed >= limit > 0
+        else f"K = {scores.k} confirmed",
     )
     mass = float(scores.mass().mean())
     session.add(
@@ -54,7 +56,7 @@ async def score_limit(session: Session) -> None:
         f"mass inside the top {min(session.k, scores.k)}",
         "info",
         f"{100 * float(scores.slice(k=min(session.k, scores.k)).mass().mean()):.1f} %",
-        f"mean over the probe's prompt; {100 * mass:.1f} % at K = {scores.k}" if scores.k > session.k else "",
+        f"{100 * mass:.1f} % at K = {scores.k}" if scores.k > session.k else "",
     )
 
 
@@ -106,10 +108,10 @@ async def score_temperature(session: Session) -> None:
     session.add(
         "score_temperature",
         SCORING,
-        "scores ignore temperature and top_k",
+        "temperature, top_k",
         "ok" if same else "fail",
-        "yes" if same else "no",
-        f"largest difference {difference:.1g} nats" if same else "its scores follow the sampling temperature",
+        "ignored" if same else "followed",
+        "as they must be in a score" if same else "its scores follow the sampling temperature",
     )
 
 
@@ -139,17 +141,21 @@ async def sample_temperature(session: Session) -> None:
     kind = sampled_kind(raw, hot, cut)
     session.know(sample_temp=kind)
     said = {
-        "raw": ("ok", "untempered", "draw at temperature 1 without truncation: other draws' logprobs count as unknown"),
-        "temperature": ("warn", "tempered", "follow the temperature, not top_k/top_p: draw at temperature 1"),
-        "processed": ("warn", "as drawn", "follow temperature and truncation: connect with processed_logprobs"),
+        "raw": ("ok", "the model itself", "so draw at temperature 1, untruncated"),
+        "temperature": ("warn", "tempered model", "they follow temperature, not top_k or top_p: draw untruncated"),
+        "processed": (
+            "warn",
+            "the draw",
+            "they follow temperature and truncation: use logprobs_mode='processed_logprobs'",
+        ),
         "unknown": ("warn", "unclear", "fit neither the scores nor their tempered form"),
     }[kind]
-    session.add("sample_temperature", SAMPLING, "sampled logprobs are", said[0], said[1], said[2])  # type: ignore[arg-type]
+    session.add("sample_temperature", SAMPLING, "logprobs are of", said[0], said[1], said[2])  # type: ignore[arg-type]
     zeros = sum(value <= LOWEST for value in cut.values())
     session.add(
         "not_finite",
         SAMPLING,
-        "zero probability is written as",
+        "zero probability",
         "info",
         "-9999" if zeros else "not provoked",
         f"{zeros} entries of a truncated draw; read as exactly zero" if zeros else "no logprob of -inf came up",
@@ -205,7 +211,7 @@ async def context_room(session: Session) -> None:
 
 async def candidates(session: Session) -> None:
     """Chosen ids at every position: which schema, and whether the values are right."""
-    title = "scores candidates"
+    title = "candidate scoring"
     if not await session.wire.mounted(GENERATE):
         detail = f"{GENERATE} is not mounted (vLLM: --enable-scale-out)"
         session.add("candidates", SCORING, title, "info", "no", detail)
@@ -233,8 +239,15 @@ async def candidates(session: Session) -> None:
         session.add("candidates", SCORING, title, "warn", "wrong values", f"{right:.2g} nats from the scores")
         return
     session.know(candidates=schema, candidates_k=session.capabilities.score_k or 0)
-    told = "own ids a position" if schema == "rows" else "one list for all positions"
-    session.add("candidates", SCORING, title, "ok", schema, f"{told}; within {right:.1g} nats of the scores")
+    told = "own ids a position" if schema == "rows" else "one list for all"
+    session.add(
+        "candidates",
+        SCORING,
+        title,
+        "ok",
+        schema,
+        f"{told}; as scored" if right < _SAME else f"{told}; {right:.1g} nats off",
+    )
 
 
 async def _matrix(session: Session, ids: Int32, wanted: list[Any], *, rows: int, k: int) -> np.ndarray:
@@ -251,7 +264,7 @@ async def _matrix(session: Session, ids: Int32, wanted: list[Any], *, rows: int,
 
 async def suffix(session: Session) -> None:
     """Whether a score can leave the prompt's rows out; on no released vLLM it can."""
-    title = "scores the completion's rows only"
+    title = "suffix scoring"
     start = int(session.prompt.size) - 3
     sampling = {"max_tokens": 1, "prompt_logprobs": 1, "prompt_logprob_start": start, "detokenize": False}
     body = {"model": session.info.model, "token_ids": session.prompt.tolist(), "sampling_params": sampling}
@@ -262,7 +275,7 @@ async def suffix(session: Session) -> None:
     short = isinstance(rows, list) and len([row for row in rows if row]) < session.prompt.size - 1
     session.know(suffix_scoring=short)
     session.add(
-        "suffix", SCORING, title, "info", "yes" if short else "no", "" if short else "every row is computed and sent"
+        "suffix", SCORING, title, "info", "yes" if short else "no", "" if short else "every row is computed, sent"
     )
 
 
@@ -309,9 +322,9 @@ _SYNC = {
 }
 _SYNC_WORDS = {
     "lora": "LoRA adapters",
-    "reload": "reload from disk",
-    "transfer": "NCCL/IPC transfer",
-    "pause": "pause and resume",
+    "reload": "disk reload",
+    "transfer": "NCCL/IPC",
+    "pause": "pause",
 }
 
 
@@ -322,12 +335,7 @@ async def sync_routes(session: Session) -> None:
         if all([await session.wire.mounted(route) for route in routes]):
             found.append(kind)
     session.know(sync=tuple(found))
-    teach_only = "fine for a teacher; a student needs VLLM_SERVER_DEV_MODE=1 or --enable-lora"
-    session.add(
-        "sync",
-        OPERATION,
-        "takes new weights by",
-        "info",
-        ", ".join(_SYNC_WORDS[kind] for kind in found) or "no route",
-        "routes are mounted; not called" if found else teach_only,
-    )
+    words = ", ".join(_SYNC_WORDS[kind] for kind in found)
+    none = "fine for a teacher; a student needs VLLM_SERVER_DEV_MODE=1 or --enable-lora"
+    value = f"{len(found)} way{'s' if len(found) > 1 else ''}" if found else "no route"
+    session.add("sync", OPERATION, "new weights", "info", value, f"mounted, not called: {words}" if found else none)

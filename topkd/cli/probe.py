@@ -1,0 +1,125 @@
+"""``topkd probe``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from topkd.clients.probe_findings import Load, ProbeReport
+
+_MARKS = {
+    "ok": ("✓", "green"),
+    "warn": ("!", "yellow"),
+    "fail": ("✗", "bold red"),
+    "info": ("·", "dim"),
+    "unknown": ("?", "dim"),
+}
+_PLAIN = {"✓": "+", "✗": "x", "·": "-"}
+
+
+def command(
+    url: Annotated[str, typer.Argument(help="Base URL of the server, as in http://127.0.0.1:8000.")],
+    model: Annotated[str | None, typer.Option(help="Served name; left out when the server has one.")] = None,
+    student: Annotated[
+        str | None, typer.Option(help="The student's tokenizer (folder, tokenizer.json or cached id): compare the ids.")
+    ] = None,
+    dialect: Annotated[str, typer.Option(help="auto, or the dialect to speak.")] = "auto",
+    api_key: Annotated[
+        str | None, typer.Option(help="env:NAME or file:PATH; a key on the command line is seen by others.")
+    ] = None,
+    load: Annotated[bool, typer.Option("--load", help="Measure scoring under rising concurrency.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of one step, for the forecast of --load.")] = 256,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens of each request of --load.")] = 2048,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON on standard output.")] = False,
+) -> None:
+    """Find out what an endpoint can do, from real requests on a handful of tokens.
+
+    Exit code 0: it can teach. 1: it cannot, or does not answer. 2: the question cannot be right.
+
+    Example: topkd probe http://127.0.0.1:8000 --student ./models/student
+    """
+    from topkd.clients.probe import probe
+
+    console = Console(highlight=False)
+    with Console(stderr=True, quiet=as_json).status("asking", spinner="line"):
+        report = asyncio.run(
+            probe(
+                url,
+                model=model,
+                student=student,
+                dialect=dialect,
+                api_key=api_key,
+                load=load,
+                batch=batch,
+                load_tokens=tokens,
+            )
+        )
+    if as_json:
+        typer.echo(json.dumps(report.as_json(), allow_nan=False))
+    else:
+        show(report, console)
+    if not report.can_teach:
+        sys.exit(1)
+
+
+def show(report: ProbeReport, console: Console) -> None:
+    """The findings as a table, and the verdict as its last line."""
+    ascii_only = (console.encoding or "").lower().replace("-", "") not in {"utf8", "utf16", "utf32"}
+    table = Table(box=None, padding=(0, 1, 0, 0), show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True, width=1)
+    table.add_column(width=24)
+    table.add_column(width=17, overflow="fold")
+    table.add_column(ratio=1, style="dim")
+    group = ""
+    for finding in report.findings:
+        if finding.group != group:
+            if group:
+                table.add_row("", "", "", "")
+            group = finding.group
+            table.add_row("", Text(group.upper(), style="bold"), "", "")
+        mark, style = _MARKS[finding.status]
+        shown = _PLAIN.get(mark, mark) if ascii_only else mark
+        value_style = style if finding.status in {"warn", "fail"} else ""
+        table.add_row(
+            Text(shown, style=style), Text(finding.title), Text(finding.value, style=value_style), Text(finding.detail)
+        )
+    console.print(f"[bold]{escape(report.url)}[/bold]  [dim]{escape(report.dialect)} dialect[/dim]\n")
+    console.print(table)
+    if report.load is not None:
+        _show_load(report.load, console)
+    for line in report.advice:
+        console.print(Text(f"advice: {line}", style="dim"))
+    console.print(f"\n[dim]{report.requests} requests, {report.seconds:.1f} s[/dim]")
+    console.print(Text(report.verdict, style="bold green" if report.can_teach else "bold red"), soft_wrap=True)
+
+
+def _show_load(load: Load, console: Console) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title_justify="left", header_style="dim")
+    for name in ("in flight", "tokens/s", "p50", "p95", "failed"):
+        table.add_column(name, justify="right")
+    for level in load.levels:
+        style = "bold" if level.concurrency == load.best else ""
+        table.add_row(
+            str(level.concurrency),
+            f"{level.tokens_per_s:,.0f}",
+            f"{level.p50_s:.2f} s",
+            f"{level.p95_s:.2f} s",
+            str(level.failed or ""),
+            style=style,
+        )
+    console.print(Text(f"\nSCORING UNDER LOAD  {load.prompt_tokens} tokens a request, K = {load.k}", style="bold"))
+    console.print(table)
+    end = "saturated" if load.saturated else "not saturated: it may do more"
+    console.print(
+        f"best at {load.best} in flight: {load.tokens_per_s:,.0f} tokens/s ({end}); "
+        f"a step of {load.batch} sequences takes {3600 / load.steps_per_hour:.1f} s, "
+        f"{load.steps_per_hour:,.0f} steps per hour when scoring is the limit"
+    )
