@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.pieces import model_folder, scalar_sample, topk_sample
+from tests.engine.pieces import VOCAB, model_folder, scalar_sample, topk_sample
 from topkd.engine.config import GJS, ImportanceSampling, LearnerConfig, ScalarKL, TopKPolicyGradient
 from topkd.engine.learner import Learner
 from topkd.engine.student import Student
@@ -153,3 +153,27 @@ def test_kl_metrics_have_the_sign_of_a_kl(folder):
     assert record["kl_k3"] == pytest.approx(np.expm1(-0.7) + 0.7, abs=1e-4)
     assert record["ratio_mean"] == pytest.approx(1.0, abs=1e-4)
     assert record["ess"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_teacher_ids_past_the_students_vocabulary_join_the_tail(folder):
+    inside = [[(5, -0.5), (6, -2.0)], [(7, -0.7), (8, -1.5)]]
+    padded = [[(5, -0.5), (VOCAB + 3, -1.6), (6, -2.0)], [(VOCAB + 9, -0.65), (7, -0.7), (8, -1.5)]]
+    args = ([3, 4], [5, 9])
+    one, _ = gradients_of_step(fresh(folder), [topk_sample(*args, inside, [-0.5, -3], [-1, -1])], TopKPolicyGradient())
+    two, _ = gradients_of_step(fresh(folder), [topk_sample(*args, padded, [-0.5, -3], [-1, -1])], TopKPolicyGradient())
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_student_whose_logits_are_capped_after_the_head_is_refused(folder):
+    student = fresh(folder)
+    forward = student.model.forward
+
+    def capped(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = torch.tanh(output.logits / 2.0) * 2.0
+        return output
+
+    student.model.forward = capped
+    with pytest.raises(ConfigError, match="soft-capping or scaling"):
+        Student.wrap(student.model, "cpu")

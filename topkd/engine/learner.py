@@ -14,6 +14,7 @@ from topkd.engine.batching import micro_batches
 from topkd.engine.config import LearnerConfig, Objective
 from topkd.engine.objectives import TokenStats, objective_loss, valid_tokens
 from topkd.engine.student import Student
+from topkd.topk import kl_k1, kl_k3
 from topkd.topk.errors import TrainingError
 from topkd.topk.samples import PreparedSample
 
@@ -61,8 +62,15 @@ class Learner:
             for group in self._optimizer.param_groups:
                 group["lr"] = self._lr()
             for batch in micro_batches(samples, masks, self.config.micro_batch_tokens, self.student.device):
-                logits = self.student.logit_rows(batch.input_ids, batch.attention_mask, batch.rows)
-                loss, tokens = objective_loss(self.objective, logits, batch, self.config.importance, num_tokens)
+                hidden = self.student.hidden_rows(batch.input_ids, batch.attention_mask, batch.rows)
+                loss, tokens = objective_loss(
+                    self.objective,
+                    student=self.student,
+                    hidden=hidden,
+                    batch=batch,
+                    importance=self.config.importance,
+                    num_tokens=num_tokens,
+                )
                 loss.backward()  # type: ignore[no-untyped-call]
                 loss_sum += float(loss.detach())
                 stats.append(tokens)
@@ -110,14 +118,11 @@ def token_metrics(stats: Sequence[TokenStats], cap: float) -> dict[str, float]:
         np.concatenate([getattr(part, name) for part in stats]).astype(np.float64)
         for name in ("logp_new", "logp_behavior", "logp_teacher", "advantage")
     )
-    to_teacher = teacher - new
-    known = np.isfinite(to_teacher)
-    to_teacher = to_teacher[known]
-    log_ratio = np.clip(new - behavior, -20.0, 20.0)
-    ratio = np.exp(log_ratio)
+    known = np.isfinite(teacher)
+    ratio = np.exp(np.clip(new - behavior, -20.0, 20.0))
     return {
-        "kl_k1": float(-to_teacher.mean()) if known.any() else math.nan,
-        "kl_k3": float((np.expm1(to_teacher) - to_teacher).mean()) if known.any() else math.nan,
+        "kl_k1": float(kl_k1(teacher, new)[known].mean()) if known.any() else math.nan,
+        "kl_k3": float(kl_k3(teacher, new)[known].mean()) if known.any() else math.nan,
         "advantage_mean": float(advantage.mean()),
         "advantage_std": float(advantage.std()),
         "advantage_abs_mean": float(np.abs(advantage).mean()),
@@ -125,5 +130,5 @@ def token_metrics(stats: Sequence[TokenStats], cap: float) -> dict[str, float]:
         "ratio_max": float(ratio.max()),
         "ratio_capped": float((ratio > cap).mean()),
         "ess": float(ratio.sum() ** 2 / np.square(ratio).sum() / ratio.size),
-        "behavior_kl_k3": float((np.expm1(log_ratio) - log_ratio).mean()),
+        "behavior_kl_k3": float(kl_k3(new, behavior).mean()),
     }

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from topkd.engine.batching import MicroBatch
 from topkd.engine.config import GJS, ImportanceSampling, Objective, ScalarKL, TopKPolicyGradient
+from topkd.engine.student import Student
 from topkd.topk import TopK, TopKPreparedSample, gjs_advantage, scalar_kl_advantage
 from topkd.topk.errors import ConfigError
+from topkd.topk.fused import topk_logprobs
 from topkd.topk.losses import importance_sampling_loss, topk_policy_gradient_loss
 from topkd.topk.samples import PreparedSample
 from topkd.topk.types import Bool, Float32, Float64
@@ -49,37 +51,45 @@ def valid_tokens(sample: PreparedSample, objective: Objective) -> Bool:
 
 
 def objective_loss(
-    objective: Objective, logits: Tensor, batch: MicroBatch, importance: ImportanceSampling, num_tokens: int
+    objective: Objective,
+    *,
+    student: Student,
+    hidden: Tensor,
+    batch: MicroBatch,
+    importance: ImportanceSampling,
+    num_tokens: int,
 ) -> tuple[Tensor, TokenStats]:
     """Loss of one micro-batch, divided by ``num_tokens`` of the whole step, and what its tokens looked like.
 
     Args:
         objective: What to minimise.
-        logits: float32 [N, V] at the batch's trained rows, with graph.
+        student: Whose head turns ``hidden`` into logprobs, in vocabulary chunks: no N x V exists.
+        hidden: [N, H] at the batch's trained rows, with graph.
         batch: Tokens, samples and picks behind those rows.
         importance: Weight of sampled tokens against the fixed rollout logprobs.
         num_tokens: Trained tokens of the global batch.
     """
-    logp_new = torch.log_softmax(logits, dim=-1).gather(1, batch.targets[:, None])[:, 0]
+    rows = _rows(batch, student.vocab_size) if isinstance(objective, TopKPolicyGradient) else _unlisted(batch.tokens)
+    listed = torch.from_numpy(rows.ids.astype(np.int64)).to(hidden.device)
+    weight, bias = student.head_parameters()
+    logp_all, _ = topk_logprobs(hidden, weight, torch.cat([listed, batch.targets[:, None]], dim=1), bias=bias)
+    logp_new = logp_all[:, -1]
     behavior = _cut(batch, [sample.behavior.logp for sample in batch.samples])
     teacher = _cut(batch, [sample.teacher_logp for sample in batch.samples])
-    student = logp_new.detach().cpu().numpy()
-    on_device = torch.from_numpy(behavior).to(logits.device)
+    current = logp_new.detach().cpu().numpy()
+    on_device = torch.from_numpy(behavior).to(hidden.device)
     cap = importance.cap if importance.kind == "truncated" else 1.0
     reference = on_device if importance.kind == "truncated" else logp_new.detach()
     match objective:
         case ScalarKL() | GJS():
             beta = objective.beta if isinstance(objective, GJS) else None
-            advantage = scalar_kl_advantage(teacher, student) if beta is None else gjs_advantage(teacher, student, beta)
+            advantage = scalar_kl_advantage(teacher, current) if beta is None else gjs_advantage(teacher, current, beta)
             loss = importance_sampling_loss(
-                logp_new, reference, torch.from_numpy(advantage).to(logits.device), cap=cap, num_tokens=num_tokens
+                logp_new, reference, torch.from_numpy(advantage).to(hidden.device), cap=cap, num_tokens=num_tokens
             )
         case TopKPolicyGradient():
-            rows = _rows(batch)
-            ids = torch.from_numpy(rows.ids.astype(np.int64)).to(logits.device)
-            logp_all = torch.log_softmax(logits, dim=-1)
             loss = topk_policy_gradient_loss(
-                logp_all.gather(1, ids.clamp_min(0)),
+                logp_all[:, :-1],
                 logp_new,
                 rows,
                 beta=objective.beta,
@@ -88,13 +98,18 @@ def objective_loss(
                 cap=cap,
                 num_tokens=num_tokens,
             )
-            advantage = gjs_advantage(teacher, student, objective.beta)
+            advantage = gjs_advantage(teacher, current, objective.beta)
         case _:
             assert_never(objective)
-    return loss, TokenStats(student, behavior, teacher, np.asarray(advantage, dtype=np.float64))
+    return loss, TokenStats(current, behavior, teacher, np.asarray(advantage, dtype=np.float64))
 
 
-def _rows(batch: MicroBatch) -> TopK:
+def _unlisted(tokens: int) -> TopK:
+    """Rows with no list: what a sampled-token objective needs of the teacher beside its realised logprobs."""
+    return TopK.from_lists([None] * tokens)
+
+
+def _rows(batch: MicroBatch, vocab_size: int) -> TopK:
     parts = []
     for sample, pick in zip(batch.samples, batch.picks, strict=True):
         rows = _teacher_rows(sample)
@@ -103,7 +118,7 @@ def _rows(batch: MicroBatch) -> TopK:
                 0, rows.ids[pick], rows.logp[pick], rows.actual_ids[pick], rows.actual_logp[pick], rows.tail_logp[pick]
             )
         )
-    return TopK.concat(parts)
+    return TopK.concat(parts).within(vocab_size)
 
 
 def _teacher_rows(sample: PreparedSample) -> TopK:

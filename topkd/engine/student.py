@@ -40,7 +40,9 @@ class Student:
             )
         target = pick_device(device)
         model.to(target).eval()
-        return cls(model, backbone, head, target)
+        student = cls(model, backbone, head, target)
+        student._check_head()
+        return student
 
     @classmethod
     def load(cls, path: str, device: Device = "auto", dtype: DType = "float32") -> Student:
@@ -59,13 +61,30 @@ class Student:
         logits: Tensor = self.head(self.hidden_rows(input_ids, attention_mask, rows))
         return logits.float()
 
+    def head_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """The output head as (weight [V, H], bias [V] or None), for losses that never build N x V logits."""
+        weight, bias = self.head.weight, getattr(self.head, "bias", None)
+        if not isinstance(weight, Tensor):
+            raise ConfigError("the student's output head has no weight matrix", got=type(self.head).__name__)
+        return weight, bias
+
     @property
     def vocab_size(self) -> int:
         """Rows of the output head (a padded vocabulary counts)."""
-        weight = self.head.weight
-        if not isinstance(weight, Tensor):
-            raise ConfigError("the student's output head has no weight matrix", got=type(self.head).__name__)
-        return int(weight.shape[0])
+        return int(self.head_parameters()[0].shape[0])
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        """Soft-capped or scaled logits are more than the head times the hidden state; say so before they mislead."""
+        ids = torch.arange(1, 5, device=self.device)[None] % self.vocab_size
+        whole = self.model(input_ids=ids).logits.float()
+        rows = self.logit_rows(ids, torch.ones_like(ids), torch.arange(4, device=self.device))
+        if not torch.allclose(whole[0], rows, rtol=1e-2, atol=1e-2):
+            raise ConfigError(
+                "this architecture changes its logits after the output head (soft-capping or scaling)",
+                got=type(self.model).__name__,
+                hint="it would be trained on wrong probabilities; use another student",
+            )
 
 
 def pick_device(device: Device) -> torch.device:

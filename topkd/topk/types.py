@@ -134,6 +134,20 @@ class TopK:
             ids, logp = ids[:, :k], logp[:, :k]
         return TopK(self.start + first, ids, logp, self.actual_ids[part], self.actual_logp[part], tail)
 
+    def within(self, vocab_size: int) -> TopK:
+        """The rows without ids at or past ``vocab_size`` (a padded teacher vocabulary); their mass joins the tail."""
+        outside = self.ids >= vocab_size
+        if not outside.any():
+            return self
+        dropped = np.exp(np.where(outside, self.logp, -np.inf), dtype=np.float64).sum(axis=1)
+        logp = np.where(outside, np.float32(-np.inf), self.logp)
+        order = np.argsort(~self.listed | outside, axis=1, kind="stable")
+        ids = np.where(outside, np.int32(PAD_ID), self.ids)
+        with np.errstate(divide="ignore"):
+            tail = np.log(np.exp(self.tail_logp, dtype=np.float64) + dropped).astype(np.float32)
+        ids, logp = (np.take_along_axis(array, order, axis=1) for array in (ids, logp))
+        return TopK(self.start, ids, logp, self.actual_ids, self.actual_logp, tail)
+
     @classmethod
     def from_lists(
         cls,
