@@ -157,7 +157,7 @@ def test_kl_metrics_have_the_sign_of_a_kl(folder):
 
 def test_teacher_ids_past_the_students_vocabulary_join_the_tail(folder):
     inside = [[(5, -0.5), (6, -2.0)], [(7, -0.7), (8, -1.5)]]
-    padded = [[(5, -0.5), (VOCAB + 3, -1.6), (6, -2.0)], [(VOCAB + 9, -0.65), (7, -0.7), (8, -1.5)]]
+    padded = [[(5, -0.5), (VOCAB + 3, -1.6), (6, -2.0)], [(VOCAB + 9, -2.5), (7, -0.7), (8, -1.5)]]
     args = ([3, 4], [5, 9])
     one, _ = gradients_of_step(fresh(folder), [topk_sample(*args, inside, [-0.5, -3], [-1, -1])], TopKPolicyGradient())
     two, _ = gradients_of_step(fresh(folder), [topk_sample(*args, padded, [-0.5, -3], [-1, -1])], TopKPolicyGradient())
