@@ -130,7 +130,7 @@ class Gate:
                     where=where,
                     got=len(self._waiters),
                     expected=f"at most max_queued = {self._config.max_queued}",
-                    hint="feed work through as_completed(), which takes it from the iterator as places become free",
+                    hint="feed work through clients.Stream, which takes jobs from an iterator as places become free",
                 )
             loop = asyncio.get_running_loop()
             waiter = _Waiter(cost, loop, loop.create_future())

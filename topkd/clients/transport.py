@@ -25,6 +25,7 @@ from topkd.topk.errors import (
     ResponseError,
     ServerTimeoutError,
     ServerUnreachableError,
+    TopkdError,
 )
 
 _MAX_REDIRECTS = 3
@@ -84,6 +85,8 @@ class HttpxTransport:
         try:
             async with asyncio.timeout(request.timeout_s):
                 return await self._follow(request)
+        except TopkdError:  # ours already; most of them are OSErrors too
+            raise
         except TimeoutError as error:
             raise ServerTimeoutError(
                 "no whole reply in time", where=where, expected=f"within {request.timeout_s:.3g} s", hint=_SLOW
@@ -101,7 +104,7 @@ class HttpxTransport:
             raise ConfigError("the address cannot be used", where=where, hint="expected http(s)://host:port") from error
         except (httpx.ConnectError, ssl.SSLError) as error:
             raise _connect_error(error, where) from error
-        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+        except (httpx.HTTPError, httpx.StreamError, httpx.CookieConflict, OSError) as error:
             raise ServerUnreachableError(
                 "the connection broke before the reply was whole", where=where, got=type(error).__name__
             ) from error
@@ -140,7 +143,7 @@ class HttpxTransport:
             target = reply.headers.get("location")
             if reply.status not in {301, 302, 303, 307, 308} or not target:
                 return reply
-            url = urljoin(request.url, target)
+            url = _target(request.url, target)
             if request.method != "GET" and reply.status not in {307, 308}:
                 raise RequestRefusedError(
                     "the server redirects the request in a way that drops its body",
@@ -169,7 +172,7 @@ def _connect_error(error: Exception, where: str) -> Exception:
             return FinalServerError(
                 "the server's TLS certificate is not trusted",
                 where=where,
-                got=cause.verify_message,
+                got=getattr(cause, "verify_message", str(cause)),
                 hint="fix the chain",
             )
         cause = cause.__cause__ or cause.__context__
@@ -177,6 +180,17 @@ def _connect_error(error: Exception, where: str) -> Exception:
 
 
 _DEAD = "is the server running, and are host and port right?"
+
+
+def _target(url: str, location: str) -> str:
+    try:
+        joined = urljoin(url, location)
+        usable = urlsplit(joined).scheme in {"http", "https"} and bool(urlsplit(joined).hostname)
+    except ValueError:
+        usable, joined = False, ""
+    if not usable:
+        raise ResponseError("the server redirects to no address", where=url, got=repr(location[:200]))
+    return joined
 
 
 def _same_host(a: str, b: str) -> bool:
