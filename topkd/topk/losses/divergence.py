@@ -38,7 +38,7 @@ def divergence_terms(teacher_logp: Tensor, student_logp: Tensor, beta: float) ->
     """
     check_beta(beta)
     teacher_logp = teacher_logp.detach()
-    teacher_has, student_has = teacher_logp > -math.inf, student_logp > -math.inf
+    teacher_has, student_has = ~torch.isneginf(teacher_logp), ~torch.isneginf(student_logp)  # nan stays nan
     # -inf is replaced before any arithmetic: a where() after it would still send nan through the backward pass
     lt = torch.where(teacher_has, teacher_logp, 0.0)
     ls = torch.where(student_has, student_logp, 0.0)

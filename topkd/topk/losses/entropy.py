@@ -70,8 +70,8 @@ def entropy_aware_opd_loss(
     limit = math.log(student_logits.shape[-1]) if h_max is None else h_max
     weight = (entropy(teacher_logp) / limit).clamp(0.0, 1.0) if limit > 0 else torch.zeros_like(teacher_logp[..., 0])
     # a weight of exactly zero drops its KL, which may be infinite
-    forward = torch.where(weight > 0, weight * divergence(teacher_logp, student_logp, 0.0), 0.0)
-    reverse = torch.where(weight < 1, (1.0 - weight) * divergence(teacher_logp, student_logp, 1.0), 0.0)
+    forward = torch.where(weight == 0, 0.0, weight * divergence(teacher_logp, student_logp, 0.0))
+    reverse = torch.where(weight == 1, 0.0, (1.0 - weight) * divergence(teacher_logp, student_logp, 1.0))
     return reduce_tokens(forward + reverse, mask, reduction, num_tokens)
 
 
@@ -161,7 +161,7 @@ def eopd_loss(
     teacher_logp = log_softmax(select_rows(teacher_logits.detach(), valid).to(student_logp.dtype))
     chosen = sampled_ids[valid].long().unsqueeze(-1)
     s_y, t_y = student_logp.gather(-1, chosen).squeeze(-1), teacher_logp.gather(-1, chosen).squeeze(-1)
-    known = torch.isfinite(t_y) & torch.isfinite(s_y)
+    known = ~(torch.isneginf(t_y) | torch.isneginf(s_y))
     advantage = torch.where(known, t_y - s_y.detach(), 0.0)
     if advantage_clip is not None:
         advantage = advantage.clamp(-advantage_clip, advantage_clip)

@@ -17,7 +17,15 @@ from topkd.topk.fused import eager, fused_row_loss, gather_logprobs, subset_logi
 from topkd.topk.losses.divergence import check_beta, divergence, log_softmax, log_tail
 from topkd.topk.losses.jsd import Tail, check_options, with_tail
 from topkd.topk.losses.teacher import SparseTeacher, Teacher, teacher_rows
-from topkd.topk.losses.tokens import FullReduction, Reduction, boolean_mask, reduce_mean, reduce_tokens, widest
+from topkd.topk.losses.tokens import (
+    FullReduction,
+    Reduction,
+    boolean_mask,
+    check_finite,
+    reduce_mean,
+    reduce_tokens,
+    widest,
+)
 
 
 def sparse_divergence_loss(
@@ -29,6 +37,7 @@ def sparse_divergence_loss(
     tail: Tail = "bucket",
     temperature: float = 1.0,
     k: int | None = None,
+    row_weight: Tensor | None = None,
     reduction: FullReduction = "mean",
     num_tokens: float | Tensor | None = None,
 ) -> Tensor:
@@ -42,6 +51,7 @@ def sparse_divergence_loss(
         tail: "bucket" (K + 1 bins) or "renormalise" (conditionals on the list).
         temperature: Only with "renormalise": log p / T of a list is no logprob, its normaliser needs the vocabulary.
         k: Use only the k most probable entries; the others join the tail.
+        row_weight: Detached factor of each row's divergence, e.g. SDPO's truncated importance ratio; None = 1.
         reduction: "mean" and "batchmean" divide by the valid rows; "sum"; "none" keeps the shape, 0 at masked places.
         num_tokens: Divide by this instead of the valid rows of this batch.
 
@@ -50,8 +60,9 @@ def sparse_divergence_loss(
     """
     check_sparse_options(beta, tail, temperature)
     rows, used = select_teacher(teacher, mask, student_logits.shape[:-1], student_logits, k)
+    factor = select_weight(row_weight, used, rows)
     logp, _ = gather_logprobs(student_logits[used], rows.ids)
-    per_row = divergence(*bins(logp, rows, tail, temperature), beta)
+    per_row = factor * divergence(*bins(logp, rows, tail, temperature), beta)
     return reduce_tokens(per_row, used, reduction, num_tokens)
 
 
@@ -67,6 +78,7 @@ def fused_divergence_loss(
     tail: Tail = "bucket",
     temperature: float = 1.0,
     k: int | None = None,
+    row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
     num_tokens: float | Tensor | None = None,
     chunk: int | None = None,
@@ -86,6 +98,7 @@ def fused_divergence_loss(
         tail: "bucket" or "renormalise".
         temperature: Only with "renormalise".
         k: Use only the k most probable entries.
+        row_weight: Detached factor of each row's divergence; None = 1.
         reduction: "mean" or "sum".
         num_tokens: Divide by this instead of the valid rows of this batch.
         chunk: Rows at a time; chosen by size when None.
@@ -95,14 +108,14 @@ def fused_divergence_loss(
     """
     check_sparse_options(beta, tail, temperature)
     rows, used = select_teacher(teacher, mask, hidden.shape[:-1], hidden, k)
-    picked = hidden[used]
+    picked, factor = hidden[used], select_weight(row_weight, used, rows)
     if tail == "renormalise":
         z = subset_logits(picked, weight, rows.ids, bias=bias)
-        per_row = divergence(*bins(z, rows, tail, temperature), beta)
+        per_row = factor * divergence(*bins(z, rows, tail, temperature), beta)
         return reduce_tokens(per_row, used, reduction, num_tokens)
 
     def row_loss(logp: Tensor, lse: Tensor, part: slice) -> Tensor:  # noqa: ARG001 - the protocol's argument
-        return divergence(*bins(logp, rows.rows(part), tail, temperature), beta)
+        return factor[part] * divergence(*bins(logp, rows.rows(part), tail, temperature), beta)
 
     total = fused_row_loss(picked, weight, rows.ids, row_loss, bias=bias, chunk=chunk)
     return scale_total(total, int(used.sum()), reduction, num_tokens)
@@ -135,6 +148,14 @@ def select_teacher(
     used: Tensor = boolean_mask(mask, shape, like.device)
     used = torch.logical_and(used, sparse.signal.reshape(shape))
     return sparse.rows(used.reshape(-1)), used
+
+
+def select_weight(row_weight: Tensor | None, used: Tensor, rows: SparseTeacher) -> Tensor:
+    """The detached factors of the rows that train, [N]; ones when None."""
+    if row_weight is None:
+        return torch.ones_like(rows.tail_logp)
+    check_finite(used, row_weight=row_weight)
+    return row_weight.detach()[used].to(rows.tail_logp.dtype)
 
 
 def scale_total(total: Tensor, count: int, reduction: Reduction, num_tokens: float | Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, overload
 
 import torch
@@ -77,14 +76,14 @@ def taid_loss(
 def cross_entropy(target_logp: Tensor, student_logits: Tensor) -> Tensor:
     """-sum_v p(v) log s(v) over the last axis; ids with p = 0, or which the student excludes (-inf), add nothing."""
     student_logp = log_softmax(student_logits)
-    used = (target_logp > -math.inf) & (student_logp > -math.inf)
-    target = torch.where(target_logp > -math.inf, target_logp, 0.0).exp()
+    used = ~(torch.isneginf(target_logp) | torch.isneginf(student_logp))
+    target = torch.where(used, target_logp, 0.0).exp()
     return -torch.where(used, target * torch.where(used, student_logp, 0.0), 0.0).sum(-1)
 
 
 def entropy(logp: Tensor) -> Tensor:
     """H = -sum p log p over the last axis, in nats."""
-    listed = logp > -math.inf
+    listed = ~torch.isneginf(logp)
     safe = torch.where(listed, logp, 0.0)
     return -torch.where(listed, safe.exp() * safe, 0.0).sum(-1)
 

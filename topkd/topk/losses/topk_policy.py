@@ -84,8 +84,8 @@ def support_weights(
     ls, lt = widest(student_logp_at_ids.detach()), widest(teacher.logp)
     s_y, t_y = widest(student_logp_actual.detach()), widest(teacher.actual_logp)
     # at beta = 1 an id with t = 0 has no finite advantage: it is left in the tail, which is as good a partition
-    member = teacher.listed & (lt > -math.inf) if beta == 1.0 else teacher.listed
-    used = member & (ls > -math.inf)
+    member = teacher.listed & ~torch.isneginf(lt) if beta == 1.0 else teacher.listed
+    used = member & ~torch.isneginf(ls)
     s = torch.where(used, ls, -math.inf).exp()
     ratio = torch.where(used, lt - torch.where(used, ls, 0.0), 0.0)
     # s g, with its limit at beta = 0 written out: t/s overflows long before t - s does
@@ -95,7 +95,7 @@ def support_weights(
     g_o = torch.where(gated, 0.0, advantage(t_o.log() - s_o.log(), beta))
     w_ids = torch.where(used, head - s * g_o[:, None], 0.0)
     in_support = (member & (teacher.ids == teacher.actual_ids[:, None])).any(-1)
-    outside = ~in_support & ~gated & (s_y > -math.inf)
+    outside = ~in_support & ~gated & ~torch.isneginf(s_y)
     excluded = outside & torch.isneginf(t_y) if beta == 1.0 else torch.zeros_like(gated)
     sampled = outside & ~excluded & (lam > 0.0)
     g_y = advantage(torch.where(sampled, t_y, 0.0) - torch.where(sampled, s_y, 0.0), beta)
