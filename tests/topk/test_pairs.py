@@ -1,5 +1,7 @@
 """GJS of two lists that name different ids."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -64,16 +66,12 @@ def test_the_fast_kernel_stays_within_1e_6_of_float64(k: int, beta: float) -> No
     rng = np.random.default_rng(k)
     for scale in (1.0, 3.0, 15.0):
         t, s = correlated(rng, 150, 600, scale)
-        teacher, student = ragged(rng, topk_of(t, k)), topk_of(s, k)
+        teacher, student = ragged(rng, topk_of(t, k)), topk_of(s, k, tail=False)
         values, left = UnionTail(k, k)(teacher, student, beta, -20.0)
         done = np.setdiff1d(np.flatnonzero(teacher.signal & student.signal), left)
         assert done.size > 10
-        for row in done[:60]:
-            # The stored tail is what the reference must use too; here both agree, for the lists are float32 of exact.
-            truth = reference.union_tail(as_dict(teacher, row), as_dict(student, row), beta)
-            known = abs(np.exp(np.float64(student.tail_logp[row])) - (1 - student.mass()[row])) < 1e-7
-            if known:
-                assert values[row] == pytest.approx(truth, abs=1.2e-6)
+        truth = [reference.union_tail(as_dict(teacher, row), as_dict(student, row), beta) for row in done[:60]]
+        np.testing.assert_allclose(values[done[:60]], truth, rtol=0, atol=1.2e-6)
 
 
 def test_blocks_do_not_leak_into_one_another() -> None:
@@ -133,16 +131,18 @@ def test_renormalise_looks_at_common_ids_only_and_has_no_signal_without_one() ->
     assert np.isnan(got[1])
 
 
-def test_the_stored_tail_wins_over_one_minus_the_rounded_mass() -> None:
-    exact = np.log([[0.6, 0.399999]])
-    rounded = exact.astype(np.float16).astype(np.float32)
-    ids = np.array([[1, 2]], dtype=np.int32)
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_the_stored_tail_wins_over_one_minus_the_rounded_mass(beta: float) -> None:
+    """Rounding took 0.02 from this teacher's list: 1 - mass says 0.12, the stored tail says 0.1."""
     nothing = (np.full(1, -1), np.full(1, np.nan))
-    stored = TopK(0, ids, rounded, *nothing, np.log(np.array([1e-6])))
-    derived = TopK(0, ids, rounded, *nothing, np.full(1, np.nan))
-    other = TopK(0, ids + 5, np.log(np.array([[0.5, 0.3]], dtype=np.float32)), *nothing, np.log(np.array([0.2])))
-    truth = reference.union_tail({1: exact[0, 0], 2: exact[0, 1]}, as_dict(other, 0), 0.5)
-    assert abs(topk_gjs(stored, other, 0.5)[0] - truth) < abs(topk_gjs(derived, other, 0.5)[0] - truth)
+    teacher = TopK(0, np.array([[1, 2]]), np.log(np.array([[0.6, 0.28]])), *nothing, np.log(np.array([0.1])))
+    student = TopK(0, np.array([[2, 3]]), np.log(np.array([[0.5, 0.3]])), *nothing, np.log(np.array([0.2])))
+    share = math.exp(-20)
+    for first, second, weight in ((teacher, student, beta), (student, teacher, 1 - beta)):
+        union = reference.gjs_of([0.6, 0.28, share, 0.1 - share], [share, 0.5, 0.3, 0.2 - share], beta)
+        assert topk_gjs(first, second, weight)[0] == pytest.approx(union, abs=2e-6)
+        lower = reference.gjs_of([0.28, 0.1 + 0.6], [0.5, 0.2 + 0.3], beta)
+        assert topk_gjs(first, second, weight, "intersection_tail")[0] == pytest.approx(lower, abs=1e-6)
 
 
 def test_wrong_arguments_are_refused() -> None:
