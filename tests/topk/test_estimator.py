@@ -184,8 +184,23 @@ def test_impossible_tokens_have_the_limits_of_the_formula() -> None:
     assert inside[0, 0] == 0.0
     assert np.isfinite(inside).all()
     reverse, _ = topk_weights(teacher, student, [-1.0], beta=1.0, lam=1.0)
-    assert reverse[0, 0] == 0.0
-    assert np.isnan(reverse[0, 1])
+    assert reverse[0].tolist() == [0.0, 0.0]
+
+
+def test_at_reverse_kl_a_listed_id_of_no_probability_joins_the_tail() -> None:
+    nothing = {"actual_ids": [5], "actual_logp": [-2.0]}
+    with_zero = TopK.from_lists([[(0, -0.7), (1, -1.2), (2, -np.inf)]], **nothing)
+    without = TopK.from_lists([[(0, -0.7), (1, -1.2)]], **nothing)
+    student = np.array([[-1.0, -1.5, -2.0]])
+    for lam in (0.0, 1.0):
+        got = topk_weights(with_zero, student, [-2.5], beta=1.0, lam=lam)
+        expected = topk_weights(without, student[:, :2], [-2.5], beta=1.0, lam=lam)
+        np.testing.assert_allclose(got[0][:, :2], expected[0], rtol=1e-12)
+        assert got[0][0, 2] == 0.0
+        np.testing.assert_allclose(got[1], expected[1], rtol=1e-12)
+    ruled_out = TopK.from_lists([[(0, -0.7), (2, -np.inf)]], actual_ids=[2], actual_logp=[-np.inf])
+    assert np.isnan(topk_weights(ruled_out, student[:, :2], [-2.5], beta=1.0, lam=1.0)[1]).all()
+    assert np.isfinite(topk_weights(ruled_out, student[:, :2], [-2.5], beta=0.5, lam=1.0)[1]).all()
 
 
 def test_float32_in_is_float32_out_and_close_to_float64() -> None:

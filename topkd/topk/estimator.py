@@ -51,15 +51,17 @@ def topk_weights(
         is_weight: [R] importance ratio s(y)/behaviour(y) of the realised token, already truncated; None = 1.
 
     Returns:
-        ``(w_ids [R, K], w_actual [R])``, float32 when the student's logprobs are, else float64. Pads have weight 0.
-        NaN = no signal, to be masked: a row without list or with an unknown student logprob (both weights), a realised
-        token outside A whose logprob is unknown on either side (``w_actual``, only for lam > 0), and at beta = 1 any
-        place where the teacher's probability is zero.
+        ``(w_ids [R, K], w_actual [R])``, float32 when the student's logprobs are, else float64. Pads have weight 0, and
+        at beta = 1 so have listed ids with t = 0: log t has no finite value there, and they join the tail. NaN = no
+        signal, to be masked: a row without list or with an unknown student logprob (both weights), and for lam > 0 a
+        realised token outside A that is unknown, has s = 0, or has t = 0 at beta = 1 (``w_actual``).
     """
     beta = check_beta(beta)
     if not 0.0 <= lam <= 1.0:
         raise ConfigError("lam out of range", got=lam, expected="0 (tail bucket) .. 1 (unbiased for the dense loss)")
-    student = _student(teacher, student_logp_at_ids)
+    member = _members(teacher, beta)
+    known = _student(teacher, student_logp_at_ids)
+    student = np.where(member, known, -np.inf)
     actual = logp64("student_logp_actual", student_logp_actual)
     ratio = np.asarray(1.0 if is_weight is None else is_weight, dtype=np.float64)
     if actual.shape != (teacher.rows,) or (ratio.ndim and ratio.shape != (teacher.rows,)):
@@ -68,16 +70,15 @@ def topk_weights(
             got=f"{actual.shape} and {ratio.shape}",
             expected=(teacher.rows,),
         )
-    listed = teacher.listed
     teacher_tail, student_tail = _tails(teacher, student)
     gated = (teacher_tail < EMPTY_TAIL) | (student_tail < EMPTY_TAIL)
     baseline = advantage64(np.log(teacher_tail) - np.log(student_tail), beta)
     baseline = np.where(gated, 0.0, baseline)
 
     at_ids = teacher.logp.astype(np.float64)
-    weights = np.where(listed, weighted_advantage(at_ids, student, beta) - np.exp(student) * baseline[:, None], 0.0)
+    weights = np.where(member, weighted_advantage(at_ids, student, beta) - np.exp(student) * baseline[:, None], 0.0)
 
-    inside = ((teacher.ids == teacher.actual_ids[:, None]) & listed).any(axis=1)
+    inside = ((teacher.ids == teacher.actual_ids[:, None]) & member).any(axis=1)
     with np.errstate(invalid="ignore"):
         difference = np.where(np.isneginf(actual), np.nan, teacher.actual_logp.astype(np.float64) - actual)
     tail = lam * ratio * (advantage64(difference, beta) - baseline)
@@ -85,7 +86,7 @@ def topk_weights(
     tail = np.where(inside | gated | (lam == 0.0), 0.0, tail)
 
     hole = ~teacher.signal if teacher.k else np.zeros(teacher.rows, dtype=np.bool_)
-    hole = hole | (np.isnan(student) & listed).any(axis=1)
+    hole = hole | np.isnan(known).any(axis=1)
     dtype = result_dtype(student_logp_at_ids, student_logp_actual)
     return (
         narrowed(np.where(hole[:, None], np.nan, weights), dtype),
@@ -93,13 +94,19 @@ def topk_weights(
     )
 
 
-def gated_rows(teacher: TopK, student_logp_at_ids: ArrayLike) -> Bool:
+def gated_rows(teacher: TopK, student_logp_at_ids: ArrayLike, *, beta: float = 0.5) -> Bool:
     """bool [R], True where ``topk_weights`` finds a tail empty to rounding (t_o or s_o below 1e-6) and gates it.
 
     Report their share: on such rows the estimator is that of the listed ids alone.
     """
-    teacher_tail, student_tail = _tails(teacher, _student(teacher, student_logp_at_ids))
+    student = np.where(_members(teacher, check_beta(beta)), _student(teacher, student_logp_at_ids), -np.inf)
+    teacher_tail, student_tail = _tails(teacher, student)
     return np.asarray((teacher_tail < EMPTY_TAIL) | (student_tail < EMPTY_TAIL))
+
+
+def _members(teacher: TopK, beta: float) -> Bool:
+    """bool [R, K]: the ids of A. At beta = 1 an id with t = 0 is left to the tail, which is as good a partition."""
+    return teacher.listed & ~np.isneginf(teacher.logp) if beta == 1.0 else teacher.listed
 
 
 def weighted_advantage(teacher: Float64, student: Float64, beta: float) -> Float64:
