@@ -5,12 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 
 from tests.offline.samples import same, scored
-from topkd.offline import ScoreStore, TeacherIdentity, gc, merge, stats, verify
+from topkd.offline import ScoreStore, TeacherIdentity, gc, merge, profile, stats, verify
 from topkd.topk import Rollout, SamplingParams
 from topkd.topk.errors import CacheError
 
@@ -164,3 +165,34 @@ def test_records_stream_in_disk_order_and_can_be_told_apart(tmp_path):
         original, expected = scored(seed, tokens=20 + seed)
         assert np.array_equal(ids, original)
         assert scores.actual_logp.tobytes() == expected.actual_logp.tobytes()
+
+
+def test_a_profile_gives_quantiles_of_mass_and_entropy_and_counts_holes(tmp_path):
+    ids, scores = scored(1, odd=True)
+    with ScoreStore(tmp_path, mode="a", codec="raw") as store:
+        store.put(A, ids, scores)
+    found = json.loads(json.dumps(profile(tmp_path)))
+    assert (found["scores"], found["rows"], found["holes"]) == (1, 34, 1)
+    assert found["mass"][3] == pytest.approx(float(np.median(scores.mass()[1:])))
+    bins = np.concatenate([scores.logp, scores.tail_logp[:, None]], 1)[1:].astype(np.float64)
+    entropy = [-sum(np.exp(v) * v for v in row if np.isfinite(v)) for row in bins]
+    assert found["entropy"][3] == pytest.approx(float(np.median(entropy)))
+    assert found["lengths"][0] == 34
+    ScoreStore(tmp_path / "empty", mode="a").close()
+    assert profile(tmp_path / "empty")["mass"] == []
+
+
+def test_what_another_machine_left_is_read_but_not_sealed_unless_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("topkd.offline.appending.host_id", lambda: 7)
+    away = ScoreStore(tmp_path / "live", mode="a")
+    away.put(A, *scored(1))
+    away.commit()
+    shutil.copytree(tmp_path / "live", tmp_path / "shared")  # the copy has no lock
+    away.close()
+    monkeypatch.undo()
+    with ScoreStore(tmp_path / "shared", mode="a") as store:
+        assert store.get(A, scored(1)[0], 5, 8) is not None
+    assert not list((tmp_path / "shared").glob("*.idx"))
+    assert gc(tmp_path / "shared").copied == 0
+    assert gc(tmp_path / "shared", foreign=True).copied == 1
+    assert verify(tmp_path / "shared").damage == []

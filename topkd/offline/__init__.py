@@ -6,7 +6,7 @@ from topkd.offline.exchange import Exchange, export_parquet, from_dataset, impor
 from topkd.offline.imports import import_axolotl, import_distillkit
 from topkd.offline.keys import TeacherIdentity
 from topkd.offline.store import ScoreStore
-from topkd.offline.upkeep import CacheStats, Verification, stats, verify
+from topkd.offline.upkeep import CacheStats, Verification, profile, stats, verify
 
 __all__ = [
     "CacheMetrics",
@@ -27,6 +27,7 @@ __all__ = [
     "import_distillkit",
     "import_parquet",
     "merge",
+    "profile",
     "stats",
     "to_dataset",
     "verify",

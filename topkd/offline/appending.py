@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import socket
 import time
 import uuid
 from pathlib import Path
@@ -46,7 +47,9 @@ class SegmentWriter:
                 self._fd = self._claim()
             number += 1
         self.number = number - 1
-        packed = SEGMENT_HEADER.pack(SEGMENT_MAGIC, VERSION, ALIGN, writer.encode(), self.number, time.time_ns())
+        packed = SEGMENT_HEADER.pack(
+            SEGMENT_MAGIC, VERSION, ALIGN, writer.encode(), self.number, host_id(), time.time_ns()
+        )
         self._write(packed + CHECK.pack(xxhash.xxh3_64_intdigest(packed)))
 
     def append(self, header: Header, payload: bytes) -> int:
@@ -132,8 +135,18 @@ class SegmentWriter:
         self.end += len(block)
 
 
-def adopt_orphans(root: Path) -> list[Damage]:
-    """Seals every segment that its writer left behind; returns what was found damaged in them."""
+def host_id() -> int:
+    """Which machine this is: a lock may not reach over a network file system, so it proves nothing about other ones."""
+    return xxhash.xxh3_64_intdigest(socket.gethostname().encode())
+
+
+def adopt_orphans(root: Path, *, foreign: bool = False) -> list[Damage]:
+    """Seals every segment that its writer left behind; returns what was found damaged in them.
+
+    Args:
+        root: The folder.
+        foreign: Also those of other machines. They are read all the same; sealing them is for when nobody writes there.
+    """
     damage: list[Damage] = []
     for path in segment_paths(root):
         if path.with_suffix(".idx").exists():
@@ -147,6 +160,8 @@ def adopt_orphans(root: Path) -> list[Damage]:
                 continue
             segment = Segment(path)
             try:
+                if segment.host not in {None, host_id()} and not foreign:
+                    continue
                 scan = segment.scan(payloads=True)
             finally:
                 segment.close()

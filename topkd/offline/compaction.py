@@ -34,7 +34,11 @@ class Compaction:
 
 
 def gc(
-    path: str | os.PathLike[str], *, codec: CodecName | None = None, segment_bytes: int = SEGMENT_BYTES
+    path: str | os.PathLike[str],
+    *,
+    codec: CodecName | None = None,
+    segment_bytes: int = SEGMENT_BYTES,
+    foreign: bool = False,
 ) -> Compaction:
     """Rewrites the sealed segments with live records only, then removes the old ones.
 
@@ -45,6 +49,7 @@ def gc(
         path: The cache.
         codec: Encode the lists anew ("cold" for an archive; packed to cold and back changes no value).
         segment_bytes: Size at which a new segment is begun.
+        foreign: Also what crashed writers on other machines left unsealed; only when nobody writes there.
     """
     root = Path(path)
     open_folder(root, create=False)
@@ -53,7 +58,7 @@ def gc(
         for index in root.glob("seg-*.idx"):
             if isinstance(read_index(index), str) or not index.with_suffix(".tkl").exists():
                 index.unlink(missing_ok=True)  # its segment is sealed again, or gone
-        damage = adopt_orphans(root)
+        damage = adopt_orphans(root, foreign=foreign)
         # A damaged record must not make a sound one of the same key superfluous: everything is read first.
         segments, table = read_tables(root, damage=damage)
         try:

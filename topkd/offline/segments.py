@@ -9,7 +9,6 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +21,10 @@ from topkd.topk.errors import CacheCorruptError, CacheError
 
 VERSION = 1
 TORN = "torn tail"
+_CHUNK = 1 << 20
 SEGMENT_MAGIC = b"TKLSEG\r\n"  # the line end shows a copy in text mode
 INDEX_MAGIC = b"TKLIDX\r\n"
-SEGMENT_HEADER = struct.Struct(
-    "<8sHH4x12sI8xQ8x"
-)  # magic, version, header bytes, writer, number, created (ns, for display)
+SEGMENT_HEADER = struct.Struct("<8sHH4x12sIQQ8x")  # magic, version, header bytes, writer, number, host, created (ns)
 INDEX_HEADER = struct.Struct(
     "<8sHH4xQQQQ8x"
 )  # magic, version, header bytes, entries, end of data, payload bytes, check
@@ -71,7 +69,7 @@ def segment_paths(root: Path) -> list[Path]:
 
 
 class Segment:
-    """A segment that is read. Sealed ones are mapped; one that may still grow is read by position."""
+    """A segment that is read. A sealed one is mapped; one that may yet grow or be cut is read by position."""
 
     _fd = -1
 
@@ -82,6 +80,7 @@ class Segment:
         self._map: mmap.mmap | None = None
         self._fd = os.open(path, os.O_RDONLY)
         self.end = 0
+        self.host: int | None = None  # of the writer, where the header tells
         try:
             self._check_header()
             self._load_index()
@@ -109,25 +108,25 @@ class Segment:
         A damaged header hides its length, so the search goes on at the next 64-byte boundary where a header holds.
         """
         size = self.size
-        view = self._view(size)
         found: list[tuple[int, Header]] = []
         damage: list[Damage] = []
         position = end = first
         while position < size:
-            header = read_header(view[position : position + ALIGN])
+            header = read_header(self._bytes(position, ALIGN))
             if header is None or position + header.span > size:
-                following = _next_header(view, position + ALIGN, size)
+                following = self._next_header(position + ALIGN, size)
                 if following is None:
                     damage.append(Damage(self.name, position, size - position, TORN, fatal=False))
                     break
                 damage.append(Damage(self.name, position, following - position, "record header does not hold"))
                 position = following
                 continue
-            if payloads and xxhash.xxh3_64_intdigest(_payload(view, position, header)) != header.check:
+            body = self._bytes(position + ALIGN, header.span - ALIGN) if payloads else memoryview(b"")
+            if payloads and _digest(body[: header.size]) != header.check:
                 damage.append(Damage(self.name, position, header.span, "record checksum does not hold"))
             else:
                 found.append((position, header))
-                if payloads and any(view[position + ALIGN + header.size : position + header.span]):
+                if payloads and any(body[header.size :]):
                     damage.append(Damage(self.name, position, header.span, "padding is not zero", fatal=False))
             position = end = position + header.span
         return Scan(found, damage, end)
@@ -150,7 +149,7 @@ class Segment:
             # The records carry their own checksums and are read all the same.
             self.damage.append(Damage(self.name, 0, ALIGN, "segment header does not hold"))
             return
-        version = SEGMENT_HEADER.unpack_from(block)[1]
+        _, version, _, _, _, self.host, _ = SEGMENT_HEADER.unpack_from(block)
         if version > VERSION:
             raise CacheError(
                 "the cache was written by a newer topkd",
@@ -185,10 +184,17 @@ class Segment:
             return memoryview(self._map)[offset : offset + size]
         return memoryview(os.pread(self._fd, size, offset))
 
-    def _view(self, size: int) -> memoryview:
-        if self._map is not None or not size:
-            return memoryview(self._map or b"")
-        return memoryview(mmap.mmap(self._fd, size, access=mmap.ACCESS_READ))
+    def _next_header(self, first: int, size: int) -> int | None:
+        """The first aligned offset from ``first`` on where a whole record stands."""
+        for chunk in range(first, size, _CHUNK):
+            block = self._bytes(chunk, min(_CHUNK, size - chunk))
+            words = np.frombuffer(block, "<u4", len(block) // ALIGN * (ALIGN // 4)).reshape(-1, ALIGN // 4)
+            for row in np.flatnonzero(words[:, 0] == int.from_bytes(MAGIC, "little")):
+                offset = chunk + int(row) * ALIGN
+                header = read_header(self._bytes(offset, ALIGN))
+                if header is not None and offset + header.span <= size:
+                    return offset
+        return None
 
 
 def read_index(path: Path) -> tuple[SortedIndex, int] | str | None:
@@ -210,24 +216,3 @@ def read_index(path: Path) -> tuple[SortedIndex, int] | str | None:
 
 def _digest(view: memoryview) -> int:
     return xxhash.xxh3_64_intdigest(view)
-
-
-def _payload(view: memoryview, offset: int, header: Header) -> memoryview:
-    return view[offset + ALIGN : offset + ALIGN + header.size]
-
-
-def _next_header(view: memoryview, first: int, size: int) -> int | None:
-    for offset in _candidates(view, first, size):
-        header = read_header(view[offset : offset + ALIGN])
-        if header is not None and offset + header.span <= size:
-            return offset
-    return None
-
-
-def _candidates(view: memoryview, first: int, size: int) -> Iterator[int]:
-    blocks = (size - first) // ALIGN
-    if blocks <= 0:
-        return
-    words = np.frombuffer(view, "<u4", blocks * (ALIGN // 4), first).reshape(blocks, ALIGN // 4)
-    for block in np.flatnonzero(words[:, 0] == int.from_bytes(MAGIC, "little")):
-        yield first + int(block) * ALIGN

@@ -26,6 +26,7 @@ from topkd.offline.tables import (
     read_tables,
     teachers_of,
 )
+from topkd.topk.errors import CacheCorruptError
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,50 @@ def verify(path: str | os.PathLike[str]) -> Verification:
             rows.append(header_rows(position, scan.found))
     told = answers(joined(rows))
     return Verification(str(root), count, len(told), int(len(told) - live_rows(told).sum()), size, damage)
+
+
+def profile(path: str | os.PathLike[str], *, sample: int = 256, seed: int = 0) -> dict[str, Any]:
+    """Distributions over a sample of live scores, for pictures: captured mass, entropy bound, lengths.
+
+    ``entropy`` is the lower bound in nats that the list gives (its entries, and the tail as one lump). Quantiles are
+    those in ``quantiles``; holes and unknown tails are counted and left out.
+    """
+    root = Path(path)
+    open_folder(root, create=False)
+    segments, table = read_tables(root)
+    quantiles = [0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99]
+    mass, entropy, holes, rows = [], [], 0, 0
+    try:
+        told = answers(table)
+        live = told[live_rows(told)]
+        scores = live[live["kind"] == SCORE]
+        chosen = np.random.default_rng(seed).permutation(len(scores))[:sample]
+        for row in scores[np.sort(chosen)]:
+            with contextlib.suppress(CacheCorruptError):  # verify names it
+                _, found = segments[int(row["segment"])].read(int(row["offset"])).score()
+                signal = found.signal
+                rows, holes = rows + found.rows, holes + int((~signal).sum())
+                bins = np.concatenate([found.logp, found.tail_logp[:, None]], axis=1)[signal].astype(np.float64)
+                mass.append(found.mass()[signal])
+                bins = bins[~np.isnan(bins[:, -1])]
+                p = np.exp(bins)
+                entropy.append(-np.sum(p * np.where(p > 0, bins, 0.0), axis=1))
+    finally:
+        close_all(segments)
+
+    def at(parts: list[Any]) -> list[float]:
+        values = np.concatenate(parts) if parts else np.zeros(0)
+        return [float(value) for value in np.quantile(values, quantiles)] if values.size else []
+
+    return {
+        "scores": len(chosen),
+        "rows": rows,
+        "holes": holes,
+        "quantiles": quantiles,
+        "mass": at(mass),
+        "entropy": at(entropy),
+        "lengths": at([scores["rows"].astype(np.float64)]),
+    }
 
 
 def _unindexed(segment: Segment, found: list[tuple[int, Header]]) -> list[Damage]:
