@@ -21,11 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     key = os.environ.pop(options.pop("api_key_env"), None)
     try:
         config = _config(options, key)
-        from transformers.utils import logging as progress
-
         from topkd.serve.run import serve
 
-        progress.disable_progress_bar()
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # this program's output is a log
         serve(config)
     except TopkdError as error:
         sys.stderr.write(f"topkd serve: {error}\n")
@@ -63,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _end_with_parent() -> None:
     """A pipe closes when its other end dies, however it dies: SIGKILL leaves no orphan."""
-    while sys.stdin.buffer.read(4096):
+    # os.read, not sys.stdin: a buffered reader held by a daemon thread aborts the interpreter's own clean end.
+    while os.read(0, 4096):
         pass
     os._exit(0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,7 +79,9 @@ class Backbone:
         """Load a PEFT LoRA folder under ``name``, replacing what had that name."""
         if name in self._adapters:
             self.unload_adapter(name)
-        self.model.load_adapter(path, adapter_name=name)
+        with warnings.catch_warnings():  # several adapters side by side are what a server is for
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            self.model.load_adapter(path, adapter_name=name)
         self.model.eval()
         self._adapters.add(name)
         self._adapter = name  # loading activates it

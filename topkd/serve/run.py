@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 
-from topkd.serve.app import create_app
 from topkd.serve.config import ServeConfig
-from topkd.serve.loading import load_model
 from topkd.topk.errors import ConfigError
 
 READY = "topkd serve: ready at "
@@ -37,7 +36,16 @@ def serve(config: ServeConfig) -> None:
     Raises:
         ConfigError: The address is taken, or the model cannot be loaded or served.
     """
+    folder = Path(config.model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            "the folder holds no model", where=f"model={config.model}", expected="config.json, weights and a tokenizer"
+        )
     listening = listen(config.host, config.port)
+    # Imported after the cheap mistakes have been found: torch and transformers take seconds.
+    from topkd.serve.app import create_app
+    from topkd.serve.loading import load_model
+
     with contextlib.closing(listening):
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
