@@ -113,7 +113,7 @@ async def ask_vllm(session: Session) -> None:
         return
     await ask("realised_token", SCORING, "realised token's logprob", probe_scores.realised_token, on_error="fail")
     await ask("alignment", SCORING, "alignment self-test", probe_scores.self_test, on_error="fail")
-    await ask("score_temperature", SCORING, "temperature, top_k", probe_vllm.score_temperature)
+    await ask("score_temperature", SCORING, "sampling temperature", probe_vllm.score_temperature)
     await ask("context", SCORING, "longest prompt", probe_vllm.context_room)
     await ask("candidates", SCORING, "candidate scoring", probe_vllm.candidates)
     await ask("suffix", SCORING, "suffix scoring", probe_vllm.suffix)

@@ -100,7 +100,7 @@ def _rows(reply: dict[str, Any]) -> list[dict[str, Any] | None]:
 
 async def score_temperature(session: Session) -> None:
     """Scores must not follow the sampling parameters of their request."""
-    plain, heated = [await _scored(session, fields) for fields in ({}, {"temperature": 2.0, "top_k": 3})]
+    plain, heated = [await _scored(session, fields) for fields in ({}, {"temperature": 2.0})]
     difference = float(np.abs(plain.actual_logp - heated.actual_logp).max())
     same = difference < _SAME
     if same:
@@ -108,7 +108,7 @@ async def score_temperature(session: Session) -> None:
     session.add(
         "score_temperature",
         SCORING,
-        "temperature, top_k",
+        "sampling temperature",
         "ok" if same else "fail",
         "ignored" if same else "followed",
         "as they must be in a score" if same else "its scores follow the sampling temperature",
@@ -131,13 +131,13 @@ async def _scored(session: Session, fields: dict[str, Any]) -> TopK:
 
 
 async def sample_temperature(session: Session) -> None:
-    """What sampled logprobs are of, from draws at temperature 2 and at top_k = 1."""
+    """What sampled logprobs are of, from a draw at temperature 2 and one with all but the top token cut off."""
     rows = await session.teacher.score(
         np.append(session.prompt, session.prompt[-1]), session.prompt.size - 1, session.k
     )
     raw = dict(zip(rows.ids[0].tolist(), rows.logp[0].tolist(), strict=True))
     hot = await _listed(session, SamplingParams(1, temperature=2.0, seed=3))
-    cut = await _listed(session, SamplingParams(1, top_k=1, seed=3))
+    cut = await _listed(session, SamplingParams(1, min_p=1.0, seed=3))
     kind = sampled_kind(raw, hot, cut)
     session.know(sample_temp=kind)
     said = {
@@ -163,7 +163,7 @@ async def sample_temperature(session: Session) -> None:
 
 
 def sampled_kind(raw: dict[int, float], hot: dict[int, float], cut: dict[int, float]) -> SampleTemp:
-    """How logprobs of a draw at temperature 2 (``hot``) and one at top_k 1 (``cut``) relate to the scores (``raw``)."""
+    """How logprobs of a draw at temperature 2, and one of only the top token, relate to the scores."""
     shared = [token for token in hot if token in raw and hot[token] > LOWEST]
     if len(shared) < 2:
         return "unknown"
