@@ -14,28 +14,35 @@ if TYPE_CHECKING:
     from topkd.clients.dialect import ServerInfo
     from topkd.clients.fleet import Fleet, TeacherRouter
     from topkd.clients.stream import Done, Job, Stream
+    from topkd.clients.sync import FleetWeightSink, SglangWeightSink, VllmWeightSink
     from topkd.clients.vllm import VllmCompletions
 
 _HOMES = {
     "ClientConfig": "config",
     "Done": "stream",
     "Fleet": "fleet",
+    "FleetWeightSink": "sync",
     "Job": "stream",
     "ServerInfo": "dialect",
+    "SglangWeightSink": "sync",
     "Stream": "stream",
     "TeacherRouter": "fleet",
     "VllmCompletions": "vllm",
+    "VllmWeightSink": "sync",
     "connect": "connection",
 }
 __all__ = [
     "ClientConfig",
     "Done",
     "Fleet",
+    "FleetWeightSink",
     "Job",
     "ServerInfo",
+    "SglangWeightSink",
     "Stream",
     "TeacherRouter",
     "VllmCompletions",
+    "VllmWeightSink",
     "connect",
 ]
 
