@@ -126,7 +126,7 @@ async def test_a_redirect_to_another_host_drops_the_key_and_one_on_the_same_host
 async def test_a_redirect_to_nowhere_is_a_typed_error(location: str):
     async with FaultyServer() as server, VllmCompletions(server.url, model="t", config=QUICK) as client:
         server.redirect_to = location or "#"
-        with pytest.raises((ResponseError, RequestRefusedError, ServerUnreachableError)):
+        with pytest.raises((ResponseError, RequestRefusedError, ServerUnreachableError, ConfigError)):
             await client.score(IDS, 3, 4)
 
 
@@ -174,7 +174,7 @@ async def test_the_total_time_bounds_all_tries_together():
 
 def test_one_client_serves_one_event_loop_after_another():
     async def once(server: FaultyServer, client: VllmCompletions) -> float:
-        async with server:
+        async with server, client:
             return float((await client.score(IDS, 3, 4)).actual_logp[0])
 
     server = FaultyServer()

@@ -121,7 +121,7 @@ def ranked(rows: Ranked, ids: Int32, start: int, vocab_size: int | None = None) 
     _check_values(ids[start + 1 :, None], rows.actual_logp[:, None], start, vocab_size)
     logp, actual_logp = rows.logp, rows.actual_logp
     zeros = 0
-    if (actual_logp <= LOWEST).any() or (logp[:, -1:] <= LOWEST).any():
+    if min(actual_logp.min(initial=0.0), logp.min(initial=0.0)) <= LOWEST:
         zero, actual_zero = logp <= LOWEST, actual_logp <= LOWEST
         zeros = int(np.count_nonzero(zero) + np.count_nonzero(actual_zero & rows.extra))
         logp, actual_logp = np.where(zero, -np.inf, logp), np.where(actual_zero, -np.inf, actual_logp)

@@ -75,12 +75,12 @@ class HttpxTransport:
         self._pools: weakref.WeakKeyDictionary[
             asyncio.AbstractEventLoop, dict[tuple[bool, bool], httpx.AsyncClient]
         ] = weakref.WeakKeyDictionary()
-        self._closed = False
+        self._closed: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
 
     async def send(self, request: Request) -> Reply:
         """The reply, redirects followed; see ``Transport``."""
         where = f"{request.method} {request.url}"
-        if self._closed:
+        if asyncio.get_running_loop() in self._closed:
             raise ConfigError("the client is closed", where=where)
         try:
             async with asyncio.timeout(request.timeout_s):
@@ -100,8 +100,12 @@ class HttpxTransport:
             ) from error
         except httpx.TimeoutException as error:
             raise ServerTimeoutError("no reply in time", where=where, hint=_SLOW) from error
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
-            raise ConfigError("the address cannot be used", where=where, hint="expected http(s)://host:port") from error
+        except httpx.UnsupportedProtocol as error:  # our own addresses are http(s): it is the target of a redirect
+            raise ResponseError("the server redirects to no address", where=where) from error
+        except (httpx.InvalidURL, httpx.LocalProtocolError) as error:
+            raise ConfigError(
+                "the address, or the one it redirects to, cannot be used", where=where, expected="http(s)://host:port"
+            ) from error
         except (httpx.ConnectError, ssl.SSLError) as error:
             raise _connect_error(error, where) from error
         except (httpx.HTTPError, httpx.StreamError, httpx.CookieConflict, OSError) as error:
@@ -110,9 +114,10 @@ class HttpxTransport:
             ) from error
 
     async def aclose(self) -> None:
-        """Closes the pool of this loop; pools of loops that are gone went with them."""
-        self._closed = True
-        for client in self._pools.pop(asyncio.get_running_loop(), {}).values():
+        """Closes the pool of this loop; a loop closes what it opened."""
+        loop = asyncio.get_running_loop()
+        self._closed.add(loop)
+        for client in self._pools.pop(loop, {}).values():
             await client.aclose()
 
     def _pool(self, url: str) -> httpx.AsyncClient:
