@@ -238,8 +238,8 @@ def test_sparse_divergences_equal_trl_and_sdpo_on_a_shared_support(number: int) 
     rows, student = shared(case, case.i("teacher_topk_ids"))
     tail = sparse_divergence_loss(student, rows, beta=beta, reduction="none")
     renormalised = sparse_divergence_loss(student, rows, beta=beta, tail="renormalise", reduction="none")
-    # upstream takes 1 - sum_k s_k in float32, wrong by up to 0.3 % where the student's tail is 2e-5: repeated as it does,
-    # on the stored inputs, and held against ours more loosely
+    # upstream takes 1 - sum_k s_k in float32, wrong by up to 0.3 % where the student's tail is 2e-5: repeated as it
+    # does, on the stored inputs, and held against ours more loosely
     listed = case.i("teacher_topk_logprobs")
     given = torch.log_softmax(student, -1).gather(-1, case.i("teacher_topk_ids"))
     close(given.detach(), case.i("student_at_teacher_ids"), 1e-6, 1e-6)
@@ -257,11 +257,11 @@ def test_sparse_divergences_equal_trl_and_sdpo_on_a_shared_support(number: int) 
     kwargs = {"beta": beta, "top_k": case.params["K"], "reduction": "none"}
     for kind, wanted in (("bucket", tail), ("renormalise", renormalised)):
         ours = generalized_jsd_loss(student, case.i("teacher_logits"), tail=kind, **kwargs)
-        close(ours.detach(), wanted.detach(), 5e-5, 5e-4)
+        close(ours.detach(), wanted.detach(), 5e-5, 2e-3)
     on_student, student = shared(case, case.i("student_logits").topk(case.params["K"]).indices)
     for kind, name in (("bucket", "student_topk_support_tail"), ("renormalise", "student_topk_support_renorm")):
         ours = sparse_divergence_loss(student, on_student, beta=beta, tail=kind, reduction="none")
-        close(ours.detach(), case.e(name), 5e-5, 5e-4)
+        close(ours.detach(), case.e(name), 5e-5, 2e-3)
 
 
 @pytest.mark.parametrize("number", cases("sdpo_losses", kind="claas_compute_sdpo_loss"))

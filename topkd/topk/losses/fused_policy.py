@@ -11,7 +11,7 @@ from topkd.topk.errors import ConfigError
 from topkd.topk.fused import eager, fused_row_loss
 from topkd.topk.losses.divergence import check_beta
 from topkd.topk.losses.jsd import check_positive
-from topkd.topk.losses.sparse import scale_total, select_teacher
+from topkd.topk.losses.sparse import loss_dtype, scale_total, select_teacher
 from topkd.topk.losses.teacher import Teacher
 from topkd.topk.losses.tokens import Reduction, check_finite
 from topkd.topk.losses.topk_policy import (
@@ -97,7 +97,7 @@ def fused_topk_policy_gradient_loss(
         behavior = behavior_logp[used]
     made: list[SupportWeights] = []
     buckets: list[Tensor] = []
-    student_logp = torch.empty(rows.actual_ids.shape, dtype=rows.logp.dtype, device=hidden.device)
+    student_logp = torch.empty(rows.actual_ids.shape, dtype=loss_dtype(hidden), device=hidden.device)
 
     def row_loss(logp: Tensor, lse: Tensor, part: slice) -> Tensor:  # noqa: ARG001 - the protocol's argument
         at_ids, actual, teacher_part = logp[:, :-1], logp[:, -1], rows.rows(part)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.losses.divergence import check_beta, clamp_value, divergence_terms, log_softmax, log_tail
+from topkd.topk.losses.divergence import check_beta, clamp_value, divergence_terms, log_softmax
 from topkd.topk.losses.tokens import FullReduction, labels_mask, reduce_tokens, upcast
 
 Tail: TypeAlias = Literal["bucket", "renormalise"]
@@ -92,8 +92,15 @@ def _on_support(student: Tensor, teacher: Tensor, top_k: int | None, tail: Tail)
     ids = teacher.topk(min(top_k, teacher.shape[-1]), dim=-1).indices
     if tail == "renormalise":
         return log_softmax(student.gather(-1, ids)), log_softmax(teacher.gather(-1, ids))
-    student_logp, teacher_logp = log_softmax(student).gather(-1, ids), log_softmax(teacher).gather(-1, ids)
-    return with_tail(student_logp, log_tail(student_logp)), with_tail(teacher_logp, log_tail(teacher_logp))
+    return _bucketed(log_softmax(student), ids), _bucketed(log_softmax(teacher), ids)
+
+
+def _bucketed(logp: Tensor, ids: Tensor) -> Tensor:
+    # the whole vocabulary is at hand: the tail is summed, as 1 - sum would cancel
+    rest = logp.scatter(-1, ids, -math.inf)
+    empty = torch.isneginf(rest).all(-1, keepdim=True)
+    tail = torch.logsumexp(torch.where(empty, 0.0, rest), -1).masked_fill(empty.squeeze(-1), -math.inf)
+    return with_tail(logp.gather(-1, ids), tail)
 
 
 def with_tail(logp: Tensor, tail_logp: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def sparse_divergence_loss(
     """
     check_sparse_options(beta, tail, temperature)
     rows, used = select_teacher(teacher, mask, student_logits.shape[:-1], student_logits, k)
-    factor = select_weight(row_weight, used, rows)
+    factor = select_weight(row_weight, used, student_logits)
     logp, _ = gather_logprobs(student_logits[used], rows.ids)
     per_row = factor * divergence(*bins(logp, rows, tail, temperature), beta)
     return reduce_tokens(per_row, used, reduction, num_tokens)
@@ -108,7 +108,7 @@ def fused_divergence_loss(
     """
     check_sparse_options(beta, tail, temperature)
     rows, used = select_teacher(teacher, mask, hidden.shape[:-1], hidden, k)
-    picked, factor = hidden[used], select_weight(row_weight, used, rows)
+    picked, factor = hidden[used], select_weight(row_weight, used, hidden)
     if tail == "renormalise":
         z = subset_logits(picked, weight, rows.ids, bias=bias)
         per_row = factor * divergence(*bins(z, rows, tail, temperature), beta)
@@ -143,19 +143,23 @@ def select_teacher(
     teacher: Teacher, mask: Tensor | None, shape: torch.Size, like: Tensor, k: int | None
 ) -> tuple[SparseTeacher, Tensor]:
     """The teacher's rows that train, and the boolean selection they come from (valid and not a hole)."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    sparse = teacher_rows(teacher, shape, like.device, dtype).head(k)
+    sparse = teacher_rows(teacher, shape, like.device, loss_dtype(like)).head(k)
     used: Tensor = boolean_mask(mask, shape, like.device)
     used = torch.logical_and(used, sparse.signal.reshape(shape))
     return sparse.rows(used.reshape(-1)), used
 
 
-def select_weight(row_weight: Tensor | None, used: Tensor, rows: SparseTeacher) -> Tensor:
-    """The detached factors of the rows that train, [N]; ones when None."""
+def select_weight(row_weight: Tensor | None, used: Tensor, like: Tensor) -> Tensor:
+    """The detached factors of the rows that train, [N] in the loss's dtype; ones when None."""
     if row_weight is None:
-        return torch.ones_like(rows.tail_logp)
+        return torch.ones(int(used.sum()), dtype=loss_dtype(like), device=like.device)
     check_finite(used, row_weight=row_weight)
-    return row_weight.detach()[used].to(rows.tail_logp.dtype)
+    return row_weight.detach()[used].to(loss_dtype(like))
+
+
+def loss_dtype(like: Tensor) -> torch.dtype:
+    """float64 for float64 inputs, else float32."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 def scale_total(total: Tensor, count: int, reduction: Reduction, num_tokens: float | Tensor | None) -> Tensor:

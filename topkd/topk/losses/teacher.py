@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 import torch
@@ -61,6 +61,10 @@ class SparseTeacher:
             self.actual_logp[index],
         )
 
+    def to(self, device: torch.device) -> SparseTeacher:
+        """The same rows on a device."""
+        return SparseTeacher(*(getattr(self, field.name).to(device) for field in fields(self)))
+
     def head(self, k: int | None) -> SparseTeacher:
         """The k most probable entries; what is dropped joins the tail. None changes nothing.
 
@@ -108,7 +112,7 @@ def teacher_rows(teacher: Teacher, shape: torch.Size, device: torch.device, dtyp
         dtype: float32 or float64, as the student's logprobs.
     """
     if isinstance(teacher, SparseTeacher):
-        sparse = teacher
+        sparse = teacher.to(device)
     else:
         if not isinstance(teacher, TopK):
             teacher = TopK.concat(_padded(teacher, shape))
