@@ -32,7 +32,9 @@ class _Side:
     ids: Int32
     logp: Float32
     listed: Float64  # [R] entries that are not pads
-    share: Float64  # [R] probability of a missing id, before the cap by the left-over mass
+    share: (
+        Float64  # [R], or [1] where all rows agree: probability of a missing id, before the cap by the left-over mass
+    )
     remaining: Float64  # [R] stored tail mass, NaN = unknown
     ragged: Bool  # [R] the row has a pad or an exact zero
 
@@ -50,7 +52,8 @@ def _side(scores: TopK, floor: float) -> _Side:
         finite = np.isfinite(logp).sum(axis=1)
         last = last.copy()
         last[ragged] = np.take_along_axis(logp, np.maximum(finite - 1, 0)[:, None], axis=1)[:, 0]
-    share = np.exp(np.minimum(last, floor, dtype=np.float64))
+    lowest = np.minimum(last, floor, dtype=np.float64)
+    share = np.exp(lowest[:1] if (lowest == lowest[0]).all() else lowest)
     return _Side(scores.ids, scores.logp, listed, share, np.exp(scores.tail_logp, dtype=np.float64), ragged)
 
 
@@ -67,7 +70,7 @@ class UnionTail:
         self.equal = np.zeros(shape, dtype=np.bool_)
         self.p = tuple(np.empty((self.block_rows, k), dtype=np.float32) for k in (teacher_k, student_k))
         self.product = tuple(np.empty_like(p) for p in self.p)
-        self.shares: list[Float32 | np.float32] = [np.float32(0.0), np.float32(0.0)]
+        self.shares: list[Float32] = []
         slot = np.arange(self.width, dtype=np.uint32)
         self.slot = slot + np.zeros_like(self.key)
         self.base = np.arange(self.block_rows, dtype=np.uint32)[:, None] * np.uint32(self.width) + np.zeros_like(
@@ -90,6 +93,7 @@ class UnionTail:
         if max(int(teacher.ids.max()), int(student.ids.max())) > self.max_id:
             return np.full(rows, np.nan), np.arange(rows)
         sides = _side(teacher, floor), _side(student, floor)
+        self._set_shares(sides[0].share, sides[1].share, beta)
         sums = np.empty((6, rows))
         for start in range(0, rows, self.block_rows):
             part = slice(start, min(start + self.block_rows, rows))
@@ -100,11 +104,9 @@ class UnionTail:
         count, split = sums.shape[1], self.split
         value, key = self.value[:count], self.key[:count]
         scale = max(beta, 1.0 - beta)
-        for index, (side, columns, weight, share) in enumerate(
-            (
-                (teacher, slice(0, split), beta, student.share[part] * ((1.0 - beta) / scale)),
-                (student, slice(split, None), 1.0 - beta, teacher.share[part] * (beta / scale)),
-            )
+        shares = [share if share.ndim == 0 else share[part, None] for share in self.shares]
+        for index, (side, columns, weight) in enumerate(
+            ((teacher, slice(0, split), beta), (student, slice(split, None), 1.0 - beta))
         ):
             p, product = self.p[index][:count], self.product[index][:count]
             logp, ids, ones = side.logp[part], side.ids[part], self.ones[columns]
@@ -115,10 +117,7 @@ class UnionTail:
             sums[2 * index + 1] = _row_sums(product, ones)
             if weight != scale:
                 p *= np.float32(weight / scale)
-            other = np.maximum(share, _NEVER_ZERO).astype(np.float32)
-            # One number for the whole block where it can be: a broadcast column costs as much as a logarithm.
-            self.shares[index] = other[0] if (other == other[0]).all() else other[:, None]
-            np.add(p, self.shares[index], out=value[:, columns])
+            np.add(p, shares[index], out=value[:, columns])
             keys = ids.view(np.uint32)
             if ragged:
                 pads = ids < 0
@@ -127,9 +126,20 @@ class UnionTail:
             np.left_shift(keys, np.uint32(self.bits), out=key[:, columns])
         key |= self.slot[:count]
         key.sort(axis=1)
-        sums[4], sums[5] = self._mixture(count, self.shares[0] + self.shares[1])
+        sums[4], sums[5] = self._mixture(count, np.asarray(shares[0] + shares[1]))
 
-    def _mixture(self, count: int, shares: Float32 | np.float32) -> tuple[Float32, Float32]:
+    def _set_shares(self, teacher: Float64, student: Float64, beta: float) -> None:
+        """What a teacher slot and a student slot get for the side that may lack the id, in units of the larger weight.
+
+        One number where all rows agree: a broadcast column costs as much as a logarithm.
+        """
+        scale = max(beta, 1.0 - beta)
+        self.shares = [
+            np.maximum(share * (weight / scale), _NEVER_ZERO).astype(np.float32).reshape(() if share.size == 1 else -1)
+            for share, weight in ((student, 1.0 - beta), (teacher, beta))
+        ]
+
+    def _mixture(self, count: int, shares: Float32) -> tuple[Float32, Float32]:
         """Pairs a row, and the sum of M log M a row."""
         key, step, equal = self.key[:count], self.step[:count], self.equal[:count]
         mixed, log, same = self.mixed[:count], self.log[:count], self.same[:count]
@@ -155,7 +165,7 @@ class UnionTail:
 
 def _row_sums(values: Float32, ones: Float32) -> Float32:
     """Sums over short rows by BLAS; over long ones pairwise, which rounds less."""
-    return np.asarray(values @ ones if ones.size <= 64 else values.sum(axis=1))
+    return np.asarray(values @ ones if ones.size <= 128 else values.sum(axis=1))
 
 
 def _finish(teacher: _Side, student: _Side, sums: Float64, beta: float) -> tuple[Float64, NDArray[np.intp]]:
