@@ -4,9 +4,9 @@
 
 Synthetic scores: Zipf-Mandelbrot ids (half from a topic of the sequence), 60 % confident positions, V = 151,936. Bytes
 of the packed codec do not depend on the ids; those of compressed formats do. Every reader ends with the same NumPy
-arrays. Files are in the page cache. Times are medians of alternating repeats, by CPU time (and by the clock). HF datasets are read in whichever of
-their list and NumPy forms is faster for random and for sequential reads; ``hf_arrow`` (buffers taken from the Arrow
-table by hand, past the datasets interface) is reported beside them and not part of the target.
+arrays. Files are in the page cache. Times are medians of alternating repeats, by CPU time (and by the clock). HF
+datasets are read in whichever of their list and NumPy forms is faster, for random and for sequential reads apart.
+``hf_arrow`` (buffers taken from the Arrow table by hand, past the datasets interface) is reported, not part of the target.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class Parquet:
 
 
 def median_rates(sides: dict, sequences: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Medians by CPU time (what the ratios use: one thread, warm pages, and other work on the machine) and by the clock."""
+    """Medians by CPU time (what the ratios use: one thread, warm pages, a busy machine) and by the clock."""
     rng = np.random.default_rng(1)
     clocks = {"": time.process_time, "wall_": time.perf_counter}
     seconds: dict[tuple[str, str], list[float]] = {}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tests.offline.samples import checked, same, scored
-from topkd.offline.codecs import ACTUAL_IS_NEXT, CODECS, HAS_PADS, decode, encode, narrowed
+from topkd.offline.codecs import ACTUAL_IS_NEXT, CODECS, HAS_PADS, PLAIN, decode, encode, narrowed
 from topkd.topk import TopK
 from topkd.topk.errors import CacheCorruptError, ResponseError
 
@@ -62,7 +62,7 @@ def test_ids_of_any_size_survive_beside_pads(vocabulary, codec):
     logp = np.array([[-0.5, -3.0], [-0.25, -np.inf]], np.float32)
     scores = TopK(0, top, logp, ids[1:], np.array([-1.0, -2.0]), np.array([-1.5, np.nan]))
     shape, payload = encode(ids, scores, codec)
-    assert shape.flags == ACTUAL_IS_NEXT | HAS_PADS
+    assert shape.flags == ACTUAL_IS_NEXT | HAS_PADS  # not PLAIN: a pad is -inf
     assert decode(shape, memoryview(payload))[1].ids.tolist() == top.tolist()
 
 
@@ -98,6 +98,21 @@ def test_naive_rounding_would_have_been_refused():
 def test_a_slightly_positive_logprob_stays_within_tolerance():
     scores = TopK(0, [[7]], np.array([[9.99e-4]]), [1], [0.0], [np.nan])
     assert checked(roundtrip(np.array([0, 1], np.int32), scores, "packed")).logp[0, 0] <= 9.99e-4
+
+
+@pytest.mark.parametrize("codec", ["packed", "cold"])
+def test_every_fp16_decodes_to_its_value_with_and_without_the_table(codec):
+    every = -np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)  # all finite negatives, descending
+    near, ids = every[:, None], np.arange(len(every) + 1, dtype=np.int32)
+    unknown = np.full(len(every), np.nan)
+    plain = TopK(0, np.ones(near.shape, np.int32), near, ids[1:], unknown, unknown)
+    assert encode(ids, plain, codec)[0].flags & PLAIN
+    assert np.array_equal(roundtrip(ids, plain, codec).logp, near)
+    with_zero = near.copy()
+    with_zero[7] = -np.inf
+    tabled = TopK(0, np.ones(near.shape, np.int32), with_zero, ids[1:], unknown, unknown)
+    assert not encode(ids, tabled, codec)[0].flags & PLAIN
+    assert np.array_equal(roundtrip(ids, tabled, codec).logp, with_zero)
 
 
 def test_a_finite_logprob_beyond_fp16_is_written_raw_and_never_becomes_zero_probability():

@@ -80,8 +80,8 @@ class SortedIndex:
         row = bisect_left(column, high)
         places = []
         while row < len(column) and column[row] == high:
-            entry = self.entries[row]
-            if int(entry["low"]) == low:
+            entry = self.entries[row].item()
+            if entry[0] == low:
                 places.append(place_of(entry, segment))
             row += 1
         return places
@@ -108,8 +108,8 @@ class JoinedIndex:
         places = []
         while at < len(column) and column[at] == high:
             segment, part = self._parts[self._part[at]]
-            entry = part.entries[self._row[at]]
-            if int(entry["low"]) == low:
+            entry = part.entries[self._row[at]].item()
+            if entry[0] == low:
                 places.append(place_of(entry, segment))
             at += 1
         return places
@@ -120,16 +120,10 @@ def key_halves(key: bytes) -> tuple[int, int]:
     return int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big")
 
 
-def place_of(entry: Any, segment: int) -> Place:
+def place_of(entry: tuple[int, ...], segment: int) -> Place:
     """The place that an index entry names."""
-    return Place(
-        segment,
-        int(entry["offset"]),
-        int(entry["kind"]),
-        int(entry["start"]),
-        int(entry["asked"]),
-        int(entry["rows"]),
-    )
+    _, offset, start, rows, _, asked, _, kind, _, _ = entry
+    return Place(segment, offset, kind, start, asked, rows)
 
 
 def place_at(segment: int, offset: int, header: Header) -> Place:

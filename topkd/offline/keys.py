@@ -94,7 +94,7 @@ def token_array(ids: Ids) -> Int32:
     array = np.asarray(ids)
     if array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
         raise DataError("token ids must be a non-empty list of integers", got=f"{array.dtype} {array.shape}")
-    if array.min() < 0 or array.max() > np.iinfo(np.int32).max:
+    if array.min() < 0 or (array.dtype != np.int32 and array.max() > np.iinfo(np.int32).max):
         raise DataError("token id out of range", got=f"{array.min()}..{array.max()}", expected="0..2**31-1")
     return np.ascontiguousarray(array, dtype=np.int32)
 
@@ -102,7 +102,7 @@ def token_array(ids: Ids) -> Int32:
 def score_key(identity: TeacherIdentity, ids: Int32) -> bytes:
     """Key of a score: the teacher and every token it saw. Where scoring starts and K are no part of it."""
     return hashlib.blake2b(
-        ids.astype("<i4", copy=False).tobytes(), digest_size=KEY_BYTES, key=identity.digest, person=b"score"
+        ids.astype("<i4", copy=False).data, digest_size=KEY_BYTES, key=identity.digest, person=b"score"
     ).digest()
 
 

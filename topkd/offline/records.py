@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -28,8 +28,7 @@ _ROLLOUT_HEAD = struct.Struct("<I")
 _MAX_PAYLOAD = (1 << 32) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """What stands before a payload.
 
     Attributes:
@@ -83,8 +82,7 @@ def read_header(block: bytes | memoryview) -> Header | None:
     return Header(*_HEADER.unpack_from(block)[1:])
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """A record whose checksums held."""
 
     header: Header
@@ -144,7 +142,7 @@ def rollout_record(
         if rollout.topk is not None:
             sequence = np.concatenate([rollout.prompt_ids, rollout.completion_ids])
             shape, lists = encode(sequence, rollout.topk, codec)
-            entry["lists"] = {**asdict(shape), "size": len(lists)}
+            entry["lists"] = {**shape._asdict(), "size": len(lists)}
             body.append(lists + bytes(-len(lists) % 4))  # the next rollout's arrays stay aligned
         described.append(entry)
     head = json.dumps({"rollouts": described}, sort_keys=True, separators=(",", ":")).encode()
