@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", help="folder or id of a Hugging Face causal LM")
     parser.add_argument("--served-model-name")
     parser.add_argument("--host")
+    parser.add_argument("--dialect")
     for name in ("port", "max-logprobs", "max-model-len", "max-queue", "max-batch-tokens", "max-running"):
         parser.add_argument(f"--{name}", type=int)
     for name in ("max-kv-tokens", "max-body-bytes", "seed"):

@@ -14,12 +14,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from topkd import __version__
-from topkd.serve import generate, openai
+from topkd.serve import generate, openai, sglang
 from topkd.serve.config import ServeConfig
 from topkd.serve.control import Control
 from topkd.serve.refusal import Refusal
 from topkd.serve.requests import DetokenizeBody, TokenizeBody, check_ids
 from topkd.serve.served import VLLM_DIALECT, Served
+from topkd.serve.sglang_control import SglangControl
 from topkd.serve.wire import KeyGuard, answered, detail, json_reply, read
 
 
@@ -32,9 +33,11 @@ def create_app(model: Any, tokenizer: Any, config: ServeConfig) -> Starlette:
         yield
         served.engine.stop()
 
-    routes = [*_information(served), *openai.routes(served), *generate.routes(served)]
-    if config.control_routes:
-        routes += Control(served).routes()
+    routes = [*_information(served), *openai.routes(served)]
+    if config.dialect == "sglang":
+        routes += [*sglang.routes(served), *(SglangControl(served).routes() if config.control_routes else [])]
+    else:
+        routes += [*generate.routes(served), *(Control(served).routes() if config.control_routes else [])]
     middleware = [] if config.api_key is None else [Middleware(KeyGuard, key=config.api_key.get_secret_value())]
     app = Starlette(routes=routes, middleware=middleware, lifespan=lifespan, exception_handlers={HTTPException: detail})
     app.state.served = served
@@ -85,7 +88,9 @@ def _information(served: Served) -> list[Route]:
         served.adapter_of(body.model)
         return json_reply({"prompt": served.words.decode(list(check_ids(body.tokens, served.vocab)))})
 
-    gets = {"/v1/models": models, "/version": version, "/load": load, "/metrics": metrics}
+    gets = {"/v1/models": models, "/load": load, "/metrics": metrics}
+    if served.config.dialect == "vllm":
+        gets["/version"] = version
     return [
         *(Route(path, answered(healthy), methods=["GET", "POST"]) for path in ("/health", "/ping")),
         *(Route(path, answered(handler), methods=["GET"]) for path, handler in gets.items()),

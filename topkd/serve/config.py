@@ -17,6 +17,8 @@ class ServeConfig(BaseModel):
         model: A folder, or an id the local Hugging Face cache can resolve.
         served_model_name: The name clients use; ``model`` itself when None.
         port: 0 takes a free one.
+        dialect: Whose native routes are mounted beside the OpenAI ones. "sglang" is written from SGLang's documents and
+            source, not observed on a running one; it has no limit on K.
         max_logprobs: The largest K (vLLM's default is 20); -1 for the whole vocabulary.
         max_model_len: Prompt plus completion; None takes the model's own.
         api_key: When set, every route but /health, /ping, /version and /metrics wants ``Authorization: Bearer KEY``.
@@ -37,6 +39,7 @@ class ServeConfig(BaseModel):
     served_model_name: str | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    dialect: Literal["vllm", "sglang"] = "vllm"
     max_logprobs: int = Field(default=20, ge=-1)
     max_model_len: int | None = Field(default=None, ge=2)
     api_key: SecretStr | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -10,12 +9,12 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from topkd.serve import changes
 from topkd.serve.engine import PauseMode
-from topkd.serve.loading import reload_weights
 from topkd.serve.refusal import Refusal, worker_failed
 from topkd.serve.served import Served
 from topkd.serve.wire import answered, json_reply, read
-from topkd.topk.errors import TopkdError
+from topkd.topk.errors import DataError, TopkdError
 
 NO_TRANSFER = "Weight transfer not configured. Please set weight_transfer_config to enable weight transfer."
 
@@ -80,14 +79,9 @@ class Control:
         body = await read(request, RpcBody, self._limit)
         if body.method != "reload_weights":
             raise worker_failed("collective_rpc", f"'Worker' object has no attribute '{body.method}'")
-        path = str(body.kwargs.get("weights_path") or self._served.config.model)
-
-        def work() -> None:
-            reload_weights(self._served.model, path)
-            self._served.engine.weights_changed()
-
+        path = body.kwargs.get("weights_path") or self._served.config.model
         try:
-            await self._served.engine.call(work)
+            await changes.reload(self._served, str(path))
         except TopkdError as error:
             raise worker_failed("collective_rpc", str(error)) from error
         return json_reply({"results": [None]})
@@ -165,20 +159,13 @@ class Control:
                 "If you want to load the adapter in place, set 'load_inplace' to True.",
                 kind="InvalidUserInput",
             )
-        if not (Path(body.lora_path) / "adapter_config.json").is_file():
-            raise Refusal(
-                f"Loading lora {name} failed: No adapter found for {body.lora_path}", status=404, kind="NotFoundError"
-            )
-
-        def work() -> None:
-            served.engine.backbone.load_adapter(name, body.lora_path)
-            served.engine.weights_changed()
-
         try:
-            await served.engine.call(work)
+            await changes.load_adapter(served, name, body.lora_path)
+        except DataError as error:
+            message = f"Loading lora {name} failed: {error}"
+            raise Refusal(message, status=404, kind="NotFoundError") from error
         except Exception as error:
             raise worker_failed("add_lora", f"{type(error).__name__}: {error}") from error
-        served.adapters[name] = body.lora_path
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload_adapter(self, request: Request) -> Response:
@@ -187,11 +174,5 @@ class Control:
         name, served = body.lora_name, self._served
         if name not in served.adapters:
             raise Refusal(f"The lora adapter '{name}' cannot be found.", status=404, kind="NotFoundError")
-        del served.adapters[name]
-
-        def work() -> None:
-            served.engine.drop_adapter(name)
-            served.engine.backbone.unload_adapter(name)
-
-        await served.engine.call(work)
+        await changes.unload_adapter(served, name)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")

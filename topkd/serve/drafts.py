@@ -55,7 +55,12 @@ def draw_next(sequences: Sequence[Draft], logits_BV: Tensor, *, processed: bool,
         picked.append(draw(logits, sampling.greedy, sequence.generator))
         if processed:
             shaped.append(logits)
-    shown_BV = torch.stack(shaped) if processed else logits_BV
+        elif sampling.scaled_logprobs and not sampling.greedy:
+            shaped.append(logits_BV[row] / sampling.temperature)
+        else:
+            shaped.append(logits_BV[row])
+    scaled = processed or any(sequence.sampling.scaled_logprobs for sequence in sequences)
+    shown_BV = torch.stack(shaped) if scaled else logits_BV
     tokens_B1 = torch.tensor(picked, device=logits_BV.device)[:, None]
     lse_B1 = shown_BV.logsumexp(-1, keepdim=True)
     chosen_B1 = shown_BV.gather(1, tokens_B1)

@@ -34,6 +34,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
     detokenize: bool = True
+    scaled_logprobs: bool = False  # of the distribution at this temperature, before truncation: SGLang's convention
 
     @property
     def greedy(self) -> bool:

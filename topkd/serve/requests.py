@@ -47,7 +47,15 @@ class SamplingFields(BaseModel):
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
 
-    def sampling(self, *, max_tokens: int, logprobs: int | None, vocab: int, detokenize: bool = True) -> Sampling:
+    def sampling(
+        self,
+        *,
+        max_tokens: int,
+        logprobs: int | None,
+        vocab: int,
+        detokenize: bool = True,
+        scaled_logprobs: bool = False,
+    ) -> Sampling:
         """The checked parameters; whatever was left out draws from the model's own distribution."""
         chosen = Sampling(
             max_tokens=max_tokens,
@@ -69,6 +77,7 @@ class SamplingFields(BaseModel):
             logit_bias=_bias(self.logit_bias),
             allowed_token_ids=tuple(self.allowed_token_ids or ()),
             detokenize=detokenize,
+            scaled_logprobs=scaled_logprobs,
         )
         _check(chosen, self.n, vocab)
         return chosen
