@@ -103,10 +103,18 @@ def guarded(request: pytest.FixtureRequest) -> Endpoint:
 
 
 @pytest.fixture(params=SERVERS)
-def doomed(request: pytest.FixtureRequest) -> Endpoint:
-    """A server that the test may kill: its tests run after all others."""
-    up: Endpoint = request.getfixturevalue("guarded_vllm" if request.param == "vllm" else "embedded")
-    return up
+def doomed(
+    request: pytest.FixtureRequest, models: Models, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Endpoint]:
+    """A server that the test may kill: an embedded one of its own, or the guarded vLLM, which no later test needs."""
+    if request.param == "vllm":
+        yield request.getfixturevalue("guarded_vllm")
+        return
+    log = tmp_path_factory.mktemp("doomed") / "server.log"
+    with embedded_server(
+        models.policy, model="t", log=log, max_logprobs=MAX_LOGPROBS, max_model_len=MAX_MODEL_LEN, api_key=API_KEY
+    ) as up:
+        yield up
 
 
 @pytest.hookimpl(trylast=True)

@@ -190,6 +190,8 @@ def _differences(real: Any, ours: Any, where: str = "") -> Iterator[str]:
     elif isinstance(real, float) and isinstance(ours, float):
         if real != ours and not abs(real - ours) <= TOLERANCE:
             yield f"{where}: {ours} instead of {real}"
+    elif key == "message" and isinstance(real, str) and real.replace("CPUWorker", "Worker") == ours:
+        return  # names the class of the worker
     elif type(real) is not type(ours) or real != ours:
         yield f"{where}: {ours!r} instead of {real!r}"
 

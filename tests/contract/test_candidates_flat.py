@@ -14,6 +14,8 @@ from tests.contract.conftest import MAX_LOGPROBS, MAX_MODEL_LEN, Models
 from tests.contract.reference import logp_rows
 from tests.contract.servers import OLDER_VLLM_PYTHON, Endpoint, vllm_server
 from tests.contract.wire import array, generate, get, refused, token_ids
+from topkd.clients import ClientConfig
+from topkd.clients.vllm_generate import VllmGenerate
 
 pytestmark = [
     pytest.mark.vllm,
@@ -64,3 +66,14 @@ def test_repeats_pads_and_the_newer_schema_are_refused(older_vllm: Endpoint, ask
         "sampling_params": {"max_tokens": 1, "prompt_logprob_token_ids": asked},
     }
     assert refused(older_vllm, "/inference/v1/generate", body)["message"]
+
+
+async def test_our_client_serves_a_list_a_row_from_the_shared_schema(older_vllm: Endpoint):
+    rng = np.random.default_rng(0)
+    ids = token_ids(9, seed=602)
+    wanted = np.stack([rng.choice(2048, 4, replace=False) for _ in range(8)]).astype(np.int32)
+    wanted[2, 3] = -1
+    async with VllmGenerate(older_vllm.url, config=ClientConfig(max_retries=1)) as up:
+        got = await up.score_candidates(ids, 0, wanted)
+    exact = np.take_along_axis(logp_rows(older_vllm.model_dir, ids)[:-1], np.maximum(wanted, 0), axis=1)
+    np.testing.assert_allclose(got, np.where(wanted < 0, -np.inf, exact), rtol=0, atol=TOLERANCE)

@@ -16,6 +16,7 @@ from tests.contract.reference import logp_rows
 from tests.contract.servers import LLAMA_PYTHON, Endpoint, free_port, running
 from tests.contract.wire import complete, get, post, token_ids
 from topkd.clients import ClientConfig, VllmCompletions
+from topkd.clients.probe import probe
 from topkd.topk.errors import ResponseError, UnsupportedError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -108,3 +109,10 @@ async def test_our_client_says_it_cannot_teach_instead_of_returning_rows(llama: 
     async with VllmCompletions(llama.url, model="t", config=ClientConfig(max_retries=1, backoff_s=0.05)) as up:
         with pytest.raises((ResponseError, UnsupportedError), match="prompt_logprobs"):
             await up.score(readable, 0, 3)
+
+
+async def test_the_probe_says_it_cannot_teach(llama: Endpoint):
+    report = await probe(llama.url)
+    assert not report.can_teach
+    assert "cannot teach" in report.verdict
+    assert report.capabilities.score_k is None

@@ -1,0 +1,41 @@
+"""``probe`` on running servers: what it says must be what the suite found out the long way."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.contract.conftest import API_KEY
+from tests.contract.servers import Endpoint
+from topkd.clients.probe import probe
+
+
+async def test_the_probe_finds_the_servers_limits_and_passes_it_as_a_teacher(server: Endpoint):
+    report = await probe(server.url, api_key=server.api_key, student=server.model_dir)
+    assert report.can_teach, report.verdict
+    assert f"K <= {server.max_logprobs}" in report.verdict
+    can = report.capabilities
+    assert (can.score_k, can.max_model_len, can.vocab_size) == (server.max_logprobs, server.max_model_len, 2048)
+    assert (can.score_temp, can.sample_temp) == ("none", "raw")
+    assert can.evidence == "probed"
+    assert {finding.key for finding in report.findings if finding.status == "fail"} == set()
+    for key in ("alignment", "realised_token"):
+        assert report[key].status == "ok", f"{key}: {report[key].value} {report[key].detail}"
+    # Not "ok": transformers gives a Qwen2 model its own pre-tokenizer, whatever tokenizer.json says, so texts are cut
+    # in two ways here. The ids mean the same, which is what must hold.
+    assert report["tokenizer"].value.startswith("yes"), report["tokenizer"]
+    # A stock vLLM on CPU mounts the route and lacks the runner for candidates; the embedded server has them.
+    assert can.candidates == (None if server.real else "rows")
+
+
+async def test_the_probe_never_shows_the_key(embedded: Endpoint):
+    report = await probe(embedded.url, api_key=API_KEY)
+    assert API_KEY not in str(report.as_json())
+
+
+@pytest.mark.parametrize("student", ["other"])
+async def test_a_student_with_another_tokenizer_is_noticed(embedded: Endpoint, student: str, tmp_path):
+    from tests.fakes.tinymodels import make_tiny_model
+
+    other = make_tiny_model(tmp_path / student, vocab=1024)
+    report = await probe(embedded.url, api_key=API_KEY, student=other)
+    assert report["tokenizer"].status in {"warn", "fail"}, report["tokenizer"]
