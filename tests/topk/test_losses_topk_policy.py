@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from topkd.topk import TopK
+from topkd.topk import TopK, topk_weights
 from topkd.topk.errors import AlignmentError, ConfigError
 from topkd.topk.losses import SparseTeacher, topk_policy_gradient_loss
 from topkd.topk.losses.divergence import divergence
@@ -142,6 +142,27 @@ def test_a_topk_gives_the_same_loss_as_float64_tensors_up_to_its_own_float32() -
     assert topk_policy_gradient_loss(at_ids, chosen, topk).item() == pytest.approx(exact.item(), rel=1e-5)
     parts = [topk.slice(slice(0, 1)), topk.slice(slice(1, 3))]
     assert topk_policy_gradient_loss(at_ids, chosen, parts).item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("beta", BETAS)
+def test_numpy_and_torch_give_the_same_weights(beta: float, lam: float) -> None:
+    logits, teacher = pair(21, rows=6)
+    y = [0, 1, 2, 3, 4, 5]
+    topk = served(teacher, y)
+    logp = torch.log_softmax(logits, -1)
+    at_ids = logp.gather(-1, torch.tensor(topk.ids).long()).requires_grad_()
+    chosen = logp.gather(-1, torch.tensor(y)[:, None])[:, 0].requires_grad_()
+    ratio = torch.linspace(0.3, 1.8, 6, dtype=torch.float64)
+    loss = topk_policy_gradient_loss(
+        at_ids, chosen, topk, beta=beta, lam=lam, behavior_logp=chosen.detach() - ratio.log(), reduction="sum"
+    )
+    loss.backward()
+    w_ids, w_actual = topk_weights(
+        topk, at_ids.detach().numpy(), chosen.detach().numpy(), beta=beta, lam=lam, is_weight=ratio.numpy()
+    )
+    np.testing.assert_allclose(-at_ids.grad.numpy(), w_ids, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(-chosen.grad.numpy(), w_actual, rtol=1e-5, atol=1e-7)
 
 
 def test_padded_sequences_of_a_batch_give_the_flat_loss() -> None:

@@ -9,6 +9,7 @@ from topkd.topk.losses.jsd import generalized_jsd_loss
 from topkd.topk.losses.kd import KDLoss
 from topkd.topk.losses.policy import icepop_loss, importance_sampling_loss, ppo_clip_loss, reinforce_loss
 from topkd.topk.losses.sparse import fused_divergence_loss, sparse_divergence_loss
+from topkd.topk.losses.sparse_objectives import sparse_entropy_aware_loss, sparse_eopd_loss, sparse_taid_loss
 from topkd.topk.losses.taid import taid_loss
 from topkd.topk.losses.teacher import SparseTeacher
 from topkd.topk.losses.topk_policy import topk_policy_gradient_loss
@@ -29,6 +30,9 @@ __all__ = [
     "ppo_clip_loss",
     "reinforce_loss",
     "sparse_divergence_loss",
+    "sparse_entropy_aware_loss",
+    "sparse_eopd_loss",
+    "sparse_taid_loss",
     "taid_loss",
     "teacher_entropy",
     "topk_policy_gradient_loss",

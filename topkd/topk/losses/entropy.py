@@ -161,17 +161,8 @@ def eopd_loss(
     teacher_logp = log_softmax(select_rows(teacher_logits.detach(), valid).to(student_logp.dtype))
     chosen = sampled_ids[valid].long().unsqueeze(-1)
     s_y, t_y = student_logp.gather(-1, chosen).squeeze(-1), teacher_logp.gather(-1, chosen).squeeze(-1)
-    known = ~(torch.isneginf(t_y) | torch.isneginf(s_y))
-    advantage = torch.where(known, t_y - s_y.detach(), 0.0)
-    if advantage_clip is not None:
-        advantage = advantage.clamp(-advantage_clip, advantage_clip)
-    weight = torch.ones_like(advantage)
-    if behavior_logp is not None:
-        check_same("sampled_ids", sampled_ids.shape, behavior_logp=behavior_logp)
-        check_finite(valid, behavior_logp=behavior_logp)
-        weight = importance_ratio(s_y, behavior_logp.detach()[valid].to(s_y.dtype))
-        weight = weight if cap is None else weight.clamp(max=cap)
-    sampled_term = -(weight * advantage * torch.where(known, s_y, 0.0))
+    behavior = select_behavior(behavior_logp, valid)
+    sampled_term, advantage, known = sampled_reverse_kl(s_y, t_y, behavior, cap, advantage_clip)
     h_teacher = entropy(teacher_logp)
     gate = h_teacher >= tau
     covering = torch.where(gate, forward_kl_on_top(teacher_logp, student_logp, k), 0.0)
@@ -186,6 +177,34 @@ def eopd_loss(
         "excluded": float((~known).sum()),
     }
     return loss, metrics
+
+
+def sampled_reverse_kl(
+    student_logp: Tensor, teacher_logp: Tensor, behavior: Tensor | None, cap: float | None, advantage_clip: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(-sg[r A] log s(y), A, known), each [N]: the sampled-token policy gradient of KL(S||T).
+
+    Not known are tokens to which a side gives probability zero: their log-ratio is infinite, and they add nothing.
+    """
+    known = ~(torch.isneginf(teacher_logp) | torch.isneginf(student_logp))
+    advantage = torch.where(known, teacher_logp - student_logp.detach(), 0.0)
+    if advantage_clip is not None:
+        advantage = advantage.clamp(-advantage_clip, advantage_clip)
+    weight = torch.ones_like(advantage)
+    if behavior is not None:
+        weight = importance_ratio(student_logp, behavior.to(student_logp.dtype))
+        weight = weight if cap is None else weight.clamp(max=cap)
+    return -(weight * advantage * torch.where(known, student_logp, 0.0)), advantage, known
+
+
+def select_behavior(behavior_logp: Tensor | None, used: Tensor) -> Tensor | None:
+    """The detached behaviour logprobs of the rows that train; refused where one is not finite."""
+    if behavior_logp is None:
+        return None
+    if behavior_logp.shape != used.shape:
+        raise ConfigError("behavior_logp has another shape", got=tuple(behavior_logp.shape), expected=tuple(used.shape))
+    check_finite(used, behavior_logp=behavior_logp)
+    return behavior_logp.detach()[used]
 
 
 def forward_kl_on_top(teacher_logp: Tensor, student_logp: Tensor, k: int) -> Tensor:

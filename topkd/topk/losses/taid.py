@@ -64,7 +64,7 @@ def taid_loss(
     check_same("student_logits", student_logits.shape, teacher_logits=teacher_logits)
     valid = boolean_mask(mask, student_logits.shape[:-1], student_logits.device)
     student = select_rows(student_logits, valid)
-    target_logp = log_softmax(_blend(student.detach(), select_rows(teacher_logits.detach(), valid), t))
+    target_logp = log_softmax(blend(student.detach(), select_rows(teacher_logits.detach(), valid), t))
     per_token = cross_entropy(target_logp, student)
     loss = reduce_mean(per_token, per_token.shape[0], num_tokens)
     if not return_metrics:
@@ -88,7 +88,8 @@ def entropy(logp: Tensor) -> Tensor:
     return -torch.where(listed, safe.exp() * safe, 0.0).sum(-1)
 
 
-def _blend(student: Tensor, teacher: Tensor, t: float) -> Tensor:
+def blend(student: Tensor, teacher: Tensor, t: float) -> Tensor:
+    """(1-t) student + t teacher, without the leg of weight zero (0 * -inf is nan)."""
     teacher = teacher.to(student.dtype)
     if t == 0.0:
         return student

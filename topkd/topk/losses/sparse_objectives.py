@@ -1,0 +1,167 @@
+"""TAID and the entropy-aware losses where the teacher is known only at K ids a row.
+
+What the list cannot say is bounded: the entropy gates use head + tail as one lump <= H_T <= head + tail spread evenly
+over the other ids, and the metrics count the rows that the two bounds leave undecided.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from topkd.topk.errors import ConfigError
+from topkd.topk.fused import gather_logprobs
+from topkd.topk.losses.divergence import divergence, log_softmax
+from topkd.topk.losses.entropy import sampled_reverse_kl, select_behavior
+from topkd.topk.losses.jsd import Tail, check_positive
+from topkd.topk.losses.sparse import bins, check_sparse_options, select_teacher
+from topkd.topk.losses.taid import blend, cross_entropy, entropy
+from topkd.topk.losses.teacher import SparseTeacher, Teacher
+from topkd.topk.losses.tokens import Reduction, reduce_mean, reduce_tokens, widest
+
+
+def sparse_taid_loss(
+    student_logits: Tensor,
+    teacher: Teacher,
+    mask: Tensor | None = None,
+    *,
+    t: float,
+    tail: Tail = "bucket",
+    k: int | None = None,
+    num_tokens: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """CE(p_t, S) with p_t prop. to S^(1-t) T^t on the list's bins, averaged over valid rows; and {"kl", "t"}.
+
+    With tail="renormalise" it is TAID of the two conditionals on the list. With "bucket" the blend is made on the K + 1
+    bins, which is not the coarse-graining of the full blend (a geometric mean does not commute with a sum). t = 1 is
+    cross-entropy against the teacher's bins: the sparse form of KDLoss.
+
+    Args:
+        student_logits: [N, V] or [B, T, V].
+        teacher: The same rows.
+        mask: bool, True = valid; None = all. Holes are masked besides.
+        t: Interpolation weight of the teacher, in [0, 1].
+        tail: "bucket" or "renormalise".
+        k: Use only the k most probable entries.
+        num_tokens: Divide by this instead of the valid rows of this batch.
+
+    Returns:
+        (loss, metrics).
+    """
+    if not 0.0 <= t <= 1.0:
+        raise ConfigError("t must lie in [0, 1]", got=t)
+    check_sparse_options(0.5, tail, 1.0)
+    rows, used = select_teacher(teacher, mask, student_logits.shape[:-1], student_logits, k)
+    logp, _ = gather_logprobs(student_logits[used], rows.ids)
+    teacher_bins, student_bins = bins(logp, rows, tail)
+    target = log_softmax(blend(student_bins.detach(), teacher_bins, t))
+    per_row = cross_entropy(target, student_bins)
+    loss = reduce_mean(per_row, per_row.shape[0], num_tokens)
+    kl = reduce_mean(per_row.detach() - entropy(target), per_row.shape[0], num_tokens)
+    return loss, {"kl": float(kl), "t": float(t)}
+
+
+def sparse_entropy_aware_loss(
+    student_logits: Tensor,
+    teacher: Teacher,
+    mask: Tensor | None = None,
+    *,
+    h_max: float | None = None,
+    k: int | None = None,
+    reduction: Reduction = "mean",
+    num_tokens: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Mean of w KL(T||S) + (1-w) KL(S||T) on K + 1 bins, w from the *lower* entropy bound; and its bounds.
+
+    Args:
+        student_logits: [N, V] or [B, T, V].
+        teacher: The same rows.
+        mask: bool, True = valid; None = all. Holes are masked besides.
+        h_max: Entropy at which only the forward KL is left; ln V by default.
+        k: Use only the k most probable entries.
+        reduction: "mean" or "sum".
+        num_tokens: Divide by this instead of the valid rows of this batch.
+
+    Returns:
+        (loss, {"w_low", "w_high"}): the mean weight by the lower bound, which was used, and by the upper one.
+    """
+    check_positive(h_max=h_max)
+    vocab = student_logits.shape[-1]
+    limit = math.log(vocab) if h_max is None else h_max
+    rows, used = select_teacher(teacher, mask, student_logits.shape[:-1], student_logits, k)
+    logp, _ = gather_logprobs(student_logits[used], rows.ids)
+    both = bins(logp, rows, "bucket")
+    low, high = ((bound / limit).clamp(0.0, 1.0).to(logp.dtype) for bound in entropy_bounds(rows, vocab))
+    forward = torch.where(low == 0, 0.0, low * divergence(*both, 0.0))
+    reverse = torch.where(low == 1, 0.0, (1.0 - low) * divergence(*both, 1.0))
+    loss = reduce_tokens(forward + reverse, used, reduction, num_tokens)
+    count = max(low.shape[0], 1)
+    return loss, {"w_low": float(low.sum()) / count, "w_high": float(high.sum()) / count}
+
+
+def sparse_eopd_loss(
+    student_logits: Tensor,
+    teacher: Teacher,
+    mask: Tensor | None = None,
+    *,
+    tau: float = 0.8,
+    alpha: float = 1.0,
+    k: int | None = 16,
+    behavior_logp: Tensor | None = None,
+    cap: float | None = None,
+    advantage_clip: float | None = None,
+    reduction: Reduction = "mean",
+    num_tokens: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """``eopd_loss`` from a list: L_OPD + alpha 1[H_low >= tau] KL(T~_k || S), and its metrics (arXiv:2603.07079).
+
+    The sampled token and its exact teacher logprob are the rows' ``actual_ids`` and ``actual_logp``; rows without them
+    are masked. The gate opens only where the lower entropy bound of the whole list reaches tau.
+
+    Args:
+        student_logits: [N, V] or [B, T, V].
+        teacher: The same rows.
+        mask: bool, True = valid; None = all. Holes are masked besides.
+        tau: Entropy from which the forward KL is added, in nats.
+        alpha: Its weight.
+        k: How many of the listed ids the forward KL is taken on; None = all.
+        behavior_logp: Logprob of the sampled tokens under the policy that sampled them; None = on-policy.
+        cap: Upper bound of the ratio, detached; None = none.
+        advantage_clip: Bound of |A|; None = none.
+        reduction: "mean" or "sum".
+        num_tokens: Divide by this instead of the valid rows of this batch.
+
+    Returns:
+        (loss, metrics): gate_fraction, undecided (rows with H_low < tau <= H_high), kl, excluded.
+    """
+    check_positive(cap=cap, advantage_clip=advantage_clip)
+    rows, used = select_teacher(teacher, mask, student_logits.shape[:-1], student_logits, None)
+    known = (rows.actual_ids >= 0) & ~torch.isnan(rows.actual_logp)
+    rows, used = rows.rows(known), used.masked_scatter(used, known)
+    ids = torch.cat([rows.ids, rows.actual_ids.unsqueeze(-1)], -1)
+    logp, _ = gather_logprobs(student_logits[used], ids)
+    behavior = select_behavior(behavior_logp, used)
+    t_y = rows.actual_logp.to(logp.dtype)
+    sampled, advantage, finite = sampled_reverse_kl(logp[:, -1], t_y, behavior, cap, advantage_clip)
+    low, high = entropy_bounds(rows, student_logits.shape[-1])
+    top = rows.head(k)
+    covering = divergence(log_softmax(top.logp.to(logp.dtype)), logp[:, : top.ids.shape[-1]], 0.0)
+    per_row = sampled + alpha * torch.where(low >= tau, covering, 0.0)
+    loss = reduce_tokens(per_row, used, reduction, num_tokens)
+    return loss, {
+        "gate_fraction": float((low >= tau).sum()) / max(low.shape[0], 1),
+        "undecided": float(((low < tau) & (high >= tau)).sum()),
+        "kl": -float(advantage.sum()) / max(int(finite.sum()), 1),
+        "excluded": float((~finite).sum()),
+    }
+
+
+def entropy_bounds(rows: SparseTeacher, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """(lower, upper) bound of H_T in nats, [N]: the tail as one lump, and spread evenly over the other V - K ids."""
+    head, tail = entropy(widest(rows.logp)), widest(rows.tail_logp)
+    others = (vocab_size - rows.listed.sum(-1)).clamp(min=0)
+    mass = torch.where(others > 0, tail.exp(), 0.0)
+    low = (head - mass * tail).clamp(min=0.0)
+    return low, low + mass * torch.log(others.clamp(min=1).to(tail.dtype))
