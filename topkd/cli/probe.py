@@ -76,7 +76,7 @@ def show(report: ProbeReport, console: Console) -> None:
     table = Table(box=None, padding=(0, 1, 0, 0), show_header=False, pad_edge=False)
     table.add_column(no_wrap=True, width=1)
     table.add_column(width=24)
-    table.add_column(width=17, overflow="fold")
+    table.add_column(width=18, overflow="fold")
     table.add_column(ratio=1, style="dim")
     group = ""
     for finding in report.findings:

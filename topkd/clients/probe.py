@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 from pydantic import SecretStr
 
-from topkd.clients import probe_scores, probe_tokens, probe_vllm
+from topkd.clients import probe_openai, probe_sampling, probe_scores, probe_sglang, probe_tokens, probe_vllm
 from topkd.clients.bytemap import ByteMap, load_bytemap
 from topkd.clients.config import ClientConfig
 from topkd.clients.dialect import ServerInfo
+from topkd.clients.fireworks import MAX_K
+from topkd.clients.probe_dialect import open_client
 from topkd.clients.probe_findings import Load, ProbeReport, verdict
 from topkd.clients.probe_load import advice, measure_load
-from topkd.clients.probe_session import GROUPS, OPERATION, SAMPLING, SCORING, SERVER, TOKENS, Session
+from topkd.clients.probe_session import GROUPS, OPERATION, SAMPLING, SCORING, SERVER, TOKENS, Session, Teacher
 from topkd.clients.probe_wire import Wire
-from topkd.clients.vllm import VllmCompletions
 
 # A probe asks what will be refused, and must not wait long for what is broken.
 CONFIG = ClientConfig(max_retries=1, response_retries=0, backoff_s=0.1, backoff_max_s=0.5, read_timeout_s=60.0)
@@ -52,15 +55,16 @@ async def probe(
     """
     started = time.perf_counter()
     known = load_bytemap(student) if isinstance(student, str | Path) else student
-    async with VllmCompletions(url, model=model, api_key=api_key, config=config or CONFIG) as client:
+    client = await open_client(url, dialect=dialect, model=model, api_key=api_key, config=config or CONFIG)
+    async with client:
         wire = Wire(client)
         info = await client.server_info()
         prompt = await probe_tokens.probe_prompt(wire, info.model, known)
-        session = Session(client, client, wire, info, prompt, known)
-        await _server(session)
-        await ask_vllm(session)
+        session = Session(client, cast("Teacher", client), wire, info, prompt, known)
+        _server(session)
+        await _QUESTIONS[client.dialect](session)
         measured = await measure_load(session, tokens=load_tokens, batch=batch) if load and teaches(session) else None
-        return report(session, client.endpoint.url, "vllm", started, measured)
+        return report(session, client.endpoint.url, client.dialect, started, measured)
 
 
 def teaches(session: Session) -> bool:
@@ -87,40 +91,75 @@ def report(session: Session, url: str, dialect: str, started: float, load: Load 
     )
 
 
-async def _server(session: Session) -> None:
+def _server(session: Session) -> None:
     info: ServerInfo = session.info
     session.know(version=info.version, max_model_len=info.max_model_len)
     others = len(info.models) - 1
     session.add("model", SERVER, "model", "info", info.model, f"and {others} more names" if others > 0 else "")
-    session.add(
-        "version",
-        SERVER,
-        "version",
-        "info",
-        info.version or "not stated",
-        "" if info.version else "no GET /version: not a vLLM",
-    )
+    session.add("version", SERVER, "version", "info", info.version or "not stated")
 
 
-async def ask_vllm(session: Session) -> None:
+async def _ask_vllm(session: Session) -> None:
     """Every question of the vLLM dialects, in an order in which later ones may use earlier answers."""
     ask = session.ask
     await ask("speculative", SERVER, "speculative decoding", probe_vllm.speculative)
-    if not await ask("k_max", SCORING, "largest K", probe_vllm.score_limit, on_error="fail"):
-        await probe_vllm.sync_routes(session)
-        return
-    if session.capabilities.score_k is None:
-        return
+    if await ask("k_max", SCORING, "largest K", probe_vllm.score_limit, on_error="fail") and session.scores:
+        await _ask_teacher(session)
+        await ask("score_temperature", SCORING, "sampling temperature", probe_vllm.score_temperature)
+        await ask("context", SCORING, "longest prompt", probe_vllm.context_room)
+        await ask("candidates", SCORING, "candidate scoring", probe_vllm.candidates)
+        await ask("suffix", SCORING, "suffix scoring", probe_vllm.suffix)
+        await ask("spelling", TOKENS, "spelling of ids", probe_tokens.spelling)
+        await ask("vocabulary", TOKENS, "vocabulary", probe_tokens.vocabulary)
+        await ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.tokenizer)
+        await ask("speed", OPERATION, "speed of scoring", probe_scores.speed)
+    await ask("sync", OPERATION, "new weights", probe_vllm.sync_routes)
+
+
+async def _ask_teacher(session: Session) -> None:
+    """What any teacher must answer, through its client."""
+    ask = session.ask
     await ask("realised_token", SCORING, "realised token's logprob", probe_scores.realised_token, on_error="fail")
     await ask("alignment", SCORING, "alignment self-test", probe_scores.self_test, on_error="fail")
-    await ask("score_temperature", SCORING, "sampling temperature", probe_vllm.score_temperature)
-    await ask("context", SCORING, "longest prompt", probe_vllm.context_room)
-    await ask("candidates", SCORING, "candidate scoring", probe_vllm.candidates)
-    await ask("suffix", SCORING, "suffix scoring", probe_vllm.suffix)
-    await ask("sampling", SAMPLING, "ids and logprobs", probe_scores.sampling_list)
-    await ask("sample_temperature", SAMPLING, "logprobs are of", probe_vllm.sample_temperature)
-    await ask("spelling", TOKENS, "spelling of ids", probe_tokens.spelling)
-    await ask("vocabulary", TOKENS, "vocabulary", probe_tokens.vocabulary)
-    await ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.tokenizer)
-    await ask("speed", OPERATION, "speed of scoring", probe_scores.speed)
-    await probe_vllm.sync_routes(session)
+    await ask("sampling", SAMPLING, "ids and logprobs", probe_sampling.sampling_list)
+    await ask("sample_temperature", SAMPLING, "logprobs are of", probe_sampling.sample_temperature)
+
+
+async def _ask_sglang(session: Session) -> None:
+    ask = session.ask
+    await ask("speculative", SERVER, "speculative decoding", probe_vllm.speculative)
+    confirm = partial(probe_scores.widest, asked=256, limit=-1)
+    if await ask("k_max", SCORING, "largest K", confirm, on_error="fail"):
+        session.know(prefix_cached_scoring=True)
+        await _ask_teacher(session)
+        await ask("candidates", SCORING, "candidate scoring", probe_sglang.candidates)
+        await ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.tokenizer)
+        await ask("speed", OPERATION, "speed of scoring", probe_scores.speed)
+    await ask("sync", OPERATION, "new weights", probe_sglang.sync_routes)
+
+
+async def _ask_fireworks(session: Session) -> None:
+    ask = session.ask
+    confirm = partial(probe_scores.widest, asked=MAX_K, limit=MAX_K)
+    if await ask("k_max", SCORING, "largest K", confirm, on_error="fail"):
+        await _ask_teacher(session)
+        await ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.tokenizer)
+        await ask("speed", OPERATION, "speed of scoring", probe_scores.speed)
+
+
+async def _ask_openai(session: Session) -> None:
+    """An OpenAI-compatible server: does it score after all, does its echo hold, what do its draws carry?"""
+    ask = session.ask
+    if await ask("k_max", SCORING, "largest K", probe_vllm.score_limit, on_error="fail"):
+        session.add("dialect", SERVER, "dialect", "warn", "vllm, it seems", "it scores: probe it with --dialect vllm")
+    await ask("echo", SCORING, "echo", probe_openai.echo)
+    await ask("sampling", SAMPLING, "chat draws", probe_openai.chat_sampling)
+
+
+_QUESTIONS = {
+    "vllm": _ask_vllm,
+    "vllm_generate": _ask_vllm,
+    "sglang": _ask_sglang,
+    "fireworks": _ask_fireworks,
+    "openai": _ask_openai,
+}

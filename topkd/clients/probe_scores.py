@@ -7,12 +7,27 @@ import time
 import numpy as np
 
 from topkd.clients.probe_alignment import EXACT, alignment
-from topkd.clients.probe_session import OPERATION, SAMPLING, SCORING, Session
+from topkd.clients.probe_session import OPERATION, SCORING, Session
 from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import Int32
 
 DRAWN = 12
 _SPEED_TOKENS = 512
+
+
+async def widest(session: Session, asked: int, *, limit: int) -> None:
+    """Confirms K on a dialect whose limit is known beforehand (-1 = none)."""
+    scores = await session.teacher.score(session.prompt, 0, asked)
+    session.seen_ids.update(scores.ids[scores.listed].tolist())
+    session.know(score_k=limit, suffix_scoring=True, score_temp="unknown")
+    session.add(
+        "k_max",
+        SCORING,
+        "largest K",
+        "ok" if limit < 0 or limit >= 20 else "warn",
+        "no limit" if limit < 0 else str(limit),
+        f"K = {asked} confirmed on {scores.rows} rows",
+    )
 
 
 async def realised_token(session: Session) -> None:
@@ -61,7 +76,7 @@ async def self_test(session: Session) -> None:
             SCORING,
             "alignment self-test",
             "warn" if noise else "ok",
-            f"within {worst:.1g} nats",
+            f"within {max(worst, 1e-6):.1g} nats",
             f"{tokens} draws scored again; 16-bit servers differ by up to 0.1 between prefill and decoding"
             if noise
             else f"{tokens} draws scored again agree",
@@ -140,18 +155,3 @@ def long_prompt(session: Session, length: int, *, seed: int) -> Int32:
     """``length`` ids that the server is known to take, in an order that no cache has seen."""
     known = np.array(sorted(set(session.prompt.tolist())), dtype=np.int32)
     return np.random.default_rng([seed, length]).choice(known, length).astype(np.int32)
-
-
-async def sampling_list(session: Session) -> None:
-    """Ids and exact logprobs of sampled tokens, and the sampler's own list with them."""
-    [rollout] = await session.teacher.sample(session.prompt, 1, SamplingParams(2, seed=2), k=session.k)
-    exact = bool(np.isfinite(rollout.logp).all())
-    session.know(sample_k=session.capabilities.score_k)
-    session.add(
-        "sampling",
-        SAMPLING,
-        "ids and logprobs",
-        "ok" if exact else "warn",
-        "exact" if exact else "unknown logprobs",
-        f"and the sampler's own top {session.k}" + (f", weights {rollout.version!r}" if rollout.version else ""),
-    )

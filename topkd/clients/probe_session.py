@@ -77,6 +77,17 @@ class Session:
         limit = self.capabilities.score_k
         return 1 if limit is None else 20 if limit < 0 else max(1, min(20, limit))
 
+    @property
+    def scores(self) -> bool:
+        """Whether the endpoint was seen to score."""
+        return self.capabilities.score_k is not None
+
+    @property
+    def sample_k(self) -> int:
+        """A K that a draw can be listed with: some releases need one place more."""
+        limit = self.capabilities.score_k
+        return self.k - 1 if limit is not None and self.k == limit > 1 else self.k
+
     async def ask(
         self,
         key: str,

@@ -128,5 +128,10 @@ def _spells(student: ByteMap, token: int, spelt: str) -> bool:
     known = student.token_bytes.get(token)
     if known is None:
         return False
-    # The server decoded the id on its own; sentencepiece drops a leading space then, and so do we.
-    return known == spelt.encode() or student.tokenizer.decode([token], skip_special_tokens=False) == spelt
+    # The server decoded the id on its own: sentencepiece drops a leading space then, and vLLM shows the raw piece of a
+    # token that is no whole character.
+    return (
+        known == spelt.encode()
+        or student.tokenizer.decode([token], skip_special_tokens=False) == spelt
+        or student.tokenizer.id_to_token(token) == spelt
+    )

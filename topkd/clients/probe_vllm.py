@@ -9,14 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from topkd.clients.checks import LOWEST
 from topkd.clients.decode import score_reply
 from topkd.clients.decode_binary import npy_matrix
-from topkd.clients.probe_findings import SampleTemp
-from topkd.clients.probe_session import OPERATION, SAMPLING, SCORING, SERVER, Session
-from topkd.clients.vllm import sample_body, score_body
+from topkd.clients.probe_session import OPERATION, SCORING, SERVER, Session
+from topkd.clients.vllm import score_body
 from topkd.topk.errors import ContextLimitError, FinalServerError, KLimitError, RequestRefusedError, ResponseError
-from topkd.topk.samples import SamplingParams
 from topkd.topk.types import Int32, TopK
 
 ROUTE, GENERATE = "/v1/completions", "/inference/v1/generate"
@@ -128,67 +125,6 @@ async def _scored(session: Session, fields: dict[str, Any]) -> TopK:
         entries=int(session.prompt.size) * (k + 1),
         k=k,
     )
-
-
-async def sample_temperature(session: Session) -> None:
-    """What sampled logprobs are of, from a draw at temperature 2 and one with all but the top token cut off."""
-    rows = await session.teacher.score(
-        np.append(session.prompt, session.prompt[-1]), session.prompt.size - 1, session.k
-    )
-    raw = dict(zip(rows.ids[0].tolist(), rows.logp[0].tolist(), strict=True))
-    hot = await _listed(session, SamplingParams(1, temperature=2.0, seed=3))
-    cut = await _listed(session, SamplingParams(1, min_p=1.0, seed=3))
-    kind = sampled_kind(raw, hot, cut)
-    session.know(sample_temp=kind)
-    said = {
-        "raw": ("ok", "the model itself", "so draw at temperature 1, untruncated"),
-        "temperature": ("warn", "tempered model", "they follow temperature, not top_k or top_p: draw untruncated"),
-        "processed": (
-            "warn",
-            "the draw",
-            "they follow temperature and truncation: use logprobs_mode='processed_logprobs'",
-        ),
-        "unknown": ("warn", "unclear", "fit neither the scores nor their tempered form"),
-    }[kind]
-    session.add("sample_temperature", SAMPLING, "logprobs are of", said[0], said[1], said[2])  # type: ignore[arg-type]
-    zeros = sum(value <= LOWEST for value in cut.values())
-    session.add(
-        "not_finite",
-        SAMPLING,
-        "zero probability",
-        "info",
-        "-9999" if zeros else "not provoked",
-        f"{zeros} entries of a truncated draw; read as exactly zero" if zeros else "no logprob of -inf came up",
-    )
-
-
-def sampled_kind(raw: dict[int, float], hot: dict[int, float], cut: dict[int, float]) -> SampleTemp:
-    """How logprobs of a draw at temperature 2, and one of only the top token, relate to the scores."""
-    shared = [token for token in hot if token in raw and hot[token] > LOWEST]
-    if len(shared) < 2:
-        return "unknown"
-    before = np.array([raw[token] for token in shared])
-    after = np.array([hot[token] for token in shared])
-    if float(np.abs(before - after).max()) < _SAME:
-        return "raw"
-    # Tempering halves differences; the normaliser needs the whole vocabulary and drops out of them.
-    if float(np.abs((before - before[0]) / 2.0 - (after - after[0])).max()) > _SAME:
-        return "unknown"
-    alive = [value for value in cut.values() if value > LOWEST]
-    return "processed" if len(alive) == 1 and abs(alive[0]) < _SAME else "temperature"
-
-
-async def _listed(session: Session, params: SamplingParams) -> dict[int, float]:
-    body = sample_body(session.info.model, session.prompt, 1, params, session.k)
-    reply = await session.wire.post(ROUTE, body, tokens=int(session.prompt.size) + 1)
-    try:
-        [row] = reply["choices"][0]["logprobs"]["top_logprobs"]
-        return {
-            int(name.removeprefix("token_id:")): float("-inf") if value is None else float(value)
-            for name, value in row.items()
-        }
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ResponseError("sampled tokens come without a list named by token id") from error
 
 
 async def context_room(session: Session) -> None:

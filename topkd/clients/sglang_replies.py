@@ -12,9 +12,10 @@ from typing import Any, cast
 import msgspec
 import numpy as np
 
-from topkd.clients.checks import check_rows, ordered
+from topkd.clients.checks import check_rows
 from topkd.clients.decode_binary import flat_lists
 from topkd.clients.decode_json import as_ids, typed
+from topkd.clients.listed import beside
 from topkd.clients.sampled import Asked
 from topkd.topk.errors import AlignmentError, ResponseError, ServerBusyError
 from topkd.topk.samples import FinishReason, Rollout
@@ -73,8 +74,7 @@ def scored_rows(
     zero = logp <= _LOWEST
     logp = np.where(zero, -np.inf, logp)
     actual = ids[start + 1 :]
-    topk = ordered(listed, logp, start=start, k=want, actual_ids=actual, actual_logp=actual_logp)
-    _agree(topk)
+    topk = beside(listed, logp, start=start, k=want, actual_ids=actual, actual_logp=actual_logp)
     return topk, int(np.count_nonzero(zero)), flat
 
 
@@ -139,8 +139,7 @@ def _rollout(reply: _Reply, asked: Asked, index: int) -> Rollout:
         listed, values = _nested(meta.output_top_logprobs, ids.size, want, "output_top_logprobs", first_null=False)
         values = np.where(values <= _LOWEST, -np.inf, values)
         start = int(asked.prompt.size) - 1
-        topk = ordered(listed, values, start=start, k=want, actual_ids=ids, actual_logp=logp)
-        _agree(topk)
+        topk = beside(listed, values, start=start, k=want, actual_ids=ids, actual_logp=logp)
     return Rollout(
         prompt_ids=asked.prompt,
         completion_ids=ids,
@@ -216,23 +215,3 @@ def _nested(
     if logp.size and float(logp.max()) > 1e-3:
         raise ResponseError(f"{what}: a logprob is above 0", got=float(logp.max()), expected="<= 0")
     return ids, logp
-
-
-def _agree(topk: TopK) -> None:
-    """A realised token that is listed must have one logprob, and one that is not must not beat the list."""
-    if not topk.k:
-        return
-    hit = topk.ids == topk.actual_ids[:, None]
-    listed = np.where(hit, topk.logp, -np.inf).max(axis=1)
-    inside = hit.any(axis=1)
-    with np.errstate(invalid="ignore"):
-        wrong = (inside & (np.abs(listed - topk.actual_logp) > 1e-3)) | (
-            ~inside & (topk.actual_logp > topk.logp[:, -1] + 1e-3)
-        )
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise AlignmentError(
-            "the list and the realised token's logprob contradict each other",
-            where=f"row {row}, predicting position {topk.start + row + 1}",
-            got=float(topk.actual_logp[row]),
-        )

@@ -1,0 +1,42 @@
+"""Rows whose realised token stands beside the list, not in it: SGLang, Fireworks, chat, Tinker. Pure."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from topkd.clients.checks import ordered
+from topkd.topk.errors import AlignmentError
+from topkd.topk.types import Float64, Int32, TopK
+
+_SAME = 1e-3
+
+
+def beside(ids: Int32, logp: Float64, *, start: int, k: int, actual_ids: Int32, actual_logp: Float64) -> TopK:
+    """``TopK`` of lists (-1 pads) and realised tokens that were served apart, after a check that they agree.
+
+    A realised token that is listed must have one logprob, and one that is not must not beat the list: rows that belong
+    to another position break this almost surely.
+
+    Raises:
+        AlignmentError: they contradict each other.
+    """
+    topk = ordered(ids, logp, start=start, k=k, actual_ids=actual_ids, actual_logp=actual_logp)
+    if not topk.k:
+        return topk
+    hit = topk.ids == topk.actual_ids[:, None]
+    inside = hit.any(axis=1)
+    listed = np.where(hit, topk.logp, -np.inf).max(axis=1)
+    with np.errstate(invalid="ignore"):
+        differs = inside & (np.abs(listed - topk.actual_logp) > _SAME)
+        # Only a full list says that everything outside it is less probable.
+        beats = ~inside & topk.listed.all(axis=1) & (topk.actual_logp > topk.logp[:, -1] + _SAME)
+    wrong = differs | beats
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        other = float(listed[row] if inside[row] else topk.logp[row, -1])
+        raise AlignmentError(
+            "the list and the realised token's logprob contradict each other",
+            where=f"row {row}, predicting position {start + row + 1}",
+            got=f"{float(topk.actual_logp[row]):.6g} beside {other:.6g}",
+        )
+    return topk
