@@ -1,8 +1,11 @@
-"""The weight sinks against both servers: what they confirm is what is generated afterwards."""
+"""Weight sinks against both servers: what was pushed is what is sampled from, and a bad checkpoint changes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,47 +13,92 @@ import pytest
 from tests.contract.conftest import Models
 from tests.contract.reference import logp_rows
 from tests.contract.servers import Endpoint
-from tests.contract.test_weights import _reload
-from tests.contract.wire import get, token_ids
-from topkd.clients import VllmCompletions, VllmWeightSink
-from topkd.topk import SamplingParams
-from topkd.topk.errors import SyncError
+from tests.contract.wire import get, post, token_ids
+from tests.fakes.tinymodels import make_tiny_model
+from topkd.clients import ClientConfig
+from topkd.clients.sync import VllmWeightSink
+from topkd.clients.vllm_generate import VllmGenerate
+from topkd.topk.errors import TopkdError
 from topkd.topk.protocols import WeightUpdate
+from topkd.topk.samples import SamplingParams
 
-PROMPT = token_ids(150, seed=91)
-
-
-async def _error(server: Endpoint, model: str, folder, adapter=None) -> float:
-    """Largest error of the logprobs of six generated tokens under ``model``."""
-    async with VllmCompletions(server.url, model=model, api_key=server.api_key) as client:
-        (rollout,) = await client.sample(PROMPT, 1, SamplingParams(max_tokens=6, seed=3))
-    rows = logp_rows(folder, PROMPT + rollout.completion_ids.tolist(), adapter=adapter)[len(PROMPT) - 1 : -1]
-    return float(np.abs(rows[np.arange(len(rows)), rollout.completion_ids] - rollout.logp).max())
+TOLERANCE = 1e-4
+PROMPT = token_ids(80, seed=800)
+QUICK = ClientConfig(max_retries=1, backoff_s=0.05)
 
 
-async def test_a_full_push_is_confirmed_and_is_what_is_generated(server: Endpoint, models: Models, cleanup: Callable):
-    cleanup(_reload, server, models.policy, "default")
-    assert await _error(server, server.model, models.policy) < 1e-4
-    async with VllmWeightSink(
-        server.url, model=server.model, api_key=server.api_key, reference=str(models.policy)
-    ) as sink:
-        assert await sink.push(WeightUpdate("full", str(models.updated), "step-3")) == "step-3"
-    assert get(server, "/weight_info").json() == {"weight_version": "step-3"}
-    assert await _error(server, server.model, models.updated) < 1e-4
+@pytest.fixture
+async def sink(server: Endpoint, models: Models) -> AsyncIterator[VllmWeightSink]:
+    async with VllmWeightSink(server.url, model=server.model, api_key=server.api_key, config=QUICK) as up:
+        yield up
+        await up.push(WeightUpdate("full", str(models.policy), "default"))
+        for card in get(server, "/v1/models").json()["data"]:
+            if "@" in card["id"]:
+                post(server, "/v1/unload_lora_adapter", {"lora_name": card["id"]})
 
 
-async def test_adapters_are_pushed_by_versioned_name(server: Endpoint, models: Models):
-    async with VllmWeightSink(server.url, model=server.model, api_key=server.api_key, keep_adapters=1) as sink:
-        for version, adapter in (("1", models.adapter), ("2", models.updated_adapter)):
-            await sink.push(WeightUpdate("lora", str(adapter), version))
-            assert sink.sampling_model == f"{server.model}@{version}"
-            assert await _error(server, sink.sampling_model, models.policy, adapter) < 1e-4
-        assert await sink._adapter_names() == [server.model, f"{server.model}@2"]
-        await sink._unload_adapter({"lora_name": f"{server.model}@2"})
+async def _error(server: Endpoint, model: str, folder: Path, adapter: Path | None = None) -> tuple[float, str]:
+    """Largest error of sampled logprobs against these weights, and the version the samples name."""
+    async with VllmGenerate(server.url, model=model, api_key=server.api_key, config=QUICK) as up:
+        [rollout] = await up.sample(PROMPT, 1, SamplingParams(max_tokens=8, seed=1))
+    exact = logp_rows(folder, PROMPT + rollout.completion_ids.tolist(), adapter=adapter)[len(PROMPT) - 1 : -1]
+    realised = exact[np.arange(len(exact)), rollout.completion_ids]
+    return float(np.abs(rollout.logp - realised).max()), rollout.version
 
 
-async def test_a_folder_that_cannot_be_loaded_never_reaches_the_server(server: Endpoint, models: Models, tmp_path):
-    async with VllmWeightSink(server.url, model=server.model, api_key=server.api_key) as sink:
-        with pytest.raises(SyncError, match="not touched"):
-            await sink.push(WeightUpdate("full", str(tmp_path), "v"))
-    assert await _error(server, server.model, models.policy) < 1e-4
+async def test_full_weights_are_sampled_from_at_once_under_their_version(
+    server: Endpoint, sink: VllmWeightSink, models: Models
+):
+    assert (await _error(server, server.model, models.policy))[0] < TOLERANCE
+    assert await sink.push(WeightUpdate("full", str(models.updated), "step-1")) == "step-1"
+    error, version = await _error(server, server.model, models.updated)
+    assert error < TOLERANCE, "a stale prefix cache would show here"
+    assert version == "step-1"
+    assert get(server, "/weight_info").json() == {"weight_version": "step-1"}
+    assert get(server, "/is_paused").json() == {"is_paused": False}
+
+
+async def test_adapters_are_served_under_new_names_and_the_oldest_go(
+    server: Endpoint, sink: VllmWeightSink, models: Models
+):
+    folders = [models.adapter, models.updated_adapter, models.adapter]
+    for step, folder in enumerate(folders):
+        await sink.push(WeightUpdate("lora", str(folder), f"lora-{step}"))
+        assert sink.sampling_model is not None
+        assert (await _error(server, sink.sampling_model, models.policy, folder))[0] < TOLERANCE
+    names = {card["id"] for card in get(server, "/v1/models").json()["data"]}
+    assert sink.sampling_model in names
+    assert sum("lora-" in name for name in names) == 2, "two are kept: samples in flight may still need the last one"
+
+
+async def test_a_checkpoint_that_cannot_be_loaded_never_reaches_the_server(
+    server: Endpoint, sink: VllmWeightSink, models: Models, tmp_path: Path
+):
+    """A reload that fails inside the engine is fatal to it, so the folder is checked before anything is paused."""
+    await sink.push(WeightUpdate("full", str(models.policy), "default"))  # the sink now knows the shapes
+    torn = tmp_path / "torn"
+    shutil.copytree(models.updated, torn)
+    with (torn / "model.safetensors").open("r+b") as file:
+        file.truncate(file.seek(0, 2) // 2)
+    other = make_tiny_model(tmp_path / "other", hidden=32)
+    for kind, folder in (("full", tmp_path / "missing"), ("full", torn), ("full", other), ("lora", torn)):
+        with pytest.raises(TopkdError):
+            await sink.push(WeightUpdate(kind, str(folder), "bad"))  # type: ignore[arg-type]
+    assert get(server, "/is_paused").json() == {"is_paused": False}
+    error, version = await _error(server, server.model, models.policy)
+    assert error < TOLERANCE
+    assert version == "default"
+
+
+async def test_a_push_waits_for_the_draw_in_flight_and_the_draw_is_of_one_version(
+    server: Endpoint, sink: VllmWeightSink, models: Models
+):
+    async with VllmGenerate(server.url, model=server.model, api_key=server.api_key, config=QUICK) as up:
+        drawing = asyncio.create_task(up.sample(PROMPT, 1, SamplingParams(max_tokens=200, seed=2)))
+        await asyncio.sleep(0.1)
+        await sink.push(WeightUpdate("full", str(models.updated), "step-2"))
+        [rollout] = await drawing
+    folder = {"default": models.policy, "step-2": models.updated}[rollout.version]
+    exact = logp_rows(folder, PROMPT + rollout.completion_ids.tolist())[len(PROMPT) - 1 : -1]
+    realised = exact[np.arange(len(exact)), rollout.completion_ids]
+    np.testing.assert_allclose(rollout.logp, realised, rtol=0, atol=TOLERANCE)
