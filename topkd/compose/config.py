@@ -38,6 +38,7 @@ class TeacherConfig(_Frozen):
     model: str | None = None
     dialect: Literal["vllm"] = "vllm"
     api_key_env: str | None = None
+    revision: str = ""  # of the weights behind the name: the cache keeps revisions apart
 
     def api_key(self) -> SecretStr | None:
         """The key from the environment; naming a variable that is not set is an error."""
@@ -56,6 +57,24 @@ class DataConfig(_Frozen):
     limit: Annotated[int | None, Field(ge=1)] = None
 
 
+class CacheConfig(_Frozen):
+    """Where scores and rollouts are kept, so that nothing is asked twice and the run can be replayed."""
+
+    path: str
+    codec: Literal["packed", "raw", "cold"] = "packed"
+
+
+class ReplayConfig(_Frozen):
+    """How ``topkd replay`` goes through what was recorded; ``topkd train`` reads none of it.
+
+    ``recorded`` repeats the recorded run batch by batch; ``shuffled`` draws from all recorded completions, epoch after
+    epoch. ``policy`` is the recorded run's revision (``topkd cache stats`` lists them), needed when there are several.
+    """
+
+    order: Literal["recorded", "shuffled"] = "recorded"
+    policy: str | None = None
+
+
 class RunConfig(EngineConfig):
     """``topkd train run.toml``: the engine's settings at the top level, and the pieces it is wired to."""
 
@@ -64,6 +83,8 @@ class RunConfig(EngineConfig):
     teachers: Annotated[dict[str, TeacherConfig], Field(default_factory=dict)]
     data: DataConfig
     client: ClientConfig = ClientConfig()
+    cache: CacheConfig | None = None
+    replay: ReplayConfig = ReplayConfig()
 
     @model_validator(mode="after")
     def _one_way_to_name_teachers(self) -> RunConfig:

@@ -14,7 +14,7 @@ from topkd.engine.data import PromptRow
 from topkd.topk.errors import ConfigError, DataError
 
 
-class _Row(BaseModel):
+class DataRow(BaseModel):
     """One line of the file; keys that topkd does not use (a reference answer, a source) may stand beside these."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
@@ -46,8 +46,8 @@ def read_prompts(
             break
         where = f"{path}:{number}"
         row = _parse(line, where)
-        prompt = _ids(row, tokenizer, None, where)
-        teacher = prompt if row.hint is None else _ids(row, tokenizer, row.hint, where)
+        prompt = prompt_tokens(row, tokenizer, None, where)
+        teacher = prompt if row.hint is None else prompt_tokens(row, tokenizer, row.hint, where)
         longest = max(len(prompt), len(teacher))
         if longest > max_tokens:
             if overlong == "error":
@@ -75,9 +75,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError("cannot read the data file", where=str(path), got=reason) from error
 
 
-def _parse(line: str, where: str) -> _Row:
+def _parse(line: str, where: str) -> DataRow:
     try:
-        row = _Row.model_validate(json.loads(line))
+        row = DataRow.model_validate(json.loads(line))
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in problem["loc"]) or "the row"
@@ -92,7 +92,7 @@ def _parse(line: str, where: str) -> _Row:
     return row
 
 
-def _ids(row: _Row, tokenizer: Any, hint: str | None, where: str) -> list[int]:
+def prompt_tokens(row: DataRow, tokenizer: Any, hint: str | None, where: str) -> list[int]:
     """The prompt as ids; with a hint, as the teacher sees it: before the text, or as a system message."""
     if row.prompt_ids is not None:
         if hint is not None:

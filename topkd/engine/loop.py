@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from topkd.engine.config import EngineConfig
 from topkd.engine.data import PromptRow, step_indices
@@ -23,6 +23,7 @@ from topkd.topk.protocols import Ids, Sampler, TeacherScorer
 from topkd.topk.samples import Rollout, SamplingParams
 
 Record = dict[str, Any]
+Source: TypeAlias = Callable[[int], Awaitable[tuple[list[PromptRow], list[Rollout]]]]
 
 
 @runtime_checkable
@@ -47,6 +48,7 @@ async def distil(
     evaluate: Callable[[], Record] | None = None,
     on_record: Callable[[str, Record], None] | None = None,
     set_version: Callable[[str], None] | None = None,
+    source: Source | None = None,
 ) -> list[Record]:
     """Run ``config.steps`` steps of on-policy distillation and return the step records.
 
@@ -60,6 +62,7 @@ async def distil(
         evaluate: Called (in a thread) before the first step, every ``eval_every`` steps and after the last.
         on_record: Told every record, for a display.
         set_version: Told the weight version after each step, before anything is sampled from it.
+        source: Gives a step's rollouts, each with its row, in place of drawing them with the sampler.
     """
     _check(config, rows, teachers)
 
@@ -81,7 +84,9 @@ async def distil(
             for step in range(config.steps):
                 while sampled < min(step + config.max_staleness + 1, config.steps):
                     began = time.perf_counter()
-                    asked, rollouts = await _sample(config, rows, sampler, sampled)
+                    asked, rollouts = await (
+                        source(sampled) if source is not None else _sample(config, rows, sampler, sampled)
+                    )
                     task = group.create_task(score_rollouts(asked, rollouts, teachers, config.k))
                     in_flight.append((learner.version, time.perf_counter() - began, task))
                     sampled += 1
