@@ -205,6 +205,34 @@ def _merged(base: Path, adapter: Path, out: Path) -> Path:
     return out
 
 
+async def test_an_adapter_that_does_not_fit_is_refused_and_leaves_nothing_behind(models: Path, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    app = make_app(models / "policy")
+    good = make_adapter(models / "policy", tmp_path / "good", seed=11)
+    prompt = random_ids(12)
+    before = (await complete(app, prompt, prompt_logprobs=2))[0]["prompt_logprobs"]
+    file = good / "adapter_model.safetensors"
+    factors = load_file(file)
+    async with client(app) as http:
+        for name, damaged in (
+            ("short", dict(list(factors.items())[2:])),
+            ("renamed", {key.replace("layers.1", "layers.9"): value for key, value in factors.items()}),
+            ("misshaped", {key: value[:, :-1].contiguous() for key, value in factors.items()}),
+        ):
+            save_file(damaged, file, metadata={"format": "pt"})
+            reply = await http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(good)})
+            assert reply.status_code == 500, name
+            assert len((await http.get("/v1/models")).json()["data"]) == 1
+        save_file(factors, file, metadata={"format": "pt"})
+        reply = await http.post("/v1/load_lora_adapter", json={"lora_name": "good", "lora_path": str(good)})
+        assert reply.status_code == 200, reply.text
+    assert (await complete(app, prompt, prompt_logprobs=2))[0]["prompt_logprobs"] == before
+    tuned = await complete(app, prompt, model="good", prompt_logprobs=2)
+    assert tuned[0]["prompt_logprobs"] != before
+    app.state.served.engine.stop()
+
+
 async def test_unloading_an_adapter_aborts_its_running_work(models: Path, tmp_path: Path):
     app = make_app(models / "policy")
     adapter = make_adapter(models / "policy", tmp_path / "a", seed=11)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from topkd.serve import lora
 from topkd.topk.errors import ConfigError
 
 # At most this many float32 logits exist at once (64 MiB); a whole prompt of a large vocabulary would be gigabytes.
@@ -68,30 +68,27 @@ class Backbone:
         """Switch to a loaded adapter, or to the base model."""
         if name == self._adapter or not self._adapters:
             return
-        if name is None:
-            self.model.disable_adapters()
-        else:
-            self.model.enable_adapters()
-            self.model.set_adapter(name)
+        lora.switch(self.model, name)
         self._adapter = name
 
     def load_adapter(self, name: str, path: str) -> None:
-        """Load a PEFT LoRA folder under ``name``, replacing what had that name."""
+        """Load a PEFT LoRA folder under ``name``, replacing what had that name; the base stays active."""
         if name in self._adapters:
             self.unload_adapter(name)
-        with warnings.catch_warnings():  # several adapters side by side are what a server is for
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            self.model.load_adapter(path, adapter_name=name)
-        self.model.eval()
         self._adapters.add(name)
         self._adapter = name  # loading activates it
+        try:
+            lora.load(self.model, name, path)
+        except BaseException:
+            self.unload_adapter(name)
+            raise
         self.use_adapter(None)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; the base model is active afterwards."""
         self.use_adapter(None)
-        self.model.delete_adapter(name)
         self._adapters.discard(name)
+        lora.unload(self.model, name)
 
     def _plain_attention(self) -> bool:
         from transformers.cache_utils import DynamicLayer
