@@ -33,118 +33,118 @@ class Mutation:
     tests: tuple[str, ...]
 
 
-def _numpy(name: str, module: str, old: str, new: str, *tests: str) -> Mutation:
+def _maths(name: str, module: str, old: str, new: str, *tests: str) -> Mutation:
     return Mutation(name, f"topkd/topk/{module}.py", old, new, tuple(f"tests/topk/test_{test}.py" for test in tests))
 
 
 NUMPY = (
-    _numpy(
+    _maths(
         "advantage: sign flipped",
         "advantages",
         "np.asarray((1.0 - beta) * np.where(",
         "np.asarray(-(1.0 - beta) * np.where(",
         "advantages",
     ),
-    _numpy(
+    _maths(
         "advantage: teacher's weight in front",
         "advantages",
         "np.asarray((1.0 - beta) * np.where(",
         "np.asarray(beta * np.where(",
         "advantages",
     ),
-    _numpy(
+    _maths(
         "advantage: weights of the mixture swapped near zero",
         "advantages",
         "near = np.log1p(beta * np.expm1(",
         "near = np.log1p((1.0 - beta) * np.expm1(",
         "advantages",
     ),
-    _numpy(
+    _maths(
         "advantage: weights of the mixture swapped far out",
         "advantages",
         "far = np.logaddexp(np.log(beta) + difference, np.log1p(-beta))",
         "far = np.logaddexp(np.log1p(-beta) + difference, np.log(beta))",
         "advantages",
     ),
-    _numpy(
+    _maths(
         "advantage: student minus teacher",
         "advantages",
         "np.nan, teacher - student)",
         "np.nan, student - teacher)",
         "advantages",
     ),
-    _numpy(
+    _maths(
         "advantage: forward KL forgets the minus one",
         "advantages",
         "return np.asarray(np.expm1(difference))",
         "return np.asarray(np.exp(difference))",
         "advantages",
     ),
-    _numpy(
+    _maths(
         "advantage: a ruled-out token at reverse KL is minus infinity",
         "advantages",
         "return np.where(np.isneginf(difference), np.nan, difference)",
         "return difference",
         "advantages",
     ),
-    _numpy(
+    _maths(
         "divergence: forward and reverse KL exchanged",
         "divergence",
         "    if beta == 0.0:\n        return kl_terms(teacher, student)",
         "    if beta == 0.0:\n        return kl_terms(student, teacher)",
         "divergence",
     ),
-    _numpy(
+    _maths(
         "divergence: reverse KL points forward",
         "divergence",
         "    if beta == 1.0:\n        return kl_terms(student, teacher)",
         "    if beta == 1.0:\n        return kl_terms(teacher, student)",
         "divergence",
     ),
-    _numpy(
+    _maths(
         "divergence: the interior weights exchanged",
         "divergence",
         "return beta * kl_terms(teacher, mixture) + (1.0 - beta) * kl_terms(student, mixture)",
         "return (1.0 - beta) * kl_terms(teacher, mixture) + beta * kl_terms(student, mixture)",
         "divergence",
     ),
-    _numpy(
+    _maths(
         "divergence: the mixture weights exchanged",
         "divergence",
         "np.logaddexp(teacher + np.log(beta), student + np.log1p(-beta))",
         "np.logaddexp(teacher + np.log1p(-beta), student + np.log(beta))",
         "divergence",
     ),
-    _numpy(
+    _maths(
         "divergence: the tail bucket is lost",
         "divergence",
         "total = total + integrand(log_tail(teacher), log_tail(student), beta)",
         "total = total + 0.0 * integrand(log_tail(teacher), log_tail(student), beta)",
         "divergence",
     ),
-    _numpy(
+    _maths(
         "divergence: 0 log 0 unguarded",
         "divergence",
         "return np.where(empty, 0.0, np.exp(logp) * (logp - logq))",
         "return np.where(empty & False, 0.0, np.exp(logp) * (logp - logq))",
         "divergence",
     ),
-    _numpy(
+    _maths(
         "divergence: no signal becomes zero",
         "divergence",
         "return np.where(silent, np.nan, total)",
         "return np.where(silent, 0.0, total)",
         "divergence",
     ),
-    _numpy(
+    _maths(
         "divergence: renormalise one side only",
         "divergence",
         "student - log_mass(student)[..., None]",
         "student",
         "divergence",
     ),
-    _numpy("mass: the tail clamp is gone", "mass", "np.minimum(log_mass(logp), clamp)", "log_mass(logp)", "traps"),
-    _numpy(
+    _maths("mass: the tail clamp is gone", "mass", "np.minimum(log_mass(logp), clamp)", "log_mass(logp)", "traps"),
+    _maths(
         "pairs: a missing id takes nothing from the tail",
         "pairs",
         "np.maximum(remaining - share * count, 0.0)",
@@ -152,14 +152,14 @@ NUMPY = (
         "pairs",
         "goldens",
     ),
-    _numpy(
+    _maths(
         "pairs: the share ignores the smallest listed probability",
         "pairs",
         "np.minimum(np.minimum(np.exp(floor), smallest), remaining / np.maximum(count, 1))",
         "np.minimum(np.exp(floor), remaining / np.maximum(count, 1))",
         "pairs",
     ),
-    _numpy(
+    _maths(
         "pairs: the share ignores what is left over",
         "pairs",
         "np.minimum(np.minimum(np.exp(floor), smallest), remaining / np.maximum(count, 1))",
@@ -167,14 +167,14 @@ NUMPY = (
         "pairs",
         "goldens",
     ),
-    _numpy(
+    _maths(
         "pairs: the stored tail is ignored",
         "pairs",
         "teacher_tail=np.exp(teacher.tail_logp, dtype=np.float64),",
         "teacher_tail=np.full(teacher.rows, np.nan),",
         "pairs",
     ),
-    _numpy(
+    _maths(
         "pairs: the floor is not capped",
         "pairs",
         "np.minimum(floor, smallest)[:, None]",
@@ -182,7 +182,7 @@ NUMPY = (
         "pairs",
         "goldens",
     ),
-    _numpy(
+    _maths(
         "alignment: a pair is any two neighbours",
         "alignment",
         "((keys[:, 1:] ^ keys[:, :-1]) == 1)",
@@ -190,149 +190,149 @@ NUMPY = (
         "pairs",
         "compat",
     ),
-    _numpy(
+    _maths(
         "union: the second slot of a pair is counted again",
         "union",
         "np.subtract(np.float32(1.0), same, out=same)",
         "same.fill(np.float32(1.0))",
         "pairs",
     ),
-    _numpy(
+    _maths(
         "union: one pair too few between rows is allowed",
         "union",
         "equal[:, 0] = False",
         "equal[:, 0] |= False",
         "pairs",
     ),
-    _numpy(
+    _maths(
         "union: both shares stay in a pair",
         "union",
         "np.subtract(mixed, shares * np.float32(1 - 1e-6), out=log)",
         "np.subtract(mixed, shares * np.float32(0.0), out=log)",
         "pairs",
     ),
-    _numpy(
+    _maths(
         "union: the mixture's own scale is lost",
         "union",
         "total -= np.log(scale) * mixture_mass",
         "total -= 0.0",
         "pairs",
     ),
-    _numpy("union: the tail of the mixture is lost", "union", " + _x_log_x(mixture_tail)", "", "pairs"),
-    _numpy(
+    _maths("union: the tail of the mixture is lost", "union", " + _x_log_x(mixture_tail)", "", "pairs"),
+    _maths(
         "estimator: the offset is taken from the tail alone",
         "estimator",
         "weighted_advantage(at_ids, student, beta) - np.exp(student) * baseline[:, None]",
         "weighted_advantage(at_ids, student, beta)",
         "estimator",
     ),
-    _numpy(
+    _maths(
         "estimator: the sampled term has no offset",
         "estimator",
         "(advantage64(difference, beta) - baseline)",
         "advantage64(difference, beta)",
         "estimator",
     ),
-    _numpy(
+    _maths(
         "estimator: the importance ratio is lost",
         "estimator",
         "tail = lam * ratio * (",
         "tail = lam * (",
         "estimator",
     ),
-    _numpy("estimator: lambda is lost", "estimator", "tail = lam * ratio * (", "tail = ratio * (", "estimator"),
-    _numpy(
+    _maths("estimator: lambda is lost", "estimator", "tail = lam * ratio * (", "tail = ratio * (", "estimator"),
+    _maths(
         "estimator: a listed token is sampled too",
         "estimator",
         "np.where(inside | gated | (lam == 0.0), 0.0, tail)",
         "np.where(gated | (lam == 0.0), 0.0, tail)",
         "estimator",
     ),
-    _numpy(
+    _maths(
         "estimator: the tails are exchanged",
         "estimator",
         "np.log(teacher_tail) - np.log(student_tail)",
         "np.log(student_tail) - np.log(teacher_tail)",
         "estimator",
     ),
-    _numpy(
+    _maths(
         "estimator: nothing is gated",
         "estimator",
         "EMPTY_TAIL = 1e-6",
         "EMPTY_TAIL = 0.0",
         "estimator",
     ),
-    _numpy(
+    _maths(
         "returns: the own step's divergence is included",
         "baselines",
         "_following(_discounted_sums(-values, gamma, left), left)",
         "_discounted_sums(-values, gamma, left)",
         "baselines",
     ),
-    _numpy(
+    _maths(
         "returns: divergences are rewards",
         "baselines",
         "_discounted_sums(-values, gamma, left)",
         "_discounted_sums(values, gamma, left)",
         "baselines",
     ),
-    _numpy(
+    _maths(
         "baseline: of the other sign",
         "baselines",
         "np.minimum(-(1.0 - beta) * terms.sum(axis=-1), 0.0)",
         "np.maximum((1.0 - beta) * terms.sum(axis=-1), 0.0)",
         "baselines",
     ),
-    _numpy(
+    _maths(
         "entropy: the rest is spread over the whole vocabulary",
         "entropy",
         "others = vocab_size - count",
         "others = vocab_size - 0 * count",
         "baselines",
     ),
-    _numpy(
+    _maths(
         "entropy: the rest is forgotten",
         "entropy",
         "low = np.maximum(head + lump, 0.0)",
         "low = np.maximum(head, 0.0)",
         "baselines",
     ),
-    _numpy(
+    _maths(
         "k3: the difference reversed",
         "kl_estimates",
         "np.nan, reference - student)",
         "np.nan, student - reference)",
         "advantages",
     ),
-    _numpy(
+    _maths(
         "k1: of the other sign",
         "kl_estimates",
         "np.nan, student - reference)",
         "np.nan, reference - student)",
         "advantages",
     ),
-    _numpy(
+    _maths(
         "compat: an empty list is zero divergence",
         "compat",
         "np.where(pair.signal, np.maximum(total, 0.0), np.nan)",
         "np.where(pair.signal, np.maximum(total, 0.0), 0.0)",
         "compat",
     ),
-    _numpy(
+    _maths(
         "compat: off by one",
         "compat",
         "full[prompt_len : prompt_len + completion_len]",
         "full[prompt_len - 1 : prompt_len - 1 + completion_len]",
         "compat",
     ),
-    _numpy(
+    _maths(
         "types: a cut list forgets the mass it drops",
         "types",
         "dropped = np.exp(logp[:, k:], dtype=np.float64).sum(axis=1) + np.exp(tail, dtype=np.float64)",
         "dropped = np.exp(tail, dtype=np.float64)",
         "types",
     ),
-    _numpy(
+    _maths(
         "samples: the teacher's rows may start anywhere",
         "samples",
         "    if topk.start != start:",
@@ -341,8 +341,136 @@ NUMPY = (
     ),
 )
 
-# The losses on logits: each (file, old, new, tests) as above, with whole paths.
-TORCH: tuple[Mutation, ...] = ()
+TORCH = (
+    _maths(
+        "importance sampling: the ratio is not detached",
+        "losses/policy",
+        "log_ratio = (logp_new - logp_behavior).detach()",
+        "log_ratio = logp_new - logp_behavior",
+        "losses_policy",
+    ),
+    _maths(
+        "importance sampling: of the other sign",
+        "losses/policy",
+        'values = -(ratio.clamp(max=_positive("cap", cap)) * advantage * _tracked(new))',
+        'values = ratio.clamp(max=_positive("cap", cap)) * advantage * _tracked(new)',
+        "losses_policy",
+    ),
+    _maths(
+        "importance sampling: the ratio upside down",
+        "losses/policy",
+        "log_ratio = (logp_new - logp_behavior).detach()",
+        "log_ratio = (logp_behavior - logp_new).detach()",
+        "losses_policy",
+    ),
+    _maths(
+        "importance sampling: advantages carry a gradient",
+        "losses/policy",
+        "advantages.detach()[valid]",
+        "advantages[valid]",
+        "losses_policy",
+    ),
+    _maths(
+        "ppo: the minimum of the two losses",
+        "losses/policy",
+        "values = torch.maximum(-advantage * ratio,",
+        "values = torch.minimum(-advantage * ratio,",
+        "losses_policy",
+    ),
+    _maths(
+        "jsd: forward and reverse KL exchanged",
+        "losses/divergence",
+        "    if beta == 0.0:\n        return torch.where(teacher_has",
+        "    if beta == -1.0:\n        return torch.where(teacher_has",
+        "goldens_torch",
+    ),
+    _maths(
+        "jsd: the interior weights exchanged",
+        "losses/divergence",
+        "terms = beta * t * (lt - log_m) + (1.0 - beta) * s * (ls - log_m)",
+        "terms = (1.0 - beta) * t * (lt - log_m) + beta * s * (ls - log_m)",
+        "goldens_torch",
+    ),
+    _maths(
+        "jsd: the teacher receives a gradient and the student none",
+        "losses/divergence",
+        "    teacher_logp = teacher_logp.detach()",
+        "    student_logp = student_logp.detach()",
+        "goldens_torch",
+    ),
+    _maths(
+        "jsd: temperature on one side only",
+        "losses/jsd",
+        "_on_support(student / temperature, teacher / temperature, top_k, tail)",
+        "_on_support(student / temperature, teacher, top_k, tail)",
+        "goldens_torch",
+    ),
+    _maths(
+        "jsd: token_clip after the sum",
+        "losses/jsd",
+        "terms.clamp(max=token_clip).sum(-1)",
+        "terms.sum(-1).clamp(max=token_clip)",
+        "goldens_torch",
+        "traps_torch",
+    ),
+    _maths(
+        "top-K policy gradient: no offset at the listed ids",
+        "losses/topk_policy",
+        "torch.where(used, head - s * g_o[:, None], 0.0)",
+        "torch.where(used, head, 0.0)",
+        "losses_topk_policy",
+    ),
+    _maths(
+        "top-K policy gradient: no offset in the sampled term",
+        "losses/topk_policy",
+        "lam * (g_y - g_o)",
+        "lam * g_y",
+        "losses_topk_policy",
+    ),
+    _maths(
+        "top-K policy gradient: a listed token is sampled too",
+        "losses/topk_policy",
+        "outside = ~in_support & ~gated",
+        "outside = ~gated",
+        "losses_topk_policy",
+    ),
+    _maths(
+        "top-K policy gradient: of the other sign",
+        "losses/topk_policy",
+        "return -((weights.ids.to(dtype) * at_ids)",
+        "return ((weights.ids.to(dtype) * at_ids)",
+        "losses_topk_policy",
+    ),
+    _maths(
+        "taid: the legs exchanged",
+        "losses/taid",
+        "return (1.0 - t) * student + t * teacher",
+        "return t * student + (1.0 - t) * teacher",
+        "twins",
+    ),
+    _maths(
+        "taid: the target carries a gradient",
+        "losses/taid",
+        "_blend(student.detach(),",
+        "_blend(student,",
+        "goldens_torch",
+    ),
+    _maths(
+        "taid schedule: a rising loss speeds it up",
+        "schedule",
+        "relative = (previous - value)",
+        "relative = (value - previous)",
+        "goldens_torch",
+        "schedule",
+    ),
+    _maths(
+        "kd: shifted by default",
+        "losses/kd",
+        "logits[..., :-1, :], teacher_logits[..., :-1, :], label[..., 1:]",
+        "logits[..., 1:, :], teacher_logits[..., 1:, :], label[..., 1:]",
+        "traps_torch",
+    ),
+)
 
 MUTATIONS = NUMPY + TORCH
 

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
+from tests.topk import reference
 from tests.topk.lists import listed_at, random_logp, topk_of
 from topkd.topk import gjs, gjs_advantage, shared_support_gjs, topk_weights
 
 torch = pytest.importorskip("torch")
 
-from topkd.topk.losses import generalized_jsd_loss, sparse_divergence_loss, topk_policy_gradient_loss  # noqa: E402
+from topkd.topk.losses import generalized_jsd_loss, sparse_divergence_loss, taid_loss, topk_policy_gradient_loss  # noqa: E402
 from topkd.topk.losses.topk_policy import advantage  # noqa: E402
 
 BETAS = (0.0, 0.1, 0.3, 0.5, 0.9, 1.0)
@@ -72,3 +73,16 @@ def test_the_losss_gradient_is_minus_the_weights(beta: float, lam: float, suppor
     loss.backward()
     np.testing.assert_allclose(-at_ids.grad.numpy(), w_ids, rtol=2e-6, atol=1e-7)
     np.testing.assert_allclose(-of_actual.grad.numpy(), w_actual, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.3, 0.9])
+def test_taid_moves_its_target_from_the_student_towards_the_teacher_by_t(t: float) -> None:
+    rng = np.random.default_rng(6)
+    student, teacher = rng.normal(size=(4, 9)) * 3, rng.normal(size=(4, 9)) * 3
+    logits = torch.from_numpy(student).requires_grad_()
+    loss = taid_loss(logits, torch.from_numpy(teacher), t=t)
+    loss.backward()
+    target = [reference.softmax(((1 - t) * s + t * z).tolist()) for s, z in zip(student, teacher, strict=True)]
+    own = np.array([reference.softmax(row.tolist()) for row in student])
+    assert loss.item() == pytest.approx(-(np.array(target) * np.log(own)).sum(axis=1).mean(), rel=1e-10)
+    np.testing.assert_allclose(logits.grad.numpy(), (own - target) / 4, rtol=1e-9, atol=1e-12)
