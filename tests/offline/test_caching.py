@@ -231,6 +231,24 @@ async def test_with_a_seed_equal_requests_are_one_even_when_concurrent(store):
     assert all(equal(rollouts, many[0]) for rollouts in many)
 
 
+async def test_unseeded_requests_for_one_prompt_do_not_wait_for_each_other(store):
+    class Gated(LiveSampler):
+        running = most = 0
+
+        async def sample(self, prompt_ids, n, params, *, k=0):
+            self.running += 1
+            self.most = max(self.most, self.running)
+            await asyncio.sleep(0.01)
+            self.running -= 1
+            return await super().sample(prompt_ids, n, params, k=k)
+
+    live = Gated()
+    sampler = CachingSampler(live, store, TEACHER)
+    drawn = await asyncio.gather(*(sampler.sample([1, 2, 3, 4], 1, SamplingParams()) for _ in range(4)))
+    assert live.most == 4
+    assert len({rollouts[0].completion_ids.tobytes() for rollouts in drawn}) == 4
+
+
 async def test_another_version_of_the_weights_is_another_policy(store):
     live, version = LiveSampler(), "v1"
     sampler = CachingSampler(live, store, TEACHER, version=lambda: version)

@@ -50,6 +50,14 @@ class _Flight:
     waiting: int = 0
 
 
+@dataclass(slots=True)
+class _Turn:
+    """Equal requests for rollouts go one after the other; the second finds what the first wrote."""
+
+    lock: asyncio.Lock
+    waiting: int = 0
+
+
 class CachingScorer:
     """A TeacherScorer that asks its teacher only what the store does not know.
 
@@ -185,7 +193,7 @@ class CachingSampler:
         self._sampler, self._store, self.identity = sampler, store, identity
         self._version = version or (lambda: "")
         self._askings: Counter[bytes] = Counter()
-        self._locks: dict[bytes, asyncio.Lock] = {}
+        self._turns: dict[tuple[bytes, int], _Turn] = {}
         self.metrics = CacheMetrics()
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
@@ -196,13 +204,15 @@ class CachingSampler:
         if params.seed is None:
             occurrence = self._askings[plain]
             self._askings[plain] += 1
-        lock = self._locks.setdefault(plain, asyncio.Lock())
+        turn = self._turns.setdefault((plain, occurrence), _Turn(asyncio.Lock()))
+        turn.waiting += 1
         try:
-            async with lock:
+            async with turn.lock:
                 return await self._sample(prompt, n, params, k=k, version=version, occurrence=occurrence)
         finally:
-            if not lock.locked():
-                self._locks.pop(plain, None)
+            turn.waiting -= 1
+            if not turn.waiting:
+                del self._turns[plain, occurrence]
 
     async def _sample(
         self, prompt: Int32, n: int, params: SamplingParams, *, k: int, version: str, occurrence: int

@@ -83,7 +83,6 @@ def _digest(identity: TeacherIdentity) -> bytes:
     return hashlib.blake2b(identity.to_json().encode(), digest_size=32, person=b"topkd-teacher").digest()
 
 
-@lru_cache(maxsize=256)
 def identity_of(teacher: Teacher) -> TeacherIdentity:
     """The identity itself, or the one that a bare name stands for."""
     return TeacherIdentity(teacher) if isinstance(teacher, str) else teacher
