@@ -120,7 +120,7 @@ def subset_logits(hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor |
     """
     hidden, weight, bias = _matched(hidden, weight, bias)
     _check_ids(ids, hidden.shape[:-1], weight.shape[0])
-    rows = max(1, _CHUNK_BYTES // (weight.element_size() * max(ids.shape[-1] * weight.shape[1], 1)))
+    rows = max(1, _CHUNK_BYTES // (2 * weight.element_size() * max(ids.shape[-1] * weight.shape[1], 1)))
     z = _SubsetLogits.apply(hidden, weight, ids.clamp(min=0), rows)  # type: ignore[no-untyped-call]
     if bias is not None:
         z = z + bias.to(z.dtype)[ids.clamp(min=0)]
