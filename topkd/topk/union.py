@@ -67,6 +67,7 @@ class UnionTail:
         shape = (self.block_rows, self.width)
         self.value, self.mixed, self.log, self.same = (np.empty(shape, dtype=np.float32) for _ in range(4))
         self.key, self.step = np.empty(shape, dtype=np.uint32), np.empty(shape, dtype=np.uint32)
+        self.index = np.empty(shape, dtype=np.intp)
         self.equal = np.zeros(shape, dtype=np.bool_)
         self.p = tuple(np.empty((self.block_rows, k), dtype=np.float32) for k in (teacher_k, student_k))
         self.product = tuple(np.empty_like(p) for p in self.p)
@@ -150,7 +151,9 @@ class UnionTail:
         np.copyto(same, equal)
         np.bitwise_and(key, np.uint32((1 << self.bits) - 1), out=key)
         key += self.base[:count]
-        np.take(self.value.reshape(-1), key, out=mixed, mode="wrap")
+        index = self.index[:count]
+        np.copyto(index, key)  # by hand: take would allocate its own copy of the indices for every block
+        np.take(self.value.reshape(-1), index, out=mixed, mode="wrap")
         # A hair less than both shares is taken off, so that rounding never makes a mixture negative.
         np.subtract(mixed, shares * np.float32(1 - 1e-6), out=log)
         log *= same
