@@ -135,10 +135,7 @@ class Engine:
             gone = [ticket for ticket in self._waiting if ticket.job.adapter == name]
             self._waiting = deque(ticket for ticket in self._waiting if ticket.job.adapter != name)
         for ticket in gone:
-            self._begin(ticket)
-            for draft in ticket.drafts:
-                self._endings.abort(draft)
-            self._end(ticket)
+            self._end_unbegun(ticket)
         self._settle_finished()
 
     def stop(self) -> None:
@@ -149,8 +146,6 @@ class Engine:
             self._wake.notify()
         if thread is not None:
             thread.join()
-
-    # The model thread ------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
         if self._thread is None:
@@ -180,9 +175,7 @@ class Engine:
                     self._turn()
         self._abort_running()
         while self._waiting:
-            ticket = self._waiting.popleft()
-            self._begin(ticket)
-            self._end(ticket)
+            self._end_unbegun(self._waiting.popleft())
 
     def _turn(self) -> None:
         """Prefill what fits, then one token for everything that generates."""
@@ -338,6 +331,10 @@ class Engine:
             self._running.remove(ticket)
             self._end(ticket)
         self._running = [ticket for ticket in self._running if not (ticket.cancelled and not ticket.begun)]
+
+    def _end_unbegun(self, ticket: Ticket) -> None:
+        self._begin(ticket)
+        self._end(ticket)
 
     def _end(self, ticket: Ticket) -> None:
         ticket.answer.completions = [self._endings.finish(draft) for draft in ticket.drafts]

@@ -1,4 +1,4 @@
-"""LoRA adapters on the served model, through transformers' peft integration, and a check that they are what was sent."""
+"""LoRA adapters on the served model, through transformers' peft integration, checked to be what was sent."""
 
 from __future__ import annotations
 
