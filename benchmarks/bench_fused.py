@@ -1,8 +1,8 @@
 """F6: time and peak memory of the fused top-K loss against the dense computation and chunked forms, forward + backward.
 
 Every measurement is a process of its own (peak memory = highest resident size above what it was once the inputs stood);
-rounds interleave the sides, and each figure is the best of its rounds. On a shared machine compare the CPU seconds: with
-one thread they are what the wall clock would show on an idle one.
+rounds interleave the sides, and each figure is the best of its rounds. On a shared machine compare the CPU seconds:
+with one thread they are what the wall clock would show on an idle one.
 
     python benchmarks/bench_fused.py                 # the full size, minutes
     python benchmarks/bench_fused.py --rows 256 --vocab 8192 --hidden 128 --rounds 1
