@@ -32,7 +32,7 @@ TOKENS = [
 def score_reply(length: int, k: int, *, seed: int = 0, vocab: int = 151_936) -> tuple[bytes, np.ndarray]:
     """The bytes of a ``/v1/completions`` reply in vLLM's compact form, and its prompt ids."""
     rng = np.random.default_rng(seed)
-    ids = rng.integers(0, vocab, length)
+    ids = np.array(prompt_ids(length, seed=seed, vocab=vocab))
     rows: list[dict[str, Any] | None] = [None]
     for actual in ids[1:].tolist():
         # Falls like the logprobs of a language model do, without ties; the mass of the list differs from row to row.
@@ -66,6 +66,11 @@ def score_reply(length: int, k: int, *, seed: int = 0, vocab: int = 151_936) -> 
         "usage": usage,
     }
     return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode(), ids.astype(np.int32)
+
+
+def prompt_ids(length: int, *, seed: int = 0, vocab: int = 151_936) -> list[int]:
+    """The prompt that the reply of the same seed scores."""
+    return [int(t) for t in np.random.default_rng(seed + 1).integers(0, vocab, length)]
 
 
 def _entry(token: int, logp: float, rank: int) -> dict[str, Any]:

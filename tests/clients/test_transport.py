@@ -205,8 +205,11 @@ async def test_an_untrusted_certificate_is_final():
         def stream(self, *args, **options):
             raise error
 
+        async def aclose(self) -> None:
+            pass
+
     transport = HttpxTransport(QUICK)
-    transport._pool = lambda url: Client()  # type: ignore[method-assign, return-value, assignment]
+    transport._client = lambda kind: Client()  # type: ignore[method-assign, return-value, assignment]
     with pytest.raises(FinalServerError, match="certificate"):
         await transport.send(Request("GET", "https://h/"))
     await transport.aclose()

@@ -29,6 +29,7 @@ from topkd.topk.errors import (
 )
 
 _MAX_REDIRECTS = 3
+_Kind = tuple[bool, bool]  # outside this machine, over TLS
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -68,14 +69,19 @@ class Transport(Protocol):
 
 
 class HttpxTransport:
-    """httpx with one connection pool per event loop, sized so that the pool itself never queues."""
+    """httpx, one client of one connection for each request under way, kept for the next.
+
+    A pool of n connections looks at all of them (and polls their sockets) for every request; n pools of one do not. The
+    gate before this bounds how many there are. Clients belong to the event loop that they were made in.
+    """
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
-        self._pools: weakref.WeakKeyDictionary[
-            asyncio.AbstractEventLoop, dict[tuple[bool, bool], httpx.AsyncClient]
-        ] = weakref.WeakKeyDictionary()
+        self._idle: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[_Kind, list[httpx.AsyncClient]]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._closed: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+        self._tls: ssl.SSLContext | None = None
 
     async def send(self, request: Request) -> Reply:
         """The reply, redirects followed; see ``Transport``."""
@@ -114,33 +120,25 @@ class HttpxTransport:
             ) from error
 
     async def aclose(self) -> None:
-        """Closes the pool of this loop; a loop closes what it opened."""
+        """Closes the connections of this loop; a loop closes what it opened."""
         loop = asyncio.get_running_loop()
         self._closed.add(loop)
-        for client in self._pools.pop(loop, {}).values():
-            await client.aclose()
+        for clients in self._idle.pop(loop, {}).values():
+            for client in clients:
+                await client.aclose()
 
-    def _pool(self, url: str) -> httpx.AsyncClient:
-        parts = urlsplit(url)
-        # Proxies from the environment are for the world outside; a loopback server is never behind one. Plain HTTP gets
-        # a pool of its own because a TLS context takes 100 ms to build.
-        outside, tls = parts.hostname not in _LOOPBACK, parts.scheme == "https"
-        pools = self._pools.setdefault(asyncio.get_running_loop(), {})
-        if (outside, tls) not in pools:
-            slots = self._config.max_in_flight + 16
-            pools[outside, tls] = httpx.AsyncClient(
-                verify=self._config.verify_tls and (tls or outside),
-                trust_env=outside,
-                follow_redirects=False,
-                timeout=httpx.Timeout(None, connect=self._config.connect_timeout_s),
-                limits=httpx.Limits(
-                    max_connections=slots,
-                    max_keepalive_connections=slots,
-                    keepalive_expiry=self._config.keepalive_expiry_s,
-                ),
-                headers={"accept": "application/json", "accept-encoding": "identity", "user-agent": "topkd"},
-            )
-        return pools[outside, tls]
+    def _client(self, kind: _Kind) -> httpx.AsyncClient:
+        outside, tls = kind
+        if tls and self._tls is None and self._config.verify_tls:
+            self._tls = httpx.create_ssl_context()  # 100 ms: once, and not for plain HTTP
+        return httpx.AsyncClient(
+            verify=self._tls or False,
+            trust_env=outside,
+            follow_redirects=False,
+            timeout=httpx.Timeout(None, connect=self._config.connect_timeout_s),
+            limits=httpx.Limits(max_connections=1, keepalive_expiry=self._config.keepalive_expiry_s),
+            headers={"accept": "application/json", "accept-encoding": "identity", "user-agent": "topkd"},
+        )
 
     async def _follow(self, request: Request) -> Reply:
         for _ in range(_MAX_REDIRECTS + 1):
@@ -160,11 +158,23 @@ class HttpxTransport:
         raise RequestRefusedError("too many redirects", where=f"{request.method} {request.url}")
 
     async def _once(self, request: Request) -> Reply:
-        client = self._pool(request.url)
+        parts = urlsplit(request.url)
+        # Proxies from the environment are for the world outside; a loopback server is never behind one.
+        kind = (parts.hostname not in _LOOPBACK, parts.scheme == "https")
+        loop = asyncio.get_running_loop()
+        idle = self._idle.setdefault(loop, {}).setdefault(kind, [])
+        # The one used last: its connection is the least likely to have been closed meanwhile.
+        client = idle.pop() if idle else self._client(kind)
         headers = {**request.headers, **request.private}
-        async with client.stream(request.method, request.url, content=request.content, headers=headers) as response:
-            body = await _read(response, request)
-            return Reply(response.status_code, dict(response.headers), body, request.url)
+        try:
+            async with client.stream(request.method, request.url, content=request.content, headers=headers) as response:
+                body = await _read(response, request)
+                return Reply(response.status_code, dict(response.headers), body, request.url)
+        finally:
+            if loop in self._closed:
+                await client.aclose()
+            else:
+                idle.append(client)
 
 
 _SLOW = "raise read_timeout_s or read_timeout_per_token_s if the server is only slow"
@@ -218,17 +228,19 @@ async def _read(response: httpx.Response, request: Request) -> bytes:
     announced = response.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > request.max_bytes:
         raise _too_large(request, f"{announced} bytes announced")
-    body = bytearray()
+    chunks, size = [], 0
     try:
         async for chunk in response.aiter_raw():
-            body += chunk if inflate is None else inflate.decompress(chunk, request.max_bytes + 1 - len(body))
-            if len(body) > request.max_bytes:
+            data = chunk if inflate is None else inflate.decompress(chunk, request.max_bytes + 1 - size)
+            chunks.append(data)
+            size += len(data)
+            if size > request.max_bytes:
                 raise _too_large(request, f"more than {request.max_bytes} bytes")
     except zlib.error as error:
         raise ResponseError("the reply's compression is broken", where=request.url, got=str(error)) from error
-    if inflate is not None and body and not inflate.eof:
+    if inflate is not None and size and not inflate.eof:
         raise ResponseError("the reply's compression is broken", where=request.url, got="a stream without its end")
-    return bytes(body)
+    return b"".join(chunks)
 
 
 def _too_large(request: Request, got: str) -> ResponseError:
