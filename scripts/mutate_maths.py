@@ -451,8 +451,8 @@ TORCH = (
     _maths(
         "taid: the target carries a gradient",
         "losses/taid",
-        "_blend(student.detach(),",
-        "_blend(student,",
+        "(student.detach(), select_rows(teacher_logits",
+        "(student, select_rows(teacher_logits",
         "goldens_torch",
     ),
     _maths(
