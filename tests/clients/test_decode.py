@@ -316,6 +316,23 @@ def test_without_numba_the_numpy_reading_is_taken(monkeypatch: pytest.MonkeyPatc
     decode.fast_reader.cache_clear()
 
 
+@pytest.mark.skipif(not decode_numba.available(), reason="numba is not installed")
+def test_without_a_folder_to_cache_in_numba_still_compiles(monkeypatch: pytest.MonkeyPatch):
+    import numba
+
+    real, asked = numba.njit, []
+
+    def njit(**options):
+        asked.append(options)
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(**options)
+
+    monkeypatch.setattr(numba, "njit", njit)
+    assert callable(decode_numba.kernel.__wrapped__())
+    assert [bool(options.get("cache")) for options in asked] == [True, False]
+
+
 def test_a_long_reply_takes_the_fast_path():
     body, ids = score_reply(200, 20)
     assert decode.score_reply(body, ids=ids, start=0, k=20)[2]

@@ -7,6 +7,7 @@ digits. It hands over (None) in the same cases: whatever is not the compact form
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -24,9 +25,16 @@ _TOKEN = np.frombuffer(b',"decoded_token":', dtype=np.uint8)
 _POW10 = 10.0 ** np.arange(23)  # exact in float64, all of them
 
 
+@functools.cache
 def available() -> bool:
-    """True when numba is installed."""
-    return importlib.util.find_spec("numba") is not None
+    """True when numba is installed and fits the NumPy beside it."""
+    if importlib.util.find_spec("numba") is None:
+        return False
+    try:
+        importlib.import_module("numba")
+    except (ImportError, AttributeError, SystemError):  # it refuses a NumPy newer than it knows
+        return False
+    return True
 
 
 def read_rows(body: bytes, ids: Int32, start: int, k: int) -> tuple[Ranked, bytes] | None:
@@ -53,7 +61,10 @@ def kernel() -> Callable[..., Any]:
     import numba
 
     # It writes only to its own arrays and holds no Python object: other threads go on meanwhile.
-    return numba.njit(nogil=True, cache=True, inline="never")(_pass)  # type: ignore[no-any-return]
+    try:
+        return numba.njit(nogil=True, cache=True)(_pass)  # type: ignore[no-any-return]
+    except RuntimeError:  # no folder to cache in: compiled once a process instead
+        return numba.njit(nogil=True)(_pass)  # type: ignore[no-any-return]
 
 
 def _pass(  # noqa: C901, PLR0911, PLR0912, PLR0915, PLR0917 - one loop without calls: what the compiler turns into a fast one
