@@ -1,0 +1,102 @@
+"""``topkd score``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import SecretStr
+
+from topkd.cli.display import Display
+from topkd.topk.errors import ConfigError
+
+
+def command(
+    data: Annotated[Path, typer.Argument(help="JSONL, Parquet, a datasets folder, or a cache to score anew.")],
+    teacher: Annotated[list[str], typer.Option(help="Base URL of the teacher; repeat it for replicas.")],
+    out: Annotated[Path, typer.Option(help="Folder of the cache.")],
+    model: Annotated[str | None, typer.Option(help="Served name; the server's only one when left out.")] = None,
+    k: Annotated[int, typer.Option("--k", min=1, help="Entries of each position.")] = 20,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or id of the tokenizer, for rows of text.")] = None,
+    revision: Annotated[str, typer.Option(help="Fingerprint of the teacher's weights, if its name may change.")] = "",
+    teacher_id: Annotated[str, typer.Option(help="Score the rows that name this teacher.")] = "",
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the API key.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read this many rows at most.")] = None,
+    shard: Annotated[str, typer.Option(help="i/n: of n parts the i-th.")] = "1/1",
+    dedupe: Annotated[bool, typer.Option("--dedupe", help="Skip rows that came before, across shards too.")] = False,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop before more tokens are sent.")] = None,
+    max_cost: Annotated[float | None, typer.Option(help="Stop before more is spent.")] = None,
+    price_per_million: Annotated[float | None, typer.Option(help="Price of a million tokens sent.")] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Count tokens and cost; score nothing.")] = False,
+    codec: Annotated[str, typer.Option(help="packed (fp16 logprobs), raw (exact) or cold (smallest).")] = "packed",
+    in_flight: Annotated[int, typer.Option(min=1, help="Requests at once at most.")] = 128,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that is refused.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
+) -> None:
+    """Score a data file into a cache; run it again to go on where it stopped, for what is cached costs nothing.
+
+    Example: topkd score data.jsonl --teacher http://127.0.0.1:8000 --k 20 --out cache
+    """
+    from topkd.compose.config import validated
+    from topkd.compose.score import ScoreConfig, score_data
+
+    values = {
+        "data": data, "out": out, "teachers": tuple(teacher), "model": model, "k": k, "tokenizer": tokenizer,
+        "revision": revision, "teacher_id": teacher_id, "api_key": _key(api_key_env), "limit": limit,
+        "shard": _shard(shard), "dedupe": dedupe, "max_tokens": max_tokens, "max_cost": max_cost,
+        "price_per_million": price_per_million, "estimate": estimate, "codec": codec, "in_flight": in_flight,
+        "strict": strict,
+    }  # fmt: skip
+    config = validated(ScoreConfig, values, where="topkd score")
+    with Display() as display:
+        report = asyncio.run(score_data(config, display))
+    if as_json:
+        typer.echo(json.dumps(report.as_dict()))
+    else:
+        _show(report.as_dict())
+    if report.failed:
+        raise typer.Exit(1)
+
+
+def _show(report: dict[str, object]) -> None:
+    reasons, refusals = report["reasons"], report["refusals"]
+    assert isinstance(reasons, dict)  # noqa: S101 - for the type checker
+    assert isinstance(refusals, list)  # noqa: S101 - for the type checker
+    names = ("scored", "cached", "duplicates", "refused", "failed")
+    counts = ", ".join(f"{report[name]} {name}" for name in names if report[name] or name == "scored")
+    if report["estimate"]:
+        counts = counts.replace("scored", "to score", 1)
+    typer.echo(f"{report['rows']} rows: {counts}; {report['positions']} positions at K = {report['k']}")
+    cost = "" if report["cost"] is None else f", cost {report['cost']:.4f}"
+    verb = "to send" if report["estimate"] else "sent"
+    typer.echo(f"{report['tokens_sent']} tokens {verb}, {report['saved_tokens']} spared by the cache{cost}")
+    for what, number in reasons.items():
+        typer.echo(f"  {number} x {what}")
+    for refusal in refusals[:10]:
+        typer.echo(f"  row {refusal['row']}: {refusal['reason']}")
+    if len(refusals) > 10:
+        typer.echo("  ... (--json lists the first 1,000)")
+    if report["stopped"]:
+        typer.echo(f"stopped at {report['stopped']}; raise it and run the same command again to go on")
+    if report["failed"]:
+        typer.echo("the server did not answer for some rows; run the same command again for those")
+
+
+def _key(variable: str | None) -> SecretStr | None:
+    if variable is None:
+        return None
+    value = os.environ.get(variable)
+    if not value:
+        raise ConfigError(f"the environment variable {variable} (--api-key-env) is not set")
+    return SecretStr(value)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise ConfigError("--shard takes i/n", got=text, expected="1/4 to 4/4, say")
+    return int(part), int(parts)

@@ -1,0 +1,230 @@
+"""Data files to sequences that a teacher scores: JSONL, Parquet, datasets folders and caches, one row at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from pydantic import ValidationError
+
+from topkd.compose.prompts import DataRow, prompt_tokens
+from topkd.offline import ScoreStore
+from topkd.offline.folder import FORMAT_FILE
+from topkd.offline.records import ROLLOUT
+from topkd.topk.errors import ConfigError, DataError
+from topkd.topk.samples import FinishReason
+from topkd.topk.types import Float32, Int32
+
+_FORMS = "prompt_ids and completion_ids, prompt and completion, or messages"
+_BATCH = 64  # rows read at a time
+
+
+class ScoredRow(DataRow):
+    """A row whose completion is there already; ``logp`` are the logprobs it was sampled with, when they are known."""
+
+    completion_ids: list[int] | None = None
+    completion: str | None = None
+    logp: list[float] | None = None
+    finish_reason: FinishReason = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreInput:
+    """One sequence: rows ``start ..`` are what a score of it holds.
+
+    Attributes:
+        number: Line of a JSONL file (from 1), row of any other source (from 0).
+        ids: int32, the prompt as the teacher sees it and the completion.
+        start: P - 1.
+        sample_id: The row's own name.
+        teacher_id: Which teacher it is for.
+        logp: float32 [C], what the completion was sampled with, or None.
+        finish_reason: How the completion ended, as the row says.
+    """
+
+    number: int
+    ids: Int32
+    start: int
+    sample_id: str
+    teacher_id: str
+    logp: Float32 | None = None
+    finish_reason: FinishReason = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be scored, and why."""
+
+    number: int
+    reason: DataError
+
+
+Item: TypeAlias = ScoreInput | BadRow
+
+
+def read_sequences(path: Path, tokenizer: Any = None) -> Iterator[Item]:
+    """Every row in order, lazily; a bad one comes as a ``BadRow`` in its place.
+
+    Args:
+        path: A JSONL or Parquet file, a folder of ``datasets.Dataset.save_to_disk``, or a cache (its rollouts).
+        tokenizer: For rows of text; None when all rows hold ids.
+    """
+    if path.is_dir() and (path / FORMAT_FILE).exists():
+        yield from _rollouts(path)
+        return
+    for number, raw in _rows(path):
+        try:
+            yield _sequence(number, raw, tokenizer, f"{path}:{number}")
+        except DataError as error:
+            yield BadRow(number, error)
+
+
+def count_rows(path: Path) -> int:
+    """How many rows there are, for a forecast; 0 when that is not known beforehand."""
+    if path.is_dir():
+        return 0 if (path / FORMAT_FILE).exists() else len(_dataset(path))
+    if path.suffix == ".parquet":
+        return int(_parquet(path).metadata.num_rows)
+    try:
+        with path.open("rb") as file:
+            return sum(1 for line in file if line.strip())
+    except OSError as error:
+        raise DataError("cannot read the data file", where=str(path), got=error.strerror) from error
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    if path.is_dir():
+        yield from enumerate(_dataset(path))
+    elif path.suffix == ".parquet":
+        numbers = count()
+        for batch in _parquet(path).iter_batches(batch_size=_BATCH):
+            yield from zip(numbers, batch.to_pylist(), strict=False)
+    else:
+        try:
+            with path.open("rb") as file:
+                yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+        except OSError as error:
+            raise DataError("cannot read the data file", where=str(path), got=error.strerror) from error
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ConfigError("Parquet needs pyarrow", hint='pip install "topkd[data]"') from error
+    try:
+        return pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError("cannot read the Parquet file", where=str(path), got=str(error).splitlines()[0]) from error
+
+
+def _dataset(path: Path) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError("a dataset folder needs datasets", hint='pip install "topkd[data]"') from error
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            "neither a saved dataset nor a cache", where=str(path), got=str(error).splitlines()[0]
+        ) from error
+    if isinstance(found, datasets.DatasetDict):
+        raise DataError(
+            "the folder holds several splits", where=str(path), got=sorted(found), hint="give one split's folder"
+        )
+    return found
+
+
+def _rollouts(path: Path) -> Iterator[Item]:
+    numbers = count()
+    with ScoreStore(path) as store:
+        for record in store.records(kinds=(ROLLOUT,)):
+            for rollout in record.rollouts():
+                number, ids = next(numbers), np.concatenate([rollout.prompt_ids, rollout.completion_ids])
+                if rollout.completion_ids.size == 0:
+                    yield BadRow(number, DataError("an empty completion", where=f"{path}:{number}"))
+                else:
+                    yield ScoreInput(number, ids, rollout.prompt_ids.size - 1, f"rollout {number}", "")
+
+
+def _sequence(number: int, raw: Any, tokenizer: Any, where: str) -> ScoreInput:
+    row = _parsed(raw, where)
+    if row.prompt_ids is not None:
+        prompt, completion = prompt_tokens(row, tokenizer, row.hint, where), row.completion_ids or []
+    elif tokenizer is None:
+        raise ConfigError("rows of text need a tokenizer", where=where, hint="give --tokenizer PATH")
+    elif row.completion is not None:
+        prompt = prompt_tokens(row, tokenizer, row.hint, where)
+        completion = tokenizer(row.completion, add_special_tokens=False)["input_ids"]
+    else:
+        prompt, completion = _last_answer(row, tokenizer, where)
+    if not completion or min(completion) < 0:
+        raise DataError(
+            "a completion needs at least one token and no negative id", where=where, got=list(completion[:8])
+        )
+    name = str(row.id) if row.id is not None else f"row {number}"
+    if max(*prompt, *completion) > np.iinfo(np.int32).max:
+        raise DataError("token id out of range", where=where, got=max(*prompt, *completion))
+    logp = None if row.logp is None else np.asarray(row.logp, np.float32)
+    if logp is not None and (logp.size != len(completion) or (logp > 0).any()):
+        raise DataError(
+            "logp must be one log-probability for each completion token", where=where, got=f"{logp.size} numbers",
+            expected=f"{len(completion)}, none above 0",
+        )  # fmt: skip
+    ids = np.array([*prompt, *completion], np.int32)
+    return ScoreInput(number, ids, len(prompt) - 1, name, row.teacher_id, logp, row.finish_reason)
+
+
+def _parsed(raw: Any, where: str) -> ScoredRow:
+    if isinstance(raw, bytes):
+        try:
+            raw = json.loads(raw)
+        except ValueError as error:
+            raise DataError("not a JSON object", where=where, got=repr(raw[:60])[1:]) from error
+    if not isinstance(raw, dict):
+        raise DataError("not a JSON object", where=where, got=type(raw).__name__)
+    try:
+        # Tables have every column in every row: a null is an absent key.
+        row = ScoredRow.model_validate({key: value for key, value in raw.items() if value is not None})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in problem["loc"]) or "the row"
+        raise DataError(f"{key} cannot be read", where=where, expected=problem["msg"]) from None
+    names = ("prompt_ids", "completion_ids", "prompt", "completion", "messages")
+    given = [name for name in names if getattr(row, name) is not None]
+    if given not in (["prompt_ids", "completion_ids"], ["prompt", "completion"], ["messages"]):
+        raise DataError("not a row that can be scored", where=where, got=", ".join(given) or "none", expected=_FORMS)
+    return row
+
+
+def _last_answer(row: ScoredRow, tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
+    """The conversation up to the last assistant message, and that message with the token that ends it."""
+    messages = row.messages or []
+    if len(messages) < 2 or messages[-1].get("role") != "assistant":
+        raise DataError(
+            "the last of at least two messages must be the assistant's", where=where,
+            got=[message.get("role") for message in messages][-4:],
+        )  # fmt: skip
+    hint = [{"role": "system", "content": row.hint}] if row.hint else []
+    from jinja2 import TemplateError  # comes with chat templates
+
+    try:
+        prompt = prompt_tokens(row.model_copy(update={"messages": messages[:-1]}), tokenizer, row.hint, where)
+        whole = [int(token) for token in tokenizer.apply_chat_template([*hint, *messages], return_dict=False)]
+    except TemplateError as error:
+        raise DataError("the chat template refuses these messages", where=where, got=str(error)) from error
+    if whole[: len(prompt)] != prompt:
+        raise DataError(
+            "the chat template does not extend the prompt by the answer", where=where, hint="give ids instead"
+        )
+    completion = whole[len(prompt) :]
+    ends = [place for place, token in enumerate(completion) if token == tokenizer.eos_token_id]
+    # What a template writes after the end token (a line break) is no part of what a model samples.
+    return prompt, completion[: ends[-1] + 1] if ends else completion
