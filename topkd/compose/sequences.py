@@ -77,7 +77,7 @@ def read_sequences(path: Path, tokenizer: Any = None) -> Iterator[Item]:
     if path.is_dir() and (path / FORMAT_FILE).exists():
         yield from _rollouts(path)
         return
-    for number, raw in _rows(path):
+    for number, raw in raw_rows(path):
         try:
             yield _sequence(number, raw, tokenizer, f"{path}:{number}")
         except DataError as error:
@@ -97,7 +97,8 @@ def count_rows(path: Path) -> int:
         raise DataError("cannot read the data file", where=str(path), got=error.strerror) from error
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+def raw_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows as they stand: bytes of a JSONL line with its number from 1, else mappings with theirs from 0."""
     if path.is_dir():
         yield from enumerate(_dataset(path))
     elif path.suffix == ".parquet":

@@ -1,0 +1,288 @@
+"""``topkd cache``: look into a cache, check it, tidy it, and bring scores in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from topkd.topk.errors import ConfigError, DataError
+
+app = typer.Typer(help="Look into a cache, check it, tidy it, bring scores in and out.", no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Argument(help="Folder of the cache.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+class Codec(StrEnum):
+    """How records are written."""
+
+    packed = "packed"
+    raw = "raw"
+    cold = "cold"
+
+
+class ExportFormat(StrEnum):
+    """What a cache can be written as."""
+
+    parquet = "parquet"
+    dataset = "dataset"
+
+
+class ImportFormat(StrEnum):
+    """What can be brought into a cache."""
+
+    parquet = "parquet"
+    dataset = "dataset"
+    axolotl = "axolotl"
+    distillkit = "distillkit"
+
+
+@app.command("stats")
+def stats(cache: Folder, as_json: AsJson = False) -> None:
+    """What a cache holds, with pictures of K, captured mass, entropy and lengths.
+
+    Example: topkd cache stats cache --json
+    """
+    from topkd.offline import profile
+    from topkd.offline import stats as counted
+
+    found, shapes = counted(cache).as_dict(), profile(cache)
+    if as_json:
+        typer.echo(json.dumps(found | {"profile": shapes}))
+        return
+    per_token = "" if found["bytes_per_token"] is None else f" ({found['bytes_per_token']:.1f} bytes a token)"
+    typer.echo(f"{found['scores']} scores and {found['rollouts']} rollouts, {found['tokens']} tokens")
+    typer.echo(f"{found['bytes']} bytes{per_token} in {found['segments']} segments, {found['sealed']} sealed")
+    if found["records"] > found["live"]:
+        typer.echo(f"{found['records'] - found['live']} records are superseded; topkd cache gc drops them")
+    console = Console()
+    table = Table("name", "revision", "records", "tokens", title="teachers, and the policies that were sampled")
+    for teacher in found["teachers"]:
+        shown = (teacher["name"], teacher["revision"] or "-", teacher["records"], teacher["tokens"])
+        table.add_row(*(str(value) for value in shown))
+    console.print(table)
+    if found["k"]:
+        top = max(found["k"].values())
+        typer.echo("K")
+        for k, number in sorted(found["k"].items()):
+            typer.echo(f"  {k:>6} {_bar(number / top)} {number} scores")
+    for key, title in (("mass", "mass in the list"), ("entropy", "entropy, at least, nats"), ("lengths", "rows")):
+        if shapes[key]:
+            typer.echo(f"{title}, of {shapes['scores']} scores")
+            top = max(shapes[key]) or 1.0
+            for quantile, value in zip(shapes["quantiles"], shapes[key], strict=True):
+                typer.echo(f"  {quantile:>6.0%} {_bar(value / top)} {value:.4g}")
+
+
+@app.command("verify")
+def verify(cache: Folder, as_json: AsJson = False) -> None:
+    """Read every byte; exit code 1 when something that was acknowledged may be lost, each piece of it named.
+
+    Example: topkd cache verify cache
+    """
+    from topkd.offline import verify as verified
+
+    found = verified(cache)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict()))
+    else:
+        for item in found.damage:
+            place = f"{item.segment} at byte {item.offset}, {item.size} bytes"
+            typer.echo(f"{'damage' if item.fatal else 'left by a crash'}: {item.what} ({place})")
+        word = "whole" if found.ok else "DAMAGED: score again what it held (topkd cache gc drops the rest of it)"
+        typer.echo(
+            f"{cache}: {found.records} records in {found.segments} segments, {found.bytes} bytes, "
+            f"{found.duplicates} superfluous: {word}"
+        )
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command("ls")
+def ls(
+    cache: Folder,
+    limit: Annotated[int, typer.Option(min=1, help="Records at most.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """List records: what was scored or sampled, by whom, how widely. With --json one object a line.
+
+    Example: topkd cache ls cache --limit 5
+    """
+    for number, row in enumerate(islice(_listed(cache), limit + 1)):
+        if number == limit:
+            if not as_json:
+                typer.echo("... (--limit shows more)")
+            return
+        if as_json:
+            typer.echo(json.dumps(row))
+        else:
+            first = " ".join(map(str, row["first_ids"]))
+            typer.echo(
+                f"{row['kind']:<8} {row['teacher']:<20} K {row['k']:<4} {row['tokens']:>6} tokens "
+                f"from {row['start']:<5} {row['codec']:<7} {first} .."
+            )
+
+
+@app.command("gc")
+def gc(
+    cache: Folder,
+    codec: Annotated[Codec | None, typer.Option(help="Write the records anew in this codec.")] = None,
+    foreign: Annotated[
+        bool, typer.Option("--foreign", help="Also what crashed writers on other machines left; nobody may write.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rewrite a cache with live records only.
+
+    Example: topkd cache gc cache --codec cold
+    """
+    from topkd.offline import gc as compact
+
+    _told(compact(cache, codec=None if codec is None else codec.value, foreign=foreign), as_json)
+
+
+@app.command("merge")
+def merge(
+    sources: Annotated[list[Path], typer.Argument(help="Caches to copy from.")],
+    out: Annotated[Path, typer.Option(help="The cache that gains what it lacks.")],
+    as_json: AsJson = False,
+) -> None:
+    """Bring several caches together, byte for byte.
+
+    Example: topkd cache merge shard-1 shard-2 --out cache
+    """
+    from topkd.offline import merge as joined
+
+    _told(joined(sources, out), as_json)
+
+
+@app.command("export")
+def export(
+    cache: Folder,
+    out: Annotated[Path, typer.Argument(help="Folder for the files.")],
+    form: Annotated[ExportFormat, typer.Option("--format", help="What to write.")] = ExportFormat.parquet,
+    as_json: AsJson = False,
+) -> None:
+    """Write scores and rollouts as Parquet, or the scores as a Hugging Face dataset.
+
+    Example: topkd cache export cache exported --format parquet
+    """
+    from topkd.offline import export_parquet, to_dataset
+
+    if form is ExportFormat.parquet:
+        _told(export_parquet(cache, out), as_json)
+        return
+    dataset = to_dataset(cache)
+    dataset.save_to_disk(str(out))
+    typer.echo(json.dumps({"records": len(dataset)}) if as_json else f"{len(dataset)} scores in {out}")
+
+
+@app.command("import")
+def import_(
+    cache: Folder,
+    source: Annotated[Path, typer.Argument(help="File or folder with scores.")],
+    form: Annotated[ImportFormat, typer.Option("--format", help="What it is.")] = ImportFormat.parquet,
+    teacher: Annotated[str | None, typer.Option(help="Name of the teacher, where the source has none.")] = None,
+    revision: Annotated[str, typer.Option(help="Fingerprint of that teacher's weights.")] = "",
+    codec: Annotated[Codec, typer.Option(help="How to write the records.")] = Codec.packed,
+    as_json: AsJson = False,
+) -> None:
+    """Bring scores into a cache; rows that do not fit are named.
+
+    Example: topkd cache import cache captured --format distillkit --teacher my-teacher
+    """
+    from topkd.offline import ScoreStore, TeacherIdentity, from_dataset, import_axolotl, import_distillkit
+    from topkd.offline import import_parquet as parquet
+
+    if not source.exists():
+        raise DataError("nothing to import there", where=str(source))
+    with ScoreStore(cache, mode="a", codec=codec.value) as store:
+        if form is ImportFormat.parquet:
+            done = parquet(source, store)
+        elif form is ImportFormat.dataset:
+            done = from_dataset(_dataset(source), store)
+        elif teacher is None:
+            raise ConfigError(f"--format {form.value} needs --teacher", hint="the source does not say who scored it")
+        elif form is ImportFormat.axolotl:
+            done = import_axolotl(_plain_rows(source), store, TeacherIdentity(teacher, revision=revision))
+        else:
+            done = import_distillkit(source, store, TeacherIdentity(teacher, revision=revision))
+    _told(done, as_json)
+    if done.refused and not done.records:
+        raise typer.Exit(1)
+
+
+def _told(result: Any, as_json: bool) -> None:
+    values = dataclasses.asdict(result)
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    named = {key: value for key, value in values.items() if isinstance(value, list)}
+    typer.echo(", ".join(f"{key} {value}" for key, value in values.items() if key not in named))
+    for key, items in named.items():
+        for item in items[:20]:
+            typer.echo(f"  {key}: {item}")
+        if len(items) > 20:
+            typer.echo(f"  {key}: {len(items) - 20} more (--json lists them)")
+
+
+def _listed(cache: Path) -> Iterator[dict[str, Any]]:
+    from topkd.offline import ScoreStore
+    from topkd.offline.codecs import CODEC_NAMES
+    from topkd.offline.records import KIND_NAMES, ROLLOUT, SCORE
+    from topkd.offline.tables import identities
+
+    names = identities(cache)
+    with ScoreStore(cache) as store:
+        for record in store.records(kinds=(SCORE, ROLLOUT)):
+            header = record.header
+            who = names.get(header.tag)
+            ids = record.score()[0] if header.kind == SCORE else record.rollouts()[0].prompt_ids
+            yield {
+                "kind": KIND_NAMES[header.kind],
+                "teacher": "?" if who is None else who.name,
+                "revision": "" if who is None else who.revision,
+                "k": header.asked,
+                "start": header.start if header.kind == SCORE else int(ids.size) - 1,
+                "tokens": header.rows,
+                "codec": CODEC_NAMES[header.codec],
+                "key": header.key.hex(),
+                "first_ids": ids[:6].tolist(),
+            }
+
+
+def _dataset(path: Path) -> Any:
+    try:
+        from datasets import load_from_disk
+    except ImportError as error:
+        raise ConfigError("a dataset folder needs datasets", hint='pip install "topkd[data]"') from error
+    try:
+        return load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise DataError("not a saved dataset", where=str(path), got=str(error).splitlines()[0]) from error
+
+
+def _plain_rows(path: Path) -> Iterator[dict[str, Any]]:
+    from topkd.compose.sequences import raw_rows
+
+    for number, raw in raw_rows(path):
+        try:
+            row = json.loads(raw) if isinstance(raw, bytes) else raw
+        except ValueError as error:
+            raise DataError("not a JSON object", where=f"{path}:{number}") from error
+        if not isinstance(row, dict):
+            raise DataError("not a JSON object", where=f"{path}:{number}")
+        yield row
+
+
+def _bar(share: float) -> str:
+    return ("#" * round(24 * max(0.0, min(1.0, share)))).ljust(24)
