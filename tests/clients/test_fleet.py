@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.faults.server import VOCAB, FaultyServer, actual_logp, body_of, plus_a_hundredth
-from topkd.clients import ClientConfig, Fleet, Job, Stream, TeacherRouter
+from topkd.clients import ClientConfig, Fleet, Job, Stream, TeacherRouter, VllmCompletions
 from topkd.clients.breaker import Breaker
 from topkd.topk.errors import ConfigError, KLimitError, ResponseError, ServerUnreachableError, TopkdError
 from topkd.topk.protocols import Sampler, TeacherScorer
@@ -280,3 +280,18 @@ async def test_drain_waits_for_what_is_under_way():
             await fleet.drain()
             assert task.done()
             assert (await task).rows == len(IDS) - 4
+
+
+async def test_a_probe_does_not_wait_behind_the_requests_that_are_stuck():
+    config = ClientConfig(max_in_flight=1, window_start=1)
+    async with FaultyServer() as server, VllmCompletions(server.url, model="t", config=config) as client:
+        server.delay_s = 30.0
+        stuck = [asyncio.create_task(client.score(IDS, 3, 4)) for _ in range(3)]
+        while not server.scored:
+            await asyncio.sleep(0.01)
+        assert await asyncio.wait_for(client.healthy(), 5)
+        server.healthy = False
+        assert not await client.healthy()
+        for task in stuck:
+            task.cancel()
+        await asyncio.gather(*stuck, return_exceptions=True)

@@ -135,12 +135,8 @@ class HttpClient:
             return ""
 
     async def healthy(self) -> bool:
-        """One try of ``GET /health``, outside the retries."""
-        try:
-            await self.endpoint.call("GET", "/health", decode=lambda _: None, where=self.where("health"), retries=False)
-        except (OSError, ResponseError):
-            return False
-        return True
+        """One short try of ``GET /health``, outside admission and retries."""
+        return await self.endpoint.ping("/health")
 
     async def _cards(self) -> list[_Card]:
         reply = await self.endpoint.call(

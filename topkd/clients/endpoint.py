@@ -120,6 +120,14 @@ class Endpoint:
             return await attempt(Try(0, Total(self.config.total_timeout_s)))
         return await with_retries(attempt, self.config, self.metrics, response_retries=response_retries)
 
+    async def ping(self, path: str, *, timeout_s: float = 5.0) -> bool:
+        """One short GET past the gate: a replica whose places are all taken by stuck requests can still be probed."""
+        request = Request("GET", self.url + path, private=self._private(), timeout_s=timeout_s, max_bytes=65_536)
+        try:
+            return (await self._transport.send(request)).status == 200
+        except (OSError, ResponseError):
+            return False
+
     async def aclose(self) -> None:
         """Closes connections and decoding threads."""
         self.gate.close()
