@@ -70,3 +70,12 @@ async def test_a_folder_that_is_not_a_demos_is_left_alone(small, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(Exception, match="already holds a run"):
         await demo.demo("gjs", steps=1, out=tmp_path, cache=tmp_path / "cache")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "most"), [("topk_pg", 0.75), ("gjs", 0.9), ("scalar_kl", 0.9)])
+async def test_the_demo_as_shipped_brings_the_student_closer(objective, most, tmp_path):
+    """The sizes a newcomer gets; the trained models come from (or go to) the user's cache, as for them."""
+    result = await demo.demo(objective, seed=1, out=tmp_path / "run")
+    assert result.after["reverse_kl"] <= most * result.before["reverse_kl"]
+    assert result.after["agreement"] > result.before["agreement"] or objective != "topk_pg"
