@@ -15,8 +15,8 @@ from topkd.clients.vllm import score_body
 from topkd.topk.errors import FinalServerError, ResponseError, ServerFailedError
 from topkd.topk.types import Int32
 
-# Ids below 256 exist in every vocabulary; these are no special tokens of any common one.
-_PLAIN = np.array([71, 105, 40, 83, 220, 97, 66, 110, 52, 101, 75, 88, 117, 61, 93, 45], dtype=np.int32)
+# Ids that exist in every vocabulary, and are no special tokens of any common one.
+_PLAIN = np.array([71, 105, 40, 83, 99, 97, 66, 110, 52, 101, 75, 88, 117, 61, 93, 45], dtype=np.int32)
 _LONGEST = 48
 _LISTED = 64
 
@@ -128,10 +128,9 @@ def _spells(student: ByteMap, token: int, spelt: str) -> bool:
     known = student.token_bytes.get(token)
     if known is None:
         return False
-    # The server decoded the id on its own: sentencepiece drops a leading space then, and vLLM shows the raw piece of a
-    # token that is no whole character.
-    return (
-        known == spelt.encode()
-        or student.tokenizer.decode([token], skip_special_tokens=False) == spelt
-        or student.tokenizer.id_to_token(token) == spelt
-    )
+    # The server decoded the id on its own: sentencepiece drops a leading space then.
+    if known == spelt.encode() or student.tokenizer.decode([token], skip_special_tokens=False) == spelt:
+        return True
+    # Half a character: vLLM completes it with the bytes of the tokens before, or shows the raw piece.
+    whole = known.decode("utf-8", "ignore").encode() == known
+    return not whole and (known in spelt.encode() or student.tokenizer.id_to_token(token) == spelt)

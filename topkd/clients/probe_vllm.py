@@ -27,7 +27,7 @@ _TITLE_K = "largest K"
 async def score_limit(session: Session) -> None:
     """K_max: from the words of a refusal, then confirmed by a score of that width."""
     limit = await _stated_limit(session)
-    confirmed = _CONFIRMED if limit < 0 else min(limit, _CONFIRMED)
+    confirmed = min(_CONFIRMED, limit if limit >= 0 else session.capabilities.vocab_size or _CONFIRMED)
     if limit == 0:
         session.add("k_max", SCORING, _TITLE_K, "fail", "0", "the server scores no list (max_logprobs 0)")
         return

@@ -152,7 +152,7 @@ class Sglang(HttpClient):
             raise ConfigError(
                 "candidates of the wrong shape", got=f"{wanted.dtype} {wanted.shape}", expected=f"[{rows}, K]"
             )
-        check_vocabulary(np.where(wanted == -1, 0, wanted), self.vocab_size)
+        check_vocabulary(np.where(wanted == -1, 0, wanted).ravel(), self.vocab_size)
         union = np.unique(wanted[wanted >= 0]).astype(np.int32)
         if not union.size:
             return np.full(wanted.shape, -np.inf, dtype=np.float32)

@@ -304,7 +304,7 @@ def _candidates(candidates: Int32, rows: int, vocab_size: int | None) -> Int32:
         raise ConfigError(
             "candidates of the wrong shape", got=f"{wanted.dtype} {wanted.shape}", expected=f"[{rows}, K]"
         )
-    check_vocabulary(np.where(wanted == PAD_ID, 0, wanted), vocab_size)
+    check_vocabulary(np.where(wanted == PAD_ID, 0, wanted).ravel(), vocab_size)
     return wanted.astype(np.int32)
 
 
