@@ -3,7 +3,8 @@
 One process serves, and each side runs in a process of its own, in turns. A side scores the same prompts over the same
 route and ends with the same arrays (ids and logprobs by rank, the realised token's logprob); what counts is tokens per
 second of wall time and CPU seconds per million tokens of the client's process. A side whose package is not installed is
-left out and said to be; other interpreters can be named:
+left out and said to be. The peers' packages are looked for in .venv-bench (``pip install openai trl requests numpy``),
+or in the interpreters that are named:
 
     python benchmarks/bench_scoring.py [--openai-python PATH] [--trl-python PATH] [--positions 1024] [--rounds 3]
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results" / "bench_scoring.json"
+BENCH_PYTHON = str(Path(__file__).parents[1] / ".venv-bench" / "bin" / "python")
 IN_FLIGHT = 64
 REQUESTS = {20: 192, 128: 64}
 SIDES = ("topkd", "openai", "trl")
@@ -213,8 +215,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--positions", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--openai-python", default=sys.executable)
-    parser.add_argument("--trl-python", default=sys.executable)
+    other = BENCH_PYTHON if Path(BENCH_PYTHON).exists() else sys.executable
+    parser.add_argument("--openai-python", default=other)
+    parser.add_argument("--trl-python", default=other)
     parser.add_argument("--serve", action="store_true")
     parser.add_argument("--side")
     parser.add_argument("--url")
