@@ -173,6 +173,10 @@ def _sequence(number: int, raw: Any, tokenizer: Any, where: str) -> ScoreInput:
     name = str(row.id) if row.id is not None else f"row {number}"
     if max(*prompt, *completion) > np.iinfo(np.int32).max:
         raise DataError("token id out of range", where=where, got=max(*prompt, *completion))
+    if row.logp is not None and row.prompt_ids is None:
+        raise DataError(
+            "logp needs prompt_ids and completion_ids: text does not say which tokens it is of", where=where
+        )
     logp = None if row.logp is None else np.asarray(row.logp, np.float32)
     if logp is not None and (logp.size != len(completion) or (logp > 0).any()):
         raise DataError(

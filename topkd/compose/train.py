@@ -14,13 +14,15 @@ from typing import Any
 import topkd
 from topkd.clients import connect
 from topkd.compose.config import RunConfig, saved
+from topkd.compose.live_cache import LiveCache
 from topkd.compose.progress import Progress
 from topkd.compose.prompts import read_prompts
 from topkd.engine import EngineConfig
 from topkd.engine.data import PromptRow
+from topkd.engine.loop import Source
 from topkd.engine.metrics import MetricsLog
 from topkd.topk.errors import ConfigError
-from topkd.topk.protocols import TeacherScorer
+from topkd.topk.protocols import Sampler, TeacherScorer
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +34,19 @@ class RunResult:
     evals: list[dict[str, Any]]
 
 
-async def train(config: RunConfig, out: Path, progress: Progress | None = None) -> RunResult:
-    """Run one config to its end; checkpoint, metrics and provenance lie in ``out`` afterwards."""
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """What a config names on this machine, loaded."""
+
+    tokenizer: Any
+    student: Any
+    rows: list[PromptRow]
+
+
+def load_pieces(config: RunConfig, progress: Progress) -> Pieces:
+    """Tokenizer, student and prompts of a config."""
     from topkd.engine.student import Student, load_tokenizer
 
-    progress = progress or Progress()
-    fresh_folder(out)
-    saved(config, out / "config.json")
     tokenizer = load_tokenizer(config.student.model)
     student = Student.load(config.student.model, config.student.device, config.student.dtype)
     rows, dropped = read_prompts(
@@ -50,7 +58,21 @@ async def train(config: RunConfig, out: Path, progress: Progress | None = None) 
     )
     if dropped:
         progress.note(f"{dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens were dropped")
+    return Pieces(tokenizer, student, rows)
+
+
+async def train(config: RunConfig, out: Path, progress: Progress | None = None) -> RunResult:
+    """Run one config to its end; checkpoint, metrics and provenance lie in ``out`` afterwards.
+
+    With ``[cache]`` every score and rollout is kept there, nothing that is there is asked again, and ``replay`` can
+    repeat the run without a server.
+    """
+    progress = progress or Progress()
+    fresh_folder(out)
+    saved(config, out / "config.json")
+    pieces = load_pieces(config, progress)
     async with contextlib.AsyncExitStack() as stack:
+        cache = stack.enter_context(LiveCache(config.cache)) if config.cache is not None else None
         teachers: dict[str, TeacherScorer] = {}
         for name, teacher in config.teacher_map().items():
             client = await connect(
@@ -61,14 +83,18 @@ async def train(config: RunConfig, out: Path, progress: Progress | None = None) 
                 config=config.client,
             )
             teachers[name] = await stack.enter_async_context(client)
+            if cache is not None:
+                teachers[name] = cache.scorer(name, client, await client.model_name(), teacher.revision)
         return await run(
             config,
-            student=student,
-            tokenizer=tokenizer,
-            rows=rows,
+            student=pieces.student,
+            tokenizer=pieces.tokenizer,
+            rows=pieces.rows,
             teachers=teachers,
             out=out,
             progress=progress,
+            wrap=None if cache is None else cache.recorder(config, pieces.student, pieces.rows),
+            account=None if cache is None else cache.account,
         )
 
 
@@ -82,8 +108,15 @@ async def run(
     out: Path,
     progress: Progress,
     evaluate: Callable[[], dict[str, Any]] | None = None,
+    wrap: Callable[[Sampler], Sampler] | None = None,
+    source: Source | None = None,
+    account: Callable[[], dict[str, Any]] | None = None,
 ) -> RunResult:
-    """The engine's loop over ready pieces, with its diary, provenance and final checkpoint in ``out``."""
+    """The engine's loop over ready pieces, with its diary, provenance and final checkpoint in ``out``.
+
+    ``wrap`` puts something around (or in place of) the in-process sampler, ``source`` gives the rollouts instead of any
+    sampler, and ``account`` tells what the diary should end with.
+    """
     from topkd.engine.checkpoint import save_student
     from topkd.engine.learner import Learner
     from topkd.engine.loop import distil
@@ -109,14 +142,17 @@ async def run(
         steps = await distil(
             config,
             rows=rows,
-            sampler=sampler,
+            sampler=sampler if wrap is None else wrap(sampler),
             teachers=teachers,
             learner=learner,
             log=log,
             evaluate=evaluate,
             on_record=on_record,
             set_version=set_version,
+            source=source,
         )
+        if account is not None:
+            log.write("event", account())
     save_student(
         student, tokenizer, out / "student", {"version": learner.version, "objective": config.objective.model_dump()}
     )

@@ -1,0 +1,52 @@
+"""``topkd replay``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from topkd.cli.display import Display
+from topkd.cli.extras import needs
+
+
+def command(
+    config: Annotated[Path, typer.Argument(help="The run's TOML file.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoint, metrics and provenance.")],
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of the cache; [cache] path of the config when left out.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, as in --set objective.kind=gjs; repeatable.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the config, print it resolved, do nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the last records as JSON on standard output.")] = False,
+) -> None:
+    """Train from a cache, with no server: the recorded run again, or its completions shuffled, under any objective.
+
+    Example: topkd replay run.toml --cache cache --out runs/gjs --set objective.kind=gjs
+    """
+    from topkd.compose.config import load_config
+
+    run_config = load_config(config, overrides or [])
+    if dry_run:
+        typer.echo(json.dumps(run_config.model_dump(mode="json"), indent=2))
+        return
+    needs("replay", "torch", "transformers", "safetensors", extra="train")
+    from topkd.compose.replay import replay
+
+    with Display() as display:
+        result = asyncio.run(replay(run_config, out, display, cache=cache))
+    last = result.steps[-1]
+    if as_json:
+        typer.echo(json.dumps({"out": str(result.out), "last_step": last, "evals": result.evals}, default=str))
+        return
+    typer.echo(
+        f"{last['step']} steps replayed; last kl_k1 {last.get('kl_k1')}; student: {result.out / 'student'}, "
+        f"diary: {result.out / 'metrics.jsonl'}"
+    )

@@ -1,0 +1,85 @@
+"""``replay``: the same engine over a cache, with no server at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from topkd.compose.config import RunConfig, TeacherConfig, saved
+from topkd.compose.progress import Progress
+from topkd.compose.recorded import RecordedSampler, chosen_policy, identities_with
+from topkd.compose.shuffled import ShuffledRollouts
+from topkd.compose.train import RunResult, fresh_folder, load_pieces, run
+from topkd.offline import ReplayScorer, ScoreStore, TeacherIdentity
+from topkd.offline.records import SCORE
+from topkd.topk.errors import CacheMissError, ConfigError
+
+
+async def replay(
+    config: RunConfig, out: Path, progress: Progress | None = None, *, cache: Path | None = None
+) -> RunResult:
+    """Train from what a cache holds; a miss is a CacheMissError.
+
+    Args:
+        config: As for ``train``; the objective may be another than the recorded one. Behaviour logprobs are the
+            recorded ones, so importance sampling corrects for the difference.
+        out: Folder of the new run.
+        progress: Told what goes on.
+        cache: The folder; None takes ``config.cache.path``.
+    """
+    progress = progress or Progress()
+    path = cache if cache is not None else Path(config.cache.path) if config.cache is not None else None
+    if path is None:
+        raise ConfigError("no cache to replay", hint="give --cache DIR, or [cache] path in the config")
+    with ScoreStore(path) as store:
+        teachers = {
+            name: ReplayScorer(store, _recorded_teacher(path, name, teacher))
+            for name, teacher in config.teacher_map().items()
+        }
+        policy = chosen_policy(path, config.replay.policy)
+        if policy.name == "data" and config.replay.order == "recorded":
+            raise ConfigError(
+                "completions that came with the data have no recorded order", where=str(path),
+                hint='set replay.order = "shuffled"',
+            )  # fmt: skip
+        fresh_folder(out)
+        saved(config, out / "config.json")
+        pieces = load_pieces(config, progress)
+        sampler = RecordedSampler(None, store, policy)
+        source = None
+        if config.replay.order == "shuffled":
+            source = ShuffledRollouts(store, policy, pieces.rows, teachers=teachers, config=config, progress=progress)
+        return await run(
+            config,
+            student=pieces.student,
+            tokenizer=pieces.tokenizer,
+            rows=pieces.rows,
+            teachers=teachers,
+            out=out,
+            progress=progress,
+            wrap=lambda _: sampler,
+            source=source,
+            account=lambda: {
+                "event": "replayed",
+                "cache": str(path),
+                "policy": policy.revision,
+                "scores": {name: teacher.metrics.as_dict() for name, teacher in teachers.items()},
+            },
+        )
+
+
+def _recorded_teacher(path: Path, name: str, teacher: TeacherConfig) -> TeacherIdentity:
+    """Whose scores to read: the config's teacher, or the only one of that revision in the cache."""
+    if teacher.model is not None:
+        return TeacherIdentity(teacher.model, revision=teacher.revision)
+    found = identities_with(path, SCORE)
+    fitting = [one for one in found if one == TeacherIdentity(one.name, revision=teacher.revision)]
+    if len(fitting) == 1:
+        return fitting[0]
+    where = f"{path}, teacher {name!r}" if name else str(path)
+    shown = " or ".join(f"{one.name!r} (revision {one.revision!r}, {one.semantics})" for one in found)
+    if not fitting:
+        raise CacheMissError(
+            "the cache holds no scores of this teacher", where=where, got=shown or "no scores at all",
+            expected=f"a teacher of revision {teacher.revision!r}", hint="set teacher.model and teacher.revision",
+        )  # fmt: skip
+    raise ConfigError("which teacher's scores?", where=where, got=shown, hint="set teacher.model and teacher.revision")
