@@ -76,6 +76,9 @@ async def soak(requests: int, monkeypatch: pytest.MonkeyPatch, *, seed: int) -> 
                 else:
                     assert done.topk.actual_logp.tolist() == expected(prompt(done.key)), done.key
                     assert done.topk.actual_ids.tolist() == prompt(done.key)[START + 1 :]
+                for server in (steady, slow, dies):  # what the fake remembers is not the client's memory
+                    server.requests.clear()
+                    server.headers.clear()
                 if not dead and len(seen) > requests // 3:
                     dead = True
                     await dies.stop()
@@ -114,7 +117,7 @@ def verify(result: dict, requests: int) -> None:
     assert result["faults"] > requests * 0.08
     assert result["scored"]["slow"] < result["scored"]["steady"]
     assert result["metrics"]["circuits_opened"] >= 1
-    assert result["grown_kib"] < 100_000
+    assert result["grown_kib"] < 50_000
 
 
 async def test_a_short_soak_delivers_every_sample_once(monkeypatch: pytest.MonkeyPatch):
