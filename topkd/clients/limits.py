@@ -105,8 +105,6 @@ class Gate:
         self.budget = budget or Budget(config.budget_token_k)
         self.window = Window(config, metrics)
         self._waiters: deque[_Waiter] = deque()
-        with self.budget.lock:
-            self.budget.gates.append(self)
 
     @property
     def queued(self) -> int:
@@ -121,6 +119,8 @@ class Gate:
     async def enter(self, cost: int, *, where: str = "") -> Permit:
         """Waits for a place in the window and for ``cost`` of the budget, then takes both."""
         with self.budget.lock:
+            if self not in self.budget.gates:  # closed in one loop, used again in another
+                self.budget.gates.append(self)
             if not self._waiters and self._fits(cost):
                 self._take(cost)
                 return Permit(self, cost)
