@@ -404,3 +404,59 @@ def test_a_question_that_cannot_be_right_is_one_line_and_exit_code_2(arguments: 
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("topkd: error:")
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+async def test_a_real_vllm_can_teach_and_both_dialects_say_the_same(model: Path, tmp_path: Path):
+    from tests.contract.conftest import need_vllm
+    from tests.contract.servers import vllm_server
+    from topkd.clients.vllm import VllmCompletions
+    from topkd.clients.vllm_generate import VllmGenerate
+    from topkd.topk.samples import SamplingParams
+
+    need_vllm()
+    options = {"model": "t", "log": tmp_path / "vllm.log", "max_logprobs": 32, "max_model_len": 512}
+    with vllm_server(model, **options, lora=True) as (up, _):
+        report = await probe(up.url, student=load_bytemap(model))
+        assert report.verdict.startswith("can teach: K <= 32"), report.verdict
+        has = report.capabilities
+        assert (report.dialect, has.vocab_size, has.max_model_len) == ("vllm_generate", 2048, 512)
+        assert (has.sample_temp, has.score_temp, has.version) == ("raw", "none", "0.32.0")
+        assert {"lora", "reload", "pause"} <= set(has.sync)
+        assert report["tokenizer"].status in {"ok", "warn"}, "the ids are the student's own"
+        assert report["speculative"].status == "ok"
+        ids = np.random.default_rng(4).integers(8, 2048, 60)
+        async with VllmCompletions(up.url) as one, VllmGenerate(up.url) as other:
+            for start, k in ((0, 20), (33, 32)):
+                assert await one.score(ids, start, k) == await other.score(ids, start, k)
+            params = SamplingParams(12, seed=5)
+            [left], [right] = await one.sample(ids, 1, params, k=7), await other.sample(ids, 1, params, k=7)
+        np.testing.assert_array_equal(left.completion_ids, right.completion_ids)
+        np.testing.assert_allclose(left.logp, right.logp, atol=2e-5)
+        np.testing.assert_array_equal(left.topk.ids, right.topk.ids)
+        assert left.topk.k == right.topk.k == 7
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+async def test_a_real_llama_cpp_cannot_teach_and_the_verdict_says_why(model: Path, tmp_path: Path):
+    from tests.contract.servers import LLAMA_PYTHON, ROOT, free_port, running
+
+    if not LLAMA_PYTHON.exists():
+        pytest.fail(f"no llama.cpp at {LLAMA_PYTHON}: run `bash scripts/setup_llama.sh`", pytrace=False)
+    gguf, port = tmp_path / "model.gguf", free_port()
+    environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    contract = ROOT / "tests" / "contract"
+    convert = [str(LLAMA_PYTHON), str(contract / "gguf_model.py"), str(model), str(gguf)]
+    await asyncio.to_thread(subprocess.run, convert, check=True, env=environment, capture_output=True, timeout=60)
+    command = [str(LLAMA_PYTHON), str(contract / "llama_serve.py"), str(gguf), str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with running(command, env=environment, log=tmp_path / "llama.log", ready=f"{url}/health", timeout_s=60):
+        report = await probe(url, student=load_bytemap(model))
+        done = await asyncio.to_thread(_command, url)
+    assert report.dialect == "openai"
+    assert report.verdict.startswith("cannot teach: it answers 200 to prompt_logprobs but leaves the scores out")
+    assert (report.capabilities.score_k, report.capabilities.sample_k) == (None, 20)
+    assert done.returncode == 1
+    assert done.stdout.rstrip().splitlines()[-1] == report.verdict

@@ -147,7 +147,9 @@ def _drop(key: str) -> Any:
         (lambda said: said["input_token_logprobs"].pop(), AlignmentError),
         (lambda said: said["input_token_logprobs"].insert(1, [-1.0, 3, None]), AlignmentError),
         (
-            lambda said: said["input_token_logprobs"][3].__setitem__(1, (said["input_token_logprobs"][3][1] + 1) % VOCAB),
+            lambda said: said["input_token_logprobs"][3].__setitem__(
+                1, (said["input_token_logprobs"][3][1] + 1) % VOCAB
+            ),
             AlignmentError,
         ),
         (_drop("input_token_logprobs"), ResponseError),

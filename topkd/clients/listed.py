@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from topkd.clients.checks import ordered
-from topkd.topk.errors import AlignmentError
-from topkd.topk.types import Float64, Int32, TopK
+from topkd.topk.errors import AlignmentError, ResponseError
+from topkd.topk.types import MASS_TOLERANCE, Float32, Float64, Int32, TopK
 
 _SAME = 1e-3
 
@@ -40,3 +40,21 @@ def beside(ids: Int32, logp: Float64, *, start: int, k: int, actual_ids: Int32, 
             got=f"{float(topk.actual_logp[row]):.6g} beside {other:.6g}",
         )
     return topk
+
+
+def trusted(values: Float32, wanted: Int32, start: int) -> Float32:
+    """Candidates' logprobs [R, K], pads checked to be -inf and a row's distinct ids to hold at most all probability."""
+    pads = wanted < 0
+    if not np.isneginf(values[pads]).all():
+        raise ResponseError("a pad (-1) of the candidates came back with a logprob")
+    order = np.argsort(wanted, axis=1, kind="stable")
+    ids, logp = np.take_along_axis(wanted, order, axis=1), np.take_along_axis(values, order, axis=1)
+    p = np.exp(logp, dtype=np.float64)
+    p[:, 1:][ids[:, 1:] == ids[:, :-1]] = 0.0
+    mass = p.sum(axis=1)
+    if (mass > 1 + MASS_TOLERANCE).any():
+        row = int(np.argmax(mass > 1 + MASS_TOLERANCE))
+        raise ResponseError(
+            "candidates hold more than all probability", where=f"row {row}, position {start + row + 1}", got=mass[row]
+        )
+    return values

@@ -19,6 +19,7 @@ from topkd.clients.checks import check_vocabulary, ranked, request_ids, scored
 from topkd.clients.decode import check_prompt, fast_reader
 from topkd.clients.decode_binary import npy_matrix
 from topkd.clients.decode_json import Row, ScoredChoice, prompt_rows, typed
+from topkd.clients.listed import trusted
 from topkd.clients.refusals import repeats
 from topkd.clients.retry import Try
 from topkd.clients.sampled import Asked, sent
@@ -27,7 +28,7 @@ from topkd.clients.vllm_generate_sampled import rollouts
 from topkd.topk.errors import ConfigError, KLimitError, RequestRefusedError, ResponseError, UnsupportedError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
-from topkd.topk.types import MASS_TOLERANCE, PAD_ID, Float32, Int32, TopK
+from topkd.topk.types import PAD_ID, Float32, Int32, TopK
 
 ROUTE = "/inference/v1/generate"
 Schema = Literal["rows", "shared"]
@@ -226,7 +227,7 @@ class VllmGenerate(VllmCompletions):
 
     async def _by_schema(self, schema: Schema, ids: Int32, start: int, wanted: Int32) -> Float32:
         if schema == "rows":
-            return _trusted(await self._matrix(ids, start, wanted.tolist(), wanted.shape), wanted, start)
+            return trusted(await self._matrix(ids, start, wanted.tolist(), wanted.shape), wanted, start)
         parts = []
         for first, last in windows(wanted, await self._shared_limit()):
             union = np.unique(wanted[first:last])
@@ -240,7 +241,7 @@ class VllmGenerate(VllmCompletions):
                 columns = np.searchsorted(union, np.maximum(part, union[0]))
                 values = np.where(part >= 0, np.take_along_axis(matrix, columns, axis=1), values)
             parts.append(values)
-        return _trusted(np.concatenate(parts).astype(np.float32), wanted, start)
+        return trusted(np.concatenate(parts).astype(np.float32), wanted, start)
 
     async def _shared_limit(self) -> int:
         """Ids of one shared list: the server's limit on K, from the refusal of far too many."""
@@ -306,24 +307,6 @@ def _candidates(candidates: Int32, rows: int, vocab_size: int | None) -> Int32:
         )
     check_vocabulary(np.where(wanted == PAD_ID, 0, wanted).ravel(), vocab_size)
     return wanted.astype(np.int32)
-
-
-def _trusted(values: Float32, wanted: Int32, start: int) -> Float32:
-    """The values, pads checked to be -inf and distinct ids of a row to hold at most all probability."""
-    pads = wanted < 0
-    if not np.isneginf(values[pads]).all():
-        raise ResponseError("a pad (-1) of the candidates came back with a logprob")
-    order = np.argsort(wanted, axis=1, kind="stable")
-    ids, logp = np.take_along_axis(wanted, order, axis=1), np.take_along_axis(values, order, axis=1)
-    p = np.exp(logp, dtype=np.float64)
-    p[:, 1:][ids[:, 1:] == ids[:, :-1]] = 0.0
-    mass = p.sum(axis=1)
-    if (mass > 1 + MASS_TOLERANCE).any():
-        row = int(np.argmax(mass > 1 + MASS_TOLERANCE))
-        raise ResponseError(
-            "candidates hold more than all probability", where=f"row {row}, position {start + row + 1}", got=mass[row]
-        )
-    return values
 
 
 def _salt(one: Try) -> dict[str, str]:
