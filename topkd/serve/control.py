@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError, ValidatorFunctionWrapHandler, model_validator
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from topkd.serve import changes
 from topkd.serve.engine import PauseMode
-from topkd.serve.refusal import Refusal, worker_failed
+from topkd.serve.refusal import Refusal, malformed_query, restated, worker_failed
 from topkd.serve.served import Served
 from topkd.serve.wire import answered, json_reply, read
 from topkd.topk.errors import DataError, TopkdError
@@ -30,6 +30,18 @@ class VersionBody(BaseModel):
     """``/update_weight_version``."""
 
     new_version: str
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _each_by_itself(cls, value: object, handler: ValidatorFunctionWrapHandler) -> VersionBody:
+        # vLLM reads this body field by field: what it shows for one that is missing is None, not the whole body.
+        try:
+            return handler(value)  # type: ignore[no-any-return]
+        except ValidationError as error:
+            found = error.errors(include_url=False)
+            raise restated(
+                error, [{**one, "input": None if one["type"] == "missing" else one["input"]} for one in found]
+            ) from error
 
 
 class LoadAdapterBody(BaseModel):
@@ -109,7 +121,7 @@ class Control:
         mode = request.query_params.get("mode", "abort")
         modes: tuple[PauseMode, ...] = get_args(PauseMode)
         if mode not in modes:
-            raise Refusal(f"Invalid pause mode {mode!r}: expected one of {', '.join(modes)}", param="mode")
+            raise malformed_query("mode", mode, modes)
         await self._served.engine.pause(next(known for known in modes if known == mode))
         return json_reply({"status": "paused"})
 

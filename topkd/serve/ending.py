@@ -7,13 +7,24 @@ from typing import Any
 
 from topkd.serve.drafts import Draft
 from topkd.serve.jobs import Completion
+from topkd.serve.vocabulary import UNFINISHED
+
+# Whether a text ends inside a character is decided by its last few bytes, and every token but a special one has some.
+_WINDOW = 8
 
 
 class Endings:
-    """Knows the model's end-of-sequence ids and how ids become text."""
+    """Knows the model's end-of-sequence ids and how ids become text.
 
-    def __init__(self, tokenizer: Any, model: Any) -> None:
-        self._tokenizer = tokenizer
+    Args:
+        tokenizer: Of the model.
+        model: Its configurations name the end-of-sequence ids.
+        holds_back: Leave tokens at the end that stop inside a character out of the text, as vLLM does; else they show
+            as U+FFFD.
+    """
+
+    def __init__(self, tokenizer: Any, model: Any, *, holds_back: bool = True) -> None:
+        self._tokenizer, self._holds_back = tokenizer, holds_back
         generation = getattr(model, "generation_config", None)
         found: set[int] = set()
         for owner in (generation, model.config, tokenizer):
@@ -45,10 +56,19 @@ class Endings:
     def text(self, prompt: tuple[int, ...], ids: list[int]) -> str:
         """Text of ``ids`` after ``prompt``: tokenizers that mark word starts drop a leading space without context."""
         context = list(prompt[-6:])
-        before = self._tokenizer.decode(context, skip_special_tokens=True)
-        both = self._tokenizer.decode([*context, *ids], skip_special_tokens=True)
-        if both.startswith(before):
-            return str(both[len(before) :])
+        shown = self._finished(context, ids) if self._holds_back else ids
+        before = self._decode(context)
+        both = self._decode([*context, *shown])
+        return both[len(before) :] if both.startswith(before) else self._decode(shown)
+
+    def _finished(self, context: list[int], ids: list[int]) -> list[int]:
+        """``ids`` without those at the end that only begin a character."""
+        for end in range(len(ids), 0, -1):
+            if not self._decode([*context, *ids[:end]][-_WINDOW:]).endswith(UNFINISHED):
+                return ids[:end]
+        return []
+
+    def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _check(self, draft: Draft) -> None:

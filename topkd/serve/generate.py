@@ -97,7 +97,7 @@ def _choice(served: Served, body: GenerateBody, job: Job, index: int, out: Compl
     if body.output_mode == "text":
         choice["text"] = out.text
     if job.sampling.logprobs is not None:
-        k = shown_k(job.sampling)
+        k = max(1, shown_k(job.sampling))  # here, unlike in chat, the drawn token is listed even when K is 0
         text = body.output_mode == "text"
         choice["logprobs"] = (
             replies.chat_logprobs(out, served.words, k=k, as_ids=False) if text else replies.generate_logprobs(out, k=k)

@@ -53,10 +53,11 @@ def room(served: Served, length: int) -> int:
     if length > served.context:
         message = (
             f"This model's maximum context length is {served.context} tokens. However, your prompt contains at least "
-            f"{length} input tokens, which exceeds this limit even without any output tokens. "
+            f"{served.context + 1} input tokens, which exceeds this limit even without any output tokens. "
             "Please reduce the length of the input prompt."
         )
-        raise bad_parameter(message, "input_tokens", length)
+        # vLLM stops counting one token past the limit.
+        raise bad_parameter(message, "input_tokens", served.context + 1)
     return served.context - length
 
 
@@ -85,8 +86,8 @@ def _plan_completions(served: Served, body: CompletionBody) -> _Plan:
     adapter = served.adapter_of(body.model)
     refuse_streams(stream=body.stream, prompt_logprobs=body.prompt_logprobs)
     limit = served.config.max_logprobs
-    scored = check_k(body.prompt_logprobs, served.vocab, limit, what="prompt")
-    logprobs = check_k(body.logprobs, served.vocab, limit, what="sample")
+    scored = check_k(body.prompt_logprobs, served.vocab, limit, what="prompt", field="prompt_logprobs")
+    logprobs = check_k(body.logprobs, served.vocab, limit, what="sample", field="logprobs")
     if body.echo and scored is None:
         scored = logprobs
     silent = body.echo and body.max_tokens == 0
@@ -106,8 +107,10 @@ def _plan_completions(served: Served, body: CompletionBody) -> _Plan:
 
 def _prompts(served: Served, body: CompletionBody) -> list[list[int]]:
     prompt = body.prompt
+    if prompt is None or prompt == "":
+        raise bad_parameter("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
     if not prompt:
-        raise Refusal("Either prompt or prompt_embeds must be provided and non-empty.", param="prompt")
+        raise Refusal("You must pass at least one prompt")
     if isinstance(prompt, str):
         prompt = [prompt]
     if isinstance(prompt[0], int):
@@ -179,8 +182,9 @@ def _plan_chat(served: Served, body: ChatBody) -> Job:
     if body.top_logprobs is not None and not body.logprobs:
         raise bad_parameter("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
     limit = served.config.max_logprobs
-    scored = check_k(body.prompt_logprobs, served.vocab, limit, what="prompt")
-    logprobs = check_k(body.top_logprobs or 0, served.vocab, limit, what="sample") if body.logprobs else None
+    scored = check_k(body.prompt_logprobs, served.vocab, limit, what="prompt", field="prompt_logprobs")
+    listed = check_k(body.top_logprobs or 0, served.vocab, limit, what="sample", field="top_logprobs")
+    logprobs = listed if body.logprobs else None
     options: dict[str, Any] = dict(body.chat_template_kwargs or {})
     for name in ("chat_template", "tools"):
         if (value := getattr(body, name)) is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from pydantic import ValidationError
+from pydantic_core import InitErrorDetails
 
 
 class Refusal(Exception):  # noqa: N818 - not a failure of this program: an answer to the client
@@ -79,6 +81,26 @@ def malformed(error: ValidationError) -> Refusal:
     count = len(findings)
     message = f"{count} validation error{'' if count == 1 else 's'}:\n" + "\n".join(lines)
     return Refusal(message, kind="Bad Request", param=_path(findings[0]["loc"]) if findings else None)
+
+
+def restated(error: ValidationError, findings: Sequence[Mapping[str, Any]]) -> ValidationError:
+    """``error`` with other findings; to be raised in a validator, which puts the path to its field in front."""
+    lines = [{key: finding[key] for key in ("type", "loc", "input", "ctx") if key in finding} for finding in findings]
+    return ValidationError.from_exception_data(error.title, cast("list[InitErrorDetails]", lines))
+
+
+def malformed_query(param: str, value: str, choices: Sequence[str]) -> Refusal:
+    """A 400 for a query parameter that is none of ``choices``."""
+    *others, last = (repr(choice) for choice in choices)
+    expected = f"{', '.join(others)} or {last}"
+    finding = {
+        "type": "literal_error",
+        "loc": f"query.{param}",
+        "msg": f"Input should be {expected}",
+        "input": value[:200],
+        "ctx": {"expected": expected},
+    }
+    return Refusal(f"1 validation error:\n  {finding}", kind="Bad Request", param=f"query.{param}")
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

@@ -48,6 +48,7 @@ def prompt_logprobs(
     """
     rows: list[dict[str, Any] | None] = [{} if flat else None]
     listed = zip(
+        range(len(actual)),
         actual,
         _finite_list(scores.actual_logp),
         scores.actual_rank.tolist(),
@@ -55,12 +56,13 @@ def prompt_logprobs(
         _finite_list(scores.logp),
         strict=True,
     )
-    for token, token_logp, token_rank, ids, logps in listed:
-        text = texts.text(token) if texts else None
+    for place, token, token_logp, token_rank, ids, logps in listed:
+        before = actual[max(0, place - 4) : place]
+        text = texts.text(token, before) if texts else None
         row: dict[str, Any] = {str(token): {"logprob": token_logp, "rank": token_rank, "decoded_token": text}}
         for rank, (other, logp) in enumerate(zip(ids, logps, strict=True), start=1):
             if other != token:
-                text = texts.text(other) if texts else None
+                text = texts.text(other, before) if texts else None
                 row[str(other)] = {"logprob": logp, "rank": rank, "decoded_token": text}
         rows.append(row)
     return rows
@@ -101,25 +103,27 @@ def completion_logprobs(
     Each row shows the realised token and at most ``k`` others. ``drawn=False`` leaves the drawn tokens out.
     """
 
-    def name(token: int, text: str | None) -> str:
-        return f"token_id:{token}" if as_ids else text or ""
+    def name(token: int, text: str) -> str:
+        return f"token_id:{token}" if as_ids else text
 
-    rows: list[tuple[int, list[tuple[int, float]] | None]] = []
+    rows: list[list[tuple[str, float]]] = []
+    tokens: list[str] = []
     for token, entry in zip(prompt, echoed or [], strict=bool(echoed)):
-        listed = [(int(key), value["logprob"]) for key, value in entry.items()] if entry else None
-        rows.append((token, listed))
-    if drawn:
-        rows += [(out.token_ids[i], [e[:2] for e in entries(out, i)]) for i in range(len(out.token_ids))]
-    tokens = [name(token, texts.text(token)) for token, _ in rows]
+        rows.append(
+            [(name(int(key), value["decoded_token"]), value["logprob"]) for key, value in (entry or {}).items()]
+        )
+        tokens.append(rows[-1][0][0] if rows[-1] else name(token, texts.alone(token)))
+    for place in range(len(out.token_ids) if drawn else 0):
+        before = out.token_ids[max(0, place - 4) : place]
+        rows.append([(name(token, texts.text(token, before)), logp) for token, logp, _ in entries(out, place)])
+        tokens.append(rows[-1][0][0])
     offsets = list(accumulate(map(len, tokens[:-1]), initial=0)) if tokens else []
     return {
         "text_offset": offsets,
-        "token_logprobs": [listed[0][1] if listed else None for _, listed in rows],
+        "token_logprobs": [listed[0][1] if listed else None for listed in rows],
         "tokens": tokens,
-        "top_logprobs": [
-            {name(token, texts.text(token)): logp for token, logp in listed[: k + 1]} if listed else None
-            for _, listed in rows
-        ],
+        # Of tokens that share a text the last one's value stands: a name is no identity, as_ids is.
+        "top_logprobs": [dict(listed[: k + 1]) if listed else None for listed in rows],
     }
 
 
@@ -128,17 +132,19 @@ def chat_logprobs(out: Completion, texts: Vocabulary, *, k: int, as_ids: bool) -
     content = []
     for row, token in enumerate(out.token_ids):
         listed = entries(out, row)
+        before = out.token_ids[max(0, row - 4) : row]
         shown = []
         for other, logp, _ in listed[:k]:
-            text = f"token_id:{other}" if as_ids else texts.text(other)
-            # With ids for names vLLM gives the bytes of the *name* here; a client must not read them as the token's.
-            raw = text.encode() if as_ids else texts.raw(other)
-            shown.append({"token": text, "logprob": logp, "bytes": list(raw)})
+            # The bytes are those of whatever stands in `token`, as in vLLM: none for a token that ends inside a
+            # character, and with ids for names those of the name. A client must not read them as the token's own.
+            text = f"token_id:{other}" if as_ids else texts.text(other, before)
+            shown.append({"token": text, "logprob": logp, "bytes": list(text.encode())})
+        text = texts.text(token, before)
         content.append(
             {
-                "token": f"token_id:{token}" if as_ids else texts.text(token),
+                "token": f"token_id:{token}" if as_ids else text,
                 "logprob": listed[0][1],
-                "bytes": list(texts.raw(token)),
+                "bytes": list(text.encode()),
                 "top_logprobs": shown,
             }
         )

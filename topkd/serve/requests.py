@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
 
 from topkd.serve.jobs import Sampling
-from topkd.serve.refusal import Refusal, bad_parameter
+from topkd.serve.refusal import Refusal, bad_parameter, restated
 
 TokenId = Annotated[int, Field(ge=0)]
 
@@ -26,6 +26,9 @@ class SamplingFields(BaseModel):
     """Fields that say how tokens are drawn, the same on every route."""
 
     model_config = ConfigDict(extra="ignore")
+
+    max_temperature: ClassVar[float] = 2.0
+    greedy_n: ClassVar[bool] = False  # several greedy completions would be one, several times
 
     n: int = 1
     max_tokens: int | None = None
@@ -79,7 +82,12 @@ class SamplingFields(BaseModel):
             detokenize=detokenize,
             scaled_logprobs=scaled_logprobs,
         )
-        _check(chosen, self.n, vocab)
+        if self.n < 1:
+            raise Refusal(f"n must be at least 1, got {self.n}.")
+        _check_ranges(chosen, self.max_temperature)
+        if chosen.greedy and self.n > 1 and not self.greedy_n:
+            raise Refusal(f"n must be 1 when using greedy sampling, got {self.n}.")
+        _check_named_ids(chosen, vocab)
         return chosen
 
 
@@ -134,6 +142,16 @@ class GenerateBody(Body):
     output_mode: Literal["tokens", "text"] = "tokens"
     return_token_ids: bool | None = None
 
+    @field_validator("sampling_params", mode="wrap")
+    @classmethod
+    def _or_an_instance(cls, value: object, handler: ValidatorFunctionWrapHandler) -> GenerateSampling:
+        # vLLM's field takes an instance of its own class too, so whatever is wrong inside is reported beside that.
+        try:
+            return handler(value)  # type: ignore[no-any-return]
+        except ValidationError as error:
+            instance = {"type": "is_instance_of", "loc": (), "input": value, "ctx": {"class": "SamplingParams"}}
+            raise restated(error, [instance, *error.errors(include_url=False)]) from error
+
 
 class TokenizeBody(Body):
     """``/tokenize``."""
@@ -152,13 +170,26 @@ class DetokenizeBody(Body):
     tokens: list[TokenId]
 
 
-def check_k(k: int | None, vocab: int, limit: int, *, what: Literal["prompt", "sample"]) -> int | None:
-    """K as asked for, -1 meaning the vocabulary, within the server's limit."""
+def check_k(
+    k: int | None, vocab: int, limit: int, *, what: Literal["prompt", "sample"], field: str | None = None
+) -> int | None:
+    """K as asked for, -1 meaning the vocabulary, within the server's limit.
+
+    Args:
+        k: As asked for.
+        vocab: Its size.
+        limit: The most the server gives; -1 is no limit.
+        what: Of the prompt or of what is drawn.
+        field: The OpenAI routes' name for it, which have their own words; None on the other route.
+    """
     if k is None:
         return None
     param = "prompt_logprobs" if what == "prompt" else "logprobs"
     if k < -1:
-        raise bad_parameter(f"{param} must be non-negative or -1, got {k}.", param, k)
+        message = (
+            f"`{field}` must be a positive value or -1." if field else f"{param} must be non-negative or -1, got {k}."
+        )
+        raise bad_parameter(message, field or param, k)
     wanted = vocab if k == -1 else k
     if wanted > limit >= 0:
         message = f"Requested {what} logprobs of {wanted}, which is greater than max allowed: {limit}"
@@ -187,12 +218,15 @@ def check_candidates(
         return None, 0
     start = start or 0
     if start < 0:
-        raise bad_parameter(f"prompt_logprob_start must be non-negative, got {start}.", "prompt_logprob_start", start)
+        raise bad_parameter("prompt_logprob_start must be non-negative.", "prompt_logprob_start", start)
     columns = max((len(row) for row in rows), default=0)
     if not columns:
         raise bad_parameter(f"{name} must be a non-empty integer array of shape [num_rows, num_ids].", name, "list")
     if columns > limit >= 0:
-        message = f"Requested prompt logprob token ids of {columns}, which is greater than max allowed: {limit}"
+        message = (
+            f"Requested {columns} token ids per row in {name}, which is greater than max allowed: {limit}. "
+            f"Set max_logprobs (--max-logprobs) to at least {columns}."
+        )
         raise bad_parameter(message, name, columns)
     scored = max(0, prompt_length - 1 - start)
     if len(rows) != scored:
@@ -225,22 +259,35 @@ def _bias(given: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
         raise bad_parameter(f"logit_bias keys must be token ids: {error}.", "logit_bias") from error
 
 
-def _check(chosen: Sampling, n: int, vocab: int) -> None:
-    # `not (low <= x)` also refuses NaN.
+def _check_ranges(chosen: Sampling, max_temperature: float) -> None:
+    # `not (low <= x)` also refuses NaN. vLLM names the parameter of some of them and not of others.
+    heat = chosen.temperature
+    if not heat >= 0:
+        raise bad_parameter(f"temperature must be non-negative, got {heat}.", "temperature", heat)
+    if not heat <= max_temperature:
+        raise bad_parameter(f"temperature must be in [0, {max_temperature:g}], got {heat}.", "temperature", heat)
+    if not 0 < chosen.top_p <= 1:
+        raise bad_parameter(f"top_p must be in (0, 1], got {chosen.top_p}.", "top_p", chosen.top_p)
     ranges: list[tuple[str, float, bool, str]] = [
-        ("n", n, n >= 1, "at least 1"),
-        ("temperature", chosen.temperature, chosen.temperature >= 0, "non-negative"),
-        ("top_p", chosen.top_p, 0 < chosen.top_p <= 1, "in (0, 1]"),
-        ("top_k", chosen.top_k, chosen.top_k >= -1, "0 (disable), or at least 1"),
-        ("min_p", chosen.min_p, 0 <= chosen.min_p <= 1, "in [0, 1]"),
         ("presence_penalty", chosen.presence_penalty, abs(chosen.presence_penalty) <= 2, "in [-2, 2]"),
         ("frequency_penalty", chosen.frequency_penalty, abs(chosen.frequency_penalty) <= 2, "in [-2, 2]"),
         ("repetition_penalty", chosen.repetition_penalty, chosen.repetition_penalty > 0, "greater than zero"),
-        ("min_tokens", chosen.min_tokens, 0 <= chosen.min_tokens <= chosen.max_tokens, "in [0, max_tokens]"),
+        ("top_k", chosen.top_k, chosen.top_k >= -1, "0 (disable), or at least 1"),
+        ("min_p", chosen.min_p, 0 <= chosen.min_p <= 1, "in [0, 1]"),
+        ("min_tokens", chosen.min_tokens, chosen.min_tokens >= 0, "greater than or equal to 0"),
+        (
+            "min_tokens",
+            chosen.min_tokens,
+            chosen.min_tokens <= chosen.max_tokens,
+            f"less than or equal to max_tokens={chosen.max_tokens}",
+        ),
     ]
     for name, value, holds, expected in ranges:
         if not holds:
-            raise bad_parameter(f"{name} must be {expected}, got {value}.", name, value)
+            raise Refusal(f"{name} must be {expected}, got {value}.")
+
+
+def _check_named_ids(chosen: Sampling, vocab: int) -> None:
     named = {
         "allowed_token_ids": chosen.allowed_token_ids,
         "logprob_token_ids": chosen.logprob_token_ids,

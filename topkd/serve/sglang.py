@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 import time
 import uuid
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,6 +34,9 @@ LOWEST = -3.4e38
 
 class SglangSampling(SamplingFields):
     """``sampling_params``, where the names differ from OpenAI's."""
+
+    max_temperature: ClassVar[float] = math.inf
+    greedy_n: ClassVar[bool] = True
 
     max_new_tokens: int = 128
     min_new_tokens: int = 0

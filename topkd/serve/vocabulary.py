@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from topkd.serve.refusal import Refusal
+
+UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are no character yet
 
 
 class Vocabulary:
@@ -13,24 +16,37 @@ class Vocabulary:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._texts: dict[int, str] = {}
-        self._byte_of = _byte_level_alphabet() if _is_byte_level(tokenizer) else None
 
-    def text(self, token: int) -> str:
-        """What one token reads as; "" for one that ends inside a character, as vLLM shows it."""
+    def alone(self, token: int) -> str:
+        """What one token reads as by itself."""
         known = self._texts.get(token)
         if known is None:
-            known = str(self.tokenizer.decode([token]))
-            if known.endswith("\ufffd"):
-                known = ""
-            self._texts[token] = known
+            known = self._texts[token] = str(self.tokenizer.decode([token]))
         return known
 
-    def raw(self, token: int) -> bytes:
-        """The bytes one token stands for, its own even when it is part of a character."""
-        piece = self.tokenizer.convert_ids_to_tokens(token)
-        if self._byte_of is not None and piece is not None and all(char in self._byte_of for char in piece):
-            return bytes(self._byte_of[char] for char in piece)
-        return self.text(token).encode()
+    def text(self, token: int, before: Sequence[int] = ()) -> str:
+        """What one token adds to the text, as vLLM shows it.
+
+        A token that ends inside a character adds nothing; the one that completes it adds the whole character.
+
+        Args:
+            token: The token.
+            before: Tokens in front of it: a character has at most four bytes, so four are looked at.
+        """
+        own = self.alone(token)
+        if not own.endswith(UNFINISHED):
+            return own
+        if not before or not self.alone(before[-1]).endswith(UNFINISHED):
+            return ""
+        for count in range(1, min(4, len(before)) + 1):
+            context = list(before[-count:])
+            whole = self.decode([*context, token])
+            if whole.endswith(UNFINISHED):
+                continue
+            while context and self.alone(context[-1]).endswith(UNFINISHED):
+                context.pop()
+            return whole.removeprefix(self.decode(context))
+        return ""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Ids of ``text``."""
@@ -55,16 +71,3 @@ class Vocabulary:
         except Exception as error:
             raise Refusal(f"The chat template failed: {type(error).__name__}: {error}") from error
         return self.encode(str(text), add_special_tokens=add_special_tokens)
-
-
-def _is_byte_level(tokenizer: Any) -> bool:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend is not None and "ByteLevel" in type(backend.decoder).__name__ + str(backend.decoder)
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for every byte, inverted."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    alphabet = {chr(byte): byte for byte in shown}
-    hidden = [byte for byte in range(256) if byte not in set(shown)]
-    return alphabet | {chr(256 + place): byte for place, byte in enumerate(hidden)}
