@@ -25,8 +25,11 @@ from topkd.topk.errors import (
 )
 
 _K_LIMIT = re.compile(r"logprobs of (-?\d+), which is greater than max allowed: (\d+)", re.IGNORECASE)
+# The last one: vLLM clips max_tokens to the room behind the prompt before it checks it, and we never ask for none.
 _CONTEXT = re.compile(
-    r"(maximum context length|maximum model length|max_model_len|context_length_exceeded)", re.IGNORECASE
+    r"maximum context length|maximum model length|max_model_len|context_length_exceeded"
+    r"|max_tokens must be at least 1, got 0",
+    re.IGNORECASE,
 )
 _NOT_FINITE = "not JSON compliant"
 _SHOWN = 400
