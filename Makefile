@@ -24,8 +24,9 @@ test-slow: ## the slow tests, then test-vllm
 	@$(DEV) $(ONE_THREAD) "$$bin/python" -m pytest -q -m "slow and not vllm" --durations 15 $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-vllm
 
-test-vllm: ## the contract suite against a real vLLM on CPU, installed into .venv-vllm
-	@$(DEV) PYTHON="$$bin/python" bash scripts/setup_vllm.sh && "$$bin/python" -m pytest -q -m vllm --durations 15 $(PYTEST_ARGS)
+test-vllm: ## what needs a real vLLM on CPU and llama.cpp, installed into .venv-vllm and .venv-llama
+	@$(DEV) PYTHON="$$bin/python" bash scripts/setup_vllm.sh && PYTHON="$$bin/python" bash scripts/setup_llama.sh && \
+	$(ONE_THREAD) "$$bin/python" -m pytest -q -m vllm tests/contract tests/clients -p no:xdist --durations 15 $(PYTEST_ARGS)
 
 lint: ## ruff, and the documents' code blocks counted
 	@$(DEV) "$$bin/ruff" check . && "$$bin/ruff" format --check . && "$$bin/python" -m tests.docs.blocks
@@ -66,4 +67,4 @@ clean: ## what builds and tests leave behind
 	find topkd tests benchmarks examples docs scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also the environments that make made
-	rm -rf .venv .venv-vllm
+	rm -rf .venv .venv-vllm .venv-vllm-0.31 .venv-llama
