@@ -131,7 +131,7 @@ async def test_a_systematic_hundredth_of_a_nat_is_a_warning_though_no_single_rep
 async def test_what_sampled_logprobs_are_of_is_told_apart(kind: str):
     report = await probed(VllmToy(sampled=kind))
     assert report.capabilities.sample_temp == kind
-    assert report["sample_temperature"].status == ("ok" if kind == "raw" else "warn")
+    assert report["sample_temperature"].status == {"raw": "ok", "temperature": "info", "processed": "warn"}[kind]
     assert report["not_finite"].value == ("served" if kind == "processed" else "not provoked")
 
 

@@ -19,7 +19,12 @@ def beside(ids: Int32, logp: Float64, *, start: int, k: int, actual_ids: Int32, 
 
     Raises:
         AlignmentError: they contradict each other.
+        ResponseError: a value that is no logprob.
     """
+    for values in (logp, actual_logp):
+        if np.isnan(values).any() or (values > _SAME).any():
+            bad = values[np.isnan(values) | (values > _SAME)][0]
+            raise ResponseError("a logprob is NaN or above 0", got=float(bad), expected="a number <= 0")
     topk = ordered(ids, logp, start=start, k=k, actual_ids=actual_ids, actual_logp=actual_logp)
     if not topk.k:
         return topk

@@ -163,7 +163,7 @@ def _rollout(choice: _Choice, content: list[_Position], ids: Int32, rows: list[_
     where = f"choice {choice.index}"
     text = (choice.message.content or "" if choice.message else "").rstrip("�").encode()
     if all(position.bytes is not None for position in content):
-        spelt = b"".join(bytes(position.bytes or ()) for position in content)
+        spelt = b"".join(_bytes(position) for position in content)
         if text not in spelt:
             # llama.cpp gives a token that ends inside a character no entry of its own.
             raise AlignmentError(
@@ -182,6 +182,13 @@ def _rollout(choice: _Choice, content: list[_Position], ids: Int32, rows: list[_
         sampling=asked.params,
         topk=_topk(rows, ids, logp, asked) if asked.k else None,
     )
+
+
+def _bytes(entry: _Entry) -> bytes:
+    try:
+        return bytes(entry.bytes or ())
+    except ValueError as error:
+        raise ResponseError("a token's bytes hold a number that is no byte", got=str(error)) from error
 
 
 def _topk(rows: list[_Row], ids: Int32, logp: Float64, asked: Asked) -> TopK:

@@ -12,7 +12,7 @@ from topkd.topk.samples import SamplingParams
 _SAME = 2e-2
 _SAID: dict[SampleTemp, tuple[Status, str, str]] = {
     "raw": ("ok", "the model itself", "so draw at temperature 1, untruncated"),
-    "temperature": ("warn", "tempered model", "they follow temperature, not truncation: draw untruncated, T = 1"),
+    "temperature": ("info", "tempered model", "so draw at temperature 1, untruncated"),
     "processed": ("warn", "the draw", "they follow temperature and truncation: logprobs_mode='processed_logprobs'"),
     "unknown": ("warn", "unclear", "they fit neither the scores nor their tempered form"),
 }

@@ -19,6 +19,7 @@ from topkd.topk.types import Int32
 _PLAIN = np.array([71, 105, 40, 83, 99, 97, 66, 110, 52, 101, 75, 88, 117, 61, 93, 45], dtype=np.int32)
 _LONGEST = 48
 _LISTED = 64
+_SPELT = 24
 
 
 async def probe_prompt(wire: Wire, model: str, student: ByteMap | None) -> Int32:
@@ -103,6 +104,8 @@ async def tokenizer(session: Session) -> None:
         str(padding) if padding > 0 else "none",
         f"the tokenizer knows {student.size:,} ids",
     )
+    if not session.decoded:
+        await _detokenize(session)
     differ = [token for token, spelt in sorted(session.decoded.items()) if not _spells(student, token, spelt)]
     if differ:
         token = differ[0]
@@ -115,13 +118,28 @@ async def tokenizer(session: Session) -> None:
     ids = await tokenized(session.wire, session.info.model, TEXT)
     cut = None if ids is None else ids.tolist() == student.encode(TEXT)
     seen = f"{len(session.decoded)} ids are spelt alike"
-    if cut is False:
+    if not session.decoded and not cut:
+        why = "the server spells no id" + ("; a test text gives other ids" if cut is False else " and has no /tokenize")
+        session.add("tokenizer", TOKENS, title, "unknown" if cut is None else "warn", "not shown", why)
+    elif cut is False:
         # Harmless while ids travel and text does not; the teacher then reads cuts it was not trained on.
         session.add("tokenizer", TOKENS, title, "warn", "yes, cut otherwise", f"{seen}; a test text gives other ids")
-    elif not session.decoded and cut is None:
-        session.add("tokenizer", TOKENS, title, "unknown", "not shown", "the server spells no id and has no /tokenize")
     else:
         session.add("tokenizer", TOKENS, title, "ok", "yes", seen + (", a test text gives the same ids" if cut else ""))
+
+
+async def _detokenize(session: Session) -> None:
+    """A few ids spelt by ``/detokenize``, for servers whose scores hold no text."""
+    if not await session.wire.mounted("/detokenize"):
+        return
+    for token in sorted({*session.prompt.tolist(), *sorted(session.seen_ids)[::16]})[:_SPELT]:
+        try:
+            reply = await session.wire.post("/detokenize", {"model": session.info.model, "tokens": [token]})
+        except (FinalServerError, ResponseError, ServerFailedError):
+            return
+        spelt = reply.get("prompt", reply.get("text"))
+        if isinstance(spelt, str) and spelt and "�" not in spelt:
+            session.decoded[token] = spelt
 
 
 def _spells(student: ByteMap, token: int, spelt: str) -> bool:
