@@ -45,7 +45,7 @@ class Display(Told):
 
     def note(self, text: str) -> None:
         """A line worth reading once."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def stage(self, name: str, total: int) -> None:
         """Work of ``total`` units begins."""
