@@ -36,7 +36,7 @@ class TeacherConfig(_Frozen):
 
     url: str
     model: str | None = None
-    dialect: Literal["vllm"] = "vllm"
+    dialect: Literal["auto", "vllm", "vllm_generate", "sglang", "fireworks"] = "auto"
     api_key_env: str | None = None
     revision: str = ""  # of the weights behind the name: the cache keeps revisions apart
 
