@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.applications import Starlette
+from tokenizers.decoders import DecodeStream
 
-from tests.serve.apps import NAME, client, complete, make_app, post
+from tests.serve.apps import NAME, client, complete, make_app, post, random_ids
 from topkd.serve.ending import Endings
 
 TEXT = "a – b 🙂 c"
@@ -36,11 +39,36 @@ def test_bytes_that_no_later_token_can_complete_show_as_the_replacement_characte
     assert _endings(app, holds_back=False).text((9,), [*after, begins]) == "def\ufffd"
 
 
-def test_an_unfinished_prompt_lends_its_bytes_to_nobody(app: Starlette):
-    *begins, completes = app.state.served.words.encode("🙂", add_special_tokens=False)
-    after = app.state.served.words.encode("def", add_special_tokens=False)
-    # The prompt's text is the client's already: only what was drawn is shown.
-    assert _endings(app).text(tuple(begins), [completes, *after]).endswith("def")
+def _streamed(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
+    """What vLLM's detokeniser, the stream of the tokenizers library, shows."""
+    stream = DecodeStream(ids=prompt, skip_special_tokens=True)
+    return "".join(stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids)
+
+
+def test_texts_are_those_of_the_detokeniser_in_vllm(app: Starlette):
+    words, held, seeded = app.state.served.words, _endings(app), random.Random(5)
+    pieces = [words.encode(text, add_special_tokens=False) for text in ("é", "€", "🙂", "漢", " def", "\ufffd")]
+    fragments = [token for token in range(2048) if words.alone(token).endswith("\ufffd")]
+    unfinished = 0
+    for _ in range(300):
+        ids: list[int] = []
+        for _ in range(seeded.randint(1, 6)):
+            ids += seeded.choice([seeded.choice(pieces), [seeded.choice(fragments)], [seeded.randrange(2048)]])
+        ids = ids[: seeded.randint(1, len(ids))]
+        unfinished += words.decode(ids).endswith("\ufffd")
+        prompt = [*random_ids(seeded.randint(1, 8), seed=seeded.randrange(10**6)), 40]
+        assert held.text(tuple(prompt), ids) == _streamed(words.tokenizer, prompt, ids)
+    assert unfinished > 100
+
+
+def test_a_prompt_that_ends_inside_a_character_is_not_repeated_in_the_text(app: Starlette):
+    words = app.state.served.words
+    prompt = words.encode("hello 🙂", add_special_tokens=False)
+    completes, after = prompt.pop(), words.encode("def", add_special_tokens=False)
+    # vLLM's stream begins at the last whole character it knows, here the start: its text repeats the prompt. Ours does
+    # not, on purpose: a text holds what was drawn.
+    assert _streamed(words.tokenizer, prompt, [completes, *after]) == "hello 🙂def"
+    assert _endings(app).text(tuple(prompt), [completes, *after]) == "\ufffddef"
 
 
 def test_a_token_that_completes_a_character_reads_as_all_of_it(app: Starlette):
