@@ -115,7 +115,7 @@ def test_what_cannot_be_logprobs_of_the_same_tokens_is_refused() -> None:
         gjs_advantage([2.5], [-1.0], 0.5)
     with pytest.raises(ConfigError, match="shape"):
         gjs_advantage(np.zeros((3, 1)) - 1, np.zeros(3) - 1, 0.5)
-    with pytest.raises(ConfigError, match="logprobs"):
+    with pytest.raises(ConfigError, match="teacher_logp: not an array of numbers"):
         scalar_kl_advantage(np.array(["a"]), np.array([-1.0]))
 
 

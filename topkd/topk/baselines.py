@@ -7,9 +7,10 @@ from numpy.typing import ArrayLike
 
 from topkd.topk.divergence import kl_terms, log_mixture
 from topkd.topk.errors import ConfigError
-from topkd.topk.inputs import check_beta, logp_pair
+from topkd.topk.inputs import check_beta, check_floor, float64, logp_pair
 from topkd.topk.mass import check_mass, log_tail
 from topkd.topk.pairs import align_scores, union_bins
+from topkd.topk.scalars import real
 from topkd.topk.types import Float64, TopK
 
 
@@ -53,7 +54,7 @@ def topk_value_baseline(teacher: TopK, student: TopK, beta: float, *, floor: flo
     Returns:
         float64 [R]; NaN = no signal.
     """
-    beta = check_beta(beta)
+    beta, floor = check_beta(beta), check_floor("topk_value_baseline: floor", floor)
     pair = align_scores(teacher, student)
     teacher_bins, student_bins = union_bins(pair, floor)
     return np.where(pair.signal, _mean_advantage(teacher_bins, student_bins, beta), np.nan)
@@ -84,9 +85,10 @@ def discounted_return(
         ConfigError: For ``advantage=None`` at gamma = 0: nothing of what is left depends on the sampled token, and
             its policy gradient is zero in expectation.
     """
+    gamma = real("gamma", gamma)
     if not 0.0 <= gamma <= 1.0:
         raise ConfigError("gamma out of range", got=gamma, expected="0 .. 1")
-    values = np.asarray(divergence, dtype=np.float64)
+    values = float64("divergence", divergence)
     if values.ndim != 1:
         raise ConfigError("discounted_return: divergence must be [N]", got=values.shape)
     if advantage is None:
@@ -97,7 +99,7 @@ def discounted_return(
             )
         own = np.zeros_like(values)
     else:
-        own = np.asarray(advantage, dtype=np.float64)
+        own = float64("advantage", advantage)
     if own.shape != values.shape:
         raise ConfigError("advantage and divergence differ in shape", got=f"{own.shape} and {values.shape}")
     left = _steps_left(values.size, lengths)
@@ -115,10 +117,11 @@ def _mean_advantage(teacher: Float64, student: Float64, beta: float) -> Float64:
 
 def _steps_left(size: int, lengths: ArrayLike | None) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     """How many positions of its own sequence follow each place."""
-    counts = np.asarray([size] if lengths is None else lengths, dtype=np.int64)
-    if counts.ndim != 1 or (counts < 0).any() or counts.sum() != size:
+    given = float64("lengths", [size] if lengths is None else lengths)
+    counts = given.astype(np.int64)
+    if (given != counts).any() or counts.ndim != 1 or (counts < 0).any() or counts.sum() != size:
         raise ConfigError(
-            "lengths must be the token counts of the sequences", got=counts.tolist(), expected=f"sum {size}"
+            "lengths must be the token counts of the sequences", got=given.tolist(), expected=f"sum {size}"
         )
     return np.asarray(np.repeat(np.cumsum(counts), counts) - 1 - np.arange(size))
 

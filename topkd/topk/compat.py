@@ -15,8 +15,9 @@ import numpy as np
 from topkd.topk.alignment import align
 from topkd.topk.divergence import integrand
 from topkd.topk.errors import AlignmentError, ConfigError
-from topkd.topk.inputs import check_beta, logp64
+from topkd.topk.inputs import check_beta, check_floor, logp64
 from topkd.topk.pairs import log_renormalised
+from topkd.topk.scalars import whole
 from topkd.topk.types import PAD_ID, Float64, Int32
 
 Position: TypeAlias = Sequence[tuple[int, float]]
@@ -38,12 +39,12 @@ def compute_topk_gjs(
         One float a position; NaN where either list is empty (no signal).
     """
     alpha = check_beta(alpha, "alpha")
+    floor_logprob = check_floor("floor_logprob", floor_logprob)
+    _check_lists(teacher_topk=teacher_topk, student_topk=student_topk)
     if len(teacher_topk) != len(student_topk):
         raise AlignmentError(
             "teacher_topk and student_topk differ in length", got=f"{len(teacher_topk)} and {len(student_topk)}"
         )
-    if not floor_logprob < 0.0:
-        raise ConfigError("floor_logprob must be negative", got=floor_logprob)
     if not teacher_topk:
         return []
     teacher_ids, teacher_logp = _padded("teacher_topk", teacher_topk)
@@ -64,12 +65,14 @@ def extract_token_logprobs(
     For reading old data only. A floored logprob is not a logprob: an importance ratio made of it is off by up to e^17,
     an advantage by as many nats. Pass ``floor_logprob=None`` for NaN (mask it), or use ``TopK.actual_logp``.
     """
+    _check_lists(topk=topk, token_ids=token_ids)
     if len(topk) != len(token_ids):
         raise AlignmentError("topk and token_ids differ in length", got=f"{len(topk)} and {len(token_ids)}")
     if not topk:
         return []
     ids, logp = _padded("topk", topk)
-    hit = (ids == np.asarray(token_ids)[:, None]) & (ids >= 0)
+    tokens = np.array([whole("token_ids: a token id", token) for token in token_ids], dtype=np.int64)
+    hit = (ids == tokens[:, None]) & (ids >= 0)
     found = np.where(hit, logp, -np.inf).max(axis=1, initial=-np.inf)
     absent = np.nan if floor_logprob is None else floor_logprob
     values: list[float] = np.where(hit.any(axis=1), found, absent).tolist()
@@ -84,15 +87,35 @@ def slice_completion_topk(
     ``full[i]`` scores token i given the tokens before it, so the completion starts at ``prompt_len``. An empty list is
     a hole (no signal), not a distribution. A reply that is too short gives fewer positions: check the length.
     """
+    prompt_len, completion_len = whole("prompt_len", prompt_len), whole("completion_len", completion_len)
+    _check_lists(full=full)
     if prompt_len < 0 or completion_len < 0:
         raise ConfigError("prompt_len and completion_len must not be negative", got=f"{prompt_len}, {completion_len}")
-    return [list(position or ()) for position in full[prompt_len : prompt_len + completion_len]]
+    wanted = full[prompt_len : prompt_len + completion_len]
+    for place, position in enumerate(wanted, prompt_len):
+        if position is not None:
+            _check_lists(**{f"full[{place}]": position})
+    return [list(position or ()) for position in wanted]
 
 
-def _padded(name: str, positions: Sequence[Position]) -> tuple[Int32, Float64]:
+def _check_lists(**values: object) -> None:
+    for name, value in values.items():
+        if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
+            raise ConfigError(f"{name}: not a list", got=type(value).__name__)
+
+
+def _padded(name: str, positions: Sequence[Position | None]) -> tuple[Int32, Float64]:
     """[R, K] ids and float64 logprobs, -1 and -inf at pads; NaN dropped, a repeated id once with its larger value."""
-    counts = np.fromiter(map(len, positions), dtype=np.int64, count=len(positions))
-    flat = np.array(list(chain.from_iterable(positions)), dtype=np.float64).reshape(-1, 2)
+    filled = [() if position is None else position for position in positions]
+    try:
+        counts = np.fromiter(map(len, filled), dtype=np.int64, count=len(filled))
+        flat = np.array(list(chain.from_iterable(filled)), dtype=np.float64).reshape(int(counts.sum()), 2)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{name}: not lists of (id, logprob)",
+            got=error,
+            expected="[[(id, logprob), ...], ...], one list a position",
+        ) from error
     rows, ids, logp = np.repeat(np.arange(len(positions)), counts), flat[:, 0].astype(np.int64), flat[:, 1]
     logp64(name, logp)
     if ids.size and (ids.min() < 0 or ids.max() > np.iinfo(np.int32).max or (ids != flat[:, 0]).any()):

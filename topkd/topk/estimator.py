@@ -12,8 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from topkd.topk.advantages import advantage64
 from topkd.topk.errors import ConfigError
-from topkd.topk.inputs import check_beta, logp64, narrowed, result_dtype
+from topkd.topk.inputs import check_beta, check_scores, float64, logp64, narrowed, result_dtype
 from topkd.topk.mass import check_mass
+from topkd.topk.scalars import real
 from topkd.topk.types import Bool, Float64, TopK
 
 EMPTY_TAIL = 1e-6  # below this the tail mass is rounding, and the ratio of two of them is noise
@@ -56,14 +57,17 @@ def topk_weights(
         signal, to be masked: a row without list or with an unknown student logprob (both weights), and for lam > 0 a
         realised token outside A that is unknown, has s = 0, or has t = 0 at beta = 1 (``w_actual``).
     """
-    beta = check_beta(beta)
+    beta, lam = check_beta(beta), real("lam", lam)
+    check_scores(teacher=teacher)
     if not 0.0 <= lam <= 1.0:
         raise ConfigError("lam out of range", got=lam, expected="0 (tail bucket) .. 1 (unbiased for the dense loss)")
     member = _members(teacher, beta)
     known = _student(teacher, student_logp_at_ids)
     student = np.where(member, known, -np.inf)
     actual = logp64("student_logp_actual", student_logp_actual)
-    ratio = np.asarray(1.0 if is_weight is None else is_weight, dtype=np.float64)
+    ratio = float64("is_weight", 1.0 if is_weight is None else is_weight)
+    if (ratio < 0.0).any() or np.isinf(ratio).any():
+        raise ConfigError("is_weight: not an importance ratio", got=ratio.min(), expected="0 <= ratio < inf")
     if actual.shape != (teacher.rows,) or (ratio.ndim and ratio.shape != (teacher.rows,)):
         raise ConfigError(
             "topk_weights: student_logp_actual and is_weight must be [R]",
@@ -99,6 +103,7 @@ def gated_rows(teacher: TopK, student_logp_at_ids: ArrayLike, *, beta: float = 0
 
     Report their share: on such rows the estimator is that of the listed ids alone.
     """
+    check_scores(teacher=teacher)
     student = np.where(_members(teacher, check_beta(beta)), _student(teacher, student_logp_at_ids), -np.inf)
     teacher_tail, student_tail = _tails(teacher, student)
     return np.asarray((teacher_tail < EMPTY_TAIL) | (student_tail < EMPTY_TAIL))
@@ -121,13 +126,10 @@ def weighted_advantage(teacher: Float64, student: Float64, beta: float) -> Float
 
 def _student(teacher: TopK, student_logp_at_ids: ArrayLike) -> Float64:
     """The student's logprobs at the teacher's ids as float64, -inf at pads."""
-    if np.shape(student_logp_at_ids) != teacher.ids.shape:
-        raise ConfigError(
-            "student_logp_at_ids must stand at teacher.ids",
-            got=np.shape(student_logp_at_ids),
-            expected=teacher.ids.shape,
-        )
-    student = logp64("student_logp_at_ids", np.where(teacher.listed, student_logp_at_ids, -np.inf))
+    given = float64("student_logp_at_ids", student_logp_at_ids)
+    if given.shape != teacher.ids.shape:
+        raise ConfigError("student_logp_at_ids must stand at teacher.ids", got=given.shape, expected=teacher.ids.shape)
+    student = logp64("student_logp_at_ids", np.where(teacher.listed, given, -np.inf))
     check_mass("student_logp_at_ids", student)
     return student
 

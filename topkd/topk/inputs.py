@@ -6,17 +6,32 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.types import Float64
+from topkd.topk.scalars import real
+from topkd.topk.types import Float64, TopK
 
 LOGP_TOLERANCE = 1e-3  # float32 rounding of a served logprob stays far below; above it, the numbers are logits
 
 
+def float64(name: str, value: ArrayLike) -> Float64:
+    """``value`` as float64; what a masked array hides is NaN. Refuses what is not numbers, or a ragged list."""
+    try:
+        array = np.asarray(value) if not isinstance(value, np.ma.MaskedArray) else value
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors NumPy cannot read
+        raise ConfigError(
+            f"{name}: not an array of numbers",
+            got=f"{type(value).__name__} ({error})",
+            hint="pass one rectangular array; a tensor as tensor.detach().float().cpu().numpy()",
+        ) from error
+    if array.dtype.kind not in "iuf" and array.size:
+        raise ConfigError(f"{name}: not an array of numbers", got=array.dtype, expected="floating point")
+    if isinstance(array, np.ma.MaskedArray):
+        array = np.ma.filled(array.astype(np.float64), np.nan)
+    return np.asarray(array).astype(np.float64, copy=False)
+
+
 def logp64(name: str, value: ArrayLike) -> Float64:
     """``value`` as float64; refuses other dtypes and values above 0. NaN (unknown) and -inf (probability 0) pass."""
-    array = np.asarray(value)
-    if array.dtype.kind not in "iuf" and array.size:
-        raise ConfigError(f"{name}: not an array of logprobs", got=array.dtype, expected="floating point")
-    array = array.astype(np.float64, copy=False)
+    array = float64(name, value)
     if array.size and np.fmax.reduce(array, axis=None) > LOGP_TOLERANCE:
         raise ConfigError(
             f"{name}: logprob above 0",
@@ -52,9 +67,28 @@ def narrowed(value: Float64, dtype: np.dtype[np.floating]) -> NDArray[np.floatin
 
 def check_beta(beta: float, name: str = "beta") -> float:
     """``beta`` as a float in [0, 1]: the mixture weight of the *teacher*."""
-    number = float(beta)
+    number = real(name, beta)
     if not 0.0 <= number <= 1.0:
         raise ConfigError(
             f"{name} out of range", got=beta, expected="0 (forward KL) .. 1 (reverse KL), the teacher's mixture weight"
         )
     return number
+
+
+def check_floor(name: str, value: float) -> float:
+    """A log-probability below 0 that stands for a missing id, as a float (-inf = no probability at all)."""
+    number = real(name, value)
+    if not number < 0.0:
+        raise ConfigError(f"{name} must be a negative log-probability", got=number)
+    return number
+
+
+def check_scores(**scores: TopK) -> None:
+    """Refuses anything but ``TopK`` values, by the name of the argument."""
+    for name, value in scores.items():
+        if not isinstance(value, TopK):
+            raise ConfigError(
+                f"{name}: not a TopK",
+                got=type(value).__name__,
+                hint="build one with TopK.from_lists([[(id, logprob), ...], ...])",
+            )

@@ -12,7 +12,7 @@ import numpy as np
 from topkd.topk.alignment import Aligned, align
 from topkd.topk.divergence import integrand, shared_support_gjs
 from topkd.topk.errors import AlignmentError, ConfigError
-from topkd.topk.inputs import check_beta
+from topkd.topk.inputs import check_beta, check_floor, check_scores
 from topkd.topk.mass import log_mass
 from topkd.topk.types import Bool, Float64, TopK
 from topkd.topk.union import MIN_TAIL, UnionTail
@@ -60,8 +60,7 @@ def topk_gjs(
             got=repr(missing),
             expected="union_tail, intersection_tail, floor or renormalise",
         )
-    if not floor < 0.0:
-        raise ConfigError("topk_gjs: floor must be a negative log-probability", got=floor)
+    floor = check_floor("topk_gjs: floor", floor)
     _same_rows(teacher, student)
     if missing == "union_tail" and FAST_BETA[0] <= beta <= FAST_BETA[1] and floor <= FAST_FLOOR:
         values, left = UnionTail(teacher.k, student.k)(teacher, student, beta, floor)
@@ -109,8 +108,8 @@ def _with_tail(logp: Float64, listed: Bool, union: Bool, tail: Float64, floor: f
     smallest = np.exp(np.where(np.isfinite(logp), logp, np.inf).min(axis=1, initial=np.inf))
     share = np.minimum(np.minimum(np.exp(floor), smallest), remaining / np.maximum(count, 1))
     with np.errstate(divide="ignore"):
-        rest = np.log(np.maximum(remaining - share * count, 0.0))
-    return np.concatenate([np.where(absent, np.log(share)[:, None], logp), rest[:, None]], axis=1)
+        rest, filler = np.log(np.maximum(remaining - share * count, 0.0)), np.log(share)
+    return np.concatenate([np.where(absent, filler[:, None], logp), rest[:, None]], axis=1)
 
 
 def _floored(logp: Float64, listed: Bool, union: Bool, floor: float) -> Float64:
@@ -159,6 +158,7 @@ def _rows(scores: TopK, index: np.ndarray[tuple[int, ...], np.dtype[np.intp]]) -
 
 
 def _same_rows(teacher: TopK, student: TopK) -> None:
+    check_scores(teacher=teacher, student=student)
     if teacher.rows != student.rows:
         raise ConfigError(
             "teacher and student have different numbers of rows", got=f"{teacher.rows} and {student.rows}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from topkd.topk.errors import ConfigError, ResponseError
+from topkd.topk.scalars import whole
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -123,7 +125,7 @@ class TopK:
         first, stop, step = (rows or slice(None)).indices(self.rows)
         if step != 1:
             raise ConfigError("TopK.slice: only contiguous rows keep their source positions", got=f"step {step}")
-        if k is not None and k < 1:
+        if k is not None and whole("TopK.slice: k", k) < 1:
             raise ConfigError("TopK.slice: k must be at least 1", got=k)
         part = slice(first, max(first, stop))
         ids, logp, tail = self.ids[part], self.logp[part], self.tail_logp[part]
@@ -163,7 +165,14 @@ class TopK:
         padded to the longest list. The tail mass comes from the given (unrounded) values. Dialect sentinels such as
         -9999 must be resolved by the caller: what they mean differs between servers.
         """
-        cleaned = [_clean(position) for position in positions]
+        try:
+            cleaned = [_clean(position) for position in positions]
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                "TopK.from_lists: not lists of (id, logprob)",
+                got=error,
+                expected="[[(id, logprob), ...], ...], one list (or None) a position",
+            ) from error
         width = max((len(row) for row in cleaned), default=0)
         ids = np.full((len(cleaned), width), PAD_ID, dtype=np.int32)
         logp = np.full((len(cleaned), width), -np.inf, dtype=np.float64)
@@ -243,6 +252,7 @@ def tail_logp(logp: ArrayLike) -> Float32:
 def _clean(position: Sequence[tuple[int, float]] | None) -> list[tuple[int, float]]:
     best: dict[int, float] = {}
     for token, value in position or ():
+        index(token)  # an id of 1.5 must not become 1
         if value == value and (token not in best or value > best[token]):  # noqa: PLR0124 - NaN is unequal to itself
             best[token] = value
     return sorted(best.items(), key=lambda entry: (-entry[1], entry[0]))
@@ -270,7 +280,7 @@ def _check(topk: TopK) -> None:
     for name in ("actual_ids", "actual_logp", "tail_logp"):
         if getattr(topk, name).shape != (rows,):
             raise ConfigError(f"TopK.{name}: wrong shape", got=getattr(topk, name).shape, expected=(rows,))
-    if topk.start < 0:
+    if whole("TopK.start", topk.start) < 0:
         raise ConfigError("TopK.start must be at least 0", got=topk.start)
     listed = topk.ids >= 0
     _refuse(np.isnan(topk.logp), topk, "logprob is NaN")

@@ -1,0 +1,33 @@
+"""Checked scalar arguments: what is not a number becomes one ConfigError that names the argument."""
+
+from __future__ import annotations
+
+import operator
+
+from topkd.topk.errors import ConfigError
+
+
+def real(name: str, value: object) -> float:
+    """``value`` as one float, or a ConfigError that names it."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{name} must be a number", got=repr(value)) from error
+
+
+def whole(name: str, value: object) -> int:
+    """``value`` as an integer, or a ConfigError that names it; floats and flags are refused."""
+    if isinstance(value, bool):  # a flag is no count
+        raise ConfigError(f"{name} must be an integer", got=value)
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError) as error:
+        raise ConfigError(f"{name} must be an integer", got=repr(value)) from error
+
+
+def positive(name: str, value: object) -> int:
+    """``value`` as an integer of at least 1, or a ConfigError that names it."""
+    number = whole(name, value)
+    if number < 1:
+        raise ConfigError(f"{name} must be at least 1", got=number)
+    return number
