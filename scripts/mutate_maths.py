@@ -458,8 +458,8 @@ TORCH = (
     _maths(
         "taid schedule: a rising loss speeds it up",
         "schedule",
-        "relative = (previous - value)",
-        "relative = (value - previous)",
+        "change = (float(previous) - float(value))",
+        "change = (float(value) - float(previous))",
         "goldens_torch",
         "schedule",
     ),

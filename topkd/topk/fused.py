@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from topkd.topk.errors import ConfigError
+from topkd.topk.scalars import positive
 
 RowLoss: TypeAlias = Callable[[Tensor, Tensor, slice], Tensor]
 """(logp [C, K], lse [C], rows) -> loss of each row [C]; may be differentiated with respect to logp only."""
@@ -41,6 +42,8 @@ def gather_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     log s(v) = z_v - logsumexp(z), natural log, float32 (float64 stays); -inf without a gradient at pads (-1).
     """
     _check_ids(ids, logits.shape[:-1], logits.shape[-1])
+    if not logits.is_floating_point():
+        raise ConfigError("logits must be floating-point", got=logits.dtype)
     z = logits if logits.dtype == torch.float64 else logits.float()
     lse = torch.logsumexp(z, -1)
     logp = z.gather(-1, ids.clamp(min=0)) - lse.unsqueeze(-1)
@@ -69,7 +72,8 @@ def topk_logprobs(
     """
     hidden, weight, bias = _matched(hidden, weight, bias)
     _check_ids(ids, hidden.shape[:-1], weight.shape[0])
-    columns = chunk or _even(weight.shape[0], _CHUNK_BYTES // (hidden.element_size() * max(hidden.shape[0], 1)))
+    most = _CHUNK_BYTES // (hidden.element_size() * max(hidden.shape[0], 1))
+    columns = _even(weight.shape[0], most) if chunk is None else positive("chunk", chunk)
     with torch.autocast(hidden.device.type, enabled=False):
         logp, lse = _TopKLogprobs.apply(hidden, weight, bias, ids, columns)  # type: ignore[no-untyped-call]
     return logp.masked_fill(ids < 0, -math.inf), lse
@@ -105,7 +109,8 @@ def fused_row_loss(
     """
     hidden, weight, bias = _matched(hidden, weight, bias)
     _check_ids(ids, hidden.shape[:-1], weight.shape[0])
-    rows = chunk or _even(hidden.shape[0], _CHUNK_BYTES // (hidden.element_size() * weight.shape[0]))
+    most = _CHUNK_BYTES // (hidden.element_size() * weight.shape[0])
+    rows = _even(hidden.shape[0], most) if chunk is None else positive("chunk", chunk)
     with torch.autocast(hidden.device.type, enabled=False):
         grad = torch.is_grad_enabled()
         total: Tensor = _RowLoss.apply(hidden, weight, bias, ids, row_loss, rows, grad)  # type: ignore[no-untyped-call]
@@ -180,10 +185,8 @@ class _RowLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
-            raise ConfigError(
-                "the fused loss went backward twice; its gradients are made once, in the forward pass",
-                hint="add the losses up before backward(), or compute the loss again",
-            )
+            what = "the fused loss went backward twice; its gradients are made once, in the forward pass"
+            raise ConfigError(what, hint="add the losses up before backward(), or compute the loss again")
         grads, ctx.grads = ctx.grads, None
         scaled = [None if made is None else made.mul_(d_total.to(made.dtype)) for made in grads]
         return (*scaled, None, None, None, None)
@@ -191,9 +194,7 @@ class _RowLoss(torch.autograd.Function):
 
 class _TopKLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0917
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, columns: int
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, columns: int) -> Any:  # noqa: PLR0917
         n, vocab, dtype = hidden.shape[0], weight.shape[0], _accumulator(hidden)
         target = torch.zeros(ids.shape, dtype=dtype, device=hidden.device)
         lse = torch.full((n,), -math.inf, dtype=dtype, device=hidden.device)

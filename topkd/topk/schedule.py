@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 
 from topkd.topk.errors import ConfigError
+from topkd.topk.scalars import real, whole
 
 _SMALLEST_LOSS = 1e-8  # the relative change against a loss of zero would be 1e15 and stay in the momentum for good
+
+_LARGEST_CHANGE = 1e30
 
 
 class TAIDScheduler:
@@ -35,14 +38,16 @@ class TAIDScheduler:
         beta: float = 0.99,
         disable_adaptive: bool = False,
     ) -> None:
-        if num_train_steps < 1:
+        t_start, t_end = real("t_start", t_start), real("t_end", t_end)
+        alpha, beta = real("alpha", alpha), real("beta", beta)
+        if whole("num_train_steps", num_train_steps) < 1:
             raise ConfigError("num_train_steps must be at least 1", got=num_train_steps)
         if not 0.0 <= t_start < t_end <= 1.0:
             raise ConfigError("TAID needs 0 <= t_start < t_end <= 1", got=f"t_start {t_start}, t_end {t_end}")
         if not 0.0 <= beta < 1.0:
             raise ConfigError("beta must lie in [0, 1)", got=beta)
-        if not alpha >= 0.0:
-            raise ConfigError("alpha must not be negative", got=alpha)
+        if not 0.0 <= alpha < math.inf:
+            raise ConfigError("alpha must be finite and not negative", got=alpha)
         self.num_train_steps = num_train_steps
         self.t_start, self.t_end = t_start, t_end
         self.alpha, self.beta = alpha, beta
@@ -81,17 +86,23 @@ class TAIDScheduler:
             loss: The step's loss (a float or a one-element tensor).
             global_step: Number of optimiser steps taken, 0-based.
         """
-        value = np.float32(float(loss))
+        step = real("global_step", global_step)
+        if math.isnan(step):
+            raise ConfigError("global_step must be a number", got=step)
+        with np.errstate(over="ignore"):
+            value = np.float32(real("loss", loss))
         if not math.isfinite(value):
             self._skipped += 1
             return None
         previous, self._prev_loss = self._prev_loss, value
         if previous is None:
             return None
-        relative = (previous - value) / max(previous, np.float32(_SMALLEST_LOSS))
+        # in float64 and bounded: a float32 quotient overflows to an infinite momentum, which never comes back
+        change = (float(previous) - float(value)) / max(float(previous), _SMALLEST_LOSS)
+        relative = np.float32(min(max(change, -_LARGEST_CHANGE), _LARGEST_CHANGE))
         self._momentum = np.float32(self.beta) * self._momentum + np.float32(1.0 - self.beta) * relative
         delta = np.float32(self.alpha) * _sigmoid(self._momentum) * (np.float32(1.0) - self._t)
-        progress = min(max(global_step, 0), self.num_train_steps) / self.num_train_steps
+        progress = min(max(step, 0.0), self.num_train_steps) / self.num_train_steps
         target = np.float32(self.t_start + (self.t_end - self.t_start) * progress)
         moved = target if self.disable_adaptive else max(target, self._t + delta)
         self._t = min(np.float32(self.t_end), moved)

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from topkd.topk.errors import ConfigError
+from topkd.topk.scalars import real
 
 CLAMPED_LOG_MASS = -1e-7  # a captured mass above 1 - 1e-7 is rounding, and log(1 - mass) would be noise or nan
 
 
 def check_beta(beta: float) -> float:
     """The mixture weight, if it lies in [0, 1]."""
-    if not 0.0 <= beta <= 1.0:
+    number = real("beta", beta)
+    if not 0.0 <= number <= 1.0:
         raise ConfigError("beta must lie in [0, 1]", got=beta, hint="0 = forward KL, 1 = reverse KL, between = GJS")
-    return float(beta)
+    return number
 
 
 def divergence_terms(teacher_logp: Tensor, student_logp: Tensor, beta: float) -> Tensor:
@@ -68,10 +70,13 @@ def clamp_value(total: Tensor) -> Tensor:
     return total + (-total).clamp(min=0.0).detach()
 
 
-def log_softmax(logits: Tensor) -> Tensor:
-    """Log-softmax over the last axis where a row without any finite logit is all -inf instead of nan."""
-    dead = torch.isneginf(logits).all(-1, keepdim=True)
-    return torch.log_softmax(torch.where(dead, 0.0, logits), -1).masked_fill(dead, -math.inf)
+def log_softmax(logits: Tensor, *, dead: float = -math.inf) -> Tensor:
+    """Log-softmax over the last axis; a row whose logits all are -inf becomes ``dead`` and gives no gradient.
+
+    Such a row is no distribution. nan says so, and a divergence of it is nan: no signal, never "no divergence".
+    """
+    none = torch.isneginf(logits).all(-1, keepdim=True)
+    return torch.log_softmax(torch.where(none, 0.0, logits), -1).masked_fill(none, dead)
 
 
 def log_tail(logp: Tensor) -> Tensor:

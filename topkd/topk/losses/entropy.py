@@ -22,16 +22,20 @@ from topkd.topk.losses.tokens import (
     Reduction,
     boolean_mask,
     check_finite,
+    check_logits,
     check_same,
+    check_tensors,
     labels_mask,
     reduce_tokens,
     upcast,
 )
+from topkd.topk.scalars import real, whole
 
 
 def teacher_entropy(teacher_logits: Tensor) -> Tensor:
-    """H_T = -sum_v t log t over the last axis in nats, float32 (float64 stays), detached."""
-    return entropy(log_softmax(upcast(teacher_logits.detach())))
+    """H_T = -sum_v t log t over the last axis in nats, float32 (float64 stays), detached; nan for a row of -inf."""
+    check_logits(teacher_logits=teacher_logits)
+    return entropy(log_softmax(upcast(teacher_logits.detach()), dead=math.nan))
 
 
 def entropy_aware_opd_loss(
@@ -62,11 +66,13 @@ def entropy_aware_opd_loss(
     """
     check_options(temperature=temperature)
     check_positive(h_max=h_max)
+    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
     check_same("student_logits", student_logits.shape, teacher_logits=teacher_logits)
     mask = labels_mask(labels, student_logits.shape[:-1], student_logits.device)
     student = select_rows(student_logits, mask)
-    teacher_logp = log_softmax(select_rows(teacher_logits.detach(), mask).to(student.dtype) / temperature)
-    student_logp = log_softmax(student / temperature)
+    teacher = select_rows(teacher_logits.detach(), mask).to(student.dtype)
+    teacher_logp = log_softmax(teacher / temperature, dead=math.nan)
+    student_logp = log_softmax(student / temperature, dead=math.nan)
     limit = math.log(student_logits.shape[-1]) if h_max is None else h_max
     weight = (entropy(teacher_logp) / limit).clamp(0.0, 1.0) if limit > 0 else torch.zeros_like(teacher_logp[..., 0])
     # a weight of exactly zero drops its KL, which may be infinite
@@ -151,15 +157,25 @@ def eopd_loss(
     Returns:
         A scalar, or (scalar, metrics).
     """
-    check_options(top_k=k)
+    check_options(top_k=whole("k", k))
+    check_gate(tau, alpha)
     check_positive(cap=cap, advantage_clip=advantage_clip)
+    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
+    check_tensors(sampled_ids=sampled_ids)
     check_same("student_logits", student_logits.shape, teacher_logits=teacher_logits)
     valid = boolean_mask(mask, student_logits.shape[:-1], student_logits.device)
     if sampled_ids.shape != valid.shape or sampled_ids.is_floating_point():
         raise ConfigError("sampled_ids must be integers, one a position", got=tuple(sampled_ids.shape))
-    student_logp = log_softmax(select_rows(student_logits, valid))
-    teacher_logp = log_softmax(select_rows(teacher_logits.detach(), valid).to(student_logp.dtype))
-    chosen = sampled_ids[valid].long().unsqueeze(-1)
+    student_logp = log_softmax(select_rows(student_logits, valid), dead=math.nan)
+    teacher_logp = log_softmax(select_rows(teacher_logits.detach(), valid).to(student_logp.dtype), dead=math.nan)
+    chosen = sampled_ids.to(valid.device)[valid].long().unsqueeze(-1)
+    if chosen.numel() and bool(((chosen < 0) | (chosen >= student_logp.shape[-1])).any()):
+        raise ConfigError(
+            "a sampled id lies outside the vocabulary",
+            got=f"{int(chosen.min())}..{int(chosen.max())}",
+            expected=f"0..{student_logp.shape[-1] - 1}",
+            hint="mask padding",
+        )
     s_y, t_y = student_logp.gather(-1, chosen).squeeze(-1), teacher_logp.gather(-1, chosen).squeeze(-1)
     behavior = select_behavior(behavior_logp, valid)
     sampled_term, advantage, known = sampled_reverse_kl(s_y, t_y, behavior, cap, advantage_clip)
@@ -177,6 +193,14 @@ def eopd_loss(
         "excluded": float((~known).sum()),
     }
     return loss, metrics
+
+
+def check_gate(tau: float, alpha: float) -> None:
+    """Raise ConfigError unless tau is a number and alpha a finite one that is not negative."""
+    if math.isnan(real("tau", tau)):
+        raise ConfigError("tau must be an entropy in nats", got=tau)
+    if not 0.0 <= real("alpha", alpha) < math.inf:
+        raise ConfigError("alpha must be finite and not negative", got=alpha)
 
 
 def sampled_reverse_kl(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from topkd.topk.losses.divergence import check_beta
 from topkd.topk.losses.jsd import check_positive
 from topkd.topk.losses.sparse import loss_dtype, scale_total, select_teacher
 from topkd.topk.losses.teacher import Teacher
-from topkd.topk.losses.tokens import Reduction, check_finite
+from topkd.topk.losses.tokens import Reduction, check_finite, check_logits, check_tensors
 from topkd.topk.losses.topk_policy import (
     SupportWeights,
     bucket_rows,
@@ -84,13 +85,13 @@ def fused_topk_policy_gradient_loss(
     check_beta(beta)
     check_lam(lam)
     check_positive(cap=cap)
+    check_logits(hidden=hidden, weight=weight)
     shape = hidden.shape[:-1]
-    rows, used = select_teacher(teacher, mask, shape, hidden, k)
+    rows, used = select_teacher(teacher, mask, shape, hidden, k, usable=partial(usable_rows, lam=lam))
     valid = used.numel() if mask is None else int(mask.sum())
-    known = usable_rows(rows, lam)
-    rows, used = rows.rows(known), used.masked_scatter(used, known)
     behavior = None
     if behavior_logp is not None and lam > 0.0:
+        check_tensors(behavior_logp=behavior_logp)
         if behavior_logp.shape != shape:
             raise ConfigError("behavior_logp has another shape", got=tuple(behavior_logp.shape), expected=tuple(shape))
         check_finite(used, behavior_logp=behavior_logp)

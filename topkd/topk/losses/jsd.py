@@ -10,7 +10,8 @@ from torch import Tensor
 
 from topkd.topk.errors import ConfigError
 from topkd.topk.losses.divergence import check_beta, clamp_value, divergence_terms, log_softmax
-from topkd.topk.losses.tokens import FullReduction, labels_mask, reduce_tokens, upcast
+from topkd.topk.losses.tokens import FullReduction, check_logits, labels_mask, reduce_tokens, upcast
+from topkd.topk.scalars import real, whole
 
 Tail: TypeAlias = Literal["bucket", "renormalise"]
 _PROBABILITY_TOLERANCE = 1e-2  # wide enough for bf16 rows of any vocabulary, far below what logits add up to
@@ -53,13 +54,14 @@ def generalized_jsd_loss(  # noqa: PLR0917 - the source's signature
         num_tokens: Divide by this instead of the valid tokens of this batch.
 
     Returns:
-        A scalar, or [...] for reduction "none".
+        A scalar, or [...] for reduction "none". nan where a valid row has no finite logit on a side: no distribution.
     """
     check_beta(beta)
     if logits_are_probs and (temperature != 1.0 or top_k is not None):
         raise ConfigError("logits_are_probs takes neither a temperature nor top_k: both act on logits")
     check_options(temperature=temperature, top_k=top_k, tail=tail)
     check_positive(token_clip=token_clip, per_token_clip=per_token_clip)
+    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
     if student_logits.shape != teacher_logits.shape:
         raise ConfigError(
             "student and teacher logits differ in shape",
@@ -88,11 +90,12 @@ def select_rows(logits: Tensor, mask: Tensor) -> Tensor:
 
 def _on_support(student: Tensor, teacher: Tensor, top_k: int | None, tail: Tail) -> tuple[Tensor, Tensor]:
     if top_k is None:
-        return log_softmax(student), log_softmax(teacher)
+        return log_softmax(student, dead=math.nan), log_softmax(teacher, dead=math.nan)
     ids = teacher.topk(min(top_k, teacher.shape[-1]), dim=-1).indices
     if tail == "renormalise":
-        return log_softmax(student.gather(-1, ids)), log_softmax(teacher.gather(-1, ids))
-    return _bucketed(log_softmax(student), ids), _bucketed(log_softmax(teacher), ids)
+        student, teacher = student.gather(-1, ids), teacher.gather(-1, ids)
+        return log_softmax(student, dead=math.nan), log_softmax(teacher, dead=math.nan)
+    return _bucketed(log_softmax(student, dead=math.nan), ids), _bucketed(log_softmax(teacher, dead=math.nan), ids)
 
 
 def _bucketed(logp: Tensor, ids: Tensor) -> Tensor:
@@ -116,8 +119,8 @@ def _log_probabilities(name: str, p: Tensor) -> Tensor:
 
 def check_options(*, temperature: float = 1.0, top_k: int | None = None, tail: str = "bucket") -> None:
     """Raise ConfigError where an option lies outside its range."""
-    check_positive(temperature=temperature)
-    if top_k is not None and top_k < 1:
+    check_positive(temperature=real("temperature", temperature))
+    if top_k is not None and whole("top_k", top_k) < 1:
         raise ConfigError("top_k must be at least 1", got=top_k)
     if tail not in ("bucket", "renormalise"):
         raise ConfigError("unknown tail", got=tail, expected="bucket or renormalise")
@@ -126,5 +129,5 @@ def check_options(*, temperature: float = 1.0, top_k: int | None = None, tail: s
 def check_positive(**values: float | None) -> None:
     """Raise ConfigError where a given value is not above 0."""
     for name, value in values.items():
-        if value is not None and not value > 0:
+        if value is not None and not real(name, value) > 0:
             raise ConfigError(f"{name} must be positive", got=value)

@@ -11,7 +11,7 @@ from topkd.topk.errors import ConfigError
 from topkd.topk.losses.divergence import log_softmax
 from topkd.topk.losses.jsd import select_rows
 from topkd.topk.losses.taid import cross_entropy, entropy
-from topkd.topk.losses.tokens import check_same, labels_mask, reduce_mean
+from topkd.topk.losses.tokens import check_logits, check_same, check_tensors, labels_mask, reduce_mean
 
 
 class KDLoss(torch.nn.Module):
@@ -64,10 +64,12 @@ class KDLoss(torch.nn.Module):
             num_tokens: Divide by this instead of the valid tokens of this batch.
             return_metrics: Also return the metrics.
         """
+        check_logits(logits=logits, teacher_logits=teacher_logits)
         check_same("logits", logits.shape, teacher_logits=teacher_logits)
         if shift:
             if label is None or logits.dim() < 2:
                 raise ConfigError("shift=True needs logits [..., T, V] and labels [..., T]")
+            check_tensors(label=label)
             logits, teacher_logits, label = logits[..., :-1, :], teacher_logits[..., :-1, :], label[..., 1:]
         mask = labels_mask(label, logits.shape[:-1], logits.device)
         student, teacher = select_rows(logits, mask), select_rows(teacher_logits.detach(), mask)

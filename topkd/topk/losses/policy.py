@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.losses.tokens import Reduction, boolean_mask, check_finite, check_same, reduce_tokens, upcast
+from topkd.topk.losses.tokens import (
+    Reduction,
+    boolean_mask,
+    check_finite,
+    check_same,
+    check_tensors,
+    reduce_tokens,
+    upcast,
+)
+from topkd.topk.scalars import real
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) = 4.9e8: beyond it a ratio carries no information, only overflow
 
@@ -82,9 +91,9 @@ def ppo_clip_loss(
     Returns:
         A scalar.
     """
-    if not 0 < clip < 1:
+    if not 0 < real("clip", clip) < 1:
         raise ConfigError("clip must lie in (0, 1)", got=clip)
-    if dual_clip is not None and not dual_clip > 1:
+    if dual_clip is not None and not real("dual_clip", dual_clip) > 1:
         raise ConfigError("dual_clip must be above 1", got=dual_clip)
     new, behavior, advantage, valid = _select(logp_new, logp_behavior, advantages, mask)
     ratio = (new - behavior).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
@@ -123,7 +132,7 @@ def icepop_loss(
     Returns:
         A scalar.
     """
-    if not 0 <= low < high:
+    if not 0 <= real("low", low) < real("high", high):
         raise ConfigError("icepop needs 0 <= low < high", got=f"low {low}, high {high}")
     new, behavior, advantage, valid = _select(logp_new, logp_behavior, advantages, mask)
     ratio = importance_ratio(new, behavior)
@@ -151,7 +160,7 @@ def reinforce_loss(
     Returns:
         A scalar.
     """
-    new, _, advantage, valid = _select(logp_new, logp_new.detach(), advantages, mask, behavior_known=False)
+    new, _, advantage, valid = _select(logp_new, logp_new, advantages, mask, behavior_known=False)
     return reduce_tokens(-(advantage * new), valid, _known(reduction), num_tokens)
 
 
@@ -169,6 +178,7 @@ def _tracked(logp_new: Tensor) -> Tensor:
 def _select(
     logp_new: Tensor, logp_behavior: Tensor, advantages: Tensor, mask: Tensor | None, *, behavior_known: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_tensors(logp_new=logp_new)
     check_same("logp_new", logp_new.shape, logp_behavior=logp_behavior, advantages=advantages)
     valid = boolean_mask(mask, logp_new.shape, logp_new.device)
     if behavior_known:
@@ -186,6 +196,6 @@ def _known(reduction: Reduction) -> Reduction:
 
 
 def _positive(name: str, value: float) -> float:
-    if not value > 0:
+    if not real(name, value) > 0:
         raise ConfigError(f"{name} must be positive", got=value)
     return value

@@ -8,6 +8,8 @@ the mass outside, zero at K = 1. beta as everywhere: 0 forward KL(T||S), 1 rever
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,10 +24,15 @@ from topkd.topk.losses.tokens import (
     Reduction,
     boolean_mask,
     check_finite,
+    check_logits,
+    check_tensors,
     reduce_mean,
     reduce_tokens,
     widest,
 )
+
+Usable: TypeAlias = Callable[[SparseTeacher], Tensor]
+"""Which rows can train: bool [N]."""
 
 
 def sparse_divergence_loss(
@@ -59,6 +66,7 @@ def sparse_divergence_loss(
         A scalar, or the mask's shape for reduction "none".
     """
     check_sparse_options(beta, tail, temperature)
+    check_logits(student_logits=student_logits)
     rows, used = select_teacher(teacher, mask, student_logits.shape[:-1], student_logits, k)
     factor = select_weight(row_weight, used, student_logits)
     logp, _ = gather_logprobs(student_logits[used], rows.ids)
@@ -107,6 +115,7 @@ def fused_divergence_loss(
         A scalar.
     """
     check_sparse_options(beta, tail, temperature)
+    check_logits(hidden=hidden, weight=weight)
     rows, used = select_teacher(teacher, mask, hidden.shape[:-1], hidden, k)
     picked, factor = hidden[used], select_weight(row_weight, used, hidden)
     if tail == "renormalise":
@@ -140,12 +149,19 @@ def bins(student_logp: Tensor, rows: SparseTeacher, tail: Tail, temperature: flo
 
 
 def select_teacher(
-    teacher: Teacher, mask: Tensor | None, shape: torch.Size, like: Tensor, k: int | None
+    teacher: Teacher,
+    mask: Tensor | None,
+    shape: torch.Size,
+    like: Tensor,
+    k: int | None,
+    *,
+    usable: Usable | None = None,
 ) -> tuple[SparseTeacher, Tensor]:
-    """The teacher's rows that train, and the boolean selection they come from (valid and not a hole)."""
+    """The teacher's rows that train, and the boolean selection they come from (valid, and usable: not a hole)."""
     sparse = teacher_rows(teacher, shape, like.device, loss_dtype(like)).head(k)
     used: Tensor = boolean_mask(mask, shape, like.device)
-    used = torch.logical_and(used, sparse.signal.reshape(shape))
+    known = sparse.signal if usable is None else usable(sparse)
+    used = torch.logical_and(used, known.reshape(shape))
     return sparse.rows(used.reshape(-1)), used
 
 
@@ -153,6 +169,9 @@ def select_weight(row_weight: Tensor | None, used: Tensor, like: Tensor) -> Tens
     """The detached factors of the rows that train, [N] in the loss's dtype; ones when None."""
     if row_weight is None:
         return torch.ones(int(used.sum()), dtype=loss_dtype(like), device=like.device)
+    check_tensors(row_weight=row_weight)
+    if row_weight.shape != used.shape:
+        raise ConfigError("row_weight has another shape", got=tuple(row_weight.shape), expected=tuple(used.shape))
     check_finite(used, row_weight=row_weight)
     return row_weight.detach()[used].to(loss_dtype(like))
 

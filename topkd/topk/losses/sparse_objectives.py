@@ -11,15 +11,14 @@ import math
 import torch
 from torch import Tensor
 
-from topkd.topk.errors import ConfigError
 from topkd.topk.fused import gather_logprobs
 from topkd.topk.losses.divergence import divergence, log_softmax
-from topkd.topk.losses.entropy import sampled_reverse_kl, select_behavior
+from topkd.topk.losses.entropy import check_gate, sampled_reverse_kl, select_behavior
 from topkd.topk.losses.jsd import Tail, check_positive
 from topkd.topk.losses.sparse import bins, check_sparse_options, select_teacher
-from topkd.topk.losses.taid import blend, cross_entropy, entropy
+from topkd.topk.losses.taid import blend, check_t, cross_entropy, entropy
 from topkd.topk.losses.teacher import SparseTeacher, Teacher
-from topkd.topk.losses.tokens import Reduction, reduce_mean, reduce_tokens, widest
+from topkd.topk.losses.tokens import Reduction, check_logits, reduce_mean, reduce_tokens, widest
 
 
 def sparse_taid_loss(
@@ -50,9 +49,9 @@ def sparse_taid_loss(
     Returns:
         (loss, metrics).
     """
-    if not 0.0 <= t <= 1.0:
-        raise ConfigError("t must lie in [0, 1]", got=t)
+    check_t(t)
     check_sparse_options(0.5, tail, 1.0)
+    check_logits(student_logits=student_logits)
     rows, used = select_teacher(teacher, mask, student_logits.shape[:-1], student_logits, k)
     logp, _ = gather_logprobs(student_logits[used], rows.ids)
     teacher_bins, student_bins = bins(logp, rows, tail)
@@ -88,6 +87,7 @@ def sparse_entropy_aware_loss(
         (loss, {"w_low", "w_high"}): the mean weight by the lower bound, which was used, and by the upper one.
     """
     check_positive(h_max=h_max)
+    check_logits(student_logits=student_logits)
     vocab = student_logits.shape[-1]
     limit = math.log(vocab) if h_max is None else h_max
     rows, used = select_teacher(teacher, mask, student_logits.shape[:-1], student_logits, k)
@@ -137,6 +137,8 @@ def sparse_eopd_loss(
         (loss, metrics): gate_fraction, undecided (rows with H_low < tau <= H_high), kl, excluded.
     """
     check_positive(cap=cap, advantage_clip=advantage_clip)
+    check_gate(tau, alpha)
+    check_logits(student_logits=student_logits)
     rows, used = select_teacher(teacher, mask, student_logits.shape[:-1], student_logits, None)
     known = (rows.actual_ids >= 0) & ~torch.isnan(rows.actual_logp)
     rows, used = rows.rows(known), used.masked_scatter(used, known)

@@ -10,7 +10,8 @@ from torch import Tensor
 from topkd.topk.errors import ConfigError
 from topkd.topk.losses.divergence import log_softmax
 from topkd.topk.losses.jsd import select_rows
-from topkd.topk.losses.tokens import boolean_mask, check_same, reduce_mean
+from topkd.topk.losses.tokens import boolean_mask, check_logits, check_same, reduce_mean
+from topkd.topk.scalars import real
 
 
 @overload
@@ -59,8 +60,8 @@ def taid_loss(
     Returns:
         A scalar, or (scalar, metrics).
     """
-    if not 0.0 <= t <= 1.0:
-        raise ConfigError("t must lie in [0, 1]", got=t)
+    check_t(t)
+    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
     check_same("student_logits", student_logits.shape, teacher_logits=teacher_logits)
     valid = boolean_mask(mask, student_logits.shape[:-1], student_logits.device)
     student = select_rows(student_logits, valid)
@@ -71,6 +72,12 @@ def taid_loss(
         return loss
     kl = reduce_mean(per_token.detach() - entropy(target_logp), per_token.shape[0], num_tokens)
     return loss, {"kl": float(kl), "t": float(t)}
+
+
+def check_t(t: float) -> None:
+    """Raise ConfigError unless t, the teacher's interpolation weight, lies in [0, 1]."""
+    if not 0.0 <= real("t", t) <= 1.0:
+        raise ConfigError("t must lie in [0, 1]", got=t)
 
 
 def cross_entropy(target_logp: Tensor, student_logits: Tensor) -> Tensor:

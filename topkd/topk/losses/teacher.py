@@ -13,6 +13,7 @@ from torch import Tensor
 from topkd.topk.errors import AlignmentError, ConfigError
 from topkd.topk.losses.divergence import CLAMPED_LOG_MASS, log1mexp
 from topkd.topk.losses.tokens import widest
+from topkd.topk.scalars import whole
 from topkd.topk.types import TopK
 
 _LOWEST_TAIL = math.log(-math.expm1(CLAMPED_LOG_MASS))  # both sides' tails are held at 1e-7 or more
@@ -71,7 +72,7 @@ class SparseTeacher:
         A server that was asked for k and appends the realised token answers k + 1 entries: cut it off, as a support
         that contains y *because* y was sampled biases the estimator.
         """
-        if k is None or k >= self.ids.shape[-1]:
+        if k is None or whole("k", k) >= self.ids.shape[-1]:
             return self
         if k < 1:
             raise ConfigError("k must be at least 1", got=k)
@@ -86,9 +87,9 @@ class SparseTeacher:
             return torch.tensor(values, dtype=dtype, device=device)
 
         logp, tail = floats(teacher.logp), floats(teacher.tail_logp)
-        if teacher.k:
-            derived = log1mexp(torch.logsumexp(widest(logp), -1).clamp(max=CLAMPED_LOG_MASS)).to(dtype)
-            tail = torch.where(torch.isnan(tail), derived, tail)
+        listed_mass = torch.logsumexp(widest(logp), -1) if teacher.k else torch.full_like(widest(tail), -math.inf)
+        derived = log1mexp(listed_mass.clamp(max=CLAMPED_LOG_MASS)).to(dtype)
+        tail = torch.where(torch.isnan(tail), derived, tail)
         return cls(
             torch.tensor(teacher.ids, dtype=torch.long, device=device),
             logp,
@@ -115,6 +116,13 @@ def teacher_rows(teacher: Teacher, shape: torch.Size, device: torch.device, dtyp
         sparse = teacher.to(device)
     else:
         if not isinstance(teacher, TopK):
+            parts: object = teacher
+            if not isinstance(parts, Sequence) or not all(isinstance(part, TopK) for part in parts):
+                raise ConfigError(
+                    "teacher: not a TopK, a sequence of TopK or a SparseTeacher",
+                    got=type(teacher).__name__,
+                    hint="build one with TopK.from_lists([[(id, logprob), ...], ...])",
+                )
             teacher = TopK.concat(_padded(teacher, shape))
         sparse = SparseTeacher.from_topk(teacher, device, dtype)
     if sparse.ids.shape[0] != math.prod(shape):

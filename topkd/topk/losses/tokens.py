@@ -6,12 +6,14 @@ and works in float32, or in float64 when it is given float64.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from topkd.topk.errors import ConfigError
+from topkd.topk.scalars import real
 
 IGNORE_INDEX = -100
 Reduction: TypeAlias = Literal["mean", "sum"]
@@ -30,8 +32,24 @@ def widest(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "mps" else x.double()
 
 
+def check_tensors(**tensors: Tensor) -> None:
+    """Raise ConfigError where an argument is not a tensor, by its name."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ConfigError(f"{name}: not a tensor", got=type(tensor).__name__)
+
+
+def check_logits(**logits: Tensor) -> None:
+    """Raise ConfigError where an argument is not [..., V] over a vocabulary of at least one id."""
+    check_tensors(**logits)
+    for name, tensor in logits.items():
+        if tensor.dim() < 1 or tensor.shape[-1] < 1:
+            raise ConfigError(f"{name}: not logits over a vocabulary", got=tuple(tensor.shape), expected="[..., V]")
+
+
 def check_same(name: str, shape: torch.Size, **others: Tensor) -> None:
     """Raise ConfigError where a tensor has not the shape of the argument called ``name``."""
+    check_tensors(**others)
     for other, tensor in others.items():
         if tensor.shape != shape:
             raise ConfigError(f"{other} has not the shape of {name}", got=tuple(tensor.shape), expected=tuple(shape))
@@ -58,6 +76,7 @@ def boolean_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -
     """
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=device)
+    check_tensors(mask=mask)
     if mask.dtype != torch.bool:
         raise ConfigError("a mask must be boolean", got=mask.dtype, expected="torch.bool", hint="pass mask.bool()")
     if mask.shape != shape:
@@ -70,6 +89,8 @@ def labels_mask(labels: Tensor | None, shape: torch.Size, device: torch.device) 
 
     Integers that are all 0 or 1 are refused: as labels they keep every position, and nearly always they are a mask.
     """
+    if labels is not None:
+        check_tensors(labels=labels)
     if labels is None or labels.dtype == torch.bool:
         return boolean_mask(labels, shape, device)
     if labels.shape != shape:
@@ -97,7 +118,7 @@ def reduce_mean(values: Tensor, count: int, num_tokens: float | Tensor | None) -
     """
     if num_tokens is None:
         return values.sum() / max(count, 1)
-    if not float(num_tokens) > 0:
+    if not 0 < real("num_tokens", num_tokens) < math.inf:
         raise ConfigError("num_tokens must be positive", got=float(num_tokens))
     return values.sum() / num_tokens
 

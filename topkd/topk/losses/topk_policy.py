@@ -23,7 +23,16 @@ from topkd.topk.losses.divergence import check_beta, divergence
 from topkd.topk.losses.jsd import check_positive, with_tail
 from topkd.topk.losses.policy import importance_ratio
 from topkd.topk.losses.teacher import SparseTeacher, Teacher, teacher_rows
-from topkd.topk.losses.tokens import Reduction, boolean_mask, check_finite, reduce_tokens, upcast, widest
+from topkd.topk.losses.tokens import (
+    Reduction,
+    boolean_mask,
+    check_finite,
+    check_tensors,
+    reduce_tokens,
+    upcast,
+    widest,
+)
+from topkd.topk.scalars import real
 
 TAIL_GATE = 1e-6  # below this the tail's advantage is a quotient of two roundings
 _TAIL_CLAMP = 1e-7
@@ -115,15 +124,19 @@ def weighted_rows(student_logp_at_ids: Tensor, student_logp_actual: Tensor, weig
 
 
 def usable_rows(teacher: SparseTeacher, lam: float) -> Tensor:
-    """bool [N]: the list has a signal and, when lam > 0, the realised token and its logprob are known."""
+    """bool [N]: the list has a signal and, when lam > 0, the realised token and its logprob are known.
+
+    K = 0 is the empty support A, the plain sampled-token estimator; an empty row of a wider list is a hole.
+    """
+    signal = teacher.signal if teacher.ids.shape[-1] else torch.ones_like(teacher.tail_logp, dtype=torch.bool)
     if lam == 0.0:
-        return teacher.signal
-    return teacher.signal & (teacher.actual_ids >= 0) & ~torch.isnan(teacher.actual_logp)
+        return signal
+    return signal & (teacher.actual_ids >= 0) & ~torch.isnan(teacher.actual_logp)
 
 
 def check_lam(lam: float) -> None:
     """Raise ConfigError unless lam lies in [0, 1]."""
-    if not 0.0 <= lam <= 1.0:
+    if not 0.0 <= real("lam", lam) <= 1.0:
         raise ConfigError("lam must lie in [0, 1]", got=lam, hint="0 = (K+1)-bin divergence, 1 = the whole vocabulary")
 
 
@@ -216,6 +229,7 @@ def topk_policy_gradient_loss(
     check_beta(beta)
     check_lam(lam)
     check_positive(cap=cap)
+    check_tensors(student_logp_at_ids=student_logp_at_ids, student_logp_actual=student_logp_actual)
     shape = student_logp_actual.shape
     if student_logp_at_ids.shape[:-1] != shape:
         raise ConfigError(
@@ -234,6 +248,7 @@ def topk_policy_gradient_loss(
     at_ids, actual = at_ids[used][:, : rows.ids.shape[-1]], upcast(student_logp_actual.reshape(-1)[used])
     behavior = None
     if behavior_logp is not None and lam > 0.0:
+        check_tensors(behavior_logp=behavior_logp)
         if behavior_logp.shape != shape:
             raise ConfigError("behavior_logp has another shape", got=tuple(behavior_logp.shape), expected=tuple(shape))
         check_finite(used, behavior_logp=behavior_logp.reshape(-1))
