@@ -217,3 +217,28 @@ def test_a_tokenizer_that_is_not_there_or_of_no_known_kind_is_one_clear_line(tmp
         load_bytemap(tmp_path)
     with pytest.raises(ConfigError, match="neither"):
         bytemap_of(Tokenizer(models.WordPiece({"a": 0}, unk_token="a")))
+
+
+async def test_draws_of_the_embedded_server_are_read_back_as_the_ids_it_drew(tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    from tests.contract.reference import logp_rows
+    from tests.fakes.tinymodels import make_tiny_model
+    from topkd.serve import ServeConfig, ServerProcess
+
+    folder = tmp_path / "model"
+    make_tiny_model(folder, seed=1, std=0.25)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+    with ServerProcess(ServeConfig(model=str(folder), served_model_name="t", port=0, max_model_len=256)) as up:
+        async with OpenAIChat(up.url, tokenizer=folder) as client:
+            kept = await client.chat(MESSAGES, 6, SamplingParams(6, seed=3), prompt_ids=prompt, k=4)
+            lost = client.metrics["ambiguous_rollouts"]
+    assert len(kept) + lost == 6
+    for rollout in kept:
+        rows = logp_rows(folder, [*prompt, *rollout.completion_ids.tolist()])[len(prompt) - 1 :]
+        realised = rows[np.arange(rollout.completion_ids.size), rollout.completion_ids]
+        np.testing.assert_allclose(rollout.logp, realised, atol=1e-4)
+        known = rollout.topk.ids >= 0
+        best = -np.sort(-rows[: rollout.completion_ids.size], axis=1)[:, :4]
+        np.testing.assert_allclose(rollout.topk.logp[known], best[known], atol=1e-4)

@@ -183,3 +183,53 @@ async def test_lists_of_the_row_before_contradict_the_realised_tokens(flat: bool
 
     with pytest.raises(AlignmentError, match="contradict"):
         await client(server(shifted, flat=flat)).score(IDS, 0, 60)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The embedded server in SGLang's words, and its model folder."""
+    from tests.fakes.tinymodels import make_tiny_model
+    from topkd.serve import ServeConfig, ServerProcess
+
+    folder = tmp_path_factory.mktemp("sglang") / "model"
+    make_tiny_model(folder, seed=1, std=0.25)
+    config = ServeConfig(model=str(folder), served_model_name="t", port=0, max_model_len=512, dialect="sglang")
+    with ServerProcess(config) as up:
+        yield up.url, folder
+
+
+async def test_the_embedded_server_and_the_client_agree_with_float64(served: Any):
+    from tests.contract.reference import logp_rows
+
+    url, folder = served
+    ids = np.random.default_rng(3).integers(8, 2048, 50).tolist()
+    exact = logp_rows(folder, ids)[:-1]
+    async with Sglang(url, vocab_size=2048) as up:
+        for start, k in ((0, 64), (30, 5), (48, 2048)):
+            scores = await up.score(ids, start, k)
+            np.testing.assert_allclose(scores.logp, -np.sort(-exact[start:], axis=1)[:, :k], atol=1e-4)
+            realised = exact[start:][np.arange(scores.rows), ids[start + 1 :]]
+            np.testing.assert_allclose(scores.actual_logp, realised, atol=1e-4)
+        asked = np.random.default_rng(4).integers(0, 2048, (19, 6))
+        got = await up.score_candidates(ids, 30, asked)
+        np.testing.assert_allclose(got, np.take_along_axis(exact[30:], asked, axis=1), atol=1e-4)
+        for rollout in await up.sample(ids, 2, SamplingParams(8, seed=1), k=5):
+            rows = logp_rows(folder, [*ids, *rollout.completion_ids.tolist()])[len(ids) - 1 : -1]
+            np.testing.assert_allclose(rollout.logp, rows[np.arange(rows.shape[0]), rollout.completion_ids], atol=1e-4)
+            assert rollout.topk is not None
+            np.testing.assert_allclose(rollout.topk.logp, -np.sort(-rows, axis=1)[:, :5], atol=1e-4)
+        assert up.metrics["decoded_flat"] == 3
+        assert (await up.server_info()).max_model_len == 512
+
+
+async def test_the_probe_of_the_embedded_sglang_finds_what_it_can_do(served: Any):
+    from topkd.clients.bytemap import load_bytemap
+    from topkd.clients.probe import probe
+
+    url, folder = served
+    report = await probe(url, student=load_bytemap(folder))
+    assert report.dialect == "sglang"
+    assert report.verdict.startswith("can teach: any K; scores candidates (shared)")
+    has = report.capabilities
+    assert (has.score_k, has.candidates, has.sample_temp, has.suffix_scoring) == (-1, "shared", "temperature", True)
+    assert "disk" in has.sync

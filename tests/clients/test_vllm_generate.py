@@ -245,3 +245,30 @@ async def test_refusals_of_this_route_say_what_to_start_the_server_with():
 async def test_candidates_that_cannot_be_right_are_refused_before_any_request(bad: np.ndarray):
     with pytest.raises(ConfigError):
         await client(scripted()).score_candidates(PROMPT, 0, bad)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+async def test_draws_of_a_real_vllm_0_31_are_read_in_its_own_shape(tmp_path: Path):
+    from tests.contract.reference import logp_rows
+    from tests.contract.servers import OLDER_VLLM_PYTHON, vllm_server
+    from tests.fakes.tinymodels import make_tiny_model
+
+    if not OLDER_VLLM_PYTHON.exists():
+        pytest.skip("vLLM 0.31 is not installed in .venv-vllm-0.31 (optional)")
+    folder = tmp_path / "model"
+    make_tiny_model(folder, seed=1, std=0.25)
+    options = {"model": "t", "log": tmp_path / "log", "max_logprobs": 20, "max_model_len": 256}
+    ids = np.random.default_rng(6).integers(8, 2048, 20).tolist()
+    with vllm_server(folder, **options, python=OLDER_VLLM_PYTHON) as server:
+        async with VllmGenerate(server.url, vocab_size=2048) as up:
+            assert await up.version() == (0, 31)
+            [rollout] = await up.sample(ids, 1, SamplingParams(12, seed=2), k=6)
+            scores = await up.score(ids, 4, 20)
+            with pytest.raises(KLimitError):
+                await up.sample(ids, 1, SamplingParams(2), k=20)
+    rows = logp_rows(folder, [*ids, *rollout.completion_ids.tolist()])[len(ids) - 1 : -1]
+    np.testing.assert_allclose(rollout.logp, rows[np.arange(12), rollout.completion_ids], atol=1e-4)
+    assert rollout.topk is not None
+    np.testing.assert_allclose(rollout.topk.logp, -np.sort(-rows, axis=1)[:, :6], atol=1e-4)
+    np.testing.assert_allclose(scores.logp, -np.sort(-logp_rows(folder, ids)[4:-1], axis=1)[:, :20], atol=1e-4)

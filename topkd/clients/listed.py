@@ -9,6 +9,7 @@ from topkd.topk.errors import AlignmentError, ResponseError
 from topkd.topk.types import MASS_TOLERANCE, Float32, Float64, Int32, TopK
 
 _SAME = 1e-3
+_LOWEST = -1e30  # dialects turn their sentinels for zero probability into -inf before
 
 
 def beside(ids: Int32, logp: Float64, *, start: int, k: int, actual_ids: Int32, actual_logp: Float64) -> TopK:
@@ -22,9 +23,9 @@ def beside(ids: Int32, logp: Float64, *, start: int, k: int, actual_ids: Int32, 
         ResponseError: a value that is no logprob.
     """
     for values in (logp, actual_logp):
-        if np.isnan(values).any() or (values > _SAME).any():
-            bad = values[np.isnan(values) | (values > _SAME)][0]
-            raise ResponseError("a logprob is NaN or above 0", got=float(bad), expected="a number <= 0")
+        bad = np.isnan(values) | (values > _SAME) | ((values < _LOWEST) & ~np.isneginf(values))
+        if bad.any():
+            raise ResponseError("a value is no logprob", got=float(values[bad][0]), expected="a number <= 0")
     topk = ordered(ids, logp, start=start, k=k, actual_ids=actual_ids, actual_logp=actual_logp)
     if not topk.k:
         return topk
