@@ -1,8 +1,8 @@
 """The embedded server against the real one: the same request, the same reply, key by key and value by value.
 
 Both serve the same weights, so a deterministic request must give the same tokens, the same lists and logprobs within
-float32 noise. What may differ is named below, each with its reason. One difference is deliberate and has no case: after
-a prompt that ends inside a character vLLM's text repeats the prompt, ours holds what was drawn (tests/serve/test_texts).
+float32 noise. What may differ is named below, each with its reason. One difference is deliberate and has no case:
+after a prompt that ends inside a character vLLM's text repeats the prompt; ours holds what was drawn.
 """
 
 from __future__ import annotations
