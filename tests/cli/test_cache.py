@@ -1,0 +1,162 @@
+"""``topkd cache``, ``score`` and ``replay`` as a user meets them: what they print, the exit codes scripts rely on."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from topkd.cli.app import app
+from topkd.offline import ScoreStore, TeacherIdentity
+from topkd.topk import Rollout, SamplingParams, TopK
+from topkd.topk.errors import CacheError, CacheMissError, ConfigError, DataError
+
+TEACHER = TeacherIdentity("teacher", revision="v1")
+
+
+def ran(*args, code=0):
+    done = CliRunner().invoke(app, [str(arg) for arg in args])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == code, done.output
+    return done.stdout
+
+
+def told(*args, code=0):
+    return json.loads(ran(*args, "--json", code=code))
+
+
+def fill(path, numbers, rows=6):
+    with ScoreStore(path, mode="a") as store:
+        for number in numbers:
+            ids = np.array([number, *range(10, 10 + rows)], np.int32)
+            lists = [[(3, -0.5), (4, -1.5), (7, -2.5)]] * rows
+            store.put(TEACHER, ids, TopK.from_lists(lists, actual_ids=ids[1:], actual_logp=[-1.0] * rows))
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path):
+    path = fill(tmp_path / "cache", range(40))
+    with ScoreStore(path, mode="a") as store:
+        params = SamplingParams(max_tokens=2, seed=1)
+        rollout = Rollout(np.array([1, 2]), np.array([8, 9]), np.float32([-1.0, -2.0]), "stop", params)
+        store.put_rollouts(TeacherIdentity("student", revision="run-1"), [1, 2], [rollout], params)
+    return path
+
+
+def test_stats_count_what_is_there(cache):
+    found = told("cache", "stats", cache)
+    assert found["records"] == 41
+    assert (found["scores"], found["rollouts"], found["tokens"]) == (40, 1, 40 * 6 + 2)
+    assert found["bytes_per_token"] == pytest.approx(found["bytes"] / found["tokens"])
+    assert {(one["name"], one["revision"]) for one in found["teachers"]} == {("teacher", "v1"), ("student", "run-1")}
+    expected = sum(np.exp([-0.5, -1.5, -2.5]))
+    assert found["profile"]["mass"][3] == pytest.approx(expected, rel=2e-3)
+    text = ran("cache", "stats", cache)
+    assert "40 scores and 1 rollouts" in text
+    assert "run-1" in text
+    assert "######" in text
+
+
+def test_verify_is_content_with_a_whole_cache_and_names_damage_with_exit_code_1(cache):
+    assert told("cache", "verify", cache)["ok"] is True
+    assert "whole" in ran("cache", "verify", cache)
+    segment = max(cache.glob("seg-*.tkl"), key=lambda file: file.stat().st_size)
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    segment.write_bytes(data)
+    found = told("cache", "verify", cache, code=1)
+    assert not found["ok"]
+    assert found["damage"][0]["segment"] == segment.name
+    text = ran("cache", "verify", cache, code=1)
+    assert segment.name in text
+    assert "DAMAGED" in text
+
+
+def test_ls_shows_each_record_and_says_when_there_are_more(cache):
+    lines = [json.loads(line) for line in ran("cache", "ls", cache, "--json", "--limit", "100").splitlines()]
+    assert len(lines) == 41
+    assert lines[0]["teacher"] == "teacher"
+    assert lines[0]["first_ids"] == [0, 10, 11, 12, 13, 14]
+    assert lines[-1]["kind"] == "rollout"
+    text = ran("cache", "ls", cache, "--limit", "3")
+    assert len(text.splitlines()) == 4
+    assert "--limit" in text
+
+
+def test_merge_brings_what_is_lacking_and_gc_drops_what_is_superseded(cache, tmp_path):
+    other = fill(tmp_path / "other", range(30, 50))
+    assert told("cache", "merge", cache, other, "--out", tmp_path / "all")["copied"] == 51
+    assert told("cache", "stats", tmp_path / "all")["scores"] == 50
+    wide = tmp_path / "wide"
+    shutil.copytree(cache, wide)
+    with ScoreStore(wide, mode="a") as store:
+        ids = np.array([0, *range(10, 16)], np.int32)
+        lists = [[(3, -0.5), (4, -1.5), (7, -2.5), (9, -3.5)]] * 6
+        store.put(TEACHER, ids, TopK.from_lists(lists, actual_ids=ids[1:], actual_logp=[-1.0] * 6))
+    assert told("cache", "gc", wide, "--codec", "cold")["dropped"] == 1
+    found = told("cache", "stats", wide)
+    assert found["records"] == found["live"] == 41
+    assert found["codecs"]["cold"] >= 40
+
+
+def test_what_is_exported_can_be_imported(cache, tmp_path):
+    pytest.importorskip("pyarrow")
+    assert told("cache", "export", cache, tmp_path / "files")["records"] == 41
+    assert told("cache", "import", tmp_path / "back", tmp_path / "files")["records"] == 40
+    ids = [7, *range(10, 16)]
+    with ScoreStore(cache) as was, ScoreStore(tmp_path / "back") as now:
+        left, right = was.get(TEACHER, ids, 0, 3), now.get(TEACHER, ids, 0, 3)
+    assert np.array_equal(left.logp, right.logp)
+    assert np.array_equal(left.actual_logp, right.actual_logp)
+
+
+def test_captures_of_other_tools_need_a_teachers_name_and_bring_their_rows(cache, tmp_path):
+    rows = [{"input_ids": [5, 6, 7], "logprobs": [[-0.1, -3.0], [-0.2, -2.0]], "target_token_ids": [[6, 1], [7, 2]]}]
+    source = tmp_path / "axolotl.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match="needs --teacher"):
+        ran("cache", "import", cache, source, "--format", "axolotl")
+    done = told("cache", "import", cache, source, "--format", "axolotl", "--teacher", "t")
+    assert (done["records"], done["refused"]) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "words"),
+    [
+        (["cache", "stats", "nowhere"], CacheError, "not a topkd cache (nowhere)"),
+        (["cache", "verify", "nowhere"], CacheError, "not a topkd cache (nowhere)"),
+        (["cache", "import", "c", "nowhere"], DataError, "nothing to import there (nowhere)"),
+        (["score", "none.jsonl", "--teacher", "http://127.0.0.1:1", "--out", "c"], DataError, "none.jsonl"),
+        (["score", "d", "--teacher", "u", "--out", "c", "--shard", "3/2"], ConfigError, "--shard takes i/n: got 3/2"),
+        (["score", "d", "--teacher", "u", "--out", "c", "--max-cost", "2"], ConfigError, "price_per_million"),
+        (["score", "d", "--teacher", "u", "--out", "c", "--api-key-env", "NO_SUCH_NAME"], ConfigError, "NO_SUCH_NAME"),
+        (["replay", "none.toml", "--out", "o"], ConfigError, "none.toml"),
+        (["replay", "run.toml", "--out", "o"], ConfigError, "--cache DIR"),
+        (["replay", "run.toml", "--out", "o", "--cache", "empty"], CacheMissError, "no scores of this teacher"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, args, error, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text("[student]\nmodel='m'\n[teacher]\nurl='http://127.0.0.1:1'\n[data]\npath='p'\n")
+    with ScoreStore(tmp_path / "empty", mode="a"):
+        pass
+    with pytest.raises(error) as caught:
+        ran(*args)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["score"],
+        ["replay"],
+        *(["cache", name] for name in ("stats", "verify", "ls", "gc", "merge", "export", "import")),
+    ],
+    ids=" ".join,
+)
+def test_every_command_has_help_with_an_example(command):
+    assert "Example: topkd" in ran(*command, "--help")
