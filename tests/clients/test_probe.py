@@ -151,7 +151,7 @@ def _student(size: int = 120, *, wrong: int | None = None) -> ByteMap:
             return chr(65 + token + (token == wrong))
 
         def encode(self, text: str, **_: Any) -> Any:
-            raise AssertionError("the server has no /tokenize: no text is cut")
+            return type("Cut", (), {"ids": list(range(40))})()
 
     return ByteMap({t: chr(65 + t + (t == wrong)).encode() for t in range(size)}, frozenset(), Decoder())
 
@@ -199,6 +199,37 @@ async def test_load_finds_the_concurrency_from_which_more_is_no_help():
     assert [level.concurrency for level in report.load.levels][:2] == [1, 2]
     assert report.load.steps_per_hour == pytest.approx(3600 * report.load.tokens_per_s / 640)
     assert all(level.failed == 0 for level in report.load.levels)
+
+
+@pytest.fixture(autouse=True)
+def _no_reports_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+async def test_a_kept_report_is_used_while_the_server_says_the_same_and_never_unasked():
+    toy = VllmToy()
+    asked: list[str] = []
+
+    def handler(method: str, path: str, body: Any) -> tuple[int, Any]:
+        asked.append(path)
+        return toy(method, path, body)
+
+    with served(handler) as url:
+        first = await probe(url, api_key="sk-secret-0123")
+        asked.clear()
+        again = await probe(url, cached=True)
+        assert again == first
+        assert "/v1/completions" not in asked, "only what the server says of itself is asked"
+        assert (await probe(url)).requests > 30, "without cached=True everything is asked anew"
+        toy.context = 128
+        assert (await probe(url, cached=True)).capabilities.max_model_len == 128
+        toy.context, toy.limit = 256, 5
+        assert (await probe(url, cached=True, student=_student())).capabilities.score_k == 5, "another question"
+    for file in Path(os.environ["XDG_CACHE_HOME"]).rglob("*.json"):
+        assert "sk-secret" not in file.read_text()
+        file.write_text("{")
+    with served(handler) as url:
+        assert (await probe(url, cached=True)).capabilities.score_k == 5
 
 
 async def test_what_makes_the_question_itself_wrong_is_one_typed_error():
@@ -417,7 +448,7 @@ async def test_a_real_vllm_can_teach_and_both_dialects_say_the_same(model: Path,
 
     need_vllm()
     options = {"model": "t", "log": tmp_path / "vllm.log", "max_logprobs": 32, "max_model_len": 512}
-    with vllm_server(model, **options, lora=True) as (up, _):
+    with vllm_server(model, **options, lora=True) as up:
         report = await probe(up.url, student=load_bytemap(model))
         assert report.verdict.startswith("can teach: K <= 32"), report.verdict
         has = report.capabilities

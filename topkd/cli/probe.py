@@ -38,6 +38,9 @@ def command(
     load: Annotated[bool, typer.Option("--load", help="Measure scoring under rising concurrency.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of one step, for the forecast of --load.")] = 256,
     tokens: Annotated[int, typer.Option(min=16, help="Tokens of each request of --load.")] = 2048,
+    cached: Annotated[
+        bool, typer.Option("--cached", help="A report of the last hour will do, if the server is the same.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON on standard output.")] = False,
 ) -> None:
     """Find out what an endpoint can do, from real requests on a handful of tokens.
@@ -60,6 +63,7 @@ def command(
                 load=load,
                 batch=batch,
                 load_tokens=tokens,
+                cached=cached,
             )
         )
     if as_json:

@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from topkd.topk.errors import ConfigError
 
 _SPACE = "▁"  # how sentencepiece writes a space
@@ -44,6 +46,12 @@ class ByteMap:
         for token, spelt in self.token_bytes.items():
             found[spelt].append(token)
         return {spelt: tuple(sorted(ids)) for spelt, ids in found.items()}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of what every id stands for."""
+        table = b"".join(b"%d:%d:%s" % (token, len(spelt), spelt) for token, spelt in sorted(self.token_bytes.items()))
+        return xxhash.xxh3_128_hexdigest(table)
 
     def only_id(self, spelt: bytes) -> int | None:
         """The one id that stands for these bytes; None when there is none, or more than one."""

@@ -9,7 +9,15 @@ from typing import cast
 
 from pydantic import SecretStr
 
-from topkd.clients import probe_openai, probe_sampling, probe_scores, probe_sglang, probe_tokens, probe_vllm
+from topkd.clients import (
+    probe_cache,
+    probe_openai,
+    probe_sampling,
+    probe_scores,
+    probe_sglang,
+    probe_tokens,
+    probe_vllm,
+)
 from topkd.clients.bytemap import ByteMap, load_bytemap
 from topkd.clients.config import ClientConfig
 from topkd.clients.dialect import ServerInfo
@@ -34,6 +42,7 @@ async def probe(
     load: bool = False,
     load_tokens: int = 2048,
     batch: int = 256,
+    cached: bool = False,
     config: ClientConfig | None = None,
 ) -> ProbeReport:
     """Asks one server what it can do.
@@ -47,6 +56,7 @@ async def probe(
         load: Measure scoring under rising concurrency too.
         load_tokens: Tokens of each request then.
         batch: Sequences of one training step in the forecast.
+        cached: A report of the last hour will do, while the server says the same of itself.
         config: Time-outs and retries.
 
     Raises:
@@ -59,12 +69,18 @@ async def probe(
     async with client:
         wire = Wire(client)
         info = await client.server_info()
+        tokens = "" if known is None else known.fingerprint
+        kept = probe_cache.recall(client.endpoint.url, info, tokens) if cached and not load else None
+        if kept is not None:
+            return kept
         prompt = await probe_tokens.probe_prompt(wire, info.model, known)
         session = Session(client, cast("Teacher", client), wire, info, prompt, known)
         _server(session)
         await _QUESTIONS[client.dialect](session)
         measured = await measure_load(session, tokens=load_tokens, batch=batch) if load and teaches(session) else None
-        return report(session, client.endpoint.url, client.dialect, started, measured)
+        found = report(session, client.endpoint.url, client.dialect, started, measured)
+        probe_cache.keep(found, info, tokens)
+        return found
 
 
 def teaches(session: Session) -> bool:
