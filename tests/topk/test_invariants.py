@@ -1,6 +1,6 @@
 """The invariants I1 .. I26 of the maths, on the NumPy side, over random distributions.
 
-I23 .. I26 speak of losses on logits, and stand with them.
+The torch side, and I23 .. I26, stand in test_invariants_torch and test_invariants_torch_rules.
 """
 
 import math
