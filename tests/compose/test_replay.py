@@ -197,6 +197,28 @@ async def test_every_miss_is_one_clear_error(folders, recorded, tmp_path):
         await replay(run_config(folders, NOWHERE), tmp_path / "none")
 
 
+async def test_a_single_missing_score_is_an_error_unless_it_may_be_lost_and_then_it_is_counted(
+    folders, recorded, tmp_path
+):
+    from topkd.offline.tables import identities
+
+    names = identities(recorded / "cache")
+    with ScoreStore(recorded / "cache") as whole, ScoreStore(tmp_path / "holed", mode="a") as holed:
+        for number, record in enumerate(whole.records()):
+            if number != 3:
+                holed.put(names[record.header.tag], *record.score(), asked=record.header.asked)
+        for record in whole.records(kinds=(ROLLOUT,)):
+            rollouts = record.rollouts()
+            holed.put_rollouts(names[record.header.tag], rollouts[0].prompt_ids, rollouts, rollouts[0].sampling)
+    with pytest.raises(CacheMissError, match="no record of these ids"):
+        await replay(run_config(folders, NOWHERE), tmp_path / "strict", cache=tmp_path / "holed")
+    lenient = run_config(folders, NOWHERE, replay={"missing": "lose"})
+    await replay(lenient, tmp_path / "lenient", cache=tmp_path / "holed")
+    records = steps_of(tmp_path / "lenient")
+    assert [record["lost"] for record in records if record["lost"]] == [{"CacheMissError": 1}]
+    assert sum(record["samples"] for record in records) == 4 * 16 - 1
+
+
 async def test_one_prompt_twice_in_a_batch_keeps_two_sets_of_rollouts(tmp_path):
     class Numbered:
         def __init__(self):

@@ -69,9 +69,12 @@ class ReplayConfig(_Frozen):
 
     ``recorded`` repeats the recorded run batch by batch; ``shuffled`` draws from all recorded completions, epoch after
     epoch. ``policy`` is the recorded run's revision (``topkd cache stats`` lists them), needed when there are several.
+    ``missing`` says what a score that is not there is: an error, or a lost sample, as it was to a recorded run that
+    lost it (``max_lost_fraction`` holds then).
     """
 
     order: Literal["recorded", "shuffled"] = "recorded"
+    missing: Literal["error", "lose"] = "error"
     policy: str | None = None
 
 

@@ -30,6 +30,8 @@ async def replay(
     path = cache if cache is not None else Path(config.cache.path) if config.cache is not None else None
     if path is None:
         raise ConfigError("no cache to replay", hint="give --cache DIR, or [cache] path in the config")
+    if config.replay.missing == "error":
+        config = config.model_copy(update={"max_lost_fraction": 0.0})
     with ScoreStore(path) as store:
         teachers = {
             name: ReplayScorer(store, _recorded_teacher(path, name, teacher))

@@ -18,7 +18,7 @@ from topkd.engine.data import PromptRow, step_indices
 from topkd.engine.learner import Learner
 from topkd.engine.metrics import MetricsLog
 from topkd.engine.scoring import ScoredBatch, score_rollouts, teacher_for, teacher_metrics
-from topkd.topk.errors import ConfigError, TrainingError
+from topkd.topk.errors import CacheMissError, ConfigError, TrainingError
 from topkd.topk.protocols import Ids, Sampler, TeacherScorer
 from topkd.topk.samples import Rollout, SamplingParams
 
@@ -163,7 +163,7 @@ def _refuse_losses(config: EngineConfig, batch: ScoredBatch, step: int) -> None:
     lost = batch.lost.total()
     if lost <= config.max_lost_fraction * batch.total:
         return
-    if batch.first_error is not None and lost == batch.total:
+    if batch.first_error is not None and (lost == batch.total or isinstance(batch.first_error, CacheMissError)):
         raise batch.first_error
     raise TrainingError(
         f"step {step + 1} lost {lost} of {batch.total} samples",

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from topkd.engine.data import PromptRow
-from topkd.topk.errors import ConfigError, ContextLimitError, ResponseError, RetryableServerError, TopkdError
+from topkd.topk.errors import (
+    CacheMissError,
+    ConfigError,
+    ContextLimitError,
+    ResponseError,
+    RetryableServerError,
+    TopkdError,
+)
 from topkd.topk.protocols import TeacherScorer
 from topkd.topk.samples import (
     PreparedSample,
@@ -23,7 +30,8 @@ from topkd.topk.samples import (
 
 # What may cost one sample without ending the run: the server's trouble with this very request. A refusal that holds for
 # every request (K limit, authentication, no such model) is raised.
-LOSABLE = (RetryableServerError, ResponseError, ContextLimitError)
+# A replay misses what the recorded run had lost.
+LOSABLE = (RetryableServerError, ResponseError, ContextLimitError, CacheMissError)
 
 
 @dataclass(slots=True)
