@@ -188,14 +188,15 @@ async def test_load_finds_the_concurrency_from_which_more_is_no_help():
     def handler(method: str, path: str, body: Any) -> tuple[int, Any]:
         if body and len(body.get("prompt", ())) == 64:
             with lock:
-                threading.Event().wait(0.06)
+                threading.Event().wait(0.12)
                 return toy(method, path, body)
         return toy(method, path, body)
 
     report = await probed(handler, load=True, load_tokens=64, batch=10)
     assert report.load is not None
     assert report.load.saturated
-    assert report.load.best in {2, 4, 8}, report.load
+    assert report.load.best > 1, report.load
+    assert report.load.tokens_per_s < 1.2 * 2 * 64 / 0.12, "two at a time is all that it does"
     assert [level.concurrency for level in report.load.levels][:2] == [1, 2]
     assert report.load.steps_per_hour == pytest.approx(3600 * report.load.tokens_per_s / 640)
     assert all(level.failed == 0 for level in report.load.levels)

@@ -29,7 +29,10 @@ from topkd.clients.probe_session import GROUPS, OPERATION, SAMPLING, SCORING, SE
 from topkd.clients.probe_wire import Wire
 
 # A probe asks what will be refused, and must not wait long for what is broken.
-CONFIG = ClientConfig(max_retries=1, response_retries=0, backoff_s=0.1, backoff_max_s=0.5, read_timeout_s=60.0)
+# The window starts wide: a load is to be limited by the server, not by us.
+CONFIG = ClientConfig(
+    max_retries=1, response_retries=0, backoff_s=0.1, backoff_max_s=0.5, read_timeout_s=60.0, window_start=256
+)
 
 
 async def probe(
