@@ -21,7 +21,7 @@ test: ## the fast tests (PYTEST_ARGS="tests/topk -k gjs" narrows them)
 	@$(DEV) $(ONE_THREAD) "$$bin/python" -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: ## the slow tests, then test-vllm
-	@$(DEV) $(ONE_THREAD) "$$bin/python" -m pytest -q -m "slow and not vllm" --durations 15 $(PYTEST_ARGS)
+	@$(DEV) $(ONE_THREAD) "$$bin/python" -m pytest -q -m "slow and not vllm" -n $(WORKERS) --dist loadfile --durations 25 $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-vllm
 
 test-vllm: ## what needs a real vLLM on CPU and llama.cpp, installed into .venv-vllm and .venv-llama
