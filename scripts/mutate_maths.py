@@ -147,8 +147,8 @@ NUMPY = (
     _maths(
         "pairs: a missing id takes nothing from the tail",
         "pairs",
-        "np.maximum(remaining - share * count, 0.0)",
-        "np.maximum(remaining, 0.0)",
+        "0.0, remaining - share * count)",
+        "0.0, remaining)",
         "pairs",
         "goldens",
     ),

@@ -169,3 +169,14 @@ def test_no_rows_and_no_lists_are_handled(missing: str, beta: float) -> None:
     hole, some = TopK.from_lists([[], []]), TopK.from_lists([[(1, -0.5)], None])
     assert np.isnan(topk_gjs(hole, some, beta, missing)).all()
     assert np.isnan(topk_gjs(some, hole, beta, missing)).all()
+
+
+@pytest.mark.parametrize("missing", [2, 49, 60, 90])
+def test_missing_ids_that_take_all_that_is_left_leave_a_tail_of_exactly_nothing(missing: int) -> None:
+    """1e-7 shared by 49 ids is less than exp(-20): the rest is 0, not the rounding of a difference."""
+    teacher = TopK.from_lists([[(0, 0.0)]])
+    student = TopK.from_lists([[(token, -math.log(2.0 + missing)) for token in range(missing + 1)]])
+    value = [float(topk_gjs(teacher, student, beta)[0]) for beta in (0.0, 1.0, 0.5)]
+    assert math.isfinite(value[0])
+    assert math.isinf(value[1]) == (missing >= 49)
+    assert 0.0 < value[2] < math.log(2)

@@ -33,7 +33,8 @@ def forward_kl_advantage(teacher_logp: ArrayLike, student_logp: ArrayLike) -> ND
     """The forward-KL advantage of each realised token: A = t(y)/s(y) - 1.
 
     Sign: E over y ~ S of A is 0, and E[A grad log s(y)] = -grad KL(T||S) exactly. A >= -1 and unbounded above, so its
-    variance is large where the student is unsure; MATH: the beta = 0 end of ``gjs_advantage``. Nothing is approximate.
+    variance is large where the student is unsure. Arguments are natural logs; the beta = 0 end of ``gjs_advantage``
+    (GKD, arXiv:2306.13649). Nothing is approximate.
 
     Returns:
         A of the shape of the arguments; NaN where either side is unknown or the student's logprob is -inf.

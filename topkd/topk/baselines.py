@@ -21,7 +21,8 @@ def value_baseline(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float
 
         0 < beta < 1   -(1-beta) KL(S||M)      beta = 1   -KL(S||T)      beta = 0   0
 
-    Natural log; always <= 0. Exact for K = V; for K < V the tail counts as one bin, which makes it a less good
+    Natural log; always <= 0 (vOPD, arXiv:2605.07865, for beta = 1).
+    Exact for K = V; for K < V the tail counts as one bin, which makes it a less good
     baseline and not a biased estimator.
 
     Args:

@@ -29,7 +29,8 @@ def compute_topk_gjs(
 ) -> list[float]:
     """GJS_alpha on the teacher's ids only: student entries that are missing get the floor, both sides renormalised.
 
-    alpha is the mixture weight of the teacher; natural log, >= 0. For 0 < alpha < 1 these are the source's values:
+    alpha is the mixture weight of the teacher; natural log, >= 0 (GKD's divergence, arXiv:2306.13649).
+    For 0 < alpha < 1 these are the source's values:
     blind to the mass outside the teacher's list, 0 for K = 1, and small for *disjoint* lists (every student entry is
     the floor, and renormalises to uniform). Prefer ``topk_gjs``. Where the source returned no divergence, this does:
     alpha = 0 is KL(T||S) and alpha = 1 is KL(S||T) on the same ids; a repeated id counts once, with its larger

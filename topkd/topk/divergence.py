@@ -57,6 +57,8 @@ def gjs(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float) -> Float6
 def shared_support_gjs(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float, tail: Tail = "bucket") -> Float64:
     """GJS_beta restricted to K shared ids, in nats: both sides carry exact logprobs *of the same ids*.
 
+    The divergence of ``gjs`` (arXiv:2306.13649) on fewer bins; what is approximate depends on ``tail``.
+
     ``tail="bucket"``: the mass outside becomes one more bin on each side, log(1 - mass) = log(-expm1(lse)) with lse
     clamped at -1e-7. An exact coarse-graining of both distributions, so 0 <= result <= dense, non-decreasing in K for
     nested ids, and equal to dense at K = V (up to the clamp). SDPO and TRL's default.

@@ -40,7 +40,8 @@ def topk_weights(
 
     lam = 1: exactly -grad GJS_beta(T, S), for every K and any A. lam = 0: exactly -grad of the tail-bucket divergence
     on A. In between: -grad[(1-lam) bucket + lam dense]. Sign: ascend on sum w log s (the loss is minus that). Nothing
-    is approximate but the gate: where t_o or s_o is below 1e-6 (``gated_rows``), g_o is 0 and w_y is 0.
+    is approximate but the gate: where t_o or s_o is below 1e-6 (``gated_rows``), g_o is 0 and w_y is 0. Natural logs;
+    the divergence is GKD's (arXiv:2306.13649), the estimator this library's (docs/math.md).
 
     Args:
         teacher: R rows. A is ``teacher.ids`` (pads excluded) and must not hold y *because* y was sampled.

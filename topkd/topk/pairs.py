@@ -28,6 +28,8 @@ def topk_gjs(
 ) -> Float64:
     """GJS_beta between two top-K lists a row, in nats, >= 0; NaN where a side lists nothing.
 
+    The divergence of ``gjs`` (GKD, arXiv:2306.13649) on the bins that two lists allow; every variant is approximate.
+
     ``missing`` says what happens to an id that only one side lists, U being the union of both lists:
 
     * ``"union_tail"``: GJS over U and one tail bin. A missing id gets q = min(exp(floor), smallest listed p of that
@@ -107,8 +109,10 @@ def _with_tail(logp: Float64, listed: Bool, union: Bool, tail: Float64, floor: f
     count = absent.sum(axis=1)
     smallest = np.exp(np.where(np.isfinite(logp), logp, np.inf).min(axis=1, initial=np.inf))
     share = np.minimum(np.minimum(np.exp(floor), smallest), remaining / np.maximum(count, 1))
+    # where the missing ids take all that is left, the difference is rounding: at a KL end it would decide over infinity
+    spent = share * count >= remaining * (1.0 - 1e-12)
     with np.errstate(divide="ignore"):
-        rest, filler = np.log(np.maximum(remaining - share * count, 0.0)), np.log(share)
+        rest, filler = np.log(np.where(spent, 0.0, remaining - share * count)), np.log(share)
     return np.concatenate([np.where(absent, filler[:, None], logp), rest[:, None]], axis=1)
 
 

@@ -22,7 +22,8 @@ class TAIDScheduler:
     delta = alpha sigmoid(m) (1 - t); target = t_start + (t_end - t_start) step / N;
     t = min(t_end, max(target, t + delta)).
     With ``disable_adaptive`` t = target. Call ``update_t`` once per *optimiser* step; the last linear target is
-    t_start + (t_end - t_start)(N - 1)/N.
+    t_start + (t_end - t_start)(N - 1)/N. The paper's schedule (arXiv:2501.16937); a loss that is not finite is skipped,
+    and a previous loss below 1e-8 counts as 1e-8.
 
     Attributes:
         t: The weight to use for the next step.

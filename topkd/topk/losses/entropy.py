@@ -50,7 +50,8 @@ def entropy_aware_opd_loss(
 ) -> Tensor:
     """Mean of w KL(T||S) + (1-w) KL(S||T), w = clamp(H_T / h_max, 0, 1): mode-covering where the teacher is unsure.
 
-    Gate and both KLs use the same temperature. This is the convex, soft form; the paper's is ``eopd_loss``.
+    Gate and both KLs use the same temperature. This is the convex, soft form; the paper's (arXiv:2603.07079) is
+    ``eopd_loss``. Natural logs, >= 0, exact over the whole vocabulary.
 
     Args:
         student_logits: [..., V].

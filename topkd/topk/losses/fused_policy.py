@@ -62,7 +62,7 @@ def fused_topk_policy_gradient_loss(
     """``topk_policy_gradient_loss`` from the last hidden states and the head; the same gradient, 1/10 of the memory.
 
     The logprobs at the K ids and at the teacher's realised token are gathered from row chunks; rows that are masked or
-    without a signal are dropped before the head.
+    without a signal are dropped before the head. Natural logs; to be minimised; nothing is approximate but rounding.
 
     Args:
         hidden: [N, H] or [B, T, H].

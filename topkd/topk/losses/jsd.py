@@ -36,6 +36,7 @@ def generalized_jsd_loss(  # noqa: PLR0917 - the source's signature
 
     M = beta T + (1-beta) S with beta the *teacher's* weight; beta = 0 is forward KL(T||S), beta = 1 reverse KL(S||T)
     (special cases: GJS itself tends to 0 there). Both sides are divided by ``temperature``; there is no T^2 factor.
+    Natural logs, >= 0, gradient to descend on; GKD (arXiv:2306.13649). Exact but for ``top_k`` and the clips.
 
     Args:
         student_logits: [..., V]; the only argument that receives a gradient.

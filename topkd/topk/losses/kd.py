@@ -19,7 +19,7 @@ class KDLoss(torch.nn.Module):
 
     The label stands at the row whose logits it judges: nothing is shifted unless ``shift=True``, which pairs row i with
     label i + 1 as a causal model needs. Ids at which the student's logit is -inf are left out of the sum. No valid
-    label gives 0.
+    label gives 0. Natural logs; exact; the gradient is that of forward KL (Hinton et al., arXiv:1503.02531).
     """
 
     @overload
@@ -55,6 +55,9 @@ class KDLoss(torch.nn.Module):
         return_metrics: bool = False,
     ) -> Tensor | tuple[Tensor, dict[str, float]]:
         """The loss, and with ``return_metrics`` also {"kl": mean KL(T||S)}: the part that can reach zero.
+
+        That metric is the loss minus H(T). An id of the teacher's that the student excludes (-inf) is left out of the
+        loss, and so makes the metric too small by what it should have been: infinite.
 
         Args:
             logits: Student, [..., T, V].

@@ -38,7 +38,8 @@ def importance_sampling_loss(
 
     With ``cap`` the weight is truncated and detached, L = -(1/N) sum_t sg[min(r_t, cap)] A_t logp_new_t (SDPO, TRL). A
     clamp inside the graph would have no gradient above the cap. With ``cap=None`` L = -(1/N) sum_t r_t A_t, the plain
-    form of Tinker's ``importance_sampling`` (which sums). r = exp(clamp(logp_new - logp_behavior, -20, 20)).
+    form of Tinker's ``importance_sampling`` (which sums). Natural logs;
+    r = exp(clamp(logp_new - logp_behavior, -20, 20)).
 
     Args:
         logp_new: Logprob of the sampled tokens under the model being trained, any shape.
@@ -149,6 +150,8 @@ def reinforce_loss(
     num_tokens: float | Tensor | None = None,
 ) -> Tensor:
     """On-policy REINFORCE: L = -(1/N) sum sg[A] logp_new; right only for tokens sampled from the model itself.
+
+    Natural logs; A > 0 makes a token more likely; unbiased on-policy (Williams, 1992).
 
     Args:
         logp_new: Logprob of the sampled tokens under the model being trained, any shape.

@@ -50,6 +50,10 @@ def sparse_divergence_loss(
 ) -> Tensor:
     """GJS_beta (KL at the ends) between a top-K teacher and student logits, averaged over valid rows.
 
+    beta KL(T||M) + (1-beta) KL(S||M) on the bins of ``tail``, M = beta T + (1-beta) S; natural logs, >= 0; GKD
+    (arXiv:2306.13649). Approximate as an estimate of the dense value: the bucket is a lower bound of it, the
+    renormalised form is neither a bound nor monotone in K.
+
     Args:
         student_logits: [N, V] or [B, T, V].
         teacher: The same rows: TopK, a sequence of TopK (padded with holes to [B, T]), or SparseTeacher.
@@ -94,7 +98,8 @@ def fused_divergence_loss(
     """``sparse_divergence_loss`` from the last hidden states and the head, without N x V logits.
 
     Masked rows and holes are dropped before the head. "bucket" takes its gradients in the forward pass, chunk by
-    chunk of rows; "renormalise" needs the K logits of each row only and never multiplies the head out.
+    chunk of rows; "renormalise" needs the K logits of each row only and never multiplies the head out. Natural logs;
+    the same numbers up to rounding (in bf16 the logits and dW are rounded to bf16, the sums are float32).
 
     Args:
         hidden: [N, H] or [B, T, H].

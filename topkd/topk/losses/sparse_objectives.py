@@ -35,7 +35,8 @@ def sparse_taid_loss(
 
     With tail="renormalise" it is TAID of the two conditionals on the list. With "bucket" the blend is made on the K + 1
     bins, which is not the coarse-graining of the full blend (a geometric mean does not commute with a sum). t = 1 is
-    cross-entropy against the teacher's bins: the sparse form of KDLoss.
+    cross-entropy against the teacher's bins: the sparse form of KDLoss. Natural logs; gradient s - p_t on the bins
+    (arXiv:2501.16937). Approximate in the teacher only: what it says of the ids outside its list is one number.
 
     Args:
         student_logits: [N, V] or [B, T, V].
@@ -73,6 +74,9 @@ def sparse_entropy_aware_loss(
     num_tokens: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Mean of w KL(T||S) + (1-w) KL(S||T) on K + 1 bins, w from the *lower* entropy bound; and its bounds.
+
+    w = clamp(H_low / h_max, 0, 1), natural logs, >= 0. Approximate: both KLs are lower bounds of the full-vocabulary
+    ones, and w of the full teacher's weight. The soft mix; the paper's gate (arXiv:2603.07079) is ``sparse_eopd_loss``.
 
     Args:
         student_logits: [N, V] or [B, T, V].
@@ -118,7 +122,8 @@ def sparse_eopd_loss(
     """``eopd_loss`` from a list: L_OPD + alpha 1[H_low >= tau] KL(T~_k || S), and its metrics (arXiv:2603.07079).
 
     The sampled token and its exact teacher logprob are the rows' ``actual_ids`` and ``actual_logp``; rows without them
-    are masked. The gate opens only where the lower entropy bound of the whole list reaches tau.
+    are masked. The gate opens only where the lower entropy bound of the whole list reaches tau: the one approximation.
+    Natural logs; A = log t(y) - log s(y), so the gradient of L_OPD is that of KL(S||T).
 
     Args:
         student_logits: [N, V] or [B, T, V].

@@ -47,7 +47,7 @@ def taid_loss(
 
     The value at T = S is the entropy H(p_t), not 0; the gradient is s - p_t. t = 0 has a zero gradient, t = 1 is the
     gradient of forward KL(T||S). The leg of weight zero is dropped at t = 0 and 1 (0 * -inf is nan). Ids at which the
-    student's logit is -inf are left out of the sum, as in KDLoss.
+    student's logit is -inf are left out of the sum, as in KDLoss. Natural logs; exact (arXiv:2501.16937).
 
     Args:
         student_logits: [..., V].
@@ -56,6 +56,7 @@ def taid_loss(
         t: Interpolation weight of the teacher, in [0, 1]; see TAIDScheduler.
         num_tokens: Divide by this instead of the valid tokens of this batch.
         return_metrics: Also return {"kl": mean KL(p_t||S), "t": t}, as the cross-entropy is not comparable across t.
+            It is the loss minus H(p_t): at t = 1 without the ids that the student excludes, as the loss.
 
     Returns:
         A scalar, or (scalar, metrics).

@@ -205,7 +205,9 @@ def topk_policy_gradient_loss(
 
     lam = 1: E over y ~ S of the gradient is +grad GJS_beta(T, S) of the loss, exactly, for every K and support that was
     chosen without looking at y. lam < 1 trades the divergence for (1-lam) D_bucket + lam D and lowers the variance.
-    Rows whose tail is below 1e-6 on a side have no tail term (counted). Nothing is floored or renormalised.
+    Rows whose tail is below 1e-6 on a side have no tail term (counted). Nothing is floored or renormalised: lam = 0
+    with a truncated tail is what most trainers ship, and diverges. Natural logs; to be minimised. The identity is this
+    library's; the divergence is GKD's (arXiv:2306.13649).
 
     Args:
         student_logp_at_ids: Exact log s at the teacher's ids, [N, K] or [B, T, K]; whatever stands at pads is unused.
