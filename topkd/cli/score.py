@@ -20,6 +20,7 @@ def command(
     teacher: Annotated[list[str], typer.Option(help="Base URL of the teacher; repeat it for replicas.")],
     out: Annotated[Path, typer.Option(help="Folder of the cache.")],
     model: Annotated[str | None, typer.Option(help="Served name; the server's only one when left out.")] = None,
+    dialect: Annotated[str, typer.Option(help="auto, vllm, vllm_generate, sglang or fireworks.")] = "auto",
     k: Annotated[int, typer.Option("--k", min=1, help="Entries of each position.")] = 20,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or id of the tokenizer, for rows of text.")] = None,
     revision: Annotated[str, typer.Option(help="Fingerprint of the teacher's weights, if its name may change.")] = "",
@@ -45,8 +46,8 @@ def command(
     from topkd.compose.score import ScoreConfig, score_data
 
     values = {
-        "data": data, "out": out, "teachers": tuple(teacher), "model": model, "k": k, "tokenizer": tokenizer,
-        "revision": revision, "teacher_id": teacher_id, "api_key": _key(api_key_env), "limit": limit,
+        "data": data, "out": out, "teachers": tuple(teacher), "model": model, "dialect": dialect, "k": k,
+        "tokenizer": tokenizer, "revision": revision, "teacher_id": teacher_id, "api_key": _key(api_key_env), "limit": limit,
         "shard": _shard(shard), "dedupe": dedupe, "max_tokens": max_tokens, "max_cost": max_cost,
         "price_per_million": price_per_million, "estimate": estimate, "codec": codec, "in_flight": in_flight,
         "strict": strict,

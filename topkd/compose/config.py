@@ -8,7 +8,7 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
@@ -17,6 +17,9 @@ from topkd.engine import EngineConfig
 from topkd.topk.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
+
+
+ScoringDialect: TypeAlias = Literal["auto", "vllm", "vllm_generate", "sglang", "fireworks"]
 
 
 class _Frozen(BaseModel):
@@ -36,7 +39,7 @@ class TeacherConfig(_Frozen):
 
     url: str
     model: str | None = None
-    dialect: Literal["auto", "vllm", "vllm_generate", "sglang", "fireworks"] = "auto"
+    dialect: ScoringDialect = "auto"
     api_key_env: str | None = None
     revision: str = ""  # of the weights behind the name: the cache keeps revisions apart
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr, model_validator
 
 from topkd.clients import ClientConfig
+from topkd.compose.config import ScoringDialect
 from topkd.topk.errors import TopkdError
 
 KEPT_REFUSALS = 1000  # of a report; all are counted
@@ -48,7 +49,7 @@ class ScoreConfig(BaseModel):
     out: Path
     teachers: Annotated[tuple[str, ...], Field(min_length=1)]
     model: str | None = None
-    dialect: Literal["vllm"] = "vllm"
+    dialect: ScoringDialect = "auto"
     api_key: SecretStr | None = None
     k: PositiveInt = 20
     tokenizer: str | None = None

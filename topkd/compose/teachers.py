@@ -61,6 +61,13 @@ async def open_teacher(
             info = await client.server_info()
             yield OpenTeacher(client, info.model, info.max_model_len)
         return
+    if dialect == "auto":
+        async with await connect(urls[0], dialect=dialect, model=model, api_key=api_key, config=config) as client:
+            dialect = client.dialect
+    if dialect not in DIALECTS:
+        raise ConfigError(
+            "a fleet of replicas speaks vLLM only", where=", ".join(urls), got=dialect, hint="give one URL"
+        )
     async with Fleet(urls, make=DIALECTS[dialect], config=config, model=model, api_key=api_key) as fleet:
         infos = [await replica.client.server_info() for replica in fleet.replicas]
         names = {info.model for info in infos}
