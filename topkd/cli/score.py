@@ -47,7 +47,8 @@ def command(
 
     values = {
         "data": data, "out": out, "teachers": tuple(teacher), "model": model, "dialect": dialect, "k": k,
-        "tokenizer": tokenizer, "revision": revision, "teacher_id": teacher_id, "api_key": _key(api_key_env), "limit": limit,
+        "tokenizer": tokenizer, "revision": revision, "teacher_id": teacher_id, "api_key": _key(api_key_env),
+        "limit": limit,
         "shard": _shard(shard), "dedupe": dedupe, "max_tokens": max_tokens, "max_cost": max_cost,
         "price_per_million": price_per_million, "estimate": estimate, "codec": codec, "in_flight": in_flight,
         "strict": strict,
