@@ -177,3 +177,42 @@ def test_a_student_whose_logits_are_capped_after_the_head_is_refused(folder):
     student.model.forward = capped
     with pytest.raises(ConfigError, match="soft-capping or scaling"):
         Student.wrap(student.model, "cpu")
+
+
+def test_a_row_that_lists_only_ids_the_student_lacks_is_masked_and_leaves_the_mean(folder):
+    good, lost = [(5, -0.5), (6, -2.0)], [(VOCAB + 1, -0.1), (VOCAB + 2, -3.0)]
+    args = ([3, 4], [5, 9])
+    whole = topk_sample(*args, [good, lost], [-0.5, -3.0], [-1.0, -1.0])
+    masked = topk_sample(*args, [good, lost], [-0.5, -3.0], [-1.0, -1.0], [1, 0])
+    one, record = gradients_of_step(fresh(folder), [whole], TopKPolicyGradient())
+    two, _ = gradients_of_step(fresh(folder), [masked], TopKPolicyGradient())
+    assert (record["tokens"], record["masked_tokens"]) == (1, 1)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-7)
+
+
+def test_unknown_behaviour_logprobs_are_masked_and_counted(folder):
+    unknown = topk_sample([3, 4], [5, 9], [[(5, -0.5)], [(9, -0.7)]], [-0.5, -0.7], [-1.0, np.nan])
+    for objective in (ScalarKL(), GJS(), TopKPolicyGradient()):
+        seen, record = gradients_of_step(fresh(folder), [unknown], objective)
+        assert (record["tokens"], record["masked_tokens"]) == (1, 1)
+        assert all(torch.isfinite(gradient).all() for gradient in seen.values())
+
+
+def test_what_the_estimator_gates_and_what_a_kl_leaves_out_is_in_the_record(folder):
+    sure = topk_sample([3, 4], [5, 9], [[(5, 0.0)], [(5, -0.5), (6, -2.0)]], [0.0, -np.inf], [-1.0, -1.0])
+    _, record = gradients_of_step(fresh(folder), [sure], TopKPolicyGradient())
+    assert (record["tokens"], record["gated_rows"], record["teacher_zero_tokens"]) == (2, 1, 1)
+    _, halves = gradients_of_step(fresh(folder), [sure, sure], TopKPolicyGradient(), micro_batch_tokens=1)
+    assert halves["gated_rows"] == 2
+    assert halves["divergence_bucket"] == pytest.approx(record["divergence_bucket"], rel=1e-5)
+    assert 0.0 < record["divergence_bucket"] < np.log(2)
+    _, scalar = gradients_of_step(fresh(folder), [sure], GJS())
+    assert "gated_rows" not in scalar
+
+
+def test_nothing_is_called_capped_where_no_ratio_is_used(folder):
+    far = scalar_sample([3, 4], [5, 6], [-1.0, -1.0], [-30.0, -30.0])
+    for kind, share in (("truncated", 1.0), ("none", 0.0)):
+        _, record = gradients_of_step(fresh(folder), [far], GJS(), importance=ImportanceSampling(kind=kind))
+        assert record["ratio_capped"] == share

@@ -1,6 +1,8 @@
 """The whole loop on local pieces: it learns, it repeats itself, it accounts for what it loses."""
 
 import asyncio
+import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from topkd.engine.loop import distil
 from topkd.engine.metrics import MetricsLog, read_metrics
 from topkd.engine.sampler import InProcessSampler
 from topkd.engine.student import Student
+from topkd.topk import TopK
 from topkd.topk.errors import AuthError, ConfigError, ResponseError, ServerUnreachableError, TrainingError
 
 ROWS = [PromptRow([5 + i, 9], [5 + i, 9], "", f"row{i}") for i in range(12)]
@@ -109,6 +112,48 @@ async def test_a_lost_sample_is_reported_and_the_batch_survives(folders, tmp_pat
     assert [record["samples"] for record in records] == [10] * 4
 
 
+async def test_an_empty_completion_is_a_lost_sample_not_the_end_of_the_run(folders, tmp_path, monkeypatch):
+    real = InProcessSampler.sample_batch
+
+    async def first_one_empty(self, *args, **more):
+        drawn = await real(self, *args, **more)
+        first = drawn[0][0]
+        drawn[0][0] = dataclasses.replace(first, completion_ids=first.completion_ids[:0], logp=first.logp[:0])
+        return drawn
+
+    monkeypatch.setattr(InProcessSampler, "sample_batch", first_one_empty)
+    records, _ = await run(folders, tmp_path, config(GJS(), steps=2))
+    assert [(record["samples"], record["lost"]) for record in records] == [(11, {"ResponseError": 1})] * 2
+
+
+async def test_a_hole_counts_as_missing_and_not_as_mass_zero(folders, tmp_path):
+    class Holes:
+        def __init__(self, teacher):
+            self.teacher, self.shares = teacher, []
+
+        async def score(self, ids, start, k):
+            rows = await self.teacher.score(ids, start, k)
+            self.shares += rows.mass()[1:].tolist()
+            lists = [None] + [list(zip(i.tolist(), p.tolist(), strict=True)) for i, p in
+                              zip(rows.ids[1:], rows.logp[1:], strict=True)]  # fmt: skip
+            return TopK.from_lists(lists, start=start, actual_ids=rows.actual_ids, actual_logp=rows.actual_logp)
+
+    holes = []
+    records, _ = await run(
+        folders,
+        tmp_path,
+        config(TopKPolicyGradient(), steps=1),
+        lambda teacher: holes.append(Holes(teacher)) or holes[0],
+    )
+    assert records[0]["rows_without_signal"] == 12 == records[0]["masked_tokens"]
+    assert records[0]["teacher_mass"] == pytest.approx(np.mean(holes[0].shares), rel=1e-4)
+
+
+async def test_each_record_names_the_policy_versions_of_its_rollouts(folders, tmp_path):
+    records, _ = await run(folders, tmp_path, config(GJS(), steps=4, max_staleness=1))
+    assert [record["rollout_versions"] for record in records] == [["0"], ["0"], ["1"], ["2"]]
+
+
 async def test_losing_too_many_samples_ends_the_run_with_the_account(folders, tmp_path):
     with pytest.raises(TrainingError, match=r"lost 6 of 12 samples.*one row short"):
         await run(folders, tmp_path, config(GJS()), lambda teacher: Faulty(teacher, ResponseError("one row short"), 2))
@@ -159,3 +204,21 @@ def test_exact_divergences_equal_a_slow_float64_loop(folders):
     assert rows == got["eval_tokens"] == 4
     assert got["reverse_kl"] == pytest.approx(reverse / rows, rel=1e-4)
     assert exact_divergences(student, student, probes)["reverse_kl"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_ids_that_both_models_exclude_add_nothing_to_a_divergence(folders):
+    student, teacher = (Student.load(str(folder), "cpu") for folder in folders)
+    probes = [Probe(np.arange(5, 11, dtype=np.int32), 2)]
+
+    def without_the_last_id(model):
+        def cut(input_ids, attention_mask, rows):
+            logits = Student.logit_rows(model, input_ids, attention_mask, rows).clone()
+            logits[:, -1] = -np.inf
+            return logits
+
+        return SimpleNamespace(vocab_size=VOCAB, device=model.device, logit_rows=cut)
+
+    found = exact_divergences(without_the_last_id(student), without_the_last_id(teacher), probes)
+    assert all(np.isfinite(value) for value in found.values())
+    assert 0.0 < found["jsd"] < np.log(2)
+    assert exact_divergences(without_the_last_id(student), teacher, probes)["forward_kl"] == np.inf

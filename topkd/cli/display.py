@@ -69,7 +69,7 @@ class Display(Told):
             )
             return
         seconds = record["sample_s"] + record["score_wait_s"] + record["learn_s"]
-        detail = f"kl {record.get('kl_k1') or float('nan'):.3f}  {record['tokens'] / max(seconds, 1e-9):.0f} tok/s"
+        detail = f"kl {record.get('kl_k1', float('nan')):.3f}  {record['tokens'] / max(seconds, 1e-9):.0f} tok/s"
         if record["lost"]:
             detail += f"  lost {sum(record['lost'].values())}"
         self.advance(record["step"], detail)

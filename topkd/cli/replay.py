@@ -39,12 +39,14 @@ def command(
         return
     needs("replay", "torch", "transformers", "safetensors", extra="train")
     from topkd.compose.replay import replay
+    from topkd.engine.metrics import strict
 
     with Display() as display:
         result = asyncio.run(replay(run_config, out, display, cache=cache))
     last = result.steps[-1]
     if as_json:
-        typer.echo(json.dumps({"out": str(result.out), "last_step": last, "evals": result.evals}, default=str))
+        told = {"out": str(result.out), "last_step": last, "evals": result.evals}
+        typer.echo(json.dumps(strict(told), default=str))
         return
     typer.echo(
         f"{last['step']} steps replayed; last kl_k1 {last.get('kl_k1')}; student: {result.out / 'student'}, "

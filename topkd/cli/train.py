@@ -36,12 +36,14 @@ def command(
         return
     needs("train", "torch", "transformers", "safetensors", extra="train")
     from topkd.compose.train import train
+    from topkd.engine.metrics import strict
 
     with Display() as display:
         result = asyncio.run(train(run_config, out, display))
     last = result.steps[-1]
     if as_json:
-        typer.echo(json.dumps({"out": str(result.out), "last_step": last, "evals": result.evals}, default=str))
+        told = {"out": str(result.out), "last_step": last, "evals": result.evals}
+        typer.echo(json.dumps(strict(told), default=str))
         return
     typer.echo(
         f"{last['step']} steps done; last kl_k1 {last.get('kl_k1')}; student: {result.out / 'student'}, "

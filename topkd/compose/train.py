@@ -21,7 +21,7 @@ from topkd.engine import EngineConfig
 from topkd.engine.data import PromptRow
 from topkd.engine.loop import Source
 from topkd.engine.metrics import MetricsLog
-from topkd.topk.errors import ConfigError
+from topkd.topk.errors import ConfigError, DataError
 from topkd.topk.protocols import Sampler, TeacherScorer
 
 
@@ -56,6 +56,12 @@ def load_pieces(config: RunConfig, progress: Progress) -> Pieces:
         overlong=config.rollout.overlong,
         limit=config.data.limit,
     )
+    for row in rows:
+        if (top := int(row.prompt_ids.max())) >= student.vocab_size:
+            raise DataError(
+                "a prompt holds an id that the student does not have", where=f"{config.data.path}, {row.sample_id}",
+                got=top, expected=f"below {student.vocab_size}", hint="was the file made with another tokenizer?",
+            )  # fmt: skip
     if dropped:
         progress.note(f"{dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens were dropped")
     return Pieces(tokenizer, student, rows)
@@ -135,7 +141,6 @@ async def run(
     def set_version(version: str) -> None:
         sampler.version = version
 
-    set_version("0")
     progress.stage("distil", config.steps)
     with MetricsLog(out / "metrics.jsonl") as log:
         log.write("event", {"event": "start", **provenance(student)})

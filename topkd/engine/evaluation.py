@@ -52,12 +52,18 @@ def _divergence_sums(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     m = torch.logaddexp(s, t) - np.log(2.0)
     return torch.stack(
         [
-            (s.exp() * (s - t)).sum(),
-            (t.exp() * (t - s)).sum(),
-            0.5 * (s.exp() * (s - m)).sum() + 0.5 * (t.exp() * (t - m)).sum(),
+            _weighted_difference(s, t),
+            _weighted_difference(t, s),
+            0.5 * _weighted_difference(s, m) + 0.5 * _weighted_difference(t, m),
             (s.argmax(-1) == t.argmax(-1)).double().sum(),
         ]
     )
+
+
+def _weighted_difference(first: Tensor, second: Tensor) -> Tensor:
+    """sum exp(a) (a - b), where a = -inf (an id that a model excludes) contributes exactly 0."""
+    inside = ~torch.isneginf(first)
+    return (first[inside].exp() * (first[inside] - second[inside])).sum()
 
 
 def _batches(probes: Sequence[Probe], size: int = 16) -> list[tuple[list[Probe], Tensor]]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from topkd.engine.batching import micro_batches
-from topkd.engine.config import LearnerConfig, Objective
+from topkd.engine.config import ImportanceSampling, LearnerConfig, Objective
 from topkd.engine.objectives import TokenStats, objective_loss, valid_tokens
 from topkd.engine.student import Student
 from topkd.topk import kl_k1, kl_k3
@@ -54,7 +54,7 @@ class Learner:
         A step without a trainable token, or with a non-finite gradient, changes no weight and says so in ``skipped``;
         several in a row end the run.
         """
-        masks = [valid_tokens(sample, self.objective) for sample in samples]
+        masks = [valid_tokens(sample, self.objective, self.student.vocab_size) for sample in samples]
         num_tokens = int(sum(mask.sum() for mask in masks))
         stats: list[TokenStats] = []
         loss_sum, norm, skipped = 0.0, math.nan, "" if num_tokens else "no trainable token"
@@ -91,7 +91,7 @@ class Learner:
             "tokens": num_tokens,
             "masked_tokens": tokens_given - num_tokens,
             "skipped": skipped,
-            **(token_metrics(stats, self.config.importance.cap) if stats else {}),
+            **(token_metrics(stats, self.config.importance) if stats else {}),
         }
 
     def _lr(self) -> float:
@@ -108,11 +108,13 @@ class Learner:
             )
 
 
-def token_metrics(stats: Sequence[TokenStats], cap: float) -> dict[str, float]:
+def token_metrics(stats: Sequence[TokenStats], importance: ImportanceSampling) -> dict[str, float]:
     """What a step's tokens say, as numbers for the diary; KLs are in nats and have the sign of a KL.
 
     ``kl_k1`` is the mean of log s - log t over sampled tokens (an estimate of KL(S||T)), ``kl_k3`` the non-negative
-    estimate expm1(d) - d with d = log t - log s, ``behavior_kl_k3`` the same between rollout and current policy.
+    estimate expm1(d) - d with d = log t - log s, ``behavior_kl_k3`` the same between rollout and current policy. Tokens
+    that the teacher excludes (log t = -inf) have no finite estimate: they are left out of both and counted in
+    ``teacher_zero_tokens``. ``gated_rows`` are those of the top-K objective whose tail is empty to rounding.
     """
     new, behavior, teacher, advantage = (
         np.concatenate([getattr(part, name) for part in stats]).astype(np.float64)
@@ -123,12 +125,26 @@ def token_metrics(stats: Sequence[TokenStats], cap: float) -> dict[str, float]:
     return {
         "kl_k1": float(kl_k1(teacher, new)[known].mean()) if known.any() else math.nan,
         "kl_k3": float(kl_k3(teacher, new)[known].mean()) if known.any() else math.nan,
+        "teacher_zero_tokens": int((~known).sum()),
         "advantage_mean": float(advantage.mean()),
         "advantage_std": float(advantage.std()),
         "advantage_abs_mean": float(np.abs(advantage).mean()),
         "ratio_mean": float(ratio.mean()),
         "ratio_max": float(ratio.max()),
-        "ratio_capped": float((ratio > cap).mean()),
+        "ratio_capped": float((ratio > importance.cap).mean()) if importance.kind == "truncated" else 0.0,
         "ess": float(ratio.sum() ** 2 / np.square(ratio).sum() / ratio.size),
         "behavior_kl_k3": float(kl_k3(new, behavior).mean()),
+        **estimator_means(stats),
+    }
+
+
+def estimator_means(stats: Sequence[TokenStats]) -> dict[str, float]:
+    """The top-K estimator's gated rows of the whole step, and its (K+1)-bin divergence per token; else nothing."""
+    if not all(part.estimator for part in stats):
+        return {}
+    tokens = sum(part.logp_new.size for part in stats)
+    bucket = sum(part.estimator["divergence_bucket"] * part.logp_new.size for part in stats)
+    return {
+        "gated_rows": sum(part.estimator["gated_rows"] for part in stats),
+        "divergence_bucket": bucket / tokens,
     }

@@ -61,7 +61,7 @@ async def distil(
         log: Where the records go.
         evaluate: Called (in a thread) before the first step, every ``eval_every`` steps and after the last.
         on_record: Told every record, for a display.
-        set_version: Told the weight version after each step, before anything is sampled from it.
+        set_version: Told the weight version at the start and after each step, before anything is sampled from it.
         source: Gives a step's rollouts, each with its row, in place of drawing them with the sampler.
     """
     _check(config, rows, teachers)
@@ -75,8 +75,10 @@ async def distil(
         if evaluate is not None:
             write("eval", {"step": step, **await asyncio.to_thread(evaluate)})
 
+    if set_version is not None:
+        set_version(str(learner.version))
     records: list[Record] = []
-    in_flight: list[tuple[int, float, asyncio.Task[ScoredBatch]]] = []
+    in_flight: list[tuple[int, list[str], float, asyncio.Task[ScoredBatch]]] = []
     sampled = 0
     try:
         async with asyncio.TaskGroup() as group:
@@ -88,15 +90,17 @@ async def distil(
                         source(sampled) if source is not None else _sample(config, rows, sampler, sampled)
                     )
                     task = group.create_task(score_rollouts(asked, rollouts, teachers, config.k))
-                    in_flight.append((learner.version, time.perf_counter() - began, task))
+                    versions = sorted({rollout.version for rollout in rollouts}, key=lambda v: (len(v), v))
+                    in_flight.append((learner.version, versions, time.perf_counter() - began, task))
                     sampled += 1
                 began = time.perf_counter()
-                version, sample_s, task = in_flight.pop(0)
+                version, versions, sample_s, task = in_flight.pop(0)
                 batch = await task
                 waited_s = time.perf_counter() - began
                 _refuse_losses(config, batch, step)
                 began = time.perf_counter()
-                staleness = learner.version - version
+                # Rollouts that a source gives are of another run's policy: no distance to this learner's is known.
+                staleness = learner.version - version if source is None else None
                 learnt = await asyncio.to_thread(learner.step, batch.samples)
                 record: Record = {
                     "step": step + 1,
@@ -104,6 +108,7 @@ async def distil(
                     "objective": config.objective.model_dump(),
                     "version": learner.version,
                     "staleness": staleness,
+                    "rollout_versions": versions,
                     **learnt,
                     **teacher_metrics(batch),
                     "sample_s": sample_s,

@@ -25,7 +25,7 @@ class MetricsLog:
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         """One line; numbers that JSON cannot say are written as null."""
-        self._file.write(json.dumps({"kind": kind, **_finite(dict(record))}, allow_nan=False) + "\n")
+        self._file.write(json.dumps({"kind": kind, **strict(dict(record))}, allow_nan=False) + "\n")
         self._file.flush()
 
     def __enter__(self) -> Self:
@@ -53,11 +53,12 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     return records
 
 
-def _finite(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """The value with every non-finite number as None, at any depth: what strict JSON can say."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: strict(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [strict(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

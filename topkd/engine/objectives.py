@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import assert_never
 
 import numpy as np
@@ -22,19 +22,21 @@ from topkd.topk.types import Bool, Float32, Float64
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
-    """Per-token facts of one micro-batch, for the diary; all float [N]."""
+    """Per-token facts of one micro-batch, float [N], and what the top-K estimator counted; for the diary."""
 
     logp_new: Float32
     logp_behavior: Float32
     logp_teacher: Float32
     advantage: Float64
+    estimator: dict[str, float] = field(default_factory=dict)
 
 
-def valid_tokens(sample: PreparedSample, objective: Objective) -> Bool:
+def valid_tokens(sample: PreparedSample, objective: Objective, vocab_size: int) -> Bool:
     """Bool [C]: completion tokens that train. Unknown teacher or behaviour logprobs are masked, never replaced.
 
     Where the advantage is a log-ratio (scalar KL, beta = 1), a token to which the teacher gives exactly zero
-    probability has none that is finite: masked too. The top-K objective needs a row that lists something.
+    probability has none that is finite: masked too. The top-K objective needs a row that lists something among the
+    student's ``vocab_size`` ids.
     """
     valid = sample.core.mask & ~np.isnan(sample.teacher_logp) & ~np.isnan(sample.behavior.logp)
     match objective:
@@ -44,7 +46,7 @@ def valid_tokens(sample: PreparedSample, objective: Objective) -> Bool:
             valid &= np.isfinite(sample.teacher_logp) | (objective.beta < 1.0)
         case TopKPolicyGradient():
             valid &= np.isfinite(sample.teacher_logp) | (objective.beta < 1.0)
-            valid &= _teacher_rows(sample).signal
+            valid &= _teacher_rows(sample).within(vocab_size).signal
         case _:
             assert_never(objective)
     return valid
@@ -80,6 +82,7 @@ def objective_loss(
     on_device = torch.from_numpy(behavior).to(hidden.device)
     cap = importance.cap if importance.kind == "truncated" else 1.0
     reference = on_device if importance.kind == "truncated" else logp_new.detach()
+    estimator: dict[str, float] = {}
     match objective:
         case ScalarKL() | GJS():
             beta = objective.beta if isinstance(objective, GJS) else None
@@ -88,7 +91,7 @@ def objective_loss(
                 logp_new, reference, torch.from_numpy(advantage).to(hidden.device), cap=cap, num_tokens=num_tokens
             )
         case TopKPolicyGradient():
-            loss = topk_policy_gradient_loss(
+            loss, estimator = topk_policy_gradient_loss(
                 logp_all[:, :-1],
                 logp_new,
                 rows,
@@ -97,11 +100,12 @@ def objective_loss(
                 behavior_logp=reference,
                 cap=cap,
                 num_tokens=num_tokens,
+                return_metrics=True,
             )
             advantage = gjs_advantage(teacher, current, objective.beta)
         case _:
             assert_never(objective)
-    return loss, TokenStats(current, behavior, teacher, np.asarray(advantage, dtype=np.float64))
+    return loss, TokenStats(current, behavior, teacher, np.asarray(advantage, dtype=np.float64), estimator)
 
 
 def _unlisted(tokens: int) -> TopK:

@@ -65,6 +65,8 @@ async def score_rollouts(
     async def one(row: PromptRow, rollout: Rollout) -> PreparedSample | TopkdError:
         if rollout.finish_reason == "abort":
             return ResponseError("the sampler aborted the completion")
+        if not rollout.completion_ids.size:
+            return ResponseError("the sampler returned an empty completion", where=f"row {row.sample_id or '?'}")
         try:
             return await _prepare(row, rollout, teacher_for(teachers, row.teacher_id), k)
         except LOSABLE as error:
@@ -108,10 +110,11 @@ def teacher_metrics(batch: ScoredBatch) -> dict[str, float | int | dict[str, int
         "completion_tokens": rows,
     }
     if rows:
+        masses = [topk.mass()[topk.signal] for topk in topks]  # a hole has no mass, not mass 0
         inside = sum(int((topk.ids == topk.actual_ids[:, None]).any(axis=1).sum()) for topk in topks)
         tail = np.concatenate([topk.tail_logp for topk in topks]).astype(np.float64)
         account |= {
-            "teacher_mass": float(np.concatenate([topk.mass() for topk in topks]).mean()),
+            "teacher_mass": float(np.concatenate(masses).mean()) if any(m.size for m in masses) else float("nan"),
             "tail_mass": float(np.exp(tail[~np.isnan(tail)]).mean()) if (~np.isnan(tail)).any() else float("nan"),
             "realised_in_topk": inside / rows,
             "missing_tokens": sum(int(np.isnan(topk.actual_logp).sum()) for topk in topks),
