@@ -53,6 +53,10 @@ def test_the_default_objective_is_topk_pg_with_the_documented_numbers(tmp_path):
         (GOOD, ["steps.deep=1"], r"steps is a value, not a table"),
         (GOOD, ["steps=many"], r"config key 'steps'.*got 'many'.*integer"),
         ("steps = ", [], r"not TOML"),
+        (GOOD, ["seed=-1"], r"config key 'seed'.*got -1"),
+        (GOOD, ["learner.lr=inf"], r"config key 'learner.lr'.*finite"),
+        (GOOD, ["learner.weight_decay=inf"], r"config key 'learner.weight_decay'.*finite"),
+        (GOOD, ["learner.betas=[1.5,0.9]"], r"config key 'learner.betas.0'.*got 1.5.*less than 1"),
     ],
 )
 def test_a_bad_config_is_one_clear_line(tmp_path, text, overrides, message):
@@ -75,3 +79,11 @@ def test_a_key_is_named_by_variable_and_never_stands_in_the_saved_config(tmp_pat
     assert config.teacher.api_key().get_secret_value() == "very-secret"
     assert "very-secret" not in json.dumps(config.model_dump(mode="json")) + repr(config)
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_password_in_a_url_is_refused_before_anything_is_saved_and_not_repeated(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"config key 'teacher.url'.*without user name and password.*api_key_env"
+    ) as caught:
+        load_config(written(tmp_path, GOOD.replace("http://", "http://me:hunter2@")))
+    assert "hunter2" not in str(caught.value)

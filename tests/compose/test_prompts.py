@@ -53,6 +53,7 @@ def test_a_hint_is_seen_by_the_teacher_only(tmp_path, tokenizer):
         ({"prompt_ids": ["1"]}, r"prompt_ids.0 cannot be read \(.*:2\)"),
         ({"prompt_ids": []}, r"at least one token.*:2\)"),
         ({"prompt_ids": [1, -4]}, r"no negative id \(.*:2\)"),
+        ({"prompt_ids": [1, 2**32 + 5]}, r"out of range \(.*:2\): got 4294967301"),
         ({"prompt_ids": [1] * 65}, r"prompt too long \(.*:2\): got 65 tokens, expected at most 64"),
     ],
 )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from topkd.clients import ClientConfig
 from topkd.engine import EngineConfig
@@ -42,6 +44,14 @@ class TeacherConfig(_Frozen):
     dialect: ScoringDialect = "auto"
     api_key_env: str | None = None
     revision: str = ""  # of the weights behind the name: the cache keeps revisions apart
+
+    @field_validator("url")
+    @classmethod
+    def _without_a_password(cls, url: str) -> str:
+        """Refused here too, before the run's folder holds a copy of the config."""
+        if "@" in urlsplit(url).netloc:
+            raise ValueError("a URL without user name and password; name the key's variable in api_key_env")
+        return url
 
     def api_key(self) -> SecretStr | None:
         """The key from the environment; naming a variable that is not set is an error."""
@@ -148,7 +158,9 @@ def _known_keys(model: type[BaseModel], depth: int = 3) -> set[str]:
 
 
 def _shown(value: object) -> str:
-    return repr(value) if not isinstance(value, dict) else f"a table with {sorted(value)}"
+    if isinstance(value, dict):
+        return f"a table with {sorted(value)}"
+    return re.sub(r"//[^/]*@", "//***@", repr(value))
 
 
 def _set(values: dict[str, Any], override: str) -> None:

@@ -109,4 +109,6 @@ def prompt_tokens(row: DataRow, tokenizer: Any, hint: str | None, where: str) ->
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     if not ids or min(ids) < 0:
         raise DataError("a prompt needs at least one token and no negative id", where=where, got=ids[:8])
+    if max(ids) > np.iinfo(np.int32).max:
+        raise DataError("a token id is out of range", where=where, got=max(ids), expected="below 2**31")
     return [int(token) for token in ids]

@@ -42,13 +42,16 @@ class ImportanceSampling(_Frozen):
     cap: PositiveFloat = 2.0
 
 
+_Decay: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class LearnerConfig(_Frozen):
     """How a step is taken."""
 
-    lr: PositiveFloat = 2e-6
+    lr: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 2e-6
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
     max_grad_norm: PositiveFloat = 1.0
     micro_batch_tokens: PositiveInt = 16384
     importance: ImportanceSampling = ImportanceSampling()
@@ -69,7 +72,7 @@ class EngineConfig(_Frozen):
     """The loop: how long, how stale, towards what."""
 
     steps: PositiveInt = 100
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     k: PositiveInt = 20
     max_staleness: Annotated[int, Field(ge=0)] = 1
     max_lost_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
