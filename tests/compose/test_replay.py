@@ -3,23 +3,26 @@
 import json
 import shutil
 import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from tests.engine.pieces import model_folder
 from topkd.compose.config import RunConfig
 from topkd.compose.progress import Progress
-from topkd.compose.recorded import RecordedSampler, identities_with
+from topkd.compose.recorded import RecordedSampler, identities_with, policy_identity
 from topkd.compose.replay import replay
-from topkd.compose.train import train
+from topkd.compose.train import load_pieces, train
+from topkd.engine.data import PromptRow
 from topkd.engine.metrics import read_metrics
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.records import ROLLOUT
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk import Rollout, SamplingParams
-from topkd.topk.errors import CacheMissError, ConfigError
+from topkd.topk.errors import CacheMissError, ConfigError, DataError
 
 CLOCKS = {"sample_s", "score_wait_s", "learn_s", "time", "t", "at", "seconds"}
 NOWHERE = "http://127.0.0.1:1"
@@ -174,6 +177,9 @@ async def test_a_shuffled_replay_goes_through_every_completion_once_an_epoch(fol
     assert sum(record["tokens"] for record in records[:8]) == total
     assert sum(record["tokens"] for record in records[8:]) == total
     same(records, steps_of(tmp_path / "two"))
+    # drawn from a recorded run: a distance in versions to this learner is not known, and is not made up
+    assert {record["staleness"] for record in records} == {None}
+    assert {version for r in records for version in r["rollout_versions"]} == {"0", "1", "2"}
     assert [r["loss"] for r in records] != [r["loss"] for r in steps_of(tmp_path / "other")]
 
 
@@ -246,3 +252,25 @@ async def test_one_prompt_twice_in_a_batch_keeps_two_sets_of_rollouts(tmp_path):
         replayed = await RecordedSampler(None, store, policy).sample_batch(prompts, 2, params)
     for rollouts in (drawn, again, replayed):
         assert [[int(r.completion_ids[0]) for r in group] for group in rollouts] == [[0, 1], [10, 11], [20, 21]]
+
+
+def test_runs_whose_rows_have_other_teachers_are_other_policies(folders):
+    two = RunConfig.model_validate(
+        {**run_config(folders, NOWHERE).model_dump(exclude={"teacher"}),
+         "teachers": {"a": {"url": NOWHERE}, "b": {"url": NOWHERE}}}
+    )  # fmt: skip
+    student = SimpleNamespace(model=torch.nn.Linear(1, 1))
+    teachers = {name: TeacherIdentity(name) for name in ("a", "b")}
+    revisions = {
+        policy_identity(two, student, [PromptRow([5, 9], [5, 9], names[0]), PromptRow([6], [6], names[1])], teachers)
+        for names in (("a", "b"), ("b", "a"), ("a", "b"))
+    }
+    assert len(revisions) == 2
+
+
+def test_an_id_past_the_students_vocabulary_is_refused_by_its_row(folders, tmp_path):
+    data = tmp_path / "far.jsonl"
+    data.write_text('{"prompt_ids": [5, 9]}\n{"prompt_ids": [5, 300], "id": "far"}\n')
+    config = run_config(folders, NOWHERE, data={"path": str(data)})
+    with pytest.raises(DataError, match=r"the student does not have \(.*far.jsonl, far\): got 300, expected below 300"):
+        load_pieces(config, Progress())

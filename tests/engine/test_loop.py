@@ -2,6 +2,8 @@
 
 import asyncio
 import dataclasses
+import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +16,7 @@ from topkd.engine.evaluation import Probe, exact_divergences
 from topkd.engine.learner import Learner
 from topkd.engine.local_teacher import LocalTeacher
 from topkd.engine.loop import distil
-from topkd.engine.metrics import MetricsLog, read_metrics
+from topkd.engine.metrics import MetricsLog, read_metrics, strict
 from topkd.engine.sampler import InProcessSampler
 from topkd.engine.student import Student
 from topkd.topk import TopK
@@ -222,3 +224,11 @@ def test_ids_that_both_models_exclude_add_nothing_to_a_divergence(folders):
     assert all(np.isfinite(value) for value in found.values())
     assert 0.0 < found["jsd"] < np.log(2)
     assert exact_divergences(without_the_last_id(student), teacher, probes)["forward_kl"] == np.inf
+
+
+def test_a_number_that_json_cannot_say_is_null_at_any_depth():
+    told = {"last_step": {"kl_k1": math.nan, "lost": {}, "of": [1.5, (math.inf, -math.inf)]}, "out": "runs/a"}
+    assert json.loads(json.dumps(strict(told), allow_nan=False)) == {
+        "last_step": {"kl_k1": None, "lost": {}, "of": [1.5, [None, None]]},
+        "out": "runs/a",
+    }

@@ -116,6 +116,7 @@ def policy_identity(
     for row in rows:
         for part in (row.prompt_ids, row.teacher_prompt_ids):
             prompts.update(len(part).to_bytes(4, "little") + part.tobytes())
+        prompts.update(row.teacher_id.encode() + b"\0")
     shaping = {
         "config": config.model_dump(mode="json", exclude=_UNSHAPING),
         "student": [config.student.device, config.student.dtype, _weights(student)],
