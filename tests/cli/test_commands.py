@@ -18,7 +18,9 @@ def topkd(*args, **env):
     )
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["serve"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["train"], ["serve"], ["score"], ["replay"], ["probe"], ["cache", "gc"]], ids=" ".join
+)
 def test_every_command_has_help_with_an_example(command):
     done = topkd(*command, "--help")
     assert done.returncode == 0
