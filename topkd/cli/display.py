@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from topkd.compose.progress import Progress as Told
+
+if TYPE_CHECKING:
+    from topkd.compose.train import RunResult
 
 _PLAIN_EVERY_S = 10.0
 
@@ -73,3 +78,17 @@ class Display(Told):
         if record["lost"]:
             detail += f"  lost {sum(record['lost'].values())}"
         self.advance(record["step"], detail)
+
+
+def told(result: RunResult, verb: str, *, as_json: bool) -> None:
+    """A finished run on standard output: where it lies and how it ended, as a sentence or as strict JSON."""
+    from topkd.engine.metrics import strict
+
+    last = result.steps[-1]
+    if as_json:
+        typer.echo(json.dumps(strict({"out": str(result.out), "last_step": last, "evals": result.evals})))
+        return
+    typer.echo(
+        f"{last['step']} steps {verb}; last kl_k1 {last.get('kl_k1')}; student: {result.out / 'student'}, "
+        f"diary: {result.out / 'metrics.jsonl'}"
+    )

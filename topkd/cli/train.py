@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from topkd.cli.display import Display
+from topkd.cli.display import Display, told
 from topkd.cli.extras import needs
 
 
@@ -36,16 +36,7 @@ def command(
         return
     needs("train", "torch", "transformers", "safetensors", extra="train")
     from topkd.compose.train import train
-    from topkd.engine.metrics import strict
 
     with Display() as display:
         result = asyncio.run(train(run_config, out, display))
-    last = result.steps[-1]
-    if as_json:
-        told = {"out": str(result.out), "last_step": last, "evals": result.evals}
-        typer.echo(json.dumps(strict(told), default=str))
-        return
-    typer.echo(
-        f"{last['step']} steps done; last kl_k1 {last.get('kl_k1')}; student: {result.out / 'student'}, "
-        f"diary: {result.out / 'metrics.jsonl'}"
-    )
+    told(result, "done", as_json=as_json)

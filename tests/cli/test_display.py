@@ -1,0 +1,36 @@
+"""What a finished run says on standard output, and what its bar shows."""
+
+import json
+import math
+from pathlib import Path
+
+from topkd.cli.display import Display, told
+from topkd.compose.train import RunResult
+
+STEP = {"step": 3, "kl_k1": 0.0, "grad_norm": math.nan, "tokens": 40, "lost": {}}
+CLOCKS = {"sample_s": 1.0, "score_wait_s": 0.5, "learn_s": 0.5}
+
+
+def test_json_of_a_run_is_strict_whatever_its_numbers(capsys):
+    told(RunResult(Path("runs/a"), [STEP], [{"step": 3, "reverse_kl": math.inf}]), "done", as_json=True)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    said = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert said["last_step"] == {**STEP, "grad_norm": None}
+    assert said["evals"] == [{"step": 3, "reverse_kl": None}]
+
+
+def test_a_finished_run_says_where_it_lies(capsys):
+    told(RunResult(Path("runs/a"), [STEP], []), "replayed", as_json=False)
+    assert capsys.readouterr().out.startswith("3 steps replayed; last kl_k1 0.0; student: runs/a/student, ")
+
+
+def test_a_kl_of_exactly_zero_is_shown_as_zero_and_an_absent_one_as_nan(monkeypatch):
+    seen = []
+    display = Display(quiet=True)
+    monkeypatch.setattr(display, "advance", lambda done, detail: seen.append(detail))
+    display.record("step", {**STEP, **CLOCKS})
+    display.record("step", {key: value for key, value in {**STEP, **CLOCKS}.items() if key != "kl_k1"})
+    assert [detail.split("  ")[0] for detail in seen] == ["kl 0.000", "kl nan"]
