@@ -1,10 +1,12 @@
 """One step: the right gradient, the right denominator, holes masked, trouble reported."""
 
 import copy
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.engine.pieces import VOCAB, model_folder, scalar_sample, topk_sample
 from topkd.engine.config import GJS, ImportanceSampling, LearnerConfig, ScalarKL, TopKPolicyGradient
@@ -216,3 +218,25 @@ def test_nothing_is_called_capped_where_no_ratio_is_used(folder):
     for kind, share in (("truncated", 1.0), ("none", 0.0)):
         _, record = gradients_of_step(fresh(folder), [far], GJS(), importance=ImportanceSampling(kind=kind))
         assert record["ratio_capped"] == share
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda tensors: {key: value for key, value in tensors.items() if "norm" not in key}, r"no weights for .*norm"),
+        (lambda tensors: {**tensors, "model.norm.weight": tensors["model.norm.weight"][:3]}, r"cannot load"),
+        (lambda tensors: None, r"cannot load"),
+    ],
+    ids=["missing", "mismatched", "torn"],
+)
+def test_a_model_whose_weights_are_not_all_there_is_refused_and_never_filled_up(folder, tmp_path, spoil, message):
+    copied = shutil.copytree(folder, tmp_path / "spoilt")
+    (file,) = copied.glob("*.safetensors")
+    spoilt = spoil(load_file(file))
+    if spoilt is None:
+        file.write_bytes(file.read_bytes()[:500])
+    else:
+        save_file(spoilt, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=message) as caught:
+        Student.load(str(copied), "cpu")
+    assert "\n" not in str(caught.value)

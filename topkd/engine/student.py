@@ -108,10 +108,19 @@ def load_causal_lm(path: str, dtype: DType = "float32") -> Any:
 
     transformers_logging.disable_progress_bar()  # its bars would tear ours
 
+    from safetensors import SafetensorError
+
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
+        model, account = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(_load_message(path, "a causal language model"), got=_first_line(error)) from error
+    if missing := sorted(account["missing_keys"]):
+        raise ConfigError(  # transformers would go on with random numbers in their place
+            _load_message(path, "a causal language model"), got=f"no weights for {missing[0]} ({len(missing)} in all)"
+        )
+    return model
 
 
 def load_tokenizer(path: str) -> Any:
