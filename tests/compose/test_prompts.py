@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from tests.fakes.tinymodels import make_tokenizer
 from topkd.compose.prompts import read_prompts
+from topkd.compose.sequences import BadRow, read_sequences
 from topkd.topk.errors import DataError
 
 
@@ -67,3 +69,13 @@ def test_overlong_rows_are_dropped_and_counted_when_asked(tmp_path):
     assert (len(rows), dropped) == (1, 1)
     with pytest.raises(DataError, match="no usable prompt"):
         rows_of(tmp_path, [{"prompt_ids": [1] * 65}], overlong="drop")
+
+
+def test_a_sampled_token_of_probability_zero_is_a_bad_row_and_an_unknown_one_is_not(tmp_path):
+    path = tmp_path / "sampled.jsonl"
+    row = '{"prompt_ids": [1, 2], "completion_ids": [3, 4], "logp": [-0.5, %s]}\n'
+    path.write_text("".join(row % value for value in ("-Infinity", "-9999.0", "NaN", "-800.0")))
+    items = list(read_sequences(path))
+    assert [isinstance(item, BadRow) for item in items] == [True, True, False, False]
+    assert all("cannot have had probability zero" in str(item.reason) for item in items[:2])
+    assert np.isnan(items[2].logp[1])

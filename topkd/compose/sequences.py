@@ -183,6 +183,11 @@ def _sequence(number: int, raw: Any, tokenizer: Any, where: str) -> ScoreInput:
             "logp must be one log-probability for each completion token", where=where, got=f"{logp.size} numbers",
             expected=f"{len(completion)}, none above 0",
         )  # fmt: skip
+    if logp is not None and (logp <= -9999.0).any():
+        raise DataError(
+            "a sampled token cannot have had probability zero", where=where, got=float(logp.min()),
+            hint="give NaN where a logprob is unknown",
+        )  # fmt: skip
     ids = np.array([*prompt, *completion], np.int32)
     return ScoreInput(number, ids, len(prompt) - 1, name, row.teacher_id, logp, row.finish_reason)
 
