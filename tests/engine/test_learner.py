@@ -240,3 +240,15 @@ def test_a_model_whose_weights_are_not_all_there_is_refused_and_never_filled_up(
     with pytest.raises(ConfigError, match=message) as caught:
         Student.load(str(copied), "cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_at_reverse_kl_an_excluded_token_keeps_the_lists_own_gradient(folder):
+    """t(y) = 0 has no finite advantage: the sampled term is left out, the sum over the list is not."""
+    lists = [[(5, -0.4), (6, -2.0)]]
+    excluded = topk_sample([3, 4], [9], lists, [-np.inf], [-1.0])
+    alone = topk_sample([3, 4], [5], lists, [-0.4], [-1.0])  # y is listed: no tail term either
+    one, record = gradients_of_step(fresh(folder), [excluded], TopKPolicyGradient(beta=1.0))
+    two, _ = gradients_of_step(fresh(folder), [alone], TopKPolicyGradient(beta=1.0))
+    assert (record["tokens"], record["masked_tokens"]) == (1, 0)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)

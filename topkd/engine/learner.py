@@ -121,14 +121,15 @@ def token_metrics(stats: Sequence[TokenStats], importance: ImportanceSampling) -
         for name in ("logp_new", "logp_behavior", "logp_teacher", "advantage")
     )
     known = np.isfinite(teacher)
+    finite = advantage[np.isfinite(advantage)]  # at beta = 1 a token the teacher excludes has none
     ratio = np.exp(np.clip(new - behavior, -20.0, 20.0))
     return {
         "kl_k1": float(kl_k1(teacher, new)[known].mean()) if known.any() else math.nan,
         "kl_k3": float(kl_k3(teacher, new)[known].mean()) if known.any() else math.nan,
         "teacher_zero_tokens": int((~known).sum()),
-        "advantage_mean": float(advantage.mean()),
-        "advantage_std": float(advantage.std()),
-        "advantage_abs_mean": float(np.abs(advantage).mean()),
+        "advantage_mean": float(finite.mean()) if finite.size else math.nan,
+        "advantage_std": float(finite.std()) if finite.size else math.nan,
+        "advantage_abs_mean": float(np.abs(finite).mean()) if finite.size else math.nan,
         "ratio_mean": float(ratio.mean()),
         "ratio_max": float(ratio.max()),
         "ratio_capped": float((ratio > importance.cap).mean()) if importance.kind == "truncated" else 0.0,

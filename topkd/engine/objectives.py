@@ -35,8 +35,8 @@ def valid_tokens(sample: PreparedSample, objective: Objective, vocab_size: int) 
     """Bool [C]: completion tokens that train. Unknown teacher or behaviour logprobs are masked, never replaced.
 
     Where the advantage is a log-ratio (scalar KL, beta = 1), a token to which the teacher gives exactly zero
-    probability has none that is finite: masked too. The top-K objective needs a row that lists something among the
-    student's ``vocab_size`` ids.
+    probability has none that is finite: masked too. The top-K objective leaves out such a token's tail term alone,
+    and needs a row that lists something among the student's ``vocab_size`` ids.
     """
     valid = sample.core.mask & ~np.isnan(sample.teacher_logp) & ~np.isnan(sample.behavior.logp)
     match objective:
@@ -44,8 +44,7 @@ def valid_tokens(sample: PreparedSample, objective: Objective, vocab_size: int) 
             valid &= np.isfinite(sample.teacher_logp)
         case GJS():
             valid &= np.isfinite(sample.teacher_logp) | (objective.beta < 1.0)
-        case TopKPolicyGradient():
-            valid &= np.isfinite(sample.teacher_logp) | (objective.beta < 1.0)
+        case TopKPolicyGradient():  # its sum over the list needs no realised token: only the tail term is left out
             valid &= _teacher_rows(sample).within(vocab_size).signal
         case _:
             assert_never(objective)

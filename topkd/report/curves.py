@@ -24,7 +24,7 @@ def write_demo_curve(evals: Sequence[dict[str, Any]], steps: Sequence[dict[str, 
     if estimate:
         left.plot(*zip(*estimate, strict=True), color=GREY, lw=0.8, alpha=0.6, label="estimate on fresh rollouts (k1)")
     left.set(xlabel="step", ylabel="nats per token", title="held-out divergence (exact, full vocabulary)")
-    left.set_ylim(bottom=0.0)
+    left.set_ylim(bottom=min([0.0, *(value for _, value in estimate)]))
     left.legend(frameon=False, fontsize=8)
     right.plot(at, [100 * record["agreement"] for record in evals], "-o", color=BLUE)
     right.set(xlabel="step", ylabel="% of positions", title="same most likely next token")
