@@ -46,7 +46,8 @@ def test_the_default_objective_is_topk_pg_with_the_documented_numbers(tmp_path):
     [
         (GOOD.replace("steps", "stesp"), [], r"unknown config key 'stesp' \(.*run.toml\); did you mean 'steps'\?"),
         (GOOD.replace("beta = 0.3", "beta = 1.5"), [], r"config key 'objective.gjs.beta'.*got 1.5.*less than or equal"),
-        (GOOD.replace('"gjs"', '"jsd"'), [], r"config key 'objective'.*jsd.*scalar_kl.*gjs.*topk_pg"),
+        (GOOD.replace('"gjs"', '"jsd"'), [], r"config key 'objective.kind'.*jsd.*scalar_kl.*gjs.*topk_pg"),
+        (GOOD + "lam = 0.3\n", [], r"objective kind 'gjs' has no key 'lam' \(.*run.toml\); remove objective.lam"),
         (GOOD.replace("[teacher]", "[teachr]"), [], r"teachr"),
         (GOOD + "[teachers.maths]\nurl = 'http://x'\n", [], r"either \[teacher\] or \[teachers.NAME\]"),
         (GOOD, ["steps"], r"--set takes key=value: got steps"),

@@ -140,6 +140,18 @@ def test_killing_the_teacher_in_mid_run_ends_it_with_one_error_within_its_time_o
     assert len(lines) == 1, stderr
     assert running.url in lines[0]
     assert "Traceback" not in stderr
+    stopped = read_metrics(diary, "event")[-1]
+    state = json.loads((tmp_path / "out" / "student" / "topkd.json").read_text())
+    assert stopped["event"] == "stopped"
+    assert state["version"] == stopped["version"] == len(read_metrics(diary, "step"))  # what was learnt is kept
+    assert state["stopped"] is True
+
+
+async def test_a_mistake_found_before_the_first_step_does_not_use_up_the_folder(folders, server, tmp_path):
+    with pytest.raises(KLimitError):
+        await train(run_config(folders, server.url, steps=1, k=21), tmp_path / "run")
+    await train(run_config(folders, server.url, steps=1), tmp_path / "run")
+    assert [record["event"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl", "event")][:1] == ["start"]
 
 
 async def test_a_folder_that_holds_a_run_is_not_written_over(folders, server, tmp_path):

@@ -17,7 +17,7 @@ def command(
     config: Annotated[Path, typer.Argument(help="The run's TOML file.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoint, metrics and provenance.")],
     cache: Annotated[
-        Path | None, typer.Option(help="Folder of the cache; [cache] path of the config when left out.")
+        Path | None, typer.Option(help="Folder of the cache; cache.path of the config when left out.")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, as in --set objective.kind=gjs; repeatable.")

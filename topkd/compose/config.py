@@ -137,6 +137,20 @@ def validated(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
         problem = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in problem["loc"]) or "(top level)"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        if problem["type"] == "union_tag_invalid":
+            context = problem.get("ctx", {})
+            raise ConfigError(
+                f"config key {key + '.kind'!r}{more}",
+                where=where,
+                got=repr(context.get("tag")),
+                expected=f"one of {context.get('expected_tags')}",
+            ) from None
+        if problem["type"] == "extra_forbidden" and len(problem["loc"]) > 2:
+            *_, table, kind, name = (str(part) for part in problem["loc"])
+            if isinstance(values.get(table), Mapping) and values[table].get("kind") == kind:
+                raise ConfigError(
+                    f"{table} kind {kind!r} has no key {name!r}{more}", where=where, hint=f"remove {table}.{name}"
+                ) from None
         if problem["type"] == "extra_forbidden":
             close = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(model), n=1)
             hint = f"did you mean {close[0]!r}?" if close else "remove it or check the spelling"

@@ -20,7 +20,7 @@ from topkd.compose.prompts import read_prompts
 from topkd.engine import EngineConfig
 from topkd.engine.data import PromptRow
 from topkd.engine.loop import Source
-from topkd.engine.metrics import MetricsLog
+from topkd.engine.metrics import MetricsLog, read_metrics
 from topkd.topk.errors import ConfigError, DataError
 from topkd.topk.protocols import Sampler, TeacherScorer
 
@@ -81,6 +81,7 @@ async def train(config: RunConfig, out: Path, progress: Progress | None = None) 
         cache = stack.enter_context(LiveCache(config.cache)) if config.cache is not None else None
         teachers: dict[str, TeacherScorer] = {}
         for name, teacher in config.teacher_map().items():
+            progress.note(f"asking the teacher at {teacher.url}")
             client = await connect(
                 teacher.url,
                 dialect=teacher.dialect,
@@ -141,32 +142,49 @@ async def run(
     def set_version(version: str) -> None:
         sampler.version = version
 
+    def checkpoint(*, stopped: bool) -> dict[str, Any]:
+        return {"version": learner.version, "objective": config.objective.model_dump(), "stopped": stopped}
+
     progress.stage("distil", config.steps)
     with MetricsLog(out / "metrics.jsonl") as log:
         log.write("event", {"event": "start", **provenance(student)})
-        steps = await distil(
-            config,
-            rows=rows,
-            sampler=sampler if wrap is None else wrap(sampler),
-            teachers=teachers,
-            learner=learner,
-            log=log,
-            evaluate=evaluate,
-            on_record=on_record,
-            set_version=set_version,
-            source=source,
-        )
+        try:
+            steps = await distil(
+                config,
+                rows=rows,
+                sampler=sampler if wrap is None else wrap(sampler),
+                teachers=teachers,
+                learner=learner,
+                log=log,
+                evaluate=evaluate,
+                on_record=on_record,
+                set_version=set_version,
+                source=source,
+            )
+        except BaseException as error:  # an interrupt, a dead teacher: what was learnt is kept, and the diary says why
+            log.write("event", {"event": "stopped", "version": learner.version, "reason": type(error).__name__})
+            if learner.version:
+                with learner.lock:
+                    save_student(student, tokenizer, out / "student", checkpoint(stopped=True))
+                progress.note(
+                    f"stopped after step {learner.version} of {config.steps}; the student so far: {out / 'student'}"
+                )
+            raise
         if account is not None:
             log.write("event", account())
-    save_student(
-        student, tokenizer, out / "student", {"version": learner.version, "objective": config.objective.model_dump()}
-    )
+    save_student(student, tokenizer, out / "student", checkpoint(stopped=False))
     return RunResult(out, steps, evals)
 
 
 def fresh_folder(out: Path) -> None:
-    """Make ``out``; a folder that already holds a run is refused, so that two runs never share a diary."""
-    if (out / "metrics.jsonl").exists():
+    """Make ``out``; a folder that already holds a run is refused, so that two runs never share a diary.
+
+    A run that ended before its first step (a mistake found late) makes room for the next.
+    """
+    diary = out / "metrics.jsonl"
+    if diary.exists() and diary.stat().st_size and not read_metrics(diary, "step"):
+        diary.unlink()
+    if diary.exists():
         raise ConfigError("the output folder already holds a run", where=str(out), hint="choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,9 @@ def load_causal_lm(path: str, dtype: DType = "float32") -> Any:
 def load_tokenizer(path: str) -> Any:
     """A Hugging Face tokenizer from a folder or an id."""
     from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.set_verbosity_error()  # its warning of long texts stands beside our own, clearer error
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
