@@ -184,3 +184,13 @@ def test_i11_the_estimator_is_unbiased_for_every_k_beta_and_lambda(
         exact = value_and_grad(wanted, student)[1]
         scale = 1 + exact.abs().max().item()
         torch.testing.assert_close(got / scale, exact / scale, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_a_teacher_with_a_graph_receives_no_gradient(name: str) -> None:
+    """Every loss by name, whatever the property above happens to draw."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 5, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    LOSSES[name](student, teacher).backward()
+    assert teacher.grad is None
+    assert student.grad is not None

@@ -37,6 +37,11 @@ class SparseTeacher:
     actual_ids: Tensor
     actual_logp: Tensor
 
+    def __post_init__(self) -> None:
+        # A teacher never receives a gradient, also where its lists were made from logits with a graph.
+        for name in ("logp", "tail_logp", "actual_logp"):
+            object.__setattr__(self, name, getattr(self, name).detach())
+
     @property
     def listed(self) -> Tensor:
         """bool [N, K], False at pads."""
