@@ -9,7 +9,7 @@ import torch
 
 from tests.contract.adapters import make_adapter
 from tests.fakes.tinymodels import make_tiny_model
-from topkd.clients import ClientConfig, VllmCompletions
+from topkd.clients import ClientConfig, Sglang, VllmCompletions
 from topkd.clients.sync import FleetWeightSink, SglangWeightSink, VllmWeightSink
 from topkd.clients.transport import Reply
 from topkd.serve import ServeConfig, ServerProcess
@@ -234,3 +234,16 @@ async def test_a_fleet_push_that_half_fails_names_what_each_replica_holds(models
     assert fleet.versions == ["v9", ""]
     with pytest.raises(ConfigError, match="at least one replica"):
         FleetWeightSink([])
+
+
+async def test_an_sglang_reload_is_confirmed_and_every_sample_names_its_version(models):
+    """The documented dialect, as the embedded server speaks it."""
+    config = ServeConfig(model=str(models / "old"), served_model_name="policy", port=0, dialect="sglang", device="cpu")
+    with ServerProcess(config) as running:
+        async with SglangWeightSink(running.url, config=QUICK, reference=str(models / "old")) as sink:
+            assert await sink.push(WeightUpdate("full", str(models / "new"), "step-4")) == "step-4"
+        async with Sglang(running.url, config=QUICK) as client:
+            (rollout,) = await client.sample(PROMPT, 1, SamplingParams(max_tokens=6, seed=1))
+    rows = reference(models / "new", [*PROMPT, *rollout.completion_ids.tolist()])[len(PROMPT) - 1 : -1]
+    assert np.abs(rows[np.arange(len(rows)), rollout.completion_ids] - rollout.logp).max() < 1e-3
+    assert rollout.version == "step-4"
