@@ -126,8 +126,6 @@ async def test_a_short_soak_delivers_every_sample_once(monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-# A socket the dying fake had half accepted may be collected unclosed; the client's own are counted in soak().
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_fifty_thousand_requests_with_a_dying_and_a_slow_replica(monkeypatch: pytest.MonkeyPatch):
     result = await soak(50_000, monkeypatch, seed=2)
     verify(result, 50_000)
