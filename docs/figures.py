@@ -74,7 +74,7 @@ def draw_bias() -> None:
 
 def draw_curves(steps: int, seed: int) -> None:
     """Exact held-out divergence of the demo's student under each estimator: same seed, batch and learning rate."""
-    from topkd.engine.config import GJS, ScalarKL, TopKPolicyGradient
+    from topkd.engine.objective_config import GJS, ScalarKL, TopKPolicyGradient
 
     runs = {
         "scalar reverse KL": (ScalarKL(), 20),

@@ -12,10 +12,11 @@ from safetensors.numpy import load_file
 
 from tests.engine.pieces import model_folder
 from topkd.compose.config import RunConfig
+from topkd.compose.pieces import load_pieces
 from topkd.compose.progress import Progress
 from topkd.compose.recorded import RecordedSampler, identities_with, policy_identity
 from topkd.compose.replay import replay
-from topkd.compose.train import load_pieces, train
+from topkd.compose.train import train
 from topkd.engine.data import PromptRow
 from topkd.engine.metrics import read_metrics
 from topkd.offline import ScoreStore, TeacherIdentity

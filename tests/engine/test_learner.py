@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.engine.pieces import VOCAB, model_folder, scalar_sample, topk_sample
-from topkd.engine.config import GJS, ImportanceSampling, LearnerConfig, ScalarKL, TopKPolicyGradient
 from topkd.engine.learner import Learner
+from topkd.engine.learner_config import ImportanceSampling, LearnerConfig
+from topkd.engine.objective_config import GJS, ScalarKL, TopKPolicyGradient
 from topkd.engine.student import Student
 from topkd.topk.errors import ConfigError, TrainingError
 

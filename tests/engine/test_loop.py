@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 from tests.engine.pieces import VOCAB, model_folder
-from topkd.engine.config import GJS, EngineConfig, LearnerConfig, RolloutConfig, ScalarKL, TopKPolicyGradient
+from topkd.engine.config import EngineConfig, RolloutConfig
 from topkd.engine.data import PromptRow, step_indices
 from topkd.engine.evaluation import Probe, exact_divergences
+from topkd.engine.hooks import Hooks
 from topkd.engine.learner import Learner
+from topkd.engine.learner_config import LearnerConfig
 from topkd.engine.local_teacher import LocalTeacher
 from topkd.engine.loop import distil
 from topkd.engine.metrics import MetricsLog, read_metrics, strict
+from topkd.engine.objective_config import GJS, ScalarKL, TopKPolicyGradient
 from topkd.engine.sampler import InProcessSampler
 from topkd.engine.student import Student
 from topkd.topk import TopK
@@ -49,8 +52,8 @@ async def run(folders, tmp_path, engine, wrap=lambda teacher: teacher, probes=No
     learner = Learner(student, engine.learner, engine.objective, lock=sampler.lock)
     evaluate = (lambda: exact_divergences(student, teacher, probes)) if probes else None
 
-    def label(version):
-        sampler.version = version
+    async def label(version):
+        sampler.version = str(version)
 
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
         records = await distil(
@@ -60,8 +63,7 @@ async def run(folders, tmp_path, engine, wrap=lambda teacher: teacher, probes=No
             teachers={"": wrap(LocalTeacher(teacher))},
             learner=learner,
             log=log,
-            evaluate=evaluate,
-            set_version=label,
+            hooks=Hooks(evaluate=evaluate, publish=label),
         )
     return records, read_metrics(tmp_path / "metrics.jsonl")
 

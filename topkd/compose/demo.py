@@ -24,11 +24,12 @@ import topkd
 from topkd.clients import ClientConfig, connect
 from topkd.compose import corpus
 from topkd.compose.config import saved
+from topkd.compose.folders import fresh_folder
 from topkd.compose.progress import Progress
-from topkd.compose.train import RunResult, fresh_folder, run
+from topkd.compose.train import RunResult, run
 from topkd.engine import EngineConfig, LearnerConfig, RolloutConfig
-from topkd.engine.config import GJS, Objective, ScalarKL, TopKPolicyGradient
 from topkd.engine.data import PromptRow
+from topkd.engine.objective_config import GJS, Objective, ScalarKL, TopKPolicyGradient
 from topkd.report.curves import write_demo_curve
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import ConfigError

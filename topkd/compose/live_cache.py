@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from topkd.compose.config import CacheConfig, RunConfig
+from topkd.compose.config import RunConfig
 from topkd.compose.recorded import RecordedSampler, policy_identity
+from topkd.compose.tables import CacheConfig
 from topkd.engine.data import PromptRow
 from topkd.offline import CachingScorer, ScoreStore, TeacherIdentity
 from topkd.topk.protocols import Sampler, TeacherScorer

@@ -15,7 +15,7 @@ import xxhash
 
 from topkd.compose.config import RunConfig
 from topkd.engine.data import PromptRow
-from topkd.engine.loop import BatchSampler, derived_seed
+from topkd.engine.rollouts import BatchSampler, derived_seed
 from topkd.offline import CacheMetrics, ScoreStore, TeacherIdentity
 from topkd.offline.records import ROLLOUT
 from topkd.offline.tables import close_all, read_tables, teachers_of

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from topkd.compose.config import RunConfig, TeacherConfig, saved
+from topkd.compose.config import RunConfig, saved
+from topkd.compose.folders import fresh_folder
+from topkd.compose.pieces import load_pieces
 from topkd.compose.progress import Progress
 from topkd.compose.recorded import RecordedSampler, chosen_policy, identities_with
 from topkd.compose.shuffled import ShuffledRollouts
-from topkd.compose.train import RunResult, fresh_folder, load_pieces, run
+from topkd.compose.tables import TeacherConfig
+from topkd.compose.train import RunResult, run
 from topkd.offline import ReplayScorer, ScoreStore, TeacherIdentity
 from topkd.offline.records import SCORE
 from topkd.topk.errors import CacheMissError, ConfigError

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr, model_validator
 
 from topkd.clients import ClientConfig
-from topkd.compose.config import ScoringDialect
+from topkd.compose.tables import ScoringDialect
 from topkd.topk.errors import TopkdError
 
 KEPT_REFUSALS = 1000  # of a report; all are counted

@@ -2,62 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ScalarKL(_Frozen):
-    """Sampled-token reverse KL: A = log t(y) - log s(y)."""
-
-    kind: Literal["scalar_kl"] = "scalar_kl"
+from topkd.engine.frozen import Frozen
+from topkd.engine.learner_config import LearnerConfig
+from topkd.engine.objective_config import Objective, TopKPolicyGradient
 
 
-class GJS(_Frozen):
-    """Sampled-token generalised Jensen-Shannon: A = (1-beta) log(beta t(y)/s(y) + 1 - beta), beta on the teacher."""
-
-    kind: Literal["gjs"] = "gjs"
-    beta: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
-
-
-class TopKPolicyGradient(_Frozen):
-    """The sum over the teacher's top-K plus a sampled tail, docs/math.md: unbiased at lam = 1, less noisy below."""
-
-    kind: Literal["topk_pg"] = "topk_pg"
-    beta: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
-    lam: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3
-
-
-Objective: TypeAlias = Annotated[ScalarKL | GJS | TopKPolicyGradient, Field(discriminator="kind")]
-
-
-class ImportanceSampling(_Frozen):
-    """Weight of each sampled token: new over behaviour probability, truncated at ``cap`` (detached), or none."""
-
-    kind: Literal["none", "truncated"] = "truncated"
-    cap: PositiveFloat = 2.0
-
-
-_Decay: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class LearnerConfig(_Frozen):
-    """How a step is taken."""
-
-    lr: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 2e-6
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
-    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
-    max_grad_norm: PositiveFloat = 1.0
-    micro_batch_tokens: PositiveInt = 16384
-    importance: ImportanceSampling = ImportanceSampling()
-
-
-class RolloutConfig(_Frozen):
+class RolloutConfig(Frozen):
     """How completions are drawn. Every parameter is explicit: a model's generation_config never leaks in."""
 
     prompts_per_step: PositiveInt = 64
@@ -68,7 +22,7 @@ class RolloutConfig(_Frozen):
     batch_size: PositiveInt = 64
 
 
-class EngineConfig(_Frozen):
+class EngineConfig(Frozen):
     """The loop: how long, how stale, towards what."""
 
     steps: PositiveInt = 100

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from topkd.engine.batching import micro_batches
-from topkd.engine.config import ImportanceSampling, LearnerConfig, Objective
+from topkd.engine.learner_config import ImportanceSampling, LearnerConfig
+from topkd.engine.objective_config import Objective
 from topkd.engine.objectives import TokenStats, objective_loss, valid_tokens
 from topkd.engine.student import Student
 from topkd.topk import kl_k1, kl_k3

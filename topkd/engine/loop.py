@@ -8,33 +8,22 @@ flight while the learner works; nothing more is ever queued.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TypeAlias
 
 from topkd.engine.config import EngineConfig
-from topkd.engine.data import PromptRow, step_indices
+from topkd.engine.data import PromptRow
+from topkd.engine.hooks import Hooks, Record
 from topkd.engine.learner import Learner
 from topkd.engine.metrics import MetricsLog
+from topkd.engine.rollouts import draw
 from topkd.engine.scoring import ScoredBatch, score_rollouts, teacher_for, teacher_metrics
 from topkd.topk.errors import CacheMissError, ConfigError, TrainingError
-from topkd.topk.protocols import Ids, Sampler, TeacherScorer
-from topkd.topk.samples import Rollout, SamplingParams
+from topkd.topk.protocols import Sampler, TeacherScorer
+from topkd.topk.samples import Rollout
 
-Record = dict[str, Any]
 Source: TypeAlias = Callable[[int], Awaitable[tuple[list[PromptRow], list[Rollout]]]]
-
-
-@runtime_checkable
-class BatchSampler(Protocol):
-    """A sampler that decodes many prompts together."""
-
-    async def sample_batch(
-        self, prompts: Sequence[Ids], n: int, params: SamplingParams, *, k: int = 0
-    ) -> list[list[Rollout]]:
-        """N rollouts for each prompt."""
-        ...
 
 
 async def distil(
@@ -45,9 +34,7 @@ async def distil(
     teachers: Mapping[str, TeacherScorer],
     learner: Learner,
     log: MetricsLog,
-    evaluate: Callable[[], Record] | None = None,
-    on_record: Callable[[str, Record], None] | None = None,
-    set_version: Callable[[str], None] | None = None,
+    hooks: Hooks | None = None,
     source: Source | None = None,
 ) -> list[Record]:
     """Run ``config.steps`` steps of on-policy distillation and return the step records.
@@ -59,24 +46,23 @@ async def distil(
         teachers: teacher_id -> scorer; ids are checked before the first request.
         learner: The student, as something that learns.
         log: Where the records go.
-        evaluate: Called (in a thread) before the first step, every ``eval_every`` steps and after the last.
-        on_record: Told every record, for a display.
-        set_version: Told the weight version at the start and after each step, before anything is sampled from it.
+        hooks: Evaluation, display, weight sync.
         source: Gives a step's rollouts, each with its row, in place of drawing them with the sampler.
     """
     _check(config, rows, teachers)
+    hooks = hooks or Hooks()
 
     def write(kind: str, record: Record) -> None:
         log.write(kind, record)
-        if on_record is not None:
-            on_record(kind, record)
+        if hooks.on_record is not None:
+            hooks.on_record(kind, record)
 
     async def evaluation(step: int) -> None:
-        if evaluate is not None:
-            write("eval", {"step": step, **await asyncio.to_thread(evaluate)})
+        if hooks.evaluate is not None:
+            write("eval", {"step": step, **await asyncio.to_thread(hooks.evaluate)})
 
-    if set_version is not None:
-        set_version(str(learner.version))
+    if hooks.publish is not None:
+        await hooks.publish(learner.version)
     records: list[Record] = []
     in_flight: list[tuple[int, list[str], float, asyncio.Task[ScoredBatch]]] = []
     sampled = 0
@@ -87,7 +73,7 @@ async def distil(
                 while sampled < min(step + config.max_staleness + 1, config.steps):
                     began = time.perf_counter()
                     asked, rollouts = await (
-                        source(sampled) if source is not None else _sample(config, rows, sampler, sampled)
+                        source(sampled) if source is not None else draw(config, rows, sampler, sampled)
                     )
                     task = group.create_task(score_rollouts(asked, rollouts, teachers, config.k))
                     versions = sorted({rollout.version for rollout in rollouts}, key=lambda v: (len(v), v))
@@ -98,6 +84,8 @@ async def distil(
                 batch = await task
                 waited_s = time.perf_counter() - began
                 _refuse_losses(config, batch, step)
+                if hooks.on_batch is not None:
+                    await asyncio.to_thread(hooks.on_batch, step + 1, batch)
                 began = time.perf_counter()
                 # Rollouts that a source gives are of another run's policy: no distance to this learner's is known.
                 staleness = learner.version - version if source is None else None
@@ -115,8 +103,8 @@ async def distil(
                     "score_wait_s": waited_s,
                     "learn_s": time.perf_counter() - began,
                 }
-                if set_version is not None:
-                    set_version(str(learner.version))
+                if hooks.publish is not None:
+                    record |= await hooks.publish(learner.version) or {}
                 write("step", record)
                 records.append(record)
                 if (config.eval_every and (step + 1) % config.eval_every == 0) or step + 1 == config.steps:
@@ -124,28 +112,6 @@ async def distil(
     except BaseExceptionGroup as errors:
         raise _first(errors) from errors
     return records
-
-
-async def _sample(
-    config: EngineConfig, rows: Sequence[PromptRow], sampler: Sampler, step: int
-) -> tuple[list[PromptRow], list[Rollout]]:
-    chosen = [rows[i] for i in step_indices(len(rows), config.rollout.prompts_per_step, step, config.seed)]
-    params = SamplingParams(
-        max_tokens=config.rollout.max_completion_tokens, seed=derived_seed(config.seed, "rollout", step)
-    )
-    n, prompts = config.rollout.samples_per_prompt, [row.prompt_ids for row in chosen]
-    if isinstance(sampler, BatchSampler):
-        drawn = await sampler.sample_batch(prompts, n, params)
-    else:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(sampler.sample(prompt, n, params)) for prompt in prompts]
-        drawn = [task.result() for task in tasks]
-    return [row for row in chosen for _ in range(n)], [rollout for group_ in drawn for rollout in group_]
-
-
-def derived_seed(seed: int, *path: object) -> int:
-    """A 31-bit seed for one purpose of a run, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(repr((seed, *path)).encode(), digest_size=4).digest(), "big") >> 1
 
 
 def _check(config: EngineConfig, rows: Sequence[PromptRow], teachers: Mapping[str, TeacherScorer]) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from topkd.engine.batching import MicroBatch
-from topkd.engine.config import GJS, ImportanceSampling, Objective, ScalarKL, TopKPolicyGradient
+from topkd.engine.learner_config import ImportanceSampling
+from topkd.engine.objective_config import GJS, Objective, ScalarKL, TopKPolicyGradient
 from topkd.engine.student import Student
 from topkd.topk import TopK, TopKPreparedSample, gjs_advantage, scalar_kl_advantage
 from topkd.topk.errors import ConfigError

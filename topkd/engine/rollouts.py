@@ -1,0 +1,47 @@
+"""A step's rollouts: which prompts, from which seed, by which sampler."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from topkd.engine.config import EngineConfig
+from topkd.engine.data import PromptRow, step_indices
+from topkd.topk.protocols import Ids, Sampler
+from topkd.topk.samples import Rollout, SamplingParams
+
+
+@runtime_checkable
+class BatchSampler(Protocol):
+    """A sampler that decodes many prompts together."""
+
+    async def sample_batch(
+        self, prompts: Sequence[Ids], n: int, params: SamplingParams, *, k: int = 0
+    ) -> list[list[Rollout]]:
+        """N rollouts for each prompt."""
+        ...
+
+
+async def draw(
+    config: EngineConfig, rows: Sequence[PromptRow], sampler: Sampler, step: int
+) -> tuple[list[PromptRow], list[Rollout]]:
+    """The rollouts of step ``step``, each with its row: the same for the same seed and weights."""
+    chosen = [rows[i] for i in step_indices(len(rows), config.rollout.prompts_per_step, step, config.seed)]
+    params = SamplingParams(
+        max_tokens=config.rollout.max_completion_tokens, seed=derived_seed(config.seed, "rollout", step)
+    )
+    n, prompts = config.rollout.samples_per_prompt, [row.prompt_ids for row in chosen]
+    if isinstance(sampler, BatchSampler):
+        drawn = await sampler.sample_batch(prompts, n, params)
+    else:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(sampler.sample(prompt, n, params)) for prompt in prompts]
+        drawn = [task.result() for task in tasks]
+    return [row for row in chosen for _ in range(n)], [rollout for group_ in drawn for rollout in group_]
+
+
+def derived_seed(seed: int, *path: object) -> int:
+    """A 31-bit seed for one purpose of a run, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr((seed, *path)).encode(), digest_size=4).digest(), "big") >> 1
