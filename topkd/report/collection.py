@@ -1,0 +1,137 @@
+"""What a page is about: one run, several, or a comparison; runs that differ in nothing but their seed are one group."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from topkd.report.diary import COMPARE, Run, flat, read_object, read_run
+from topkd.topk.errors import DataError
+
+# Where a run keeps its things says nothing about what it does.
+_PLACES = ("seed", "cache.path", "out", "client.")
+_FIRST = ("objective.kind", "objective.divergence", "objective.beta", "k", "objective.lam")
+
+
+@dataclass(slots=True)
+class Group:
+    """Runs of one setting: what a colour stands for."""
+
+    label: str
+    settings: dict[str, Any]
+    runs: list[Run]
+
+    @property
+    def seeds(self) -> dict[int, Run]:
+        """seed -> run, for pairing."""
+        return {run.seed: run for run in self.runs if run.seed is not None}
+
+
+@dataclass(slots=True)
+class Collection:
+    """All runs of a page, and what the comparison that made them (if one did) says itself."""
+
+    title: str
+    runs: list[Run]
+    comparison: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def groups(self) -> list[Group]:
+        """Runs by setting, in the order of their first run."""
+        settings = [dict(run.params) or flat(run.config) for run in self.runs]
+        differing = [key for key in differing_keys(settings) if not key.startswith(_PLACES)]
+        # What a comparison varied counts even where it took one value only; a lone group needs no distinction.
+        by_key: dict[str, list[int]] = {}
+        for index, setting in enumerate(settings):
+            by_key.setdefault(json.dumps([setting.get(key) for key in differing], default=str), []).append(index)
+        members = list(by_key.values())
+        told = [{key: settings[indices[0]].get(key) for key in differing} for indices in members]
+        return [
+            Group(label, setting, [self.runs[index] for index in indices])
+            for label, setting, indices in zip(_labels(told, self), told, members, strict=True)
+        ]
+
+
+def gather(paths: Sequence[Path], *, waiting: bool = False) -> Collection:
+    """The collection behind the paths given: each a run's folder or a comparison's."""
+    runs: list[Run] = []
+    comparison: dict[str, Any] = {}
+    notes: list[str] = []
+    for path in paths:
+        if (path / COMPARE).exists():
+            if comparison:
+                raise DataError("two comparisons on one page", where=str(path), hint="make one page for each")
+            comparison = read_object(path / COMPARE)
+            runs += _cells(path, comparison, notes)
+        else:
+            runs.append(read_run(path, waiting=waiting))
+    if not runs:
+        raise DataError("nothing to report", where=", ".join(map(str, paths)), got="no run with a diary")
+    _tell_apart(runs)
+    title = str(comparison.get("name") or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs"))
+    return Collection(title, runs, comparison, notes)
+
+
+def differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Keys that do not have the same value everywhere (absent counts as a value), the telling ones first."""
+    keys = list(dict.fromkeys(key for setting in settings for key in setting))
+    missing = object()
+    differing = [key for key in keys if any(one.get(key, missing) != settings[0].get(key, missing) for one in settings)]
+    return sorted(differing, key=lambda key: (_FIRST.index(key) if key in _FIRST else len(_FIRST)))
+
+
+def _cells(folder: Path, comparison: dict[str, Any], notes: list[str]) -> list[Run]:
+    runs = []
+    cells = comparison.get("cells")
+    if not isinstance(cells, list):
+        raise DataError(
+            "a comparison without cells", where=str(folder / COMPARE), got=type(cells).__name__, expected="a list"
+        )
+    for cell in cells:
+        name = str(cell.get("id", "?"))
+        path = folder / str(cell.get("run") or f"cells/{name}")
+        if not (path / "metrics.jsonl").exists():
+            notes.append(f"cell {name} ({cell.get('status', 'not run')}) has no diary and is left out")
+            continue
+        run = read_run(path, name=name)
+        params = cell.get("params")
+        run.params = {key: value for key, value in flat(params or {}).items() if key != "seed"}
+        run.seed = cell["seed"] if isinstance(cell.get("seed"), int) else run.seed
+        run.failed = cell.get("status") == "failed"
+        if run.failed:
+            notes.append(f"cell {name} failed; its curves end where it did, and it is in no verdict")
+        runs.append(run)
+    return runs
+
+
+def _labels(settings: Sequence[dict[str, Any]], collection: Collection) -> list[str]:
+    """The shortest list of differing settings that tells the groups apart, in words."""
+    if len(settings) == 1:
+        run = collection.runs[0]
+        kind = run.params.get("objective.kind") or flat(run.config).get("objective.kind")
+        return [str(kind or run.name)]
+    chosen: list[str] = []
+    parts = 1
+    for key in settings[0]:
+        seen = len({json.dumps([one.get(name) for name in [*chosen, key]], default=str) for one in settings})
+        if seen > parts:
+            chosen, parts = [*chosen, key], seen
+    return [", ".join(_said(key, one[key]) for key in chosen if one[key] is not None) or "default" for one in settings]
+
+
+def _said(key: str, value: Any) -> str:
+    last = key.rsplit(".", 1)[-1]
+    if last in ("kind", "name", "objective", "variant", "divergence"):
+        return str(value)
+    return f"{last} {value:g}" if isinstance(value, float) else f"{last} {value}"
+
+
+def _tell_apart(runs: Sequence[Run]) -> None:
+    """Runs of the same folder name get their parent's before it."""
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = f"{run.path.resolve().parent.name}/{run.name}"

@@ -1,0 +1,180 @@
+"""A run's folder as the page reads it: config, diary and recorded rollouts; what is torn or absent is named.
+
+Everything is optional but the diary itself: fields that a run does not have cost it a panel, never the page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from topkd.topk.errors import DataError
+
+METRICS, CONFIG, TOKENS, COMPARE = "metrics.jsonl", "config.json", "tokens.jsonl", "compare.json"
+Record = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Lines:
+    """A JSONL file that grows: each ``read`` gives the whole lines that are new since the last one."""
+
+    path: Path
+    offset: int = 0
+    number: int = 0
+
+    def read(self) -> list[Record]:
+        """New records. A last line without its newline is still being written (or torn), and waits."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        records = []
+        for line in whole.split(b"\n")[:-1]:
+            self.number += 1
+            if line.strip():
+                records.append(self._record(line))
+        return records
+
+    def _record(self, line: bytes) -> Record:
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise self._unreadable(line, "not JSON") from error
+        if not isinstance(record, dict):
+            raise self._unreadable(line, "not an object")
+        return record
+
+    def _unreadable(self, line: bytes, why: str) -> DataError:
+        return DataError(
+            f"unreadable line ({why})",
+            where=f"{self.path}:{self.number}",
+            got=line[:60].decode("utf-8", "replace"),
+            expected="one JSON object a line",
+        )
+
+
+@dataclass(slots=True)
+class Run:
+    """One run: where it lies, how it was set up, and what it has written so far.
+
+    Attributes:
+        path: Its folder.
+        name: What the page calls it.
+        config: ``config.json`` ({} when there is none).
+        params: What a comparison varied ({} outside one).
+        seed: Pairs runs of different settings; None when unknown.
+        failed: A comparison says that the run did not finish.
+    """
+
+    path: Path
+    name: str
+    config: Record = field(default_factory=dict)
+    params: Record = field(default_factory=dict)
+    seed: int | None = None
+    failed: bool = False
+    steps: list[Record] = field(default_factory=list)
+    evals: list[Record] = field(default_factory=list)
+    events: list[Record] = field(default_factory=list)
+    rollouts: list[Record] = field(default_factory=list)
+    _diary: Lines | None = None
+    _tokens: Lines | None = None
+
+    def refresh(self) -> bool:
+        """Read what was written since the last time; True when there was anything."""
+        if not self.config:
+            self.config = read_config(self.path)
+            self.seed = self.seed if self.seed is not None else _seed(self.config)
+        self._diary = self._diary or Lines(self.path / METRICS)
+        self._tokens = self._tokens or Lines(self.path / TOKENS)
+        records, rollouts = self._diary.read(), self._tokens.read()
+        for record in records:
+            kind = record.get("kind")
+            place = self.steps if kind == "step" else self.evals if kind == "eval" else self.events
+            place.append(record)
+        self.rollouts += [rollout for rollout in rollouts if isinstance(rollout.get("tokens"), list)]
+        return bool(records or rollouts)
+
+    @property
+    def planned(self) -> int | None:
+        """Steps that the config asks for."""
+        steps = self.config.get("steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def state(self) -> str:
+        """"failed", "stopped", "finished", or "running" (also: ended without a word)."""
+        if self.failed:
+            return "failed"
+        if any(event.get("event") == "stopped" for event in self.events):
+            return "stopped"
+        last = last_step(self.steps)
+        return "finished" if self.planned is not None and last >= self.planned else "running"
+
+
+def read_run(path: Path, *, name: str | None = None, waiting: bool = False) -> Run:
+    """The run in a folder. ``waiting`` accepts one whose diary is not there yet (a page that follows it)."""
+    if not waiting and not (path / METRICS).exists():
+        raise DataError(
+            "no run here",
+            where=str(path),
+            got=_what_is_there(path),
+            expected=f"a folder with {METRICS} (a run) or {COMPARE} (a comparison)",
+            hint="give the folder that topkd train, replay, demo or compare wrote with --out",
+        )
+    run = Run(path, name or path.resolve().name)
+    run.refresh()
+    return run
+
+
+def read_config(path: Path) -> Record:
+    """``config.json`` of a run; {} when there is none, an error when it is torn."""
+    file = path / CONFIG
+    if not file.exists():
+        return {}
+    return read_object(file)
+
+
+def read_object(file: Path) -> Record:
+    """A JSON file that holds one object."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError("unreadable JSON file", where=str(file), got=str(error)) from error
+    if not isinstance(value, dict):
+        raise DataError("unreadable JSON file", where=str(file), got=type(value).__name__, expected="an object")
+    return value
+
+
+def last_step(steps: list[Record]) -> int:
+    """The last step's number; 0 before the first."""
+    return next((step["step"] for step in reversed(steps) if isinstance(step.get("step"), int)), 0)
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys: {"objective": {"beta": .5}} -> {"objective.beta": .5}."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def _seed(config: Record) -> int | None:
+    seed = config.get("seed")
+    return seed if isinstance(seed, int) else None
+
+
+def _what_is_there(path: Path) -> str:
+    if not path.exists():
+        return "no such folder"
+    if path.is_file():
+        return "a file"
+    return ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "an empty folder"

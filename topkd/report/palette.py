@@ -1,0 +1,102 @@
+"""The page's colours, light and dark: told apart with every kind of colour vision, and legible (WCAG AA, tested).
+
+Groups also differ by dash pattern, and a token's colour is always beside its number: colour alone never says anything.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+THEMES: Final[dict[str, dict[str, str]]] = {
+    "light": {
+        "page": "#f6f7f9",
+        "card": "#ffffff",
+        "ink": "#16191d",
+        "soft": "#555c66",  # second rank text
+        "line": "#dfe3e8",  # hairlines that carry no meaning
+        "axis": "#7d8590",
+        "accent": "#0b5cad",
+        "focus": "#b3261e",
+        "good": "#1b6e3c",
+        "warn": "#8a4b00",
+        "warn-card": "#fff4e2",
+        "mark": "#fff1c9",  # behind settings that differ
+    },
+    "dark": {
+        "page": "#0f1216",
+        "card": "#181c22",
+        "ink": "#eceff3",
+        "soft": "#a9b1bc",
+        "line": "#2c323a",
+        "axis": "#7f8894",
+        "accent": "#7ab8f5",
+        "focus": "#ffb27a",
+        "good": "#6fd39a",
+        "warn": "#f2bd72",
+        "warn-card": "#2e2415",
+        "mark": "#463a10",
+    },
+}
+
+# Blue, vermilion, green, purple, ochre, grey: after Okabe and Ito, darkened (lightened) until 3:1 on the card holds.
+GROUPS: Final[dict[str, list[str]]] = {
+    "light": ["#0062a3", "#c84b00", "#00806a", "#a8468c", "#8a6d00", "#4d5560"],
+    "dark": ["#58b4f2", "#f58a45", "#2fc9a0", "#e59bcb", "#e3c53f", "#bcc4ce"],
+}
+DASHES: Final = ["", "6 3", "2 3"]  # the second and third round of the colours
+
+# Ends of the token ramps; the middle is the card's own colour. Orange and blue for below and above zero.
+RAMP_ENDS: Final[dict[str, dict[str, str]]] = {
+    "light": {"below": "#f3a55c", "above": "#78b6ea", "much": "#b99ae0"},
+    "dark": {"below": "#8d4a10", "above": "#1d5c94", "much": "#6a47a3"},
+}
+RAMP_STEPS: Final = 5  # on each side of zero, zero included
+
+
+def ramp(theme: str, end: str) -> list[str]:
+    """``RAMP_STEPS`` colours from the card to an end of ``RAMP_ENDS``."""
+    card, full = _rgb(THEMES[theme]["card"]), _rgb(RAMP_ENDS[theme][end])
+    shares = [step / (RAMP_STEPS - 1) for step in range(RAMP_STEPS)]
+    return [_hex([round(a + (b - a) * share) for a, b in zip(card, full, strict=True)]) for share in shares]
+
+
+def contrast(first: str, second: str) -> float:
+    """WCAG 2 contrast ratio of two colours, 1 to 21."""
+    lighter, darker = sorted((luminance(first), luminance(second)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2 relative luminance, 0 to 1."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in _rgb(colour))]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def stylesheet() -> str:
+    """The colours as CSS custom properties: the system's theme, unless the reader chose one."""
+    light, dark = (_properties(theme) for theme in ("light", "dark"))
+    return (
+        f":root{{color-scheme:light;{light}}}\n"
+        f"@media (prefers-color-scheme: dark){{:root:not([data-theme=light]){{color-scheme:dark;{dark}}}}}\n"
+        f":root[data-theme=dark]{{color-scheme:dark;{dark}}}\n"
+        + "".join(
+            f".g{i}{{--c:var(--g{i % len(GROUPS['light'])});--dash:{DASHES[i // len(GROUPS['light'])] or 'none'}}}\n"
+            for i in range(len(GROUPS["light"]) * len(DASHES))
+        )
+        + "".join(f".{end}{i}{{background:var(--{end}{i})}}\n" for end in RAMP_ENDS["light"] for i in range(RAMP_STEPS))
+    )
+
+
+def _properties(theme: str) -> str:
+    pairs = list(THEMES[theme].items())
+    pairs += [(f"g{i}", colour) for i, colour in enumerate(GROUPS[theme])]
+    pairs += [(f"{end}{i}", colour) for end in RAMP_ENDS[theme] for i, colour in enumerate(ramp(theme, end))]
+    return "".join(f"--{name}:{colour};" for name, colour in pairs)
+
+
+def _rgb(colour: str) -> list[int]:
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+
+
+def _hex(rgb: list[int]) -> str:
+    return "#" + "".join(f"{value:02x}" for value in rgb)

@@ -1,0 +1,63 @@
+"""Long series made short without hiding anything: the lowest and the highest of every stretch are kept.
+
+Arrays in, arrays out; NaN is a hole and stays one (a stretch of holes becomes one hole), so that a gap is never bridged.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Rows = NDArray[np.intp]
+
+
+def extremes(values: Floats, points: int) -> Rows:
+    """At most ``points`` rows of ``values``, in order: the minimum and the maximum of equal stretches, and both ends.
+
+    No value above or below what is kept exists in its stretch. Where all of a stretch is NaN, its first row stands for
+    it. A series that is short enough is kept whole.
+    """
+    if values.size <= points:
+        return np.arange(values.size)
+    stretches = max(1, (points - 2) // 2)
+    edges = np.linspace(0, values.size, stretches + 1).astype(np.intp)
+    keep = {0, values.size - 1}
+    for first, after in zip(edges[:-1], edges[1:], strict=True):
+        part = values[first:after]
+        known = np.flatnonzero(np.isfinite(part))
+        if not known.size:
+            keep.add(int(first))
+            continue
+        keep.add(int(first + known[part[known].argmin()]))
+        keep.add(int(first + known[part[known].argmax()]))
+    return np.array(sorted(keep), dtype=np.intp)
+
+
+def evenly(size: int, points: int) -> Rows:
+    """At most ``points`` rows of a smooth series, evenly spaced, both ends included."""
+    if size <= points:
+        return np.arange(size)
+    return np.unique(np.linspace(0, size - 1, points).round().astype(np.intp))
+
+
+def window_of(size: int) -> int:
+    """How many neighbours a smoothed value averages: a twentieth of the series, odd, 1 when it is short."""
+    return 1 if size < 30 else (size // 40) * 2 + 1
+
+
+def rolling_mean(values: Floats, window: int) -> Floats:
+    """Centred mean of the known values in a window that shrinks at both ends; NaN where all of it is unknown."""
+    if window <= 1:
+        return values
+    known = np.isfinite(values)
+    half = window // 2
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    at = np.arange(values.size)
+    # Symmetric at the ends: a one-sided window would drag the first value towards what comes later.
+    reach = np.minimum(half, np.minimum(at, values.size - 1 - at))
+    first, after = at - reach, at + reach + 1
+    count = counts[after] - counts[first]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(count > 0, (sums[after] - sums[first]) / count, np.nan)
