@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from topkd.topk.errors import DataError
-from topkd.topk.types import Int32
+from topkd.topk.types import Bool, Int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,19 +23,35 @@ class PromptRow:
         teacher_prompt_ids: int32 [P'], the same ids unless the teacher's context is privileged.
         teacher_id: Which teacher scores it.
         sample_id: The row's own name.
+        completion_ids: int32 [C], C >= 1: the answer that came with the row, None when there is none.
+        completion_mask: bool [C], the tokens of it that train (of a conversation: what the assistant says); None: all.
+        columns: The row as its file has it, for scorers and feedback.
     """
 
     prompt_ids: Int32
     teacher_prompt_ids: Int32
     teacher_id: str = ""
     sample_id: str = ""
+    completion_ids: Int32 | None = None
+    completion_mask: Bool | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("prompt_ids", "teacher_prompt_ids"):
+        for name in ("prompt_ids", "teacher_prompt_ids", "completion_ids"):
+            if name == "completion_ids" and self.completion_ids is None:
+                continue
             array = np.asarray(getattr(self, name), dtype=np.int32)
             if array.ndim != 1 or array.size < 1:
                 raise DataError(f"{name} needs at least one token", where=f"row {self.sample_id or '?'}")
             object.__setattr__(self, name, array)
+        if self.completion_mask is not None:
+            mask = np.asarray(self.completion_mask, dtype=np.bool_)
+            if self.completion_ids is None or mask.shape != self.completion_ids.shape:
+                raise DataError(
+                    "completion_mask needs one value for each completion token", where=f"row {self.sample_id or '?'}",
+                    got=mask.shape, expected=None if self.completion_ids is None else self.completion_ids.shape,
+                )  # fmt: skip
+            object.__setattr__(self, "completion_mask", mask)
 
 
 def step_indices(rows: int, per_step: int, step: int, seed: int) -> list[int]:
