@@ -44,18 +44,23 @@ class RunConfig(EngineConfig):
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a TOML run file, apply ``key=value`` overrides, check everything."""
+    values = read_toml(path)
+    for override in overrides:
+        apply_override(values, override)
+    return validated(RunConfig, values, where=str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file; what cannot be read is one clear error."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError("cannot read the config", where=str(path), got=reason) from error
     try:
-        values = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError("the config is not TOML", where=str(path), got=str(error)) from error
-    for override in overrides:
-        _set(values, override)
-    return validated(RunConfig, values, where=str(path))
 
 
 def validated(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
@@ -106,7 +111,8 @@ def _shown(value: object) -> str:
     return re.sub(r"//[^/]*@", "//***@", repr(value))
 
 
-def _set(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Lay one ``table.key=value`` over plain values."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError("--set takes key=value", got=override, hint="for instance --set objective.kind=gjs")

@@ -1,0 +1,219 @@
+"""What a comparison is told: its arms, its seeds, how learning rates are tuned, and on what it runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from topkd.compose.config import RunConfig, apply_override, read_toml, validated
+from topkd.engine import EngineConfig
+from topkd.engine.frozen import Frozen
+from topkd.topk.errors import ConfigError
+
+Seed: TypeAlias = Annotated[int, Field(ge=0)]
+EMBEDDED = "embedded"
+
+
+class Arm(Frozen):
+    """One way to train: what differs from the base, and nothing else."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.=+-]*$", max_length=60)]
+    label: str = ""
+    set: dict[str, Any] = {}
+
+    @property
+    def shown(self) -> str:
+        """The label, or the name."""
+        return self.label or self.name
+
+
+class Tuning(Frozen):
+    """Learning rates tried on seeds (so prompts) of their own, the same number of trials for every arm.
+
+    An arm whose best rate is the grid's first or last makes the grid grow there by one rate, for every arm, up to
+    ``extensions`` times; if it is still at the edge, no verdict is given.
+    """
+
+    rates: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=3)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    extensions: Annotated[int, Field(ge=0)] = 2
+
+    @field_validator("rates")
+    @classmethod
+    def _ascending(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if list(rates) != sorted(set(rates)):
+            raise ValueError("rates in ascending order, each once")
+        return rates
+
+
+class CompareConfig(Frozen):
+    """A comparison: every arm on every seed, from the same weights and prompts.
+
+    Attributes:
+        name: Shown on the page.
+        note: One sentence on what it can and cannot tell, shown beside the verdict.
+        base: "embedded" (the demo's tiny pair, its teacher in this process) or a run file.
+        overrides: Set on the base for every arm.
+        arms: The ways to train; the first one is the reference that ratios are taken against.
+        seeds: Paired across arms.
+        tuning: How each arm finds its learning rate; None keeps the base's.
+        metric: Evaluation field that arms are judged by, lower is better.
+        target: Share of the metric's first value that "tokens to target" waits for.
+        replay: Also train every arm on the rollouts that the reference arm drew live: an off-policy test of the
+            estimators, reported apart.
+        workers: Processes; 0 takes one per core.
+    """
+
+    name: str = "comparison"
+    note: str = ""
+    base: str = EMBEDDED
+    overrides: dict[str, Any] = {}
+    arms: Annotated[tuple[Arm, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    tuning: Tuning | None = None
+    metric: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    target: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.8
+    replay: bool = False
+    workers: Annotated[int, Field(ge=0)] = 0
+    probes: PositiveInt = 48
+
+    @model_validator(mode="after")
+    def _distinct(self) -> CompareConfig:
+        for what, values in (("arm names", [arm.name for arm in self.arms]), ("seeds", list(self.seeds))):
+            if len(values) != len(set(values)):
+                raise ValueError(f"{what} that differ from one another")
+        if self.tuning is not None and (shared := set(self.tuning.seeds) & set(self.seeds)):
+            raise ValueError(f"tuning seeds apart from the comparison's own (both hold {sorted(shared)})")
+        return self
+
+    def values(self, arm: Arm, seed: int, lr: float | None) -> dict[str, Any]:
+        """The full settings of one cell, as plain values: base, overrides, arm, seed, rate."""
+        values = self._base_values()
+        for source in (self.overrides, arm.set):
+            values = _merged(values, source)
+        values["seed"] = seed
+        if lr is not None:
+            values["learner"] = {**values.get("learner", {}), "lr": lr}
+        return values
+
+    def checked(self) -> CompareConfig:
+        """Every arm's settings validated now, so that a mistake costs no run."""
+        for arm in self.arms:
+            values = self.values(arm, self.seeds[0], None)
+            model = EngineConfig if self.base == EMBEDDED else RunConfig
+            config = validated(model, values, where=f"arm {arm.name!r}")
+            if config.max_staleness and not self.replay:
+                raise ConfigError(
+                    "a comparison trains on-policy", where=f"arm {arm.name!r}",
+                    got=f"max_staleness {config.max_staleness}", expected="0",
+                    hint="set overrides.max_staleness = 0: staleness differs in effect between estimators",
+                )  # fmt: skip
+        return self
+
+    def _base_values(self) -> dict[str, Any]:
+        if self.base == EMBEDDED:
+            return dict(EMBEDDED_VALUES)
+        values = read_toml(Path(self.base))
+        values.setdefault("max_staleness", 0)
+        return values
+
+
+# The demo's pair at a size that lets many runs finish: 16 prompts x 24 tokens a step, every token valid.
+EMBEDDED_VALUES: dict[str, Any] = {
+    "steps": 60,
+    "k": 20,
+    "max_staleness": 0,
+    "eval_every": 10,
+    "rollout": {"prompts_per_step": 16, "samples_per_prompt": 1, "max_completion_tokens": 24, "batch_size": 16},
+    "learner": {"lr": 1e-3, "warmup_steps": 5},
+}
+
+
+def load_compare(path: Path, overrides: Sequence[str] = ()) -> CompareConfig:
+    """A comparison file; a relative ``base`` is taken from beside it, ``overrides`` apply to every arm."""
+    values = read_toml(path)
+    if isinstance(base := values.get("base"), str) and base != EMBEDDED:
+        values["base"] = str(path.parent / base)
+    config = validated(CompareConfig, values, where=str(path))
+    return _overridden(config, overrides).checked()
+
+
+def from_runs(
+    paths: Sequence[Path], grid: Mapping[str, Sequence[Any]], seeds: Sequence[int], overrides: Sequence[str] = ()
+) -> CompareConfig:
+    """Arms from run files (``compare a.toml b.toml``), or from a grid over one base file or the embedded pair."""
+    if grid and len(paths) > 1:
+        raise ConfigError("a grid takes one base file", got=f"{len(paths)} files", hint="give one, or drop --grid")
+    if len(paths) > 1:
+        base = read_toml(paths[0])
+        arms = [Arm(name=_unique(path, paths), set=_difference(base, read_toml(path))) for path in paths]
+        values: dict[str, Any] = {"base": str(paths[0]), "name": " against ".join(arm.name for arm in arms)}
+    else:
+        arms = [_grid_arm(dict(zip(grid, point, strict=True))) for point in itertools.product(*grid.values())]
+        values = {"base": str(paths[0]) if paths else EMBEDDED, "name": "grid over " + ", ".join(grid)}
+    values |= {"arms": [arm.model_dump() for arm in arms], "seeds": list(seeds)}
+    return _overridden(validated(CompareConfig, values, where="the command line"), overrides).checked()
+
+
+def parse_grid(entries: Sequence[str]) -> dict[str, list[Any]]:
+    """``key=value,value`` options as key -> values."""
+    grid: dict[str, list[Any]] = {}
+    for entry in entries:
+        key, separator, text = entry.partition("=")
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if not separator or not key.strip() or not parts:
+            raise ConfigError("--grid takes key=value,value", got=entry, hint="as in --grid objective.kind=gjs,topk_pg")
+        grid[key.strip()] = [_value(part) for part in parts]
+    return grid
+
+
+def _grid_arm(point: Mapping[str, Any]) -> Arm:
+    table: dict[str, Any] = {}
+    for key, value in point.items():
+        apply_override(table, f"{key}={json.dumps(value)}")
+    name = "+".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in point.items())
+    return Arm(name=name, set=table)
+
+
+def _overridden(config: CompareConfig, overrides: Sequence[str]) -> CompareConfig:
+    table = json.loads(json.dumps(config.overrides))
+    for override in overrides:
+        apply_override(table, override)
+    return config.model_copy(update={"overrides": table})
+
+
+def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """``change`` laid over ``base``, table by table; a table with another ``kind`` replaces the former one whole."""
+    merged = dict(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        same = isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("kind") in (None, old.get("kind"))
+        merged[key] = _merged(old, value) if same else value  # type: ignore[arg-type]
+    return merged
+
+
+def _difference(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    if gone := sorted(set(base) - set(other)):
+        raise ConfigError(
+            "the run files differ in a table that only the first has", got=gone[0],
+            hint="give every file the same tables, or write a comparison file with arms",
+        )  # fmt: skip
+    return {key: value for key, value in other.items() if value != base.get(key)}
+
+
+def _unique(path: Path, paths: Sequence[Path]) -> str:
+    same = [other for other in paths if other.stem == path.stem]
+    return path.stem if len(same) == 1 else f"{path.parent.name}-{path.stem}"
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
