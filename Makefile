@@ -49,15 +49,16 @@ check: ## everything CI runs, with the minutes of each part
 bench: bench-math bench-clients bench-offline bench-engine ## all figures; results land in benchmarks/results/
 
 bench-math: ## F1 and F6: two-list divergences, fused loss
-bench-clients: ## F2 to F4: decoding and end-to-end scoring
+bench-clients: ## F2 to F4: decoding and end-to-end scoring, against openai-python and TRL in .venv-bench
 bench-offline: ## F7: the score cache against datasets and Parquet
 bench-engine: ## F5 and F8: overlap, estimators
 bench-math: SCRIPTS = $(wildcard benchmarks/bench_pairs.py benchmarks/bench_fused.py)
 bench-clients: SCRIPTS = $(wildcard benchmarks/bench_decode.py benchmarks/bench_scoring.py)
 bench-offline: SCRIPTS = $(wildcard benchmarks/bench_store.py)
 bench-engine: SCRIPTS = $(wildcard benchmarks/bench_overlap.py benchmarks/bench_estimators.py)
+bench-clients: BEFORE = PYTHON="$$bin/python" bash scripts/setup_bench.sh &&
 bench-math bench-clients bench-offline bench-engine:
-	@$(DEV) for script in $(SCRIPTS); do echo "== $$script"; "$$bin/python" "$$script" || exit 1; done
+	@$(DEV) $(BEFORE) for script in $(SCRIPTS); do echo "== $$script"; "$$bin/python" "$$script" || exit 1; done
 
 setup: ## the development environment, and nothing else
 	@$(DEV) echo "$$bin"
@@ -67,4 +68,4 @@ clean: ## what builds and tests leave behind
 	find topkd tests benchmarks examples docs scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also the environments that make made
-	rm -rf .venv .venv-vllm .venv-vllm-0.31 .venv-llama
+	rm -rf .venv .venv-vllm .venv-vllm-0.31 .venv-llama .venv-bench
