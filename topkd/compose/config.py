@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from topkd.clients import ClientConfig
 from topkd.compose.tables import CacheConfig, DataConfig, ReplayConfig, StudentConfig, TeacherConfig
+from topkd.compose.watch_tables import EvalConfig, TrackConfig
 from topkd.engine import EngineConfig
 from topkd.topk.errors import ConfigError
 
@@ -30,6 +31,8 @@ class RunConfig(EngineConfig):
     client: ClientConfig = ClientConfig()
     cache: CacheConfig | None = None
     replay: ReplayConfig = ReplayConfig()
+    eval: EvalConfig | None = None
+    track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
     def _one_way_to_name_teachers(self) -> RunConfig:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from topkd.engine.frozen import Frozen
 from topkd.topk.errors import ConfigError
 
 ScoringDialect: TypeAlias = Literal["auto", "vllm", "vllm_generate", "sglang", "fireworks"]
+PRIVILEGED = ("reference", "feedback", "hint")  # in the order in which they are put around a prompt
 
 
 class StudentConfig(Frozen):
@@ -20,13 +21,27 @@ class StudentConfig(Frozen):
     model: str
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    chat_template: str | None = None  # a Jinja file, where the tokenizer has none or another is wanted
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
 class TeacherConfig(Frozen):
-    """A server that scores. A key never stands in a config: ``api_key_env`` names the variable that holds it."""
+    """Who scores. A key never stands in a config: ``api_key_env`` names the variable that holds it.
 
-    url: str
+    ``server`` is asked over HTTP at ``url``; ``local`` is a folder (``model``) opened in this process; ``self`` is
+    the student behind another prompt, at weights that follow it: after each step ``ema`` of them stays (1: the weights
+    the run began with; 0: always the student's own). ``tokenizer`` is the teacher's, where it is at hand: its ends of
+    text are compared with the student's. ``chat_template`` and ``chat_template_kwargs`` render the teacher's prompts;
+    left out, they are the student's.
+    """
+
+    kind: Literal["server", "local", "self"] = "server"
+    url: str = ""
     model: str | None = None
+    ema: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     dialect: ScoringDialect = "auto"
     api_key_env: str | None = None
     revision: str = ""  # of the weights behind the name: the cache keeps revisions apart
@@ -39,6 +54,18 @@ class TeacherConfig(Frozen):
             raise ValueError("a URL without user name and password; name the key's variable in api_key_env")
         return url
 
+    @model_validator(mode="after")
+    def _names_what_its_kind_needs(self) -> TeacherConfig:
+        if (self.kind == "server") != bool(self.url):
+            raise ValueError(
+                "a url for a teacher behind a server" if self.kind == "server" else f"no url for kind {self.kind!r}"
+            )
+        if self.kind == "local" and not self.model:
+            raise ValueError("a model folder for a teacher in this process")
+        if self.kind == "self" and self.model:
+            raise ValueError("no model for kind 'self': the teacher is the student")
+        return self
+
     def api_key(self) -> SecretStr | None:
         """The key from the environment; naming a variable that is not set is an error."""
         if self.api_key_env is None:
@@ -49,11 +76,45 @@ class TeacherConfig(Frozen):
         return SecretStr(value)
 
 
+class PrivilegedConfig(Frozen):
+    """How a row's ``hint``, ``reference`` and ``feedback`` columns stand in the teacher's prompt alone.
+
+    A template names its own column, as in ``{hint}``. With ``{prompt}`` in it, it takes the place of the text prompt or
+    of the last user message; without, it becomes the system message, or stands before a text prompt.
+    """
+
+    hint: str = "{hint}"
+    reference: str = "{prompt}\n\nA reference answer:\n{reference}\n\nNow answer in your own words."
+    feedback: str = "{prompt}\n\nFeedback on an earlier attempt:\n{feedback}\n\nNow answer the question above."
+
+    @model_validator(mode="after")
+    def _each_names_its_column(self) -> PrivilegedConfig:
+        for name in PRIVILEGED:
+            if "{" + name + "}" not in getattr(self, name):
+                raise ValueError(f"{{{name}}} in the template of {name}")
+        return self
+
+
 class DataConfig(Frozen):
-    """Where prompts come from: JSONL rows with ``prompt_ids``, ``prompt`` or ``messages``."""
+    """Where prompts come from: JSONL, Parquet or a saved dataset with ``prompt_ids``, ``prompt`` or ``messages``.
+
+    Attributes:
+        path: The file or folder.
+        limit: Rows at most.
+        teacher_column: The column that says which teacher a row has.
+        turns: What of a conversation is the answer: the last assistant message, or all from the first one on (the
+            assistant's tokens train, the others are masked).
+        privileged: Templates of what only the teacher sees.
+        feedback: ``module:function`` or ``file.py:function``: (row, completion) -> text or None, feedback on the very
+            completion that is scored, for the teacher's prompt.
+    """
 
     path: str
     limit: Annotated[int | None, Field(ge=1)] = None
+    teacher_column: str = "teacher_id"
+    turns: Literal["last", "all"] = "last"
+    privileged: PrivilegedConfig = PrivilegedConfig()
+    feedback: str | None = None
 
 
 class CacheConfig(Frozen):

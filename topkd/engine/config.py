@@ -19,6 +19,8 @@ class RolloutConfig(Frozen):
     max_prompt_tokens: PositiveInt = 2048
     max_completion_tokens: PositiveInt = 1024
     overlong: Literal["drop", "error"] = "error"
+    truncated: Literal["keep", "mask"] = "keep"
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()  # beside the tokenizer's own end of text
     batch_size: PositiveInt = 64
 
 
