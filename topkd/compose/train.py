@@ -98,7 +98,7 @@ async def run(
     from topkd.engine.loop import distil
 
     sampling = sampling or in_process(config, student, tokenizer)
-    learner = Learner(student, config.learner, config.objective, lock=sampling.lock)
+    learner = Learner(student, config.learner, config.objective, lock=sampling.lock, steps=config.steps)
     evals: list[dict[str, Any]] = []
 
     def on_record(kind: str, record: dict[str, Any]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from topkd.engine.batching import micro_batches
 from topkd.engine.learner_config import ImportanceSampling, LearnerConfig
@@ -16,10 +18,23 @@ from topkd.engine.objective_config import Objective
 from topkd.engine.objectives import TokenStats, objective_loss, valid_tokens
 from topkd.engine.student import Student
 from topkd.topk import kl_k1, kl_k3
-from topkd.topk.errors import TrainingError
+from topkd.topk.errors import ConfigError, TrainingError
 from topkd.topk.samples import PreparedSample
 
 MAX_SKIPPED_IN_A_ROW = 5
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerState:
+    """What a checkpoint keeps of a learner beside the weights.
+
+    Attributes:
+        values: JSON: version, skips in a row, the objective's own state (TAID's schedule).
+        tensors: Optimiser state by "parameter name/entry", whole tensors (safetensors can hold them).
+    """
+
+    values: dict[str, Any]
+    tensors: dict[str, Tensor]
 
 
 class Learner:
@@ -30,6 +45,7 @@ class Learner:
         config: Optimiser settings.
         objective: What to minimise.
         lock: Held while weights change or are read for a step (share it with an in-process sampler).
+        steps: How many steps the run takes: what schedules run towards.
     """
 
     def __init__(
@@ -39,12 +55,15 @@ class Learner:
         objective: Objective,
         *,
         lock: threading.Lock | None = None,
+        steps: int | None = None,
     ) -> None:
         self.student, self.config, self.objective = student, config, objective
         self.lock = lock or threading.Lock()
+        self.steps = steps
         self.version = 0
         self._skipped_in_a_row = 0
-        self._trained = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
+        self._named = {name: p for name, p in student.model.named_parameters() if p.requires_grad}
+        self._trained = list(self._named.values())
         self._optimizer = torch.optim.AdamW(
             self._trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
@@ -94,6 +113,34 @@ class Learner:
             "skipped": skipped,
             **(token_metrics(stats, self.config.importance) if stats else {}),
         }
+
+    def state_dict(self) -> LearnerState:
+        """Everything but the weights that the next step depends on: optimiser, version, skips, objective."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._named.items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{name}/{key}"] = value.detach().clone()
+        values = {"version": self.version, "skipped_in_a_row": self._skipped_in_a_row, "objective": {}}
+        return LearnerState(values, tensors)
+
+    def load_state_dict(self, state: LearnerState) -> None:
+        """Continue from ``state_dict()`` of a learner with the same parameters; anything else is refused."""
+        fresh: dict[str, dict[str, Tensor]] = {}
+        for path, value in state.tensors.items():
+            name, _, key = path.rpartition("/")
+            parameter = self._named.get(name)
+            if parameter is None or (value.dim() and value.shape != parameter.shape):
+                expected = "no such parameter" if parameter is None else tuple(parameter.shape)
+                raise ConfigError(
+                    "optimiser state of another student", where=name, got=tuple(value.shape), expected=expected
+                )
+            fresh.setdefault(name, {})[key] = value.clone() if not value.dim() else value.to(parameter.device).clone()
+        self._optimizer.state.clear()
+        for name, entries in fresh.items():
+            self._optimizer.state[self._named[name]] = entries
+        self.version = int(state.values["version"])
+        self._skipped_in_a_row = int(state.values["skipped_in_a_row"])
 
     def _lr(self) -> float:
         warm = self.config.warmup_steps
