@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from topkd.clients.connection import connect
     from topkd.clients.dialect import ServerInfo
     from topkd.clients.fireworks import FireworksEcho
-    from topkd.clients.fleet import Fleet, TeacherRouter
+    from topkd.clients.fleet import Fleet
     from topkd.clients.openai import OpenAIChat
+    from topkd.clients.router import TeacherRouter
     from topkd.clients.sglang import Sglang
     from topkd.clients.stream import Done, Job, Stream
     from topkd.clients.sync import FleetWeightSink, SglangWeightSink, VllmWeightSink
@@ -35,7 +36,7 @@ _HOMES = {
     "Sglang": "sglang",
     "SglangWeightSink": "sync",
     "Stream": "stream",
-    "TeacherRouter": "fleet",
+    "TeacherRouter": "router",
     "TinkerClient": "tinker",
     "VllmCompletions": "vllm",
     "VllmGenerate": "vllm_generate",

@@ -23,6 +23,9 @@ class ClientConfig(BaseModel):
         connect_timeout_s: TCP and TLS set-up.
         read_timeout_s: One try, whatever its size.
         read_timeout_per_token_s: Added to a try for each token scored or generated.
+        stall_timeout_s: Silence in the middle of a reply after which its try is given up.
+        watchdog_s: Silence of a server with requests under way after which it is asked for a sign of life; without one
+            all its tries are given up. 0: never.
         total_timeout_s: All tries of one request and the pauses between them.
         max_retries: Tries after the first.
         response_retries: Of these, after a *score* reply that failed its checks (scoring may be repeated freely).
@@ -39,6 +42,8 @@ class ClientConfig(BaseModel):
         decode_workers: Threads that turn replies into arrays.
         keepalive_expiry_s: Below the 5 s after which common servers close idle connections.
         verify_tls: False only for a test server with a self-signed certificate.
+        hedge_share: Scores of a fleet, of all, that may be asked of a second replica when they are slower than 95 in
+            100; the first answer counts. Replicas differ in the last digits, so the default is 0: never.
         breaker_failures: Failures in a row that open a replica's circuit.
         breaker_cooldown_s: Pause before the single probe of an open circuit.
     """
@@ -48,6 +53,8 @@ class ClientConfig(BaseModel):
     connect_timeout_s: Positive = 5.0
     read_timeout_s: Positive = 60.0
     read_timeout_per_token_s: Seconds = 0.1
+    stall_timeout_s: Positive = 30.0
+    watchdog_s: Seconds = 120.0
     total_timeout_s: Positive = 900.0
 
     max_retries: Retries = 5
@@ -68,6 +75,7 @@ class ClientConfig(BaseModel):
     keepalive_expiry_s: Seconds = 4.0
     verify_tls: bool = True
 
+    hedge_share: Annotated[float, Field(ge=0, le=0.05)] = 0.0
     breaker_failures: Count = 5
     breaker_cooldown_s: Seconds = 5.0
 

@@ -1,4 +1,4 @@
-"""``connect``: from a URL to a client that has met its server."""
+"""``connect``: from a URL, or the URLs of replicas, to a teacher that has met its servers."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from pydantic import SecretStr
 
 from topkd.clients.config import ClientConfig
 from topkd.clients.dialect import HttpClient
-from topkd.clients.fireworks import FireworksEcho
+from topkd.clients.fleet import Fleet
 from topkd.clients.probe_dialect import open_client
-from topkd.clients.sglang import Sglang
+from topkd.clients.scorers import DIALECTS, ScoringClient
 from topkd.clients.vllm import VllmCompletions
-from topkd.clients.vllm_generate import VllmGenerate
 from topkd.topk.errors import UnsupportedError
 
-# What a fleet of replicas can be made of.
-DIALECTS: dict[str, type[VllmCompletions]] = {"vllm": VllmCompletions, "vllm_generate": VllmGenerate}
-ScoringClient = VllmCompletions | Sglang | FireworksEcho
+__all__ = ["DIALECTS", "ScoringClient", "connect"]
 
 
 @overload
@@ -38,26 +35,59 @@ async def connect(
     api_key: str | SecretStr | None = None,
     config: ClientConfig | None = None,
 ) -> ScoringClient: ...
+@overload
 async def connect(
-    url: str,
+    url: list[str] | tuple[str, ...],
     *,
     dialect: str = "vllm",
     model: str | None = None,
     api_key: str | SecretStr | None = None,
     config: ClientConfig | None = None,
-) -> ScoringClient:
+) -> Fleet: ...
+async def connect(
+    url: str | list[str] | tuple[str, ...],
+    *,
+    dialect: str = "vllm",
+    model: str | None = None,
+    api_key: str | SecretStr | None = None,
+    config: ClientConfig | None = None,
+) -> ScoringClient | Fleet:
     """A teacher whose server answers and has the model. Close it with ``aclose()``, or use it as a context manager.
 
+    Several URLs are replicas of one teacher: a ``Fleet`` of them, after they were seen to score alike.
+
     Args:
-        url: ``http(s)://host:port``.
-        dialect: "vllm", "vllm_generate", "sglang", "fireworks", or "auto" to ask the server which it speaks.
+        url: ``http(s)://host:port``, or several.
+        dialect: "vllm", "vllm_generate", "sglang", "fireworks", or "auto" to ask each server which it speaks.
         model: Served name; None takes the only one.
         api_key: ``"env:NAME"``, ``"file:PATH"``, a key, or None.
         config: Time-outs, retries and bounds.
 
     Raises:
         UnsupportedError: The server speaks a dialect that only samples (OpenAI chat): it cannot teach.
+        ResponseError: Replicas disagree about the same tokens.
     """
+    if isinstance(url, str):
+        return await _client(url, dialect, model, api_key, config)
+    makes: list[type[ScoringClient]] = []
+    for each in url:
+        if dialect in DIALECTS:
+            makes.append(DIALECTS[dialect])
+            continue
+        async with await _client(each, dialect, model, api_key, config) as client:
+            makes.append(type(client))
+    fleet = Fleet(url, make=makes, model=model, api_key=api_key, config=config)
+    try:
+        await fleet.meet()
+    except BaseException:
+        await fleet.aclose()
+        raise
+    return fleet
+
+
+async def _client(
+    url: str, dialect: str, model: str | None, api_key: str | SecretStr | None, config: ClientConfig | None
+) -> ScoringClient:
     client: HttpClient = await open_client(url, dialect=dialect, model=model, api_key=api_key, config=config)
     if not isinstance(client, ScoringClient):
         await client.aclose()

@@ -19,6 +19,7 @@ from topkd.clients.refusals import refusal
 from topkd.clients.retry import Total, Try, with_retries
 from topkd.clients.secrets import load_key
 from topkd.clients.transport import HttpxTransport, Reply, Request, Transport
+from topkd.clients.watchdog import Watchdog
 from topkd.topk.errors import (
     ConfigError,
     ResponseError,
@@ -62,6 +63,7 @@ class Endpoint:
         self._key, self._key_header = load_key(api_key, where=self.url), key_header
         self._transport = transport or HttpxTransport(self.config)
         self._threads: ThreadPoolExecutor | None = None
+        self._watchdog = Watchdog(self.config.watchdog_s, self.answers, self.metrics)
 
     def __repr__(self) -> str:
         return f"Endpoint({self.url!r})"
@@ -111,6 +113,8 @@ class Endpoint:
                     self._private(),
                     timeout_s=max(0.001, min(self.config.try_timeout_s(tokens), one.total.remaining_s)),
                     max_bytes=self.config.reply_bound(entries),
+                    stall_s=self.config.stall_timeout_s,
+                    heard=self._watchdog.heard,
                 )
                 return await self._once(request, decode, permit, where=where, k=k, model=model)
             finally:
@@ -122,15 +126,24 @@ class Endpoint:
 
     async def ping(self, path: str, *, timeout_s: float = 5.0) -> bool:
         """One short GET past the gate: a replica whose places are all taken by stuck requests can still be probed."""
+        return await self._status(path, timeout_s) == 200
+
+    async def answers(self) -> bool:
+        """Whether anything but a failure comes back from ``GET /health``: a server without that route lives too."""
+        return 0 < await self._status("/health", min(5.0, self.config.watchdog_s or 5.0)) < 500
+
+    async def _status(self, path: str, timeout_s: float) -> int:
+        """The status of one short GET past the gate; 0 when there is none."""
         request = Request("GET", self.url + path, private=self._private(), timeout_s=timeout_s, max_bytes=65_536)
         try:
-            return (await self._transport.send(request)).status == 200
+            return (await self._transport.send(request)).status
         except (OSError, ResponseError):
-            return False
+            return 0
 
     async def aclose(self) -> None:
         """Closes connections and decoding threads."""
         self.gate.close()
+        await self._watchdog.aclose()
         await self._transport.aclose()
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
@@ -141,7 +154,8 @@ class Endpoint:
     ) -> Result:
         self.metrics.add("tries")
         try:
-            reply = await self._transport.send(request)
+            async with self._watchdog.over(where):
+                reply = await self._transport.send(request)
         except RetryableServerError as error:
             # A slow server is no more helped by the same number of requests than an absent one.
             permit.replied(overload=True)

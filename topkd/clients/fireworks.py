@@ -211,6 +211,10 @@ class FireworksEcho(HttpClient):
             raise ConfigError("Fireworks needs a model name", where=self.endpoint.url, hint="model=accounts/...")
         return self._model
 
+    async def healthy(self) -> bool:
+        """Whether the service answers at all: it has no route for it."""
+        return await self.endpoint.answers()
+
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
         """As ``TeacherScorer``, for K <= 5."""
         _limit(k, self.where())

@@ -1,10 +1,10 @@
-"""Several replicas of one teacher as one: routing, fail-over, circuits, and the test that they agree."""
+"""Several replicas of one teacher as one: fail-over, circuits, hedges, and the test that they agree."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -12,10 +12,13 @@ import numpy as np
 
 from topkd.clients.breaker import Breaker
 from topkd.clients.config import ClientConfig
+from topkd.clients.dialect import ServerInfo
+from topkd.clients.hedging import Hedging
 from topkd.clients.limits import Budget
 from topkd.clients.metrics import Metrics
 from topkd.clients.retry import Try, with_retries
 from topkd.clients.sampled import sent
+from topkd.clients.scorers import ScoringClient
 from topkd.clients.vllm import VllmCompletions
 from topkd.topk.errors import (
     ConfigError,
@@ -23,19 +26,22 @@ from topkd.topk.errors import (
     RetryableServerError,
     ServerBusyError,
     ServerUnreachableError,
+    UnsupportedError,
 )
-from topkd.topk.protocols import Ids, TeacherScorer
+from topkd.topk.protocols import CandidateScorer, Ids
 from topkd.topk.samples import Rollout, SamplingParams
-from topkd.topk.types import TopK
+from topkd.topk.types import Float32, Int32, TopK
 
 Result = TypeVar("Result")
+Ask = Callable[[ScoringClient], Awaitable[Result]]
 _SMOOTHING = 0.2  # of a replica's seconds per reply
+_COMPARED = tuple(range(1, 9))  # ids that any vocabulary has
 
 
 class Replica:
     """A client and what the fleet knows of it."""
 
-    def __init__(self, client: VllmCompletions, config: ClientConfig) -> None:
+    def __init__(self, client: ScoringClient, config: ClientConfig) -> None:
         self.client, self.breaker = client, Breaker(config)
         self.seconds = 0.0  # smoothed seconds per request; 0 until the first reply, so that a new one is tried at once
 
@@ -55,14 +61,15 @@ class Replica:
 
 
 class Fleet:
-    """A TeacherScorer and Sampler over replicas that serve the same model.
+    """A TeacherScorer, CandidateScorer and Sampler over replicas that serve the same model.
 
     Each try goes to the least loaded replica whose circuit is closed; a failed try goes to another one. The replicas
-    share one memory budget and one set of counters; each has its own adaptive window.
+    share one memory budget and one set of counters; each has its own adaptive window. With ``hedge_share`` a score that
+    is slower than most is asked of a second replica too, and the loser is cancelled.
 
     Args:
         urls: Base URLs of the replicas.
-        make: Class of the clients.
+        make: Class of the clients, or one for each URL: any dialect that scores.
         config: As for one client; its retries count over all replicas.
         options: Passed to ``make`` (model, api_key, vocab_size, ...).
     """
@@ -71,7 +78,7 @@ class Fleet:
         self,
         urls: Sequence[str],
         *,
-        make: type[VllmCompletions] = VllmCompletions,
+        make: type[ScoringClient] | Sequence[type[ScoringClient]] = VllmCompletions,
         config: ClientConfig | None = None,
         **options: Any,
     ) -> None:
@@ -82,10 +89,12 @@ class Fleet:
         budget = Budget(self.config.budget_token_k)
         # One owner of retries: the fleet's. A replica's client makes single tries.
         single = self.config.model_copy(update={"max_retries": 0, "response_retries": 0})
+        makes = [make] * len(urls) if isinstance(make, type) else list(make)
         self.replicas = [
-            Replica(make(url, config=single, budget=budget, metrics=self.metrics_, **options), self.config)
-            for url in urls
+            Replica(one(url, config=single, budget=budget, metrics=self.metrics_, **options), self.config)
+            for url, one in zip(urls, makes, strict=True)
         ]
+        self._hedging = Hedging(self.config.hedge_share)
         self._probes: set[asyncio.Task[None]] = set()
         self._busy = 0
         self._idle = asyncio.Event()
@@ -113,15 +122,46 @@ class Fleet:
         return out
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
-        """As ``VllmCompletions.score``, from whichever replica answers."""
+        """As ``TeacherScorer``, from whichever replica answers."""
         return await self._run(
-            lambda client: client.score(ids, start, k), response_retries=max(1, self.config.response_retries)
+            lambda client: client.score(ids, start, k),
+            response_retries=max(1, self.config.response_retries),
+            tokens=len(ids),
         )
 
+    async def score_candidates(self, ids: Ids, start: int, candidates: Int32) -> Float32:
+        """As ``CandidateScorer``, from whichever replica answers; an UnsupportedError where the dialect scores none."""
+
+        async def ask(client: ScoringClient) -> Float32:
+            if not isinstance(client, CandidateScorer):
+                raise UnsupportedError(
+                    "this dialect scores no candidates", where=client.where(), got=client.dialect,
+                    expected="vllm_generate or sglang",
+                )  # fmt: skip
+            return await client.score_candidates(ids, start, candidates)
+
+        return await self._run(ask, response_retries=max(1, self.config.response_retries), tokens=len(ids))
+
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
-        """As ``VllmCompletions.sample``; the seed is drawn once, so that another replica draws the same."""
+        """As ``Sampler``; the seed is drawn once, so that another replica draws the same."""
         seeded = params if params.seed is not None else sent(params, secrets.randbelow(2**31))
         return await self._run(lambda client: client.sample(prompt_ids, n, seeded, k=k), response_retries=0)
+
+    async def meet(self) -> ServerInfo:
+        """What all replicas are: one model, the shortest of their contexts; they are seen to score alike.
+
+        Raises:
+            ConfigError: they serve different models.
+            ResponseError: they serve one name with different weights; see ``agreement``.
+        """
+        infos = await asyncio.gather(*(replica.client.server_info() for replica in self.replicas))
+        names = sorted({info.model for info in infos})
+        if len(names) > 1:
+            urls = ", ".join(replica.url for replica in self.replicas)
+            raise ConfigError("the replicas serve different models", where=urls, got=", ".join(names))
+        await self.agreement(_COMPARED, 0, 1)
+        lengths = [info.max_model_len for info in infos if info.max_model_len is not None]
+        return ServerInfo(infos[0].model, min(lengths, default=None), infos[0].version, infos[0].models)
 
     async def agreement(self, ids: Ids, start: int, k: int, *, tolerance_nats: float = 0.005) -> float:
         """Largest difference in the realised logprobs of ``ids`` between any two replicas.
@@ -132,7 +172,9 @@ class Fleet:
         """
         scores = await asyncio.gather(*(replica.client.score(ids, start, k) for replica in self.replicas))
         logp = np.stack([score.actual_logp for score in scores]).astype(np.float64)
-        spread = logp.max(axis=0) - logp.min(axis=0)
+        high_logp, low_logp = logp.max(axis=0), logp.min(axis=0)
+        # Two zeros agree; subtracted they would be a nan, behind which every other row could hide.
+        spread = np.subtract(high_logp, low_logp, out=np.zeros_like(high_logp), where=high_logp != low_logp)
         worst = int(np.argmax(spread))
         if spread[worst] > tolerance_nats:
             low, high = (self.replicas[int(i)].url for i in (logp[:, worst].argmin(), logp[:, worst].argmax()))
@@ -160,23 +202,23 @@ class Fleet:
         await asyncio.gather(*probes, return_exceptions=True)
         await asyncio.gather(*(replica.client.aclose() for replica in self.replicas))
 
-    async def _run(self, ask: Callable[[VllmCompletions], Awaitable[Result]], *, response_retries: int) -> Result:
+    async def _run(self, ask: Ask[Result], *, response_retries: int, tokens: int = 0) -> Result:
+        """One request; with ``tokens`` it is a score, which may be hedged."""
         if self._closing:
             raise ConfigError("the fleet is closed")
         failed: set[int] = set()
 
         async def attempt(one: Try) -> Result:
             number = await self._pick(one, failed)
-            replica = self.replicas[number]
-            begun = asyncio.get_running_loop().time()
-            try:
-                result = await ask(replica.client)
-            except (RetryableServerError, ResponseError) as error:
-                failed.add(number)
-                if not isinstance(error, ServerBusyError) and replica.breaker.failure():
-                    self.metrics_.add("circuits_opened")
-                raise
-            replica.answered(asyncio.get_running_loop().time() - begun)
+            clock = asyncio.get_running_loop().time
+            begun = clock()
+            patience_s = self._hedging.patience_s(tokens) if tokens else None
+            if patience_s is None:
+                result = await self._ask(number, ask, failed)
+            else:
+                result = await self._hedged(number, ask, failed, patience_s)
+            if tokens:
+                self._hedging.answered(clock() - begun, tokens)
             if one.number:
                 self.metrics_.add("failovers")
             return result
@@ -189,6 +231,53 @@ class Fleet:
             self._busy -= 1
             if not self._busy:
                 self._idle.set()
+
+    async def _ask(self, number: int, ask: Ask[Result], failed: set[int]) -> Result:
+        """One try at one replica, which is the better or the worse known for it."""
+        replica = self.replicas[number]
+        begun = asyncio.get_running_loop().time()
+        try:
+            result = await ask(replica.client)
+        except (RetryableServerError, ResponseError) as error:
+            failed.add(number)
+            if not isinstance(error, ServerBusyError) and replica.breaker.failure():
+                self.metrics_.add("circuits_opened")
+            raise
+        replica.answered(asyncio.get_running_loop().time() - begun)
+        return result
+
+    async def _hedged(self, number: int, ask: Ask[Result], failed: set[int], patience_s: float) -> Result:
+        """One try that, when it takes longer than ``patience_s``, is made at a second replica too."""
+        first = asyncio.create_task(self._ask(number, ask, failed))
+        tasks = [first]
+        try:
+            await asyncio.wait(tasks, timeout=patience_s)
+            other = None if first.done() else self._spare(number, failed)
+            if other is not None and self._hedging.spend():
+                self.metrics_.add("hedges")
+                tasks.append(asyncio.create_task(self._ask(other, ask, failed)))
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                settled = next(task for task in tasks if task.done())
+                # A failed try is not the answer while the other may still give one; a refusal would be the same there.
+                if not settled.cancelled() and isinstance(settled.exception(), (RetryableServerError, ResponseError)):
+                    settled = tasks[1 - tasks.index(settled)]
+                result = await settled
+                self.metrics_.add("hedges_won", settled is not first)
+                return result
+            return await first
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _spare(self, number: int, failed: set[int]) -> int | None:
+        """Another replica with a free place; None when all have enough to do."""
+        free = [
+            n
+            for n, replica in enumerate(self.replicas)
+            if n != number and n not in failed and replica.breaker.closed and replica.client.endpoint.gate.free
+        ]
+        return min(free, key=lambda n: self.replicas[n].expected_wait(), default=None)
 
     async def _pick(self, one: Try, failed: set[int]) -> int:
         """The replica for the next try; waits for a probe when every circuit is open."""
@@ -225,25 +314,3 @@ class Fleet:
                 self.metrics_.add("circuits_closed")
             else:
                 replica.breaker.failure()
-
-
-class TeacherRouter:
-    """Teachers by ``teacher_id``. An id that nobody is mapped to is an error, never a default teacher."""
-
-    def __init__(self, teachers: Mapping[str, TeacherScorer]) -> None:
-        self._teachers = dict(teachers)
-
-    def route(self, teacher_id: str) -> TeacherScorer:
-        """The teacher of that id."""
-        try:
-            return self._teachers[teacher_id]
-        except KeyError:
-            raise ConfigError(
-                "no teacher is mapped to this teacher_id",
-                got=repr(teacher_id),
-                expected=" or ".join(map(repr, sorted(self._teachers))) or "an entry in the mapping",
-            ) from None
-
-    async def score(self, teacher_id: str, ids: Ids, start: int, k: int) -> TopK:
-        """Scores with the teacher of that id."""
-        return await self.route(teacher_id).score(ids, start, k)

@@ -116,6 +116,11 @@ class Gate:
         """Requests in flight or waiting."""
         return self.window.in_flight + len(self._waiters)
 
+    @property
+    def free(self) -> bool:
+        """Whether a request would go at once, as far as the window says."""
+        return not self._waiters and self.window.in_flight < self.window.size
+
     async def enter(self, cost: int, *, where: str = "") -> Permit:
         """Waits for a place in the window and for ``cost`` of the budget, then takes both."""
         with self.budget.lock:

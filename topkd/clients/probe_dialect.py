@@ -10,21 +10,13 @@ from pydantic import SecretStr
 
 from topkd.clients.config import ClientConfig
 from topkd.clients.dialect import HttpClient
-from topkd.clients.fireworks import FireworksEcho
 from topkd.clients.openai import OpenAIChat
 from topkd.clients.probe_wire import Wire
-from topkd.clients.sglang import Sglang
-from topkd.clients.vllm import VllmCompletions
-from topkd.clients.vllm_generate import ROUTE, VllmGenerate
+from topkd.clients.scorers import DIALECTS as SCORING
+from topkd.clients.vllm_generate import ROUTE
 from topkd.topk.errors import ConfigError
 
-DIALECTS: dict[str, Callable[..., HttpClient]] = {
-    "vllm": VllmCompletions,
-    "vllm_generate": VllmGenerate,
-    "sglang": Sglang,
-    "fireworks": FireworksEcho,
-    "openai": OpenAIChat,
-}
+DIALECTS: dict[str, Callable[..., HttpClient]] = {**SCORING, "openai": OpenAIChat}
 
 
 async def detect(client: HttpClient) -> str:

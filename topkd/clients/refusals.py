@@ -22,16 +22,25 @@ from topkd.topk.errors import (
     ServerError,
     ServerFailedError,
     ServerTimeoutError,
+    UnsupportedError,
 )
 
-_K_LIMIT = re.compile(r"logprobs of (-?\d+), which is greater than max allowed: (\d+)", re.IGNORECASE)
+# "Requested prompt logprobs of 64, which is ...", and the same tail for a list of candidates.
+_K_LIMIT = re.compile(r"greater than max allowed: (\d+)", re.IGNORECASE)
 # The last one: vLLM clips max_tokens to the room behind the prompt before it checks it, and we never ask for none.
 _CONTEXT = re.compile(
     r"maximum context length|maximum model length|max_model_len|context_length_exceeded"
-    r"|max_tokens must be at least 1, got 0",
+    r"|max_tokens must be at least 1, got 0"
+    r"|longer than the model's context length|exceeds the maximum allowed length",  # SGLang's two
     re.IGNORECASE,
 )
 _NOT_FINITE = "not JSON compliant"
+# A model or route without logprobs: reasoning models name a parameter they do not support, others say it in words.
+_NO_LOGPROBS = re.compile(
+    r"logprobs.{0,40}(not supported|unsupported|not available)|unsupported.{0,40}logprobs", re.IGNORECASE
+)
+_NO_CANDIDATES = "V2 model runner"
+_NO_QUOTA = "insufficient_quota"
 _SHOWN = 400
 _Error = TypeVar("_Error", bound=RetryableServerError)
 
@@ -55,10 +64,10 @@ def refusal(reply: Reply, *, where: str, k: int = 0, model: str = "") -> ServerE
             f"K = {k} is above the server's limit",
             where=where,
             got=said,
-            expected=f"K <= {limit[2]}",
-            hint=f"ask for K <= {limit[2]}, or serve with --max-logprobs {k}",
+            expected=f"K <= {limit[1]}",
+            hint=f"ask for K <= {limit[1]}, or serve with --max-logprobs {k}",
         )
-        error.limit = int(limit[2])
+        error.limit = int(limit[1])
         return error
     if _NOT_FINITE in said:
         failed = ServerFailedError(
@@ -67,11 +76,27 @@ def refusal(reply: Reply, *, where: str, k: int = 0, model: str = "") -> ServerE
         return repeating(failed)
     if reply.status == 404:
         return _not_found(said, where=where, model=model)
-    if 400 <= reply.status < 500 and _CONTEXT.search(said):
-        return ContextLimitError(f"too long for the server's context: {said}", where=where, got=status)
+    if 400 <= reply.status < 500:
+        final = _final(said, _code(reply), status, where)
+        if final is not None:
+            return final
     return _retryable(reply, said, status, where) or RequestRefusedError(
         f"the server refuses the request: {said}", where=where, got=status
     )
+
+
+def _final(said: str, code: str, status: str, where: str) -> ServerError | None:
+    """Refusals whose meaning is more than their status."""
+    if _CONTEXT.search(said) or code == "context_length_exceeded":
+        return ContextLimitError(f"too long for the server's context: {said}", where=where, got=status)
+    if _NO_CANDIDATES in said:
+        hint = "set VLLM_USE_V2_MODEL_RUNNER=1 there"
+        return UnsupportedError(f"the server scores no candidates: {said}", where=where, got=status, hint=hint)
+    if _NO_LOGPROBS.search(said):
+        return UnsupportedError(f"the model serves no logprobs: {said}", where=where, got=status)
+    if code == _NO_QUOTA:  # a 429 that no waiting helps
+        return RequestRefusedError(f"the account has no quota left: {said}", where=where, got=status)
+    return None
 
 
 def _not_found(said: str, *, where: str, model: str) -> RequestRefusedError:
@@ -137,6 +162,17 @@ def _words(reply: Reply) -> str:
     if isinstance(error, dict):
         error = error.get("message")
     return _short(str(error or body.get("message") or body.get("detail") or body))
+
+
+def _code(reply: Reply) -> str:
+    """The machine-readable code of an OpenAI-style error; "" where there is none."""
+    try:
+        body = msgspec.json.decode(reply.body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
+    error = body.get("error") if isinstance(body, dict) else None
+    code = error.get("code") or error.get("type") if isinstance(error, dict) else None
+    return code if isinstance(code, str) else ""
 
 
 def _page(body: bytes) -> str:

@@ -10,7 +10,7 @@ import asyncio
 import ssl
 import weakref
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 from urllib.parse import urljoin, urlsplit
@@ -35,7 +35,11 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One HTTP request. ``private`` headers (keys) are dropped on the way to another host and never shown."""
+    """One HTTP request.
+
+    ``private`` headers (keys) are dropped on the way to another host and never shown. ``heard`` is called whenever some
+    of the reply has come; ``stall_s`` bounds the silence within it.
+    """
 
     method: str
     url: str
@@ -44,6 +48,8 @@ class Request:
     private: Mapping[str, str] = field(default_factory=dict, repr=False)
     timeout_s: float = 60.0
     max_bytes: int = 2**30
+    stall_s: float = 30.0
+    heard: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,18 +235,38 @@ async def _read(response: httpx.Response, request: Request) -> bytes:
     if announced.isdigit() and int(announced) > request.max_bytes:
         raise _too_large(request, f"{announced} bytes announced")
     chunks, size = [], 0
+    clock = asyncio.get_running_loop().time
+    heard = request.heard or _nobody
+    heard()
+    limit = asyncio.timeout(request.stall_s)
     try:
-        async for chunk in response.aiter_raw():
-            data = chunk if inflate is None else inflate.decompress(chunk, request.max_bytes + 1 - size)
-            chunks.append(data)
-            size += len(data)
-            if size > request.max_bytes:
-                raise _too_large(request, f"more than {request.max_bytes} bytes")
+        async with limit:
+            async for chunk in response.aiter_raw():
+                limit.reschedule(clock() + request.stall_s)
+                heard()
+                data = chunk if inflate is None else inflate.decompress(chunk, request.max_bytes + 1 - size)
+                chunks.append(data)
+                size += len(data)
+                if size > request.max_bytes:
+                    raise _too_large(request, f"more than {request.max_bytes} bytes")
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise ServerTimeoutError(
+            "the reply stopped in the middle",
+            where=f"{request.method} {request.url}",
+            got=f"{size} bytes, then nothing for {request.stall_s:.3g} s",
+            hint="raise stall_timeout_s if the way is only slow",
+        ) from error
     except zlib.error as error:
         raise ResponseError("the reply's compression is broken", where=request.url, got=str(error)) from error
     if inflate is not None and size and not inflate.eof:
         raise ResponseError("the reply's compression is broken", where=request.url, got="a stream without its end")
     return b"".join(chunks)
+
+
+def _nobody() -> None:
+    """Listens to no reply."""
 
 
 def _too_large(request: Request, got: str) -> ResponseError:

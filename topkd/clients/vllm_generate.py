@@ -37,7 +37,6 @@ _ROWS = (0, 32)
 _WORTH_IT = 16_384
 _MAX_WINDOWS = 16
 _SHARED = 1024  # ids of a shared list on a server without a limit
-_LIMIT = re.compile(r"greater than max allowed: (\d+)")
 
 
 class _Scored(msgspec.Struct):
@@ -159,7 +158,7 @@ class VllmGenerate(VllmCompletions):
                 response_retries=self.endpoint.config.response_retries,
             )
         except RequestRefusedError as error:
-            raise _explained(error, k) from error
+            raise _explained(error) from error
         self._note(topk, zeros)
         self.metrics_.add("decoded_fast" if fast else "decoded_typed")
         return topk
@@ -193,7 +192,7 @@ class VllmGenerate(VllmCompletions):
                 model=model,
             )
         except RequestRefusedError as error:
-            raise _explained(error, wide) from error
+            raise _explained(error) from error
         self.metrics_.add("sampled_requests")
         self.metrics_.add("sampled_tokens", sum(rollout.completion_ids.size for rollout in result))
         if not asked.exact:
@@ -218,12 +217,12 @@ class VllmGenerate(VllmCompletions):
             return await self._by_schema(self._schema, array, start, wanted)
         except RequestRefusedError as error:
             if not _other_schema(error):
-                raise _explained(error, wanted.shape[1]) from error
+                raise _explained(error) from error
         self._schema = "shared" if self._schema == "rows" else "rows"
         try:
             return await self._by_schema(self._schema, array, start, wanted)
         except RequestRefusedError as error:
-            raise _explained(error, wanted.shape[1]) from error
+            raise _explained(error) from error
 
     async def _by_schema(self, schema: Schema, ids: Int32, start: int, wanted: Int32) -> Float32:
         if schema == "rows":
@@ -318,22 +317,11 @@ def _other_schema(error: RequestRefusedError) -> bool:
     return "prompt_logprob_token_ids" in text and any(sign in text for sign in ("_type", "valid list", "valid integer"))
 
 
-def _explained(error: RequestRefusedError, k: int) -> Exception:
+def _explained(error: RequestRefusedError) -> Exception:
     """The refusal as the error class it means on this route."""
     text = str(error)
     if error.got == "HTTP 404" and "no such route" in text:
         return UnsupportedError(
             f"the server has no {ROUTE}", where=error.where, got=error.got, hint="start vLLM with --enable-scale-out"
         )
-    if "V2 model runner" in text:
-        return UnsupportedError(
-            "the server scores no candidates", where=error.where, got=error.what, hint="set VLLM_USE_V2_MODEL_RUNNER=1"
-        )
-    said = _LIMIT.search(text)
-    if said and not isinstance(error, KLimitError):
-        limit = KLimitError(
-            f"K = {k} is above the server's limit", where=error.where, got=error.what, expected=f"K <= {said[1]}"
-        )
-        limit.limit = int(said[1])
-        return limit
     return error
