@@ -6,6 +6,7 @@ Synthetic scores: Zipf-Mandelbrot ids (half from a topic of the sequence), 60 % 
 of the packed codec do not depend on the ids; those of compressed formats do. Every reader ends with the same NumPy
 arrays. Files are in the page cache. Times are the best of alternating repeats, by CPU time (and by the clock). HF
 datasets are read in whichever of their list and NumPy forms is faster, for random and for sequential reads apart.
+``packed`` uses the compiled unpacking where numba is installed, ``packed_numpy`` never does.
 ``hf_arrow`` (buffers taken from the Arrow table by hand, past the datasets interface) is reported, not a target.
 """
 
@@ -27,7 +28,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from topkd.offline import ScoreStore, TeacherIdentity, verify
+from topkd.offline import ScoreStore, TeacherIdentity, codecs, verify
+from topkd.offline.unpacking import Unpacker, kernel
 from topkd.topk import TopK
 from topkd.topk.types import tail_logp
 
@@ -106,6 +108,8 @@ def table_of(data: list[tuple[np.ndarray, TopK]], *, nested: bool, half: bool) -
 
 
 class Store:
+    unpacker = Unpacker(0)  # at once: a second's compilation is not what is measured
+
     def __init__(self, folder: Path, data, codec: str) -> None:
         begin = time.perf_counter()
         with ScoreStore(folder, mode="a", codec=codec) as store:
@@ -116,11 +120,23 @@ class Store:
         self.k = data[0][1].k
         self.store = ScoreStore(folder)
 
+    def ready(self) -> None:
+        codecs.unpacker = self.unpacker
+
     def random(self, number: int) -> float:
         return float(self.store.get(TEACHER, self.sequences[number], 0, self.k).logp[0, 0])
 
     def sequential(self) -> float:
         return sum(float(record.score()[1].logp[0, 0]) for record in self.store.records())
+
+
+class NumpyStore(Store):
+    """The same records, unpacked without numba."""
+
+    unpacker = Unpacker(1 << 62)
+
+    def __init__(self, other: Store) -> None:
+        self.__dict__.update(other.__dict__)
 
 
 class Datasets:
@@ -239,6 +255,8 @@ def best_rates(sides: dict, sequences: int, repeats: int) -> dict[str, dict[str,
     for _ in range(repeats + 1):
         for name, side in sides.items():
             numbers = rng.integers(0, sequences, reads[name]).tolist()
+            if isinstance(side, Store):
+                side.ready()
             works = {
                 "random_sequences_per_s": (
                     lambda side=side, numbers=numbers: [side.random(n) for n in numbers],
@@ -373,6 +391,7 @@ def machine() -> dict[str, object]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "numpy": np.__version__,
+        "numba": kernel() is not None,
         "pyarrow": pa.__version__,
         "datasets": datasets.__version__,
     }
@@ -409,6 +428,7 @@ def main() -> None:
         choose_form(sides["hf"])
         result["hf_form"] = sides["hf"].best
         sides["hf_arrow"] = Arrow(root / "hf64", 64)
+        sides["packed_numpy"] = NumpyStore(sides["packed"])
         result["rates"] = rates = best_rates(sides, sequences, options.repeats)
         for name, rate in rates.items():
             print(name, {key: round(value) for key, value in rate.items()}, flush=True)
@@ -418,6 +438,7 @@ def main() -> None:
         if options.scale:
             result["scaling"] = scaling(root, options.scale)
     fast, slow, bytes_64 = rates["packed"], rates, per_token["64"]
+    plain = rates["packed_numpy"]
     ratios = {
         "random_vs_hf": fast["random_sequences_per_s"] / slow["hf"]["random_sequences_per_s"],
         "sequential_vs_hf": fast["sequential_tokens_per_s"] / slow["hf"]["sequential_tokens_per_s"],
@@ -425,6 +446,11 @@ def main() -> None:
         "random_vs_parquet": fast["random_sequences_per_s"] / slow["parquet"]["random_sequences_per_s"],
         "sequential_vs_parquet": fast["sequential_tokens_per_s"] / slow["parquet"]["sequential_tokens_per_s"],
         "cold_bytes_vs_parquet": bytes_64["cold"] / bytes_64["parquet"],
+    }
+    result["without_numba"] = {
+        f"{what}_vs_{other}": plain[rate] / slow[other][rate]
+        for what, rate in (("random", "random_sequences_per_s"), ("sequential", "sequential_tokens_per_s"))
+        for other in ("hf", "parquet")
     }
     result["ratios"] = {
         name: {
@@ -434,7 +460,7 @@ def main() -> None:
         }
         for name, ratio in ratios.items()
     }
-    print(json.dumps({key: result[key] for key in ("ratios", "kl_distortion", "scan")}, indent=1))
+    print(json.dumps({key: result[key] for key in ("ratios", "without_numba", "kl_distortion", "scan")}, indent=1))
     options.out.parent.mkdir(exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 

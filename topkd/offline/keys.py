@@ -83,6 +83,12 @@ def _digest(identity: TeacherIdentity) -> bytes:
     return hashlib.blake2b(identity.to_json().encode(), digest_size=32, person=b"topkd-teacher").digest()
 
 
+@lru_cache(maxsize=256)
+def _score_hash(identity: TeacherIdentity) -> hashlib.blake2b:
+    """What every score key of a teacher begins with; keying anew costs a third of a key."""
+    return hashlib.blake2b(digest_size=KEY_BYTES, key=identity.digest, person=b"score")
+
+
 def identity_of(teacher: Teacher) -> TeacherIdentity:
     """The identity itself, or the one that a bare name stands for."""
     return TeacherIdentity(teacher) if isinstance(teacher, str) else teacher
@@ -93,6 +99,8 @@ def token_array(ids: Ids) -> Int32:
     array = np.asarray(ids)
     if array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
         raise DataError("token ids must be a non-empty list of integers", got=f"{array.dtype} {array.shape}")
+    if array.dtype == np.int32 and array.flags.c_contiguous and np.maximum.reduce(array.view(np.uint32)) < 1 << 31:
+        return array  # a negative id is a large one without its sign
     if array.min() < 0 or (array.dtype != np.int32 and array.max() > np.iinfo(np.int32).max):
         raise DataError("token id out of range", got=f"{array.min()}..{array.max()}", expected="0..2**31-1")
     return np.ascontiguousarray(array, dtype=np.int32)
@@ -100,9 +108,9 @@ def token_array(ids: Ids) -> Int32:
 
 def score_key(identity: TeacherIdentity, ids: Int32) -> bytes:
     """Key of a score: the teacher and every token it saw. Where scoring starts and K are no part of it."""
-    return hashlib.blake2b(
-        ids.astype("<i4", copy=False).data, digest_size=KEY_BYTES, key=identity.digest, person=b"score"
-    ).digest()
+    hashed = _score_hash(identity).copy()
+    hashed.update(ids.astype("<i4", copy=False).data)
+    return hashed.digest()
 
 
 def rollout_key(

@@ -79,7 +79,12 @@ def read_header(block: bytes | memoryview) -> Header | None:
         return None
     if _CHECK.unpack_from(block, 56)[0] != xxhash.xxh3_64_intdigest(block[:56]):
         return None
-    return Header(*_HEADER.unpack_from(block)[1:])
+    return unpacked(block, 0)
+
+
+def unpacked(buffer: bytes | memoryview, offset: int) -> Header:
+    """The header at an offset, its checksum not looked at."""
+    return Header._make(_HEADER.unpack_from(buffer, offset)[1:])
 
 
 class Record(NamedTuple):

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from topkd.offline.index import ENTRY_BYTES, SortedIndex
-from topkd.offline.records import ALIGN, MAGIC, Header, Record, read_header, verified
+from topkd.offline.records import ALIGN, MAGIC, Header, Record, read_header, unpacked, verified
 from topkd.topk.errors import CacheCorruptError, CacheError
 
 VERSION = 1
@@ -97,18 +97,19 @@ class Segment:
 
     def read(self, offset: int) -> Record:
         """The record at an offset, its checksums checked."""
-        header = read_header(self._bytes(offset, ALIGN))
-        if header is None:
+        # Sealed bytes do not change: header and payload are checked once a process, when they are first read.
+        byte, bit = offset // (8 * ALIGN), 1 << (offset // ALIGN & 7)
+        mapped = byte < len(self._seen)  # a truncated file's index still names what lay beyond its end
+        if mapped and self._seen[byte] & bit:
+            header = unpacked(self._view, offset)
+            return Record(header, self._view[offset + ALIGN : offset + ALIGN + header.size])
+        checked = read_header(self._bytes(offset, ALIGN))
+        if checked is None:
             raise CacheCorruptError("a record's header does not hold", where=f"{self.name} at {offset}")
-        payload = self._bytes(offset + ALIGN, header.size)
-        if self._map is None:
-            return verified(header, payload, f"{self.name} at {offset}")
-        # Sealed bytes do not change: their payload is checked once a process, when it is first read.
-        byte, bit = divmod(offset // ALIGN, 8)
-        if not self._seen[byte] >> bit & 1:
-            verified(header, payload, f"{self.name} at {offset}")
-            self._seen[byte] |= 1 << bit
-        return Record(header, payload)
+        record = verified(checked, self._bytes(offset + ALIGN, checked.size), f"{self.name} at {offset}")
+        if mapped:
+            self._seen[byte] |= bit
+        return record
 
     def scan(self, first: int = ALIGN, *, payloads: bool = False) -> Scan:
         """Every whole record from ``first`` on; what lies between is named and stepped over.
