@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.fakes.tinymodels import make_tokenizer
-from topkd.compose.prompts import read_prompts
+from topkd.compose.prompt_files import Readers, read_prompts
+from topkd.compose.rendering import Side
 from topkd.compose.sequences import BadRow, read_sequences
 from topkd.topk.errors import DataError
 
@@ -19,7 +20,7 @@ def tokenizer():
 def rows_of(tmp_path, lines, tokenizer=None, **more):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
-    return read_prompts(path, tokenizer, **{"max_tokens": 64, "overlong": "error", **more})
+    return read_prompts(path, Readers(Side(tokenizer)), **{"max_tokens": 64, "overlong": "error", **more})
 
 
 def test_ids_text_and_messages_become_ids(tmp_path, tokenizer):
@@ -29,7 +30,7 @@ def test_ids_text_and_messages_become_ids(tmp_path, tokenizer):
         [{"prompt_ids": [4, 5], "id": 7}, "", {"prompt": "import os", "teacher_id": "t"}, {"messages": messages}],
         tokenizer,
     )
-    assert dropped == 0
+    assert dropped == []
     assert rows[0].prompt_ids.tolist() == rows[0].teacher_prompt_ids.tolist() == [4, 5]
     assert [row.sample_id for row in rows] == ["7", "line 3", "line 4"]
     assert tokenizer.decode(rows[1].prompt_ids) == "import os"
@@ -66,7 +67,7 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, line, message):
 
 def test_overlong_rows_are_dropped_and_counted_when_asked(tmp_path):
     rows, dropped = rows_of(tmp_path, [{"prompt_ids": [1] * 65}, {"prompt_ids": [2]}], overlong="drop")
-    assert (len(rows), dropped) == (1, 1)
+    assert (len(rows), dropped) == (1, ["line 1"])
     with pytest.raises(DataError, match="no usable prompt"):
         rows_of(tmp_path, [{"prompt_ids": [1] * 65}], overlong="drop")
 

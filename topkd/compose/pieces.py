@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from topkd.compose.config import RunConfig
 from topkd.compose.progress import Progress
-from topkd.compose.prompts import read_prompts
+from topkd.compose.prompt_files import Readers, read_prompts
+from topkd.compose.rendering import Side
 from topkd.engine.data import PromptRow
 from topkd.topk.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The data of a run as ids.
+
+    Attributes:
+        tokenizer: The student's, which is the teachers' too.
+        readers: How each side reads.
+        rows: In the file's order.
+        dropped: Names of the over-long rows that were left out.
+    """
+
+    tokenizer: Any
+    readers: Readers
+    rows: list[PromptRow]
+    dropped: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,27 +38,49 @@ class Pieces:
     tokenizer: Any
     student: Any
     rows: list[PromptRow]
+    dropped: list[str] = field(default_factory=list)
 
 
-def load_pieces(config: RunConfig, progress: Progress) -> Pieces:
-    """Tokenizer, student and prompts of a config."""
-    from topkd.engine.student import Student, load_tokenizer
+def load_pieces(config: RunConfig, progress: Progress, prompts: Prompts | None = None) -> Pieces:
+    """Student and prompts of a config; ``prompts`` when they are read already."""
+    from topkd.engine.student import Student
+
+    prompts = prompts or load_prompts(config, progress)
+    student = Student.load(config.student.model, config.student.device, config.student.dtype)
+    for row in prompts.rows:
+        top = max(int(ids.max()) for ids in (row.prompt_ids, row.completion_ids) if ids is not None)
+        if top >= student.vocab_size:
+            raise DataError(
+                "a row holds an id that the student does not have", where=f"{config.data.path}, {row.sample_id}",
+                got=top, expected=f"below {student.vocab_size}", hint="was the file made with another tokenizer?",
+            )  # fmt: skip
+    return Pieces(prompts.tokenizer, student, prompts.rows, prompts.dropped)
+
+
+def load_prompts(config: RunConfig, progress: Progress) -> Prompts:
+    """Tokenizer and rows: all that can be known of a run before a model is opened."""
+    from topkd.engine.student import load_tokenizer
 
     tokenizer = load_tokenizer(config.student.model)
-    student = Student.load(config.student.model, config.student.device, config.student.dtype)
+    readers = readers_of(config, tokenizer)
     rows, dropped = read_prompts(
         Path(config.data.path),
-        tokenizer,
+        readers,
         max_tokens=config.rollout.max_prompt_tokens,
         overlong=config.rollout.overlong,
         limit=config.data.limit,
     )
-    for row in rows:
-        if (top := int(row.prompt_ids.max())) >= student.vocab_size:
-            raise DataError(
-                "a prompt holds an id that the student does not have", where=f"{config.data.path}, {row.sample_id}",
-                got=top, expected=f"below {student.vocab_size}", hint="was the file made with another tokenizer?",
-            )  # fmt: skip
     if dropped:
-        progress.note(f"{dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens were dropped")
-    return Pieces(tokenizer, student, rows)
+        progress.note(f"{len(dropped)} prompts longer than {config.rollout.max_prompt_tokens} tokens were dropped")
+    return Prompts(tokenizer, readers, rows, dropped)
+
+
+def readers_of(config: RunConfig, tokenizer: Any) -> Readers:
+    """Student's and teachers' sides; what a teacher leaves out it shares with the student."""
+    student = Side.of(tokenizer, config.student.chat_template, config.student.chat_template_kwargs)
+    teachers = {}
+    for name, teacher in config.teacher_map().items():
+        own = teacher.chat_template_kwargs
+        kwargs = config.student.chat_template_kwargs if own is None else own
+        teachers[name] = Side.of(tokenizer, teacher.chat_template or config.student.chat_template, kwargs)
+    return Readers(student, teachers, config.data.privileged, config.data.teacher_column, config.data.turns)

@@ -1,114 +1,151 @@
-"""Data files to prompts: JSONL rows with ``prompt_ids``, ``prompt`` or ``messages``; a bad row is named by its line."""
+"""Rows of a data file, and the prompt each side sees: the student's, and the teacher's, which may know more."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal
+import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from topkd.engine.data import PromptRow
-from topkd.topk.errors import ConfigError, DataError
+from topkd.compose.rendering import Side
+from topkd.compose.tables import PRIVILEGED, PrivilegedConfig
+from topkd.topk.errors import DataError
 
 
 class DataRow(BaseModel):
-    """One line of the file; keys that topkd does not use (a reference answer, a source) may stand beside these."""
+    """One row; columns that topkd does not use (a source, a difficulty) may stand beside these.
+
+    ``hint``, ``reference`` and ``feedback`` are for the teacher alone. ``teacher_prompt_ids`` is its whole prompt, for
+    rows of ids. ``completion`` and ``completion_ids`` are an answer that came with the row.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     prompt_ids: list[int] | None = None
+    teacher_prompt_ids: list[int] | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
+    completion_ids: list[int] | None = None
+    completion: str | None = None
     id: str | int | None = None
     teacher_id: str = ""
     hint: str | None = None
+    reference: str | None = None
+    feedback: str | None = None
+
+    @property
+    def privileged(self) -> dict[str, str]:
+        """What only the teacher may see, by column."""
+        return {name: text for name in PRIVILEGED if (text := getattr(self, name)) is not None}
 
 
-def read_prompts(
-    path: Path, tokenizer: Any, *, max_tokens: int, overlong: Literal["drop", "error"], limit: int | None = None
-) -> tuple[list[PromptRow], int]:
-    """Rows of a JSONL file as ids, and how many over-long ones were dropped.
-
-    Args:
-        path: The file.
-        tokenizer: The student's (chat templates are applied once, here); it may be None when all rows hold ids.
-        max_tokens: Longest prompt allowed, for the student and the teacher alike.
-        overlong: Drop longer rows (counted) or refuse the file; a prompt is never cut.
-        limit: Read this many rows at most.
-    """
-    rows: list[PromptRow] = []
-    dropped = 0
-    for number, line in _lines(path):
-        if limit is not None and len(rows) >= limit:
-            break
-        where = f"{path}:{number}"
-        row = _parse(line, where)
-        prompt = prompt_tokens(row, tokenizer, None, where)
-        teacher = prompt if row.hint is None else prompt_tokens(row, tokenizer, row.hint, where)
-        longest = max(len(prompt), len(teacher))
-        if longest > max_tokens:
-            if overlong == "error":
-                raise DataError(
-                    "prompt too long", where=where, got=f"{longest} tokens", expected=f"at most {max_tokens}",
-                    hint='raise rollout.max_prompt_tokens or set rollout.overlong = "drop"',
-                )  # fmt: skip
-            dropped += 1
-            continue
-        name = str(row.id) if row.id is not None else f"line {number}"
-        rows.append(PromptRow(np.array(prompt), np.array(teacher), row.teacher_id, name))
-    if not rows:
-        raise DataError("no usable prompt", where=str(path), got=f"{dropped} over-long rows dropped")
-    return rows, dropped
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def checked_row(raw: dict[str, Any], where: str) -> DataRow:
+    """The row, in exactly one of its three forms; nulls (tables have every column in every row) are absent keys."""
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise DataError("cannot read the data file", where=str(path), got=reason) from error
-
-
-def _parse(line: str, where: str) -> DataRow:
-    try:
-        row = DataRow.model_validate(json.loads(line))
+        row = DataRow.model_validate({key: _without_nulls(value) for key, value in raw.items() if value is not None})
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in problem["loc"]) or "the row"
         raise DataError(f"{key} cannot be read", where=where, expected=problem["msg"]) from None
-    except ValueError as error:
-        raise DataError("not a JSON object", where=where, got=line.strip()[:60]) from error
     given = [name for name in ("prompt_ids", "prompt", "messages") if getattr(row, name) is not None]
     if len(given) != 1:
         raise DataError(
             "a row needs exactly one of prompt_ids, prompt, messages", where=where, got=given or "none of them"
         )
+    strays = {"completion": "prompt", "completion_ids": "prompt_ids", "teacher_prompt_ids": "prompt_ids"}
+    for name, form in strays.items():
+        if getattr(row, name) is not None and form != given[0]:
+            raise DataError(f"{name} goes with {form}", where=where, got=f"it stands beside {given[0]}")
     return row
 
 
+def _without_nulls(value: Any) -> Any:
+    """A message of a table has every field that any message has."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [{key: entry for key, entry in message.items() if entry is not None} for message in value]
+    return value
+
+
 def prompt_tokens(row: DataRow, tokenizer: Any, hint: str | None, where: str) -> list[int]:
-    """The prompt as ids; with a hint, as the teacher sees it: before the text, or as a system message."""
+    """The prompt as ids, for a side with the tokenizer's own template; with a hint, as the teacher sees it."""
+    extra = {} if hint is None else {"hint": hint}
+    return rendered(row, Side(tokenizer), extra, PrivilegedConfig(), where)
+
+
+def rendered(
+    row: DataRow, side: Side, privileged: dict[str, str], templates: PrivilegedConfig, where: str
+) -> list[int]:
+    """The prompt as one side sees it, with what is told to that side only.
+
+    Args:
+        row: In one of its three forms; the messages of a conversation end before the answer.
+        side: Whose tokenizer and template.
+        privileged: Column -> text; empty for the student.
+        templates: How each of them is put around the prompt.
+        where: For error messages.
+    """
     if row.prompt_ids is not None:
-        if hint is not None:
-            raise DataError("a hint needs a text prompt or messages, not prompt_ids", where=where)
-        ids = row.prompt_ids
-    elif tokenizer is None:
-        raise ConfigError("text prompts need the student's tokenizer", where=where)
+        if privileged:
+            raise DataError(
+                f"a {next(iter(privileged))} needs a text prompt or messages, not prompt_ids", where=where,
+                hint="give the teacher's whole prompt as teacher_prompt_ids",
+            )  # fmt: skip
+        ids: Sequence[int] = row.prompt_ids
     elif row.prompt is not None:
-        ids = tokenizer(row.prompt if hint is None else f"{hint}\n{row.prompt}")["input_ids"]
+        ids = side.text(_told_text(row.prompt, privileged, templates), where)
     else:
-        messages = [{"role": "system", "content": hint}, *row.messages] if hint else row.messages  # type: ignore[misc]
-        if tokenizer.chat_template is None:
-            raise DataError("messages need a chat template, the student's tokenizer has none", where=where)
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    if not ids or min(ids) < 0:
-        raise DataError("a prompt needs at least one token and no negative id", where=where, got=ids[:8])
+        ids = side.chat(_told_messages(row.messages or [], privileged, templates, where), where)
+    return valid_ids(ids, "a prompt", where)
+
+
+def valid_ids(ids: Sequence[int], what: str, where: str) -> list[int]:
+    """The same ids, when every one can be an id; a vocabulary's own bound is checked where it is known."""
+    if not len(ids) or min(ids) < 0:
+        raise DataError(f"{what} needs at least one token and no negative id", where=where, got=list(ids[:8]))
     if max(ids) > np.iinfo(np.int32).max:
         raise DataError("a token id is out of range", where=where, got=max(ids), expected="below 2**31")
     return [int(token) for token in ids]
+
+
+def _told_text(prompt: str, privileged: dict[str, str], templates: PrivilegedConfig) -> str:
+    for name, told in privileged.items():
+        template = getattr(templates, name)
+        text = _filled(template, {name: told, "prompt": prompt})
+        prompt = text if "{prompt}" in template else f"{text}\n{prompt}"
+    return prompt
+
+
+def _told_messages(
+    messages: Sequence[dict[str, Any]], privileged: dict[str, str], templates: PrivilegedConfig, where: str
+) -> list[dict[str, Any]]:
+    told = [dict(message) for message in messages]
+    for name, secret in privileged.items():
+        template = getattr(templates, name)
+        if "{prompt}" not in template:
+            text = _filled(template, {name: secret})
+            if told and told[0].get("role") == "system":
+                told[0]["content"] = f"{text}\n\n{_content(told[0], where)}"
+            else:
+                told.insert(0, {"role": "system", "content": text})
+            continue
+        last = next((message for message in reversed(told) if message.get("role") == "user"), None)
+        if last is None:
+            raise DataError(f"the template of {name} rewrites the user's message, and there is none", where=where)
+        last["content"] = _filled(template, {name: secret, "prompt": _content(last, where)})
+    return told
+
+
+def _content(message: dict[str, Any], where: str) -> str:
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise DataError(
+            "a message that is told more needs text as its content", where=where, got=type(content).__name__
+        )
+    return content
+
+
+def _filled(template: str, values: dict[str, str]) -> str:
+    """Every ``{name}`` replaced in one pass: braces in what is told stay as they are."""
+    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)

@@ -1,0 +1,92 @@
+"""How a prompt is written for one side: its tokenizer, its chat template, applied once; afterwards there are only ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from topkd.topk.errors import ConfigError, DataError
+
+Message: TypeAlias = Mapping[str, Any]
+
+_MARK = "\N{BLACK DIAMOND}topkd\N{BLACK DIAMOND}"  # stands where an answer will, so that the text behind it is found
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Student or teacher, as a reader of prompts.
+
+    Attributes:
+        tokenizer: The student's (the teacher's is the same, id by id); None when all rows hold ids.
+        chat_template: Jinja text in place of the tokenizer's own.
+        kwargs: Handed to the template, such as ``enable_thinking = false``.
+    """
+
+    tokenizer: Any
+    chat_template: str | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tokenizer: Any, template_file: str | None, kwargs: Mapping[str, Any]) -> Side:
+        """With a template from a file."""
+        if template_file is None:
+            return cls(tokenizer, None, dict(kwargs))
+        try:
+            return cls(tokenizer, Path(template_file).read_text(encoding="utf-8"), dict(kwargs))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise ConfigError("cannot read the chat template", where=template_file, got=reason) from error
+
+    def text(self, text: str, where: str, *, special: bool = True) -> list[int]:
+        """Ids of plain text; ``special`` lets the tokenizer put its own beginning before it."""
+        if self.tokenizer is None:
+            raise ConfigError("text prompts need the student's tokenizer", where=where)
+        return [int(token) for token in self.tokenizer(text, add_special_tokens=special)["input_ids"]]
+
+    def chat(self, messages: Sequence[Message], where: str) -> list[int]:
+        """Ids of a conversation, ready for the assistant's answer."""
+        rendered = self._rendered(messages, where, tokenize=True, add_generation_prompt=True)
+        return [int(token) for token in rendered]
+
+    def behind_answer(self, messages: Sequence[Message], later: Sequence[Message], where: str) -> str:
+        """What the template writes behind the answer that ``messages`` ask for: its end, ``later``, the next opening.
+
+        With nothing later it is the end of the answer alone.
+        """
+        whole = [*messages, {"role": "assistant", "content": _MARK}, *later]
+        text = str(self._rendered(whole, where, tokenize=False, add_generation_prompt=bool(later)))
+        _, mark, behind = text.rpartition(_MARK)
+        if not mark:
+            raise DataError("the chat template does not write an answer as it is", where=where, hint="give prompt_ids")
+        return behind
+
+    def answer_end(self) -> int | None:
+        """The token that the template writes right behind an answer, when it is a special one; None without template."""
+        if self.tokenizer is None or not (self.chat_template or getattr(self.tokenizer, "chat_template", None)):
+            return None
+        behind = self.behind_answer([{"role": "user", "content": "Hello"}], [], "the chat template")
+        ids = self.text(behind, "the chat template", special=False)
+        return ids[0] if ids and ids[0] in self.tokenizer.all_special_ids else None
+
+    def _rendered(self, messages: Sequence[Message], where: str, **options: Any) -> Any:
+        if self.tokenizer is None:
+            raise ConfigError("messages need the student's tokenizer", where=where)
+        if not (self.chat_template or getattr(self.tokenizer, "chat_template", None)):
+            raise DataError(
+                "messages need a chat template, the student's tokenizer has none", where=where,
+                hint="name a Jinja file in student.chat_template",
+            )  # fmt: skip
+        from jinja2 import TemplateError  # comes with chat templates
+
+        if options.get("tokenize"):
+            options["return_dict"] = False
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), chat_template=self.chat_template, **options, **self.kwargs
+            )
+        except TemplateError as error:
+            raise DataError("the chat template refuses these messages", where=where, got=str(error)) from error
+        except (TypeError, ValueError, KeyError) as error:
+            raise DataError("messages that the chat template cannot write", where=where, got=str(error)) from error
