@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import topkd
-from topkd.cli import cache, demo, probe, replay, score, serve, train
+from topkd.cli import cache, compare, demo, probe, replay, score, serve, train
 from topkd.topk.errors import TopkdError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.command)
 app.command("train")(train.command)
+app.command("compare")(compare.command)
 app.command("score")(score.command)
 app.command("replay")(replay.command)
 app.add_typer(cache.app, name="cache")

@@ -25,7 +25,7 @@ class Arm(Frozen):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.=+-]*$", max_length=60)]
     label: str = ""
-    set: dict[str, Any] = {}
+    set: Annotated[dict[str, Any], Field(default_factory=dict)]
 
     @property
     def shown(self) -> str:
@@ -73,7 +73,7 @@ class CompareConfig(Frozen):
     name: str = "comparison"
     note: str = ""
     base: str = EMBEDDED
-    overrides: dict[str, Any] = {}
+    overrides: Annotated[dict[str, Any], Field(default_factory=dict)]
     arms: Annotated[tuple[Arm, ...], Field(min_length=1)]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     tuning: Tuning | None = None

@@ -1,0 +1,193 @@
+"""``compare``: every arm on every seed, learning rates tuned apart, cell by cell, resumable, in one directory."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from topkd.compose.compare_cell import Cell, Phase, finished, run_cell
+from topkd.compose.compare_config import EMBEDDED, Arm, CompareConfig
+from topkd.compose.compare_stats import curve_facts
+from topkd.compose.compare_summary import summarised
+from topkd.compose.config import saved
+from topkd.compose.progress import Progress
+from topkd.engine.metrics import strict
+from topkd.topk.errors import ConfigError, TrainingError
+
+FILE = "compare.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A finished comparison: its directory and what ``compare.json`` holds."""
+
+    out: Path
+    summary: dict[str, Any]
+
+    @property
+    def complete(self) -> bool:
+        """Every cell finished and every arm's learning rate is inside its grid."""
+        return not self.summary["failed"] and not self.summary["refused"]
+
+
+def compare(config: CompareConfig, out: Path, progress: Progress | None = None) -> Comparison:
+    """Run what is missing of a comparison; a second call continues where the first one stopped."""
+    progress = progress or Progress()
+    _claim(config, out)
+    if config.base == EMBEDDED:
+        from topkd.compose import demo
+
+        demo.build_assets(demo.cache_root(), progress)  # once, before workers would all train the same models
+    with _Workers(config, out / "cells", progress) as workers:
+        tuned, tables = _tuned(config, workers)
+        live = [_cell(config, arm, seed, tuned[arm.name], "live") for arm in config.arms for seed in config.seeds]
+        results = workers.finish("live runs", live)
+        replayed = []
+        if config.replay:
+            replayed = [
+                _cell(config, arm, seed, tuned[arm.name], "replay") for arm in config.arms for seed in config.seeds
+            ]
+            results |= workers.finish("matched replays", replayed)
+    summary = summarised(config, tables, [*live, *replayed], results)
+    (out / FILE).write_text(json.dumps(strict(summary), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return Comparison(out, summary)
+
+
+class _Workers:
+    """Processes that train cells; finished cells are read, not run."""
+
+    def __init__(self, config: CompareConfig, cells: Path, progress: Progress) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.count = config.workers or cores
+        self.threads = max(1, cores // self.count)
+        self.cells, self.progress = cells, progress
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+
+    def finish(self, stage: str, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+        """Results by cell id, of cells run now and of those that already lay there."""
+        results = {cell.id: found for cell in cells if (found := finished(self.cells, cell)) is not None}
+        self.progress.stage(stage, len(cells))
+        if results:
+            self.progress.advance(len(results), "found finished")
+        waiting: dict[Future[dict[str, Any]], Cell] = {
+            self._submit(cell): cell for cell in cells if cell.id not in results
+        }
+        while waiting:
+            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                cell = waiting.pop(future)
+                try:
+                    results[cell.id] = future.result()
+                except BrokenProcessPool:
+                    raise TrainingError(
+                        "a worker of the comparison died", where=f"around cell {cell.id}",
+                        hint="out of memory? lower workers; the same command continues with the cells that are missing",
+                    ) from None  # fmt: skip
+                state = results[cell.id]["error"] or f"{results[cell.id]['seconds']:.0f} s"
+                self.progress.advance(len(results), f"{cell.id}: {state}")
+        return results
+
+    def _submit(self, cell: Cell) -> Future[dict[str, Any]]:
+        if self._pool is None:
+            # Threads of the linear algebra are fixed when a worker imports it, so by its environment.
+            os.environ.setdefault("OMP_NUM_THREADS", str(self.threads))
+            self._pool = ProcessPoolExecutor(self.count, mp_context=multiprocessing.get_context("spawn"))
+        return self._pool.submit(run_cell, str(self.cells), cell, self.threads)
+
+
+def _tuned(config: CompareConfig, workers: _Workers) -> tuple[dict[str, float | None], dict[str, dict[str, Any]]]:
+    """Each arm's learning rate, and the trials it was chosen by: as many for every arm."""
+    if config.tuning is None:
+        return {arm.name: None for arm in config.arms}, {}
+    rates = list(config.tuning.rates)
+    for extension in range(config.tuning.extensions + 1):
+        cells = {
+            (arm.name, rate, seed): _cell(config, arm, seed, rate, "tune")
+            for arm in config.arms
+            for rate in rates
+            for seed in config.tuning.seeds
+        }
+        results = workers.finish("tuning" if not extension else "tuning, wider", list(cells.values()))
+        tables = {
+            arm.name: _trials(
+                rates, [[results[cells[arm.name, r, s].id] for s in config.tuning.seeds] for r in rates], config
+            )
+            for arm in config.arms
+        }
+        low = any(table["edge"] == "low" for table in tables.values())
+        high = any(table["edge"] == "high" for table in tables.values())
+        if not (low or high) or extension == config.tuning.extensions:
+            break
+        step = rates[1] / rates[0]
+        rates = [_rounded(rates[0] / step)] * low + rates + [_rounded(rates[-1] * step)] * high
+    return {name: table["best"] for name, table in tables.items()}, tables
+
+
+def _trials(rates: Sequence[float], results: Sequence[Sequence[Mapping[str, Any]]], config: CompareConfig) -> dict[str, Any]:  # fmt: skip  # noqa: E501
+    areas = []
+    for per_seed in results:
+        facts = [
+            curve_facts(result["evals"], config.metric, config.target)["area"] if result["status"] == "done" else None
+            for result in per_seed
+        ]
+        # A rate at which one trial broke is not a rate to choose.
+        areas.append(sum(facts) / len(facts) if None not in facts else None)  # type: ignore[arg-type]
+    able = [(area, i) for i, area in enumerate(areas) if area is not None and not math.isnan(area)]
+    if not able:
+        raise TrainingError("no learning rate finished", got=results[0][0]["error"], hint="lower tuning.rates")
+    _, best = min(able)
+    edge = "low" if best == 0 else "high" if best == len(rates) - 1 else ""
+    return {"rates": list(rates), "areas": areas, "best": rates[best], "edge": edge}
+
+
+def _cell(config: CompareConfig, arm: Arm, seed: int, lr: float | None, phase: Phase) -> Cell:
+    rate = "" if lr is None else f"-lr{lr:g}"
+    rollouts = ""
+    if config.replay and phase != "tune":
+        reference = config.arms[0].name
+        if phase == "replay" or arm.name == reference:
+            rollouts = f"live-{reference}-seed{seed}"
+    name = f"{phase}-{arm.name}{rate if phase == 'tune' else ''}-seed{seed}"
+    return Cell(name, phase, arm.name, seed, lr, config.base, config.values(arm, seed, lr), config.probes, rollouts)
+
+
+def _claim(config: CompareConfig, out: Path) -> None:
+    """The directory, for this comparison: an empty one, or the one where the same arms were begun."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lying = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if any(out.iterdir()):
+            raise ConfigError(
+                "the output folder holds something else", where=str(out), hint="choose another --out"
+            ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError("cannot use the output folder", where=str(out), got=str(error)) from error
+    else:
+        if (lying.get("name"), lying.get("base")) != (config.name, config.base):
+            raise ConfigError(
+                "the output folder holds another comparison", where=str(out),
+                got=f"{lying.get('name')!r} on {lying.get('base')!r}", hint="choose another --out",
+            )  # fmt: skip
+    saved(config, out / "config.json")
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")

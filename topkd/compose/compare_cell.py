@@ -1,0 +1,175 @@
+"""One cell of a comparison: one arm, one learning rate, one seed, trained in a folder of its own.
+
+Runs in a worker process. Whatever happens, the folder ends with a ``result.json`` (written last, in one rename), or
+without one, and then the cell runs again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from topkd.compose.compare_config import EMBEDDED
+from topkd.compose.config import RunConfig, validated
+from topkd.engine import EngineConfig
+from topkd.engine.metrics import strict
+from topkd.topk.errors import TopkdError
+
+Phase = Literal["tune", "live", "replay"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What to train.
+
+    Attributes:
+        id: Its folder under ``cells``.
+        phase: "tune" (seeds apart), "live" (on-policy), or "replay" (the rollouts of another cell).
+        arm: Name of its arm.
+        seed: Of prompts, rollouts and order.
+        lr: Learning rate; None when nobody tunes and the base's holds.
+        base: "embedded" or the base file.
+        values: The full settings.
+        probes: Sequences of each kind to measure on (embedded).
+        rollouts_of: For a replay, the cell whose rollouts are taken; for a live cell that keeps its own, its own id.
+    """
+
+    id: str
+    phase: Phase
+    arm: str
+    seed: int
+    lr: float | None
+    base: str
+    values: Mapping[str, Any]
+    probes: int
+    rollouts_of: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Of everything that shapes the result: a cell whose settings changed is another cell."""
+        return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def finished(folder: Path, cell: Cell) -> dict[str, Any] | None:
+    """The result that lies in the cell's folder, when it is of exactly these settings and did not fail."""
+    try:
+        result = json.loads((folder / cell.id / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if result.get("digest") == cell.digest and result["status"] == "done" else None
+
+
+def run_cell(cells: str, cell: Cell, threads: int) -> dict[str, Any]:
+    """Train one cell in ``cells/<id>`` and return its result; a TopkdError makes it a failed one, with the reason."""
+    import torch
+
+    torch.set_num_threads(threads)
+    folder = Path(cells) / cell.id
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    began = time.perf_counter()
+    result: dict[str, Any] = {"id": cell.id, "digest": cell.digest, "status": "done", "error": ""}
+    try:
+        train = _embedded if cell.base == EMBEDDED else _from_file
+        result |= asyncio.run(train(cell, Path(cells), folder))
+    except TopkdError as error:
+        result |= {"status": "failed", "error": str(error)}
+    result["seconds"] = time.perf_counter() - began
+    partial = folder / ".result.partial"
+    partial.write_text(json.dumps(strict(result), allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(folder / "result.json")
+    return result
+
+
+async def _embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]:
+    from topkd.compose import demo
+    from topkd.compose.compare_measures import Measures
+    from topkd.compose.compare_rollouts import Recording, read_rollouts
+    from topkd.compose.config import saved
+    from topkd.compose.progress import Progress
+    from topkd.compose.samplers import in_process
+    from topkd.compose.train import run
+    from topkd.engine.local_teacher import LocalTeacher
+    from topkd.engine.student import Student, load_tokenizer
+
+    config = validated(EngineConfig, cell.values, where=f"cell {cell.id}")
+    assets = demo.build_assets(demo.cache_root(), Progress())
+    student, teacher = Student.load(str(assets.student), "cpu"), Student.load(str(assets.teacher), "cpu")
+    saved(config, folder / "config.json")
+    rows = demo.prompt_rows(assets.training, cell.seed)
+    measures = await Measures.prepared(student, teacher, assets.held_out, cell.probes)
+    recording = Recording() if cell.rollouts_of == cell.id else None
+    source = read_rollouts(cells / cell.rollouts_of, rows) if cell.phase == "replay" else None
+    result = await run(
+        config,
+        student=student,
+        tokenizer=load_tokenizer(str(assets.student)),
+        rows=rows,
+        teachers={"": LocalTeacher(teacher)},
+        out=folder,
+        progress=Progress(),
+        evaluate=measures,
+        # No stop token: every completion has its full length, so that every arm learns from as many valid tokens.
+        sampling=in_process(config, student, None),
+        wrap=None if recording is None else recording.around,
+        source=source,
+    )
+    shutil.rmtree(folder / "student", ignore_errors=True)  # what is compared are the measurements
+    if recording is not None:
+        recording.write(folder)
+    return account(result.steps, result.evals, _entries(config))
+
+
+async def _from_file(cell: Cell, _: Path, folder: Path) -> dict[str, Any]:
+    from topkd.compose.train import train
+
+    config = validated(RunConfig, cell.values, where=f"cell {cell.id}")
+    result = await train(config, folder)
+    return account(result.steps, result.evals, _entries(config))
+
+
+def _entries(config: EngineConfig) -> Callable[[int], int]:
+    """Logprobs that the teacher must send for so many tokens: a sampled-token estimator needs one each."""
+    per_token = config.k + 1 if config.objective.kind not in ("scalar_kl", "gjs") else 1
+    return lambda tokens: tokens * per_token
+
+
+def account(steps: list[dict[str, Any]], evals: list[dict[str, Any]], entries: Callable[[int], int]) -> dict[str, Any]:
+    """A cell's evaluations against tokens trained on, and what its steps looked like on average."""
+    trained = [0]
+    for record in steps:
+        trained.append(trained[-1] + record["tokens"])
+    scored = sum(record["completion_tokens"] for record in steps)
+
+    def mean(name: str) -> float | None:
+        found = [record[name] for record in steps if isinstance(record.get(name), int | float)]
+        return sum(found) / len(found) if found else None
+
+    lengths = [record["completion_tokens"] / max(1, record["samples"]) for record in steps if record["samples"]]
+    return {
+        "evals": [{**record, "tokens": trained[record["step"]]} for record in evals],
+        "steps": len(steps),
+        "tokens": trained[-1],
+        "tokens_per_step": sorted({record["tokens"] for record in steps}),
+        "skipped": sum(bool(record["skipped"]) for record in steps),
+        "lost": sum(sum(record["lost"].values()) for record in steps),
+        "clipped": mean("ratio_capped"),
+        "ess": mean("ess"),
+        "grad_norm": mean("grad_norm"),
+        "advantage_abs_mean": mean("advantage_abs_mean"),
+        "effective_coefficient": mean("effective_coefficient"),
+        "truncated": sum(record["truncated"] for record in steps) / max(1, sum(record["samples"] for record in steps)),
+        "length_first": lengths[0] if lengths else None,
+        "length_last": lengths[-1] if lengths else None,
+        "teacher_calls": sum(record["samples"] for record in steps),
+        "teacher_tokens": scored,
+        "teacher_entries": entries(scored),
+        "teacher_bytes": 8 * entries(scored),  # an int32 id and a float32 logprob each
+    }
