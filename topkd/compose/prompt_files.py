@@ -46,12 +46,11 @@ class Readers:
             raise DataError(f"{self.teacher_column} cannot be read", where=where, got=repr(name), expected="a name")
         if self.teachers is None:
             return name, self.student
-        if list(self.teachers) == [""]:  # with one teacher the column says nothing
-            return "", self.teachers[""]
         if name not in self.teachers:
+            known = sorted(self.teachers)
             raise DataError(
                 f"no teacher named {name!r}" if name else f"the row names no teacher in {self.teacher_column!r}",
-                where=where, expected=f"one of {sorted(self.teachers)}",
+                where=where, expected="no name: there is one [teacher]" if known == [""] else f"one of {known}",
             )  # fmt: skip
         return name, self.teachers[name]
 
@@ -140,7 +139,7 @@ def _prompt_row(raw: dict[str, Any], number: int, readers: Readers, where: str) 
         name,
         None if completion is None else np.array(valid_ids(completion, "a completion", where)),
         mask,
-        {key: value for key, value in raw.items() if value is not None},
+        {key: value for key, value in raw.items() if value is not None and not key.endswith("_ids")},
     )
 
 

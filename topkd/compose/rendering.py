@@ -1,4 +1,4 @@
-"""How a prompt is written for one side: its tokenizer, its chat template, applied once; afterwards there are only ids."""
+"""How a prompt is written for one side: its tokenizer, its chat template, applied once; then there are ids."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Side:
         return behind
 
     def answer_end(self) -> int | None:
-        """The token that the template writes right behind an answer, when it is a special one; None without template."""
+        """The token that the template writes right behind an answer, if a special one; None without template."""
         if self.tokenizer is None or not (self.chat_template or getattr(self.tokenizer, "chat_template", None)):
             return None
         behind = self.behind_answer([{"role": "user", "content": "Hello"}], [], "the chat template")
