@@ -16,6 +16,7 @@ from topkd.compose.pieces import load_pieces
 from topkd.compose.progress import Progress
 from topkd.compose.recorded import RecordedSampler, identities_with, policy_identity
 from topkd.compose.replay import replay
+from topkd.compose.traffic import FIELDS as TRAFFIC
 from topkd.compose.train import train
 from topkd.engine.data import PromptRow
 from topkd.engine.metrics import read_metrics
@@ -25,7 +26,7 @@ from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk import Rollout, SamplingParams
 from topkd.topk.errors import CacheMissError, ConfigError, DataError
 
-CLOCKS = {"sample_s", "score_wait_s", "learn_s", "time", "t", "at", "seconds"}
+CLOCKS = {"sample_s", "score_wait_s", "learn_s", "time", "t", "at", "seconds", *TRAFFIC}
 NOWHERE = "http://127.0.0.1:1"
 
 

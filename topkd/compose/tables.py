@@ -36,7 +36,7 @@ class TeacherConfig(Frozen):
     """
 
     kind: Literal["server", "local", "self"] = "server"
-    url: str = ""
+    url: str | tuple[str, ...] = ""  # several are replicas of one teacher, seen to agree before the run
     model: str | None = None
     ema: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
     tokenizer: str | None = None
@@ -48,10 +48,11 @@ class TeacherConfig(Frozen):
 
     @field_validator("url")
     @classmethod
-    def _without_a_password(cls, url: str) -> str:
+    def _without_a_password(cls, url: str | tuple[str, ...]) -> str | tuple[str, ...]:
         """Refused here too, before the run's folder holds a copy of the config."""
-        if "@" in urlsplit(url).netloc:
-            raise ValueError("a URL without user name and password; name the key's variable in api_key_env")
+        for one in (url,) if isinstance(url, str) else url:
+            if "@" in urlsplit(one).netloc:
+                raise ValueError("a URL without user name and password; name the key's variable in api_key_env")
         return url
 
     @model_validator(mode="after")
@@ -65,6 +66,11 @@ class TeacherConfig(Frozen):
         if self.kind == "self" and self.model:
             raise ValueError("no model for kind 'self': the teacher is the student")
         return self
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Every replica's URL; one for most teachers, none for a teacher without a server."""
+        return (self.url,) * bool(self.url) if isinstance(self.url, str) else self.url
 
     def api_key(self) -> SecretStr | None:
         """The key from the environment; naming a variable that is not set is an error."""

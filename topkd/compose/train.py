@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from topkd.clients import connect
+import numpy as np
+
 from topkd.compose.config import RunConfig, saved
 from topkd.compose.folders import fresh_folder, provenance
 from topkd.compose.live_cache import LiveCache
 from topkd.compose.pieces import load_pieces
 from topkd.compose.progress import Progress
 from topkd.compose.samplers import Sampling, in_process
+from topkd.compose.teachers import open_teacher
+from topkd.compose.traffic import Traffic
 from topkd.engine import EngineConfig
 from topkd.engine.data import PromptRow
 from topkd.engine.hooks import Hooks
@@ -46,18 +49,28 @@ async def train(config: RunConfig, out: Path, progress: Progress | None = None) 
     async with contextlib.AsyncExitStack() as stack:
         cache = stack.enter_context(LiveCache(config.cache)) if config.cache is not None else None
         teachers: dict[str, TeacherScorer] = {}
+        traffic = Traffic()
         for name, teacher in config.teacher_map().items():
-            progress.note(f"asking the teacher at {teacher.url}")
-            client = await connect(
-                teacher.url,
-                dialect=teacher.dialect,
-                model=teacher.model,
-                api_key=teacher.api_key(),
-                config=config.client,
+            progress.note(f"asking the teacher at {', '.join(teacher.urls)}")
+            opened = await stack.enter_async_context(
+                open_teacher(
+                    teacher.urls,
+                    dialect=teacher.dialect,
+                    model=teacher.model,
+                    api_key=teacher.api_key(),
+                    config=config.client,
+                )
             )
-            teachers[name] = await stack.enter_async_context(client)
+            if opened.fleet is not None:
+                row = pieces.rows[0].teacher_prompt_ids
+                await opened.agree(row if row.size > 1 else np.repeat(row, 2), 0, 1)
+            traffic.client(opened.metrics)
+            teachers[name] = opened.scorer
             if cache is not None:
-                teachers[name] = cache.scorer(name, client, await client.model_name(), teacher.revision)
+                scorer = cache.scorer(name, opened.scorer, opened.name, teacher.revision)
+                traffic.cache(scorer.metrics.as_dict)
+                teachers[name] = scorer
+        sampling = in_process(config, pieces.student, pieces.tokenizer)
         return await run(
             config,
             student=pieces.student,
@@ -66,6 +79,7 @@ async def train(config: RunConfig, out: Path, progress: Progress | None = None) 
             teachers=teachers,
             out=out,
             progress=progress,
+            sampling=replace(sampling, publish=traffic.joining(sampling.publish)),
             wrap=None if cache is None else cache.recorder(config, pieces.student, pieces.rows),
             account=None if cache is None else cache.account,
         )
