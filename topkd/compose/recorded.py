@@ -25,7 +25,7 @@ from topkd.topk.samples import Rollout, SamplingParams
 
 # What changes no rollout: how long the run is, where its servers are, what is written down.
 _UNSHAPING = {"steps", "eval_every", "max_lost_fraction", "client", "cache", "replay", "data", "student"}
-_UNSHAPING |= {"teacher", "teachers", "eval", "track"}
+_UNSHAPING |= {"checkpoint", "teacher", "teachers", "eval", "track"}
 
 
 class RecordedSampler:

@@ -24,6 +24,16 @@ class RolloutConfig(Frozen):
     batch_size: PositiveInt = 64
 
 
+class CheckpointConfig(Frozen):
+    """How often a run keeps what it needs to go on (and how many of these), so that it can be resumed exactly.
+
+    Also after the last step, and when the run is stopped or fails. ``every = 0``: never.
+    """
+
+    every: Annotated[int, Field(ge=0)] = 25
+    keep: PositiveInt = 2
+
+
 class EngineConfig(Frozen):
     """The loop: how long, how stale, towards what."""
 
@@ -36,3 +46,4 @@ class EngineConfig(Frozen):
     objective: Objective = TopKPolicyGradient()
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()

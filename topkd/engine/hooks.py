@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from topkd.engine.position import Position
 from topkd.engine.scoring import ScoredBatch
 
 Record: TypeAlias = dict[str, Any]
@@ -21,9 +22,16 @@ class Hooks:
         publish: Awaited at the start and after each step, before anything is sampled from the new weights: brings
             weight version v to where sampling happens. Its result, if any, joins the step's record.
         on_batch: In a thread, before step n (from 1) learns from the batch.
+        capture: In a thread, after each step and before the next may begin: keeps weight version v where ``publish(v)``
+            will find it. Who gives it says that neither ``publish`` nor the sampler reads the learner's own weights, so
+            sampling and publishing go on while the learner works; without it they take turns with the learner.
+        checkpoint: In a thread, between two steps: every ``checkpoint.every`` steps, after the last, and when the run
+            is stopped or fails.
     """
 
     evaluate: Callable[[], Record] | None = None
     on_record: Callable[[str, Record], None] | None = None
     publish: Callable[[int], Awaitable[Record | None]] | None = None
     on_batch: Callable[[int, ScoredBatch], None] | None = None
+    capture: Callable[[int], None] | None = None
+    checkpoint: Callable[[Position], None] | None = None

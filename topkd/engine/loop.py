@@ -1,29 +1,32 @@
-"""The run: sample, score, learn, with scoring in flight while the next batch is sampled and the last one learnt.
+"""The run: sample, score, learn, with batches ahead of the learner being sampled and scored while it works.
 
-The schedule is fixed, so a run is deterministic: the batch of step t is sampled from the weights after step
-``max(0, t - max_staleness)``, whatever the servers' speed. Scores of up to ``max_staleness`` batches are in
-flight while the learner works; nothing more is ever queued.
+The schedule is fixed, so a run is deterministic (``topkd.engine.supply``). What happens when: ``docs/loop.md``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from topkd.engine.config import EngineConfig
 from topkd.engine.data import PromptRow
 from topkd.engine.hooks import Hooks, Record
 from topkd.engine.learner import Learner
 from topkd.engine.metrics import MetricsLog
+from topkd.engine.position import Position
 from topkd.engine.rollouts import draw
 from topkd.engine.scoring import ScoredBatch, score_rollouts, teacher_for, teacher_metrics
+from topkd.engine.supply import Drawn, InFlight, Supply
 from topkd.topk.errors import CacheMissError, ConfigError, TrainingError
 from topkd.topk.protocols import Sampler, TeacherScorer
-from topkd.topk.samples import Rollout
 
-Source: TypeAlias = Callable[[int], Awaitable[tuple[list[PromptRow], list[Rollout]]]]
+T = TypeVar("T")
+Source: TypeAlias = Callable[[int], Awaitable[Drawn]]
+STOP_GRACE_S = 10.0  # what a stopped run waits for a batch from weights that are gone, so that it need not be redrawn
 
 
 async def distil(
@@ -36,8 +39,10 @@ async def distil(
     log: MetricsLog,
     hooks: Hooks | None = None,
     source: Source | None = None,
+    start: Position | None = None,
+    stop: asyncio.Event | None = None,
 ) -> list[Record]:
-    """Run ``config.steps`` steps of on-policy distillation and return the step records.
+    """Run on-policy distillation from ``start`` to ``config.steps`` and return the step records.
 
     Args:
         config: Everything that shapes the run.
@@ -46,72 +51,213 @@ async def distil(
         teachers: teacher_id -> scorer; ids are checked before the first request.
         learner: The student, as something that learns.
         log: Where the records go.
-        hooks: Evaluation, display, weight sync.
+        hooks: Evaluation, display, weight sync, checkpoints.
         source: Gives a step's rollouts, each with its row, in place of drawing them with the sampler.
+        start: Where a checkpoint left the run; its beginning when left out.
+        stop: Once set, the run ends before its next step, in order: nothing is lost, requests are cancelled.
     """
     _check(config, rows, teachers)
-    hooks = hooks or Hooks()
-
-    def write(kind: str, record: Record) -> None:
-        log.write(kind, record)
-        if hooks.on_record is not None:
-            hooks.on_record(kind, record)
-
-    async def evaluation(step: int) -> None:
-        if hooks.evaluate is not None:
-            write("eval", {"step": step, **await asyncio.to_thread(hooks.evaluate)})
-
-    if hooks.publish is not None:
-        await hooks.publish(learner.version)
-    records: list[Record] = []
-    in_flight: list[tuple[int, list[str], float, asyncio.Task[ScoredBatch]]] = []
-    sampled = 0
+    run = _Run(
+        config,
+        rows=rows,
+        sampler=sampler,
+        teachers=teachers,
+        learner=learner,
+        log=log,
+        hooks=hooks or Hooks(),
+        source=source,
+        start=start or Position(),
+        stop=stop,
+    )
     try:
         async with asyncio.TaskGroup() as group:
-            await evaluation(0)
-            for step in range(config.steps):
-                while sampled < min(step + config.max_staleness + 1, config.steps):
-                    began = time.perf_counter()
-                    asked, rollouts = await (
-                        source(sampled) if source is not None else draw(config, rows, sampler, sampled)
-                    )
-                    task = group.create_task(score_rollouts(asked, rollouts, teachers, config.k))
-                    versions = sorted({rollout.version for rollout in rollouts}, key=lambda v: (len(v), v))
-                    in_flight.append((learner.version, versions, time.perf_counter() - began, task))
-                    sampled += 1
-                began = time.perf_counter()
-                version, versions, sample_s, task = in_flight.pop(0)
-                batch = await task
-                waited_s = time.perf_counter() - began
-                _refuse_losses(config, batch, step)
-                if hooks.on_batch is not None:
-                    await asyncio.to_thread(hooks.on_batch, step + 1, batch)
-                began = time.perf_counter()
-                # Rollouts that a source gives are of another run's policy: no distance to this learner's is known.
-                staleness = learner.version - version if source is None else None
-                learnt = await asyncio.to_thread(learner.step, batch.samples)
-                record: Record = {
-                    "step": step + 1,
-                    "divergence_mode": config.objective.kind,
-                    "objective": config.objective.model_dump(),
-                    "version": learner.version,
-                    "staleness": staleness,
-                    "rollout_versions": versions,
-                    **learnt,
-                    **teacher_metrics(batch),
-                    "sample_s": sample_s,
-                    "score_wait_s": waited_s,
-                    "learn_s": time.perf_counter() - began,
-                }
-                if hooks.publish is not None:
-                    record |= await hooks.publish(learner.version) or {}
-                write("step", record)
-                records.append(record)
-                if (config.eval_every and (step + 1) % config.eval_every == 0) or step + 1 == config.steps:
-                    await evaluation(step + 1)
-    except BaseExceptionGroup as errors:
-        raise _first(errors) from errors
-    return records
+            await run.steps(group)
+    except BaseException as error:
+        run.failed()
+        if isinstance(error, BaseExceptionGroup):
+            raise _first(error) from error
+        raise
+    return run.records
+
+
+class _Run:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        rows: Sequence[PromptRow],
+        sampler: Sampler,
+        teachers: Mapping[str, TeacherScorer],
+        learner: Learner,
+        log: MetricsLog,
+        hooks: Hooks,
+        source: Source | None,
+        start: Position,
+        stop: asyncio.Event | None,
+    ) -> None:
+        self.config, self.learner, self.log, self.hooks, self.source = config, learner, log, hooks, source
+        self.first, self.evaluated, self.kept = start.step, start.evaluated, start.step
+        self.stop = stop or asyncio.Event()
+        self.began = time.perf_counter() - start.elapsed_s
+        self.records: list[Record] = []
+        self.unwritten: deque[Record] = deque()  # steps whose weights are still on their way to the sampler
+
+        async def drawn(step: int) -> Drawn:
+            return await (source(step) if source is not None else draw(config, rows, sampler, step))
+
+        self.supply = Supply(
+            rows=rows,
+            steps=config.steps,
+            max_staleness=config.max_staleness,
+            draw=drawn,
+            score=lambda asked, rollouts: score_rollouts(asked, rollouts, teachers, config.k),
+            publish=self.publish,
+            told=lambda event: self.write("event", event),
+            start=start,
+        )
+
+    async def steps(self, group: asyncio.TaskGroup) -> None:
+        supply, alone = self.supply, self.hooks.capture is None
+        if self.hooks.capture is not None:
+            await asyncio.to_thread(self.hooks.capture, self.first)
+        supply.start(group)
+        await supply.published.reached(self.first)
+        await self.evaluate(self.first)
+        supply.released.to(self.first)
+        for step in range(self.first, self.config.steps):
+            sampled = supply.due(step) if alone else step + 1
+            if not await self.before_stop(supply.sampled.reached(sampled)):
+                break
+            began, taken = time.perf_counter(), supply.batch(step)
+            if not await self.before_stop(asyncio.wait({taken.scored})):
+                break
+            batch = taken.scored.result()
+            await self.learn(step, taken, batch, time.perf_counter() - began)
+            supply.learnt(step)
+            version = step + 1
+            keeping = self.keeps(version)
+            if alone or keeping or self.evaluates(version):
+                supply.weights.to(version)
+                await supply.published.reached(version)
+                await self.evaluate(version)
+                if keeping:
+                    await asyncio.to_thread(self.checkpoint)
+            else:
+                supply.weights.to(version)
+            supply.released.to(version)
+        await self.end()
+
+    async def learn(self, step: int, taken: InFlight, batch: ScoredBatch, waited_s: float) -> None:
+        _refuse_losses(self.config, batch, step)
+        if self.hooks.on_batch is not None:
+            await asyncio.to_thread(self.hooks.on_batch, step + 1, batch)
+        began = time.perf_counter()
+        learnt, cancelled = await _whole(self.learner.step, batch.samples)
+        record: Record = {
+            "step": step + 1,
+            "divergence_mode": self.config.objective.kind,
+            "objective": self.config.objective.model_dump(),
+            "version": step + 1,
+            # Rollouts that a source gives are of another run's policy: no distance to this learner's is known.
+            "staleness": step - taken.version if self.source is None else None,
+            "rollout_versions": [*taken.versions],
+            **learnt,
+            **teacher_metrics(batch),
+            "sample_s": taken.sample_s,
+            "score_wait_s": waited_s,
+            "learn_s": time.perf_counter() - began,
+            "elapsed_s": time.perf_counter() - self.began,
+        }
+        self.records.append(record)
+        self.unwritten.append(record)
+        if cancelled is not None:
+            raise cancelled
+        if self.hooks.capture is not None:
+            await asyncio.to_thread(self.hooks.capture, step + 1)
+
+    async def publish(self, version: int) -> None:
+        began = time.perf_counter()
+        told = await self.hooks.publish(version) if self.hooks.publish is not None else None
+        if version > self.first:
+            record = self.unwritten.popleft()
+            record |= {"publish_s": time.perf_counter() - began, **(told or {})}
+            self.write("step", record)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due after this many steps."""
+        every = self.config.eval_every
+        return self.evaluated < step and (step in (0, self.config.steps) or bool(every and step % every == 0))
+
+    async def evaluate(self, step: int) -> None:
+        if self.hooks.evaluate is None or not self.evaluates(step):
+            return
+        self.write("eval", {"step": step, **await asyncio.to_thread(self.hooks.evaluate)})
+        self.evaluated = step
+
+    def keeps(self, step: int) -> bool:
+        """Whether a checkpoint is due after this many steps."""
+        every = self.config.checkpoint.every
+        return bool(every) and (step % every == 0 or step == self.config.steps)
+
+    def checkpoint(self) -> None:
+        """Hand over the position, when it is one a run can go on from and has not been kept yet."""
+        step = self.first + len(self.records)
+        if self.hooks.checkpoint is None or not self.config.checkpoint.every or step == self.kept:
+            return
+        if self.learner.version != step:  # the step that failed has counted itself: the former checkpoint stands
+            return
+        elapsed_s = time.perf_counter() - self.began
+        self.hooks.checkpoint(Position(step, self.evaluated, elapsed_s, self.supply.queue(step)))
+        self.kept = step
+
+    async def end(self) -> None:
+        step = self.first + len(self.records)
+        if step == self.config.steps:
+            await self.supply.published.reached(step)
+            return
+        with contextlib.suppress(TimeoutError):  # stopped: what only the former weights could give is worth a moment
+            async with asyncio.timeout(STOP_GRACE_S):
+                await self.supply.published.reached(step)
+        self.supply.stop()
+        self.flush()
+        await asyncio.to_thread(self.checkpoint)
+
+    def failed(self) -> None:
+        """What was learnt is in the diary and in a checkpoint, whatever happened."""
+        self.flush()
+        self.checkpoint()
+
+    def flush(self) -> None:
+        while self.unwritten:
+            self.write("step", self.unwritten.popleft())
+
+    def write(self, kind: str, record: Record) -> None:
+        self.log.write(kind, record)
+        if self.hooks.on_record is not None:
+            self.hooks.on_record(kind, record)
+
+    async def before_stop(self, work: Awaitable[object]) -> bool:
+        """Wait for the work; False when the run is stopped first, and the waiting is given up."""
+        waiting, stopped = asyncio.ensure_future(work), asyncio.ensure_future(self.stop.wait())
+        try:
+            await asyncio.wait({waiting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+            stopped.cancel()
+        return not self.stop.is_set()
+
+
+async def _whole(function: Callable[..., T], *arguments: object) -> tuple[T, asyncio.CancelledError | None]:
+    """A thread's work to its end, and the cancellation that came meanwhile: weights must not change unrecorded."""
+    work, cancelled = asyncio.ensure_future(asyncio.to_thread(function, *arguments)), None
+    while not work.done():
+        try:
+            await asyncio.wait({work})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None and work.exception() is not None:
+        raise cancelled
+    return work.result(), cancelled
 
 
 def _check(config: EngineConfig, rows: Sequence[PromptRow], teachers: Mapping[str, TeacherScorer]) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 from topkd.topk.errors import ConfigError, DataError
+
+# What a run asked of its servers: after a resume the cache answers what was asked before.
+TRAFFIC = frozenset({"requests", "retries", "cache_hits", "scored_tokens", "teacher_bytes"})
 
 
 class MetricsLog:
@@ -28,6 +32,12 @@ class MetricsLog:
         self._file.write(json.dumps({"kind": kind, **strict(dict(record))}, allow_nan=False) + "\n")
         self._file.flush()
 
+    def kept(self) -> int:
+        """Bytes of the diary, all of them on disk now: a checkpoint names them, a resumed run goes on from there."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
     def __enter__(self) -> Self:
         return self
 
@@ -39,8 +49,12 @@ class MetricsLog:
 
 def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """Records of a diary; a torn last line (a killed run) is left out, any other unreadable line is an error."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "not UTF-8 text"
+        raise DataError("cannot read the diary", where=str(path), got=reason.lower()) from error
     records: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
@@ -48,9 +62,19 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise DataError("unreadable metrics line", where=f"{path}:{number}", got=line[:80]) from error
+        if not isinstance(record, dict) or "kind" not in record:
+            raise DataError(
+                "this is no diary of a run", where=f"{path}:{number}", got=line[:80],
+                expected='an object with "kind" on every line',
+            )  # fmt: skip
         if kind is None or record["kind"] == kind:
             records.append(record)
     return records
+
+
+def outcome(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without seconds (``*_s``) and traffic: what a deterministic run repeats, and a resumed one ends with."""
+    return {key: value for key, value in record.items() if not key.endswith("_s") and key not in TRAFFIC}
 
 
 def strict(value: Any) -> Any:
