@@ -95,7 +95,7 @@ SECTIONS: Final = (
         (
             Panel(
                 "effective_coefficient", "Effective coefficient", "", ("effective_coefficient",),
-                note="What multiplies a token's gradient on average, after weights, masks and gates.",
+                note="Mean |weight| that a token's gradient carries, relative to the plain reverse-KL advantage.",
             ),
             Panel("grad_noise", "Gradient noise", "", ("grad_noise",), log=True,
                   note="Spread of the gradient within a step relative to its size; lower is steadier."),
@@ -116,6 +116,8 @@ SECTIONS: Final = (
             Panel("staleness", "Staleness", "weight versions", ("staleness",),
                   note="Versions between the policy that sampled a batch and the one that learnt from it."),
             Panel("behavior_kl", "KL(rollout policy ‖ current)", NATS, ("behavior_kl_k3",), log=True),
+            Panel("mismatch_kl", "KL(sampler ‖ trainer), same weights", NATS, ("mismatch_kl",), log=True,
+                  note="Above rounding, the two compute different probabilities from the same weights."),
         ),
     ),
     Section(
@@ -123,12 +125,12 @@ SECTIONS: Final = (
         "The teacher's lists",
         "How much of the teacher's distribution its top-K lists hold.",
         (
-            Panel("missing_mass", "Missing mass", "% of probability", ("missing_mass",), share=True,
-                  note="Probability that one side lists and the other does not."),
+            Panel("missing_mass", "Missing mass", "% of tokens", ("missing_mass",), share=True,
+                  note="Sampled tokens whose row has no signal or whose teacher logprob is unknown: masked."),
             Panel("tail_mass", "Tail mass", "% of probability", ("tail_mass",), share=True,
                   note="The teacher's probability outside its own list."),
             Panel("topk_overlap", "Top-K overlap", "% of ids", ("topk_overlap",), share=True,
-                  note="Ids that the student's and the teacher's lists share."),
+                  note="Ids of the teacher's list that the student's list holds too."),
             Panel("realised", "Sampled token in the list", "% of tokens", ("realised_in_topk",), share=True),
             Panel("entropy_lo", "Teacher entropy, lower bound", NATS, ("entropy_lo",)),
             Panel("entropy_hi", "Teacher entropy, upper bound", NATS, ("entropy_hi",)),

@@ -1,0 +1,153 @@
+"""What came of each run: where its divergences began and ended, and what the teacher was asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from topkd.report.collection import Group
+from topkd.report.columns import column, has, totals
+from topkd.report.diary import Run, last_step
+from topkd.report.intervals import Interval, interval
+from topkd.report.lines import FIXED, eval_source
+
+EVALUATED = ("reverse_kl", "forward_kl", "jsd", "agreement", "accuracy")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One run's ends.
+
+    Attributes:
+        run: The run.
+        first: Metric -> value at the first evaluation (or over the first steps, for the estimate).
+        last: Metric -> value at the last one.
+        area: Mean of the main metric over the tokens of the run (area under its curve over its width).
+        totals: Tokens, requests and seconds.
+    """
+
+    run: Run
+    first: dict[str, float]
+    last: dict[str, float]
+    area: float
+    totals: dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What the verdict is about."""
+
+    key: str
+    name: str
+    exact: bool
+
+
+EXACT = Metric("reverse_kl", "KL(student ‖ teacher)", exact=True)
+ESTIMATE = Metric("kl_k1", "estimated KL(student ‖ teacher)", exact=False)
+
+
+def main_metric(groups: Sequence[Group]) -> Metric | None:
+    """The exact held-out KL where every run with records has it, else the estimate on rollouts; None before either."""
+    runs = [run for group in groups for run in group.runs]
+    if runs and all(has(eval_source(run, FIXED).records, EXACT.key) for run in runs):
+        return EXACT
+    if any(has(run.steps, ESTIMATE.key) for run in runs):
+        return ESTIMATE
+    return None
+
+
+def outcome(run: Run, metric: Metric) -> Outcome:
+    """The ends of one run."""
+    evals = eval_source(run, FIXED)
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    for key in EVALUATED:
+        values = column(evals.records, key)
+        known = values[np.isfinite(values)]
+        if known.size:
+            first[key], last[key] = float(known[0]), float(known[-1])
+    if metric is ESTIMATE:
+        values = column(run.steps, ESTIMATE.key)
+        known = values[np.isfinite(values)]
+        if known.size:  # single steps are noisy: a tenth of the run at each end
+            part = max(1, known.size // 10)
+            first[metric.key], last[metric.key] = float(known[:part].mean()), float(known[-part:].mean())
+        x, y = column(run.steps, "step"), values
+    else:
+        y = column(evals.records, metric.key)
+        x = evals.axes.get("tokens", evals.axes["step"])
+    return Outcome(run, first, last, _area(x, y), totals(run))
+
+
+def _area(x: Any, y: Any) -> float:
+    known = np.isfinite(x) & np.isfinite(y)
+    x, y = x[known], y[known]
+    if x.size < 2 or x[-1] <= x[0]:
+        return math.nan
+    return float(np.trapezoid(y, x) / (x[-1] - x[0]))
+
+
+def by_seed(outcomes: Sequence[Outcome], key: str) -> dict[int, float]:
+    """seed -> last value, of the runs that ended as planned: what may be compared."""
+    return {
+        one.run.seed: one.last[key]
+        for one in outcomes
+        if one.run.seed is not None and key in one.last and counts(one.run)
+    }
+
+
+def counts(run: Run) -> bool:
+    """A failed or stopped run is in no verdict."""
+    return run.state in ("finished", "running")
+
+
+def spread(outcomes: Sequence[Outcome], key: str) -> Interval:
+    """The last values of a group's runs, with their interval over seeds."""
+    return interval([one.last[key] for one in outcomes if key in one.last and counts(one.run)])
+
+
+def warnings_of(run: Run, outcome_: Outcome) -> list[str]:
+    """What a careful reader would ask about this run."""
+    said: list[str] = []
+    if run.state == "stopped":
+        reason = next((event.get("reason") for event in run.events if event.get("event") == "stopped"), None)
+        said.append(f"stopped at step {last_step(run.steps)} of {run.planned or '?'} ({reason or 'no reason given'})")
+    for event in run.events:
+        if event.get("event") == "alarm":
+            said.append(_alarm(event))
+    if lost := outcome_.totals.get("lost"):
+        asked = float(np.nansum(column(run.steps, "samples"))) + lost
+        said.append(f"{lost:,.0f} of {asked:,.0f} samples were lost on the way to the teacher and back")
+    skipped = sum(bool(record.get("skipped")) for record in run.steps)
+    if skipped:
+        said.append(f"{skipped} of {len(run.steps)} steps changed no weight (see `skipped` in the diary)")
+    said += _rates(run)
+    best = column(eval_source(run, FIXED).records, "reverse_kl")
+    if best.size > 2 and np.isfinite(best).any() and best[-1] > 1.05 * np.nanmin(best):
+        said.append(f"the last KL ({best[-1]:.4g}) is above the best one ({np.nanmin(best):.4g}): it was better before")
+    return said
+
+
+def _rates(run: Run) -> list[str]:
+    said = []
+    ess = column(run.steps, "ess")
+    if np.isfinite(ess).any() and np.nanmean(ess) < 0.5:
+        said.append(f"effective sample size {100 * np.nanmean(ess):.0f} % on average: far off-policy")
+    missing, tokens = column(run.steps, "missing_tokens"), column(run.steps, "completion_tokens")
+    if np.nansum(missing) > 0:
+        share = 100 * np.nansum(missing) / max(np.nansum(tokens), 1.0)
+        said.append(f"{np.nansum(missing):,.0f} tokens ({share:.2g} %) had no teacher logprob and were masked")
+    truncated, samples = np.nansum(column(run.steps, "truncated")), np.nansum(column(run.steps, "samples"))
+    if samples and truncated > 0.5 * samples:
+        said.append(f"{100 * truncated / samples:.0f} % of completions were cut at the length limit")
+    return said
+
+
+def _alarm(event: dict[str, Any]) -> str:
+    text = event.get("message") or event.get("reason") or event.get("name") or event.get("alarm") or "alarm"
+    step = event.get("step")
+    return f"step {step}: {text}" if step is not None else str(text)

@@ -1,0 +1,138 @@
+"""Everything that the page's script draws, as one value that JSON can say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from topkd.report.collection import Collection, Group
+from topkd.report.columns import AXES, step_axes
+from topkd.report.diary import last_step
+from topkd.report.explorer import Transcripts, transcripts
+from topkd.report.lines import Thinning, histogram, panel_lines, prefix_kinds
+from topkd.report.outcome import Outcome
+from topkd.report.palette import DASHES, GROUPS
+from topkd.report.panels import SECTIONS, Panel, Section
+from topkd.report.tables import Table, runs_table, settings, summary
+from topkd.report.verdict import Verdict, verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page's content, before it becomes HTML."""
+
+    title: str
+    groups: list[Group]
+    outcomes: list[list[Outcome]]
+    verdict: Verdict
+    summary: Table
+    runs: Table
+    settings: Table
+    transcripts: Transcripts
+    data: dict[str, Any]
+    notes: list[str]
+
+
+def build(collection: Collection, *, live: bool = False, baseline: Mapping[str, Any] | None = None) -> Page:
+    """The content of the page about a collection."""
+    groups = collection.groups()
+    said, outcomes = verdict(collection, groups)
+    account = Thinning()
+    kinds = prefix_kinds(groups) or ["fixed"]
+    sections = [_section(section, groups, account, kinds) for section in SECTIONS]
+    recorded = transcripts(groups)
+    notes = [note for note in (account.sentence(), _smoothing(account), recorded.note, _colours(groups)) if note]
+    data = {
+        "live": live,
+        "title": collection.title,
+        "state": _state(collection),
+        "groups": [{"label": group.label, "n": len(group.runs)} for group in groups],
+        "axes": _axes(groups),
+        "prefixes": kinds,
+        "sections": sections,
+        "metric": said.metric,
+        "ranks": said.ranks,
+        "rollouts": recorded.heads,
+    }
+    return Page(
+        collection.title,
+        groups,
+        outcomes,
+        said,
+        summary(groups, outcomes, said),
+        runs_table(groups, outcomes),
+        settings(collection, groups, baseline),
+        recorded,
+        data,
+        notes,
+    )
+
+
+def _section(section: Section, groups: Sequence[Group], account: Thinning, kinds: Sequence[str]) -> dict[str, Any]:
+    drawn: list[dict[str, Any]] = []
+    absent: list[str] = []
+    for panel in section.panels:
+        if panel.source == "eval":
+            lines = {kind: found for kind in kinds if (found := panel_lines(panel, groups, account, kind))}
+        else:
+            found = panel_lines(panel, groups, account)
+            lines = {"": found} if found else {}
+        if lines:
+            drawn.append({**_head(panel), "kind": "line", "lines": lines})
+        else:
+            absent.append(f"{panel.title} ({' or '.join(panel.fields)})")
+    if section.key == "offpolicy":
+        if (bins := histogram(groups)) is not None:
+            drawn.insert(0, _RATIOS | bins)
+        else:
+            absent.insert(0, "Importance ratios (ratio_hist)")
+    return {"key": section.key, "title": section.title, "text": section.text, "panels": drawn, "absent": absent}
+
+
+_RATIOS = {
+    "key": "ratio_hist",
+    "kind": "hist",
+    "title": "Importance ratios",
+    "unit": "% of tokens, all steps",
+    "note": "New over rollout probability of each sampled token; 1 is on-policy. Bins of equal width in log₂.",
+    "log": False,
+}
+
+
+def _head(panel: Panel) -> dict[str, Any]:
+    return {"key": panel.key, "title": panel.title, "unit": panel.unit, "note": panel.note, "log": panel.log}
+
+
+def _axes(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Every choice of x, and whether all runs can be placed on it."""
+    tables = [step_axes(run) for group in groups for run in group.runs if run.steps]
+    return [
+        {"key": axis.key, "label": axis.label, "unit": axis.unit, "ok": bool(tables) and all(axis.key in t for t in tables)}
+        for axis in AXES
+    ]
+
+
+def _state(collection: Collection) -> dict[str, Any]:
+    states = [run.state for run in collection.runs]
+    one = collection.runs[0] if len(states) == 1 else None
+    return {
+        "running": sum(state == "running" for state in states),
+        "text": f"{one.state}, step {last_step(one.steps):,} of {one.planned or '?'}"
+        if one
+        else ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
+    }
+
+
+def _smoothing(account: Thinning) -> str:
+    if not account.windows:
+        return ""
+    widths = " or ".join(str(width) for width in sorted(account.windows))
+    return f"Bold lines of noisy series are centred means over {widths} steps; the thin line behind them is the values."
+
+
+def _colours(groups: Sequence[Group]) -> str:
+    styles = len(GROUPS["light"]) * len(DASHES)
+    if len(groups) <= styles:
+        return ""
+    return f"{len(groups)} settings share {styles} line styles: hide some in the legend to tell the rest apart."

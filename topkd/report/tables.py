@@ -1,0 +1,146 @@
+"""Tables of the page: what came out, setting by setting, and what went in, with what differs marked."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from topkd.report.collection import Collection, Group, differing_keys
+from topkd.report.diary import flat
+from topkd.report.outcome import Outcome, spread
+from topkd.report.verdict import Verdict, between, number, short
+
+_METRICS = (
+    ("reverse_kl", "KL(S‖T)"),
+    ("forward_kl", "KL(T‖S)"),
+    ("jsd", "JSD"),
+    ("kl_k1", "KL(S‖T), estimate"),
+    ("agreement", "same top token"),
+    ("accuracy", "accuracy"),
+)
+_TOTALS = (
+    ("tokens", "tokens"),
+    ("scored_tokens", "teacher tokens"),
+    ("requests", "requests"),
+    ("retries", "retries"),
+    ("cache_hits", "cache hits"),
+    ("seconds", "seconds"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Cells as text; ``numeric`` columns stand to the right, ``marked`` cells differ (row, column)."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    numeric: list[bool]
+    marked: frozenset[tuple[int, int]] = frozenset()
+    note: str = ""
+
+
+def summary(groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]], said: Verdict) -> Table:
+    """A row a setting, best first: last values with 95 % intervals over seeds, differences to the best, cost."""
+    order = [rank["group"] for rank in said.ranks] or list(range(len(groups)))
+    gaps = {rank["group"]: rank["difference"] for rank in said.ranks}
+    flatly = [one for group in outcomes for one in group]
+    metrics = [(key, name) for key, name in _METRICS if any(key in one.last for one in flatly)]
+    sums = [(key, name) for key, name in _TOTALS if any(one.totals.get(key) is not None for one in flatly)]
+    paired = any(gaps.values())
+    areas = any(math.isfinite(one.area) for one in flatly)
+    columns = ["setting", "runs", *(name for _, name in metrics)]
+    columns += ["paired difference to the best"] * paired + ["mean KL over the run"] * areas
+    columns += [name for _, name in sums]
+    rows = []
+    for index in order:
+        ones = outcomes[index]
+        row = [groups[index].label, str(len(groups[index].runs))]
+        row += [_metric(ones, key) for key, _ in metrics]
+        if paired:
+            gap = gaps.get(index)
+            row.append(f"{number(gap['mean'])} [{number(gap['low'])}, {number(gap['high'])}]" if gap else "best")
+        if areas:
+            row.append(number(_mean([one.area for one in ones])))
+        row += [_total(ones, key) for key, _ in sums]
+        rows.append(row)
+    note = "Means over seeds with 95 % Student-t intervals in brackets." if any(len(g.runs) > 1 for g in groups) else ""
+    return Table(columns, rows, [False, *[True] * (len(columns) - 1)], note=note)
+
+
+def runs_table(groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]]) -> Table:
+    """A row a run."""
+    flatly = [(group, one) for group, ones in zip(groups, outcomes, strict=True) for one in ones]
+    metrics = [(key, name) for key, name in _METRICS if any(key in one.last for _, one in flatly)]
+    sums = [(key, name) for key, name in _TOTALS if any(one.totals.get(key) is not None for _, one in flatly)]
+    columns = ["run", "setting", "seed", "state", *(name for _, name in metrics), *(name for _, name in sums)]
+    rows = [
+        [
+            one.run.name,
+            group.label,
+            "?" if one.run.seed is None else str(one.run.seed),
+            one.run.state,
+            *(_metric([one], key) for key, _ in metrics),
+            *(_total([one], key) for key, _ in sums),
+        ]
+        for group, one in flatly
+    ]
+    return Table(columns, rows, [False, False, True, False, *[True] * (len(columns) - 4)])
+
+
+def settings(collection: Collection, groups: Sequence[Group], baseline: Mapping[str, Any] | None = None) -> Table:
+    """Every setting of each group, those that differ first and marked; for one group, against topkd's defaults."""
+    configs = [{**flat(group.runs[0].config), **group.runs[0].params} for group in groups]
+    for config in configs:
+        config.pop("seed", None)
+    columns = ["setting", *(group.label for group in groups)]
+    if len(groups) == 1 and baseline is not None:
+        defaults = {key: value for key, value in flat(baseline).items() if key in configs[0]}
+        configs, columns = [configs[0], defaults], ["setting", "this run", "topkd's default"]
+        known = [key for key in configs[0] if key in defaults]
+        differ = [key for key in known if configs[0][key] != defaults[key]]
+    else:
+        differ = differing_keys(configs)
+    keys = [*differ, *(key for config in configs for key in config)]
+    rows, marked = [], set()
+    for key in dict.fromkeys(keys):
+        rows.append([key, *(_said(config, key) for config in configs)])
+        if key in differ:
+            marked |= {(len(rows) - 1, column) for column in range(len(columns))}
+    seeds = sorted({run.seed for run in collection.runs if run.seed is not None})
+    note = f"Seeds: {', '.join(map(str, seeds))}." if seeds else ""
+    return Table(columns, rows, [False] * len(columns), frozenset(marked), note)
+
+
+def _metric(ones: Sequence[Outcome], key: str) -> str:
+    if len(ones) == 1:
+        value = ones[0].last.get(key, math.nan)
+        if key in ("agreement", "accuracy"):
+            return f"{100 * value:.1f} %" if math.isfinite(value) else "?"
+        return number(value)
+    end = spread(ones, key)
+    if key in ("agreement", "accuracy"):
+        if not math.isfinite(end.mean):
+            return "?"
+        half = f" [{100 * end.low:.1f}, {100 * end.high:.1f}]" if math.isfinite(end.low) else ""
+        return f"{100 * end.mean:.1f}{half} %"
+    return between(end)
+
+
+def _total(ones: Sequence[Outcome], key: str) -> str:
+    known = [value for one in ones if (value := one.totals.get(key)) is not None]
+    return short(sum(known) / len(known)) if known else "?"
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _said(config: Mapping[str, Any], key: str) -> str:
+    if key not in config:
+        return "—"
+    value = config[key]
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

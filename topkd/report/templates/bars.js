@@ -1,0 +1,156 @@
+// Importance ratios as a histogram, and final values seed by seed with their paired differences.
+class Histogram extends LineChart {
+  chosen() {
+    const { edges } = this.panel;
+    const log2 = edges.map((edge) => (edge > 0 ? Math.log2(edge) : null));
+    const known = log2.filter((edge) => edge !== null && Number.isFinite(edge));
+    const step = known.length > 1 ? known[1] - known[0] : 1;
+    return this.panel.lines.filter((line) => !state.hidden.has(line.g)).map((line) => {
+      // One more count than edges: the ends are open, and are drawn one bin wide.
+      const open = line.y.length > edges.length - 1;
+      const centres = line.y.map((_, i) => (open ? known[0] + (i - 0.5) * step : known[0] + (i + 0.5) * step));
+      return { ...line, role: 'main', y: line.y.map((share) => 100 * share), x: { [state.x]: centres } };
+    });
+  }
+
+  layout(xs, shown) {
+    super.layout(xs, shown);
+    this.domain = [0, Math.max(...shown) * 1.06];
+    this.y = scale(this.domain, [this.box.bottom, this.box.top]);
+    this.yTicks = linearTicks(...this.domain, 4);
+    this.box.right = this.width - 10;
+    this.x = scale([Math.min(...xs), Math.max(...xs)], [this.box.left + 8, this.box.right - 8]);
+    const step = Math.max(1, Math.ceil((Math.max(...xs) - Math.min(...xs)) / Math.max(2, Math.floor(this.width / 56))));
+    this.xTicks = linearTicks(Math.ceil(Math.min(...xs)), Math.floor(Math.max(...xs)), 40).filter((tick) => Number.isInteger(tick) && tick % step === 0);
+  }
+
+  axes() {
+    super.axes();
+    this.svg.querySelectorAll('text.middle').forEach((text, i) => {
+      text.textContent = ratio(this.xTicks[i]);
+    });
+  }
+
+  line(line) {
+    const xs = line.x[state.x];
+    const half = (this.x(xs[1]) - this.x(xs[0])) / 2;
+    const one = this.lines.length === 1;
+    let path = `M${this.x(xs[0]) - half} ${this.box.bottom}`;
+    line.y.forEach((y, i) => {
+      path += `V${this.y(y).toFixed(1)}H${(this.x(xs[i]) + half).toFixed(1)}`;
+    });
+    path += `V${this.box.bottom}`;
+    this.svg.append(svg('path', { d: path, class: `bars stroke ${one ? 'filled' : ''} ${groupClass(line.g)}` }));
+  }
+
+  labels() {
+    const x = this.x(0);
+    this.svg.append(svg('line', { x1: x, x2: x, y1: this.box.top, y2: this.box.bottom, class: 'reference' }),
+      svg('text', { x: x + 5, y: this.box.top + 9, class: 'tick', text: 'on-policy' }));
+  }
+
+  label() {
+    return '';
+  }
+
+  spoken() {
+    return `${this.panel.title}: ${this.lines.map((line) => `${data.groups[line.g].label}, ${line.n} tokens, most in the bin at ratio ${ratio(line.x[state.x][line.y.indexOf(Math.max(...line.y))])}`).join('; ')}.`;
+  }
+
+  read(at, aloud) {
+    this.show(at, aloud);
+  }
+
+  leave() {
+    this.tip.hidden = true;
+    this.cross?.replaceChildren();
+  }
+
+  follow() {
+    // Ratios are no time: the crosshair of the other charts means nothing here.
+  }
+
+  key(event) {
+    const xs = this.lines[0].x[state.x];
+    const now = this.tip.hidden ? -1 : this.now;
+    const next = { ArrowRight: now + 1, ArrowLeft: now < 0 ? xs.length - 1 : now - 1, Home: 0, End: xs.length - 1 }[event.key];
+    if (event.key === 'Escape') this.leave();
+    if (next === undefined) return;
+    event.preventDefault();
+    this.show(xs[Math.min(xs.length - 1, Math.max(0, next))], true);
+  }
+
+  show(at, aloud) {
+    const xs = this.lines[0].x[state.x];
+    const i = nearest(xs, at);
+    this.now = i;
+    const x = this.x(xs[i]);
+    const half = (xs[1] - xs[0]) / 2;
+    const head = `ratio ${ratio(xs[i] - half)} to ${ratio(xs[i] + half)}`;
+    this.cross.setAttribute('visibility', 'visible');
+    this.cross.replaceChildren(svg('line', { x1: x, x2: x, y1: this.box.top, y2: this.box.bottom, class: 'hair' }));
+    const body = this.lines.map((line) => [line.g, data.groups[line.g].label, `${number(line.y[i])} %`]);
+    this.tip.replaceChildren(el('p', { text: head }), ...body.map(([g, name, value]) => el('p', null, swatch(g), el('span', { text: name }), el('b', { text: value }))));
+    this.tip.hidden = false;
+    const wide = this.tip.offsetWidth;
+    this.tip.style.left = `${Math.max(0, Math.min(x + 12 + wide > this.width ? x - wide - 12 : x + 12, this.width - wide))}px`;
+    if (aloud) say(`${head}. ${body.map(([, name, value]) => `${name} ${value}`).join('. ')}`);
+  }
+}
+
+const ratio = (log2) => String(Number((2 ** log2).toPrecision(2)));
+
+// A row a setting: each seed a dot, the mean a bar with its interval; beside it the paired difference to the best.
+function drawDots(host) {
+  const ranks = data.ranks.filter((rank) => rank.values.length);
+  host.closest('section').hidden = ranks.reduce((sum, rank) => sum + rank.values.length, 0) < 2;
+  if (host.closest('section').hidden) return;
+  const gaps = ranks.filter((rank) => rank.difference);
+  host.replaceChildren(
+    el('p', { class: 'soft', text: `Last ${data.metric}, nats a token. A dot is a seed; the bar is the mean with its 95 % interval over seeds.` }),
+    strip(host, ranks, (rank) => ({ dots: rank.values, mean: rank.mean, low: rank.low, high: rank.high }), false),
+    ...(gaps.length ? [
+      el('p', { class: 'soft', text: `Paired difference to ${ranks[0].label}, same seed against same seed, with its 95 % interval. Right of zero: worse.` }),
+      strip(host, gaps, (rank) => ({ ...rank.difference, dots: differences(rank, ranks[0]) }), true),
+    ] : []));
+}
+
+function differences(rank, best) {
+  return rank.values.flatMap((one) => {
+    const twin = best.values.find((other) => other.seed === one.seed);
+    return twin && one.seed !== null ? [{ seed: one.seed, value: one.value - twin.value }] : [];
+  });
+}
+
+function strip(host, ranks, read, zero) {
+  const width = Math.max(280, host.clientWidth || 640);
+  const row = 34;
+  const narrow = width < 520;
+  const names = narrow ? 8 : Math.min(240, Math.max(...ranks.map((rank) => textWidth(rank.label, 13))) + 18);
+  const height = ranks.length * (narrow ? row + 16 : row) + 30;
+  const rows = ranks.map((rank) => ({ rank, ...read(rank) }));
+  const values = rows.flatMap((one) => [...one.dots.map((dot) => dot.value), one.low ?? one.mean, one.high ?? one.mean]).concat(zero ? [0] : []);
+  const span = Math.max(...values) - Math.min(...values) || Math.abs(values[0]) || 1;
+  const x = scale([Math.min(...values) - 0.05 * span, Math.max(...values) + 0.05 * span], [names + 8, width - 84]);
+  const graph = svg('svg', { width, height, viewBox: `0 0 ${width} ${height}`, class: 'strip', role: 'img',
+    'aria-label': rows.map((one) => `${one.rank.label}: ${number(one.mean)}, 95 % interval ${number(one.low)} to ${number(one.high)}, ${one.dots.length} seeds`).join('; ') });
+  const bottom = height - 26;
+  for (const tick of linearTicks(x.invert(names + 8), x.invert(width - 84), Math.max(2, Math.floor((width - names - 92) / 90)))) {
+    graph.append(svg('line', { x1: x(tick), x2: x(tick), y1: 4, y2: bottom, class: zero && tick === 0 ? 'zero' : 'grid' }),
+      svg('text', { x: x(tick), y: bottom + 16, class: 'tick middle', text: compact(tick) }));
+  }
+  rows.forEach((one, i) => {
+    const y = narrow ? i * (row + 16) + 32 : i * row + 20;
+    const g = groupClass(one.rank.group);
+    graph.append(svg('text', { x: 4, y: narrow ? y - 14 : y + 4, class: 'name', text: one.rank.label }));
+    if (one.low !== null && one.low !== undefined) {
+      graph.append(svg('line', { x1: x(one.low), x2: x(one.high), y1: y, y2: y, class: `interval stroke ${g}` }));
+    }
+    for (const dot of one.dots) {
+      graph.append(svg('circle', { cx: x(dot.value), cy: y, r: 4.5, class: `seed-dot ${g}` }, svg('title', { text: `seed ${dot.seed}: ${number(dot.value)}` })));
+    }
+    graph.append(svg('line', { x1: x(one.mean), x2: x(one.mean), y1: y - 9, y2: y + 9, class: `mean stroke ${g}` }),
+      svg('text', { x: width - 76, y: y + 4, class: 'label', text: `${zero && one.mean > 0 ? '+' : ''}${number(one.mean)}` }));
+  });
+  return graph;
+}
