@@ -1,0 +1,115 @@
+from pathlib import Path
+
+import pytest
+
+from topkd.compose.compare import _tuned
+from topkd.compose.compare_cell import Cell
+from topkd.compose.compare_config import EMBEDDED, CompareConfig, from_runs, load_compare, parse_grid
+from topkd.topk.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+ARMS = [{"name": "a", "set": {"objective": {"kind": "gjs"}}}, {"name": "b", "set": {"k": 5}}]
+
+
+def config(**changes):
+    return CompareConfig.model_validate({"arms": ARMS, "seeds": [0, 1], **changes})
+
+
+def test_the_shipped_example_is_valid_and_separates_estimator_from_divergence():
+    shipped = load_compare(ROOT / "examples" / "compare_scalar_gjs.toml").checked()
+    kinds = {(arm.set["objective"]["kind"], arm.set["objective"].get("beta")) for arm in shipped.arms}
+    assert {("scalar_kl", None), ("gjs", 0.5), ("topk_pg", 1.0), ("topk_pg", 0.5)} <= kinds
+
+
+def test_arm_settings_lie_over_the_base_and_another_kind_replaces_the_whole_objective():
+    values = config(overrides={"objective": {"kind": "topk_pg", "lam": 0.9}}).values(config().arms[0], seed=7, lr=3e-3)
+    assert values["objective"] == {"kind": "gjs"}
+    assert (values["seed"], values["learner"]["lr"]) == (7, 3e-3)
+
+
+def test_a_grid_is_the_product_of_its_axes():
+    made = from_runs([], parse_grid(["objective.kind=gjs,topk_pg", "k=5,20"]), [0])
+    assert made.base == EMBEDDED
+    assert [arm.set for arm in made.arms] == [
+        {"objective": {"kind": kind}, "k": k} for kind in ("gjs", "topk_pg") for k in (5, 20)
+    ]
+
+
+def test_run_files_become_arms_that_differ_from_the_first(tmp_path):
+    base = 'steps = 3\nmax_staleness = 0\n[student]\nmodel = "s"\n[data]\npath = "p"\n[teacher]\nurl = "http://t"\n'
+    (tmp_path / "one.toml").write_text(base)
+    (tmp_path / "two.toml").write_text("k = 7\n" + base)
+    made = from_runs([tmp_path / "one.toml", tmp_path / "two.toml"], {}, [0])
+    assert [arm.set for arm in made.arms] == [{}, {"k": 7}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": [ARMS[0], ARMS[0]]}, "arm names that differ"),
+        ({"seeds": [1, 1]}, "seeds that differ"),
+        ({"tuning": {"rates": [1e-3, 2e-3, 3e-3], "seeds": [1]}}, "tuning seeds apart"),
+        ({"tuning": {"rates": [1e-3, 3e-3], "seeds": [9]}}, "at least 3"),
+        ({"tuning": {"rates": [3e-3, 2e-3, 1e-3], "seeds": [9]}}, "ascending"),
+    ],
+)
+def test_a_comparison_that_cannot_be_believed_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_a_stale_arm_is_refused_because_staleness_weighs_differently_on_estimators():
+    with pytest.raises(ConfigError, match="trains on-policy"):
+        config(overrides={"max_staleness": 1}).checked()
+
+
+def test_a_wrong_key_in_an_arm_names_the_arm():
+    with pytest.raises(ConfigError, match="arm 'b'"):
+        config(arms=[ARMS[0], {"name": "b", "set": {"kk": 5}}]).checked()
+
+
+def test_a_changed_setting_makes_another_cell():
+    def cell(k):
+        return Cell("x", "live", "a", 0, None, EMBEDDED, {"k": k}, 4)
+
+    assert cell(5).digest == cell(5).digest
+    assert cell(5).digest != cell(6).digest
+
+
+class PlantedRuns:
+    """Stands in for the worker processes: a cell's curve falls most at its arm's planted best rate."""
+
+    def __init__(self, best):
+        self.best, self.trials = best, []
+
+    def finish(self, stage, cells):
+        self.trials.append({(cell.arm, cell.lr, cell.seed) for cell in cells})
+        return {
+            cell.id: {
+                "status": "done",
+                "evals": [
+                    {"tokens": 0, "reverse_kl": 1.0},
+                    {"tokens": 9, "reverse_kl": abs(cell.lr - self.best[cell.arm]) / cell.lr},
+                ],
+            }
+            for cell in cells
+        }
+
+
+TUNED = {"tuning": {"rates": [1e-4, 3e-4, 9e-4], "seeds": [8, 9], "extensions": 1}}
+
+
+def test_each_arm_gets_its_own_rate_and_all_arms_as_many_trials():
+    runs = PlantedRuns({"a": 3e-4, "b": 9e-4})
+    rates, tables = _tuned(config(**TUNED), runs)
+    assert rates == {"a": 3e-4, "b": 9e-4}
+    assert tables["b"]["edge"] == ""  # the grid grew past 9e-4 and the best stayed inside
+    for trials in runs.trials:
+        per_arm = [{(lr, seed) for arm, lr, seed in trials if arm == name} for name in ("a", "b")]
+        assert per_arm[0] == per_arm[1]
+    assert len(runs.trials) == 2
+
+
+def test_a_best_rate_that_stays_at_the_edge_is_marked():
+    _, tables = _tuned(config(**TUNED), PlantedRuns({"a": 3e-4, "b": 1.0}))
+    assert (tables["a"]["edge"], tables["b"]["edge"]) == ("", "high")
