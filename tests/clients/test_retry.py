@@ -22,6 +22,7 @@ from topkd.topk.errors import (
     ServerTimeoutError,
     ServerUnreachableError,
     TopkdError,
+    UnsupportedError,
 )
 
 
@@ -142,6 +143,46 @@ def reply(status: int, body: str, **headers: str) -> Reply:
             ),
             KLimitError,
             "K <= 20",
+        ),
+        (
+            reply(
+                400, '{"error":{"message":"Requested 65 token ids per row, which is greater than max allowed: 64."}}'
+            ),
+            KLimitError,
+            "K <= 64",
+        ),
+        (
+            reply(
+                400,
+                '{"error":{"message":"The input (9000 tokens) is longer than the model\'s context length (8192)."}}',
+            ),
+            ContextLimitError,
+            "9000 tokens",
+        ),
+        (
+            reply(400, '{"error":{"message":"Please reduce it.","code":"context_length_exceeded"}}'),
+            ContextLimitError,
+            "reduce it",
+        ),
+        (
+            reply(400, '{"error":{"message":"prompt_logprob_token_ids requires the V2 model runner (X=1)."}}'),
+            UnsupportedError,
+            "V2 model runner",
+        ),
+        (
+            reply(400, '{"error":{"message":"Unsupported parameter: \'logprobs\'","code":"unsupported_parameter"}}'),
+            UnsupportedError,
+            "no logprobs",
+        ),
+        (
+            reply(400, '{"error":{"message":"`logprobs` is not supported with this model"}}'),
+            UnsupportedError,
+            "no logprobs",
+        ),
+        (
+            reply(429, '{"error":{"message":"You exceeded your quota","code":"insufficient_quota"}}'),
+            RequestRefusedError,
+            "no quota left",
         ),
         (
             reply(400, '{"error":{"message":"This model\'s maximum context length is 4096 tokens. However, ..."}}'),

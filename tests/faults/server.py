@@ -139,6 +139,7 @@ class FaultyServer:
         self.open = 0
         self.dropped = 0  # requests whose client left before the answer
         self.healthy = True
+        self.frozen = False  # takes requests, /health too, and answers none until it thaws
         self.delay_s = 0.0
         self.redirect_to = ""
         self._server: asyncio.Server | None = None
@@ -194,6 +195,8 @@ class FaultyServer:
         headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in head[1:] if line)}
         self.headers.append({"path": path, **headers})
         raw = await reader.readexactly(int(headers.get("content-length", "0")))
+        while self.frozen:
+            await self._hold(reader, 0.02)
         if self.redirect_to:
             return await _write(writer, b"", status=307, location=self.redirect_to + path)
         if path == "/health":
@@ -255,6 +258,9 @@ class FaultyServer:
                     writer.write(body[i : i + 1])
                     await writer.drain()
                     await asyncio.sleep(0.02)
+            case "stall_mid_body":
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body[: len(body) // 2])
+                await self._hold(reader, 60)
             case "stall":
                 await self._hold(reader, 60)
             case "429":

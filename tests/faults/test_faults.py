@@ -43,6 +43,7 @@ FAULTS: dict[str, tuple[type[TopkdError], bool]] = {
     "endless_header": (ServerUnreachableError, True),
     "drip": (ServerTimeoutError, True),
     "stall": (ServerTimeoutError, True),
+    "stall_mid_body": (ServerTimeoutError, True),
     "408": (ServerTimeoutError, True),
     "409": (ServerFailedError, True),
     "429": (ServerBusyError, True),
@@ -77,7 +78,6 @@ FAULTS: dict[str, tuple[type[TopkdError], bool]] = {
     "past_vocab": (ResponseError, True),
     "huge_int": (ResponseError, True),
 }
-SLOW = {"drip", "stall", "408"}  # these last a try's time-out each
 
 
 async def assert_nothing_left(server: FaultyServer) -> None:

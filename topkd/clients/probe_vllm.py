@@ -13,7 +13,14 @@ from topkd.clients.decode import score_reply
 from topkd.clients.decode_binary import npy_matrix
 from topkd.clients.probe_session import OPERATION, SCORING, SERVER, Session
 from topkd.clients.vllm import score_body
-from topkd.topk.errors import ContextLimitError, FinalServerError, KLimitError, RequestRefusedError, ResponseError
+from topkd.topk.errors import (
+    ContextLimitError,
+    FinalServerError,
+    KLimitError,
+    RequestRefusedError,
+    ResponseError,
+    UnsupportedError,
+)
 from topkd.topk.types import Int32, TopK
 
 ROUTE, GENERATE = "/v1/completions", "/inference/v1/generate"
@@ -158,11 +165,12 @@ async def candidates(session: Session) -> None:
     try:
         got = await _matrix(session, ids, wanted, rows=ids.size - 1, k=1)
         schema, right = "rows", float(np.abs(got[:, 0] - truth).max())
+    except UnsupportedError as error:
+        session.add("candidates", SCORING, title, "info", "no", error.hint or error.what)
+        return
     except RequestRefusedError as refused:
         if "valid list" not in str(refused) and "list_type" not in str(refused):
-            session.add(
-                "candidates", SCORING, title, "info", "no", refused.what.removeprefix("the server refuses the ")
-            )
+            session.add("candidates", SCORING, title, "info", "no", refused.what.split(": ", 1)[-1])
             return
         shared = sorted({int(token) for token in ids[1:]})
         got = await _matrix(session, ids, shared, rows=ids.size - 1, k=len(shared))

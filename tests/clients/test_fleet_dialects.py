@@ -1,0 +1,165 @@
+"""Fleets of every scoring dialect: one client a replica, detected one by one, seen to agree before they are used."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.clients import test_fireworks as fireworks
+from tests.clients import test_sglang as sglang
+from tests.clients.toy import VOCAB, Toy, Wire
+from tests.clients.vllm_toy import VllmToy
+from topkd.clients import ClientConfig, Fleet, Sglang, VllmCompletions, VllmGenerate, connect
+from topkd.clients.fireworks import FireworksEcho
+from topkd.clients.transport import Reply, Request
+from topkd.topk.errors import ConfigError, ResponseError, ServerUnreachableError, UnsupportedError
+from topkd.topk.protocols import CandidateScorer, Sampler, TeacherScorer
+from topkd.topk.samples import SamplingParams
+
+QUICK = ClientConfig(max_retries=2, backoff_s=0.0, breaker_failures=1)
+IDS = np.random.default_rng(12).integers(0, VOCAB, 14).tolist()
+MODELS = {"object": "list", "data": [{"id": "t", "max_model_len": 4096}]}
+
+
+class Hosts:
+    """A transport that knows a server for each host; one that is down answers nobody."""
+
+    def __init__(self, **wires: Wire) -> None:
+        self.wires, self.down, self.asked = wires, set[str](), list[str]()
+
+    async def send(self, request: Request) -> Reply:
+        host = request.url.split("://", 1)[1].partition("/")[0]
+        self.asked.append(host)
+        if host in self.down:
+            raise ServerUnreachableError("no connection", where=request.url)
+        if request.url.endswith("/v1/models"):
+            return Reply(200, {}, json.dumps(MODELS).encode(), request.url)
+        if request.method == "GET" and not request.url.endswith("/health"):
+            return Reply(404, {}, b'{"detail":"Not Found"}', request.url)
+        return await self.wires[host].send(request)
+
+    async def aclose(self) -> None:
+        pass
+
+
+def seeded(module: Any, toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Wire:
+    """The module's server, speaking for ``toy``."""
+    monkeypatch.setattr(module, "TOY", toy)
+    return module.server()
+
+
+async def test_a_fleet_of_sglang_servers_scores_samples_and_fails_over(monkeypatch: pytest.MonkeyPatch):
+    toy = Toy(seed=2)
+    hosts = Hosts(a=sglang.server(), b=sglang.server())
+    async with Fleet(["http://a", "http://b"], make=Sglang, model="t", config=QUICK, transport=hosts) as fleet:
+        assert isinstance(fleet, TeacherScorer)
+        assert isinstance(fleet, CandidateScorer)
+        assert isinstance(fleet, Sampler)
+        assert await fleet.agreement(IDS, 4, 3) == 0.0
+        hosts.down.add("a")
+        for _ in range(4):
+            topk = await fleet.score(IDS, 4, 3)
+            rows = toy.rows(IDS)[4:]
+            np.testing.assert_allclose(topk.actual_logp, rows[np.arange(len(rows)), IDS[5:]], atol=1e-6)
+        [rollout] = await fleet.sample(IDS[:4], 1, SamplingParams(3))
+        assert rollout.version == "step-3"
+        wanted = topk.ids
+        np.testing.assert_allclose(await fleet.score_candidates(IDS, 4, wanted), topk.logp, atol=1e-6)
+        assert fleet.metrics["replica_0_closed"] == 0.0
+
+
+async def test_replicas_of_two_dialects_are_one_teacher_when_they_agree_and_none_when_not(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    urls, makes = ["http://a", "http://b"], [Sglang, FireworksEcho]
+    hosts = Hosts(a=sglang.server(), b=seeded(fireworks, Toy(seed=2), monkeypatch))
+    async with Fleet(urls, make=makes, model="t", config=QUICK, transport=hosts) as fleet:
+        info = await fleet.meet()
+        assert (info.model, info.max_model_len) == ("t", 4096)
+        assert (await fleet.score(IDS, 4, 3)).k == 3
+    monkeypatch.setattr(fireworks, "TOY", Toy(seed=7))
+    hosts = Hosts(a=sglang.server(), b=fireworks.server())
+    async with Fleet(urls, make=makes, model="t", config=QUICK, transport=hosts) as fleet:
+        with pytest.raises(ResponseError, match=r"replicas disagree \(http://\w and http://\w"):
+            await fleet.meet()
+
+
+async def test_a_hosted_replica_without_a_health_route_closes_its_circuit_again(monkeypatch: pytest.MonkeyPatch):
+    def handler(method: str, path: str, body: Any) -> tuple[int, Any]:
+        return (404, {"error": "not found"}) if path == "/health" else wire.handler(method, path, body)
+
+    wire = seeded(fireworks, Toy(seed=2), monkeypatch)
+    hosts = Hosts(a=Wire(handler))
+    config = QUICK.model_copy(update={"breaker_cooldown_s": 0.01, "max_retries": 8, "backoff_s": 0.02})
+    async with Fleet(["http://a"], make=FireworksEcho, model="m", config=config, transport=hosts) as fleet:
+        hosts.down.add("a")
+        lost = asyncio.create_task(fleet.score(IDS, 4, 3))
+        while not fleet.metrics.get("circuits_opened"):
+            await asyncio.sleep(0.001)
+        hosts.down.clear()
+        assert (await asyncio.wait_for(lost, 20)).rows == len(IDS) - 5
+        assert fleet.metrics["replica_0_closed"] == 1.0
+
+
+async def test_candidates_are_refused_by_name_where_the_dialect_has_none(monkeypatch: pytest.MonkeyPatch):
+    hosts = Hosts(a=seeded(fireworks, Toy(seed=2), monkeypatch))
+    async with Fleet(["http://a"], make=FireworksEcho, model="m", config=QUICK, transport=hosts) as fleet:
+        with pytest.raises(UnsupportedError, match="scores no candidates"):
+            await fleet.score_candidates(IDS, 4, np.zeros((len(IDS) - 5, 2), np.int32))
+    assert hosts.asked == [], "nothing was sent"
+
+
+async def test_zeros_on_both_sides_agree_and_hide_no_other_difference():
+    same, other = Toy(seed=2), Toy(seed=2)
+    for toy in (same, other):
+        toy.logp[IDS[5], IDS[6]] = -9999.0
+    other.logp[IDS[8], IDS[9]] -= 0.1
+    hosts = Hosts(a=Wire(VllmToy(same)), b=Wire(VllmToy(same)), c=Wire(VllmToy(other)))
+    async with Fleet(["http://a", "http://b"], model="t", config=QUICK, transport=hosts) as fleet:
+        assert await fleet.agreement(IDS, 0, 0) == 0.0
+    async with Fleet(["http://a", "http://c"], model="t", config=QUICK, transport=hosts) as fleet:
+        with pytest.raises(ResponseError, match=r"row 8.*0\.1 nats apart"):
+            await fleet.agreement(IDS, 0, 0)
+
+
+@contextlib.asynccontextmanager
+async def loopback(toy: VllmToy) -> AsyncIterator[str]:
+    """``toy`` behind a real socket, for what builds its own transport."""
+
+    async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+                method, path, _ = head[0].split(" ")
+                lengths = [int(line.split(":")[1]) for line in head if line.lower().startswith("content-length")]
+                raw = await reader.readexactly(lengths[0]) if lengths else b""
+                status, value = toy(method, path, json.loads(raw) if raw else None)
+                out = value if isinstance(value, bytes) else json.dumps(value).encode()
+                writer.write(b"HTTP/1.1 %d X\r\ncontent-length: %d\r\n\r\n" % (status, len(out)) + out)
+                await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(connection, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+
+
+async def test_connect_to_several_urls_is_a_fleet_that_was_seen_to_agree():
+    async with loopback(VllmToy(generate=False)) as a, loopback(VllmToy()) as b:
+        async with await connect([a, b], dialect="auto") as fleet:
+            assert isinstance(fleet, Fleet)
+            assert [type(replica.client) for replica in fleet.replicas] == [VllmCompletions, VllmGenerate]
+            assert (await fleet.score(IDS, 4, 3)).rows == len(IDS) - 5
+        async with loopback(VllmToy(toy=Toy(seed=99))) as other:
+            with pytest.raises(ResponseError, match="replicas disagree"):
+                await connect([a, other])
+    with pytest.raises(ConfigError, match="distinct"):
+        await connect([])

@@ -1,0 +1,130 @@
+"""Hedges: only scores, only the slowest, only as many as the budget has, and the loser is cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from tests.clients.test_fleet import IDS, QUICK, prompts
+from tests.faults.server import FaultyServer, actual_logp
+from topkd.clients import ClientConfig, Fleet
+from topkd.clients.hedging import Hedging
+from topkd.topk.errors import KLimitError
+
+HEDGED = QUICK.model_copy(update={"read_timeout_s": 60.0, "hedge_share": 0.05, "total_timeout_s": 120.0})
+
+
+class Once:
+    """A plan that does one thing to the next request of any server it is given to."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault, self.left = fault, 0
+
+    def __call__(self, number: int, request: dict[str, Any]) -> str | None:
+        if not self.left:
+            return None
+        self.left -= 1
+        return self.fault
+
+
+def test_patience_is_the_95th_percentile_per_token_once_enough_is_known():
+    hedging = Hedging(0.05)
+    for seconds in np.linspace(0.1, 1.0, 64)[:-1]:
+        hedging.answered(float(seconds), 936)
+    assert hedging.patience_s(936) is None
+    hedging.answered(1.0, 936)
+    assert hedging.patience_s(936) == pytest.approx(np.percentile(np.linspace(0.1, 1.0, 64), 95))
+    assert hedging.patience_s(1936) == pytest.approx(2 * hedging.patience_s(936)), "a long prompt is slow everywhere"
+
+
+def test_the_budget_is_a_share_of_the_scores_and_little_of_it_is_saved_up():
+    hedging = Hedging(0.05)
+    for _ in range(19):
+        hedging.answered(0.1, 10)
+    assert not hedging.spend()
+    hedging.answered(0.1, 10)
+    assert hedging.spend()
+    assert not hedging.spend()
+    for _ in range(10_000):
+        hedging.answered(0.1, 10)
+    assert sum(hedging.spend() for _ in range(500)) == 8
+
+
+def test_hedging_is_off_unless_asked_for_and_never_above_one_in_twenty():
+    off = Hedging(ClientConfig().hedge_share)
+    for _ in range(200):
+        off.answered(0.1, 10)
+    assert off.patience_s(10) is None
+    with pytest.raises(ValidationError):
+        ClientConfig(hedge_share=0.2)
+
+
+async def test_a_slow_score_is_answered_by_another_replica_and_the_slow_one_is_cancelled():
+    stall = Once("stall")
+    servers = FaultyServer(stall), FaultyServer(stall)
+    async with servers[0] as a, servers[1] as b, Fleet([a.url, b.url], model="t", config=HEDGED) as fleet:
+        for ids in prompts(80):
+            await fleet.score(ids, 3, 4)
+        before = fleet.metrics.get("hedges", 0.0), fleet.metrics.get("hedges_won", 0.0)
+        stall.left = 1
+        topk = await asyncio.wait_for(fleet.score(IDS, 3, 4), 20)
+        assert np.array_equal(topk.actual_logp, actual_logp(IDS, 3, 4))
+        assert (fleet.metrics["hedges"] - before[0], fleet.metrics["hedges_won"] - before[1]) == (1, 1)
+        for _ in range(200):
+            if a.dropped + b.dropped:
+                break
+            await asyncio.sleep(0.01)
+        assert a.dropped + b.dropped == 1, "the server that was too slow sees its client leave"
+        assert fleet.replicas[0].client.endpoint.gate.load == fleet.replicas[1].client.endpoint.gate.load == 0
+        assert fleet.metrics.get("retries", 0.0) == 0.0, "a hedge is part of its try, not another one"
+
+
+async def test_when_everything_is_slow_hedges_stay_within_their_share():
+    async with FaultyServer() as a, FaultyServer() as b:
+        async with Fleet([a.url, b.url], model="t", config=HEDGED) as fleet:
+            for ids in prompts(70):
+                await fleet.score(ids, 3, 4)
+            a.delay_s = b.delay_s = 0.03
+            for ids in prompts(60):
+                await fleet.score(ids, 3, 4)
+            assert 1 <= fleet.metrics["hedges"] <= 0.05 * 130
+        assert a.scored + b.scored == 130 + fleet.metrics["hedges"]
+
+
+async def test_a_hedge_that_fails_leaves_the_first_try_to_answer():
+    async with FaultyServer() as a, FaultyServer() as b, Fleet([a.url, b.url], model="t", config=HEDGED) as fleet:
+        for ids in prompts(80):
+            await fleet.score(ids, 3, 4)
+        hedged = fleet.metrics.get("hedges", 0.0)
+        a.delay_s = b.delay_s = 0.3
+        first = asyncio.create_task(fleet.score(IDS, 3, 4))
+        while fleet.metrics.get("hedges", 0.0) == hedged:
+            await asyncio.sleep(0.001)
+        second = max((a, b), key=lambda server: server.scored and server.requests[-1]["prompt"] == IDS)
+        second.plan = lambda number, request: "500"
+        topk = await asyncio.wait_for(first, 20)
+        assert np.array_equal(topk.actual_logp, actual_logp(IDS, 3, 4))
+
+
+async def test_a_refusal_is_not_asked_for_twice():
+    said = b'{"error":{"message":"Requested prompt logprobs of 4, which is greater than max allowed: 2"}}'
+
+    class Refusing(FaultyServer):
+        async def _misbehave(self, fault, request, reader, writer):
+            await asyncio.sleep(0.2)
+            writer.write(b"HTTP/1.1 400 X\r\ncontent-length: %d\r\n\r\n" % len(said) + said)
+            await writer.drain()
+            return True
+
+    plan = Once("refuse")
+    async with Refusing(plan) as a, Refusing(plan) as b, Fleet([a.url, b.url], model="t", config=HEDGED) as fleet:
+        for ids in prompts(80):
+            await fleet.score(ids, 3, 4)
+        plan.left = 2
+        with pytest.raises(KLimitError):
+            await fleet.score(IDS, 3, 4)
+        assert fleet.metrics.get("retries", 0.0) == 0.0
