@@ -154,12 +154,17 @@ class Fleet:
             ConfigError: they serve different models.
             ResponseError: they serve one name with different weights; see ``agreement``.
         """
+        info = await self.server_info()
+        await self.agreement(_COMPARED, 0, 1)
+        return info
+
+    async def server_info(self) -> ServerInfo:
+        """What all replicas say they are: one model, the shortest of their contexts."""
         infos = await asyncio.gather(*(replica.client.server_info() for replica in self.replicas))
         names = sorted({info.model for info in infos})
         if len(names) > 1:
             urls = ", ".join(replica.url for replica in self.replicas)
             raise ConfigError("the replicas serve different models", where=urls, got=", ".join(names))
-        await self.agreement(_COMPARED, 0, 1)
         lengths = [info.max_model_len for info in infos if info.max_model_len is not None]
         return ServerInfo(infos[0].model, min(lengths, default=None), infos[0].version, infos[0].models)
 

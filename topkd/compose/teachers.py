@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pydantic import SecretStr
 
 from topkd.clients import ClientConfig, Fleet, connect
-from topkd.clients.connection import DIALECTS
-from topkd.topk.errors import ConfigError
 from topkd.topk.protocols import Ids, TeacherScorer
 
 
@@ -61,17 +59,6 @@ async def open_teacher(
             info = await client.server_info()
             yield OpenTeacher(client, info.model, info.max_model_len)
         return
-    if dialect == "auto":
-        async with await connect(urls[0], dialect=dialect, model=model, api_key=api_key, config=config) as client:
-            dialect = client.dialect
-    if dialect not in DIALECTS:
-        raise ConfigError(
-            "a fleet of replicas speaks vLLM only", where=", ".join(urls), got=dialect, hint="give one URL"
-        )
-    async with Fleet(urls, make=DIALECTS[dialect], config=config, model=model, api_key=api_key) as fleet:
-        infos = [await replica.client.server_info() for replica in fleet.replicas]
-        names = {info.model for info in infos}
-        if len(names) > 1:
-            raise ConfigError("the replicas serve different models", where=", ".join(urls), got=sorted(names))
-        lengths = [info.max_model_len for info in infos if info.max_model_len is not None]
-        yield OpenTeacher(fleet, infos[0].model, min(lengths, default=None), fleet)
+    async with await connect(list(urls), dialect=dialect, model=model, api_key=api_key, config=config) as fleet:
+        info = await fleet.server_info()
+        yield OpenTeacher(fleet, info.model, info.max_model_len, fleet)
