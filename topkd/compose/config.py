@@ -38,6 +38,11 @@ class RunConfig(EngineConfig):
     def _one_way_to_name_teachers(self) -> RunConfig:
         if (self.teacher is None) == (not self.teachers):
             raise ValueError("give either [teacher] or [teachers.NAME] tables, not both and not neither")
+        moving = [teacher for teacher in self.teacher_map().values() if teacher.kind == "self" and teacher.ema < 1.0]
+        if moving and self.max_staleness:
+            raise ValueError("max_staleness = 0 for a self teacher that moves: else its scores depend on timing")
+        if moving and self.cache is not None:
+            raise ValueError("no [cache] for a self teacher that moves: every step has another teacher")
         return self
 
     def teacher_map(self) -> dict[str, TeacherConfig]:

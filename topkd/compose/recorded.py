@@ -119,7 +119,7 @@ def policy_identity(
         prompts.update(row.teacher_id.encode() + b"\0")
     shaping = {
         "config": config.model_dump(mode="json", exclude=_UNSHAPING),
-        "student": [config.student.device, config.student.dtype, _weights(student)],
+        "student": [config.student.device, config.student.dtype, weights_digest(student)],
         "teachers": {name: identity.to_json() for name, identity in teachers.items()},
         "prompts": prompts.hexdigest(),
     }
@@ -155,7 +155,8 @@ def chosen_policy(path: Path, revision: str | None) -> TeacherIdentity:
     return chosen[0]
 
 
-def _weights(student: Any) -> str:
+def weights_digest(student: Any) -> str:
+    """Hash of every weight of a model."""
     import torch
 
     digest = xxhash.xxh3_128()

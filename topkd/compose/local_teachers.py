@@ -1,0 +1,98 @@
+"""Teachers without a server: a model folder opened in this process, or the student itself behind another prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from topkd.clients.bytemap import load_bytemap
+from topkd.compose.config import RunConfig
+from topkd.compose.recorded import weights_digest
+from topkd.compose.tables import TeacherConfig
+from topkd.engine.hooks import Record
+from topkd.topk.errors import ConfigError
+from topkd.topk.protocols import TeacherScorer
+
+Publish = Callable[[int], Awaitable[Record | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """A teacher in this process.
+
+    Attributes:
+        scorer: It.
+        name: For the cache and the provenance.
+        revision: Of its weights: the config's, else their hash.
+        model: The ``Student`` that scores, where exact divergences can be taken against it.
+        follow: To be called after each step, for one that follows the student.
+    """
+
+    scorer: TeacherScorer
+    name: str
+    revision: str
+    model: Any
+    follow: Callable[[], None] | None = None
+
+
+def open_local(teacher: TeacherConfig, config: RunConfig, student: Any, lock: threading.Lock) -> LocalModel:
+    """A ``local`` or ``self`` teacher, ready to score; call it before the student's weights change.
+
+    Args:
+        teacher: Its table.
+        config: Of the run.
+        student: The loaded student.
+        lock: Held by the learner while weights change.
+    """
+    if teacher.kind == "self":
+        from topkd.engine.self_teacher import SelfTeacher
+
+        own = SelfTeacher(student, teacher.ema, lock)
+        revision = teacher.revision or (weights_digest(student) if teacher.ema == 1.0 else "moving")
+        follow = None if teacher.ema in {0.0, 1.0} else own.follow
+        return LocalModel(own, f"{Path(config.student.model).name} (self)", revision, own.model, follow)
+    from topkd.engine.local_teacher import LocalTeacher
+    from topkd.engine.student import Student
+
+    folder = str(teacher.model)
+    same_ids(folder, config.student.model)
+    model = Student.load(folder, config.student.device, config.student.dtype)
+    return LocalModel(LocalTeacher(model), Path(folder).name, teacher.revision or weights_digest(model), model)
+
+
+def same_ids(teacher: str, student: str) -> None:
+    """Raises ConfigError with the first id that the two tokenizers spell differently."""
+    theirs, mine = load_bytemap(teacher), load_bytemap(student)
+    if theirs.fingerprint == mine.fingerprint:
+        return
+    ids = sorted(theirs.token_bytes.keys() | mine.token_bytes.keys())
+    differ = [token for token in ids if theirs.token_bytes.get(token) != mine.token_bytes.get(token)]
+    spelt = [
+        "nothing" if (found := table.token_bytes.get(differ[0])) is None else repr(found.decode("utf-8", "replace"))
+        for table in (theirs, mine)
+    ]
+    raise ConfigError(
+        "the teacher's tokens are not the student's", where=f"{teacher} and {student}",
+        got=f"{len(differ)} ids differ, the first is {differ[0]}: {spelt[0]} there and {spelt[1]} here",
+        expected="one tokenizer for both: ids travel, text does not",
+    )  # fmt: skip
+
+
+def following(publish: Publish, follow: Callable[[], None] | None) -> Publish:
+    """``publish``, after which the teacher has taken the step too; the first call, before any step, moves nothing."""
+    if follow is None:
+        return publish
+    begun = False
+
+    async def publish_and_follow(version: int) -> Record | None:
+        nonlocal begun
+        if begun:
+            await asyncio.to_thread(follow)
+        begun = True
+        return await publish(version)
+
+    return publish_and_follow
