@@ -113,7 +113,7 @@ async def test_a_sampling_request_says_every_parameter():
         "frequency_penalty": 0.0,
         "stop": [],
         "stop_token_ids": [2, 3],
-        "ignore_eos": False,
+        "ignore_eos": True,  # the ids above are the only ends
         "seed": 17,
         "logprobs": 0,
         "return_token_ids": True,

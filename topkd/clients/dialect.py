@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from types import TracebackType
 from typing import ClassVar, Self
@@ -96,6 +97,12 @@ class HttpClient:
         return ", ".join(
             part for part in (self.endpoint.url, f"model {self._model}" if self._model else "", request) if part
         )
+
+    def under(self, model: str) -> Self:
+        """The same connections, window and counters under another served name: an adapter that was loaded later."""
+        other = copy.copy(self)
+        other._model = model  # noqa: SLF001 - our own copy
+        return other
 
     async def model_name(self) -> str:
         """The served name: the one given, or the server's only one."""

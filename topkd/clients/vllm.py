@@ -61,7 +61,7 @@ def sample_body(model: str, prompt: Int32, n: int, params: SamplingParams, k: in
         "frequency_penalty": params.frequency_penalty,
         "stop": [],
         "stop_token_ids": list(params.stop_token_ids),
-        "ignore_eos": False,
+        "ignore_eos": bool(params.stop_token_ids),  # else a generation_config adds ends of its own
         "seed": params.seed,
         "logprobs": k,
         "return_token_ids": True,

@@ -226,7 +226,7 @@ def sample_fields(params: SamplingParams, n: int, k: int) -> dict[str, Any]:
         "presence_penalty": params.presence_penalty,
         "frequency_penalty": params.frequency_penalty,
         "stop_token_ids": list(params.stop_token_ids),
-        "ignore_eos": False,
+        "ignore_eos": bool(params.stop_token_ids),  # else a generation_config adds ends of its own
         "seed": params.seed,
         "logprobs": k,
         "flat_logprobs": True,

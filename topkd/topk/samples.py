@@ -30,7 +30,8 @@ class SamplingParams:
     """Every sampling parameter, sent explicitly: a model's ``generation_config`` must never leak in.
 
     The defaults sample from the policy itself (temperature 1, no truncation, no penalty), so the returned logprobs are
-    the policy's own. ``exact`` says whether that holds.
+    the policy's own. ``exact`` says whether that holds. ``stop_token_ids``, where given, are the only ends (SGLang adds
+    the model's own); where not, a server ends at what its model's files call the end.
     """
 
     max_tokens: int = 1024
