@@ -17,7 +17,8 @@ class Hooks:
     """Called by the loop, in its order.
 
     Attributes:
-        evaluate: In a thread: before the first step, every ``eval_every`` steps and after the last.
+        evaluate: In a thread: before the first step, every ``eval_every`` steps and after the last. One record, or one
+            for each kind of prefixes.
         on_record: Told every diary record, for a display or a tracker.
         publish: Awaited at the start and after each step, before anything is sampled from the new weights: brings
             weight version v to where sampling happens. Its result, if any, joins the step's record.
@@ -29,7 +30,7 @@ class Hooks:
             is stopped or fails.
     """
 
-    evaluate: Callable[[], Record] | None = None
+    evaluate: Callable[[], Record | list[Record]] | None = None
     on_record: Callable[[str, Record], None] | None = None
     publish: Callable[[int], Awaitable[Record | None]] | None = None
     on_batch: Callable[[int, ScoredBatch], None] | None = None

@@ -191,7 +191,9 @@ class _Run:
     async def evaluate(self, step: int) -> None:
         if self.hooks.evaluate is None or not self.evaluates(step):
             return
-        self.write("eval", {"step": step, **await asyncio.to_thread(self.hooks.evaluate)})
+        found = await asyncio.to_thread(self.hooks.evaluate)
+        for record in found if isinstance(found, list) else [found]:
+            self.write("eval", {"step": step, **record})
         self.evaluated = step
 
     def keeps(self, step: int) -> bool:

@@ -51,12 +51,7 @@ class InProcessSampler:
         return await asyncio.to_thread(self._sample_batch, prompts, n, params, k)
 
     def _sample_batch(self, prompts: Sequence[Ids], n: int, params: SamplingParams, k: int) -> list[list[Rollout]]:
-        if not params.exact:
-            raise ConfigError(
-                "the in-process sampler draws from the policy itself",
-                got=params,
-                expected="temperature 1, no truncation, no penalties",
-            )
+        self._check(params)
         arrays = [np.asarray(prompt, dtype=np.int32) for prompt in prompts for _ in range(n)]
         if any(array.size < 1 for array in arrays):
             raise ConfigError("a prompt needs at least one token", hint="add a BOS token or a first character")
@@ -72,6 +67,17 @@ class InProcessSampler:
                 rollouts += self._rollouts(part, self._decode(part, params, k, generator), params)
         return [rollouts[i * n : (i + 1) * n] for i in range(len(prompts))]
 
+    def _check(self, params: SamplingParams) -> None:
+        if not params.exact:
+            raise ConfigError(
+                "the in-process sampler draws from the policy itself",
+                got=params,
+                expected="temperature 1, no truncation, no penalties",
+            )
+
+    def _drawn(self, logp: Tensor, params: SamplingParams, generator: torch.Generator) -> Tensor:  # noqa: ARG002
+        return torch.multinomial(logp.exp(), 1, generator=generator)
+
     def _decode(self, prompts: list[Int32], params: SamplingParams, k: int, generator: torch.Generator) -> list[_Step]:
         stops = torch.tensor([*self.stop_ids, *params.stop_token_ids], dtype=torch.long)
         ids, attention = _left_padded(prompts, self.student.device)
@@ -85,7 +91,7 @@ class InProcessSampler:
             )
             past = output.past_key_values
             logp = torch.log_softmax(self.student.head(output.last_hidden_state[:, -1]).float(), dim=-1).cpu()
-            token = torch.multinomial(logp.exp(), 1, generator=generator)
+            token = self._drawn(logp, params, generator)
             steps.append(_Step(token[:, 0].numpy(), logp.gather(1, token)[:, 0].numpy(), _top(logp, k) if k else None))
             alive &= ~torch.isin(token[:, 0], stops)
             ids = token.to(self.student.device)
