@@ -104,8 +104,9 @@ def compared_ends(config: RunConfig, prompts: Prompts) -> Ends:
         if int(end) not in stops:
             who = f"teacher {name!r}" if name else "the teacher"
             notes.append(
-                f"{who} ends its text with {_shown(tokenizer, int(end))}, the student with {shown}: the student is taught an end at which its own sampling does not stop; set "
-                f"rollout.stop_token_ids = [{int(end)}] (a base student of an instruct teacher wants this)"
+                f"{who} ends its text with {_shown(tokenizer, int(end))}, the student with {shown}: the student is "
+                "taught an end at which its own sampling does not stop; "
+                f"set rollout.stop_token_ids = [{int(end)}] (a base student of an instruct teacher wants this)"
             )
     return Ends(stops, template, teachers, tuple(notes))
 
