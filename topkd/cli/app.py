@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import topkd
-from topkd.cli import cache, compare, demo, probe, replay, score, serve, train
+from topkd.cli import cache, compare, demo, probe, replay, report, score, serve, train
 from topkd.topk.errors import TopkdError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("replay")(replay.command)
 app.add_typer(cache.app, name="cache")
 app.command("serve")(serve.command)
 app.command("probe")(probe.command)
+app.command("report")(report.command)
 
 
 def _version(wanted: bool) -> None:

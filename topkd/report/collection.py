@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topkd.report.diary import COMPARE, Run, flat, read_object, read_run
+from topkd.report.diary import COMPARE, METRICS, Run, flat, read_object, read_run
 from topkd.topk.errors import DataError
 
 # Where a run keeps its things says nothing about what it does.
@@ -25,9 +25,9 @@ class Group:
     runs: list[Run]
 
     @property
-    def seeds(self) -> dict[int, Run]:
-        """seed -> run, for pairing."""
-        return {run.seed: run for run in self.runs if run.seed is not None}
+    def replayed(self) -> bool:
+        """Trained on other runs' rollouts: shown beside the others, ranked apart."""
+        return self.runs[0].replayed
 
 
 @dataclass(slots=True)
@@ -41,7 +41,12 @@ class Collection:
 
     def groups(self) -> list[Group]:
         """Runs by setting, in the order of their first run."""
-        settings = [dict(run.params) or flat(run.config) for run in self.runs]
+        replays = any(run.replayed for run in self.runs)
+        settings = [
+            (dict(run.params) or flat(run.config))
+            | ({"rollouts": "replay" if run.replayed else "live"} if replays else {})
+            for run in self.runs
+        ]
         differing = [key for key in differing_keys(settings) if not key.startswith(_PLACES)]
         # What a comparison varied counts even where it took one value only; a lone group needs no distinction.
         by_key: dict[str, list[int]] = {}
@@ -66,6 +71,9 @@ def gather(paths: Sequence[Path], *, waiting: bool = False) -> Collection:
                 raise DataError("two comparisons on one page", where=str(path), hint="make one page for each")
             comparison = read_object(path / COMPARE)
             runs += _cells(path, comparison, notes)
+        elif (path / "cells").is_dir():
+            notes.append(f"the comparison in {path.name} is not finished: its cells so far, and no verdict of its own")
+            runs += [read_run(cell.parent) for cell in sorted((path / "cells").glob(f"*/{METRICS}"))]
         else:
             runs.append(read_run(path, waiting=waiting))
     if not runs:
@@ -80,11 +88,13 @@ def differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
     keys = list(dict.fromkeys(key for setting in settings for key in setting))
     missing = object()
     differing = [key for key in keys if any(one.get(key, missing) != settings[0].get(key, missing) for one in settings)]
-    return sorted(differing, key=lambda key: (_FIRST.index(key) if key in _FIRST else len(_FIRST)))
+    return sorted(differing, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
 
 
 def _cells(folder: Path, comparison: dict[str, Any], notes: list[str]) -> list[Run]:
     runs = []
+    arms = comparison.get("arms")
+    labels = {arm.get("name"): arm.get("label") for arm in arms or () if isinstance(arm, dict)}
     cells = comparison.get("cells")
     if not isinstance(cells, list):
         raise DataError(
@@ -93,12 +103,15 @@ def _cells(folder: Path, comparison: dict[str, Any], notes: list[str]) -> list[R
     for cell in cells:
         name = str(cell.get("id", "?"))
         path = folder / str(cell.get("run") or f"cells/{name}")
-        if not (path / "metrics.jsonl").exists():
+        if not (path / METRICS).exists():
             notes.append(f"cell {name} ({cell.get('status', 'not run')}) has no diary and is left out")
             continue
         run = read_run(path, name=name)
-        params = cell.get("params")
-        run.params = {key: value for key, value in flat(params or {}).items() if key != "seed"}
+        arm = cell.get("arm")
+        # An arm is a setting by itself: the rate that its tuning found is a part of it.
+        params = {"arm": labels.get(arm) or arm} if arm else cell.get("params") or {}
+        run.params = {key: value for key, value in flat(params).items() if key != "seed"}
+        run.replayed = cell.get("phase") == "replay"
         run.seed = cell["seed"] if isinstance(cell.get("seed"), int) else run.seed
         run.failed = cell.get("status") == "failed"
         if run.failed:
@@ -114,18 +127,21 @@ def _labels(settings: Sequence[dict[str, Any]], collection: Collection) -> list[
         kind = run.params.get("objective.kind") or flat(run.config).get("objective.kind")
         return [str(kind or run.name)]
     chosen: list[str] = []
-    parts = 1
+    told = 1
     for key in settings[0]:
         seen = len({json.dumps([one.get(name) for name in [*chosen, key]], default=str) for one in settings})
-        if seen > parts:
-            chosen, parts = [*chosen, key], seen
-    return [", ".join(_said(key, one[key]) for key in chosen if one[key] is not None) or "default" for one in settings]
+        if seen > told:
+            chosen, told = [*chosen, key], seen
+    said = [[_said(key, one[key]) for key in chosen if one[key] is not None] for one in settings]
+    return [", ".join(part for part in parts if part) or "default" for parts in said]
 
 
 def _said(key: str, value: Any) -> str:
     last = key.rsplit(".", 1)[-1]
-    if last in ("kind", "name", "objective", "variant", "divergence"):
+    if last in ("kind", "name", "objective", "arm", "divergence"):
         return str(value)
+    if last == "rollouts":
+        return "" if value == "live" else "replayed"
     return f"{last} {value:g}" if isinstance(value, float) else f"{last} {value}"
 
 

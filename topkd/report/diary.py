@@ -14,6 +14,7 @@ from typing import Any
 from topkd.topk.errors import DataError
 
 METRICS, CONFIG, TOKENS, COMPARE = "metrics.jsonl", "config.json", "tokens.jsonl", "compare.json"
+MEASURED = frozenset({"reverse_kl", "forward_kl", "jsd", "agreement", "accuracy"})
 Record = dict[str, Any]
 
 
@@ -24,6 +25,11 @@ class Lines:
     path: Path
     offset: int = 0
     number: int = 0
+
+    @property
+    def shrunk(self) -> bool:
+        """The file is shorter than what was read of it."""
+        return self.offset > 0 and (not self.path.exists() or self.path.stat().st_size < self.offset)
 
     def read(self) -> list[Record]:
         """New records. A last line without its newline is still being written (or torn), and waits."""
@@ -70,6 +76,7 @@ class Run:
         params: What a comparison varied ({} outside one).
         seed: Pairs runs of different settings; None when unknown.
         failed: A comparison says that the run did not finish.
+        replayed: A comparison trained it on another run's rollouts: a test of estimators, not of what wins on-policy.
     """
 
     path: Path
@@ -78,6 +85,7 @@ class Run:
     params: Record = field(default_factory=dict)
     seed: int | None = None
     failed: bool = False
+    replayed: bool = False
     steps: list[Record] = field(default_factory=list)
     evals: list[Record] = field(default_factory=list)
     events: list[Record] = field(default_factory=list)
@@ -90,13 +98,18 @@ class Run:
         if not self.config:
             self.config = read_config(self.path)
             self.seed = self.seed if self.seed is not None else _seed(self.config)
-        self._diary = self._diary or Lines(self.path / METRICS)
-        self._tokens = self._tokens or Lines(self.path / TOKENS)
+        if self._diary is None or self._tokens is None or self._diary.shrunk or self._tokens.shrunk:
+            # The first look; or a resumed run cut its diary back to a checkpoint, and what was read is void.
+            self._diary, self._tokens = Lines(self.path / METRICS), Lines(self.path / TOKENS)
+            for read in (self.steps, self.evals, self.events, self.rollouts):
+                read.clear()
         records, rollouts = self._diary.read(), self._tokens.read()
         for record in records:
             kind = record.get("kind")
-            place = self.steps if kind == "step" else self.evals if kind == "eval" else self.events
-            place.append(record)
+            if kind == "eval":
+                self.evals += evaluations(record)
+            else:
+                (self.steps if kind == "step" else self.events).append(record)
         self.rollouts += [rollout for rollout in rollouts if isinstance(rollout.get("tokens"), list)]
         return bool(records or rollouts)
 
@@ -108,13 +121,24 @@ class Run:
 
     @property
     def state(self) -> str:
-        """"failed", "stopped", "finished", or "running" (also: ended without a word)."""
+        """One of failed, stopped, finished, running (also: ended without a word)."""
         if self.failed:
             return "failed"
         if any(event.get("event") == "stopped" for event in self.events):
             return "stopped"
         last = last_step(self.steps)
         return "finished" if self.planned is not None and last >= self.planned else "running"
+
+
+def evaluations(record: Record) -> list[Record]:
+    """An evaluation as one flat record a kind of prefixes: kinds may stand side by side in it, a table each."""
+    flat_, nested = {}, []
+    for key, value in record.items():
+        if isinstance(value, dict) and MEASURED & value.keys():
+            nested.append({"step": record.get("step"), "prefixes": key, **value})
+        else:
+            flat_[key] = value
+    return [flat_, *nested] if MEASURED & flat_.keys() or not nested else nested
 
 
 def read_run(path: Path, *, name: str | None = None, waiting: bool = False) -> Run:

@@ -29,7 +29,9 @@ class Transcripts:
 
 def transcripts(groups: Sequence[Group], budget: int = BUDGET_CHARS) -> Transcripts:
     """As many rollouts as the budget holds, taken evenly from all runs and from early to late in each."""
-    places = [(index, run, record) for index, group in enumerate(groups) for run in group.runs for record in run.rollouts]
+    places = [
+        (index, run, record) for index, group in enumerate(groups) for run in group.runs for record in run.rollouts
+    ]
     sizes = [_size(record) for _, _, record in places]
     chosen = _within(sizes, budget)
     several = len({id(run) for _, run, _ in places}) > 1

@@ -67,8 +67,10 @@ def prefixes_of(record: Record) -> str:
 def panel_lines(
     panel: Panel, groups: Sequence[Group], account: Thinning, prefixes: str = FIXED
 ) -> list[dict[str, Any]]:
-    """The lines of one panel: for a group of one run its values (and their rolling mean), for several the mean
-    over seeds with each seed (evaluations) or the span of the seeds' rolling means (steps) around it.
+    """The lines of one panel.
+
+    A group of one run is drawn as its values, with their rolling mean where they are noisy. Several runs are drawn as
+    their mean over seeds, with each seed (evaluations) or the span of the seeds' rolling means (steps) around it.
     """
     lines: list[dict[str, Any]] = []
     for index, group in enumerate(groups):
@@ -83,9 +85,7 @@ def panel_lines(
     return lines
 
 
-def _single(
-    index: int, source: Source, values: Floats, panel: Panel, account: Thinning
-) -> list[dict[str, Any]]:
+def _single(index: int, source: Source, values: Floats, panel: Panel, account: Thinning) -> list[dict[str, Any]]:
     rows = thinning.extremes(values, POINTS)
     if rows.size < values.size:
         account.series += 1

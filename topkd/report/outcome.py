@@ -11,7 +11,7 @@ import numpy as np
 
 from topkd.report.collection import Group
 from topkd.report.columns import column, has, totals
-from topkd.report.diary import Run, last_step
+from topkd.report.diary import Record, Run, last_step
 from topkd.report.intervals import Interval, interval
 from topkd.report.lines import FIXED, eval_source
 
@@ -110,44 +110,57 @@ def spread(outcomes: Sequence[Outcome], key: str) -> Interval:
     return interval([one.last[key] for one in outcomes if key in one.last and counts(one.run)])
 
 
-def warnings_of(run: Run, outcome_: Outcome) -> list[str]:
-    """What a careful reader would ask about this run."""
-    said: list[str] = []
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """Something to be careful about; runs that share the kind are named together."""
+
+    kind: str
+    text: str
+
+
+def warnings_of(one: Outcome) -> list[Warned]:
+    """What a careful reader would ask about a run."""
+    run = one.run
+    said: list[Warned] = []
     if run.state == "stopped":
         reason = next((event.get("reason") for event in run.events if event.get("event") == "stopped"), None)
-        said.append(f"stopped at step {last_step(run.steps)} of {run.planned or '?'} ({reason or 'no reason given'})")
-    for event in run.events:
-        if event.get("event") == "alarm":
-            said.append(_alarm(event))
-    if lost := outcome_.totals.get("lost"):
+        text = f"stopped at step {last_step(run.steps)} of {run.planned or '?'} ({reason or 'no reason given'})"
+        said.append(Warned("stopped", text))
+    alarms = [event for event in run.events if event.get("event") == "alarm"]
+    said += [Warned(f"alarm {_alarm(event)[1]}", _alarm(event)[0]) for event in alarms[:20]]
+    if lost := one.totals.get("lost"):
         asked = float(np.nansum(column(run.steps, "samples"))) + lost
-        said.append(f"{lost:,.0f} of {asked:,.0f} samples were lost on the way to the teacher and back")
-    skipped = sum(bool(record.get("skipped")) for record in run.steps)
-    if skipped:
-        said.append(f"{skipped} of {len(run.steps)} steps changed no weight (see `skipped` in the diary)")
-    said += _rates(run)
+        said.append(Warned("lost", f"{lost:,.0f} of {asked:,.0f} samples were lost on the way to the teacher and back"))
+    if skipped := sum(bool(record.get("skipped")) for record in run.steps):
+        text = f"{skipped} of {len(run.steps)} steps changed no weight (`skipped` in the diary says why)"
+        said.append(Warned("skipped", text))
     best = column(eval_source(run, FIXED).records, "reverse_kl")
     if best.size > 2 and np.isfinite(best).any() and best[-1] > 1.05 * np.nanmin(best):
-        said.append(f"the last KL ({best[-1]:.4g}) is above the best one ({np.nanmin(best):.4g}): it was better before")
-    return said
+        text = f"the last KL ({best[-1]:.4g}) is above the best one ({np.nanmin(best):.4g}): it was better before"
+        said.append(Warned("worse", text))
+    return said + _rates(run)
 
 
-def _rates(run: Run) -> list[str]:
+def _rates(run: Run) -> list[Warned]:
     said = []
     ess = column(run.steps, "ess")
     if np.isfinite(ess).any() and np.nanmean(ess) < 0.5:
-        said.append(f"effective sample size {100 * np.nanmean(ess):.0f} % on average: far off-policy")
+        said.append(Warned("ess", f"effective sample size {100 * np.nanmean(ess):.0f} % on average: far off-policy"))
     missing, tokens = column(run.steps, "missing_tokens"), column(run.steps, "completion_tokens")
     if np.nansum(missing) > 0:
         share = 100 * np.nansum(missing) / max(np.nansum(tokens), 1.0)
-        said.append(f"{np.nansum(missing):,.0f} tokens ({share:.2g} %) had no teacher logprob and were masked")
+        text = f"{np.nansum(missing):,.0f} tokens ({share:.2g} %) had no teacher logprob and were masked"
+        said.append(Warned("missing", text))
     truncated, samples = np.nansum(column(run.steps, "truncated")), np.nansum(column(run.steps, "samples"))
     if samples and truncated > 0.5 * samples:
-        said.append(f"{100 * truncated / samples:.0f} % of completions were cut at the length limit")
+        text = f"{100 * truncated / samples:.0f} % of completions were cut at the length limit"
+        said.append(Warned("truncated", text))
     return said
 
 
-def _alarm(event: dict[str, Any]) -> str:
-    text = event.get("message") or event.get("reason") or event.get("name") or event.get("alarm") or "alarm"
+def _alarm(event: Record) -> tuple[str, str]:
+    """An alarm in words, and its kind."""
+    kind = str(event.get("alarm") or event.get("name") or event.get("what") or "alarm")
+    text = str(event.get("message") or event.get("text") or event.get("reason") or kind)
     step = event.get("step")
-    return f"step {step}: {text}" if step is not None else str(text)
+    return (f"step {step}: {text}" if step is not None else text), kind

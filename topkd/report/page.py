@@ -21,15 +21,19 @@ from topkd.report.payload import Page, build
 SCRIPTS = ("core", "scales", "lines", "bars", "explorer", "tables", "main")
 
 
-def render(collection: Collection, *, live: bool = False, baseline: Mapping[str, Any] | None = None) -> str:
-    """The whole page as text. ``live`` makes it ask its server for news; otherwise it asks nobody for anything."""
-    page = build(collection, live=live, baseline=baseline)
+def render(collection: Collection, baseline: Mapping[str, Any] | None = None) -> str:
+    """The page about a collection, whole, as text."""
+    return render_page(build(collection, baseline=baseline))
+
+
+def render_page(page: Page, *, live: bool = False) -> str:
+    """The HTML of a page. ``live`` makes it ask its server for news; otherwise it asks nobody for anything."""
     style, script = _style(), _script()
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
         f"connect-src {chr(39)}{'self' if live else 'none'}{chr(39)}; base-uri 'none'; form-action 'none'"
     )
-    return _template("page.html").render(
+    html: str = _template("page.html").render(
         page=page,
         style=style,
         script=script,
@@ -38,6 +42,7 @@ def render(collection: Collection, *, live: bool = False, baseline: Mapping[str,
         bodies=[] if live else [embeddable(body) for body in page.transcripts.bodies],
         live=live,
     )
+    return html
 
 
 def fragments(page: Page) -> dict[str, str]:

@@ -47,12 +47,12 @@ def build(collection: Collection, *, live: bool = False, baseline: Mapping[str, 
         "live": live,
         "title": collection.title,
         "state": _state(collection),
-        "groups": [{"label": group.label, "n": len(group.runs)} for group in groups],
+        "groups": [{"label": group.label, "n": len(group.runs), "apart": group.replayed} for group in groups],
         "axes": _axes(groups),
         "prefixes": kinds,
         "sections": sections,
         "metric": said.metric,
-        "ranks": said.ranks,
+        "ranks": [rank.plain() for rank in said.ranks],
         "rollouts": recorded.heads,
     }
     return Page(
@@ -107,10 +107,8 @@ def _head(panel: Panel) -> dict[str, Any]:
 def _axes(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Every choice of x, and whether all runs can be placed on it."""
     tables = [step_axes(run) for group in groups for run in group.runs if run.steps]
-    return [
-        {"key": axis.key, "label": axis.label, "unit": axis.unit, "ok": bool(tables) and all(axis.key in t for t in tables)}
-        for axis in AXES
-    ]
+    told = {axis.key: bool(tables) and all(axis.key in table for table in tables) for axis in AXES}
+    return [{"key": axis.key, "label": axis.label, "unit": axis.unit, "ok": told[axis.key]} for axis in AXES]
 
 
 def _state(collection: Collection) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any
 from topkd.report.collection import Collection, Group, differing_keys
 from topkd.report.diary import flat
 from topkd.report.outcome import Outcome, spread
-from topkd.report.verdict import Verdict, between, number, short
+from topkd.report.verdict import Verdict
+from topkd.report.wording import between, number, short
 
 _METRICS = (
     ("reverse_kl", "KL(S‖T)"),
@@ -44,8 +45,8 @@ class Table:
 
 def summary(groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]], said: Verdict) -> Table:
     """A row a setting, best first: last values with 95 % intervals over seeds, differences to the best, cost."""
-    order = [rank["group"] for rank in said.ranks] or list(range(len(groups)))
-    gaps = {rank["group"]: rank["difference"] for rank in said.ranks}
+    gaps = {rank.group: rank.difference for rank in said.ranks}
+    order = [*gaps, *(index for index in range(len(groups)) if index not in gaps)]
     flatly = [one for group in outcomes for one in group]
     metrics = [(key, name) for key, name in _METRICS if any(key in one.last for one in flatly)]
     sums = [(key, name) for key, name in _TOTALS if any(one.totals.get(key) is not None for one in flatly)]
@@ -61,7 +62,7 @@ def summary(groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]], said
         row += [_metric(ones, key) for key, _ in metrics]
         if paired:
             gap = gaps.get(index)
-            row.append(f"{number(gap['mean'])} [{number(gap['low'])}, {number(gap['high'])}]" if gap else "best")
+            row.append(between(gap) if gap else "best" if index == order[0] else "—")
         if areas:
             row.append(number(_mean([one.area for one in ones])))
         row += [_total(ones, key) for key, _ in sums]

@@ -1,9 +1,11 @@
 """Long series made short without hiding anything: the lowest and the highest of every stretch are kept.
 
-Arrays in, arrays out; NaN is a hole and stays one (a stretch of holes becomes one hole), so that a gap is never bridged.
+Arrays in, arrays out; NaN is a hole and stays one (a stretch of holes becomes one hole): a gap is never bridged.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,15 +24,15 @@ def extremes(values: Floats, points: int) -> Rows:
         return np.arange(values.size)
     stretches = max(1, (points - 2) // 2)
     edges = np.linspace(0, values.size, stretches + 1).astype(np.intp)
-    keep = {0, values.size - 1}
-    for first, after in zip(edges[:-1], edges[1:], strict=True):
+    keep = {0, int(values.size) - 1}
+    for first, after in pairwise(edges.tolist()):
         part = values[first:after]
         known = np.flatnonzero(np.isfinite(part))
         if not known.size:
-            keep.add(int(first))
+            keep.add(first)
             continue
-        keep.add(int(first + known[part[known].argmin()]))
-        keep.add(int(first + known[part[known].argmax()]))
+        keep.add(first + int(known[part[known].argmin()]))
+        keep.add(first + int(known[part[known].argmax()]))
     return np.array(sorted(keep), dtype=np.intp)
 
 

@@ -9,10 +9,13 @@ from typing import Any
 
 from topkd.report.collection import Collection, Group
 from topkd.report.diary import last_step
-from topkd.report.intervals import Interval, paired
-from topkd.report.outcome import Metric, Outcome, by_seed, counts, main_metric, outcome, spread, warnings_of
+from topkd.report.outcome import Metric, Outcome, Warned, counts, main_metric, outcome, spread, warnings_of
+from topkd.report.ranks import Rank, ranked
+from topkd.report.wording import between, change, number, short
 
 ENOUGH_SEEDS = 8
+_DISTANCES = (("forward_kl", "KL(teacher ‖ student)"), ("jsd", "Jensen-Shannon"))
+_SHARES = (("agreement", "Same top token"), ("accuracy", "Task accuracy"))
 
 
 @dataclass(slots=True)
@@ -21,13 +24,13 @@ class Verdict:
 
     Attributes:
         headline: The result in one sentence.
-        detail: How sure it is, in one sentence.
+        detail: How sure it is.
         tone: "won", "open" (no clear winner), "one" (a single setting) or "waiting".
         facts: Figures beside it: label, value, remark.
         warnings: What a careful reader would ask about.
-        stated: What the comparison that made the runs says itself.
-        ranks: Settings from best to worst, with each seed's value and the paired difference to the best.
-        metric: What is compared.
+        ranks: Settings from best to worst.
+        metric: What the ranks are by.
+        note: What the comparison says of itself.
     """
 
     headline: str
@@ -35,9 +38,9 @@ class Verdict:
     tone: str = "one"
     facts: list[tuple[str, str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    stated: str = ""
-    ranks: list[dict[str, Any]] = field(default_factory=list)
+    ranks: list[Rank] = field(default_factory=list)
     metric: str = ""
+    note: str = ""
 
 
 def verdict(collection: Collection, groups: Sequence[Group]) -> tuple[Verdict, list[list[Outcome]]]:
@@ -47,16 +50,14 @@ def verdict(collection: Collection, groups: Sequence[Group]) -> tuple[Verdict, l
         return Verdict("Waiting for the first step.", tone="waiting"), [[] for _ in groups]
     outcomes = [[outcome(run, metric) for run in group.runs] for group in groups]
     if len(groups) == 1:
-        said = _one_run(outcomes[0][0], metric) if len(outcomes[0]) == 1 else _one_group(groups[0], outcomes[0], metric)
+        said = _one_run(outcomes[0][0], metric) if len(outcomes[0]) == 1 else _one_group(groups[0], outcomes, metric)
     else:
         said = _several(groups, outcomes, metric)
     said.metric = metric.name
-    said.stated = _stated(collection.comparison)
-    several = len(collection.runs) > 1
-    for one in (one for group in outcomes for one in group):
-        said.warnings += [f"{one.run.name}: {text}" if several else text for text in warnings_of(one.run, one)]
+    _stated(said, collection.comparison)
     if not metric.exact:
         said.warnings.insert(0, "no exact held-out KL in the diary: the verdict rests on the estimate from rollouts")
+    said.warnings += _gathered([(one, warned) for ones in outcomes for one in ones for warned in warnings_of(one)])
     said.warnings += collection.notes
     return said, outcomes
 
@@ -65,114 +66,93 @@ def _one_run(one: Outcome, metric: Metric) -> Verdict:
     first, last = one.first.get(metric.key, math.nan), one.last.get(metric.key, math.nan)
     steps = last_step(one.run.steps)
     way = "fell" if last < first else "rose" if last > first else "stayed"
-    where = "on held-out prefixes, exact over the whole vocabulary" if metric.exact else "on its own rollouts"
-    said = Verdict(
+    where = "On held-out prefixes, exact over the whole vocabulary" if metric.exact else "On its own rollouts"
+    return Verdict(
         f"{metric.name} {way} from {number(first)} to {number(last)} nats a token ({change(first, last)})",
-        f"{where}; {steps:,} of {one.run.planned or steps:,} steps, {one.run.state}.".capitalize(),
+        f"{where}; {steps:,} of {one.run.planned or steps:,} steps, {one.run.state}.",
+        facts=_facts(one),
     )
-    said.facts = _facts(one)
-    return said
 
 
-def _one_group(group: Group, outcomes: Sequence[Outcome], metric: Metric) -> Verdict:
-    end = spread(outcomes, metric.key)
-    start = [one.first[metric.key] for one in outcomes if metric.key in one.first]
+def _one_group(group: Group, outcomes: Sequence[Sequence[Outcome]], metric: Metric) -> Verdict:
+    (ones,) = outcomes
+    end = spread(ones, metric.key)
+    start = [one.first[metric.key] for one in ones if metric.key in one.first]
     first = sum(start) / len(start) if start else math.nan
     return Verdict(
         f"{metric.name} went from {number(first)} to {between(end)} nats a token ({change(first, end.mean)})",
         f"Mean over {end.n} runs of {group.label} that differ in their seed, with the 95 % interval over them.",
-        facts=_mean_facts(outcomes),
-        ranks=_ranks([group], [list(outcomes)], metric),
+        facts=_mean_facts(ones),
+        ranks=ranked([group], outcomes, metric),
     )
 
 
 def _several(groups: Sequence[Group], outcomes: list[list[Outcome]], metric: Metric) -> Verdict:
-    ranks = _ranks(groups, outcomes, metric)
-    comparable = [rank for rank in ranks if rank["mean"] is not None]
+    ranks = ranked(groups, outcomes, metric)
+    comparable = [rank for rank in ranks if math.isfinite(rank.end.mean)]
     if len(comparable) < 2:
         return Verdict("No two settings have finished runs to compare.", tone="open", ranks=ranks)
-    best, second = comparable[0], comparable[1]
-    gap = second["difference"]
-    said = Verdict("", ranks=ranks, facts=_mean_facts(outcomes[best["group"]], f"{best['label']}, mean"))
-    ahead = f"{best['label']} ends at {number(best['mean'])} nats a token, {second['label']} at {number(second['mean'])}"
+    best, second = comparable[:2]
+    gap = second.difference
+    said = Verdict("", ranks=ranks, facts=_mean_facts(outcomes[best.group], f"{best.label}, mean"))
+    ends = f"{best.label} ends at {number(best.end.mean)} nats a token, {second.label} at {number(second.end.mean)}"
     if gap is None:
-        said.headline, said.tone = f"{best['label']} has the lower {metric.name}, but nothing says how surely", "open"
-        said.detail = f"{ahead}. Fewer than two seeds in common: no paired interval, so take it as one draw."
-    elif gap["low"] > 0.0:
-        said.headline, said.tone = f"{best['label']} wins: {metric.name} lower by {number(gap['mean'])} nats a token", "won"
-        said.detail = (
-            f"95 % interval of the paired difference to {second['label']}: {number(gap['low'])} to {number(gap['high'])} "
-            f"over {gap['n']} seeds. {ahead}."
-        )
+        said.headline, said.tone = f"{best.label} has the lower {metric.name}, but nothing says how surely", "open"
+        said.detail = f"{ends}. Fewer than two seeds in common: no paired interval, so take it as one draw."
     else:
-        said.headline, said.tone = f"No clear winner between {best['label']} and {second['label']}", "open"
-        said.detail = (
-            f"The 95 % interval of their paired difference, {number(gap['low'])} to {number(gap['high'])} nats a token "
-            f"over {gap['n']} seeds, holds zero. {ahead}."
-        )
-    seeds = min(rank["n"] for rank in comparable)
-    if seeds < ENOUGH_SEEDS:
-        said.warnings.append(
-            f"{seeds} seed{'s' if seeds > 1 else ''} a setting: intervals this short of {ENOUGH_SEEDS} seeds are rough"
-        )
-    tokens = [one.totals["tokens"] for group in outcomes for one in group if one.totals["tokens"] and counts(one.run)]
-    if tokens and max(tokens) > 1.05 * min(tokens):
-        said.warnings.append(
-            f"runs trained on {min(tokens):,.0f} to {max(tokens):,.0f} tokens: compare at equal tokens, in the curves"
-        )
+        span = f"{number(gap.low)} to {number(gap.high)} nats a token over {gap.n} seeds"
+        if gap.low > 0.0:
+            said.headline = f"{best.label} wins: {metric.name} lower by {number(gap.mean)} nats a token"
+            said.tone = "won"
+            said.detail = f"95 % interval of the paired difference to {second.label}: {span}. {ends}."
+        else:
+            said.headline, said.tone = f"No clear winner between {best.label} and {second.label}", "open"
+            said.detail = f"The 95 % interval of their paired difference, {span}, holds zero. {ends}."
+    said.warnings += _doubts(comparable, outcomes)
     return said
 
 
-def _ranks(groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]], metric: Metric) -> list[dict[str, Any]]:
-    rows = []
-    for index, (group, ones) in enumerate(zip(groups, outcomes, strict=True)):
-        end = spread(ones, metric.key)
-        rows.append(
-            {
-                "group": index,
-                "label": group.label,
-                "n": end.n,
-                "mean": _or_none(end.mean),
-                "low": _or_none(end.low),
-                "high": _or_none(end.high),
-                "values": [
-                    {"seed": one.run.seed, "run": one.run.name, "value": one.last[metric.key]}
-                    for one in ones
-                    if metric.key in one.last and counts(one.run)
-                ],
-                "difference": None,
-            }
-        )
-    rows.sort(key=lambda row: math.inf if row["mean"] is None else row["mean"])
-    best = by_seed(outcomes[rows[0]["group"]], metric.key)
-    for row in rows[1:]:
-        gap = paired(by_seed(outcomes[row["group"]], metric.key), best)
-        if gap.n >= 2:
-            row["difference"] = {"mean": gap.mean, "low": gap.low, "high": gap.high, "n": gap.n}
-    return rows
+def _doubts(ranks: Sequence[Rank], outcomes: Sequence[Sequence[Outcome]]) -> list[str]:
+    said = []
+    seeds = min(rank.end.n for rank in ranks)
+    if seeds < ENOUGH_SEEDS:
+        said.append(f"{seeds} seed{'s' * (seeds > 1)} a setting: intervals from fewer than {ENOUGH_SEEDS} are rough")
+    tokens = [one.totals["tokens"] for ones in outcomes for one in ones if counts(one.run)]
+    known = [count for count in tokens if count]
+    if known and max(known) > 1.05 * min(known):
+        said.append(f"runs trained on {min(known):,.0f} to {max(known):,.0f} tokens: compare at equal tokens, below")
+    return said
+
+
+def _stated(said: Verdict, comparison: dict[str, Any]) -> None:
+    """A comparison's own verdict goes first: it knows what was tuned, and how; the ends of the runs come second."""
+    said.note = str(comparison.get("note") or "")
+    stated = comparison.get("verdict")
+    text = stated.get("text") if isinstance(stated, dict) else None
+    if isinstance(stated, dict) and isinstance(text, str) and text:
+        said.detail = f"At the end of the runs: {said.headline[:1].lower()}{said.headline[1:]}. {said.detail}"
+        said.headline, said.tone = text, "won" if stated.get("winner") else "open"
+    said.warnings += [f"tuning: {reason}" for reason in comparison.get("refused") or ()]
 
 
 def _facts(one: Outcome) -> list[tuple[str, str, str]]:
-    facts = []
-    for key, label in (("forward_kl", "KL(teacher ‖ student)"), ("jsd", "Jensen-Shannon")):
-        if key in one.last:
-            facts.append((label, number(one.last[key]), f"from {number(one.first[key])}"))
-    for key, label in (("agreement", "Same top token"), ("accuracy", "Task accuracy")):
-        if key in one.last:
-            facts.append((label, f"{100 * one.last[key]:.1f} %", f"from {100 * one.first[key]:.1f} %"))
+    facts = [
+        (label, number(one.last[key]), f"from {number(one.first[key])}") for key, label in _DISTANCES if key in one.last
+    ]
+    facts += [
+        (label, f"{100 * one.last[key]:.1f} %", f"from {100 * one.first[key]:.1f} %")
+        for key, label in _SHARES
+        if key in one.last
+    ]
     return facts + _cost(one.totals)
 
 
 def _mean_facts(outcomes: Sequence[Outcome], remark: str = "mean") -> list[tuple[str, str, str]]:
     facts = []
-    for key, label in (("forward_kl", "KL(teacher ‖ student)"), ("jsd", "Jensen-Shannon")):
-        end = spread(outcomes, key)
-        if end.n:
-            facts.append((label, number(end.mean), remark))
-    for key, label in (("agreement", "Same top token"), ("accuracy", "Task accuracy")):
-        end = spread(outcomes, key)
-        if end.n:
-            facts.append((label, f"{100 * end.mean:.1f} %", remark))
+    for key, label in (*_DISTANCES, *_SHARES):
+        if (end := spread(outcomes, key)).n:
+            text = f"{100 * end.mean:.1f} %" if (key, label) in _SHARES else number(end.mean)
+            facts.append((label, text, remark))
     mean: dict[str, float | None] = {}
     for key in outcomes[0].totals if outcomes else ():
         known = [value for one in outcomes if (value := one.totals[key]) is not None]
@@ -181,7 +161,7 @@ def _mean_facts(outcomes: Sequence[Outcome], remark: str = "mean") -> list[tuple
 
 
 def _cost(totals: dict[str, float | None]) -> list[tuple[str, str, str]]:
-    """Tokens, teacher's work and time; what the diary does not say is left out."""
+    """Tokens, the teacher's work and time; what the diary does not say is left out."""
     said = []
     if (tokens := totals.get("tokens")) is not None:
         said.append(("Tokens trained on", short(tokens), ""))
@@ -193,44 +173,17 @@ def _cost(totals: dict[str, float | None]) -> list[tuple[str, str, str]]:
     return said
 
 
-def _stated(comparison: dict[str, Any]) -> str:
-    """The comparison's own verdict, if it is put into words."""
-    stated = comparison.get("verdict")
-    if isinstance(stated, str):
-        return stated
-    if isinstance(stated, dict):
-        return next((str(stated[key]) for key in ("headline", "text", "sentence", "summary") if stated.get(key)), "")
-    return ""
-
-
-def number(value: float | None) -> str:
-    """Four significant digits, a true minus sign; "?" for what is not known."""
-    if value is None or not math.isfinite(value):
-        return "?"
-    return f"{value:.4g}".replace("-", "−")
-
-
-def change(first: float, last: float) -> str:
-    """The change in per cent."""
-    if not (math.isfinite(first) and math.isfinite(last)) or first == 0.0:
-        return "change unknown"
-    return f"{100 * (last / first - 1):+.0f} %".replace("-", "−")
-
-
-def between(end: Interval) -> str:
-    """A mean with its interval."""
-    if not math.isfinite(end.low):
-        return number(end.mean)
-    return f"{number(end.mean)} [{number(end.low)}, {number(end.high)}]"
-
-
-def short(value: float) -> str:
-    """A count in at most four digits: 153.6k."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if letter == 'k' else size):.4g}{letter}"
-    return f"{value:,.0f}"
-
-
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _gathered(found: Sequence[tuple[Outcome, Warned]]) -> list[str]:
+    """Warnings of all runs; one that many share is said once, with their number."""
+    runs = len({id(one) for one, _ in found})
+    by_kind: dict[str, list[tuple[Outcome, Warned]]] = {}
+    for one, warned in found:
+        by_kind.setdefault(warned.kind, []).append((one, warned))
+    said = []
+    for same in by_kind.values():
+        if len(same) > 2:
+            one, warned = same[0]
+            said.append(f"{len(same)} runs: {warned.text} ({one.run.name}; the others alike)")
+        else:
+            said += [warned.text if runs == 1 else f"{one.run.name}: {warned.text}" for one, warned in same]
+    return said

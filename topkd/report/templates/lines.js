@@ -85,11 +85,11 @@ class LineChart {
     const room = mains.map((line) => textWidth(this.label(line)) + 14);
     const right = mains.length <= 6 ? Math.min(Math.max(0, ...room), this.width * 0.36) : 8;
     this.domain = yDomain(Math.min(...shown), Math.max(...shown), this.log);
-    const rows = Math.max(2, Math.floor(this.height / 46));
+    const rows = Math.max(2, Math.floor(this.height / 38));
     this.yTicks = this.log ? logTicks(...this.domain, rows) : linearTicks(...this.domain, rows);
     const left = Math.max(...this.yTicks.map((tick) => textWidth(compact(tick), 11))) + 12;
     this.box = { left, right: this.width - right - 6, top: 10, bottom: this.height - 24 };
-    const low = Math.min(...xs);
+    const low = Math.min(0, ...xs); // counts begin at nothing, in every panel alike
     const high = Math.max(...xs);
     this.x = scale([low, high > low ? high : low + 1], [this.box.left, this.box.right]);
     this.y = scale(this.domain, [this.box.bottom, this.box.top], this.log);
@@ -101,7 +101,7 @@ class LineChart {
     for (const tick of this.yTicks) {
       const y = this.y(tick);
       this.svg.append(
-        svg('line', { x1: left, x2: right, y1: y, y2: y, class: tick === 0 ? 'zero' : 'grid' }),
+        svg('line', { x1: left, x2: right, y1: y, y2: y, class: tick === 0 ? 'zero' : 'rule' }),
         svg('text', { x: left - 7, y: y + 4, class: 'tick end', text: compact(tick) }));
     }
     this.svg.append(svg('line', { x1: left, x2: right, y1: bottom, y2: bottom, class: 'axis' }));

@@ -136,6 +136,7 @@ async function follow() {
 }
 
 themes();
+data.groups.forEach((group, g) => { if (group.apart) state.hidden.add(g); }); // replays: on demand, beside what was live
 state.x = data.axes.find((one) => one.key === 'tokens' && one.ok) ? 'tokens' : 'step';
 everything();
 let shownWidth = innerWidth;

@@ -3,7 +3,7 @@ function niceStep(span, count) {
   const rough = span / Math.max(1, count);
   const power = 10 ** Math.floor(Math.log10(rough));
   const lead = rough / power;
-  return (lead <= 1 ? 1 : lead <= 2 ? 2 : lead <= 2.5 ? 2.5 : lead <= 5 ? 5 : 10) * power;
+  return (lead <= 1.1 ? 1 : lead <= 2.1 ? 2 : lead <= 2.6 ? 2.5 : lead <= 5.4 ? 5 : 10) * power;
 }
 
 function linearTicks(low, high, count) {

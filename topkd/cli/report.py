@@ -1,0 +1,107 @@
+"""``topkd report``."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from topkd.cli.extras import needs
+from topkd.topk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from topkd.report.payload import Page
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of one comparison.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="The page.", show_default="RUN/report.html; report.html for several")
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="Also draw every panel as PNG and SVG into this folder.")] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Serve the page on this machine while the run goes on.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --follow; 0 takes a free one.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON on standard output.")] = False,
+) -> None:
+    """Make one self-contained HTML page from runs or a comparison: the verdict first, then everything behind it.
+
+    Example: topkd report runs/first
+
+    Example: topkd report runs/scalar-gjs --figures paper/figures
+
+    Example: topkd report --follow runs/first
+    """
+    needs("report", "jinja2", *(["matplotlib"] if figures else []), extra="report")
+    from topkd.engine import EngineConfig
+
+    defaults = EngineConfig().model_dump(mode="json")
+    if follow:
+        if out or figures:
+            raise ConfigError(
+                "--follow serves the page; --out and --figures write files", hint="call it without --follow"
+            )
+        _follow(runs, port, defaults, as_json=as_json)
+        return
+    from topkd.report.collection import gather
+    from topkd.report.page import render_page
+    from topkd.report.payload import build
+
+    page = build(gather(runs), baseline=defaults)
+    path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    text = render_page(page)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("cannot write the page", where=str(path), got=error.strerror) from error
+    drawn = []
+    if figures is not None:
+        from topkd.report.figures import write_figures
+
+        drawn = write_figures(page, figures)
+    if as_json:
+        typer.echo(json.dumps(_told(page, path, drawn), ensure_ascii=False))
+        return
+    typer.echo(page.verdict.headline)
+    if page.verdict.detail:
+        typer.echo(page.verdict.detail)
+    for warning in page.verdict.warnings:
+        typer.echo(f"careful: {warning}")
+    typer.echo(f"{path} ({len(text.encode()) / 1e3:,.0f} kB, complete in itself)")
+    if drawn:
+        typer.echo(f"{len(drawn)} figures in {figures}")
+
+
+def _follow(runs: list[Path], port: int, defaults: dict[str, Any], *, as_json: bool) -> None:
+    from topkd.report.live import LivePage
+
+    for run in runs:
+        if not run.is_dir():
+            raise ConfigError("no run to follow", where=str(run), got="no such folder", expected="a run's --out folder")
+    with LivePage(runs, port, defaults) as page:
+        typer.echo(json.dumps({"url": page.url}) if as_json else f"{page.url} follows the run; Ctrl-C ends the page")
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            return
+
+
+def _told(page: Page, path: Path, drawn: list[Path]) -> dict[str, Any]:
+    said = page.verdict
+    return {
+        "out": str(path),
+        "headline": said.headline,
+        "detail": said.detail,
+        "metric": said.metric,
+        "ranks": [rank.plain() for rank in said.ranks],
+        "results": [dict(zip(page.summary.columns, row, strict=True)) for row in page.summary.rows],
+        "warnings": said.warnings,
+        "notes": page.notes,
+        "figures": [str(file) for file in drawn],
+    }

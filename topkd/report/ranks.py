@@ -1,0 +1,56 @@
+"""Settings from best to worst, each with its seeds' values and its paired difference to the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from topkd.report.collection import Group
+from topkd.report.intervals import Interval, paired
+from topkd.report.outcome import Metric, Outcome, by_seed, counts, spread
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One setting: ``difference`` is to the best one, over the seeds that both have; None for fewer than two."""
+
+    group: int
+    label: str
+    end: Interval
+    values: list[dict[str, Any]]
+    difference: Interval | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON can say it."""
+        gap = None if self.difference is None else asdict(self.difference)
+        values = {key: value if math.isfinite(value) else None for key, value in asdict(self.end).items()}
+        return {"group": self.group, "label": self.label, **values, "values": self.values, "difference": gap}
+
+
+def ranked(groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]], metric: Metric) -> list[Rank]:
+    """The settings that were run on-policy, best first; replays of other runs' rollouts are ranked nowhere."""
+    rows = [
+        Rank(index, group.label, spread(ones, metric.key), _values(ones, metric.key))
+        for index, (group, ones) in enumerate(zip(groups, outcomes, strict=True))
+        if not group.replayed
+    ]
+    rows.sort(key=lambda row: row.end.mean if math.isfinite(row.end.mean) else math.inf)
+    if not rows:
+        return []
+    best = by_seed(outcomes[rows[0].group], metric.key)
+    return [rows[0], *(_against(row, outcomes[row.group], best, metric) for row in rows[1:])]
+
+
+def _against(row: Rank, ones: Sequence[Outcome], best: dict[int, float], metric: Metric) -> Rank:
+    gap = paired(by_seed(ones, metric.key), best)
+    return Rank(row.group, row.label, row.end, row.values, gap if gap.n >= 2 else None)
+
+
+def _values(ones: Sequence[Outcome], key: str) -> list[dict[str, Any]]:
+    return [
+        {"seed": one.run.seed, "run": one.run.name, "value": one.last[key]}
+        for one in ones
+        if key in one.last and counts(one.run)
+    ]
