@@ -218,7 +218,7 @@ def test_nothing_is_called_capped_where_no_ratio_is_used(folder):
     far = scalar_sample([3, 4], [5, 6], [-1.0, -1.0], [-30.0, -30.0])
     for kind, share in (("truncated", 1.0), ("none", 0.0)):
         _, record = gradients_of_step(fresh(folder), [far], GJS(), importance=ImportanceSampling(kind=kind))
-        assert record["ratio_capped"] == share
+        assert record["clip_fraction"] == share
 
 
 @pytest.mark.parametrize(

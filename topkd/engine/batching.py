@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from topkd.topk.samples import PreparedSample
+from topkd.topk.samples import PreparedSample, SampleCore
 from topkd.topk.types import Bool
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
+class TextSample:
+    """A completion that came with the data: ids and a mask, no logprobs."""
+
+    core: SampleCore
+
+
+S = TypeVar("S", bound=PreparedSample | TextSample)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch(Generic[S]):
     """A right-padded batch and the flat places in it that train.
 
     Attributes:
@@ -27,7 +38,7 @@ class MicroBatch:
         picks: Per sample, the completion positions behind its rows (in order), for cutting its logprobs and lists.
     """
 
-    samples: list[PreparedSample]
+    samples: list[S]
     input_ids: Tensor
     attention_mask: Tensor
     rows: Tensor
@@ -41,8 +52,8 @@ class MicroBatch:
 
 
 def micro_batches(
-    samples: Sequence[PreparedSample], masks: Sequence[Bool], budget_tokens: int, device: torch.device
-) -> Iterator[MicroBatch]:
+    samples: Sequence[S], masks: Sequence[Bool], budget_tokens: int, device: torch.device
+) -> Iterator[MicroBatch[S]]:
     """Groups of similar length whose padded size stays within ``budget_tokens`` (a longer sample goes alone).
 
     ``masks`` say per sample which completion tokens train; samples with none are left out.
@@ -51,7 +62,7 @@ def micro_batches(
         ((sample, mask) for sample, mask in zip(samples, masks, strict=True) if mask.any()),
         key=lambda pair: pair[0].core.full_ids.size,
     )
-    group: list[tuple[PreparedSample, Bool]] = []
+    group: list[tuple[S, Bool]] = []
     for pair in order:
         if group and (len(group) + 1) * pair[0].core.full_ids.size > budget_tokens:
             yield _padded(group, device)
@@ -61,7 +72,7 @@ def micro_batches(
         yield _padded(group, device)
 
 
-def _padded(pairs: list[tuple[PreparedSample, Bool]], device: torch.device) -> MicroBatch:
+def _padded(pairs: list[tuple[S, Bool]], device: torch.device) -> MicroBatch[S]:
     samples = [sample for sample, _ in pairs]
     width = max(sample.core.input_ids.size for sample in samples)
     input_ids = np.zeros((len(samples), width), dtype=np.int64)

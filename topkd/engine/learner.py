@@ -8,18 +8,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from topkd.engine.batching import micro_batches
-from topkd.engine.learner_config import ImportanceSampling, LearnerConfig
-from topkd.engine.objective_config import Objective
-from topkd.engine.objectives import TokenStats, objective_loss, valid_tokens
-from topkd.engine.student import Student
-from topkd.topk import kl_k1, kl_k3
+from topkd.engine.batching import MicroBatch, TextSample, micro_batches
+from topkd.engine.distributed import Ranks, Strategy
+from topkd.engine.frozen import Frozen
+from topkd.engine.gradient_noise import GradientNoise
+from topkd.engine.learner_config import LearnerConfig
+from topkd.engine.objective_config import TAID, Objective, conflict
+from topkd.engine.objectives import TokenStats, objective_loss, text_loss, valid_tokens
+from topkd.engine.optimizers import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from topkd.engine.schedules import check_schedule, rate_factor
+from topkd.engine.student import Precision, Student
+from topkd.engine.token_metrics import batch_metrics, sample_facts, token_metrics
+from topkd.engine.trainee import clip_gradients, trainee
+from topkd.engine.view import TokenLoss
 from topkd.topk.errors import ConfigError, TrainingError
 from topkd.topk.samples import PreparedSample
+from topkd.topk.schedule import TAIDScheduler
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -43,108 +50,162 @@ class Learner:
     Args:
         student: The model; its weights change only inside ``step``, under ``lock``.
         config: Optimiser settings.
-        objective: What to minimise.
+        objective: What to minimise: a config, or a function that gives each token's loss.
         lock: Held while weights change or are read for a step (share it with an in-process sampler).
         steps: How many steps the run takes: what schedules run towards.
+        ranks: The processes that share each step; every one makes the same calls.
+        strategy: How several of them hold the weights.
+        stop_ids: Tokens that end a completion; the diary shows how probable they are.
     """
 
     def __init__(
         self,
         student: Student,
         config: LearnerConfig,
-        objective: Objective,
+        objective: Objective | TokenLoss,
         *,
         lock: threading.Lock | None = None,
         steps: int | None = None,
+        ranks: Ranks | None = None,
+        strategy: Strategy = "ddp",
+        stop_ids: Sequence[int] = (),
     ) -> None:
-        self.student, self.config, self.objective = student, config, objective
+        check_schedule(config, steps)
+        if isinstance(objective, Frozen) and (why := conflict(objective, config.importance.kind)) is not None:
+            raise ConfigError(why)
+        self.student, self.config, self.objective, self.steps = student, config, objective, steps
         self.lock = lock or threading.Lock()
-        self.steps = steps
+        self.ranks = ranks or Ranks()
+        self.stop_ids = tuple(stop_ids)
         self.version = 0
         self._skipped_in_a_row = 0
-        self._named = {name: p for name, p in student.model.named_parameters() if p.requires_grad}
-        self._trained = list(self._named.values())
-        self._optimizer = torch.optim.AdamW(
-            self._trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+        self._taid = _scheduler(objective, steps)
+        self._precision = precision_of(config, student.device)
+        self._trainee = trainee(
+            student, self.ranks, strategy, self._precision, checkpointing=config.gradient_checkpointing
         )
+        self._trained = list(self._trainee.named.values())
+        self._peak = config.learning_rate(lora=student.lora)
+        self._optimizer = build_optimizer(config, self._trained, self._peak)
 
-    def step(self, samples: Sequence[PreparedSample]) -> dict[str, Any]:
-        """Take one step; returns the diary entry.
+    def step(self, samples: Sequence[PreparedSample], texts: Sequence[TextSample] = ()) -> dict[str, Any]:
+        """Take one step; returns the diary entry, the same on every rank.
 
         A step without a trainable token, or with a non-finite gradient, changes no weight and says so in ``skipped``;
         several in a row end the run.
+
+        Args:
+            samples: Scored samples for the objective (this rank's share).
+            texts: Completions from the data, trained by cross-entropy (this rank's share).
         """
         masks = [valid_tokens(sample, self.objective, self.student.vocab_size) for sample in samples]
-        num_tokens = int(sum(mask.sum() for mask in masks))
+        given = sum(int(sample.core.mask.sum()) for sample in samples)
+        scored = sum(int(mask.sum()) for mask in masks)
+        plain = sum(int(text.core.mask.sum()) for text in texts)
+        scored, plain, given = (sum(part) for part in zip(*self.ranks.gather((scored, plain, given)), strict=True))
+        num_tokens = scored + plain
         stats: list[TokenStats] = []
-        loss_sum, norm, skipped = 0.0, math.nan, "" if num_tokens else "no trainable token"
+        losses = [0.0, 0.0]  # of the objective, of the texts
+        norm, skipped, noise = math.nan, "" if num_tokens else "no trainable token", GradientNoise(num_tokens)
         with self.lock:
+            rate = self._peak * rate_factor(self.config, self.version, self.steps)
             for group in self._optimizer.param_groups:
-                group["lr"] = self._lr()
-            for batch in micro_batches(samples, masks, self.config.micro_batch_tokens, self.student.device):
-                hidden = self.student.hidden_rows(batch.input_ids, batch.attention_mask, batch.rows)
-                loss, tokens = objective_loss(
-                    self.objective,
-                    student=self.student,
-                    hidden=hidden,
-                    batch=batch,
-                    importance=self.config.importance,
-                    num_tokens=num_tokens,
-                )
-                loss.backward()  # type: ignore[no-untyped-call]
-                loss_sum += float(loss.detach())
-                stats.append(tokens)
+                group["lr"] = rate
             if num_tokens:
-                norm = float(torch.nn.utils.clip_grad_norm_(self._trained, self.config.max_grad_norm))
-                if math.isfinite(norm) and math.isfinite(loss_sum):
+                with self._trainee.training():
+                    self._backward(samples, masks, texts, num_tokens, stats, losses, noise)
+                self._trainee.reduce()
+                losses = [sum(part) for part in zip(*self.ranks.gather(losses), strict=True)]
+                norm = clip_gradients(self._trained, self.config.max_grad_norm)
+                if math.isfinite(norm) and math.isfinite(sum(losses)):
                     self._optimizer.step()
+                    self._trainee.publish()
                 else:
                     skipped = "non-finite gradient"
             self._optimizer.zero_grad(set_to_none=True)
             self.version += 1
-        self._count_skips(skipped)
-        tokens_given = int(sum(sample.core.mask.sum() for sample in samples))
-        return {
-            "loss": loss_sum,
+        record: dict[str, Any] = {
+            "loss": sum(losses),
             "grad_norm": norm,
-            "lr": self._optimizer.param_groups[0]["lr"],
+            "lr": rate,
             "tokens": num_tokens,
-            "masked_tokens": tokens_given - num_tokens,
+            "masked_tokens": given - scored,
             "skipped": skipped,
-            **(token_metrics(stats, self.config.importance) if stats else {}),
         }
+        if self._taid is not None:
+            record["taid_t"] = self._taid.t
+            if num_tokens:
+                self._taid.update_t(losses[0] * num_tokens / max(scored, 1), self.version - 1)
+        if plain:
+            record |= {"sft_tokens": plain, "sft_loss": losses[1] * num_tokens / plain}
+        if self.ranks.size == 1:
+            record |= noise.metrics(norm)
+        record |= batch_metrics(self.ranks.gather(sample_facts(samples, self.student.vocab_size)))
+        if gathered := [part for rank in self.ranks.gather(stats) for part in rank]:
+            record |= token_metrics(gathered, self.config.importance)
+        self._count_skips(skipped)
+        return record
+
+    def _backward(  # noqa: PLR0917
+        self,
+        samples: Sequence[PreparedSample],
+        masks: Sequence[Any],
+        texts: Sequence[TextSample],
+        num_tokens: int,
+        stats: list[TokenStats],
+        losses: list[float],
+        noise: GradientNoise,
+    ) -> None:
+        budget, device = self.config.micro_batch_tokens, self.student.device
+        scored = list(micro_batches(samples, masks, budget, device))
+        plain = list(micro_batches(texts, [text.core.mask for text in texts], budget, device))
+        done = 0
+        rounds = self._trainee.rounds(len(scored) + len(plain))
+        for i in range(rounds):
+            if i < len(scored):
+                loss, tokens = objective_loss(
+                    self.objective,
+                    score=self._trainee.score,
+                    batch=scored[i],
+                    importance=self.config.importance,
+                    num_tokens=num_tokens,
+                    vocab_size=self.student.vocab_size,
+                    t=1.0 if self._taid is None else self._taid.t,
+                    stop_ids=self.stop_ids,
+                )
+                stats.append(tokens)
+                losses[0] += float(loss.detach())
+                done += scored[i].tokens
+            elif i < len(scored) + len(plain):
+                batch = plain[i - len(scored)]
+                loss = text_loss(self._trainee.score, batch, num_tokens)
+                losses[1] += float(loss.detach())
+                done += batch.tokens
+            else:  # another rank has one more: the same collectives, and nothing learnt
+                loss = self._trainee.score(_nothing(device), torch.zeros(1, 1, dtype=torch.long, device=device)).sum()
+                loss = loss * 0.0
+            (loss * self._trainee.loss_scale).backward()  # type: ignore[no-untyped-call]
+            if self.ranks.size == 1 and rounds > 1 and i == (rounds + 1) // 2 - 1:
+                noise.small(self._trained, done)
 
     def state_dict(self) -> LearnerState:
-        """Everything but the weights that the next step depends on: optimiser, version, skips, objective."""
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self._named.items():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"{name}/{key}"] = value.detach().clone()
-        values = {"version": self.version, "skipped_in_a_row": self._skipped_in_a_row, "objective": {}}
-        return LearnerState(values, tensors)
+        """Everything but the weights that the next step depends on; under FSDP2 every rank must call it."""
+        values = {
+            "version": self.version,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "objective": {} if self._taid is None else {"taid": self._taid.state_dict()},
+        }
+        return LearnerState(values, optimizer_tensors(self._optimizer, self._trainee.named))
 
     def load_state_dict(self, state: LearnerState) -> None:
         """Continue from ``state_dict()`` of a learner with the same parameters; anything else is refused."""
-        fresh: dict[str, dict[str, Tensor]] = {}
-        for path, value in state.tensors.items():
-            name, _, key = path.rpartition("/")
-            parameter = self._named.get(name)
-            if parameter is None or (value.dim() and value.shape != parameter.shape):
-                expected = "no such parameter" if parameter is None else tuple(parameter.shape)
-                raise ConfigError(
-                    "optimiser state of another student", where=name, got=tuple(value.shape), expected=expected
-                )
-            fresh.setdefault(name, {})[key] = value.clone() if not value.dim() else value.to(parameter.device).clone()
-        self._optimizer.state.clear()
-        for name, entries in fresh.items():
-            self._optimizer.state[self._named[name]] = entries
+        load_optimizer_tensors(self._optimizer, self._trainee.named, state.tensors)
         self.version = int(state.values["version"])
         self._skipped_in_a_row = int(state.values["skipped_in_a_row"])
-
-    def _lr(self) -> float:
-        warm = self.config.warmup_steps
-        return self.config.lr * (min(1.0, (self.version + 1) / warm) if warm else 1.0)
+        if self._taid is not None:
+            if "taid" not in state.values["objective"]:
+                raise ConfigError("the checkpoint is of another objective", got="no TAID schedule")
+            self._taid.load_state_dict(state.values["objective"]["taid"])
 
     def _count_skips(self, skipped: str) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
@@ -156,44 +217,34 @@ class Learner:
             )
 
 
-def token_metrics(stats: Sequence[TokenStats], importance: ImportanceSampling) -> dict[str, float]:
-    """What a step's tokens say, as numbers for the diary; KLs are in nats and have the sign of a KL.
+def precision_of(config: LearnerConfig, device: torch.device) -> Precision:
+    """What the forward pass runs in; bfloat16 where it was asked for and is not there is refused."""
+    if config.autocast == "off":
+        return Precision()
+    if config.autocast == "auto":
+        there = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return Precision(torch.bfloat16, config.autocast_head) if there else Precision()
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError('learner.autocast = "bfloat16": this GPU has none', hint='use "off" or "auto"')
+    return Precision(torch.bfloat16, config.autocast_head)
 
-    ``kl_k1`` is the mean of log s - log t over sampled tokens (an estimate of KL(S||T)), ``kl_k3`` the non-negative
-    estimate expm1(d) - d with d = log t - log s, ``behavior_kl_k3`` the same between rollout and current policy. Tokens
-    that the teacher excludes (log t = -inf) have no finite estimate: they are left out of both and counted in
-    ``teacher_zero_tokens``. ``gated_rows`` are those of the top-K objective whose tail is empty to rounding.
-    """
-    new, behavior, teacher, advantage = (
-        np.concatenate([getattr(part, name) for part in stats]).astype(np.float64)
-        for name in ("logp_new", "logp_behavior", "logp_teacher", "advantage")
+
+def _scheduler(objective: Objective | TokenLoss, steps: int | None) -> TAIDScheduler | None:
+    if not isinstance(objective, TAID):
+        return None
+    if steps is None:
+        raise ConfigError("objective taid moves t over the run", hint="give the learner the number of steps")
+    return TAIDScheduler(
+        steps,
+        t_start=objective.t_start,
+        t_end=objective.t_end,
+        alpha=objective.alpha,
+        beta=objective.momentum,
+        disable_adaptive=not objective.adaptive,
     )
-    known = np.isfinite(teacher)
-    finite = advantage[np.isfinite(advantage)]  # at beta = 1 a token the teacher excludes has none
-    ratio = np.exp(np.clip(new - behavior, -20.0, 20.0))
-    return {
-        "kl_k1": float(kl_k1(teacher, new)[known].mean()) if known.any() else math.nan,
-        "kl_k3": float(kl_k3(teacher, new)[known].mean()) if known.any() else math.nan,
-        "teacher_zero_tokens": int((~known).sum()),
-        "advantage_mean": float(finite.mean()) if finite.size else math.nan,
-        "advantage_std": float(finite.std()) if finite.size else math.nan,
-        "advantage_abs_mean": float(np.abs(finite).mean()) if finite.size else math.nan,
-        "ratio_mean": float(ratio.mean()),
-        "ratio_max": float(ratio.max()),
-        "ratio_capped": float((ratio > importance.cap).mean()) if importance.kind == "truncated" else 0.0,
-        "ess": float(ratio.sum() ** 2 / np.square(ratio).sum() / ratio.size),
-        "behavior_kl_k3": float(kl_k3(new, behavior).mean()),
-        **estimator_means(stats),
-    }
 
 
-def estimator_means(stats: Sequence[TokenStats]) -> dict[str, float]:
-    """The top-K estimator's gated rows of the whole step, and its (K+1)-bin divergence per token; else nothing."""
-    if not all(part.estimator for part in stats):
-        return {}
-    tokens = sum(part.logp_new.size for part in stats)
-    bucket = sum(part.estimator["divergence_bucket"] * part.logp_new.size for part in stats)
-    return {
-        "gated_rows": sum(part.estimator["gated_rows"] for part in stats),
-        "divergence_bucket": bucket / tokens,
-    }
+def _nothing(device: torch.device) -> MicroBatch[TextSample]:
+    one = torch.ones(1, 1, dtype=torch.long, device=device)
+    row = torch.zeros(1, dtype=torch.long, device=device)
+    return MicroBatch([], one, one, row, row, [])

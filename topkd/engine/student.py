@@ -9,10 +9,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from topkd.engine.lora import has_adapter, head_rows, head_weights, with_adapter, without_wrapper
+from topkd.engine.lora_config import LoRAConfig
 from topkd.topk.errors import ConfigError
+from topkd.topk.fused import topk_logprobs
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Autocast of a forward pass: to which dtype (None: off), and whether the output head takes part."""
+
+    dtype: torch.dtype | None = None
+    head: bool = False
+
+
+FULL = Precision()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +43,13 @@ class Student:
 
     @classmethod
     def wrap(cls, model: nn.Module, device: Device = "auto") -> Student:
-        """Take a loaded Hugging Face causal LM; moved to ``device`` (auto: cuda, then mps, then cpu)."""
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        backbone = getattr(model, getattr(model, "base_model_prefix", "") or "model", None)
+        """Take a loaded Hugging Face causal LM, with a peft adapter or without; moved to ``device``.
+
+        ``device="auto"`` is cuda, then mps, then cpu.
+        """
+        inner = without_wrapper(model)
+        head = getattr(inner, "get_output_embeddings", lambda: None)()
+        backbone = getattr(inner, getattr(inner, "base_model_prefix", "") or "model", None)
         if head is None or backbone is None:
             raise ConfigError(
                 "the student is not a causal language model with a separate output head",
@@ -45,9 +63,21 @@ class Student:
         return student
 
     @classmethod
-    def load(cls, path: str, device: Device = "auto", dtype: DType = "float32") -> Student:
-        """Load a model folder or id. Trained weights are kept in ``dtype`` (float32 unless memory forbids it)."""
-        return cls.wrap(load_causal_lm(path, dtype), device)
+    def load(
+        cls,
+        path: str,
+        device: Device = "auto",
+        dtype: DType = "float32",
+        *,
+        lora: LoRAConfig | None = None,
+        seed: int = 0,
+    ) -> Student:
+        """Load a model folder or id. Trained weights are kept in ``dtype`` (float32 unless memory forbids it).
+
+        With ``lora`` a fresh adapter, the same for the same seed, is what trains.
+        """
+        model = load_causal_lm(path, dtype)
+        return cls.wrap(model if lora is None else with_adapter(model, lora, seed), device)
 
     def hidden_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
         """Final hidden states [N, H] at flat positions ``rows`` of a right-padded batch [B, T]."""
@@ -61,17 +91,29 @@ class Student:
         logits: Tensor = self.head(self.hidden_rows(input_ids, attention_mask, rows))
         return logits.float()
 
+    def token_logprobs(
+        self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, ids: Tensor, precision: Precision = FULL
+    ) -> Tensor:
+        """Exact log s at ``ids`` [N, M] (-1 pads give -inf) of those positions, float32 with graph; no N x V exists."""
+        return split_logprobs(self.backbone, self.head, input_ids, attention_mask, rows, ids, precision)
+
     def head_parameters(self) -> tuple[Tensor, Tensor | None]:
         """The output head as (weight [V, H], bias [V] or None), for losses that never build N x V logits."""
-        weight, bias = self.head.weight, getattr(self.head, "bias", None)
-        if not isinstance(weight, Tensor):
-            raise ConfigError("the student's output head has no weight matrix", got=type(self.head).__name__)
-        return weight, bias
+        return head_weights(self.head)
 
     @property
     def vocab_size(self) -> int:
         """Rows of the output head (a padded vocabulary counts)."""
-        return int(self.head_parameters()[0].shape[0])
+        return head_rows(self.head)
+
+    @property
+    def lora(self) -> bool:
+        """Whether an adapter trains, and not the model itself."""
+        return has_adapter(self.model)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What a step changes, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @torch.inference_mode()
     def _check_head(self) -> None:
@@ -85,6 +127,27 @@ class Student:
                 got=type(self.model).__name__,
                 hint="it would be trained on wrong probabilities; use another student",
             )
+
+
+def split_logprobs(  # noqa: PLR0917
+    backbone: nn.Module,
+    head: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    precision: Precision = FULL,
+) -> Tensor:
+    """See ``Student.token_logprobs``; the backbone and the head may be anybody's."""
+    kind = input_ids.device.type
+    with torch.autocast(kind, dtype=precision.dtype or torch.bfloat16, enabled=precision.dtype is not None):
+        output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        hidden = output.last_hidden_state.reshape(-1, output.last_hidden_state.shape[-1])[rows]
+        weight, bias = head_weights(head)
+        if precision.head:
+            return topk_logprobs(hidden, weight, ids, bias=bias)[0]
+    with torch.autocast(kind, enabled=False):
+        return topk_logprobs(hidden.to(weight.dtype), weight, ids, bias=bias)[0]
 
 
 def pick_device(device: Device) -> torch.device:

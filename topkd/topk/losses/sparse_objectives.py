@@ -55,12 +55,18 @@ def sparse_taid_loss(
     check_logits(student_logits=student_logits)
     rows, used = select_teacher(teacher, mask, student_logits.shape[:-1], student_logits, k)
     logp, _ = gather_logprobs(student_logits[used], rows.ids)
-    teacher_bins, student_bins = bins(logp, rows, tail)
+    per_row, kl_row = taid_rows(logp, rows, t=t, tail=tail)
+    loss = reduce_mean(per_row, per_row.shape[0], num_tokens)
+    kl = reduce_mean(kl_row, per_row.shape[0], num_tokens)
+    return loss, {"kl": float(kl), "t": float(t)}
+
+
+def taid_rows(student_logp: Tensor, rows: SparseTeacher, *, t: float, tail: Tail) -> tuple[Tensor, Tensor]:
+    """(CE(p_t, S), KL(p_t||S) detached) of each row, [N], from exact student logprobs [N, K] at the teacher's ids."""
+    teacher_bins, student_bins = bins(student_logp, rows, tail)
     target = log_softmax(blend(student_bins.detach(), teacher_bins, t))
     per_row = cross_entropy(target, student_bins)
-    loss = reduce_mean(per_row, per_row.shape[0], num_tokens)
-    kl = reduce_mean(per_row.detach() - entropy(target), per_row.shape[0], num_tokens)
-    return loss, {"kl": float(kl), "t": float(t)}
+    return per_row, per_row.detach() - entropy(target)
 
 
 def sparse_entropy_aware_loss(
@@ -96,13 +102,21 @@ def sparse_entropy_aware_loss(
     limit = math.log(vocab) if h_max is None else h_max
     rows, used = select_teacher(teacher, mask, student_logits.shape[:-1], student_logits, k)
     logp, _ = gather_logprobs(student_logits[used], rows.ids)
-    both = bins(logp, rows, "bucket")
-    low, high = ((bound / limit).clamp(0.0, 1.0).to(logp.dtype) for bound in entropy_bounds(rows, vocab))
-    forward = torch.where(low == 0, 0.0, low * divergence(*both, 0.0))
-    reverse = torch.where(low == 1, 0.0, (1.0 - low) * divergence(*both, 1.0))
-    loss = reduce_tokens(forward + reverse, used, reduction, num_tokens)
+    per_row, low, high = entropy_aware_rows(logp, rows, h_max=limit, vocab_size=vocab)
+    loss = reduce_tokens(per_row, used, reduction, num_tokens)
     count = max(low.shape[0], 1)
     return loss, {"w_low": float(low.sum()) / count, "w_high": float(high.sum()) / count}
+
+
+def entropy_aware_rows(
+    student_logp: Tensor, rows: SparseTeacher, *, h_max: float, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, w by the lower entropy bound, w by the upper one) of each row, [N], from logprobs at the teacher's ids."""
+    both = bins(student_logp, rows, "bucket")
+    low, high = ((bound / h_max).clamp(0.0, 1.0).to(student_logp.dtype) for bound in entropy_bounds(rows, vocab_size))
+    forward = torch.where(low == 0, 0.0, low * divergence(*both, 0.0))
+    reverse = torch.where(low == 1, 0.0, (1.0 - low) * divergence(*both, 1.0))
+    return forward + reverse, low, high
 
 
 def sparse_eopd_loss(
@@ -152,17 +166,24 @@ def sparse_eopd_loss(
     behavior = select_behavior(behavior_logp, used)
     t_y = rows.actual_logp.to(logp.dtype)
     sampled, advantage, finite = sampled_reverse_kl(logp[:, -1], t_y, behavior, cap, advantage_clip)
-    low, high = entropy_bounds(rows, student_logits.shape[-1])
-    top = rows.head(k)
-    covering = divergence(log_softmax(top.logp.to(logp.dtype)), logp[:, : top.ids.shape[-1]], 0.0)
-    per_row = sampled + alpha * torch.where(low >= tau, covering, 0.0)
-    loss = reduce_tokens(per_row, used, reduction, num_tokens)
+    covering, low, high = gated_rows(logp[:, :-1], rows, tau=tau, k=k, vocab_size=student_logits.shape[-1])
+    loss = reduce_tokens(sampled + alpha * covering, used, reduction, num_tokens)
     return loss, {
         "gate_fraction": float((low >= tau).sum()) / max(low.shape[0], 1),
         "undecided": float(((low < tau) & (high >= tau)).sum()),
         "kl": -float(advantage.sum()) / max(int(finite.sum()), 1),
         "excluded": float((~finite).sum()),
     }
+
+
+def gated_rows(
+    student_logp: Tensor, rows: SparseTeacher, *, tau: float, k: int | None, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(1[H_low >= tau] KL(T~_k || S), H_low, H_high) of each row, [N], from logprobs at the teacher's ids."""
+    low, high = entropy_bounds(rows, vocab_size)
+    top = rows.head(k)
+    covering = divergence(log_softmax(top.logp.to(student_logp.dtype)), student_logp[:, : top.ids.shape[-1]], 0.0)
+    return torch.where(low >= tau, covering, 0.0), low, high
 
 
 def entropy_bounds(rows: SparseTeacher, vocab_size: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,116 @@
+"""Several processes under torchrun: who am I, my share of a step, and sums over all of us.
+
+Every rank draws and scores its own share of a step's prompts, the learner divides by the *global* number of valid
+tokens, and rank 0 alone writes. One process is the case of size 1: nothing here then does anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from topkd.topk.errors import ConfigError
+
+T = TypeVar("T")
+Strategy = Literal["ddp", "fsdp2"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among ``size``. Methods that talk are collective: every rank calls them, in the same order."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def from_environment(cls, *, timeout_s: float = 1800.0) -> Ranks:
+        """What torchrun says, with the process group made (gloo, and nccl for tensors on a GPU); else one process."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1 or "RANK" not in os.environ:
+            return cls()
+        if torch.cuda.is_available():
+            local = int(os.environ.get("LOCAL_RANK", "0"))
+            if local >= torch.cuda.device_count():
+                raise ConfigError(
+                    "more processes than GPUs on this machine",
+                    got=f"local rank {local}",
+                    expected=f"{torch.cuda.device_count()} GPUs",
+                    hint="lower torchrun's --nproc-per-node",
+                )
+            torch.cuda.set_device(local)
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank writes."""
+        return self.rank == 0
+
+    def slice(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's contiguous share; the shares of all ranks, in order, are ``items``."""
+        count = len(items)
+        return items[self.rank * count // self.size : (self.rank + 1) * count // self.size]
+
+    def total(self, value: float) -> float:
+        """The sum over ranks."""
+        return sum(self.gather(float(value)))
+
+    def most(self, value: int) -> int:
+        """The largest over ranks."""
+        return max(self.gather(int(value)))
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value (anything that pickles), in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def first(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[no-any-return]
+
+    def sum_gradients(self, parameters: Iterable[Tensor], bucket_bytes: int = 64 << 20) -> None:
+        """Replace every gradient by its sum over ranks, in flat buckets; a rank without one contributes zeros."""
+        if self.size == 1:
+            return
+        bucket: list[Tensor] = []
+        held = 0
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if bucket and (held > bucket_bytes or parameter.grad.dtype != bucket[0].dtype):
+                _sum_flat(bucket)
+                bucket, held = [], 0
+            bucket.append(parameter.grad)
+            held += parameter.grad.numel() * parameter.grad.element_size()
+        if bucket:
+            _sum_flat(bucket)
+
+    def close(self) -> None:
+        """Leave the group (torch warns of one that is still there at exit)."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _sum_flat(gradients: list[Tensor]) -> None:
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    start = 0
+    for gradient in gradients:
+        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+        start += gradient.numel()

@@ -1,0 +1,167 @@
+"""What a step's tokens say, as numbers for the diary. docs/diary.md defines each of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topkd.engine.learner_config import ImportanceSampling
+from topkd.engine.objectives import TokenStats
+from topkd.topk import entropy_bounds, kl_k1, kl_k3
+from topkd.topk.samples import PreparedSample, TopKBehavior, TopKPreparedSample
+from topkd.topk.types import Float64
+
+RATIO_EDGES = [float(2.0 ** (i / 2)) for i in range(-8, 9)]  # 1/16 .. 16, two bins an octave; the outermost are open
+
+
+def token_metrics(stats: Sequence[TokenStats], importance: ImportanceSampling) -> dict[str, Any]:
+    """KLs, advantages, ratios and coefficients over a step's trained tokens; KLs have the sign of a KL.
+
+    Tokens that the teacher excludes (log t = -inf) have no finite estimate of a KL: they are left out of both and
+    counted in ``teacher_zero_tokens``. Ratios need a behaviour logprob; tokens without one have none.
+    """
+    new, behavior, teacher = (
+        np.concatenate([getattr(part, name) for part in stats]).astype(np.float64)
+        for name in ("logp_new", "logp_behavior", "logp_teacher")
+    )
+    known = np.isfinite(teacher)
+    metrics: dict[str, Any] = {
+        "kl_k1": _mean(np.asarray(kl_k1(teacher, new))[known]),
+        "kl_k3": _mean(np.asarray(kl_k3(teacher, new))[known]),
+        "teacher_zero_tokens": int(np.isneginf(teacher).sum()),
+    }
+    parts = [part.advantage for part in stats if part.advantage is not None]
+    advantage = np.concatenate(parts) if len(parts) == len(stats) else None
+    if advantage is not None:
+        finite = advantage[np.isfinite(advantage)]  # at beta = 1 a token the teacher excludes has none
+        metrics |= {
+            "advantage_mean": _mean(finite),
+            "advantage_std": float(finite.std()) if finite.size else math.nan,
+            "advantage_abs_mean": _mean(np.abs(finite)),
+        }
+    metrics |= _ratio_metrics(new, behavior, advantage, importance)
+    coefficient = np.concatenate([value for part in stats for value in part.coefficient] or [np.zeros(0)])
+    if coefficient.size == new.size:
+        plain = np.abs(teacher - new)[known].sum()
+        metrics["effective_coefficient"] = float(coefficient[known].sum() / plain) if plain > 0 else math.nan
+    stops = [part.stop_p for part in stats if part.stop_p is not None]
+    if stops:
+        metrics["eos_probability"] = _mean(np.concatenate(stops))
+    return metrics | _counted(stats)
+
+
+def _ratio_metrics(
+    new: Float64, behavior: Float64, advantage: Float64 | None, importance: ImportanceSampling
+) -> dict[str, Any]:
+    sampled = ~np.isnan(behavior)
+    if not sampled.any():
+        return {}
+    ratio = np.exp(np.clip(new[sampled] - behavior[sampled], -20.0, 20.0))
+    bounded = np.zeros(ratio.shape, dtype=np.bool_)
+    if importance.kind == "truncated":
+        bounded = ratio > importance.cap
+    elif importance.kind == "ppo" and advantage is not None:
+        up = advantage[sampled] >= 0
+        dual = importance.dual_clip or math.inf
+        bounded = np.where(up, ratio > 1 + importance.clip, (ratio < 1 - importance.clip) | (ratio > dual))
+    inside = np.clip(ratio, RATIO_EDGES[0], RATIO_EDGES[-1])
+    return {
+        "ratio_mean": float(ratio.mean()),
+        "ratio_max": float(ratio.max()),
+        "ratio_hist": np.histogram(inside, RATIO_EDGES)[0].tolist(),
+        "ratio_hist_edges": RATIO_EDGES,
+        "clip_fraction": float(bounded.mean()),
+        "ess": float(ratio.sum() ** 2 / np.square(ratio).sum() / ratio.size),
+        "behavior_kl_k3": float(np.asarray(kl_k3(new[sampled], behavior[sampled])).mean()),
+    }
+
+
+def _counted(stats: Sequence[TokenStats]) -> dict[str, float]:
+    """What the objective itself counted: sums, and means weighted by tokens."""
+    tokens = sum(part.logp_new.size for part in stats)
+    counts = {name: sum(part.counts[name] for part in stats) for name in stats[0].counts}
+    means = {
+        name: sum(part.means[name] * part.logp_new.size for part in stats) / tokens
+        for name in stats[0].means
+        if all(name in part.means for part in stats)
+    }
+    return counts | means
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFacts:
+    """What one rank's samples look like before anything is learnt from them; ``batch_metrics`` joins the ranks'.
+
+    Attributes:
+        lengths: Completion tokens of each sample.
+        missing: Tokens to be trained about which the teacher said nothing.
+        wanted: Tokens to be trained.
+        entropy_lo: Lower bound of the teacher's entropy of each row, nats; NaN = no signal.
+        entropy_hi: Upper bound.
+        overlap: Share of the teacher's listed ids that the sampling student listed too, of each row that has both.
+    """
+
+    lengths: list[int]
+    missing: int
+    wanted: int
+    entropy_lo: Float64
+    entropy_hi: Float64
+    overlap: Float64
+
+
+def sample_facts(samples: Sequence[PreparedSample], vocab_size: int) -> SampleFacts:
+    """The facts of some samples."""
+    missing = wanted = 0
+    lows, highs, shares = ([np.zeros(0)] for _ in range(3))
+    for sample in samples:
+        unknown = np.isnan(sample.teacher_logp)
+        if isinstance(sample, TopKPreparedSample):
+            unknown = unknown | ~sample.teacher.signal
+            top = int(sample.teacher.ids.max(initial=-1)) + 1
+            low, high = entropy_bounds(sample.teacher, max(vocab_size, top))
+            lows.append(low)
+            highs.append(high)
+            if isinstance(sample.behavior, TopKBehavior):
+                shares.append(_overlap(sample.teacher.ids, sample.behavior.topk.ids))
+        missing += int((unknown & sample.core.mask).sum())
+        wanted += int(sample.core.mask.sum())
+    return SampleFacts(
+        [sample.core.completion_len for sample in samples],
+        missing,
+        wanted,
+        np.concatenate(lows),
+        np.concatenate(highs),
+        np.concatenate(shares),
+    )
+
+
+def batch_metrics(facts: Sequence[SampleFacts]) -> dict[str, float]:
+    """``length_mean``, ``missing_mass``, ``entropy_lo``, ``entropy_hi`` and ``topk_overlap``, where they exist."""
+    lengths = [length for part in facts for length in part.lengths]
+    if not lengths:
+        return {}
+    metrics = {"length_mean": float(np.mean(lengths))}
+    if wanted := sum(part.wanted for part in facts):
+        metrics["missing_mass"] = sum(part.missing for part in facts) / wanted
+    for name, source in (("entropy_lo", "entropy_lo"), ("entropy_hi", "entropy_hi"), ("topk_overlap", "overlap")):
+        values = np.concatenate([getattr(part, source) for part in facts])
+        values = values[~np.isnan(values)]
+        if values.size:
+            metrics[name] = float(values.mean())
+    return metrics
+
+
+def _overlap(teacher: NDArray[np.int32], student: NDArray[np.int32]) -> NDArray[np.float64]:
+    listed = teacher >= 0
+    both = ((teacher[:, :, None] == student[:, None, :]) & listed[:, :, None]).any(-1).sum(1)
+    count = listed.sum(1)
+    return np.where(count > 0, both / np.maximum(count, 1), np.nan)
+
+
+def _mean(values: Float64) -> float:
+    return float(values.mean()) if values.size else math.nan
