@@ -119,11 +119,11 @@ def _show_load(load: Load, console: Console) -> None:
             str(level.failed or ""),
             style=style,
         )
-    console.print(Text(f"\nSCORING UNDER LOAD  {load.prompt_tokens} tokens a request, K = {load.k}", style="bold"))
+    console.print(Text(f"\nSCORING UNDER LOAD  {load.prompt_tokens:,} tokens a request, K = {load.k}", style="bold"))
     console.print(table)
     end = "saturated" if load.saturated else "not saturated: it may do more"
     console.print(
         f"best at {load.best} in flight: {load.tokens_per_s:,.0f} tokens/s ({end}); "
-        f"a step of {load.batch} sequences takes {3600 / load.steps_per_hour:.1f} s, "
+        f"a step of {load.batch} x {load.prompt_tokens:,} tokens takes {3600 / load.steps_per_hour:.1f} s, "
         f"{load.steps_per_hour:,.0f} steps per hour when scoring is the limit"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,13 @@ class ByteMap:
         token_bytes: id -> bytes; special tokens stand for their spelling.
         special: Ids of special tokens.
         tokenizer: The ``tokenizers.Tokenizer`` itself.
+        source: Folder it was read from, where there is one.
     """
 
     token_bytes: dict[int, bytes]
     special: frozenset[int]
     tokenizer: Any
+    source: Path | None = None
 
     @property
     def size(self) -> int:
@@ -59,8 +61,24 @@ class ByteMap:
         return ids[0] if len(ids) == 1 else None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens around it."""
+        """Ids of a text, without special tokens around it, as tokenizer.json cuts it."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_as_loaded(self, text: str) -> list[int] | None:
+        """Ids of a text as transformers cuts it; None where it is not installed or the source is no folder.
+
+        For some model types transformers builds the pre-tokenizer itself, whatever tokenizer.json says. Servers and
+        trainers load tokenizers through it, so this is what a text becomes there.
+        """
+        if self.source is None:
+            return None
+        try:
+            from transformers import AutoTokenizer
+
+            loaded: Any = AutoTokenizer.from_pretrained(str(self.source), local_files_only=True)
+            return [int(token) for token in loaded.encode(text, add_special_tokens=False)]
+        except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None  # tokenizer.json is what is left to go by
 
 
 def load_bytemap(source: str | Path) -> ByteMap:
@@ -76,7 +94,8 @@ def load_bytemap(source: str | Path) -> ByteMap:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises bare Exception
         raise ConfigError("the tokenizer cannot be read", where=str(path), got=str(error)) from error
-    return bytemap_of(tokenizer, where=str(path))
+    folder = path.parent if (path.parent / "config.json").exists() else None
+    return replace(bytemap_of(tokenizer, where=str(path)), source=folder)
 
 
 def bytemap_of(tokenizer: Any, *, where: str = "tokenizer") -> ByteMap:

@@ -12,8 +12,11 @@ from topkd.clients.probe_scores import long_prompt
 from topkd.clients.probe_session import Session
 from topkd.topk.errors import ConfigError, TopkdError
 
+EMBEDDED = "+topkd"  # in the version of `topkd serve`
 _LEVELS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _GAIN = 1.08  # a doubling that gains less has found the limit
+_ENOUGH_S = 1.0  # a level lasts at least this long: fewer requests than that say little
+_MOST = 64  # rounds of requests a level, at most
 _LEVEL_S = 20.0  # a level is not started when it would take longer
 _BUDGET_S = 120.0
 
@@ -63,13 +66,15 @@ async def measure_load(session: Session, *, tokens: int, batch: int) -> Load:
 
 
 async def _level(session: Session, concurrency: int, length: int, k: int) -> LoadLevel:
-    count = concurrency * max(2, 8 // concurrency)
-    waiting = iter(range(count))
+    least, most = concurrency * max(2, 8 // concurrency), concurrency * _MOST
     seconds: list[float] = []
     failures: list[TopkdError] = []
+    count = 0
 
     async def worker() -> None:
-        for number in waiting:
+        nonlocal count
+        while count < least or (count < most and time.perf_counter() - began < _ENOUGH_S):
+            number, count = count, count + 1
             ids = long_prompt(session, length, seed=1000 * concurrency + number)
             started = time.perf_counter()
             try:
@@ -79,9 +84,9 @@ async def _level(session: Session, concurrency: int, length: int, k: int) -> Loa
             else:
                 seconds.append(time.perf_counter() - started)
 
-    started = time.perf_counter()
+    began = time.perf_counter()
     await asyncio.gather(*(worker() for _ in range(concurrency)))
-    elapsed = time.perf_counter() - started
+    elapsed = time.perf_counter() - began
     if not seconds:
         raise failures[0]
     return LoadLevel(
@@ -98,6 +103,9 @@ def advice(dialect: str, capabilities: Capabilities, load: Load | None) -> tuple
     """Serve flags worth changing, most useful first."""
     if not dialect.startswith("vllm") or capabilities.score_k is None:
         return ()
+    if EMBEDDED in capabilities.version:  # it has none of vLLM's flags but one
+        low = 0 < capabilities.score_k < 20
+        return ("--max-logprobs 20 (or 64): the default run asks for K = 20",) if low else ()
     lines = []
     if 0 < capabilities.score_k < 20:
         lines.append("--max-logprobs 20 (or 64): the default run asks for K = 20")
