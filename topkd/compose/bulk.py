@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol, TypeGuard
 
 from topkd.compose.progress import Progress
 from topkd.compose.score_config import ScoreConfig, ScoreReport
-from topkd.compose.selection import Budget, Selection
-from topkd.compose.sequences import BadRow, ScoreInput
+from topkd.compose.selection import Selection, Verdict, digest_of
+from topkd.compose.sequences import BadRow, Item, ScoreInput
 from topkd.compose.teachers import OpenTeacher
 from topkd.offline import CachingScorer, ScoreStore, TeacherIdentity
 from topkd.topk.errors import (
@@ -35,8 +38,61 @@ _ROW_TROUBLE = (RequestRefusedError, ResponseError, RetryableServerError)
 _JOB_TROUBLE = (KLimitError, ModelNotFoundError, AuthError)
 
 
+class Permits(Protocol):
+    """Who may ask for what."""
+
+    reached: str  # the cap that a Verdict.CAP is about
+
+    async def claim(self, wanted: Sequence[tuple[bytes, int]]) -> list[Verdict]:
+        """A verdict for each row, by its digest and the tokens it would send."""
+        ...
+
+
+class Lane:
+    """One teacher of a job, with the cache before it.
+
+    Args:
+        teacher: Met and ready.
+        store: Open for appending.
+        identity: What its scores are filed under.
+    """
+
+    def __init__(self, teacher: OpenTeacher, store: ScoreStore, identity: TeacherIdentity) -> None:
+        self.teacher, self.identity, self.live = teacher, identity, _Counting(teacher.scorer)
+        self.scorer = CachingScorer(self.live, store, identity)
+        self.asked = False
+
+    def price(self, tokens: int) -> int:
+        """Tokens that asking for a sequence sends, with the one that is generated."""
+        return (tokens + 1) * (1 if self.asked else self.teacher.first_cost)
+
+    async def meet(self, item: ScoreInput, k: int) -> None:
+        """Compare the replicas on the first sequence that is asked at all."""
+        if not self.asked:
+            self.asked = True
+            await self.teacher.agree(item.ids, item.start, k)
+
+
+@dataclass(slots=True)
+class Answered:
+    """Counted while the job runs."""
+
+    rows: int = 0
+    busy: int = 0
+    lost_in_a_row: int = 0
+
+
 class BulkJob:
-    """Reads ahead a little, keeps a bounded number of requests in flight, and writes down what became of each row."""
+    """Reads ahead a little, keeps a bounded number of requests in flight, and writes down what became of each row.
+
+    Args:
+        config: What was asked.
+        report: Filled in.
+        progress: Told what goes on.
+        store: Open for appending.
+        lanes: The teachers, by the teacher_id of their rows.
+        permits: Says which rows may be asked: the caps, and what other workers have taken on.
+    """
 
     def __init__(
         self,
@@ -45,15 +101,13 @@ class BulkJob:
         report: ScoreReport,
         progress: Progress,
         store: ScoreStore,
-        identity: TeacherIdentity,
-        teacher: OpenTeacher,
+        lanes: Mapping[str, Lane],
+        permits: Permits,
     ) -> None:
-        self.config, self.report, self.progress, self.store, self.identity = config, report, progress, store, identity
-        self.teacher, self.live = teacher, _Counting(teacher.scorer)
-        self.scorer = CachingScorer(self.live, store, identity)
-        self.budget = Budget(config)
+        self.config, self.report, self.progress, self.store = config, report, progress, store
+        self.lanes, self.permits = lanes, permits
         self.queue: asyncio.Queue[ScoreInput | None] = asyncio.Queue(2 * config.in_flight)
-        self.answered = self.busy = self.in_a_row = self.total = 0
+        self.answered, self.total = Answered(), 0
         self.began = time.monotonic()
 
     async def run(self, selection: Selection) -> None:
@@ -74,50 +128,75 @@ class BulkJob:
 
     async def _feed(self, selection: Selection) -> None:
         items, report = iter(selection), self.report
-        asked = False
         while chunk := await asyncio.to_thread(lambda: list(islice(items, _CHUNK))):
-            report.duplicates = selection.duplicates
-            for item in chunk:
-                size = int(item.ids.size) if isinstance(item, ScoreInput) else 0
-                if isinstance(item, BadRow):
-                    self._refuse(item)
-                elif self.teacher.context is not None and size + 1 > self.teacher.context:
-                    self._refuse(BadRow(item.number, DataError(
-                        "a row is longer than the server's context", where=f"{self.config.data}:{item.number}",
-                        got=f"{size} tokens and one to generate", expected=f"at most {self.teacher.context}",
-                    )))  # fmt: skip
-                elif self.store.covers(self.identity, item.ids, item.start, self.config.k):
-                    report.saved_tokens += size
-                    report.positions += size - 1 - item.start
-                    report.cached += 1
-                    self._keep_rollout(item)
-                elif self.budget.take((size + 1) * (1 if asked else self.teacher.first_cost)):
-                    if not asked:
-                        await self.teacher.agree(item.ids, item.start, self.config.k)
-                    asked = True
-                    await self.queue.put(item)
-                else:
-                    report.stopped = self.budget.reached
+            report.duplicates, report.skipped = selection.duplicates, selection.skipped
+            wanted = [item for item in chunk if self._is_new(item)]
+            priced = [(digest_of(item), self._lane(item).price(int(item.ids.size))) for item in wanted]
+            verdicts = await self.permits.claim(priced) if wanted else []
+            for item, verdict in zip(wanted, verdicts, strict=True):
+                if verdict is Verdict.CAP:
+                    report.stopped = self.permits.reached
                     return
                 report.rows += 1
+                if verdict is Verdict.ELSEWHERE:
+                    self._elsewhere(item)
+                    continue
+                await self._lane(item).meet(item, self.config.k)
+                await self.queue.put(item)
             self._show()
+
+    def _lane(self, item: ScoreInput) -> Lane:
+        return self.lanes[item.teacher_id]
+
+    def _is_new(self, item: Item) -> TypeGuard[ScoreInput]:
+        """True when a row must be asked for; what becomes of any other is written down here."""
+        report = self.report
+        if isinstance(item, BadRow):
+            self._refuse(item)
+        else:
+            lane, size = self._lane(item), int(item.ids.size)
+            context = lane.teacher.context
+            if context is not None and size + 1 > context:
+                self._refuse(BadRow(item.number, DataError(
+                    "a row is longer than the server's context", where=f"{self.config.data}:{item.number}",
+                    got=f"{size} tokens and one to generate", expected=f"at most {context}",
+                )))  # fmt: skip
+            elif self.store.covers(lane.identity, item.ids, item.start, self.config.k):
+                report.cached += 1
+                report.saved_tokens += size
+                report.positions += size - 1 - item.start
+                self._keep_rollout(item)
+            else:
+                return True
+        report.rows += 1
+        return False
+
+    def _elsewhere(self, item: ScoreInput) -> None:
+        """An equal row is another worker's: it asks, and keeps what is to be kept."""
+        if self.config.dedupe:
+            self.report.duplicates += 1
+            self.report.rows -= 1
+            return
+        self.report.cached += 1
+        self.report.saved_tokens += int(item.ids.size)
+        self.report.positions += int(item.ids.size) - 1 - item.start
 
     async def _work(self) -> None:
         while (item := await self.queue.get()) is not None:
-            self.busy += 1
+            self.answered.busy += 1
             try:
-                rows = await self.scorer.score(item.ids, item.start, self.config.k)
+                rows = await self._lane(item).scorer.score(item.ids, item.start, self.config.k)
             except _JOB_TROUBLE:
                 raise
             except _ROW_TROUBLE as error:
                 self._failed(item, error)
             else:
-                self.in_a_row = 0
-                self.answered += 1
+                self.answered.lost_in_a_row = 0
+                self.answered.rows += 1
                 self.report.positions += rows.rows
                 self._keep_rollout(item)
             finally:
-                self.busy -= 1
+                self.answered.busy -= 1
             self._show()
 
     async def _commit(self) -> None:
@@ -144,8 +223,8 @@ class BulkJob:
         self.report.blame(row.number, row.reason)
 
     def _failed(self, item: ScoreInput, error: TopkdError) -> None:
-        self.in_a_row += 1
-        if self.in_a_row >= GIVE_UP_AFTER:
+        self.answered.lost_in_a_row += 1
+        if self.answered.lost_in_a_row >= GIVE_UP_AFTER:
             raise error
         if isinstance(error, RequestRefusedError):
             if self.config.strict:
@@ -157,21 +236,20 @@ class BulkJob:
 
     def account(self) -> None:
         """The totals that follow from the counters."""
-        report, live = self.report, self.live
-        report.scored, report.tokens_sent = live.answered, live.tokens
-        report.cached += self.answered - live.answered
-        report.saved_tokens += self.scorer.metrics.saved_tokens
-        if self.config.price_per_million is not None:
-            report.cost = live.tokens * self.config.price_per_million / 1e6
+        report, lives = self.report, [lane.live for lane in self.lanes.values()]
+        report.scored, report.tokens_sent = sum(live.answered for live in lives), sum(live.tokens for live in lives)
+        report.cached += self.answered.rows - report.scored
+        report.saved_tokens += sum(lane.scorer.metrics.saved_tokens for lane in self.lanes.values())
 
     def _show(self) -> None:
-        report, seconds = self.report, max(time.monotonic() - self.began, 1e-9)
-        done = report.cached + report.refused + report.failed + report.duplicates + self.answered
-        detail = f"{self.live.tokens / seconds:.0f} tok/s  {self.busy} in flight"
+        report, answered, seconds = self.report, self.answered, max(time.monotonic() - self.began, 1e-9)
+        done = report.cached + report.refused + report.failed + report.duplicates + report.skipped + answered.rows
+        tokens = sum(lane.live.tokens for lane in self.lanes.values())
+        detail = f"{tokens / seconds:.0f} tok/s  {answered.busy} in flight"
         for count, name in ((report.cached, "cached"), (report.refused, "refused"), (report.failed, "failed")):
             detail += f"  {count} {name}" if count else ""
         left = self.total - done
-        if left > 0 and self.answered:
+        if left > 0 and answered.rows:
             detail += f"  ETA {left * seconds / done:.0f} s"
         self.progress.advance(done, detail)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from topkd.compose.bulk import BulkJob
+from topkd.compose.bulk import BulkJob, Lane
 from topkd.compose.progress import Progress
-from topkd.compose.score_config import ScoreConfig, ScoreReport
-from topkd.compose.selection import Selection, digest_of
+from topkd.compose.score_config import Asked, ScoreConfig, ScoreReport
+from topkd.compose.selection import Budget, Selection, digest_of
 from topkd.compose.sequences import BadRow
-from topkd.compose.teachers import open_teacher
+from topkd.compose.teachers import OpenTeacher, open_teacher
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.folder import FORMAT_FILE
 from topkd.topk.errors import ConfigError, DataError
@@ -29,29 +32,67 @@ async def score_data(config: ScoreConfig, progress: Progress | None = None) -> S
     progress = progress or Progress()
     if not config.data.exists():
         raise DataError("no such data", where=str(config.data))
-    selection = Selection(config, _tokenizer(config.tokenizer))
+    selection = Selection(config, load_tokenizer(config.tokenizer))
     if config.estimate:
         return await _estimate(config, selection)
     began = time.monotonic()
+    if config.runner == "ray":
+        from topkd.compose.score_ray import score_on_ray
+
+        report = await score_on_ray(config, progress)
+    else:
+        report = await _score_here(config, selection, progress)
+    if config.price_per_million is not None:
+        report.cost = report.tokens_sent * config.price_per_million / 1e6
+    report.seconds = time.monotonic() - began
+    return report
+
+
+async def _score_here(config: ScoreConfig, selection: Selection, progress: Progress) -> ScoreReport:
     report = ScoreReport(str(config.out), k=config.k)
-    async with _opened(config) as teacher:
-        report.teacher = teacher.name
-        identity = TeacherIdentity(teacher.name, revision=config.revision)
+    async with contextlib.AsyncExitStack() as stack:
+        teachers = {name: await stack.enter_async_context(opened(config, asked))
+                    for name, asked in config.asked().items()}  # fmt: skip
+        report.teacher = ", ".join(dict.fromkeys(teacher.name for teacher in teachers.values()))
         with ScoreStore(config.out, mode="a", codec=config.codec) as store:
-            job = BulkJob(config, report=report, progress=progress, store=store, identity=identity, teacher=teacher)
+            lanes = lanes_of(config, teachers, store)
+            job = BulkJob(config, report=report, progress=progress, store=store, lanes=lanes, permits=Budget(config))
             try:
                 await job.run(selection)
             except asyncio.CancelledError:
+                done = sum(lane.live.answered for lane in lanes.values())
                 progress.note(
-                    f"stopped: {job.live.answered} rows scored and kept in {config.out}; "
+                    f"stopped: {done} rows scored and kept in {config.out}; "
                     "run the same command again to go on from there"
                 )
                 raise
             finally:
                 job.account()
-                report.client = teacher.metrics()
-    report.seconds = time.monotonic() - began
+                report.client = summed(teacher.metrics() for teacher in teachers.values())
     return report
+
+
+def lanes_of(config: ScoreConfig, teachers: Mapping[str, OpenTeacher], store: ScoreStore) -> dict[str, Lane]:
+    """Each open teacher with the cache before it, by the teacher_id of its rows."""
+    revisions = {name: asked.revision for name, asked in config.asked().items()}
+    return {name: Lane(teacher, store, TeacherIdentity(teacher.name, revision=revisions[name]))
+            for name, teacher in teachers.items()}  # fmt: skip
+
+
+def summed(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Counters of several clients as one's."""
+    total: dict[str, float] = {}
+    for one in counters:
+        for name, number in one.items():
+            total[name] = total.get(name, 0.0) + number
+    return total
+
+
+def opened(config: ScoreConfig, asked: Asked) -> AbstractAsyncContextManager[OpenTeacher]:
+    """One of the job's teachers, met when the context is entered."""
+    return open_teacher(
+        asked.urls, dialect=config.dialect, model=asked.model, api_key=config.api_key, config=config.client
+    )
 
 
 async def _estimate(config: ScoreConfig, selection: Selection) -> ScoreReport:
@@ -59,21 +100,31 @@ async def _estimate(config: ScoreConfig, selection: Selection) -> ScoreReport:
     began = time.monotonic()
     report = ScoreReport(str(config.out), teacher=config.model or "", k=config.k, estimate=True)
     if not (config.out / FORMAT_FILE).exists():
-        await asyncio.to_thread(_count, config, selection, report, None)
+        await asyncio.to_thread(_count, config, selection, report, None, {})
     else:
-        if config.model is None:  # which of the cache's scores count depends on the name; asking for it is free
-            async with _opened(config) as teacher:
-                report.teacher = teacher.name
+        who = {}
+        for name, asked in config.asked().items():
+            served = asked.model
+            if served is None:  # which of the cache's scores count depends on the name; asking for it is free
+                async with opened(config, asked) as teacher:
+                    served = teacher.name
+            who[name] = TeacherIdentity(served, revision=asked.revision)
+        report.teacher = ", ".join(dict.fromkeys(identity.name for identity in who.values()))
         with ScoreStore(config.out) as store:
-            await asyncio.to_thread(_count, config, selection, report, store)
+            await asyncio.to_thread(_count, config, selection, report, store, who)
     if config.price_per_million is not None:
         report.cost = report.tokens_sent * config.price_per_million / 1e6
     report.seconds = time.monotonic() - began
     return report
 
 
-def _count(config: ScoreConfig, selection: Selection, report: ScoreReport, store: ScoreStore | None) -> None:
-    identity = TeacherIdentity(report.teacher or "unnamed", revision=config.revision)
+def _count(
+    config: ScoreConfig,
+    selection: Selection,
+    report: ScoreReport,
+    store: ScoreStore | None,
+    who: Mapping[str, TeacherIdentity],
+) -> None:
     seen: set[bytes] = set()
     for item in selection:
         report.rows += 1
@@ -85,23 +136,18 @@ def _count(config: ScoreConfig, selection: Selection, report: ScoreReport, store
             continue
         size, digest = int(item.ids.size), digest_of(item)
         report.positions += size - 1 - item.start
-        if digest in seen or (store is not None and store.covers(identity, item.ids, item.start, config.k)):
+        if digest in seen or (store is not None and store.covers(who[item.teacher_id], item.ids, item.start, config.k)):
             report.cached += 1
             report.saved_tokens += size
         else:
             report.scored += 1
             report.tokens_sent += size + 1
         seen.add(digest)
-    report.duplicates = selection.duplicates
+    report.duplicates, report.skipped = selection.duplicates, selection.skipped
 
 
-def _opened(config: ScoreConfig) -> Any:
-    return open_teacher(
-        config.teachers, dialect=config.dialect, model=config.model, api_key=config.api_key, config=config.client
-    )
-
-
-def _tokenizer(path: str | None) -> Any:
+def load_tokenizer(path: str | None) -> Any:
+    """The tokenizer for rows of text, None when none is named."""
     if path is None:
         return None
     try:

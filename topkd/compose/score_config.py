@@ -23,13 +23,17 @@ class ScoreConfig(BaseModel):
         data: JSONL, Parquet, a datasets folder, or a cache whose rollouts are to be scored.
         out: The cache.
         teachers: URLs of one teacher; several are replicas.
+        routes: Instead of ``teachers``: for each teacher_id that rows may name, its URLs.
         model: Served name; None takes the server's only one.
+        models: With ``routes``: served names by teacher_id, where a server has several.
         dialect: How the server speaks.
         api_key: Sent with every request.
         k: Entries of each row.
         tokenizer: Folder or id of the tokenizer for rows of text.
         revision: Fingerprint of the teacher's weights; part of every key.
-        teacher_id: Score the rows of this teacher_id; a row of another one is refused.
+        revisions: With ``routes``: the same by teacher_id.
+        teacher_id: With ``teachers``: score the rows of this teacher_id and pass over the others. Left out, a row that
+            names a teacher is refused, as is with ``routes`` a row of a teacher that has none.
         limit: Rows at most.
         shard: (i, n): of n parts the i-th, from 1.
         dedupe: Skip sequences that came before (16 bytes of memory each), across shards too.
@@ -41,19 +45,25 @@ class ScoreConfig(BaseModel):
         codec: How records are written.
         in_flight: Requests at once, over all replicas (the client's own window may keep it lower).
         client: Time-outs, retries and bounds.
+        runner: "local" is this process; "ray" shares the rows out to workers on a Ray cluster.
+        workers: Of a Ray job; ``in_flight`` is divided among them.
+        ray_address: Cluster to join; None takes RAY_ADDRESS, or starts one on this machine for the job.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: Path
     out: Path
-    teachers: Annotated[tuple[str, ...], Field(min_length=1)]
+    teachers: tuple[str, ...] = ()
+    routes: Annotated[dict[str, tuple[str, ...]], Field(default_factory=dict)]
     model: str | None = None
+    models: Annotated[dict[str, str], Field(default_factory=dict)]
     dialect: ScoringDialect = "auto"
     api_key: SecretStr | None = None
     k: PositiveInt = 20
     tokenizer: str | None = None
     revision: str = ""
+    revisions: Annotated[dict[str, str], Field(default_factory=dict)]
     teacher_id: str = ""
     limit: PositiveInt | None = None
     shard: tuple[PositiveInt, PositiveInt] = (1, 1)
@@ -66,6 +76,9 @@ class ScoreConfig(BaseModel):
     codec: Literal["packed", "raw", "cold"] = "packed"
     in_flight: PositiveInt = 128
     client: ClientConfig = ClientConfig()
+    runner: Literal["local", "ray"] = "local"
+    workers: PositiveInt = 4
+    ray_address: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ScoreConfig:
@@ -73,7 +86,32 @@ class ScoreConfig(BaseModel):
             raise ValueError(f"there is no shard {self.shard[0]} of {self.shard[1]}")
         if self.max_cost is not None and self.price_per_million is None:
             raise ValueError("max_cost needs price_per_million")
+        if bool(self.teachers) == bool(self.routes):
+            raise ValueError("give either the URLs of one teacher, or URLs for each teacher_id (at least 1)")
+        if self.routes and self.teacher_id:
+            raise ValueError("a job with a URL for each teacher_id scores the rows of all of them")
+        for named in (self.models, self.revisions):
+            if strange := sorted(set(named) - set(self.routes)):
+                raise ValueError(f"a model or revision for {strange}, which has no URL")
         return self
+
+    def asked(self) -> dict[str, Asked]:
+        """The teachers of the job by the teacher_id of their rows."""
+        if self.teachers:
+            return {self.teacher_id: Asked(self.teachers, self.model, self.revision)}
+        return {
+            name: Asked(urls, self.models.get(name, self.model), self.revisions.get(name, self.revision))
+            for name, urls in self.routes.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One teacher as the config names it: URLs of its replicas, its served name, its revision."""
+
+    urls: tuple[str, ...]
+    model: str | None
+    revision: str
 
 
 @dataclass(slots=True)
@@ -82,6 +120,7 @@ class ScoreReport:
 
     ``tokens_sent`` counts each sequence once plus the one token that a scoring request generates; what a retry sends
     again is not in it. ``saved_tokens`` are those that the cache answered for. ``refusals`` holds the first 1,000.
+    ``skipped`` rows are for a teacher that this job was not asked about.
     """
 
     out: str
@@ -91,6 +130,7 @@ class ScoreReport:
     scored: int = 0
     cached: int = 0
     duplicates: int = 0
+    skipped: int = 0
     refused: int = 0
     failed: int = 0
     tokens_sent: int = 0
@@ -110,11 +150,26 @@ class ScoreReport:
         if len(self.refusals) < KEPT_REFUSALS:
             self.refusals.append({"row": number, "reason": str(error)})
 
+    def add(self, other: ScoreReport) -> None:
+        """Count a part of the job in; the client's counters and the costs are for whoever has the whole."""
+        for name in _COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.reasons.update(other.reasons)
+        self.refusals = sorted([*self.refusals, *other.refusals], key=lambda one: int(one["row"]))[:KEPT_REFUSALS]
+        self.stopped = self.stopped or other.stopped
+        self.teacher = self.teacher or other.teacher
+
     @property
     def complete(self) -> bool:
-        """Every row was scored, cached or refused for what it is."""
+        """Everything that could be asked was; refused rows are what the data lacks, not the job."""
         return not self.failed and not self.stopped
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types only."""
         return {**asdict(self), "reasons": dict(self.reasons), "complete": self.complete}
+
+
+_COUNTS = (
+    "rows", "scored", "cached", "duplicates", "skipped", "refused", "failed", "tokens_sent", "saved_tokens",
+    "positions",
+)  # fmt: skip

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from enum import Enum
 from itertools import islice
 from typing import Any
 
+from topkd.compose.portions import Portion
 from topkd.compose.score_config import ScoreConfig
 from topkd.compose.sequences import BadRow, Item, ScoreInput, count_rows, read_sequences
 from topkd.topk.errors import DataError
@@ -16,18 +18,26 @@ class Selection:
     """The rows within the limit that fall to this shard, duplicates left out when that is wished.
 
     Shards are cut by row number; with ``dedupe`` by content, so that equal rows meet in one shard.
+
+    Args:
+        config: What was asked.
+        tokenizer: For rows of text.
+        portion: Only these rows of the data.
     """
 
-    def __init__(self, config: ScoreConfig, tokenizer: Any) -> None:
-        self.config, self.tokenizer = config, tokenizer
-        self.duplicates = 0
+    def __init__(self, config: ScoreConfig, tokenizer: Any, portion: Portion | None = None) -> None:
+        self.config, self.tokenizer, self.portion = config, tokenizer, portion
+        self.duplicates = self.skipped = 0
+        self._teachers = config.asked()
 
     def __iter__(self) -> Iterator[Item]:
         config, seen = self.config, set[bytes]()
-        self.duplicates = 0
+        self.duplicates = self.skipped = 0
         shard, shards = config.shard
-        rows = islice(read_sequences(config.data, self.tokenizer), config.limit)
-        for place, item in enumerate(rows):
+        rows = read_sequences(config.data, self.tokenizer, self.portion)
+        first = 0 if self.portion is None else self.portion.first
+        limit = config.limit if self.portion is None else None  # portions were cut within it
+        for place, item in enumerate(islice(rows, limit), first):
             digest = digest_of(item) if config.dedupe and isinstance(item, ScoreInput) else None
             mine = place if digest is None else int.from_bytes(digest[:8], "little")
             if mine % shards != shard - 1:
@@ -37,7 +47,13 @@ class Selection:
                     self.duplicates += 1
                     continue
                 seen.add(digest)
-            yield self._for_this_teacher(item)
+            if isinstance(item, ScoreInput) and item.teacher_id not in self._teachers:
+                if config.teacher_id:
+                    self.skipped += 1
+                    continue
+                yield self._unmapped(item)
+            else:
+                yield item
 
     def forecast(self) -> int:
         """About how many rows there are; 0 when that is not known."""
@@ -45,13 +61,21 @@ class Selection:
         rows = rows if self.config.limit is None else min(rows, self.config.limit)
         return -(-rows // self.config.shard[1])
 
-    def _for_this_teacher(self, item: Item) -> Item:
-        if isinstance(item, BadRow) or item.teacher_id == self.config.teacher_id:
-            return item
+    def _unmapped(self, item: ScoreInput) -> BadRow:
+        routes = self.config.routes
         return BadRow(item.number, DataError(
             "a row is for another teacher", where=f"{self.config.data}:{item.number}", got=repr(item.teacher_id),
-            expected=repr(self.config.teacher_id), hint="run once for each teacher, with --teacher-id",
+            expected="one of " + ", ".join(map(repr, routes)) if routes else repr(self.config.teacher_id),
+            hint="give its server with --teacher-id NAME=URL" if item.teacher_id else "name the row's teacher_id",
         ))  # fmt: skip
+
+
+class Verdict(Enum):
+    """What a row may do."""
+
+    ASK = "ask"
+    ELSEWHERE = "elsewhere"  # an equal row is being asked by another worker
+    CAP = "cap"
 
 
 class Budget:
@@ -72,11 +96,18 @@ class Budget:
         if self.left is None:
             return True
         if tokens > self.left:
+            self.left = 0  # what comes after the first that does not fit is not asked either
             return False
         self.left -= tokens
         return True
 
+    async def claim(self, wanted: Sequence[tuple[bytes, int]]) -> list[Verdict]:
+        """A verdict for each row, by its digest and the tokens it would send."""
+        return [Verdict.ASK if self.take(tokens) else Verdict.CAP for _, tokens in wanted]
+
 
 def digest_of(item: ScoreInput) -> bytes:
-    """16 bytes that equal sequences with an equal start share."""
-    return hashlib.blake2b(item.ids.tobytes(), digest_size=16, salt=item.start.to_bytes(8, "little")).digest()
+    """16 bytes that equal sequences with an equal start for one teacher share."""
+    start = item.start.to_bytes(8, "little")
+    teacher = hashlib.blake2b(item.teacher_id.encode()).digest() if item.teacher_id else b""
+    return hashlib.blake2b(item.ids.tobytes(), digest_size=16, salt=start, key=teacher).digest()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from pydantic import ValidationError
 
+from topkd.compose.portions import UNIT, Portion
 from topkd.compose.prompts import DataRow, prompt_tokens
 from topkd.offline import ScoreStore
 from topkd.offline.folder import FORMAT_FILE
@@ -67,17 +68,20 @@ class BadRow:
 Item: TypeAlias = ScoreInput | BadRow
 
 
-def read_sequences(path: Path, tokenizer: Any = None) -> Iterator[Item]:
+def read_sequences(path: Path, tokenizer: Any = None, portion: Portion | None = None) -> Iterator[Item]:
     """Every row in order, lazily; a bad one comes as a ``BadRow`` in its place.
 
     Args:
         path: A JSONL or Parquet file, a folder of ``datasets.Dataset.save_to_disk``, or a cache (its rollouts).
         tokenizer: For rows of text; None when all rows hold ids.
+        portion: Only these rows (of ``units``).
     """
     if path.is_dir() and (path / FORMAT_FILE).exists():
-        yield from _rollouts(path)
+        yield from (
+            _rollouts(path) if portion is None else islice(_rollouts(path), portion.first, portion.first + portion.rows)
+        )
         return
-    for number, raw in raw_rows(path):
+    for number, raw in raw_rows(path, portion):
         try:
             yield _sequence(number, raw, tokenizer, f"{path}:{number}")
         except DataError as error:
@@ -97,20 +101,79 @@ def count_rows(path: Path) -> int:
         raise DataError("cannot read the data file", where=str(path), got=error.strerror) from error
 
 
-def raw_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Rows as they stand: bytes of a JSONL line with its number from 1, else mappings with theirs from 0."""
-    if path.is_dir():
-        yield from enumerate(_dataset(path))
-    elif path.suffix == ".parquet":
-        numbers = count()
-        for batch in _parquet(path).iter_batches(batch_size=_BATCH):
-            yield from zip(numbers, batch.to_pylist(), strict=False)
+def units(path: Path) -> Iterator[Portion]:
+    """Where the rows of a source may be divided."""
+    if path.is_dir() and (path / FORMAT_FILE).exists():
+        rows = sum(1 for _ in _rollouts(path))
+    elif path.is_dir() or path.suffix == ".parquet":
+        rows = count_rows(path)
     else:
-        try:
-            with path.open("rb") as file:
-                yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-        except OSError as error:
-            raise DataError("cannot read the data file", where=str(path), got=error.strerror) from error
+        yield from _line_units(path)
+        return
+    yield from (Portion(first, min(UNIT, rows - first)) for first in range(0, rows, UNIT))
+
+
+def raw_rows(path: Path, portion: Portion | None = None) -> Iterator[tuple[int, Any]]:
+    """Rows as they stand: bytes of a JSONL line with its number from 1, else mappings with theirs from 0."""
+    first, last = (0, None) if portion is None else (portion.first, portion.first + portion.rows)
+    if path.is_dir():
+        data = _dataset(path)
+        yield from enumerate(data if last is None else data.select(range(first, last)), first)
+    elif path.suffix == ".parquet":
+        rows = ((number, row) for start, batch in _batches(_parquet(path), first, last)
+                for number, row in enumerate(batch.to_pylist(), start) if number >= first)  # fmt: skip
+        yield from rows if last is None else islice(rows, last - first)
+    else:
+        yield from islice(_lines(path, portion), None if portion is None else portion.rows)
+
+
+def _lines(path: Path, portion: Portion | None) -> Iterator[tuple[int, bytes]]:
+    try:
+        with path.open("rb") as file:
+            if portion is not None:
+                file.seek(portion.offset)
+            first = 1 if portion is None else portion.line
+            yield from ((number, line) for number, line in enumerate(file, start=first) if line.strip())
+    except OSError as error:
+        raise DataError("cannot read the data file", where=str(path), got=error.strerror) from error
+
+
+def _line_units(path: Path) -> Iterator[Portion]:
+    rows = offset = 0
+    begun: Portion | None = None
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    if begun is None:
+                        begun = Portion(rows, 0, number, offset)
+                    rows += 1
+                    if rows - begun.first == UNIT:
+                        yield replace(begun, rows=UNIT)
+                        begun = None
+                offset += len(line)
+    except OSError as error:
+        raise DataError("cannot read the data file", where=str(path), got=error.strerror) from error
+    if begun is not None:
+        yield replace(begun, rows=rows - begun.first)
+
+
+def _batches(file: Any, first: int, last: int | None) -> Iterator[tuple[int, Any]]:
+    """Batches of the row groups that hold rows first to last, each with the number of its first row."""
+    start, groups = 0, []
+    for group in range(file.metadata.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if start + rows > first and (last is None or start < last):
+            groups.append((group, start))
+        start += rows
+    for group, begin in groups:
+        at = begin
+        for batch in file.iter_batches(batch_size=_BATCH, row_groups=[group]):
+            if at + batch.num_rows > first:
+                yield at, batch
+            at += batch.num_rows
+            if last is not None and at >= last:
+                break
 
 
 def _parquet(path: Path) -> Any:
