@@ -102,6 +102,43 @@ def test_ids_too_large_for_a_short_key_are_still_right() -> None:
     assert topk_gjs(teacher, student, 0.5)[0] == pytest.approx(expected, abs=1e-9)
 
 
+def test_one_uncommon_row_a_block_leaves_the_other_rows_and_blocks_as_they_are() -> None:
+    """A row below the floor, one with holes and one with a huge id stand in blocks of their own."""
+    rng = np.random.default_rng(12)
+    t, s = correlated(rng, 300, 60, 2.0)
+    teacher, student = topk_of(t, 20), topk_of(s, 20)
+    common = topk_gjs(teacher, student, 0.3)
+    many = np.arange(3 * UnionTail(20, 20).block_rows) % 300
+    low, hole, huge = 7, UnionTail(20, 20).block_rows + 11, 2 * UnionTail(20, 20).block_rows + 5
+    ids, logp = teacher.ids[many].copy(), teacher.logp[many].copy()
+    logp[low] = np.where(np.arange(20) < 2, logp[low] - 1.0, -30.0 - np.arange(20))
+    ids[hole, 15:], logp[hole, 13:] = -1, -np.inf
+    ids[huge, 0] = 2**31 - 1
+    unknown = np.full(many.size, np.nan, dtype=np.float32)
+    changed = TopK(0, ids, logp, np.full(many.size, -1), unknown, unknown)
+    plenty = TopK(0, student.ids[many], student.logp[many], np.full(many.size, -1), unknown, unknown)
+    values, left = UnionTail(20, 20)(changed, plenty, 0.3, -20.0)
+    assert set(left) >= set(range(huge - 5, 3 * UnionTail(20, 20).block_rows))  # the whole third block
+    assert np.isnan(values[left]).all()
+    whole = topk_gjs(changed, plenty, 0.3)
+    for row in (low, hole, huge):
+        truth = reference.union_tail(as_dict(changed, row), as_dict(plenty, row), 0.3)
+        assert whole[row] == pytest.approx(truth, abs=1e-6)
+        assert abs(whole[row] - common[many[row]]) > 1e-4
+    others = np.setdiff1d(np.arange(many.size), [low, hole, huge])
+    np.testing.assert_allclose(whole[others], common[many[others]], atol=2e-6)
+
+
+@pytest.mark.parametrize("floor", [-15.0, -14.9, -5.0])
+def test_near_certain_lists_stay_within_1e_6_of_float64_at_every_floor(floor: float) -> None:
+    """A listed probability and a missing id's share together pass 1 here."""
+    teacher = TopK.from_lists([[(3, -3e-7), (5, -17.0)], [(3, -3e-7), (4, -15.5)], [(3, -0.7), (4, -0.7)]])
+    student = TopK.from_lists([[(3, -2e-7), (5, -16.5)], [(3, -2e-7), (5, -15.9)], [(3, -1e-7), (9, -16.5)]])
+    for beta in (0.05, 0.5, 0.95):
+        truth = [reference.union_tail(as_dict(teacher, r), as_dict(student, r), beta, floor) for r in range(3)]
+        np.testing.assert_allclose(topk_gjs(teacher, student, beta, floor=floor), truth, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_full_lists_give_the_dense_value_in_every_variant(beta: float) -> None:
     rng = np.random.default_rng(4)

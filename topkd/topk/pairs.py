@@ -17,9 +17,9 @@ from topkd.topk.mass import log_mass
 from topkd.topk.types import Bool, Float64, TopK
 from topkd.topk.union import MIN_TAIL, UnionTail
 
-# Where float32 keeps 1e-6 and a missing id's share is small against what is listed; elsewhere float64 does the work.
+# Where float32 keeps 1e-6 and a missing id's share is itself below that; elsewhere float64 does the work.
 FAST_BETA = (0.01, 0.99)
-FAST_FLOOR = -10.0
+FAST_FLOOR = -15.0
 Missing = Literal["union_tail", "intersection_tail", "floor", "renormalise"]
 
 
