@@ -1,7 +1,7 @@
 # Every target sets up the environment it needs (scripts/setup.sh); a second call installs nothing.
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-vllm lint format types contracts wheel check bench bench-math bench-clients \
-        bench-offline bench-engine setup clean distclean
+        bench-offline bench-engine docs setup clean distclean
 
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
@@ -59,6 +59,9 @@ bench-engine: SCRIPTS = $(wildcard benchmarks/bench_overlap.py benchmarks/bench_
 bench-clients: BEFORE = PYTHON="$$bin/python" bash scripts/setup_bench.sh &&
 bench-math bench-clients bench-offline bench-engine:
 	@$(DEV) $(BEFORE) for script in $(SCRIPTS); do echo "== $$script"; "$$bin/python" "$$script" || exit 1; done
+
+docs: ## the documentation site, into build/site; a warning is an error
+	@$(DEV) NO_MKDOCS_2_WARNING=1 "$$bin/python" -m mkdocs build --quiet && echo "build/site/index.html"
 
 setup: ## the development environment, and nothing else
 	@$(DEV) echo "$$bin"

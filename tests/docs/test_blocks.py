@@ -88,8 +88,12 @@ def _typed(block: Block) -> str:
 def load_toml(text: str, where: str) -> None:
     """Parses; what sets anything of a run is validated as a run config, a fragment after completion."""
     tables = tomllib.loads(text)
+    from topkd.compose.compare_config import CompareConfig
     from topkd.compose.config import RunConfig, validated
 
+    if "arms" in tables:
+        validated(CompareConfig, tables, where=where)
+        return
     if not RunConfig.model_fields.keys() & tables.keys():
         return
     rest = {"student": {"model": "m"}, "teacher": {"url": "http://127.0.0.1:8000"}, "data": {"path": "p.jsonl"}}

@@ -137,7 +137,8 @@ async def _from_file(cell: Cell, _: Path, folder: Path) -> dict[str, Any]:
 
 def _entries(config: EngineConfig) -> Callable[[int], int]:
     """Logprobs that the teacher must send for so many tokens: a sampled-token estimator needs one each."""
-    per_token = config.k + 1 if config.objective.kind not in ("scalar_kl", "gjs") else 1
+    listed = config.objective.needs_list or getattr(config.objective, "baseline", "none") == "value"
+    per_token = config.k + 1 if listed else 1
     return lambda tokens: tokens * per_token
 
 

@@ -1,0 +1,83 @@
+"""The documentation site: builds without a warning, loads nothing from elsewhere, quotes real messages."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.docs.blocks import ROOT
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", out],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.mark.slow
+def test_every_page_of_the_navigation_is_built_and_refers_to_nothing_that_is_loaded_from_elsewhere(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 25
+    loaded = re.compile(r'<(?:script|img|iframe|source)[^>]+src="(https?:)?//|<link[^>]+rel="(?:stylesheet|preload|preconnect|icon)"[^>]+href="(https?:)?//')  # fmt: skip  # noqa: E501
+    for page in pages:
+        assert not loaded.search(page.read_text(encoding="utf-8")), page
+
+
+@pytest.mark.slow
+def test_the_reference_shows_the_public_names_with_their_docstrings(site):
+    maths = (site / "reference" / "maths.html").read_text(encoding="utf-8")
+    for name in ("gjs_advantage", "topk_gjs", "entropy_bounds", "value_baseline"):
+        assert re.search(rf'id="topkd\.topk\.\w+\.{name}"', maths), name
+
+
+def test_the_messages_that_troubleshooting_explains_are_the_messages_of_the_code():
+    page = (ROOT / "docs" / "how-to" / "troubleshooting.md").read_text(encoding="utf-8")
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "topkd").rglob("*.py"))
+    quoted = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(quoted) > 8
+    assert [message for message in quoted if message not in source] == []
+
+
+def test_the_options_that_migration_pages_name_exist():
+    from topkd.compose.config import RunConfig
+
+    def keys(model, depth=4):
+        found = set(model.model_fields)
+        for field in model.model_fields.values():
+            stack = [field.annotation]
+            while stack:
+                one = stack.pop()
+                stack += getattr(one, "__args__", ())
+                if depth and hasattr(one, "model_fields"):
+                    found |= keys(one, depth - 1)
+        return found
+
+    known = keys(RunConfig) | {"kind", "r"}
+    for page in sorted((ROOT / "docs" / "migrate").glob("*.md")):
+        for row in page.read_text(encoding="utf-8").splitlines():
+            cells = row.split("|")
+            if len(cells) < 4 or not cells[1].strip().startswith("`"):
+                continue
+            for code in re.findall(r"`([a-z_.]+)(?: = [^`]*)?`", cells[2]):
+                unknown = [part for part in code.split(".") if part not in known]
+                assert not unknown or code in DIARY_OR_VALUES, f"{page.name}: {code}"
+
+
+DIARY_OR_VALUES = {"kl_k1", "kl_k3", "behavior_kl_k3", "packed", "raw", "cold", "teacher_id", "topkd.clients"}
+
+
+def test_the_site_configuration_lists_every_page():
+    listed = set(re.findall(r"- ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    there = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")} - {"tree.md"}
+    assert there == listed
