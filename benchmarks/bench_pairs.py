@@ -167,7 +167,8 @@ def main() -> None:
     where = machine()
     print(f"union_tail GJS, positions/s, one thread, {where['cpu']}, NumPy {where['numpy']}")
     print(
-        f"{'K':>4} {'python':>10} {'topk_gjs':>11} {'x':>6} {'beta .3':>11} {'of bound':>9} {'in cache':>8} {'error':>8}"
+        f"{'K':>4} {'python':>10} {'topk_gjs':>11} {'x':>6} {'beta .3':>11} {'of bound':>9} {'in cache':>8} "
+        f"{'error':>8}"
     )
     for row in rows:
         print(
