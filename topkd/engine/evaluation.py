@@ -13,15 +13,29 @@ from topkd.engine.student import Student
 from topkd.topk.errors import AlignmentError, ConfigError
 from topkd.topk.types import Int32
 
+_AT_ONCE = 16  # sequences
 _ROWS_AT_ONCE = 2048  # bounds the [rows, V] float64 temporaries
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A sequence and where its scored part begins: positions ``prompt_len ..`` are compared."""
+    """A sequence and where its scored part begins: positions ``prompt_len ..`` are compared.
+
+    Attributes:
+        ids: int32 [T], prompt and continuation.
+        prompt_len: Tokens of the prompt.
+        teacher_prompt: int32 [P'], what the teacher sees in the prompt's place; None: the same.
+    """
 
     ids: Int32
     prompt_len: int
+    teacher_prompt: Int32 | None = None
+
+    def told(self) -> Probe:
+        """The same continuation behind the teacher's prompt."""
+        if self.teacher_prompt is None:
+            return self
+        return Probe(np.concatenate([self.teacher_prompt, self.ids[self.prompt_len :]]), self.teacher_prompt.size)
 
 
 @torch.inference_mode()
@@ -35,9 +49,13 @@ def exact_divergences(student: Student, teacher: Student, probes: Sequence[Probe
     if student.vocab_size != teacher.vocab_size:
         raise AlignmentError("vocabularies differ", got=student.vocab_size, expected=teacher.vocab_size)
     sums, count = torch.zeros(4, dtype=torch.float64), 0
-    for batch, rows in _batches(probes):
+    ordered = sorted(probes, key=lambda probe: probe.ids.size)
+    for begin in range(0, len(ordered), _AT_ONCE):
+        batch = ordered[begin : begin + _AT_ONCE]
+        rows = _rows(batch)
+        told = [probe.told() for probe in batch]
         student_logits = student.logit_rows(*_on(student, batch), rows.to(student.device))
-        teacher_logits = teacher.logit_rows(*_on(teacher, batch), rows.to(teacher.device))
+        teacher_logits = teacher.logit_rows(*_on(teacher, told), _rows(told).to(teacher.device))
         for first in range(0, len(rows), _ROWS_AT_ONCE):
             part = slice(first, first + _ROWS_AT_ONCE)
             sums += _divergence_sums(student_logits[part].cpu(), teacher_logits[part].cpu())
@@ -66,18 +84,13 @@ def _weighted_difference(first: Tensor, second: Tensor) -> Tensor:
     return (first[inside].exp() * (first[inside] - second[inside])).sum()
 
 
-def _batches(probes: Sequence[Probe], size: int = 16) -> list[tuple[list[Probe], Tensor]]:
-    ordered = sorted(probes, key=lambda probe: probe.ids.size)
-    batches = []
-    for first in range(0, len(ordered), size):
-        part = ordered[first : first + size]
-        width = max(probe.ids.size for probe in part) - 1
-        rows = [b * width + np.arange(probe.prompt_len - 1, probe.ids.size - 1) for b, probe in enumerate(part)]
-        batches.append((part, torch.from_numpy(np.concatenate(rows))))
-    return batches
+def _rows(batch: Sequence[Probe]) -> Tensor:
+    width = max(probe.ids.size for probe in batch) - 1
+    rows = [b * width + np.arange(probe.prompt_len - 1, probe.ids.size - 1) for b, probe in enumerate(batch)]
+    return torch.from_numpy(np.concatenate(rows))
 
 
-def _on(student: Student, batch: list[Probe]) -> tuple[Tensor, Tensor]:
+def _on(student: Student, batch: Sequence[Probe]) -> tuple[Tensor, Tensor]:
     width = max(probe.ids.size for probe in batch) - 1
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     attention = torch.zeros_like(ids)

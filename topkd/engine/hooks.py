@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from topkd.engine.position import Position
-from topkd.engine.scoring import ScoredBatch
+from topkd.engine.scoring import Context, ScoredBatch
 
 Record: TypeAlias = dict[str, Any]
 
@@ -26,6 +26,7 @@ class Hooks:
         capture: In a thread, after each step and before the next may begin: keeps weight version v where ``publish(v)``
             will find it. Who gives it says that neither ``publish`` nor the sampler reads the learner's own weights, so
             sampling and publishing go on while the learner works; without it they take turns with the learner.
+        context: In a thread, before a rollout is scored: the row as the teacher is to see it, given what was written.
         checkpoint: In a thread, between two steps: every ``checkpoint.every`` steps, after the last, and when the run
             is stopped or fails.
     """
@@ -36,3 +37,4 @@ class Hooks:
     on_batch: Callable[[int, ScoredBatch], None] | None = None
     capture: Callable[[int], None] | None = None
     checkpoint: Callable[[Position], None] | None = None
+    context: Context | None = None

@@ -17,6 +17,8 @@ from topkd.engine.data import PromptRow
 from topkd.engine.hooks import Hooks, Record
 from topkd.engine.learner import Learner
 from topkd.engine.metrics import MetricsLog
+from topkd.engine.mixing import check_mixture, data_texts
+from topkd.engine.objective_config import SFT
 from topkd.engine.position import Position
 from topkd.engine.rollouts import draw
 from topkd.engine.scoring import ScoredBatch, score_rollouts, teacher_for, teacher_metrics
@@ -96,6 +98,7 @@ class _Run:
         stop: asyncio.Event | None,
     ) -> None:
         self.config, self.learner, self.log, self.hooks, self.source = config, learner, log, hooks, source
+        self.rows = rows
         self.first, self.evaluated, self.kept = start.step, start.evaluated, start.step
         self.stop = stop or asyncio.Event()
         self.began = time.perf_counter() - start.elapsed_s
@@ -110,7 +113,9 @@ class _Run:
             steps=config.steps,
             max_staleness=config.max_staleness,
             draw=drawn,
-            score=lambda asked, rollouts: score_rollouts(asked, rollouts, teachers, config.k),
+            score=lambda asked, rollouts: score_rollouts(
+                asked, rollouts, teachers, config.k, truncated=config.rollout.truncated, context=hooks.context
+            ),
             publish=self.publish,
             told=lambda event: self.write("event", event),
             start=start,
@@ -152,7 +157,7 @@ class _Run:
         if self.hooks.on_batch is not None:
             await asyncio.to_thread(self.hooks.on_batch, step + 1, batch)
         began = time.perf_counter()
-        learnt, cancelled = await _whole(self.learner.step, batch.samples)
+        learnt, cancelled = await _whole(self.learner.step, batch.samples, data_texts(self.config, self.rows, step))
         record: Record = {
             "step": step + 1,
             "divergence_mode": self.config.objective.kind,
@@ -265,8 +270,10 @@ async def _whole(function: Callable[..., T], *arguments: object) -> tuple[T, asy
 def _check(config: EngineConfig, rows: Sequence[PromptRow], teachers: Mapping[str, TeacherScorer]) -> None:
     if not rows:
         raise ConfigError("no prompts to train on", hint="check the data file and the length limits")
-    for teacher_id in {row.teacher_id for row in rows}:
-        teacher_for(teachers, teacher_id)
+    check_mixture(config, rows)
+    if not isinstance(config.objective, SFT):
+        for teacher_id in {row.teacher_id for row in rows}:
+            teacher_for(teachers, teacher_id)
     longest = max(rows, key=lambda row: row.prompt_ids.size)
     if longest.prompt_ids.size > config.rollout.max_prompt_tokens:
         raise ConfigError(

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from topkd.engine.config import EngineConfig
 from topkd.engine.data import PromptRow, step_indices
+from topkd.engine.mixing import data_rollouts, on_policy_prompts
 from topkd.topk.protocols import Ids, Sampler
 from topkd.topk.samples import Rollout, SamplingParams
 
@@ -27,10 +28,18 @@ class BatchSampler(Protocol):
 async def draw(
     config: EngineConfig, rows: Sequence[PromptRow], sampler: Sampler, step: int
 ) -> tuple[list[PromptRow], list[Rollout]]:
-    """The rollouts of step ``step``, each with its row: the same for the same seed and weights."""
-    chosen = [rows[i] for i in step_indices(len(rows), config.rollout.prompts_per_step, step, config.seed)]
+    """The rollouts of step ``step``, each with its row: the same for the same seed and weights.
+
+    Completions from the data that the teacher is to score follow them.
+    """
+    chosen = [rows[i] for i in step_indices(len(rows), on_policy_prompts(config), step, config.seed)]
+    data, given = data_rollouts(config, rows, step)
+    if not chosen:
+        return data, given
     params = SamplingParams(
-        max_tokens=config.rollout.max_completion_tokens, seed=derived_seed(config.seed, "rollout", step)
+        max_tokens=config.rollout.max_completion_tokens,
+        stop_token_ids=config.rollout.stop_token_ids,
+        seed=derived_seed(config.seed, "rollout", step),
     )
     n, prompts = config.rollout.samples_per_prompt, [row.prompt_ids for row in chosen]
     if isinstance(sampler, BatchSampler):
@@ -39,7 +48,7 @@ async def draw(
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(sampler.sample(prompt, n, params)) for prompt in prompts]
         drawn = [task.result() for task in tasks]
-    return [row for row in chosen for _ in range(n)], [rollout for group_ in drawn for rollout in group_]
+    return [*(row for row in chosen for _ in range(n)), *data], [*(one for group_ in drawn for one in group_), *given]
 
 
 def derived_seed(seed: int, *path: object) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from topkd.engine.data import PromptRow
+from topkd.engine.mixing import trained_mask
 from topkd.topk.errors import (
     CacheMissError,
     ConfigError,
@@ -27,6 +29,8 @@ from topkd.topk.samples import (
     TopKBehavior,
     TopKPreparedSample,
 )
+
+Context: TypeAlias = Callable[[PromptRow, Rollout], PromptRow]
 
 # What may cost one sample without ending the run: the server's trouble with this very request. A refusal that holds for
 # every request (K limit, authentication, no such model) is raised.
@@ -58,9 +62,25 @@ def teacher_for(teachers: Mapping[str, TeacherScorer], teacher_id: str) -> Teach
 
 
 async def score_rollouts(
-    rows: Sequence[PromptRow], rollouts: Sequence[Rollout], teachers: Mapping[str, TeacherScorer], k: int
+    rows: Sequence[PromptRow],
+    rollouts: Sequence[Rollout],
+    teachers: Mapping[str, TeacherScorer],
+    k: int,
+    *,
+    truncated: Literal["keep", "mask"] = "keep",
+    context: Context | None = None,
 ) -> ScoredBatch:
-    """Score every rollout (``rows[i]`` is the prompt of ``rollouts[i]``), concurrently, keeping their order."""
+    """Score every rollout (``rows[i]`` is the prompt of ``rollouts[i]``), concurrently, keeping their order.
+
+    Args:
+        rows: A row for each rollout.
+        rollouts: What the student wrote.
+        teachers: teacher_id -> scorer.
+        k: Entries of each row of a score.
+        truncated: "mask" trains on no token of a completion that was cut at its token limit.
+        context: Called in a thread with each row and its rollout: gives the row as the teacher is to see it, when that
+            depends on what the student wrote.
+    """
 
     async def one(row: PromptRow, rollout: Rollout) -> PreparedSample | TopkdError:
         if rollout.finish_reason == "abort":
@@ -68,7 +88,9 @@ async def score_rollouts(
         if not rollout.completion_ids.size:
             return ResponseError("the sampler returned an empty completion", where=f"row {row.sample_id or '?'}")
         try:
-            return await _prepare(row, rollout, teacher_for(teachers, row.teacher_id), k)
+            told = row if context is None else await asyncio.to_thread(context, row, rollout)
+            trains = truncated == "keep" or rollout.finish_reason != "length"
+            return await _prepare(told, rollout, teacher_for(teachers, row.teacher_id), k, trains=trains)
         except LOSABLE as error:
             return error
 
@@ -84,13 +106,13 @@ async def score_rollouts(
     return batch
 
 
-async def _prepare(row: PromptRow, rollout: Rollout, teacher: TeacherScorer, k: int) -> PreparedSample:
+async def _prepare(row: PromptRow, rollout: Rollout, teacher: TeacherScorer, k: int, *, trains: bool) -> PreparedSample:
     start = row.teacher_prompt_ids.size - 1
     scores = await teacher.score(np.concatenate([row.teacher_prompt_ids, rollout.completion_ids]), start, k)
     core = SampleCore(
         np.concatenate([rollout.prompt_ids, rollout.completion_ids]),
         int(rollout.prompt_ids.size),
-        np.ones(rollout.completion_ids.size, dtype=np.bool_),
+        trained_mask(row, rollout) & trains,
         row.teacher_prompt_ids,
         row.teacher_id,
         row.sample_id,
