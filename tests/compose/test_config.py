@@ -36,7 +36,9 @@ def test_a_config_is_read_with_defaults_and_overrides(tmp_path):
 
 def test_the_default_objective_is_topk_pg_with_the_documented_numbers(tmp_path):
     config = load_config(written(tmp_path, GOOD.split("[objective]", maxsplit=1)[0]))
-    assert config.objective.model_dump() == {"kind": "topk_pg", "beta": 0.5, "lam": 0.3}
+    expected = {"kind": "topk_pg", "beta": 0.5, "lam": 0.3, "gamma": 0.0, "support": "teacher"}
+    assert config.objective.model_dump() == expected
+    assert (config.learner.learning_rate(lora=False), config.learner.learning_rate(lora=True)) == (2e-6, 1e-4)
     assert (config.k, config.max_staleness, config.learner.importance.cap) == (20, 1, 2.0)
     assert (config.rollout.prompts_per_step, config.rollout.samples_per_prompt) == (64, 4)
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from topkd.clients import ClientConfig
+from topkd.compose.sampling_config import InProcessSampling, SamplerConfig
 from topkd.compose.tables import CacheConfig, DataConfig, ReplayConfig, StudentConfig, TeacherConfig
 from topkd.compose.watch_tables import EvalConfig, TrackConfig
 from topkd.engine import EngineConfig
@@ -31,12 +32,14 @@ class RunConfig(EngineConfig):
     client: ClientConfig = ClientConfig()
     cache: CacheConfig | None = None
     replay: ReplayConfig = ReplayConfig()
+    sampler: SamplerConfig = InProcessSampling()
     eval: EvalConfig | None = None
     track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
     def _one_way_to_name_teachers(self) -> RunConfig:
-        if (self.teacher is None) == (not self.teachers):
+        alone = self.teacher is None and not self.teachers and self.objective.kind == "sft"  # nobody is asked
+        if (self.teacher is None) == (not self.teachers) and not alone:
             raise ValueError("give either [teacher] or [teachers.NAME] tables, not both and not neither")
         moving = [teacher for teacher in self.teacher_map().values() if teacher.kind == "self" and teacher.ema < 1.0]
         if moving and self.max_staleness:

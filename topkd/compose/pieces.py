@@ -46,7 +46,8 @@ def load_pieces(config: RunConfig, progress: Progress, prompts: Prompts | None =
     from topkd.engine.student import Student
 
     prompts = prompts or load_prompts(config, progress)
-    student = Student.load(config.student.model, config.student.device, config.student.dtype)
+    model = config.student
+    student = Student.load(model.model, model.device, model.dtype, lora=model.lora, seed=config.seed)
     for row in prompts.rows:
         top = max(int(ids.max()) for ids in (row.prompt_ids, row.completion_ids) if ids is not None)
         if top >= student.vocab_size:

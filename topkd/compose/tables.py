@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from topkd.engine.frozen import Frozen
+from topkd.engine.lora_config import LoRAConfig
 from topkd.topk.errors import ConfigError
 
 ScoringDialect: TypeAlias = Literal["auto", "vllm", "vllm_generate", "sglang", "fireworks"]
@@ -21,6 +22,7 @@ class StudentConfig(Frozen):
     model: str
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoRAConfig | None = None
     chat_template: str | None = None  # a Jinja file, where the tokenizer has none or another is wanted
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 

@@ -11,16 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from topkd.topk.samples import PreparedSample, SampleCore
+from topkd.engine.mixing import TextSample
+from topkd.topk.samples import PreparedSample
 from topkd.topk.types import Bool
-
-
-@dataclass(frozen=True, slots=True)
-class TextSample:
-    """A completion that came with the data: ids and a mask, no logprobs."""
-
-    core: SampleCore
-
 
 S = TypeVar("S", bound=PreparedSample | TextSample)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from topkd.engine.frozen import Frozen
 from topkd.engine.learner_config import LearnerConfig
-from topkd.engine.objective_config import Objective, TopKPolicyGradient
+from topkd.engine.objective_config import Objective, TopKPolicyGradient, conflict
 
 
 class RolloutConfig(Frozen):
@@ -44,6 +44,20 @@ class EngineConfig(Frozen):
     max_lost_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
     eval_every: Annotated[int, Field(ge=0)] = 0
     objective: Objective = TopKPolicyGradient()
+    on_policy_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0  # of a step's prompts; the rest bring completions
+    data_loss: Literal["sft", "objective"] = "sft"  # what completions from the data train by
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _makes_sense_together(self) -> EngineConfig:
+        why = conflict(
+            self.objective,
+            self.learner.importance.kind,
+            on_policy_fraction=self.on_policy_fraction,
+            data_loss=self.data_loss,
+        )
+        if why is not None:
+            raise ValueError(why)
+        return self

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topkd.engine.batching import MicroBatch, TextSample, micro_batches
+from topkd.engine.batching import MicroBatch, micro_batches
 from topkd.engine.distributed import Ranks, Strategy
 from topkd.engine.frozen import Frozen
 from topkd.engine.gradient_noise import GradientNoise
 from topkd.engine.learner_config import LearnerConfig
+from topkd.engine.mixing import TextSample
 from topkd.engine.objective_config import TAID, Objective, conflict
 from topkd.engine.objectives import TokenStats, objective_loss, text_loss, valid_tokens
 from topkd.engine.optimizers import build_optimizer, load_optimizer_tensors, optimizer_tensors

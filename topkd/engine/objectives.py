@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topkd.engine.batching import MicroBatch, TextSample
+from topkd.engine.batching import MicroBatch
 from topkd.engine.direct_objectives import direct_loss, eopd_loss_of
 from topkd.engine.learner_config import ImportanceSampling
+from topkd.engine.mixing import TextSample
 from topkd.engine.objective_config import (
     EOPD,
     GJS,
