@@ -24,7 +24,6 @@ from topkd.topk.errors import (
     KLimitError,
     ResponseError,
     SyncError,
-    UnsupportedError,
 )
 from topkd.topk.protocols import WeightUpdate
 from topkd.topk.samples import SamplingParams
@@ -68,11 +67,17 @@ class Engine:
 
     def __init__(self) -> None:
         self.batches: list[int] = []
+        self.adapters: list[tuple[str, int] | None] = []
         self.cache_resets = True
         self.dead = False
 
-    def generate(self, inputs: list[dict], sampling: list[Any], *, use_tqdm: bool) -> list[Any]:
+    def generate(
+        self, inputs: list[dict], sampling: list[Any], *, use_tqdm: bool, lora_request: Any = None
+    ) -> list[Any]:
+        if lora_request is not None and "missing" in lora_request.lora_path:
+            raise ValueError(f"no adapter in {lora_request.lora_path}")
         self.batches.append(len(inputs))
+        self.adapters.append(lora_request and (lora_request.lora_name, lora_request.lora_int_id))
         if self.dead:
             raise RuntimeError("EngineCore encountered an issue")
         for one, params in zip(inputs, sampling, strict=True):
@@ -116,6 +121,11 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     fake = types.ModuleType("vllm")
     fake.SamplingParams = types.SimpleNamespace  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", fake)
+    for name in ("vllm.lora", "vllm.lora.request"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["vllm.lora.request"].LoRARequest = lambda name, number, path: types.SimpleNamespace(  # type: ignore[attr-defined]
+        lora_name=name, lora_int_id=number, lora_path=path
+    )
     return Engine()
 
 
@@ -180,8 +190,25 @@ async def test_new_weights_are_confirmed_only_with_the_cache_reset(engine: Engin
         with pytest.raises(SyncError, match="prefix cache"):
             await up.push(WeightUpdate("full", "step-4", "v4"))
         assert up.version == "v2"
-        with pytest.raises(UnsupportedError):
-            await up.push(WeightUpdate("lora", "a", "v5"))
+
+
+async def test_an_adapter_is_what_everything_runs_with_once_the_engine_has_proved_it(engine: Engine):
+    async with VllmInProcess(engine) as up:
+        await up.sample(IDS, 1, SamplingParams(2))
+        for version in ("v1", "v2"):
+            assert await up.push(WeightUpdate("lora", f"adapters/{version}", version)) == version
+        with pytest.raises(SyncError, match="missing"):
+            await up.push(WeightUpdate("lora", "missing", "v3"))
+        [rollout] = await up.sample(IDS, 1, SamplingParams(2))
+        assert rollout.version == up.version == "v2"
+    # v3, which failed, has used up a number; each adapter has its own, as cached prefixes go by it.
+    assert engine.adapters == [None, ("v1", 1), ("v2", 2), ("v2", 2)]
+
+
+async def test_an_engine_that_cannot_sleep_says_so(engine: Engine):
+    async with VllmInProcess(engine) as up:
+        with pytest.raises(FinalServerError, match="sleep"):
+            await up.sleep()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from pydantic import SecretStr
@@ -33,6 +33,8 @@ _RESET_PAUSE_S = 0.25
 
 class _HttpSink(HttpClient):
     """What the sinks share: calls that are tried once, and failures as SyncErrors that say what state is left."""
+
+    _info: ClassVar[str] = "/weight_info"
 
     def __init__(
         self,
@@ -73,6 +75,19 @@ class _HttpSink(HttpClient):
             self.version = update.version
             self.metrics_.add("pushes")
             return update.version
+
+    async def weight_version(self) -> Version:
+        """What the server calls the weights it holds; "" where it does not say."""
+        try:
+            return str((await self._get(self._info)).get("weight_version") or "")
+        except (RequestRefusedError, ResponseError):
+            return ""
+
+    async def unload(self) -> None:
+        """Unload every adapter that was pushed: nothing will be sampled from them any more."""
+        while self._adapters:
+            with contextlib.suppress(ServerError, ResponseError):
+                await self._unload_adapter({"lora_name": self._adapters.popleft()})
 
     async def _reload(self, update: WeightUpdate) -> None:
         raise ConfigError("this server takes no full weights", where=self.endpoint.url, got=update.path)
@@ -195,6 +210,8 @@ class VllmWeightSink(_HttpSink):
 
 class SglangWeightSink(_HttpSink):
     """Weights to SGLang: a reload from disk with the cache flushed, or versioned adapters; documented, not observed."""
+
+    _info: ClassVar[str] = "/model_info"
 
     async def _reload(self, update: WeightUpdate) -> None:
         where = self.where(f"version {update.version}")

@@ -9,6 +9,7 @@ import asyncio
 import re
 import secrets
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -65,6 +66,8 @@ class VllmInProcess:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="topkd-vllm")
         self._waiting: list[_Job] = []
         self._lock = threading.Lock()
+        self._adapter: Any = None  # vLLM's own request for it; 0 is no adapter's number
+        self._adapters = 0
         if isinstance(model, str):
             try:
                 from vllm import LLM
@@ -134,16 +137,19 @@ class VllmInProcess:
         return [rollout(output, prompt, params, k=k, vocab_size=self.vocab_size, version=version) for output in outputs]
 
     async def push(self, update: WeightUpdate) -> Version:
-        """Loads a checkpoint folder in place and forgets cached prefixes; see ``WeightSink``.
+        """Loads a checkpoint folder in place and forgets cached prefixes, or takes an adapter; see ``WeightSink``.
+
+        An adapter (needs ``enable_lora=True``) is what everything runs with from then on; the engine proves it with one
+        token, and its prefixes are cached under it alone.
 
         Raises:
-            UnsupportedError: a LoRA update.
-            SyncError: the weights could not be loaded; the engine must then not be used on.
+            SyncError: the weights could not be loaded; after full ones the engine must then not be used on.
         """
-        if update.kind != "full":
-            raise UnsupportedError("in-process vLLM takes full checkpoints", got=update.kind)
 
         def load() -> None:
+            if update.kind == "lora":
+                self._adopt(update)
+                return
             self._llm.collective_rpc("reload_weights", kwargs={"weights_path": update.path})
             if self._llm.reset_prefix_cache() is False:
                 raise SyncError("the prefix cache could not be reset: old states would be reused")
@@ -158,6 +164,33 @@ class VllmInProcess:
             ) from error
         self.version = update.version
         return self.version
+
+    async def sleep(self) -> None:
+        """Gives the device's memory back: weights move to the host, cached states are dropped. CUDA only."""
+        await self._do(lambda: self._llm.sleep(level=1))
+
+    async def wake(self) -> None:
+        """Undoes ``sleep``."""
+        await self._do(self._llm.wake_up)
+
+    async def _do(self, call: Callable[[], object]) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        except Exception as error:
+            raise refusal(error) from error
+
+    def _under(self) -> dict[str, Any]:
+        return {} if self._adapter is None else {"lora_request": self._adapter}
+
+    def _adopt(self, update: WeightUpdate) -> None:
+        from vllm import SamplingParams as EngineParams
+        from vllm.lora.request import LoRARequest
+
+        self._adapters += 1
+        adapter = LoRARequest(update.version, self._adapters, update.path)
+        one = EngineParams(max_tokens=1, temperature=0.0, detokenize=False)
+        self._llm.generate([{"prompt_token_ids": [1]}], [one], use_tqdm=False, lora_request=adapter)
+        self._adapter = adapter
 
     async def _generate(self, prompt: list[int], fields: dict[str, Any]) -> Any:
         try:
@@ -195,7 +228,7 @@ class VllmInProcess:
 
     def _answer(self, jobs: list[_Job]) -> None:
         inputs = [{"prompt_token_ids": job.prompt} for job in jobs]
-        replies = self._llm.generate(inputs, [job.sampling for job in jobs], use_tqdm=False)
+        replies = self._llm.generate(inputs, [job.sampling for job in jobs], use_tqdm=False, **self._under())
         for job, reply in zip(jobs, replies, strict=True):
             _settle(job, reply)
 

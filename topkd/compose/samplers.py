@@ -20,21 +20,27 @@ class Sampling:
         sampler: Draws the rollouts.
         publish: Brings weight version v to it (see ``Hooks.publish``).
         lock: Held by the learner while weights change; an in-process sampler reads them under it.
+        capture: Keeps a version for ``publish`` (see ``Hooks.capture``): the sampler has weights of its own.
     """
 
     sampler: Sampler
     publish: Callable[[int], Awaitable[Record | None]]
     lock: threading.Lock = field(default_factory=threading.Lock)
+    capture: Callable[[int], None] | None = None
 
 
 def in_process(config: EngineConfig, student: Any, tokenizer: Any) -> Sampling:
     """The student itself, in this process: new weights are there at once."""
     from topkd.engine.sampler import InProcessSampler
 
-    stops = [tokenizer.eos_token_id] if tokenizer is not None and tokenizer.eos_token_id is not None else []
-    sampler = InProcessSampler(student, stop_ids=stops, batch_size=config.rollout.batch_size)
+    sampler = InProcessSampler(student, stop_ids=stop_ids(tokenizer), batch_size=config.rollout.batch_size)
 
     async def publish(version: int) -> None:
         sampler.version = str(version)
 
     return Sampling(sampler, publish, sampler.lock)
+
+
+def stop_ids(tokenizer: Any) -> list[int]:
+    """The tokens that end a completion of this student, wherever it is sampled."""
+    return [tokenizer.eos_token_id] if tokenizer is not None and tokenizer.eos_token_id is not None else []
