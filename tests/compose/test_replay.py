@@ -19,14 +19,14 @@ from topkd.compose.replay import replay
 from topkd.compose.traffic import FIELDS as TRAFFIC
 from topkd.compose.train import train
 from topkd.engine.data import PromptRow
-from topkd.engine.metrics import read_metrics
+from topkd.engine.metrics import outcome, read_metrics
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.records import ROLLOUT
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk import Rollout, SamplingParams
 from topkd.topk.errors import CacheMissError, ConfigError, DataError
 
-CLOCKS = {"sample_s", "score_wait_s", "learn_s", "time", "t", "at", "seconds", *TRAFFIC}
+CLOCKS = {"time", "t", "at", "seconds", *TRAFFIC}
 NOWHERE = "http://127.0.0.1:1"
 
 
@@ -70,7 +70,7 @@ def sent_tokens(server):
 
 def steps_of(run):
     records = read_metrics(run / "metrics.jsonl", "step")
-    return [{key: value for key, value in record.items() if key not in CLOCKS} for record in records]
+    return [{key: value for key, value in outcome(record).items() if key not in CLOCKS} for record in records]
 
 
 def same(left, right):

@@ -56,7 +56,7 @@ def main() -> None:
     except TopkdError as error:
         _fail(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
-        _fail("stopped", 1)
+        _fail("stopped", 130)
     except BrokenPipeError:
         # The reader of our output went away (`topkd ... | head`); keep Python from flushing into it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

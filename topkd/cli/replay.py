@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from topkd.cli.display import Display, told
+from topkd.cli.display import Display
 from topkd.cli.extras import needs
+from topkd.cli.outcomes import ended
 
 
 def command(
@@ -22,6 +23,10 @@ def command(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, as in --set objective.kind=gjs; repeatable.")
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the replay in --out from its newest checkpoint; steps may grow."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the config, print it resolved, do nothing.")
     ] = False,
@@ -39,7 +44,9 @@ def command(
         return
     needs("replay", "torch", "transformers", "safetensors", extra="train")
     from topkd.compose.replay import replay
+    from topkd.compose.stops import Stops
 
-    with Display() as display:
-        result = asyncio.run(replay(run_config, out, display, cache=cache))
-    told(result, "replayed", as_json=as_json)
+    with Stops() as stops, Display() as display:
+        result = asyncio.run(replay(run_config, out, display, cache=cache, resume=resume, stops=stops))
+    again = f"topkd replay {config}{f' --cache {cache}' if cache else ''} --out {out} --resume"
+    ended(result, "replayed", again=again, as_json=as_json)

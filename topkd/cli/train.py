@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from topkd.cli.display import Display, told
+from topkd.cli.display import Display
 from topkd.cli.extras import needs
+from topkd.cli.outcomes import ended
 
 
 def command(
@@ -19,6 +20,9 @@ def command(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, as in --set objective.kind=gjs; repeatable.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out from its newest checkpoint; steps may grow.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the config, print it resolved, do nothing.")
     ] = False,
@@ -35,8 +39,9 @@ def command(
         typer.echo(json.dumps(run_config.model_dump(mode="json"), indent=2))
         return
     needs("train", "torch", "transformers", "safetensors", extra="train")
+    from topkd.compose.stops import Stops
     from topkd.compose.train import train
 
-    with Display() as display:
-        result = asyncio.run(train(run_config, out, display))
-    told(result, "done", as_json=as_json)
+    with Stops() as stops, Display() as display:
+        result = asyncio.run(train(run_config, out, display, resume=resume, stops=stops))
+    ended(result, "done", again=f"topkd train {config} --out {out} --resume", as_json=as_json)

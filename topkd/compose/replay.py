@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from topkd.compose.config import RunConfig, saved
-from topkd.compose.folders import fresh_folder
+from topkd.compose.config import RunConfig
+from topkd.compose.folders import claimed
 from topkd.compose.pieces import load_pieces
 from topkd.compose.progress import Progress
 from topkd.compose.recorded import RecordedSampler, chosen_policy, identities_with
+from topkd.compose.resume import opened
+from topkd.compose.running import RunResult, run
 from topkd.compose.shuffled import ShuffledRollouts
+from topkd.compose.stops import Stops
 from topkd.compose.tables import TeacherConfig
-from topkd.compose.train import RunResult, run
 from topkd.offline import ReplayScorer, ScoreStore, TeacherIdentity
 from topkd.offline.records import SCORE
 from topkd.topk.errors import CacheMissError, ConfigError
 
 
 async def replay(
-    config: RunConfig, out: Path, progress: Progress | None = None, *, cache: Path | None = None
+    config: RunConfig,
+    out: Path,
+    progress: Progress | None = None,
+    *,
+    cache: Path | None = None,
+    resume: bool = False,
+    stops: Stops | None = None,
 ) -> RunResult:
     """Train from what a cache holds; a miss is a CacheMissError.
 
@@ -28,6 +36,8 @@ async def replay(
         out: Folder of the new run.
         progress: Told what goes on.
         cache: The folder; None takes ``config.cache.path``.
+        resume: Go on with the replay that ``out`` holds.
+        stops: Signals that end it in order, to be resumed.
     """
     progress = progress or Progress()
     path = cache if cache is not None else Path(config.cache.path) if config.cache is not None else None
@@ -35,7 +45,7 @@ async def replay(
         raise ConfigError("no cache to replay", hint="give --cache DIR, or [cache] path in the config")
     if config.replay.missing == "error":
         config = config.model_copy(update={"max_lost_fraction": 0.0})
-    with ScoreStore(path) as store:
+    with ScoreStore(path) as store, claimed(out, resume=resume):
         teachers = {
             name: ReplayScorer(store, _recorded_teacher(path, name, teacher))
             for name, teacher in config.teacher_map().items()
@@ -46,8 +56,9 @@ async def replay(
                 "completions that came with the data have no recorded order", where=str(path),
                 hint='set replay.order = "shuffled"',
             )  # fmt: skip
-        fresh_folder(out)
-        saved(config, out / "config.json")
+        former = opened(out, config, progress, command="replay", resume=resume)
+        if former.finished:
+            return RunResult.of_finished(out, former)
         pieces = load_pieces(config, progress)
         sampler = RecordedSampler(None, store, policy)
         source = None
@@ -63,6 +74,9 @@ async def replay(
             progress=progress,
             wrap=lambda _: sampler,
             source=source,
+            former=former,
+            command="replay",
+            stops=stops,
             account=lambda: {
                 "event": "replayed",
                 "cache": str(path),

@@ -20,6 +20,7 @@ class OpenTeacher:
         scorer: One client, or a fleet of replicas.
         name: The served model name.
         context: Tokens that a request may have, None when the server does not say.
+        version: What the server calls itself ("" when it does not say).
         fleet: The same as ``scorer`` where there are replicas.
     """
 
@@ -27,6 +28,7 @@ class OpenTeacher:
     name: str
     context: int | None
     fleet: Fleet | None = None
+    version: str = ""
 
     @property
     def first_cost(self) -> int:
@@ -37,6 +39,14 @@ class OpenTeacher:
         """Raises ResponseError when replicas do not serve the same weights."""
         if self.fleet is not None:
             await self.fleet.agreement(ids, start, k)
+
+    def fingerprint(self) -> dict[str, str | int | None]:
+        """Who answered, for a run's provenance."""
+        dialect = type(self.scorer if self.fleet is None else self.fleet.replicas[0].client).__name__
+        return {
+            "model": self.name, "dialect": dialect, "server_version": self.version, "max_model_len": self.context,
+            "replicas": 1 if self.fleet is None else len(self.fleet.replicas),
+        }  # fmt: skip
 
     def metrics(self) -> dict[str, float]:
         """The client's counters."""
@@ -57,8 +67,8 @@ async def open_teacher(
     if len(urls) == 1:
         async with await connect(urls[0], dialect=dialect, model=model, api_key=api_key, config=config) as client:
             info = await client.server_info()
-            yield OpenTeacher(client, info.model, info.max_model_len)
+            yield OpenTeacher(client, info.model, info.max_model_len, version=info.version)
         return
     async with await connect(list(urls), dialect=dialect, model=model, api_key=api_key, config=config) as fleet:
         info = await fleet.server_info()
-        yield OpenTeacher(fleet, info.model, info.max_model_len, fleet)
+        yield OpenTeacher(fleet, info.model, info.max_model_len, fleet, info.version)

@@ -13,7 +13,7 @@ from typing import IO, Any, Self
 from topkd.topk.errors import ConfigError, DataError
 
 # What a run asked of its servers: after a resume the cache answers what was asked before.
-TRAFFIC = frozenset({"requests", "retries", "cache_hits", "scored_tokens", "teacher_bytes"})
+TRAFFIC = frozenset({"requests", "retries", "failed_requests", "cache_hits", "scored_tokens", "teacher_bytes"})
 
 
 class MetricsLog:

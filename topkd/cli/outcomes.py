@@ -1,0 +1,34 @@
+"""How a run that was told to stop, or had nothing left to do, is said; and what the command then returns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from topkd.cli.display import told
+
+if TYPE_CHECKING:
+    from topkd.compose.running import RunResult
+
+# A service manager's SIGTERM was obeyed: success. Ctrl-C is what shells expect of it.
+_CODES = {"SIGTERM": 0, "SIGINT": 130}
+
+
+def ended(result: RunResult, verb: str, *, again: str, as_json: bool) -> None:
+    """Say how the run ended on standard output (standard error for what is not its result), and exit accordingly.
+
+    Args:
+        result: The run.
+        verb: What was done.
+        again: The command that goes on with it.
+        as_json: The result as strict JSON.
+    """
+    if result.already:
+        typer.echo(f"{result.out} is finished: {len(result.steps)} steps; nothing to resume", err=True)
+    if result.stopped:
+        typer.echo(f"{result.stopped}: stopped after step {len(result.steps)}; go on with: {again}", err=True)
+    if result.steps and (as_json or not result.stopped):
+        told(result, verb, as_json=as_json)
+    if result.stopped:
+        raise typer.Exit(_CODES.get(result.stopped, 1))

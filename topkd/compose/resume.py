@@ -1,0 +1,144 @@
+"""Going on with a run that ended early: the same config, the newest whole checkpoint, the diary up to it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from topkd.compose.config import saved, validated
+from topkd.compose.folders import CONFIG, DIARY, STUDENT, TOKENS, fresh_folder
+from topkd.compose.progress import Progress
+from topkd.engine import EngineConfig
+from topkd.engine.metrics import read_metrics
+from topkd.topk.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from topkd.engine.checkpoint import Checkpoint
+
+C = TypeVar("C", bound=EngineConfig)
+# What may differ when a run is resumed: where its servers are, how they are asked, what is written down.
+FREE = ("client.*", "checkpoint.*", "track.*", "teacher.url*", "teachers.*.url*", "*.api_key_env", "sampler.url")
+
+
+@dataclass(frozen=True, slots=True)
+class Former:
+    """What a run has left in its folder.
+
+    Attributes:
+        checkpoint: Where to go on; None: from the beginning.
+        steps: Its step records up to there.
+        evals: Its evaluations up to there.
+        finished: There is nothing left to do.
+        resumed: The folder held a run.
+    """
+
+    checkpoint: Checkpoint | None = None
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    finished: bool = False
+    resumed: bool = False
+
+
+def opened(out: Path, config: EngineConfig, progress: Progress, *, command: str, resume: bool) -> Former:
+    """The run's folder, ready: empty but for its config, or (``resume``) cut back to the newest checkpoint."""
+    if not resume:
+        fresh_folder(out)
+        saved(config, out / CONFIG)
+        return Former()
+    _refuse_changes(out, config)
+    if _done(out) >= config.steps:
+        records = read_metrics(out / DIARY)
+        return Former(None, _of(records, "step"), _of(records, "eval"), finished=True, resumed=True)
+    from topkd.engine.checkpoint import newest_checkpoint
+
+    checkpoint = newest_checkpoint(out, progress.note)
+    if checkpoint is not None and (former := checkpoint.notes.get("command", command)) != command:
+        raise ConfigError(
+            f"this run was made by topkd {former}", where=str(out), hint=f"go on with topkd {former} --resume"
+        )
+    step = 0 if checkpoint is None else checkpoint.position.step
+    if step > config.steps:
+        raise ConfigError("the run has gone further", where=str(out), got=f"steps = {config.steps}", expected=step)
+    _cut(out, checkpoint, step)
+    progress.note(f"resuming after step {step}" if step else "no checkpoint yet: starting from the beginning")
+    saved(config, out / CONFIG)
+    records = read_metrics(out / DIARY) if (out / DIARY).exists() else []
+    return Former(checkpoint, _of(records, "step"), _of(records, "eval"), resumed=True)
+
+
+def _refuse_changes(out: Path, config: EngineConfig) -> None:
+    path = out / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError("the run's config cannot be read", where=str(path), got=str(error)) from error
+    before = _flat(validated(type(config), values, where=str(path)).model_dump(mode="json"))
+    now = _flat(config.model_dump(mode="json"))
+    changed = [
+        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key != "steps" and not any(fnmatchcase(key, free) for free in FREE)
+    ]
+    if now["steps"] < before["steps"]:
+        changed.append(f"steps {before['steps']} -> {now['steps']} (it may grow)")
+    if changed:
+        raise ConfigError(
+            "the config is not the one that the run began with", where=str(out), got=", ".join(changed),
+            hint="resume with the former values, or start a new run in another --out",
+        )  # fmt: skip
+
+
+def _done(out: Path) -> int:
+    """Steps of a run that ended as it should; 0 for any other."""
+    try:
+        state = json.loads((out / STUDENT / "topkd.json").read_text(encoding="utf-8"))
+        return 0 if state["stopped"] else int(state["version"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def _cut(out: Path, checkpoint: Checkpoint | None, step: int) -> None:
+    """Take back what was written after the checkpoint: it will be written again."""
+    diary, length = out / DIARY, 0 if checkpoint is None else checkpoint.diary_bytes
+    there = diary.stat().st_size if diary.exists() else 0
+    if there < length:
+        raise DataError(
+            "the diary is shorter than the checkpoint says", where=str(diary), got=f"{there} bytes",
+            expected=f"at least {length}", hint="was it edited? restore it, or start a new run",
+        )  # fmt: skip
+    if there:
+        os.truncate(diary, length)
+    tokens = out / TOKENS
+    if tokens.exists():
+        kept = [line for line in tokens.read_bytes().splitlines(keepends=True) if _within(line, step)]
+        staging = tokens.with_name(f".{TOKENS}.partial")
+        staging.write_bytes(b"".join(kept))
+        staging.replace(tokens)
+
+
+def _within(line: bytes, step: int) -> bool:
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False  # torn by the end of the process
+
+
+def _of(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in record.items() if key != "kind"} for record in records if record["kind"] == kind
+    ]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

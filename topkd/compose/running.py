@@ -1,0 +1,177 @@
+"""The engine's loop over ready pieces, in a folder: diary, provenance, checkpoints, and the student it ends with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from topkd.compose.folders import DIARY, STUDENT, provenance
+from topkd.compose.progress import Progress
+from topkd.compose.resume import Former
+from topkd.compose.samplers import Sampling, in_process
+from topkd.compose.stops import Stops
+from topkd.engine import EngineConfig
+from topkd.engine.data import PromptRow
+from topkd.engine.hooks import Hooks
+from topkd.engine.loop import Source
+from topkd.engine.metrics import MetricsLog
+from topkd.engine.position import Position
+from topkd.engine.scoring import Context, ScoredBatch
+from topkd.topk.protocols import Sampler, TeacherScorer
+
+if TYPE_CHECKING:
+    from topkd.engine.checkpoint import Stateful
+    from topkd.engine.learner import Learner
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """Where a run lies, and its records.
+
+    Attributes:
+        out: Its folder.
+        steps: All step records, those before a resume included.
+        evals: All evaluations.
+        stopped: The signal that ended it early ("" when it ran to its end).
+        already: It had been finished before; nothing was done.
+    """
+
+    out: Path
+    steps: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+    stopped: str = ""
+    already: bool = False
+
+    @classmethod
+    def of_finished(cls, out: Path, former: Former) -> RunResult:
+        """A resume that found nothing to do."""
+        return cls(out, former.steps, former.evals, already=True)
+
+
+async def run(
+    config: EngineConfig,
+    *,
+    student: Any,
+    tokenizer: Any,
+    rows: Sequence[PromptRow],
+    teachers: Mapping[str, TeacherScorer],
+    out: Path,
+    progress: Progress,
+    evaluate: Callable[[], dict[str, Any] | list[dict[str, Any]]] | None = None,
+    sampling: Sampling | None = None,
+    wrap: Callable[[Sampler], Sampler] | None = None,
+    on_batch: Callable[[int, ScoredBatch], None] | None = None,
+    context: Context | None = None,
+    on_record: Callable[[str, dict[str, Any]], None] | None = None,
+    source: Source | None = None,
+    account: Callable[[], dict[str, Any]] | None = None,
+    notes: Mapping[str, Any] | None = None,
+    stateful: Mapping[str, Stateful] | None = None,
+    former: Former | None = None,
+    command: str = "train",
+    stops: Stops | None = None,
+) -> RunResult:
+    """Run ``config`` from its beginning, or from the checkpoint of ``former``, to its end or to a stop.
+
+    Args:
+        config: What shapes the run.
+        student: The model, as it was before the first step.
+        tokenizer: Saved beside it.
+        rows: Prompts.
+        teachers: teacher_id -> scorer.
+        out: The run's folder.
+        progress: Told what goes on.
+        evaluate: Gives an evaluation's numbers.
+        sampling: Where rollouts come from (None: the student in this process).
+        wrap: Puts something around (or in place of) that sampler that remembers its rollouts: a cache.
+        on_batch: Sees each batch before it is learnt from.
+        context: Gives a row as the teacher is to see it, once it has been answered.
+        on_record: Told every diary record, for a tracker.
+        source: Gives the rollouts instead of any sampler.
+        account: Tells what the diary should end with.
+        notes: Joins the diary's first event: who the teachers are, say.
+        stateful: What besides the learner has a state to be kept (a teacher that follows the student).
+        former: What ``opened`` found in the folder.
+        command: Which command can go on with the run.
+        stops: Signals that end it in order.
+    """
+    from topkd.engine.checkpoint import save_checkpoint, save_student
+    from topkd.engine.learner import Learner as Made
+    from topkd.engine.loop import distil
+
+    former = former or Former()
+    sampling = sampling or in_process(config, student, tokenizer)
+    learner = Made(student, config.learner, config.objective, lock=sampling.lock, steps=config.steps)
+    start = _restored(former, learner, stateful)
+    evals = [*former.evals]
+
+    def recorded(kind: str, record: dict[str, Any]) -> None:
+        if kind == "eval":
+            evals.append(record)
+        if kind != "event":
+            progress.record(kind, record)
+        if on_record is not None:
+            on_record(kind, record)
+
+    def kept(position: Position) -> None:
+        save_checkpoint(
+            out,
+            position,
+            learner=learner,
+            diary_bytes=log.kept(),
+            keep=config.checkpoint.keep,
+            remembered=wrap is not None or source is not None,
+            stateful=stateful,
+            notes={"command": command},
+        )
+
+    def ended(reason: str) -> None:
+        if reason:
+            log.write("event", {"event": "stopped", "version": learner.version, "reason": reason})
+        if learner.version:
+            state = {"version": learner.version, "objective": config.objective.model_dump(), "stopped": bool(reason)}
+            save_student(student, tokenizer, out / STUDENT, state)
+            if reason:
+                progress.note(
+                    f"stopped after step {learner.version} of {config.steps}; the student so far: {out / STUDENT}"
+                )
+
+    progress.stage("distil", config.steps)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(MetricsLog(out / DIARY))
+        stop = None if stops is None else stack.enter_context(stops.listening())
+        event = {"event": "resumed", "step": start.step} if former.resumed else {"event": "start"}
+        log.write("event", {**event, **provenance(student), **(notes or {})})
+        try:
+            steps = await distil(
+                config,
+                rows=rows,
+                sampler=sampling.sampler if wrap is None else wrap(sampling.sampler),
+                teachers=teachers,
+                learner=learner,
+                log=log,
+                hooks=Hooks(evaluate, recorded, sampling.publish, on_batch, sampling.capture, kept, context),
+                source=source,
+                start=start,
+                stop=stop,
+            )
+        except BaseException as error:  # an interrupt, a dead teacher: what was learnt is kept, and the diary says why
+            ended(type(error).__name__)
+            raise
+        reason = "" if learner.version == config.steps else stops.name if stops is not None else "stop"
+        if not reason and account is not None:
+            log.write("event", account())
+        ended(reason)
+    return RunResult(out, former.steps + steps, evals, stopped=reason)
+
+
+def _restored(former: Former, learner: Learner, stateful: Mapping[str, Stateful] | None) -> Position:
+    from topkd.engine.checkpoint import restore
+
+    if former.checkpoint is None:
+        return Position()
+    restore(former.checkpoint, learner, stateful)
+    return former.checkpoint.position

@@ -1,0 +1,61 @@
+"""Signals that end a run in order: SIGTERM and Ctrl-C become a request that the loop obeys between two steps."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stops:
+    """While it is entered, the first signal asks the run to stop, and a second one interrupts it where it is.
+
+    Before and after the run itself (a model is being loaded, say) there is nothing to keep: Ctrl-C is KeyboardInterrupt
+    and SIGTERM leaves with status 0 at once. Signals of other threads than the main one are not touched.
+
+    Attributes:
+        name: The signal that asked, "" when none did.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._event: asyncio.Event | None = None
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._asked) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former = {}
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[asyncio.Event]:
+        """Gives the event that a signal sets; within the running loop."""
+        self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            yield self._event
+        finally:
+            self._loop = self._event = None
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - how Python calls handlers
+        if self._loop is not None and self._event is not None and not self.name:
+            self.name = signal.Signals(number).name
+            self._loop.call_soon_threadsafe(self._event.set)
+        elif number == signal.SIGTERM and self._loop is None:
+            sys.exit(0)
+        else:
+            raise KeyboardInterrupt

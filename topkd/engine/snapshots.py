@@ -1,0 +1,121 @@
+"""Folders that are whole or not there: written beside their name, flushed, renamed; checked before they are used.
+
+A snapshot's ``manifest.json`` is written last and names every other file with its size and checksum (XXH3, 128 bits).
+What is torn, altered or without a manifest is never selected; the one before it is, and the reader is told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import xxhash
+
+from topkd.topk.errors import ConfigError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_PREFIX = "step-"
+
+
+def name_of(step: int) -> str:
+    """The folder of the snapshot after ``step`` steps."""
+    return f"{_PREFIX}{step:08d}"
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> Path:
+    """Make the folder ``path`` with what ``fill`` puts into it; a killed process leaves the former one or none.
+
+    A disk that is full, or a folder that may not be written, is one ConfigError.
+    """
+    staging, former = (path.with_name(f".{path.name}.{state}") for state in ("partial", "former"))
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        fill(staging)
+        for entry in sorted(staging.rglob("*")):
+            _flush(entry)
+        _flush(staging)
+        shutil.rmtree(former, ignore_errors=True)
+        if path.exists():
+            path.rename(former)
+        staging.rename(path)
+        _flush(path.parent)
+        shutil.rmtree(former, ignore_errors=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write the checkpoint {path}", got=error.strerror or str(error)) from error
+    return path
+
+
+def write_snapshot(root: Path, step: int, fill: Callable[[Path], None], *, keep: int) -> Path:
+    """Write the snapshot after ``step`` steps under ``root``; then only the newest ``keep`` stay."""
+
+    def whole(folder: Path) -> None:
+        fill(folder)
+        files = {file.name: _entry(file) for file in sorted(folder.iterdir())}
+        for file in folder.iterdir():
+            _flush(file)  # before the manifest vouches for them
+        text = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=2)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+    path = write_folder(root / name_of(step), whole)
+    for older in _candidates(root)[keep:]:
+        shutil.rmtree(older, ignore_errors=True)
+    for left in (*root.glob(f".{_PREFIX}*.partial"), *root.glob(f".{_PREFIX}*.former")):
+        shutil.rmtree(left, ignore_errors=True)
+    return path
+
+
+def newest_snapshot(root: Path, told: Callable[[str], None]) -> Path | None:
+    """The newest whole snapshot, or None. ``told`` hears of each that is passed over, and why."""
+    for path in _candidates(root):
+        fault = fault_of(path)
+        if fault is None:
+            return path
+        told(f"checkpoint {path.name} is not used: {fault}")
+    return None
+
+
+def fault_of(path: Path) -> str | None:
+    """What is wrong with a snapshot, or None: every file is read and compared with the manifest."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        form, files = manifest["format"], dict(manifest["files"])
+    except OSError:
+        return "it has no manifest"
+    except (ValueError, KeyError, TypeError):
+        return "its manifest cannot be read"
+    if form != FORMAT:
+        return f"it has format {form}, this topkd reads {FORMAT}"
+    for name, expected in files.items():
+        try:
+            found = _entry(path / name)
+        except OSError:
+            return f"{name} is missing"
+        if found != expected:
+            return f"{name} is not what was written (size or checksum)"
+    return None
+
+
+def _candidates(root: Path) -> list[Path]:
+    folders = (path for path in root.glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdigit() and path.is_dir())
+    return sorted(folders, key=lambda path: int(path.name[len(_PREFIX) :]), reverse=True)
+
+
+def _entry(file: Path) -> dict[str, int | str]:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as data:
+        while part := data.read(1 << 22):
+            digest.update(part)
+    return {"bytes": file.stat().st_size, "xxh3_128": digest.hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
