@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from topkd.clients.bytemap import load_bytemap
 from topkd.compose.config import RunConfig
@@ -16,6 +16,9 @@ from topkd.compose.tables import TeacherConfig
 from topkd.engine.hooks import Record
 from topkd.topk.errors import ConfigError
 from topkd.topk.protocols import TeacherScorer
+
+if TYPE_CHECKING:
+    from topkd.engine.self_teacher import SelfTeacher
 
 Publish = Callable[[int], Awaitable[Record | None]]
 
@@ -29,14 +32,18 @@ class LocalModel:
         name: For the cache and the provenance.
         revision: Of its weights: the config's, else their hash.
         model: The ``Student`` that scores, where exact divergences can be taken against it.
-        follow: To be called after each step, for one that follows the student.
+        state: The teacher itself, when it follows the student: it is told of each step, and checkpoints keep it.
     """
 
     scorer: TeacherScorer
     name: str
     revision: str
     model: Any
-    follow: Callable[[], None] | None = None
+    state: SelfTeacher | None = None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """For the diary."""
+        return {"model": self.name, "revision": self.revision, "kind": "in this process"}
 
 
 def open_local(teacher: TeacherConfig, config: RunConfig, student: Any, lock: threading.Lock) -> LocalModel:
@@ -53,8 +60,8 @@ def open_local(teacher: TeacherConfig, config: RunConfig, student: Any, lock: th
 
         own = SelfTeacher(student, teacher.ema, lock)
         revision = teacher.revision or (weights_digest(student) if teacher.ema == 1.0 else "moving")
-        follow = None if teacher.ema in {0.0, 1.0} else own.follow
-        return LocalModel(own, f"{Path(config.student.model).name} (self)", revision, own.model, follow)
+        state = None if teacher.ema in {0.0, 1.0} else own
+        return LocalModel(own, f"{Path(config.student.model).name} (self)", revision, own.model, state)
     from topkd.engine.local_teacher import LocalTeacher
     from topkd.engine.student import Student
 
@@ -82,16 +89,17 @@ def same_ids(teacher: str, student: str) -> None:
     )  # fmt: skip
 
 
-def following(publish: Publish, follow: Callable[[], None] | None) -> Publish:
-    """``publish``, after which the teacher has taken the step too; the first call, before any step, moves nothing."""
-    if follow is None:
+def following(publish: Publish, local: Mapping[str, LocalModel]) -> Publish:
+    """``publish``, before which the teachers that follow take the step too; the first call is before any step."""
+    states = [model.state for model in local.values() if model.state is not None]
+    if not states:
         return publish
     begun = False
 
     async def publish_and_follow(version: int) -> Record | None:
         nonlocal begun
-        if begun:
-            await asyncio.to_thread(follow)
+        for state in states if begun else ():
+            await asyncio.to_thread(state.follow)
         begun = True
         return await publish(version)
 

@@ -118,7 +118,9 @@ async def train(
             wrap=None if cache is None else cache.recorder(config, pieces.student, pieces.rows),
             account=None if cache is None else cache.account,
             notes={"teachers": fingerprints, **before.notes()},
-            stateful={f"teacher {name}": model.state for name, model in local.items() if model.state is not None},
+            stateful={
+                f"teacher-{name or 'self'}": model.state for name, model in local.items() if model.state is not None
+            },
             former=former,
             stops=stops,
         )

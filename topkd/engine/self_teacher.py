@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Mapping
 
 import torch
 
@@ -51,12 +52,14 @@ class SelfTeacher:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The average's weights, for a checkpoint; empty where they follow from the run's other state."""
-        return {} if self.ema in {0.0, 1.0} else dict(self.model.model.state_dict())
+        if self.ema in {0.0, 1.0}:
+            return {}
+        return {name: weights.detach() for name, weights in self.model.model.named_parameters()}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from a checkpoint's average."""
-        if self.ema not in {0.0, 1.0}:
-            self.model.model.load_state_dict(state)
+        for name, weights in self.model.model.named_parameters() if state else ():
+            weights.data.copy_(state[name])
 
 
 def _copied(student: Student) -> Student:

@@ -1,0 +1,50 @@
+"""Everything that can be found out before a model is opened: teachers first, then prompts, lengths and ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from topkd.compose.config import RunConfig
+from topkd.compose.limits import Ends, check_lengths, compared_ends
+from topkd.compose.meeting import Met, meet_teachers
+from topkd.compose.pieces import Prompts, load_prompts
+from topkd.compose.progress import Progress
+
+TEACHERS = "teachers.json"  # in a run's folder: what its teachers said at the start
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A run that may begin.
+
+    Attributes:
+        prompts: Tokenizer and rows.
+        met: teacher_id -> what its server said.
+        ends: Where completions end.
+    """
+
+    prompts: Prompts
+    met: dict[str, Met]
+    ends: Ends
+
+    def notes(self) -> dict[str, Any]:
+        """What the diary says of it at its beginning."""
+        data = {
+            "rows": len(self.prompts.rows),
+            "dropped_overlong": len(self.prompts.dropped),
+            "dropped": self.prompts.dropped[:20],
+        }
+        return {"data": data, "stop_token_ids": list(self.ends.stops), "warnings": list(self.ends.notes)}
+
+
+async def ready(config: RunConfig, progress: Progress, kept: Path | None = None) -> Ready:
+    """Raises what would end the run anyway, before it has cost anything; says what is worth knowing."""
+    met = await meet_teachers(config, progress, kept)
+    prompts = load_prompts(config, progress)
+    check_lengths(config, prompts, met)
+    ends = compared_ends(config, prompts)
+    for note in ends.notes:
+        progress.note(f"note: {note}")
+    return Ready(prompts, met, ends)
