@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.clients.replies import score_body, score_rows
+from tests.clients.script import Script
 from topkd.clients import ClientConfig, VllmCompletions, connect
-from topkd.clients.transport import Reply, Request
 from topkd.topk.errors import (
     AlignmentError,
     ConfigError,
@@ -24,28 +23,6 @@ from topkd.topk.samples import SamplingParams
 
 FAST = ClientConfig(backoff_s=0.0)
 PROMPT = [5, 6, 7]
-
-
-class Script:
-    """A transport that answers from a list, fails on an extra call, and remembers what it was sent."""
-
-    def __init__(self, *replies: tuple[int, Any] | Exception) -> None:
-        self.replies, self.requests = list(replies), []
-
-    async def send(self, request: Request) -> Reply:
-        self.requests.append(request)
-        assert self.replies, f"an extra request: {request}"
-        reply = self.replies.pop(0)
-        if isinstance(reply, Exception):
-            raise reply
-        status, body = reply
-        return Reply(status, {}, body if isinstance(body, bytes) else json.dumps(body).encode(), request.url)
-
-    async def aclose(self) -> None:
-        pass
-
-    def body(self, number: int = -1) -> dict[str, Any]:
-        return json.loads(self.requests[number].content)
 
 
 def client(*replies, **options) -> tuple[VllmCompletions, Script]:

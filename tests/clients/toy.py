@@ -67,10 +67,12 @@ class Wire:
 
 
 def scripted(*values: Any) -> Wire:
-    """Answers in turn; an extra request fails."""
+    """Answers in turn; an extra request fails, but for the question of weights that no reply names."""
     queue = list(values)
 
     def handler(method: str, path: str, body: Any) -> tuple[int, Any]:
+        if (method, path) == ("GET", "/weight_info"):  # not mounted
+            return 404, {"detail": "Not Found"}
         assert queue, f"an extra request: {method} {path} {body}"
         value = queue.pop(0)
         return value if isinstance(value, tuple) else (200, value)

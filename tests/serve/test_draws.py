@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from starlette.applications import Starlette
 
-from tests.serve.apps import complete, exact_logp, generate, make_app, random_ids
+from tests.serve.apps import NAME, complete, exact_logp, generate, make_app, post, random_ids
 
 TOLERANCE = 1e-4  # float32 against float64; these models have logits of +-30
 IDS = {"return_token_ids": True, "ignore_eos": True}
@@ -213,3 +213,14 @@ async def test_chosen_ids_are_scored_at_drawn_positions(app: Starlette, models: 
         for top in entry["top_logprobs"]:
             assert abs(top["logprob"] - row[top["token_id"]]) < TOLERANCE
             assert top["rank"] == 1 + (row > row[top["token_id"]]).sum()
+
+
+async def test_completions_and_chat_name_the_weights_of_each_token_when_asked(app: Starlette):
+    """As vLLM does from 0.33 on; unasked, the reply is that of 0.32."""
+    [choice] = await complete(app, random_ids(5), max_tokens=3, return_weight_versions=True, **IDS)
+    assert choice["weight_versions"] == [{"version": "default", "start": 0, "end": 3}]
+    [plain] = await complete(app, random_ids(5), max_tokens=3, **IDS)
+    assert "weight_versions" not in plain
+    chat = {"model": NAME, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "ignore_eos": True}
+    reply = await post(app, "/v1/chat/completions", chat | {"return_weight_versions": True})
+    assert reply["choices"][0]["weight_versions"] == [{"version": "default", "start": 0, "end": 2}]

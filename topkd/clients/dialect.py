@@ -33,6 +33,7 @@ class ServerInfo:
 class _Card(msgspec.Struct):
     id: str
     max_model_len: int | None = None
+    parent: str | None = None  # of an adapter: the model under it
 
 
 class _Models(msgspec.Struct):

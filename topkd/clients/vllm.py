@@ -6,15 +6,19 @@ Token ids in, ids out. Spoken by vLLM (0.11 and later) and by ``topkd serve``.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Coroutine
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from pydantic import SecretStr
 
 from topkd.clients.checks import check_vocabulary, request_ids
 from topkd.clients.config import ClientConfig
 from topkd.clients.decode import score_reply
+from topkd.clients.decode_json import typed
 from topkd.clients.dialect import HttpClient
 from topkd.clients.limits import Budget
 from topkd.clients.metrics import Metrics
@@ -22,13 +26,20 @@ from topkd.clients.refusals import repeats
 from topkd.clients.retry import Try
 from topkd.clients.sampled import Asked, rollouts, sent
 from topkd.clients.transport import Transport
-from topkd.topk.errors import ConfigError
+from topkd.topk.errors import ConfigError, FinalServerError, ResponseError, TopkdError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import Int32, TopK
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 _ROUTE = "/v1/completions"
+
+
+class _Weights(msgspec.Struct):
+    weight_version: str | int | None = None
+
+
+_WEIGHTS = msgspec.json.Decoder(_Weights)
 
 
 def score_body(model: str, ids: Int32, k: int) -> dict[str, Any]:
@@ -111,6 +122,8 @@ class VllmCompletions(HttpClient):
         )
         self.vocab_size = vocab_size
         self.logprobs_mode = logprobs_mode
+        self._tells: bool | None = None  # whether /weight_info is worth asking; None before it was tried
+        self._adapter: tuple[str, str] | None = None  # name and version, once it is known
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
         """Rows ``start .. len(ids) - 2`` with the K most probable tokens and the exact realised logprob of each."""
@@ -141,7 +154,9 @@ class VllmCompletions(HttpClient):
         """n completions with the exact logprobs they were sampled with, the stop token kept.
 
         A request without a seed gets one: a retry then draws the same completions, and what a lost reply held has no
-        influence on what is kept. ``Rollout.sampling`` records the seed that was sent.
+        influence on what is kept. ``Rollout.sampling`` records the seed that was sent. ``Rollout.version`` is what the
+        reply says (vLLM 0.33 on), else what ``/weight_info`` said before and after; "" (unknown) where neither does:
+        vLLM before 0.33 outside development mode.
         """
         prompt = np.asarray(prompt_ids)
         if prompt.ndim != 1 or prompt.size < 1 or prompt.dtype.kind not in "iu":
@@ -156,22 +171,75 @@ class VllmCompletions(HttpClient):
         params = params if params.seed is not None else sent(params, secrets.randbelow(2**31))
         processed = self.logprobs_mode == "processed_logprobs" and params.temperature > 0
         exact = params.exact or processed
-        result = await self.endpoint.call(
-            "POST",
-            _ROUTE,
-            lambda one: sample_body(model, prompt, n, params, k) | _salt(one),
-            decode=partial(rollouts, asked=Asked(prompt, n, params, k, self.vocab_size, exact)),
-            where=self.where(f"{n} x {params.max_tokens} tokens"),
-            tokens=int(prompt.size) + params.max_tokens,
-            entries=n * params.max_tokens * (k + 2) + int(prompt.size),
-            k=k,
-            model=model,
+        result = await self._versioned(
+            model,
+            self.endpoint.call(
+                "POST",
+                _ROUTE,
+                lambda one: sample_body(model, prompt, n, params, k) | _salt(one),
+                decode=partial(rollouts, asked=Asked(prompt, n, params, k, self.vocab_size, exact)),
+                where=self.where(f"{n} x {params.max_tokens} tokens"),
+                tokens=int(prompt.size) + params.max_tokens,
+                entries=n * params.max_tokens * (k + 2) + int(prompt.size),
+                k=k,
+                model=model,
+            ),
         )
         self.metrics_.add("sampled_requests")
         self.metrics_.add("sampled_tokens", sum(rollout.completion_ids.size for rollout in result))
         if not exact:
             self.metrics_.add("inexact_rollouts", n)
         return result
+
+    async def _versioned(self, model: str, draw: Coroutine[None, None, list[Rollout]]) -> list[Rollout]:
+        """The rollouts, each with the weight version that drew it, from wherever the server tells it."""
+        try:
+            adapter = await self._adapter_version(model)
+            before = "" if adapter else await self._weight_version()
+        except BaseException:
+            draw.close()
+            raise
+        result = await draw
+        if adapter:  # a reply's own version is that of the weights underneath
+            return [replace(rollout, version=adapter) for rollout in result]
+        if any(rollout.version for rollout in result):
+            self._tells = False  # replies say it themselves: no more questions
+        elif before:
+            after = await self._weight_version()
+            # Equal before and after: what was drawn in between came from these weights.
+            version = after if before == after else f"{before}+{after}"
+            return [replace(rollout, version=version) for rollout in result]
+        return result
+
+    async def _adapter_version(self, model: str) -> str:
+        """The version in the name of an adapter that a weight sink has loaded (``base@version``); "" for others."""
+        base, _, version = model.rpartition("@")
+        if not base or not version:
+            return ""
+        if self._adapter is None or self._adapter[0] != model:
+            parents = {card.id: card.parent for card in await self._cards()}
+            self._adapter = model, version if parents.get(model) else ""
+        return self._adapter[1]
+
+    async def _weight_version(self) -> str:
+        """What ``/weight_info`` says; "" where it is not mounted, or where replies hold the version anyway.
+
+        vLLM before 0.33 leaves the version out of this route's replies; its development mode tells it beside them.
+        """
+        if self._tells is False:
+            return ""
+        where = self.where("GET /weight_info")
+        try:
+            said = await self.endpoint.call(
+                "GET", "/weight_info", decode=lambda body: typed(body, _WEIGHTS), where=where, retries=False
+            )
+        except (FinalServerError, ResponseError):
+            self._tells = False
+            return ""
+        except TopkdError:  # unknown for this draw; a draw is not lost for want of its label
+            return ""
+        self._tells = True
+        return "" if said.weight_version is None else str(said.weight_version)
 
 
 def _salt(one: Try) -> dict[str, str]:

@@ -180,16 +180,19 @@ class VllmGenerate(VllmCompletions):
         asked = Asked(prompt, n, params, k, self.vocab_size, params.exact or processed)
         wide = k if k == 0 or await self.version() >= _COMPLETE else k + 1
         try:
-            result = await self.endpoint.call(
-                "POST",
-                ROUTE,
-                lambda one: sample_body(model, prompt, n, params, wide) | _salt(one),
-                decode=lambda body: rollouts(body, asked=asked),
-                where=self.where(f"{n} x {params.max_tokens} tokens"),
-                tokens=int(prompt.size) + params.max_tokens,
-                entries=n * params.max_tokens * (k + 2) + int(prompt.size),
-                k=wide,
-                model=model,
+            result = await self._versioned(
+                model,
+                self.endpoint.call(
+                    "POST",
+                    ROUTE,
+                    lambda one: sample_body(model, prompt, n, params, wide) | _salt(one),
+                    decode=lambda body: rollouts(body, asked=asked),
+                    where=self.where(f"{n} x {params.max_tokens} tokens"),
+                    tokens=int(prompt.size) + params.max_tokens,
+                    entries=n * params.max_tokens * (k + 2) + int(prompt.size),
+                    k=wide,
+                    model=model,
+                ),
             )
         except RequestRefusedError as error:
             raise _explained(error) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,9 @@ def load_model(config: ServeConfig) -> tuple[Any, Any]:
     device = pick_device(config.device)
     dtype: Any = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
+        with _without_bars():
+            tokenizer = AutoTokenizer.from_pretrained(config.model)
+            model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             "the model cannot be loaded",
@@ -64,9 +67,10 @@ def reload_weights(model: Any, path: str) -> None:
             "no checkpoint folder", where=f"weights_path={path}", hint="give a folder this server can read"
         )
     try:
-        fresh = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=next(model.parameters()).dtype, local_files_only=True
-        )
+        with _without_bars():
+            fresh = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=next(model.parameters()).dtype, local_files_only=True
+            )
     except Exception as error:
         raise ConfigError(
             "the checkpoint cannot be read", where=f"weights_path={path}", got=repr(error)[:300]
@@ -86,6 +90,20 @@ def reload_weights(model: Any, path: str) -> None:
         )
     for name, tensor in old.items():
         tensor.copy_(new[name])
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """A server's standard error is a log: no progress bars in it."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _weights(model: Any) -> dict[str, torch.Tensor]:

@@ -157,6 +157,7 @@ def _completions_reply(served: Served, body: CompletionBody, plan: _Plan, answer
                     "prompt_logprobs": rows,
                     "prompt_token_ids": list(job.ids) if body.return_token_ids else None,
                     "routed_experts": None,
+                    **replies.told_versions(out, asked=body.return_weight_versions),
                 }
             )
     prompt_tokens = sum(len(job.ids) for job in plan.jobs)
@@ -227,6 +228,7 @@ def _chat_reply(served: Served, body: ChatBody, job: Job, answer: Answer) -> dic
                 "stop_reason": out.stop_reason,
                 "token_ids": out.token_ids if body.return_token_ids else None,
                 "routed_experts": None,
+                **replies.told_versions(out, asked=body.return_weight_versions),
             }
         )
     return {

@@ -101,6 +101,7 @@ class CompletionBody(Body, SamplingFields):
     stream: bool = False
     add_special_tokens: bool = True
     return_token_ids: bool | None = None
+    return_weight_versions: bool | None = None  # from vLLM 0.33 on
     return_tokens_as_token_ids: bool | None = None
 
 
@@ -119,6 +120,7 @@ class ChatBody(Body, SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     return_token_ids: bool | None = None
+    return_weight_versions: bool | None = None  # from vLLM 0.33 on
     return_tokens_as_token_ids: bool | None = None
 
 

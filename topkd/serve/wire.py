@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -53,13 +53,18 @@ async def read(request: Request, kind: type[B], limit: int) -> B:
     """The body as ``kind``.
 
     Raises:
-        Refusal: Not JSON, not of the right shape (400), or more than ``limit`` bytes (413).
+        Refusal: Not JSON, not of the right shape (400), more than ``limit`` bytes (413), or the client left (499).
     """
     raw = bytearray()
-    async for part in request.stream():
-        raw += part
-        if len(raw) > limit:
-            raise Refusal(f"The request body is larger than {limit} bytes", status=413, kind="RequestEntityTooLarge")
+    try:
+        async for part in request.stream():
+            raw += part
+            if len(raw) > limit:
+                raise Refusal(
+                    f"The request body is larger than {limit} bytes", status=413, kind="RequestEntityTooLarge"
+                )
+    except ClientDisconnect as error:
+        raise left_early() from error
     try:
         decoded = msgspec.json.decode(raw) if raw.strip() else {}
     except msgspec.DecodeError as error:
@@ -73,6 +78,11 @@ async def read(request: Request, kind: type[B], limit: int) -> B:
         raise malformed(error) from error
 
 
+def left_early() -> Refusal:
+    """Written to a connection that nobody reads any more; it also ends the handler, without a word in the log."""
+    return Refusal("The client closed the connection", status=GONE, kind="ClientClosedRequest")
+
+
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """The result of ``work``, which is cancelled when the client disconnects first."""
     task = asyncio.ensure_future(work)
@@ -80,7 +90,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Refusal("The client closed the connection", status=GONE, kind="ClientClosedRequest")
+            raise left_early()
         return task.result()
     finally:
         for pending in (task, watch):
