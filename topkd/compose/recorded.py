@@ -25,7 +25,7 @@ from topkd.topk.samples import Rollout, SamplingParams
 
 # What changes no rollout: how long the run is, where its servers are, what is written down.
 _UNSHAPING = {"steps", "eval_every", "max_lost_fraction", "client", "cache", "replay", "data", "student"}
-_UNSHAPING |= {"checkpoint", "teacher", "teachers", "eval", "track"}
+_UNSHAPING |= {"checkpoint", "teacher", "teachers", "eval", "track", "sampler"}
 
 
 class RecordedSampler:
@@ -118,7 +118,7 @@ def policy_identity(
             prompts.update(len(part).to_bytes(4, "little") + part.tobytes())
         prompts.update(row.teacher_id.encode() + b"\0")
     shaping = {
-        "config": config.model_dump(mode="json", exclude=_UNSHAPING),
+        "config": config.model_dump(mode="json", exclude=_UNSHAPING) | config.sampler.shaping(),
         "student": [config.student.device, config.student.dtype, weights_digest(student)],
         "teachers": {name: identity.to_json() for name, identity in teachers.items()},
         "prompts": prompts.hexdigest(),

@@ -19,6 +19,10 @@ class InProcessSampling(Frozen):
 
     kind: Literal["in_process"] = "in_process"
 
+    def shaping(self) -> dict[str, object]:
+        """What of it shapes the rollouts: nothing."""
+        return {}
+
 
 class _Synced(Frozen):
     """What every sampler with weights of its own is told.
@@ -36,6 +40,10 @@ class _Synced(Frozen):
     folder: str | None = None
     alarm_kl: PositiveFloat = 0.02
     limit_kl: PositiveFloat = 1.0
+
+    def shaping(self) -> dict[str, object]:
+        """What of it shapes the rollouts of a run; where the server is does not."""
+        return {"sampler": self.model_dump(mode="json", include={"kind", "weights", "sync_every"})}
 
 
 class ServerSampling(_Synced):

@@ -164,9 +164,10 @@ class SyncedSampler:
             if sampler is None:
                 raise ConfigError("nothing was published: there is no version to sample from")
 
+            stops = tuple(sorted({*self.stop_ids, *params.stop_token_ids}))
+
             async def one(place: int, prompt: Ids) -> list[Rollout] | TopkdError:
                 seed = None if params.seed is None else derived_seed(params.seed, "prompt", place)
-                stops = tuple(sorted({*self.stop_ids, *params.stop_token_ids}))
                 own = replace(params, seed=seed, stop_token_ids=stops)
                 try:
                     return await sampler.sample(prompt, n, own, k=k)
@@ -179,7 +180,7 @@ class SyncedSampler:
             drawn = [outcome for outcome in outcomes if not isinstance(outcome, TopkdError)]
             if not drawn:
                 raise next(outcome for outcome in outcomes if isinstance(outcome, TopkdError))
-            await self._verify([rollout for rollouts in drawn for rollout in rollouts], version)
+            await self._verify([rollout for rollouts in drawn for rollout in rollouts], version, stops)
         batch: list[list[Rollout]] = []
         for prompt, outcome in zip(prompts, outcomes, strict=True):
             rollouts = outcome
@@ -198,7 +199,7 @@ class SyncedSampler:
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
-    async def _verify(self, rollouts: Sequence[Rollout], version: int) -> None:
+    async def _verify(self, rollouts: Sequence[Rollout], version: int, stops: Sequence[int]) -> None:
         """Every completion is of the version that was published, with logprobs, and ends where the student's do."""
         where, full, expected = self.destination.where, self.destination.kind == "full", f"{version}-{self._tag}"
         if not full and self._base is None and rollouts[0].version != expected:
@@ -215,10 +216,10 @@ class SyncedSampler:
                     "a sampled token has no exact logprob", where=where,
                     hint="importance ratios need it; it is never floored or made up",
                 )  # fmt: skip
-            if rollout.finish_reason == "stop" and self.stop_ids and rollout.completion_ids[-1] not in self.stop_ids:
+            if rollout.finish_reason == "stop" and stops and rollout.completion_ids[-1] not in stops:
                 raise ResponseError(
                     "the server ended a completion at a token that is no end of the student's", where=where,
-                    got=int(rollout.completion_ids[-1]), expected=f"one of {list(self.stop_ids)}",
+                    got=int(rollout.completion_ids[-1]), expected=f"one of {list(stops)}",
                     hint="does its generation_config name other eos ids?",
                 )  # fmt: skip
         if full and not all(rollout.version for rollout in rollouts):
