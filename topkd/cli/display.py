@@ -68,16 +68,28 @@ class Display(Told):
     def record(self, kind: str, record: dict[str, Any]) -> None:
         """A step moves the bar; an evaluation gets a line of its own."""
         if kind == "eval":
-            self.note(
-                f"step {record['step']:>4}: held-out KL(S||T) {record['reverse_kl']:.4f}  "
-                f"KL(T||S) {record['forward_kl']:.4f}  agreement {100 * record['agreement']:.1f} %"
-            )
+            self.note(f"step {record['step']:>4}: {evaluated(record)}")
             return
         seconds = record["sample_s"] + record["score_wait_s"] + record["learn_s"]
         detail = f"kl {record.get('kl_k1', float('nan')):.3f}  {record['tokens'] / max(seconds, 1e-9):.0f} tok/s"
         if record["lost"]:
             detail += f"  lost {sum(record['lost'].values())}"
         self.advance(record["step"], detail)
+
+
+def evaluated(record: dict[str, Any]) -> str:
+    """An evaluation in one line: what was measured, and on which prefixes where there are several kinds."""
+    parts = []
+    if "accuracy" in record:
+        ceiling = f" (teacher {100 * record['teacher_accuracy']:.1f} %)" if "teacher_accuracy" in record else ""
+        parts.append(f"accuracy {100 * record['accuracy']:.1f} %{ceiling}")
+    if "reverse_kl" in record:
+        where = {"fresh": "fresh", "teacher": "teacher's"}.get(record.get("prefixes", "fixed"), "held-out")
+        parts.append(
+            f"{where} KL(S||T) {record['reverse_kl']:.4f}  KL(T||S) {record['forward_kl']:.4f}  "
+            f"agreement {100 * record['agreement']:.1f} %"
+        )
+    return "  ".join(parts)
 
 
 def told(result: RunResult, verb: str, *, as_json: bool) -> None:
