@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import topkd
-from topkd.cli import cache, compare, demo, probe, replay, report, score, serve, train
+from topkd.cli import cache, compare, demo, probe, replay, report, sample, score, serve, train
 from topkd.topk.errors import TopkdError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("demo")(demo.command)
 app.command("train")(train.command)
 app.command("compare")(compare.command)
 app.command("score")(score.command)
+app.command("sample")(sample.command)
 app.command("replay")(replay.command)
 app.add_typer(cache.app, name="cache")
 app.command("serve")(serve.command)

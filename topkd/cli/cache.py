@@ -246,6 +246,8 @@ def _listed(cache: Path) -> Iterator[dict[str, Any]]:
         for record in store.records(kinds=(SCORE, ROLLOUT)):
             header = record.header
             who = names.get(header.tag)
+            if header.kind == ROLLOUT and not header.start:
+                continue  # a request whose answers could not be read back as ids
             ids = record.score()[0] if header.kind == SCORE else record.rollouts()[0].prompt_ids
             yield {
                 "kind": KIND_NAMES[header.kind],

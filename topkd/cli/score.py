@@ -82,7 +82,7 @@ def command(
     values = {
         "data": data, "out": out, "teachers": tuple(teacher or ()), "routes": routes, "model": one_model,
         "models": models, "dialect": dialect, "k": k, "tokenizer": tokenizer, "revision": one_revision or "",
-        "revisions": revisions, "teacher_id": wanted, "api_key": _key(api_key_env), "limit": limit,
+        "revisions": revisions, "teacher_id": wanted, "api_key": key_from(api_key_env), "limit": limit,
         "shard": _shard(shard), "dedupe": dedupe, "max_tokens": max_tokens, "max_cost": max_cost,
         "price_per_million": price_per_million, "estimate": estimate, "codec": codec, "in_flight": in_flight,
         "strict": strict, "runner": runner, "workers": workers, "ray_address": ray_address,
@@ -155,7 +155,8 @@ def _show(report: dict[str, object]) -> None:
         typer.echo("the server did not answer for some rows; run the same command again for those")
 
 
-def _key(variable: str | None) -> SecretStr | None:
+def key_from(variable: str | None) -> SecretStr | None:
+    """The API key in an environment variable; naming one that is not set is an error."""
     if variable is None:
         return None
     value = os.environ.get(variable)

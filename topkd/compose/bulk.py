@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol, TypeGuard
 
+from topkd.compose.off_policy import GIVEN
 from topkd.compose.progress import Progress
 from topkd.compose.score_config import ScoreConfig, ScoreReport
 from topkd.compose.selection import Selection, Verdict, digest_of
@@ -124,7 +125,7 @@ class BulkJob:
                 await asyncio.wait(workers)
                 committing.cancel()
         except BaseExceptionGroup as errors:
-            raise _first(errors) from errors
+            raise first_of(errors) from errors
 
     async def _feed(self, selection: Selection) -> None:
         items, report = iter(selection), self.report
@@ -212,7 +213,7 @@ class BulkJob:
         # The request that a rollout answers is named by its seed; given rollouts are told apart by what they hold.
         seed = int.from_bytes(hashlib.blake2b(completion.tobytes(), digest_size=4).digest(), "big") >> 1
         params = SamplingParams(max_tokens=int(completion.size), seed=seed)
-        given = TeacherIdentity("data", revision=self.config.data.stem)
+        given = TeacherIdentity(GIVEN, revision=self.config.data.stem)
         rollout = Rollout(prompt, completion, item.logp, item.finish_reason, params, version="0")
         self.store.put_rollouts(given, prompt, [rollout], params)
 
@@ -269,7 +270,8 @@ class _Counting:
         return rows
 
 
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+def first_of(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that ended a group of tasks, out of its wrappings."""
     error: BaseException = errors
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

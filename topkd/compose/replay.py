@@ -6,6 +6,7 @@ from pathlib import Path
 
 from topkd.compose.config import RunConfig
 from topkd.compose.folders import claimed
+from topkd.compose.off_policy import check_off_policy, off_policy
 from topkd.compose.pieces import load_pieces
 from topkd.compose.progress import Progress
 from topkd.compose.recorded import RecordedSampler, chosen_policy, identities_with
@@ -30,6 +31,9 @@ async def replay(
 ) -> RunResult:
     """Train from what a cache holds; a miss is a CacheMissError.
 
+    Completions that no recorded run drew (given with the data, or a teacher's own) need an objective that may learn
+    off-policy; another one is refused.
+
     Args:
         config: As for ``train``; the objective may be another than the recorded one. Behaviour logprobs are the
             recorded ones, so importance sampling corrects for the difference.
@@ -51,11 +55,13 @@ async def replay(
             for name, teacher in config.teacher_map().items()
         }
         policy = chosen_policy(path, config.replay.policy)
-        if policy.name == "data" and config.replay.order == "recorded":
+        if off_policy(policy) and config.replay.order == "recorded":
             raise ConfigError(
-                "completions that came with the data have no recorded order", where=str(path),
+                "completions that no recorded run drew have no recorded order", where=str(path),
                 hint='set replay.order = "shuffled"',
             )  # fmt: skip
+        if off_policy(policy):
+            check_off_policy(config, policy)
         former = opened(out, config, progress, command="replay", resume=resume)
         if former.finished:
             return RunResult.of_finished(out, former)

@@ -23,6 +23,8 @@ from topkd.topk.types import Float32, Int32
 
 _FORMS = "prompt_ids and completion_ids, prompt and completion, or messages"
 _BATCH = 64  # rows read at a time
+_JSON_NAMES = {str: "a string", list: "a list", int: "a number", float: "a number", bool: "a truth value",
+               type(None): "null"}  # fmt: skip
 
 
 class ScoredRow(DataRow):
@@ -255,14 +257,27 @@ def _sequence(number: int, raw: Any, tokenizer: Any, where: str) -> ScoreInput:
     return ScoreInput(number, ids, len(prompt) - 1, name, row.teacher_id, logp, row.finish_reason)
 
 
-def _parsed(raw: Any, where: str) -> ScoredRow:
+def json_object(raw: Any, where: str) -> dict[str, Any]:
+    """A row as a mapping; what is no JSON is refused with the column where it stops being some."""
     if isinstance(raw, bytes):
         try:
             raw = json.loads(raw)
-        except ValueError as error:
-            raise DataError("not a JSON object", where=where, got=repr(raw[:60])[1:]) from error
+        except json.JSONDecodeError as error:
+            at, what = f"{where}, column {min(error.pos, len(error.doc.rstrip())) + 1}", error.msg
+            got = repr(error.doc[error.pos :].strip()[:40]) if error.doc[error.pos :].strip() else "the end of the line"
+            if what.startswith("Expecting "):
+                raise DataError("not a JSON object", where=at, got=got, expected=what[10:]) from error
+            raise DataError(f"not a JSON object, {what[:1].lower()}{what[1:]}", where=at, got=got) from error
+        except (UnicodeDecodeError, RecursionError) as error:
+            reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "nested too deeply"
+            raise DataError("not a JSON object", where=where, got=reason) from error
     if not isinstance(raw, dict):
-        raise DataError("not a JSON object", where=where, got=type(raw).__name__)
+        raise DataError("not a JSON object", where=where, got=_JSON_NAMES.get(type(raw), type(raw).__name__))
+    return raw
+
+
+def _parsed(raw: Any, where: str) -> ScoredRow:
+    raw = json_object(raw, where)
     try:
         # Tables have every column in every row: a null is an absent key.
         row = ScoredRow.model_validate({key: value for key, value in raw.items() if value is not None})

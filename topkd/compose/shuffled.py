@@ -86,6 +86,8 @@ class ShuffledRollouts:
             if record.header.tag != self._policy.tag:
                 continue
             rollouts = record.rollouts()
+            if not rollouts:  # a request whose answers could not be read back as ids
+                continue
             row = by_prompt.get(rollouts[0].prompt_ids.tobytes())
             if row is None:
                 strange += len(rollouts)

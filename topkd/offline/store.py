@@ -105,16 +105,16 @@ class ScoreStore:
         self,
         student: Teacher,
         prompt_ids: Ids,
-        n: int,
+        n: int | None,
         params: SamplingParams,
         *,
         k: int = 0,
         version: str = "",
         occurrence: int = 0,
     ) -> list[Rollout] | None:
-        """n stored rollouts of exactly this request with lists of at least k, or None."""
+        """n stored rollouts (None: all there are) of exactly this request with lists of at least k, or None."""
         key = rollout_key(identity_of(student), token_array(prompt_ids), params, version=version, occurrence=occurrence)
-        record = self._read(key, ROLLOUT, n, k)
+        record = self._read(key, ROLLOUT, n or 0, k)
         return None if record is None else record.rollouts()[:n]
 
     def put_rollouts(
