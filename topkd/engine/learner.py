@@ -185,7 +185,10 @@ class Learner:
             else:  # another rank has one more: the same collectives, and nothing learnt
                 loss = self._trainee.score(_nothing(device), torch.zeros(1, 1, dtype=torch.long, device=device)).sum()
                 loss = loss * 0.0
-            (loss * self._trainee.loss_scale).backward()  # type: ignore[no-untyped-call]
+            scale = self._trainee.loss_scale
+            (loss * scale).backward()  # type: ignore[no-untyped-call]
+            if i < len(scored):
+                stats[-1].coefficient[:] = [value / scale for value in stats[-1].coefficient]
             if self.ranks.size == 1 and rounds > 1 and i == (rounds + 1) // 2 - 1:
                 noise.small(self._trained, done)
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from topkd.engine.batching import MicroBatch
 from topkd.engine.distributed import Ranks, Strategy
+from topkd.engine.lora import without_wrapper
 from topkd.engine.student import Precision, Student, split_logprobs
 from topkd.topk.errors import ConfigError
 
@@ -162,15 +163,18 @@ def checkpointed_layers(student: Student) -> list[nn.Module]:
     """The layers that recompute their activations in the backward pass, prepared to do so when they are told."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    model = student.model
-    enable = getattr(model, "gradient_checkpointing_enable", None)
+    model = without_wrapper(student.model)
     layers = [module for module in student.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if enable is None or not layers:
+    if not layers or not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(
             "learner.gradient_checkpointing: this architecture has no layers that can recompute",
             got=type(model).__name__,
         )
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    how = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5 on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     return layers
 
 
