@@ -28,6 +28,7 @@ from topkd.topk.protocols import Sampler, TeacherScorer
 
 T = TypeVar("T")
 Source: TypeAlias = Callable[[int], Awaitable[Drawn]]
+MISMATCH_ALARM_NATS = 0.02  # bfloat16 against float32 stays below a hundredth
 STOP_GRACE_S = 10.0  # what a stopped run waits for a batch from weights that are gone, so that it need not be redrawn
 
 
@@ -164,9 +165,11 @@ class _Run:
             "objective": self.config.objective.model_dump(),
             "version": step + 1,
             # Rollouts that a source gives are of another run's policy: no distance to this learner's is known.
-            "staleness": step - taken.version if self.source is None else None,
+            "staleness": _staleness(step, taken) if self.source is None else None,
             "rollout_versions": [*taken.versions],
             **learnt,
+            # Of the very weights that step, before they change: what is left is the sampler's own arithmetic.
+            "mismatch_kl": learnt.get("behavior_kl_k3") if taken.versions == (str(step),) else None,
             **teacher_metrics(batch),
             "sample_s": taken.sample_s,
             "score_wait_s": waited_s,
@@ -186,7 +189,19 @@ class _Run:
         if version > self.first:
             record = self.unwritten.popleft()
             record |= {"publish_s": time.perf_counter() - began, **(told or {})}
-            self.write("step", record)
+            self.written(record)
+        elif told and "sampler_version" in told:  # weights of its own, brought there before the first step
+            self.written({"step": version, "event": "published", **told}, "event")
+
+    def written(self, record: Record, kind: str = "step") -> None:
+        """Into the diary, and an event of its own for each alarm in it."""
+        alarms = record.pop("alarms", [])
+        mismatch = record.get("mismatch_kl")
+        if mismatch is not None and mismatch > MISMATCH_ALARM_NATS:
+            alarms = [*alarms, {"alarm": "mismatch_kl", "value": mismatch, "limit": MISMATCH_ALARM_NATS}]
+        self.write(kind, record)
+        for alarm in alarms:
+            self.write("event", {"event": "alarm", "step": record["step"], **alarm})
 
     def evaluates(self, step: int) -> bool:
         """Whether an evaluation is due after this many steps."""
@@ -236,7 +251,7 @@ class _Run:
 
     def flush(self) -> None:
         while self.unwritten:
-            self.write("step", self.unwritten.popleft())
+            self.written(self.unwritten.popleft())
 
     def write(self, kind: str, record: Record) -> None:
         self.log.write(kind, record)
@@ -296,6 +311,12 @@ def _refuse_losses(config: EngineConfig, batch: ScoredBatch, step: int) -> None:
         got=f"{dict(batch.lost)}; first: {batch.first_error}",
         expected=f"at most the fraction max_lost_fraction = {config.max_lost_fraction}",
     ) from batch.first_error
+
+
+def _staleness(step: int, taken: InFlight) -> int:
+    """Versions between the weights that sampled and those that learn; a sampler may be synced less than every step."""
+    said = [int(version) for version in taken.versions if version.isdecimal()]
+    return step - min([taken.version, *said])
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
