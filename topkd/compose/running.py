@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from topkd.compose.folders import DIARY, STUDENT, provenance
 from topkd.compose.progress import Progress
 from topkd.compose.resume import Former
-from topkd.compose.samplers import Sampling, in_process
+from topkd.compose.samplers import Sampling, in_process, stop_ids
 from topkd.compose.stops import Stops
 from topkd.engine import EngineConfig
 from topkd.engine.data import PromptRow
@@ -104,8 +106,16 @@ async def run(
 
     former = former or Former()
     sampling = sampling or in_process(config, student, tokenizer)
-    learner = Made(student, config.learner, config.objective, lock=sampling.lock, steps=config.steps)
+    learner = Made(
+        student,
+        config.learner,
+        config.objective,
+        lock=sampling.lock,
+        steps=config.steps,
+        stop_ids=[*stop_ids(tokenizer), *config.rollout.stop_token_ids],
+    )
     start = _restored(former, learner, stateful)
+    transcripts = _transcripts(config, out, student, tokenizer, lock=sampling.lock, note=progress.note)
     evals = [*former.evals]
 
     def recorded(kind: str, record: dict[str, Any]) -> None:
@@ -153,7 +163,9 @@ async def run(
                 teachers=teachers,
                 learner=learner,
                 log=log,
-                hooks=Hooks(evaluate, recorded, sampling.publish, on_batch, sampling.capture, kept, context),
+                hooks=Hooks(
+                    evaluate, recorded, sampling.publish, on_batch or transcripts, sampling.capture, kept, context
+                ),
                 source=source,
                 start=start,
                 stop=stop,
@@ -166,6 +178,25 @@ async def run(
             log.write("event", account())
         ended(reason)
     return RunResult(out, former.steps + steps, evals, stopped=reason)
+
+
+def _transcripts(
+    config: EngineConfig, out: Path, student: Any, tokenizer: Any, *, lock: threading.Lock, note: Callable[[str], None]
+) -> Callable[[int, ScoredBatch], None] | None:
+    """The hook that records a few rollouts for the report; None for one of several processes."""
+    from topkd.engine.transcripts import Transcripts
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # a sharded student cannot be looked at by one rank alone
+        return None
+    return Transcripts(
+        out / "tokens.jsonl",
+        student=student,
+        tokenizer=tokenizer,
+        objective=config.objective,
+        lock=lock,
+        steps=config.steps,
+        problem=note,
+    ).on_batch
 
 
 def _restored(former: Former, learner: Learner, stateful: Mapping[str, Stateful] | None) -> Position:

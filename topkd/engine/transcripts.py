@@ -25,7 +25,8 @@ from topkd.topk.types import Float32, Float64, Int32
 
 FORMAT = 1
 _ROWS_AT_ONCE = 256  # bounds the [rows, V] temporaries
-_SAMPLED = {"scalar_kl", "gjs", "topk_pg"}  # objectives that give a sampled token an advantage
+# Objectives that give a sampled token an advantage.
+_SAMPLED = {"scalar_kl", "gjs", "topk_pg"}
 
 
 class Transcripts:
@@ -65,6 +66,7 @@ class Transcripts:
         problem: Callable[[str], None] | None = None,
     ) -> None:
         self.path, self.student, self.tokenizer, self.objective, self.lock = path, student, tokenizer, objective, lock
+        self.kind = str(getattr(objective, "kind", type(objective).__name__))
         self.rollouts, self.k, self.max_tokens, self.problem = rollouts, k, max_tokens, problem
         self.moments = {round(step) for step in np.linspace(1, steps, min(moments, steps))} - _recorded(path)
 
@@ -74,7 +76,7 @@ class Transcripts:
             return
         self.moments.discard(step)
         lines = [
-            json.dumps(strict(self.record(step, sample)), allow_nan=False, ensure_ascii=False)
+            json.dumps(strict(self.record(step, sample)), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
             for sample in _spread(batch.samples, self.rollouts)
         ]
         try:
@@ -96,15 +98,13 @@ class Transcripts:
         teacher_logp = sample.teacher_logp[:tokens]
         advantage = self._advantage(teacher_logp, student)
         divergence, name = self._divergence(teacher.logp[:tokens], at_teacher)
-        trains = valid_tokens(sample, self.objective, self.student.vocab_size)
+        trains = core.mask if self.kind == "sft" else valid_tokens(sample, self.objective, self.student.vocab_size)
         texts: dict[str, str] = {}
         rows = []
         for row in range(tokens):
-            listed = [
-                (int(i), float(logp)) for i, logp in zip(teacher.ids[row], teacher.logp[row], strict=True) if i >= 0
-            ]
-            own = [(int(i), float(logp)) for i, logp in zip(*ids[row], strict=True)]
-            for token in (i for i, _ in listed[: self.k] + own):
+            listed = _pairs(teacher.ids[row].tolist(), teacher.logp[row].tolist())[: self.k]
+            own = _pairs(*ids[row])
+            for token, _ in listed + own:
                 texts[str(token)] = texts.get(str(token)) or self._text(token)
             rows.append(
                 {
@@ -126,7 +126,7 @@ class Transcripts:
             "step": step,
             "sample_id": core.sample_id,
             "teacher_id": core.teacher_id,
-            "objective": self.objective.kind,
+            "objective": self.kind,
             "divergence": name,
             "prompt": self._decoded(core.full_ids[: core.prompt_len]),
             "left_out": core.completion_len - tokens,
@@ -157,13 +157,13 @@ class Transcripts:
 
     def _advantage(self, teacher_logp: Float32, student_logp: Float32) -> Float64:
         """Of the sampled token, before baselines, clips and weights; NaN where the objective gives tokens none."""
-        if self.objective.kind not in _SAMPLED:
+        if self.kind not in _SAMPLED:
             return np.full(teacher_logp.shape, np.nan)
         return np.asarray(gjs_advantage(teacher_logp, student_logp, getattr(self.objective, "beta", 1.0)), np.float64)
 
     def _divergence(self, teacher_logp: Float32, student_logp: Float64) -> tuple[Float64, str]:
         """Of each row, on the teacher's list and one bin for the rest; NaN for a row without a list."""
-        beta = 0.0 if self.objective.kind == "fkl" else getattr(self.objective, "beta", 1.0)
+        beta = 0.0 if self.kind == "fkl" else getattr(self.objective, "beta", 1.0)
         name = {0.0: "KL(T‖S)", 1.0: "KL(S‖T)"}.get(beta, f"GJS with beta {beta:g}")
         if not teacher_logp.shape[1]:
             return np.full(teacher_logp.shape[0], np.nan), "not known: the teacher's lists were not asked for"
@@ -195,8 +195,8 @@ def _pairs(ids: list[int], logps: list[float]) -> list[tuple[int, float]]:
 
 
 def _short(value: float) -> float:
-    """Five digits: enough to look at."""
-    return float(f"{float(value):.5g}")
+    """Four digits: enough to look at."""
+    return float(f"{float(value):.4g}")
 
 
 def _recorded(path: Path) -> set[int]:

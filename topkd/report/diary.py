@@ -124,7 +124,8 @@ class Run:
         """One of failed, stopped, finished, running (also: ended without a word)."""
         if self.failed:
             return "failed"
-        if any(event.get("event") == "stopped" for event in self.events):
+        turns = [event["event"] for event in self.events if event.get("event") in ("start", "resumed", "stopped")]
+        if turns and turns[-1] == "stopped":
             return "stopped"
         last = last_step(self.steps)
         return "finished" if self.planned is not None and last >= self.planned else "running"

@@ -38,10 +38,10 @@ THEMES: Final[dict[str, dict[str, str]]] = {
     },
 }
 
-# Blue, vermilion, green, purple, ochre, grey: after Okabe and Ito, darkened (lightened) until 3:1 on the card holds.
+# Blue, orange, green, purple, ochre, grey: searched for the largest distance under every kind of colour vision, at 3:1.
 GROUPS: Final[dict[str, list[str]]] = {
-    "light": ["#0062a3", "#c84b00", "#00806a", "#a8468c", "#8a6d00", "#4d5560"],
-    "dark": ["#58b4f2", "#f58a45", "#2fc9a0", "#e59bcb", "#e3c53f", "#bcc4ce"],
+    "light": ["#0b8add", "#d46916", "#153e35", "#860c8c", "#564707", "#687081"],
+    "dark": ["#1978fb", "#fc5738", "#6af6d7", "#f88ff8", "#fdea9c", "#7f8182"],
 }
 DASHES: Final = ["", "6 3", "2 3"]  # the second and third round of the colours
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from topkd.report.collection import Collection, Group
 from topkd.report.columns import AXES, step_axes
+from topkd.report.compared import compared
 from topkd.report.diary import last_step
 from topkd.report.explorer import Transcripts, transcripts
 from topkd.report.lines import Thinning, histogram, panel_lines, prefix_kinds
@@ -27,6 +28,7 @@ class Page:
     outcomes: list[list[Outcome]]
     verdict: Verdict
     summary: Table
+    compared: list[Table]
     runs: Table
     settings: Table
     transcripts: Transcripts
@@ -61,6 +63,7 @@ def build(collection: Collection, *, live: bool = False, baseline: Mapping[str, 
         outcomes,
         said,
         summary(groups, outcomes, said),
+        compared(collection.comparison),
         runs_table(groups, outcomes),
         settings(collection, groups, baseline),
         recorded,

@@ -41,6 +41,7 @@ class Table:
     numeric: list[bool]
     marked: frozenset[tuple[int, int]] = frozenset()
     note: str = ""
+    title: str = ""
 
 
 def summary(groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]], said: Verdict) -> Table:

@@ -49,7 +49,7 @@ def window_of(size: int) -> int:
 
 
 def rolling_mean(values: Floats, window: int) -> Floats:
-    """Centred mean of the known values in a window that shrinks at both ends; NaN where all of it is unknown."""
+    """Centred mean of the known values in a window that ends where the series does; NaN where all of it is unknown."""
     if window <= 1:
         return values
     known = np.isfinite(values)
@@ -57,9 +57,7 @@ def rolling_mean(values: Floats, window: int) -> Floats:
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
     at = np.arange(values.size)
-    # Symmetric at the ends: a one-sided window would drag the first value towards what comes later.
-    reach = np.minimum(half, np.minimum(at, values.size - 1 - at))
-    first, after = at - reach, at + reach + 1
+    first, after = np.maximum(at - half, 0), np.minimum(at + half + 1, values.size)
     count = counts[after] - counts[first]
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(count > 0, (sums[after] - sums[first]) / count, np.nan)

@@ -135,9 +135,10 @@ function strip(host, ranks, read, zero) {
   const graph = svg('svg', { width, height, viewBox: `0 0 ${width} ${height}`, class: 'strip', role: 'img',
     'aria-label': rows.map((one) => `${one.rank.label}: ${number(one.mean)}, 95 % interval ${number(one.low)} to ${number(one.high)}, ${one.dots.length} seeds`).join('; ') });
   const bottom = height - 26;
-  for (const tick of linearTicks(x.invert(names + 8), x.invert(width - 84), Math.max(2, Math.floor((width - names - 92) / 64)))) {
-    graph.append(svg('line', { x1: x(tick), x2: x(tick), y1: 4, y2: bottom, class: zero && tick === 0 ? 'zero' : 'rule' }),
-      svg('text', { x: x(tick), y: bottom + 16, class: 'tick middle', text: compact(tick) }));
+  const ticks = linearTicks(x.invert(names + 8), x.invert(width - 84), Math.max(2, Math.floor((width - names - 92) / 64)));
+  for (const tick of ticks) {
+    graph.append(svg('line', { x1: x(tick), x2: x(tick), y1: narrow ? 20 : 4, y2: bottom, class: zero && tick === 0 ? 'zero' : 'rule' }),
+      svg('text', { x: x(tick), y: bottom + 16, class: 'tick middle', text: tickText(tick, ticks) }));
   }
   rows.forEach((one, i) => {
     const y = narrow ? i * (row + 16) + 32 : i * row + 20;

@@ -4,7 +4,8 @@ const explorer = { at: 0, colour: 'a', body: null, token: 0, pinned: false };
 const VISIBLE = { '\n': '↵', '\t': '⇥', '\r': '␍' };
 const legible = (text) => (text === '' ? '∅' : text.replace(/[\n\t\r]/g, (sign) => VISIBLE[sign]).replace(/[\u0000-\u0008\u000b-\u001f\u202a-\u202e\u2066-\u2069]/g, '␦'));
 const chance = (logp) => (logp === null || logp === undefined ? '?' : percent(Math.exp(logp)));
-const percent = (p) => (p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : p >= 0.00095 ? `${Number((100 * p).toPrecision(2))} %` : `${(100 * p).toExponential(0)} %`);
+const percent = (p) => (p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : p >= 1e-5 ? `${Number((100 * p).toPrecision(p >= 0.001 ? 2 : 1))} %` : p > 0 ? '< 0.001 %' : '0 %');
+const inline = (text) => legible(text).replaceAll('↵', '↵\n');
 const signed = (value) => (value === null ? '?' : `${value > 0 ? '+' : ''}${number(value)}`);
 
 async function rolloutBody(index) {
@@ -61,13 +62,10 @@ async function openRollout(index) {
   const { body } = explorer;
   const prompt = byId('prompt');
   prompt.replaceChildren(el('span', { class: 'tag', text: 'prompt' }), body.prompt.length > 600 ? `… ${body.prompt.slice(-600)}` : body.prompt);
-  const tokens = body.tokens.flatMap((token, i) => {
-    const node = el('span', {
-      class: `token${token.m ? '' : ' untrained'}`, role: 'button', tabindex: i ? -1 : 0, 'data-i': i, text: legible(token.text),
+  const tokens = body.tokens.map((token, i) => el('span', {
+    class: `token${token.m ? '' : ' untrained'}`, role: 'button', tabindex: i ? -1 : 0, 'data-i': i, text: inline(token.text),
       onpointerenter: () => showToken(i), onclick: () => showToken(i, true), onfocus: () => showToken(i),
-    });
-    return token.text.includes('\n') ? [node, el('br')] : [node];
-  });
+    }));
   byId('tokens').replaceChildren(...tokens);
   byId('rollout-note').textContent = [
     body.tokens.every((token) => token.a === null) ? 'This objective is a direct loss: tokens have no advantage.' : '',

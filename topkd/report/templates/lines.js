@@ -81,13 +81,14 @@ class LineChart {
   layout(xs, shown) {
     this.height = this.node.classList.contains('large') ? Math.min(440, Math.max(260, this.width * 0.45)) : this.width < 300 ? 190 : 210;
     const mains = this.lines.filter((line) => line.role === 'main');
-    this.named = this.width >= 330 && mains.length <= 6;
-    const room = mains.map((line) => textWidth(this.label(line)) + 14);
-    const right = mains.length <= 6 ? Math.min(Math.max(0, ...room), this.width * 0.36) : 8;
-    this.domain = yDomain(Math.min(...shown), Math.max(...shown), this.log);
+    const room = () => Math.max(0, ...mains.map((line) => textWidth(this.label(line)) + 16));
+    this.named = data.groups.length > 1;
+    this.named = this.named && room() <= this.width * 0.36; // names that do not fit all stand in the legend alone
+    const right = mains.length <= 6 ? room() : 8;
+    this.domain = yDomain(Math.min(...shown), Math.max(...shown), this.log, this.panel.unit.startsWith('%'));
     const rows = Math.max(2, Math.floor(this.height / 38));
     this.yTicks = this.log ? logTicks(...this.domain, rows) : linearTicks(...this.domain, rows);
-    const left = Math.max(...this.yTicks.map((tick) => textWidth(compact(tick), 11))) + 12;
+    const left = Math.max(...this.yTicks.map((tick) => textWidth(tickText(tick, this.yTicks), 11))) + 12;
     this.box = { left, right: this.width - right - 6, top: 10, bottom: this.height - 24 };
     const low = Math.min(0, ...xs); // counts begin at nothing, in every panel alike
     const high = Math.max(...xs);
@@ -102,14 +103,14 @@ class LineChart {
       const y = this.y(tick);
       this.svg.append(
         svg('line', { x1: left, x2: right, y1: y, y2: y, class: tick === 0 ? 'zero' : 'rule' }),
-        svg('text', { x: left - 7, y: y + 4, class: 'tick end', text: compact(tick) }));
+        svg('text', { x: left - 7, y: y + 4, class: 'tick end', text: tickText(tick, this.yTicks) }));
     }
     this.svg.append(svg('line', { x1: left, x2: right, y1: bottom, y2: bottom, class: 'axis' }));
     for (const tick of this.xTicks) {
       const x = this.x(tick);
       this.svg.append(
         svg('line', { x1: x, x2: x, y1: bottom, y2: bottom + 4, class: 'axis' }),
-        svg('text', { x, y: bottom + 17, class: 'tick middle', text: compact(tick) }));
+        svg('text', { x, y: bottom + 17, class: 'tick middle', text: tickText(tick, this.xTicks) }));
     }
   }
 
@@ -142,9 +143,7 @@ class LineChart {
 
   label(line) {
     const last = number(line.y.findLast((value) => value !== null));
-    if (data.groups.length === 1 || !this.named) return last;
-    const name = data.groups[line.g].label;
-    return `${name.length > 16 ? `${name.slice(0, 15)}…` : name} ${last}`;
+    return this.named ? `${data.groups[line.g].label} ${last}` : last;
   }
 
   labels() {

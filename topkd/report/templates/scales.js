@@ -30,8 +30,21 @@ function logTicks(low, high, count) {
   return ticks;
 }
 
+// A tick with as many digits as tell it from its neighbours.
+function tickText(tick, ticks) {
+  const step = ticks.length > 1 ? Math.min(...ticks.slice(1).map((next, i) => next - ticks[i])) : 0;
+  if (Math.abs(tick) >= 1e4 || step < 1e-4 || tick === 0) return compact(tick);
+  const decimals = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
+  const exact = Math.abs(step * 10 ** decimals - Math.round(step * 10 ** decimals)) > 1e-6 ? decimals + 1 : decimals;
+  return String(Number(tick.toFixed(exact))).replace('-', '−');
+}
+
 // The ends of y: zero is shown when the values are not far from it; a flat line gets room above and below.
-function yDomain(low, high, log) {
+function yDomain(low, high, log, shares) {
+  if (shares && !log && low >= 0 && high <= 100) {
+    const [bottom, top] = yDomain(low, high, false, false);
+    return low === high ? [Math.max(0, low - 5), Math.min(100, low + 5)] : [Math.max(0, bottom), Math.min(100, top)];
+  }
   if (log) {
     const pad = high > low ? (high / low) ** 0.06 : 1.5;
     return [low / pad, high * pad];

@@ -1,0 +1,163 @@
+"""Run folders made on the spot, with every field a diary can have and numbers that are easy to check by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+EDGES = [2.0**power for power in range(-4, 5)]
+NASTY = "</script><script>window.pwned=1</script><!-- <img src=x onerror=window.pwned=1> \u2028 & '\""
+RATES = {"scalar_kl": 0.2, "gjs": 0.25, "topk_pg": 0.5}
+
+
+def step(n: int, rng: np.random.Generator, kind: str = "topk_pg", steps: int = 60) -> dict[str, Any]:
+    """Step record number ``n``: 100 tokens, 4 samples, 0.5 seconds."""
+    noise = float(rng.normal(0.0, 0.05))
+    return {
+        "kind": "step",
+        "step": n,
+        "divergence_mode": kind,
+        "tokens": 100,
+        "completion_tokens": 100,
+        "samples": 4,
+        "truncated": 1,
+        "skipped": "",
+        "lost": {},
+        "staleness": min(1, n - 1),
+        "kl_k1": 2.0 - RATES[kind] * n / steps + noise,
+        "grad_norm": 1.0 + noise,
+        "advantage_abs_mean": 0.3,
+        "ess": 0.98,
+        "clip_fraction": 0.01,
+        "ratio_max": 2.0,
+        "behavior_kl_k3": 0.01,
+        "mismatch_kl": 1e-6,
+        "effective_coefficient": 0.5,
+        "grad_noise": 0.2 + abs(noise),
+        "ratio_hist": [0, 0, 1, 9, 80, 8, 2, 0],
+        "ratio_hist_edges": EDGES,
+        "missing_mass": 0.01,
+        "tail_mass": 0.3,
+        "topk_overlap": 0.6,
+        "realised_in_topk": 0.5,
+        "entropy_lo": 1.5,
+        "entropy_hi": 2.5,
+        "length_mean": 25.0,
+        "truncation_rate": 0.25,
+        "eos_probability": 0.02,
+        "scored_tokens": 120,
+        "requests": 4,
+        "retries": n % 2,
+        "cache_hits": 1,
+        "teacher_bytes": 4000,
+        "elapsed_s": 0.5 * n,
+        "sample_s": 0.2,
+        "score_wait_s": 0.1,
+        "learn_s": 0.2,
+    }
+
+
+def evaluation(n: int, kind: str, seed: int, steps: int) -> dict[str, Any]:
+    """Held-out KL falls from 2 by the objective's rate, and a little more for each seed; two kinds of prefixes."""
+    kl = 2.0 - (RATES[kind] + 0.01 * seed) * n / steps
+    record = {"reverse_kl": kl, "forward_kl": 0.9 * kl, "jsd": 0.2 * kl, "agreement": 1 - kl / 4, "accuracy": 0.25}
+    return {"kind": "eval", "step": n, **record, "fresh": {"reverse_kl": kl + 0.1, "forward_kl": kl, "jsd": 0.3}}
+
+
+def token(n: int, text: str, k: int = 4) -> dict[str, Any]:
+    """One token of a rollout: its advantage rises from below to above zero along the rollout."""
+    teacher = [[10 + i, -0.5 * (i + 1) - 0.7] for i in range(k)]
+    student = [[10 + 2 * i, -0.4 * (i + 1) - 0.9] for i in range(k)]
+    return {
+        "id": 10 + n % k,
+        "text": text,
+        "behavior_logp": -1.0,
+        "student_logp": -1.1,
+        "teacher_logp": -1.2,
+        "advantage": (n - 6) / 10,
+        "divergence": n / 20,
+        "trains": n != 3,
+        "teacher": teacher,
+        "student": student,
+    }
+
+
+def rollout(at: int, count: int = 14, nasty: str = NASTY) -> dict[str, Any]:
+    """A recorded rollout whose texts try to break out of the page."""
+    words = [nasty, " the", "\n", "  indent", " cat", "\t", " sat", "é", "", " on", " a", " mat", ".", " end"]
+    return {
+        "kind": "rollout",
+        "format": 1,
+        "step": at,
+        "sample_id": f"row {at} {nasty[:12]}",
+        "objective": "topk_pg",
+        "divergence": "GJS with beta 0.5 on the teacher's list and one bin for the rest",
+        "prompt": f"Say something: {nasty}",
+        "left_out": 3,
+        "texts": {str(10 + i): f"t{i}{nasty if i == 1 else ''}" for i in range(8)},
+        "tokens": [token(i, words[i % len(words)]) for i in range(count)],
+    }
+
+
+def write_run(
+    folder: Path,
+    kind: str = "topk_pg",
+    *,
+    seed: int = 0,
+    steps: int = 60,
+    every: int = 10,
+    done: int | None = None,
+    drop: tuple[str, ...] = (),
+    rollouts: int = 2,
+) -> Path:
+    """A run's folder; ``drop`` leaves fields out, ``done`` ends it early."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"steps": steps, "seed": seed, "k": 20, "objective": {"kind": kind}, "learner": {"lr": 1e-3}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    rng = np.random.default_rng(seed)
+    records: list[dict[str, Any]] = [{"kind": "event", "event": "start"}, evaluation(0, kind, seed, steps)]
+    for n in range(1, (done or steps) + 1):
+        records.append({key: value for key, value in step(n, rng, kind, steps).items() if key not in drop})
+        if n % every == 0:
+            records.append(evaluation(n, kind, seed, steps))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    lines = [json.dumps(rollout(1 + i)) + "\n" for i in range(rollouts)]
+    if lines:
+        (folder / "tokens.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def write_comparison(folder: Path, *, seeds: int = 3, steps: int = 20) -> Path:
+    """A finished comparison of two arms, live and replayed, as ``topkd compare`` lays it out."""
+    cells = []
+    for phase in ("live", "replay"):
+        for arm in ("scalar_kl", "topk_pg"):
+            for seed in range(seeds):
+                name = f"{phase}-{arm}-seed{seed}"
+                write_run(folder / "cells" / name, arm, seed=seed, steps=steps, every=5, rollouts=phase == "live")
+                cell = {"id": name, "phase": phase, "arm": arm, "seed": seed, "params": {"arm": arm, "lr": 1e-3}}
+                cells.append({**cell, "run": f"cells/{name}", "status": "done"})
+    ratio = {"ratio": 0.85, "low": 0.8, "high": 0.9, "pairs": seeds}
+    row = {"area": {"mean": 0.9, "sd": 0.01}, "area_ratio": ratio, "final_ratio": ratio, "tokens_to_target": 1500.0}
+    rows = [
+        {"arm": "scalar_kl", **row, "censored": 0, "tokens_ratio": ratio, "seeds": {}},
+        {"arm": "topk_pg", **row, "censored": 0, "tokens_ratio": ratio, "seeds": {}},
+    ]
+    summary = {
+        "name": "scalar against top-K",
+        "note": "Made up.",
+        "metric": "reverse_kl",
+        "target": 0.9,
+        "reference": "scalar_kl",
+        "arms": [{"name": "scalar_kl", "label": "sampled token", "lr": 1e-3}, {"name": "topk_pg", "label": "top-20"}],
+        "cells": cells,
+        "live": {"arms": rows},
+        "replay": {"arms": rows},
+        "refused": [],
+        "verdict": {"winner": "topk_pg", "best": "topk_pg", "text": "top-20 wins: its area is 0.850 (0.800 to 0.900)."},
+    }
+    (folder / "compare.json").write_text(json.dumps(summary), encoding="utf-8")
+    return folder
