@@ -1,8 +1,8 @@
 """Tokens that each estimator needs to reach a given held-out KL(S||T), against sampled-token reverse KL.
 
-The demo's tiny pair, its teacher in this process, K = 20, 768 tokens a step. Every arm's learning rate is chosen on seeds
-(so prompts) of its own, as many trials each, by the area under the curve; a best rate at the grid's edge widens the grid
-for all, and is refused if it stays there. Then every arm trains on the same seeds, live at staleness 0, and ratios are
+The demo's tiny pair, its teacher in this process, K = 20, 768 tokens a step. Every arm's learning rate is chosen on
+seeds (so prompts) of its own, as many trials each, by the area under the curve; a best rate at the grid's edge widens
+the grid for all, and is refused if it stays there. Then every arm trains on the same seeds, live at staleness 0, and ratios are
 paired: tokens to target of an arm over those of the reference with the same seed, with a 95 % t-interval of the mean
 log ratio. A run that never arrives has no number and is counted.
 
@@ -20,9 +20,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from topkd.compose.compare import Comparison, compare  # noqa: E402 - the thread count must be set first
-from topkd.compose.compare_config import CompareConfig  # noqa: E402
-from topkd.compose.progress import Progress  # noqa: E402
+from topkd.compose.compare import Comparison, compare
+from topkd.compose.compare_config import CompareConfig
+from topkd.compose.progress import Progress
 
 ARMS = [
     {"name": "scalar_kl", "set": {"k": 1, "objective": {"kind": "scalar_kl"}}},
