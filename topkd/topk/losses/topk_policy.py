@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -98,11 +98,12 @@ def support_weights(
     s = torch.where(used, ls, -math.inf).exp()
     ratio = torch.where(used, lt - torch.where(used, ls, 0.0), 0.0)
     # s g, with its limit at beta = 0 written out: t/s overflows long before t - s does
-    head = torch.where(used, lt, -math.inf).exp() - s if beta == 0.0 else s * advantage(ratio, beta)
+    head = torch.where(member, lt, -math.inf).exp() - s if beta == 0.0 else s * advantage(ratio, beta)
     t_o, s_o = widest(teacher.tail_logp).exp().clamp(min=_TAIL_CLAMP), (1.0 - s.sum(-1)).clamp(min=_TAIL_CLAMP)
     gated = (t_o < TAIL_GATE) | (s_o < TAIL_GATE)
     g_o = torch.where(gated, 0.0, advantage(t_o.log() - s_o.log(), beta))
-    w_ids = torch.where(used, head - s * g_o[:, None], 0.0)
+    # where s = 0 the weight is that limit too: t at beta = 0, else 0
+    w_ids = torch.where(member if beta == 0.0 else used, head - s * g_o[:, None], 0.0)
     in_support = (member & (teacher.ids == teacher.actual_ids[:, None])).any(-1)
     outside = ~in_support & ~gated & ~torch.isneginf(s_y)
     excluded = outside & torch.isneginf(t_y) if beta == 1.0 else torch.zeros_like(gated)
@@ -115,9 +116,26 @@ def support_weights(
     return SupportWeights(w_ids, w_actual, gated, in_support, excluded, t_o, s_o)
 
 
+class _ZeroAtMinusInf(torch.autograd.Function):
+    """log s with 0 in place of -inf and the gradient of log s: at beta = 0 an id with s = 0 still has the weight t."""
+
+    @staticmethod
+    def forward(ctx: Any, logp: Tensor) -> Tensor:  # noqa: ARG004 - nothing to keep
+        return logp.masked_fill(torch.isneginf(logp), 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, d_logp: Tensor) -> Tensor:  # noqa: ARG004
+        return d_logp
+
+
 def weighted_rows(student_logp_at_ids: Tensor, student_logp_actual: Tensor, weights: SupportWeights) -> Tensor:
-    """-(sum_k w_k log s_k + w_y log s_y), [N]; entries of weight zero are never touched (their log s may be -inf)."""
-    at_ids = torch.where(weights.ids != 0, student_logp_at_ids, 0.0)
+    """-(sum_k w_k log s_k + w_y log s_y), [N]; entries of weight zero are never touched (their log s may be -inf).
+
+    An id with s = 0 and a weight (beta = 0) gives its gradient, and leaves the value: that term of it is infinite.
+    """
+    at_ids: Tensor = _ZeroAtMinusInf.apply(  # type: ignore[no-untyped-call]
+        torch.where(weights.ids != 0, student_logp_at_ids, 0.0)
+    )
     actual = torch.where(weights.actual != 0, student_logp_actual, 0.0)
     dtype = student_logp_at_ids.dtype
     return -((weights.ids.to(dtype) * at_ids).sum(-1) + weights.actual.to(dtype) * actual)

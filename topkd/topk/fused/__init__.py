@@ -1,0 +1,16 @@
+"""Student logprobs at a few ids, and losses on them, from (hidden, lm_head) without N x V logits.
+
+Three routes, all exact up to rounding, all with gradients for hidden, weight and bias:
+
+* ``topk_logprobs``: logprobs and logsumexp for any later loss; vocabulary chunks, recomputed in the backward pass.
+* ``fused_row_loss``: the loss is known now and adds up over rows; row chunks, gradients taken in the forward pass.
+* ``subset_logits``: only the logits at the ids, for losses renormalised on them; the head is never multiplied out.
+
+Shapes: N rows, H hidden, V vocabulary, K ids a row (-1 = pad). Nothing depends on the device.
+"""
+
+from topkd.topk.fused.functions import RowLoss
+from topkd.topk.fused.head import eager, fused_row_loss, gather_logprobs, topk_logprobs
+from topkd.topk.fused.subset import subset_logits
+
+__all__ = ["RowLoss", "eager", "fused_row_loss", "gather_logprobs", "subset_logits", "topk_logprobs"]

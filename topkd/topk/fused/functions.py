@@ -1,0 +1,140 @@
+"""The autograd functions behind ``topk_logprobs`` (vocabulary chunks) and ``fused_row_loss`` (row chunks)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from topkd.topk.errors import ConfigError
+from topkd.topk.fused.blocks import WeightSum, accumulator, add_at, exponentiate, widened
+
+RowLoss: TypeAlias = Callable[[Tensor, Tensor, slice], Tensor]
+"""(logp [C, K], lse [C], rows) -> loss of each row [C]; may be differentiated with respect to logp only."""
+
+
+class SummedRowLoss(torch.autograd.Function):
+    """Sum of a row loss; gradients of hidden, weight and bias are made in the forward pass."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        row_loss: RowLoss,
+        rows: int,
+        grad: bool,  # noqa: FBT001
+    ) -> Tensor:
+        """The sum of the row loss, and all gradients, a chunk of ``rows`` rows at a time."""
+        wants = [grad and needed for needed in ctx.needs_input_grad[:3]]
+        n, vocab = hidden.shape[0], weight.shape[0]
+        dtype = accumulator(hidden)
+        total = torch.zeros((), dtype=dtype, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if wants[0] else None
+        d_weight = WeightSum(weight, math.ceil(n / rows)) if wants[1] else None
+        d_bias = torch.zeros(vocab, dtype=dtype, device=hidden.device) if wants[2] else None
+        buffer = torch.empty((min(rows, n), vocab), dtype=hidden.dtype, device=hidden.device)
+        for start in range(0, n, rows):
+            part = slice(start, min(start + rows, n))
+            h, z, chosen = hidden[part], buffer[: part.stop - start], ids[part]
+            torch.mm(h, weight.t(), out=z)
+            if bias is not None:
+                z.add_(bias)
+            logp, lse, mass = exponentiate(z, chosen, dtype)
+            with torch.enable_grad():
+                leaf = logp.requires_grad_(any(wants))
+                chunk_total = row_loss(leaf, lse, part).sum()
+            total += chunk_total.detach()
+            if not any(wants):
+                continue
+            (coefficient,) = torch.autograd.grad(chunk_total, leaf, materialize_grads=True)
+            coefficient = torch.where(chosen >= 0, coefficient, 0.0)
+            scale = (-coefficient.sum(-1) / mass).unsqueeze(-1)
+            for inside, block, wide in widened(z, dtype):
+                block.copy_(wide.mul_(scale[inside]))
+            add_at(z, chosen.clamp(min=0), coefficient)
+            if d_hidden is not None:
+                torch.mm(z, weight, out=d_hidden[part])
+            if d_weight is not None:
+                d_weight.add(z, h)
+            if d_bias is not None:
+                for _, _, wide in widened(z, dtype):
+                    d_bias += wide.sum(0)
+        ctx.grads = [
+            d_hidden,
+            None if d_weight is None else d_weight.result(),
+            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        ]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients that the forward pass made, scaled."""
+        if ctx.grads is None:
+            what = "the fused loss went backward twice; its gradients are made once, in the forward pass"
+            raise ConfigError(what, hint="add the losses up before backward(), or compute the loss again")
+        grads, ctx.grads = ctx.grads, None
+        scaled = [None if made is None else made.mul_(d_total.to(made.dtype)) for made in grads]
+        return (*scaled, None, None, None, None)
+
+
+class TopKLogprobs(torch.autograd.Function):
+    """Logprobs at ids and the logsumexp, by a walk over the vocabulary that the backward pass repeats."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, columns: int) -> Any:  # noqa: PLR0917
+        """Logprobs at the ids and the logsumexp, ``columns`` words of the vocabulary at a time."""
+        n, vocab, dtype = hidden.shape[0], weight.shape[0], accumulator(hidden)
+        target = torch.zeros(ids.shape, dtype=dtype, device=hidden.device)
+        lse = torch.full((n,), -math.inf, dtype=dtype, device=hidden.device)
+        for first in range(0, vocab, columns):
+            z = _columns(hidden, weight, bias, first, columns)
+            local = ids - first
+            inside = (local >= 0) & (local < z.shape[1])
+            target += torch.where(inside, z.gather(1, local.clamp(0, z.shape[1] - 1)).to(dtype), 0.0)
+            for rows, block, wide in widened(z, dtype):  # noqa: B007 - deleted below, as it is z's storage
+                lse[rows] = torch.logaddexp(lse[rows], wide.logsumexp(-1))
+            del z, block, wide  # before the next chunk is made
+        ctx.save_for_backward(hidden, weight, bias, ids, lse)
+        ctx.columns = columns
+        return target - lse.unsqueeze(-1), lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_logp: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+        """The same walk again; each part of dW is written once."""
+        hidden, weight, bias, ids, lse = ctx.saved_tensors
+        coefficient = torch.where(ids >= 0, d_logp, 0.0)
+        slope = d_lse - coefficient.sum(-1)
+        dtype = accumulator(hidden)
+        d_hidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if ctx.needs_input_grad[0] else None
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        d_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
+        for first in range(0, weight.shape[0], ctx.columns):
+            z = _columns(hidden, weight, bias, first, ctx.columns)
+            part = slice(first, first + z.shape[1])
+            for rows, block, wide in widened(z, dtype):
+                block.copy_(wide.sub_(lse[rows].unsqueeze(-1)).exp_().mul_(slope[rows].unsqueeze(-1)))
+            local = ids - first
+            inside = (local >= 0) & (local < z.shape[1])
+            add_at(z, local.clamp(0, z.shape[1] - 1), torch.where(inside, coefficient, 0.0))
+            if d_hidden is not None:
+                d_hidden += z @ weight[part]
+            if d_weight is not None:
+                torch.mm(z.t(), hidden, out=d_weight[part])
+            if d_bias is not None:
+                d_bias[part] = torch.stack([wide.sum(0) for _, _, wide in widened(z, dtype)]).sum(0)
+            del z, block, wide  # before the next chunk is made
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None
+
+
+def _columns(hidden: Tensor, weight: Tensor, bias: Tensor | None, first: int, columns: int) -> Tensor:
+    z = hidden @ weight[first : first + columns].t()
+    return z if bias is None else z.add_(bias[first : first + columns])
