@@ -13,6 +13,7 @@ from topkd.topk import Rollout, SamplingParams, TopK
 from topkd.topk.errors import CacheError, CacheMissError, ConfigError, DataError
 
 TEACHER = TeacherIdentity("teacher", revision="v1")
+AT_H = ["--teacher-id", "a=http://h"]
 
 
 def ran(*args, code=0):
@@ -127,9 +128,33 @@ def test_captures_of_other_tools_need_a_teachers_name_and_bring_their_rows(cache
 @pytest.mark.parametrize(
     ("args", "error", "words"),
     [
-        (["cache", "stats", "nowhere"], CacheError, "not a topkd cache (nowhere)"),
-        (["cache", "verify", "nowhere"], CacheError, "not a topkd cache (nowhere)"),
-        (["cache", "import", "c", "nowhere"], DataError, "nothing to import there (nowhere)"),
+        (["cache", "stats", "nowhere"], CacheError, "no such file or folder (nowhere)"),
+        (["cache", "verify", "./nowhere"], CacheError, "no such file or folder (nowhere)"),
+        (["cache", "ls", "folder"], CacheError, "not a topkd cache (folder): got a folder without topkd-store.json"),
+        (["cache", "stats", "run.toml"], CacheError, "not a topkd cache (run.toml): got a file, expected a folder"),
+        (["cache", "merge", "nowhere", "--out", "c"], CacheError, "no such file or folder (nowhere)"),
+        (["cache", "import", "c", "nowhere"], DataError, "no such file or folder (nowhere)"),
+        (["sample", "none.jsonl", "--teacher", "u", "--out", "c"], DataError, "no such file or folder (none.jsonl)"),
+        (
+            ["sample", "d", "--teacher", "u", "--out", "c", "--max-cost", "1"],
+            ConfigError,
+            "needs price_in and price_out",
+        ),
+        (["score", "d", "--out", "c"], ConfigError, "who scores?: got no server, expected --teacher URL"),
+        (
+            ["score", "d", "--out", "c", "--teacher", "u", "--teacher-id", "a=http://h"],
+            ConfigError,
+            "who scores?: got both",
+        ),
+        (["score", "d", "--out", "c", "--teacher-id", "a=h"], ConfigError, "--teacher-id takes NAME=URL: got a=h"),
+        (["score", "d", "--out", "c", "--teacher-id", "a=http://h", "--teacher-id", "b"], ConfigError, "one NAME, or"),
+        (
+            ["score", "d", "--out", "c", "--teacher-id", "a=http://h", "--model", "m", "--model", "n"],
+            ConfigError,
+            "--model was",
+        ),
+        (["score", "d", "--out", "c", "--teacher", "u", "--runner", "slurm"], ConfigError, "'runner'"),
+        (["probe", "http://127.0.0.1:1", "--api-key-env", "NO_SUCH_NAME"], ConfigError, "NO_SUCH_NAME (--api-key-env)"),
         (["score", "none.jsonl", "--teacher", "http://127.0.0.1:1", "--out", "c"], DataError, "none.jsonl"),
         (["score", "d", "--teacher", "u", "--out", "c", "--shard", "3/2"], ConfigError, "--shard takes i/n: got 3/2"),
         (["score", "d", "--teacher", "u", "--out", "c", "--max-cost", "2"], ConfigError, "price_per_million"),
@@ -142,11 +167,13 @@ def test_captures_of_other_tools_need_a_teachers_name_and_bring_their_rows(cache
 def test_bad_input_is_one_line(tmp_path, monkeypatch, args, error, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.toml").write_text("[student]\nmodel='m'\n[teacher]\nurl='http://127.0.0.1:1'\n[data]\npath='p'\n")
+    (tmp_path / "folder").mkdir()
     with ScoreStore(tmp_path / "empty", mode="a"):
         pass
     with pytest.raises(error) as caught:
         ran(*args)
     assert words in str(caught.value)
+    assert caught.value.exit_code == (1 if error is CacheMissError else 2)
     assert "\n" not in str(caught.value)
 
 
@@ -154,6 +181,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, args, error, words):
     "command",
     [
         ["score"],
+        ["sample"],
         ["replay"],
         *(["cache", name] for name in ("stats", "verify", "ls", "gc", "merge", "export", "import")),
     ],
@@ -161,3 +189,10 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, args, error, words):
 )
 def test_every_command_has_help_with_an_example(command):
     assert "Example: topkd" in ran(*command, "--help")
+
+
+def test_a_damaged_format_file_says_how_to_mend_it(cache):
+    (cache / "topkd-store.json").write_text("{")
+    with pytest.raises(CacheError, match=r"format file is damaged .*the records are in the segments") as caught:
+        ran("cache", "stats", cache)
+    assert caught.value.exit_code == 1

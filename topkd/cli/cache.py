@@ -204,7 +204,7 @@ def import_(
     from topkd.offline import import_parquet as parquet
 
     if not source.exists():
-        raise DataError("nothing to import there", where=str(source))
+        raise DataError("no such file or folder", where=str(source), expected="something to import")
     with ScoreStore(cache, mode="a", codec=codec.value) as store:
         if form is ImportFormat.parquet:
             done = parquet(source, store)
@@ -274,16 +274,10 @@ def _dataset(path: Path) -> Any:
 
 
 def _plain_rows(path: Path) -> Iterator[dict[str, Any]]:
-    from topkd.compose.sequences import raw_rows
+    from topkd.compose.sequences import json_object, raw_rows
 
     for number, raw in raw_rows(path):
-        try:
-            row = json.loads(raw) if isinstance(raw, bytes) else raw
-        except ValueError as error:
-            raise DataError("not a JSON object", where=f"{path}:{number}") from error
-        if not isinstance(row, dict):
-            raise DataError("not a JSON object", where=f"{path}:{number}")
-        yield row
+        yield json_object(raw, f"{path}:{number}")
 
 
 def _bar(share: float) -> str:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from topkd.cli.score import key_from
 from topkd.clients.probe_findings import Load, ProbeReport
 
 _MARKS = {
@@ -32,9 +33,7 @@ def command(
         str | None, typer.Option(help="The student's tokenizer (folder, tokenizer.json or cached id): compare the ids.")
     ] = None,
     dialect: Annotated[str, typer.Option(help="auto, or the dialect to speak.")] = "auto",
-    api_key: Annotated[
-        str | None, typer.Option(help="env:NAME or file:PATH; a key on the command line is seen by others.")
-    ] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the API key.")] = None,
     load: Annotated[bool, typer.Option("--load", help="Measure scoring under rising concurrency.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of one step, for the forecast of --load.")] = 256,
     tokens: Annotated[int, typer.Option(min=16, help="Tokens of each request of --load.")] = 2048,
@@ -59,7 +58,7 @@ def command(
                 model=model,
                 student=student,
                 dialect=dialect,
-                api_key=api_key,
+                api_key=key_from(api_key_env),
                 load=load,
                 batch=batch,
                 load_tokens=tokens,

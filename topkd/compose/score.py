@@ -31,7 +31,7 @@ async def score_data(config: ScoreConfig, progress: Progress | None = None) -> S
     """
     progress = progress or Progress()
     if not config.data.exists():
-        raise DataError("no such data", where=str(config.data))
+        raise DataError("no such file or folder", where=str(config.data))
     selection = Selection(config, load_tokenizer(config.tokenizer))
     if config.estimate:
         return await _estimate(config, selection)

@@ -76,7 +76,7 @@ def import_parquet(folder: str | os.PathLike[str], store: ScoreStore) -> Exchang
     path = Path(folder)
     file = path / SCORES_FILE if path.is_dir() else path
     if not file.is_file():
-        raise DataError("no Parquet scores there", where=str(file))
+        raise DataError("no such file or folder" if not path.exists() else "no Parquet scores there", where=str(file))
     with pq.ParquetFile(file) as source:
         missing = {"ids", "start", "topk_ids", "topk_logp"} - set(source.schema_arrow.names)
         if missing:

@@ -25,13 +25,19 @@ def open_folder(path: Path, *, create: bool) -> None:
                 temporary.replace(marker)  # several writers may do this at once, with the same content
         except OSError as error:
             raise CacheError("cannot create the cache", where=str(path), got=error.strerror) from error
+    if not path.is_dir() or not marker.exists():
+        raise _no_cache(path)
     try:
         described = json.loads(marker.read_text())
         version = int(described["version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise CacheError("cannot read the cache", where=str(marker), got=error.strerror) from error
+    except (ValueError, KeyError, TypeError) as error:
         raise CacheError(
-            "not a topkd cache", where=str(path), got=type(error).__name__, expected=f"a folder with {FORMAT_FILE}"
-        ) from error
+            "the cache's format file is damaged", where=str(marker),
+            expected=json.dumps({"format": "topkd-store", "version": FORMAT_VERSION}),
+            hint="write that into it: the records are in the segments",
+        ) from error  # fmt: skip
     if version > FORMAT_VERSION:
         raise CacheError(
             "the cache was written by a newer topkd",
@@ -40,3 +46,15 @@ def open_folder(path: Path, *, create: bool) -> None:
             expected=f"at most {FORMAT_VERSION}",
             hint="upgrade topkd",
         )
+
+
+def _no_cache(path: Path) -> CacheError:
+    """The user named the wrong place."""
+    if not path.exists():
+        error = CacheError("no such file or folder", where=str(path), expected="the folder of a cache")
+    elif not path.is_dir():
+        error = CacheError("not a topkd cache", where=str(path), got="a file", expected="a folder")
+    else:
+        error = CacheError("not a topkd cache", where=str(path), got=f"a folder without {FORMAT_FILE}")
+    error.exit_code = 2
+    return error

@@ -1,0 +1,62 @@
+"""Several teachers in one job, and what a job's exit code says, over a real server."""
+
+import pytest
+
+from tests.cli.test_cache import ran
+from tests.compose.test_score import ROWS, written
+from tests.engine.pieces import model_folder
+from topkd.compose.score import ScoreConfig, score_data
+from topkd.offline import ScoreStore, TeacherIdentity
+from topkd.serve import ServeConfig, ServerProcess
+from topkd.topk.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    model = model_folder(tmp_path_factory.mktemp("models") / "teacher", seed=2)
+    options = {"served_model_name": "teacher", "port": 0, "max_logprobs": 20, "device": "cpu"}
+    with ServerProcess(ServeConfig(model=str(model), **options)) as running:
+        yield running
+
+
+@pytest.fixture
+def config(server, tmp_path):
+    return lambda **changes: ScoreConfig(**{"out": tmp_path / "cache", "teachers": (server.url,), **changes})
+
+
+async def test_rows_go_to_the_teacher_they_name_and_one_that_has_no_server_is_an_error(config, server, tmp_path):
+    rows = [{**row, "teacher_id": ("maths", "code", "law")[i % 3]} for i, row in enumerate(ROWS[:30])]
+    rows += [{**ROWS[0], "teacher_id": "code"}, ROWS[1]]  # maths' sequence, for another teacher; and nobody's
+    data = written(tmp_path / "routed.jsonl", rows)
+    routes = {"maths": (server.url,), "code": (server.url.replace("127.0.0.1", "localhost"),)}
+    both = {"data": data, "teachers": (), "routes": routes, "revisions": {"maths": "m1", "code": "c1"}}
+    report = await score_data(config(**both))
+    assert (report.scored, report.refused, report.failed) == (21, 11, 0)
+    assert "got 'law', expected one of 'maths', 'code'; give its server" in report.refusals[0]["reason"]
+    assert report.refusals[-1]["row"] == 32
+    with ScoreStore(config().out) as store:
+        for row, others in ((rows[0], {"code": True}), (rows[3], {"code": False}), (rows[1], {"maths": False})):
+            ids, start = row["prompt_ids"] + row["completion_ids"], len(row["prompt_ids"]) - 1
+            held = {name: store.covers(TeacherIdentity("teacher", revision=revision), ids, start, 20)
+                    for name, revision in both["revisions"].items()}  # fmt: skip
+            assert held == {row["teacher_id"]: True, **others}
+    assert (await score_data(config(**both, estimate=True))).scored == 0
+    with pytest.raises(DataError, match=r"routed\.jsonl:3"):
+        await score_data(config(**both, strict=True))
+    # With one teacher and a name, the rows of the others are simply not this job's.
+    named = await score_data(config(data=data, teacher_id="code", revision="c1"))
+    assert (named.rows, named.cached, named.skipped, named.refused) == (11, 11, 21, 0)
+
+
+def test_the_exit_code_says_whether_every_row_is_there(server, tmp_path):
+    url = ["--teacher", server.url, "--out", tmp_path / "c"]
+    good, bad = written(tmp_path / "good.jsonl", ROWS[:3]), written(tmp_path / "bad.jsonl", [*ROWS[:3], "{"])
+    assert "3 rows: 3 scored" in ran("score", good, *url)
+    text = ran("score", bad, *url, code=1)
+    assert "1 refused" in text
+    assert "row 4: not a JSON object" in text
+    assert "column 2): got the end of the line" in text
+    ran("score", bad, *url, "--estimate")
+    assert "stopped at max_tokens = 5" in ran(
+        "score", written(tmp_path / "m.jsonl", ROWS), *url, "--max-tokens", 5, code=1
+    )
