@@ -3,7 +3,7 @@
 One process serves, and each side runs in a process of its own, in turns. A side scores the same prompts over the same
 route and ends with the same arrays (ids and logprobs by rank, the realised token's logprob); what counts is tokens per
 second of wall time and CPU seconds per million tokens of the client's process. A side whose package is not installed is
-left out and said to be. The peers live in .venv-bench, which ``make bench-clients`` (scripts/setup_bench.sh) makes, or in
+left out and said to be. The peers live in .venv-bench (made by ``make bench-clients``: scripts/setup_bench.sh), or in
 the interpreters that are named:
 
     python benchmarks/bench_scoring.py [--openai-python PATH] [--trl-python PATH] [--positions 1024] [--rounds 3]
