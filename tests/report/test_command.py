@@ -1,0 +1,95 @@
+"""``topkd report`` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.report.made import write_comparison, write_run
+from topkd.cli.app import app
+from topkd.topk.errors import ConfigError, DataError
+
+runner = CliRunner()
+
+
+def test_a_run_gets_its_page_beside_it_and_the_verdict_on_the_terminal(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    result = runner.invoke(app, ["report", str(path)], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("KL(student ‖ teacher) fell from 2 to 1.5 nats a token (−25 %)")
+    assert (path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert "report.html (" in result.stdout
+
+
+def test_json_holds_the_verdict_and_the_results(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "cmp")
+    result = runner.invoke(app, ["report", str(folder), "--json", "--out", str(tmp_path / "p.html")])
+    told = json.loads(result.stdout)
+    assert told["out"] == str(tmp_path / "p.html")
+    assert told["headline"].startswith("top-20 wins")
+    assert [rank["label"] for rank in told["ranks"]] == ["top-20", "sampled token"]
+    assert told["ranks"][1]["difference"]["n"] == 3
+    assert told["results"][0]["setting"] == "top-20"
+
+
+def test_figures_are_written_as_png_and_as_svg_with_text(tmp_path: Path) -> None:
+    drop = tuple(
+        key for key in ("ess", "clip_fraction", "ratio_max", "mismatch_kl", "entropy_lo", "entropy_hi", "topk_overlap",
+                        "requests", "retries", "cache_hits", "teacher_bytes", "grad_noise", "effective_coefficient",
+                        "grad_norm", "advantage_abs_mean", "staleness", "behavior_kl_k3", "missing_mass", "tail_mass",
+                        "realised_in_topk", "eos_probability", "learn_s", "score_wait_s")
+    )  # fmt: skip
+    paths = []
+    for rate in ("$x$", "b"):
+        path = write_run(tmp_path / rate, steps=20, drop=drop)
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"objective": {"kind": rate}}))
+        paths.append(str(path))
+    figures = tmp_path / "figures"
+    result = runner.invoke(app, ["report", *paths, "--out", str(tmp_path / "p.html"), "--figures", str(figures)])
+    assert result.exit_code == 0
+    names = {file.stem for file in figures.glob("*.svg")}
+    assert {"reverse_kl", "reverse_kl-fresh", "agreement", "kl_k1", "ratio_hist", "scored", "seeds"} <= names
+    assert {file.stem for file in figures.glob("*.png")} == names
+    text = (figures / "reverse_kl.svg").read_text(encoding="utf-8")
+    assert "KL(student ‖ teacher)" in text
+    assert "$x$" in text  # a name, not a formula
+    assert (figures / "reverse_kl.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_cannot_be_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no run here"):
+        runner.invoke(app, ["report", str(tmp_path / "none")], catch_exceptions=False)
+    path = write_run(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write the page"):
+        runner.invoke(app, ["report", str(path), "--out", str(tmp_path / "file" / "p.html")], catch_exceptions=False)
+    with pytest.raises(ConfigError, match="without --follow"):
+        runner.invoke(app, ["report", str(path), "--follow", "--out", "p.html"], catch_exceptions=False)
+    with pytest.raises(ConfigError, match="no run to follow"):
+        runner.invoke(app, ["report", str(tmp_path / "none"), "--follow"], catch_exceptions=False)
+
+
+def test_follow_says_where_and_ends_on_ctrl_c(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "topkd", "report", "--follow", "--json", str(write_run(tmp_path / "run"))]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as served:
+        try:
+            ready, _, _ = select.select([served.stdout], [], [], 60)
+            assert ready, "no line within a minute"
+            assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", json.loads(served.stdout.readline())["url"])
+            served.send_signal(signal.SIGINT)
+            assert served.wait(30) == 0
+        finally:
+            served.kill()

@@ -1,0 +1,93 @@
+"""A live page shows what a run has written since, to this machine only."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.report.made import evaluation, write_run
+from topkd.report.live import LivePage, serve_run
+from topkd.topk.errors import ConfigError
+
+
+def get(page: LivePage, path: str, host: str | None = None) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=20)
+    try:
+        connection.request("GET", path, headers={"Host": host} if host else {})
+        reply = connection.getresponse()
+        return reply.status, reply.read().decode()
+    finally:
+        connection.close()
+
+
+def lines(news: dict[str, Any], key: str) -> dict[str, Any]:
+    found = [panel for section in news["data"]["sections"] for panel in section["panels"] if panel["key"] == key]
+    return found[0]["lines"]["fixed"][0]
+
+
+def test_new_records_reach_the_page_and_nothing_is_sent_twice(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", done=20)
+    with serve_run(path) as page:
+        status, text = get(page, "/")
+        assert status == 200
+        assert "connect-src &#39;self&#39;" in text
+        news = json.loads(get(page, "/data.json")[1])
+        assert news["data"]["state"] == {"running": 1, "text": "running, step 20 of 60"}
+        assert get(page, f"/data.json?since={news['version']}") == (204, "")
+        with (path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(evaluation(30, "topk_pg", 0, 60)) + "\n")
+        later = json.loads(get(page, f"/data.json?since={news['version']}")[1])
+        assert later["version"] != news["version"]
+        assert lines(later, "reverse_kl")["x"]["step"] == [*lines(news, "reverse_kl")["x"]["step"], 30]
+        assert "1.75" in later["html"]["verdict"]
+
+
+def test_a_run_that_has_not_begun_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with serve_run(tmp_path / "run") as page:
+        news = json.loads(get(page, "/data.json")[1])
+        assert "Waiting for the first step" in news["html"]["verdict"]
+        write_run(tmp_path / "run", done=10)
+        news = json.loads(get(page, f"/data.json?since={news['version']}")[1])
+        assert "KL(student ‖ teacher) fell" in news["html"]["verdict"]
+        assert news["data"]["state"]["text"] == "running, step 10 of 60"
+
+
+def test_rollouts_are_given_one_by_one_and_nothing_else_is(tmp_path: Path) -> None:
+    with serve_run(write_run(tmp_path / "run")) as page:
+        assert '"rollout-0"' not in get(page, "/")[1]
+        assert json.loads(get(page, "/rollout/1.json")[1])["step"] == 2
+        for path in ("/rollout/2.json", "/rollout/-1.json", "/rollout/../metrics.jsonl", "/metrics.jsonl", "/x"):
+            assert get(page, path)[0] == 404
+
+
+def test_a_name_that_is_not_this_machines_is_refused(tmp_path: Path) -> None:
+    with serve_run(write_run(tmp_path / "run")) as page:
+        assert get(page, "/", host=f"evil.example:{page.port}")[0] == 403
+        assert get(page, "/data.json", host="evil.example")[0] == 403
+        assert get(page, "/", host=f"localhost:{page.port}")[0] == 200
+
+
+def test_a_diary_that_is_cut_back_or_broken_does_not_end_the_page(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", done=30)
+    with serve_run(path) as page:
+        get(page, "/data.json")
+        write_run(path, done=12)
+        assert json.loads(get(page, "/data.json")[1])["data"]["state"]["text"] == "running, step 12 of 60"
+        with (path / "metrics.jsonl").open("a") as file:
+            file.write("{nonsense\n")
+        status, text = get(page, "/data.json")
+        assert status == 500
+        assert "unreadable line" in text
+        write_run(path, done=40)
+        assert json.loads(get(page, "/data.json")[1])["data"]["state"]["text"] == "running, step 40 of 60"
+
+
+def test_a_port_that_is_taken_is_one_clear_line(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    with serve_run(path) as page, pytest.raises(ConfigError, match=r"cannot serve the page .*: got .*; give another"):
+        serve_run(path, page.port)

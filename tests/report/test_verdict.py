@@ -1,0 +1,137 @@
+"""The verdict says what the numbers say: a winner only where the paired interval leaves out zero."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.report.made import write_comparison, write_run
+from topkd.report.collection import gather
+from topkd.report.payload import build
+
+
+def page_of(*paths: Path):
+    return build(gather(paths))
+
+
+def test_one_run_tells_where_its_kl_began_and_ended(tmp_path: Path) -> None:
+    said = page_of(write_run(tmp_path / "run")).verdict
+    assert said.headline == "KL(student ‖ teacher) fell from 2 to 1.5 nats a token (−25 %)"
+    facts = {label: (value, remark) for label, value, remark in said.facts}
+    assert facts["Tokens trained on"] == ("6,000", "")
+    assert facts["Teacher scored"] == ("7,200", "tokens, 240 requests")
+    assert facts["Time"] == ("30 s", "")
+    assert facts["Same top token"] == ("62.5 %", "from 50.0 %")
+
+
+def test_the_winner_is_named_with_the_paired_difference_and_its_interval(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    paths, ends = [], {}
+    for kind in ("scalar_kl", "topk_pg"):
+        for seed in range(4):
+            path = write_run(tmp_path / f"{kind}{seed}", kind, seed=seed)
+            end = 1.5 + (0.2 if kind == "scalar_kl" else 0.0) + 0.3 * seed + float(rng.normal(0, 0.01))
+            ends[kind, seed] = end
+            with (path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"kind": "eval", "step": 60, "reverse_kl": end}) + "\n")
+            paths.append(path)
+    said = page_of(*paths).verdict
+    gaps = np.array([ends["scalar_kl", seed] - ends["topk_pg", seed] for seed in range(4)])
+    best, worse = said.ranks
+    assert (best.label, worse.label) == ("topk_pg", "scalar_kl")
+    assert worse.difference is not None
+    assert worse.difference.mean == pytest.approx(gaps.mean())
+    half = 3.1824 * gaps.std(ddof=1) / 2
+    assert (worse.difference.low, worse.difference.high) == pytest.approx((gaps.mean() - half, gaps.mean() + half))
+    assert said.headline == f"topk_pg wins: KL(student ‖ teacher) lower by {gaps.mean():.4g} nats a token"
+    assert said.tone == "won"
+    assert any(warning.startswith("4 seeds a setting") for warning in said.warnings)
+
+
+def test_an_interval_that_holds_zero_names_no_winner(tmp_path: Path) -> None:
+    paths = []
+    for kind, ends in (("scalar_kl", (1.0, 1.4, 1.2)), ("topk_pg", (1.1, 1.2, 1.25))):
+        for seed, end in enumerate(ends):
+            path = write_run(tmp_path / f"{kind}{seed}", kind, seed=seed)
+            with (path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"kind": "eval", "step": 60, "reverse_kl": end}) + "\n")
+            paths.append(path)
+    said = page_of(*paths).verdict
+    assert said.tone == "open"
+    assert said.headline == "No clear winner between topk_pg and scalar_kl"
+
+
+def test_one_draw_of_each_is_not_called_a_win(tmp_path: Path) -> None:
+    said = page_of(write_run(tmp_path / "a", "scalar_kl"), write_run(tmp_path / "b", "topk_pg")).verdict
+    assert said.tone == "open"
+    assert "nothing says how surely" in said.headline
+    assert "no paired interval" in said.detail
+
+
+def test_a_comparisons_own_verdict_goes_first_and_replays_are_ranked_nowhere(tmp_path: Path) -> None:
+    page = page_of(write_comparison(tmp_path / "cmp"))
+    assert page.verdict.headline == "top-20 wins: its area is 0.850 (0.800 to 0.900)."
+    assert page.verdict.tone == "won"
+    assert "At the end of the runs: top-20 wins" in page.verdict.detail
+    assert [rank.label for rank in page.verdict.ranks] == ["top-20", "sampled token"]
+    assert [group["label"] for group in page.data["groups"] if group["apart"]] == [
+        "sampled token, replayed",
+        "top-20, replayed",
+    ]
+    live, replay = page.compared
+    assert live.title == "Compared on-policy, live"
+    assert "off-policy test" in replay.title
+    assert live.rows[1][:5] == ["top-20", "the base's", "0.9 (sd 0.01)", "0.850 [0.800, 0.900]", "0.850 [0.800, 0.900]"]
+
+
+def test_a_failed_cell_is_in_no_verdict_and_is_named(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "cmp")
+    summary = json.loads((folder / "compare.json").read_text())
+    summary["cells"][0]["status"] = "failed"
+    summary["cells"].append({"id": "live-x-seed0", "arm": "x", "seed": 0, "status": "failed", "run": "cells/none"})
+    (folder / "compare.json").write_text(json.dumps(summary))
+    said = page_of(folder).verdict
+    ranks = {rank.label: rank for rank in said.ranks}
+    assert [one["seed"] for one in ranks["sampled token"].values] == [1, 2]
+    assert any("live-scalar_kl-seed0 failed" in warning for warning in said.warnings)
+    assert any("live-x-seed0" in warning for warning in said.warnings)
+
+
+def test_without_an_exact_kl_the_verdict_says_that_it_rests_on_an_estimate(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    lines = [line for line in (path / "metrics.jsonl").read_text().splitlines() if '"eval"' not in line]
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    said = page_of(path).verdict
+    assert said.headline.startswith("estimated KL(student ‖ teacher) fell from 1.9")
+    assert "rests on the estimate" in said.warnings[0]
+
+
+def test_what_a_careful_reader_would_ask_is_warned_about(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", done=10)
+    more = [
+        {"kind": "step", "step": 11, "tokens": 0, "skipped": "non-finite gradient", "lost": {"ServerBusyError": 3},
+         "samples": 1, "truncated": 1, "missing_tokens": 7, "completion_tokens": 100, "ess": 0.1},
+        {"kind": "eval", "step": 11, "reverse_kl": 3.0},
+        {"kind": "event", "event": "alarm", "alarm": "mismatch", "step": 11, "message": "the sampler differs"},
+        {"kind": "event", "event": "stopped", "version": 11, "reason": "KeyboardInterrupt"},
+    ]  # fmt: skip
+    with (path / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in more)
+    text = "\n".join(page_of(path).verdict.warnings)
+    for expected in (
+        "stopped at step 11 of 60 (KeyboardInterrupt)",
+        "step 11: the sampler differs",
+        "3 of 44 samples were lost",
+        "1 of 11 steps changed no weight",
+        "7 tokens (0.64 %) had no teacher logprob",
+        "it was better before",
+    ):
+        assert expected in text
+
+
+def test_before_the_first_step_the_page_waits(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert build(gather([tmp_path / "run"], waiting=True)).verdict.tone == "waiting"
