@@ -68,12 +68,3 @@ def test_an_option_that_does_not_exist_is_refused_with_exit_code_2():
     done = topkd("demo", "--objectiv", "gjs")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-
-
-def test_dry_run_prints_the_resolved_config_and_needs_no_server(tmp_path):
-    path = tmp_path / "run.toml"
-    path.write_text("[student]\nmodel='m'\n[teacher]\nurl='http://127.0.0.1:1'\n[data]\npath='p'\n")
-    done = topkd("train", path, "--out", tmp_path / "o", "--dry-run", "--set", "objective.kind=gjs")
-    assert done.returncode == 0, done.stderr
-    assert '"kind": "gjs"' in done.stdout
-    assert not (tmp_path / "o").exists()

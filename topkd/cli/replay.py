@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from topkd.cli.display import Display
+from topkd.cli.dry_run import dry_run_command
 from topkd.cli.extras import needs
 from topkd.cli.outcomes import ended
 
@@ -28,7 +28,7 @@ def command(
         typer.Option("--resume", help="Go on with the replay in --out from its newest checkpoint; steps may grow."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the config, print it resolved, do nothing.")
+        bool, typer.Option("--dry-run", help="Look at everything the run needs, show what it would do, do nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the last records as JSON on standard output.")] = False,
 ) -> None:
@@ -39,10 +39,10 @@ def command(
     from topkd.compose.config import load_config
 
     run_config = load_config(config, overrides or [])
-    if dry_run:
-        typer.echo(json.dumps(run_config.model_dump(mode="json"), indent=2))
-        return
     needs("replay", "torch", "transformers", "safetensors", extra="train")
+    if dry_run:
+        dry_run_command(run_config, served=False, as_json=as_json)
+        return
     from topkd.compose.replay import replay
     from topkd.compose.stops import Stops
 

@@ -58,7 +58,7 @@ async def meet_teachers(config: RunConfig, progress: Progress, kept: Path | None
         KLimitError: K is above the server's limit.
         ConfigError: The teacher's ids are not the student's.
     """
-    served = {name: teacher for name, teacher in config.teacher_map().items() if teacher.kind == "server"}
+    served = {name: teacher for name, teacher in _asked(config).items() if teacher.kind == "server"}
     student = _bytemap(config.student.model) if served else ""
     known = _known(kept)
     met: dict[str, Met] = {}
@@ -73,6 +73,11 @@ async def meet_teachers(config: RunConfig, progress: Progress, kept: Path | None
     if kept is not None and known:
         await asyncio.to_thread(kept.write_text, json.dumps([asdict(one) for one in known.values()], indent=2) + "\n")
     return met
+
+
+def _asked(config: RunConfig) -> dict[str, TeacherConfig]:
+    """Cross-entropy on the data's own completions asks no teacher."""
+    return {} if config.objective.kind == "sft" else config.teacher_map()
 
 
 def quick(config: ClientConfig) -> ClientConfig:

@@ -1,0 +1,141 @@
+"""``--dry-run``: what a run would do, on a page of 80 columns or as JSON, and every problem at once."""
+
+import json
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from tests.engine.pieces import model_folder
+from topkd.cli.app import app
+from topkd.cli.dry_run import show
+from topkd.compose.config import RunConfig
+from topkd.compose.dry_run import dry_run, settings
+from topkd.serve import ServeConfig, ServerProcess
+
+TALK = [
+    {"role": "user", "content": "1 + 1?"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "and 2 + 2?"},
+    {"role": "assistant", "content": "four"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("dry")
+    model_folder(root / "student", seed=1)
+    lines = [{"messages": TALK, "hint": "add them up"}, {"prompt_ids": [5] * 99}]
+    (root / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    config = ServeConfig(
+        model=str(folder / "student"), served_model_name="teacher", port=0, max_logprobs=20, device="cpu"
+    )
+    with ServerProcess(config) as running:
+        yield running
+
+
+def run_config(folder, url, **changes):
+    return RunConfig.model_validate(
+        {
+            "student": {"model": str(folder / "student"), "device": "cpu"},
+            "teacher": {"url": url},
+            "data": {"path": str(folder / "data.jsonl"), "turns": "all"},
+            "rollout": {
+                "max_prompt_tokens": 64,
+                "overlong": "drop",
+                "prompts_per_step": 2,
+                "max_completion_tokens": 32,
+            },
+            "client": {"max_retries": 1, "backoff_s": 0.05},
+            **changes,
+        }
+    )
+
+
+async def test_a_sound_run_is_told_in_whole_and_changes_nothing(folder, server, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    config = run_config(folder, server.url)
+    found = await dry_run(config)
+    assert found.problems == []
+    (endpoint,) = found.endpoints
+    assert (endpoint.can_teach, endpoint.k, endpoint.model) == (True, 20, "teacher")
+    assert found.data["rows"] == found.data["dropped_overlong"] == 1
+    assert found.data["privileged"] == 1
+    assert [rendered.side for rendered in found.prompts] == ["student", "teacher"]
+    assert "add them up" in found.prompts[1].parts[0][0]
+    assert "add them up" not in found.prompts[0].parts[0][0]
+    trains = "".join(text for text, trains in found.prompts[0].parts if trains)
+    assert trains == "two<|im_end|>four<|im_end|>"
+    from topkd.engine.student import Student
+
+    weights = sum(one.numel() for one in Student.load(str(folder / "student"), "cpu").model.parameters())
+    assert found.forecast.model.parameters == found.forecast.model.trained == weights
+    assert found.forecast.memory["optimiser"] == 8 * weights
+    assert found.forecast.teacher_requests_per_step == 2 * 4
+    assert json.loads(json.dumps(found.as_json(), default=str))["ok"] is True
+
+
+async def test_the_page_fits_80_columns_and_shows_mask_colours_only_where_colours_are_wanted(
+    folder, server, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    config = run_config(folder, server.url)
+    found = await dry_run(config)
+    pages = {}
+    for colour in (True, False):
+        console = Console(width=80, record=True, quiet=False, force_terminal=colour, no_color=not colour, file=None)
+        with console.capture() as captured:
+            show(found, config, console)
+        pages[colour] = captured.get()
+    assert "\x1b[1;32mtwo<|im_end|>" in pages[True]
+    assert "\x1b[33m<|im_start|>user" in pages[True]
+    assert "\x1b[3" not in pages[False]
+    assert max(len(line) for line in pages[False].splitlines()) <= 80
+    for words in ("can teach: K <= 20", "1 over-long dropped", "micro_batch_tokens 16384", "nothing stands in the way"):
+        assert words in pages[False]
+
+
+async def test_every_problem_is_told_not_only_the_first(folder):
+    found = await dry_run(run_config(folder, "http://127.0.0.1:1", data={"path": "/no/such/file"}))
+    assert len(found.problems) == 2
+    assert "http://127.0.0.1:1" in found.problems[0]
+    assert "/no/such/file" in found.problems[1]
+
+
+async def test_k_above_the_servers_limit_is_a_problem_with_both_numbers(folder, server, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    found = await dry_run(run_config(folder, server.url, k=21))
+    (problem,) = found.problems
+    assert "K = 21" in problem
+    assert "K <= 20" in problem
+
+
+def test_the_command_exits_2_on_a_problem_and_its_json_says_which(folder, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f"[student]\nmodel='{folder / 'student'}'\n[teacher]\nurl='http://127.0.0.1:1'\n"
+        f"[data]\npath='{folder / 'data.jsonl'}'\n[client]\nmax_retries=0\n[rollout]\noverlong='drop'\n"
+    )
+    arguments = ["train", str(path), "--out", str(tmp_path / "o"), "--dry-run", "--json", "--set", "objective.kind=gjs"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    said = json.loads(done.stdout)
+    assert said["ok"] is False
+    assert said["config"]["objective"]["kind"] == "gjs"
+    assert ["objective.kind", "gjs", True] in said["settings"]
+    assert not (tmp_path / "o").exists()
+    replayed = CliRunner().invoke(app, ["replay", *arguments[1:]])
+    assert replayed.exit_code == 0, replayed.output  # a replay asks no server
+
+
+def test_settings_say_what_was_given_and_what_is_a_default(folder):
+    found = {key: (value, given) for key, value, given in settings(run_config(folder, "http://x", k=7))}
+    assert found["k"] == (7, True)
+    assert found["steps"] == (100, False)
+    assert found["rollout.overlong"] == ("drop", True)
+    assert found["rollout.truncated"] == ("keep", False)

@@ -1,0 +1,230 @@
+"""What a run would do, found out without doing it: every part is looked at, and every problem is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from topkd.clients.probe import probe
+from topkd.compose.config import RunConfig
+from topkd.compose.forecast import Forecast, forecast
+from topkd.compose.limits import check_lengths, compared_ends
+from topkd.compose.meeting import Met, meet_teachers
+from topkd.compose.pieces import Prompts, load_prompts
+from topkd.compose.progress import Progress
+from topkd.engine.data import PromptRow
+from topkd.topk.errors import TopkdError
+
+# Said only where they are given: they are read for some teachers and some rows alone.
+_UNSAID = (".ema", ".hint", ".reference", ".feedback", ".revision")
+_ENTRY_BYTES = {"vllm": 72, "vllm_generate": 8, "sglang": 11, "fireworks": 72}  # of a listed token, as each is sent
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A teacher's server and what a probe of it says."""
+
+    teacher: str
+    url: str
+    verdict: str
+    can_teach: bool
+    model: str = ""
+    dialect: str = ""
+    k: int | None = None
+    context: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """One row as a side sees it: runs of text, and whether the tokens behind them train."""
+
+    side: str
+    tokens: int
+    parts: list[tuple[str, bool]]
+
+
+@dataclass(slots=True)
+class DryRun:
+    """Everything a dry run found.
+
+    Attributes:
+        settings: (key, value, given in the file or on the command line) for every setting in force.
+        problems: What would end the run, one line each.
+        notes: What is worth knowing.
+        device: Where the student would live.
+        endpoints: Teachers behind servers.
+        data: Counts and lengths of the rows.
+        prompts: The first row, as the student and its teacher see it.
+        forecast: Estimates; None when the model or the data could not be read.
+    """
+
+    settings: list[tuple[str, Any, bool]]
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    device: str = ""
+    endpoints: list[Endpoint] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+    prompts: list[Rendered] = field(default_factory=list)
+    forecast: Forecast | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"ok": not self.problems, **asdict(self)}
+
+
+class _Notes(Progress):
+    def __init__(self, found: DryRun) -> None:
+        self._found = found
+
+    def note(self, text: str) -> None:
+        if not text.startswith("asking the teacher"):
+            self._found.notes.append(text)
+
+
+async def dry_run(config: RunConfig, *, served: bool = True) -> DryRun:
+    """Look at everything a run needs; ``served`` is False where no server is asked (a replay)."""
+    found = DryRun(_in_force(config, served=served), config=config.model_dump(mode="json"))
+    met: dict[str, Met] = {}
+    if served:
+        try:
+            met = await meet_teachers(config, _Notes(found))
+        except TopkdError as error:
+            found.problems.append(str(error))
+        await _probe_all(config, found)
+    try:
+        prompts = load_prompts(config, _Notes(found))
+    except TopkdError as error:
+        found.problems.append(str(error))
+        return found
+    found.data = _data(prompts)
+    found.prompts = _rendered(prompts)
+    try:
+        check_lengths(config, prompts, met)
+    except TopkdError as error:
+        found.problems.append(str(error))
+    found.notes += compared_ends(config, prompts).notes
+    _estimate(config, prompts, met, found)
+    return found
+
+
+def settings(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """Every setting in force, by dotted key, and whether it was given; tables that are left out are not listed."""
+    for name in type(model).model_fields:
+        value, given = getattr(model, name), name in model.model_fields_set
+        if isinstance(value, BaseModel):
+            yield from settings(value, f"{prefix}{name}.")
+        elif isinstance(value, dict) and any(isinstance(entry, BaseModel) for entry in value.values()):
+            for key, entry in value.items():
+                yield from settings(entry, f"{prefix}{name}.{key}.")
+        elif value is not None or given:
+            yield f"{prefix}{name}", value, given
+
+
+def _in_force(config: RunConfig, *, served: bool) -> list[tuple[str, Any, bool]]:
+    """The settings that this run reads, a rate that depends on what trains with its value."""
+    asks = served and any(teacher.urls for teacher in config.teacher_map().values())
+    silent = {"client": not asks, "replay": served}
+    found = [
+        (key, value, given)
+        for key, value, given in settings(config)
+        if not silent.get(key.split(".")[0]) and (given or (value not in ("", {}, ()) and not key.endswith(_UNSAID)))
+    ]
+    if config.learner.lr is None:
+        place = next(place for place, (key, *_) in enumerate(found) if key.startswith("learner."))
+        rate = config.learner.learning_rate(lora=config.student.lora is not None)
+        found.insert(place, ("learner.lr", rate, False))
+    return found
+
+
+async def _probe_all(config: RunConfig, found: DryRun) -> None:
+    for name, teacher in config.teacher_map().items():
+        for url in teacher.urls:
+            try:
+                report = await probe(
+                    url, model=teacher.model, api_key=teacher.api_key(), student=config.student.model,
+                    dialect=teacher.dialect, cached=True,
+                )  # fmt: skip
+            except TopkdError as error:
+                found.endpoints.append(Endpoint(name, url, error.what, can_teach=False))
+                if not any(url in problem for problem in found.problems):
+                    found.problems.append(str(error))
+                continue
+            known = report.capabilities
+            found.endpoints.append(
+                Endpoint(
+                    name,
+                    url,
+                    report.verdict,
+                    report.can_teach,
+                    report.model,
+                    report.dialect,
+                    known.score_k,
+                    known.max_model_len,
+                )
+            )
+            if not report.can_teach and not any(url in problem for problem in found.problems):
+                found.problems.append(f"the endpoint {report.verdict} ({url})")
+
+
+def _data(prompts: Prompts) -> dict[str, Any]:
+    own = [row.prompt_ids.size for row in prompts.rows]
+    told = [row.teacher_prompt_ids.size for row in prompts.rows]
+    teachers: dict[str, int] = {}
+    for row in prompts.rows:
+        teachers[row.teacher_id] = teachers.get(row.teacher_id, 0) + 1
+    return {
+        "rows": len(own),
+        "dropped_overlong": len(prompts.dropped),
+        "prompt_tokens": {"median": int(np.median(own)), "longest": max(own)},
+        "teacher_prompt_tokens": {"median": int(np.median(told)), "longest": max(told)},
+        "privileged": sum(
+            not np.array_equal(row.prompt_ids, row.teacher_prompt_ids) for row in prompts.rows
+        ),
+        "with_completion": sum(row.completion_ids is not None for row in prompts.rows),
+        "by_teacher": teachers,
+    }  # fmt: skip
+
+
+def _rendered(prompts: Prompts) -> list[Rendered]:
+    row, tokenizer = prompts.rows[0], prompts.tokenizer
+    sides = [("student", row.prompt_ids)]
+    if not np.array_equal(row.prompt_ids, row.teacher_prompt_ids):
+        sides.append((f"teacher {row.teacher_id}".strip(), row.teacher_prompt_ids))
+    return [
+        Rendered(side, int(ids.size), [(tokenizer.decode(ids), False), *_completion_parts(row, tokenizer)])
+        for side, ids in sides
+    ]
+
+
+def _completion_parts(row: PromptRow, tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    if row.completion_ids is None:
+        return
+    mask = np.ones(row.completion_ids.size, dtype=bool) if row.completion_mask is None else row.completion_mask
+    edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), mask.size]
+    for first, last in pairwise(edges):
+        yield tokenizer.decode(row.completion_ids[first:last]), bool(mask[first])
+
+
+def _estimate(config: RunConfig, prompts: Prompts, met: dict[str, Met], found: DryRun) -> None:
+    from topkd.engine.student import pick_device
+
+    try:
+        device = pick_device(config.student.device)
+        found.device = str(device)
+        entries = {name: _ENTRY_BYTES.get(teacher.dialect, 72) for name, teacher in met.items()}
+        found.forecast = forecast(config, prompts.rows, device, entries)
+    except TopkdError as error:
+        found.problems.append(str(error))
+        return
+    needed, there = found.forecast.memory_total, found.forecast.available
+    if there and needed > there:
+        found.notes.append(
+            f"about {needed / 1e9:.1f} GB would be needed, the device has {there / 1e9:.1f} GB: lower "
+            "learner.micro_batch_tokens or rollout.batch_size, set learner.gradient_checkpointing, use [student.lora]"
+        )
