@@ -7,12 +7,15 @@ import pytest
 
 from tests.engine.pieces import model_folder
 from topkd.clients import VllmGenerate
+from topkd.clients.sync import VllmWeightSink
 from topkd.compose.config import RunConfig
 from topkd.compose.train import train
 from topkd.engine.local_teacher import LocalTeacher
 from topkd.engine.metrics import read_metrics
 from topkd.engine.student import Student
 from topkd.serve import ServeConfig, ServerProcess
+from topkd.topk.errors import ConfigError, ModelNotFoundError, ServerBusyError, ServerUnreachableError, SyncError
+from topkd.topk.protocols import WeightUpdate
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def sampler(folders):
         yield up
 
 
-def run_config(folders, teacher, sampler, **changes):
+def run_config(folders, teacher, sampler, /, **changes):
     values = {
         "steps": 4,
         "seed": 1,
@@ -78,3 +81,109 @@ async def test_each_step_is_sampled_from_the_weights_the_schedule_says(folders, 
     async with VllmGenerate(sampler.url, model="student") as client:
         held, learnt = await client.score([5, 9, 40, 41, 42], 2, 5), await student.score([5, 9, 40, 41, 42], 2, 5)
     np.testing.assert_allclose(held.actual_logp, learnt.actual_logp, atol=1e-4)
+
+
+async def test_a_push_by_somebody_else_ends_the_run_instead_of_giving_their_samples(
+    folders, teacher, sampler, tmp_path, monkeypatch
+):
+    """Another program changes the weights between two draws: the version in the replies tells."""
+    real = VllmGenerate.sample
+
+    async def meddled(self, prompt, n, params, *, k=0):
+        if params.max_tokens > 1:  # a draw, not the probe behind a push
+            async with VllmWeightSink(sampler.url, model="student") as other:
+                await other.push(WeightUpdate("full", str(folders[1]), "theirs"))
+        return await real(self, prompt, n, params, k=k)
+
+    monkeypatch.setattr(VllmGenerate, "sample", meddled)
+    with pytest.raises(SyncError, match=r"sampled from other weights.*got 'theirs'.*expected '0-"):
+        await train(run_config(folders, teacher, sampler), tmp_path / "run")
+    assert steps_of(tmp_path / "run") == []
+
+
+async def test_weights_that_are_not_what_was_pushed_are_found_before_anything_is_sampled(
+    folders, teacher, sampler, tmp_path, monkeypatch
+):
+    """The server confirms the version, and holds another model: only what it samples can tell."""
+    real = VllmWeightSink.push
+
+    async def misled(self, update):
+        return await real(self, WeightUpdate(update.kind, str(folders[1]), update.version))
+
+    monkeypatch.setattr(VllmWeightSink, "push", misled)
+    with pytest.raises(SyncError, match=r"does not sample from the weights that were pushed.*KL"):
+        await train(run_config(folders, teacher, sampler), tmp_path / "run")
+
+
+async def test_a_prompt_that_the_server_cannot_answer_is_lost_and_counted(
+    folders, teacher, sampler, tmp_path, monkeypatch
+):
+    real, asked = VllmGenerate.sample, []
+
+    async def failing(self, prompt, n, params, *, k=0):
+        if params.max_tokens > 1:
+            asked.append(prompt)
+            if len(asked) % 6 == 2:
+                raise ServerBusyError("the server aborted the generation")
+        return await real(self, prompt, n, params, k=k)
+
+    monkeypatch.setattr(VllmGenerate, "sample", failing)
+    config = run_config(folders, teacher, sampler, cache={"path": str(tmp_path / "cache")})
+    await train(config, tmp_path / "run")
+    steps = steps_of(tmp_path / "run")
+    assert [step["lost"] for step in steps] == [{"ResponseError": 2}] * 4
+    assert [step["samples"] for step in steps] == [10] * 4
+    assert sum(step["sampler_lost"].get("ServerBusyError", 0) for step in steps) == 8
+    assert {tuple(step["rollout_versions"]) for step in steps} == {("0",), ("1",), ("2",), ("3",)}
+
+
+async def test_a_sampler_synced_every_other_step_is_as_stale_as_the_diary_says(folders, teacher, sampler, tmp_path):
+    table = {"kind": "server", "url": sampler.url, "sync_every": 2}
+    await train(run_config(folders, teacher, sampler, sampler=table), tmp_path / "run")
+    steps = steps_of(tmp_path / "run")
+    assert [step["rollout_versions"] for step in steps] == [["0"], ["0"], ["2"], ["2"]]
+    assert [step["staleness"] for step in steps] == [0, 1, 0, 1]
+    assert [step["mismatch_kl"] is None for step in steps] == [False, True, False, True]
+    assert [step["sampler_version"] for step in steps] == ["0", "2", "2", "4"]
+
+
+async def test_an_sglang_server_is_synced_and_sampled_in_its_own_dialect(folders, teacher, tmp_path):
+    with served(folders[0], dialect="sglang") as up:
+        await train(run_config(folders, teacher, up, sampler={"kind": "server", "url": up.url}), tmp_path / "run")
+    steps = steps_of(tmp_path / "run")
+    assert [step["rollout_versions"] for step in steps] == [["0"], ["1"], ["2"], ["3"]]
+    assert all(step["mismatch_kl"] < 1e-6 and step["sync_kl"] < 1e-6 for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("table", "error", "words"),
+    [
+        ({"weights": "lora"}, ConfigError, r"trains no adapter.*\[student.lora\]"),
+        ({"url": "http://127.0.0.1:1"}, ServerUnreachableError, "127.0.0.1:1"),
+        ({"model": "nobody"}, ModelNotFoundError, "nobody"),
+        ({"api_key_env": "NOT_SET_ANYWHERE"}, ConfigError, "NOT_SET_ANYWHERE"),
+    ],
+)
+async def test_a_sampler_that_cannot_be_is_one_clear_line(folders, teacher, sampler, tmp_path, table, error, words):
+    table = {"kind": "server", "url": sampler.url} | table
+    with pytest.raises(error, match=words):
+        await train(run_config(folders, teacher, sampler, sampler=table), tmp_path / "run")
+
+
+async def test_a_stopped_cached_run_goes_on_and_asks_the_sampler_only_for_what_is_new(
+    folders, teacher, sampler, tmp_path
+):
+    def cached(where, steps):
+        return run_config(
+            folders, teacher, sampler, steps=steps, cache={"path": str(tmp_path / "caches" / where)}, max_staleness=1
+        )
+
+    await train(cached("whole", 4), tmp_path / "whole")
+    await train(cached("parts", 2), tmp_path / "parts")
+    await train(cached("parts", 4), tmp_path / "again")
+    whole, again = steps_of(tmp_path / "whole"), steps_of(tmp_path / "again")
+    assert [step["rollout_versions"] for step in again] == [step["rollout_versions"] for step in whole]
+    for name in ("loss", "grad_norm", "kl_k1"):  # how a server batches its draws moves the last digits
+        assert [step[name] for step in again] == pytest.approx([step[name] for step in whole], rel=1e-4), name
+    (account,) = [e for e in read_metrics(tmp_path / "again" / "metrics.jsonl", "event") if e["event"] == "cached"]
+    assert account["rollouts"]["hits"] == 2
