@@ -289,9 +289,6 @@ async def test_trouble_that_every_row_has_ends_the_job_at_once(config, server):
         ({"shard": (3, 2)}, "no shard 3 of 2"),
         ({"max_cost": 1.0}, "needs price_per_million"),
         ({"teachers": ()}, "at least 1"),
-        ({"routes": {"a": ("http://h",)}}, "either the URLs of one teacher"),
-        ({"teachers": (), "routes": {"a": ("http://h",)}, "models": {"b": "m"}}, "for .'b'., which has no URL"),
-        ({"teachers": (), "routes": {"a": ("http://h",)}, "teacher_id": "a"}, "scores the rows of all of them"),
     ],
 )
 def test_a_config_that_cannot_be_right_is_refused(config, changes, words):

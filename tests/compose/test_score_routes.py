@@ -21,7 +21,9 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def config(server, tmp_path):
-    return lambda **changes: ScoreConfig(**{"out": tmp_path / "cache", "teachers": (server.url,), **changes})
+    return lambda **changes: ScoreConfig(
+        **{"data": "none", "out": tmp_path / "cache", "teachers": (server.url,), **changes}
+    )
 
 
 async def test_rows_go_to_the_teacher_they_name_and_one_that_has_no_server_is_an_error(config, server, tmp_path):
@@ -60,3 +62,16 @@ def test_the_exit_code_says_whether_every_row_is_there(server, tmp_path):
     assert "stopped at max_tokens = 5" in ran(
         "score", written(tmp_path / "m.jsonl", ROWS), *url, "--max-tokens", 5, code=1
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"routes": {"a": ("http://h",)}}, "either the URLs of one teacher"),
+        ({"teachers": (), "routes": {"a": ("http://h",)}, "models": {"b": "m"}}, "for .'b'., which has no URL"),
+        ({"teachers": (), "routes": {"a": ("http://h",)}, "teacher_id": "a"}, "scores the rows of all of them"),
+    ],
+)
+def test_routes_that_cannot_be_right_are_refused(config, changes, words):
+    with pytest.raises(ValueError, match=words):
+        config(**changes)
