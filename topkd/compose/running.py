@@ -164,10 +164,18 @@ async def run(
                 learner=learner,
                 log=log,
                 hooks=Hooks(
-                    evaluate, recorded, sampling.publish, on_batch or transcripts, sampling.capture, kept, context
+                    evaluate,
+                    recorded,
+                    sampling.publish,
+                    on_batch or transcripts,
+                    sampling.capture,
+                    kept,
+                    context,
+                    beside=sampling.beside,
                 ),
                 source=source,
                 start=start,
+                earlier=former.steps,
                 stop=stop,
             )
         except BaseException as error:  # an interrupt, a dead teacher: what was learnt is kept, and the diary says why

@@ -21,12 +21,14 @@ class Sampling:
         publish: Brings weight version v to it (see ``Hooks.publish``).
         lock: Held by the learner while weights change; an in-process sampler reads them under it.
         capture: Keeps a version for ``publish`` (see ``Hooks.capture``): the sampler has weights of its own.
+        beside: It holds several versions (see ``Hooks.beside``).
     """
 
     sampler: Sampler
     publish: Callable[[int], Awaitable[Record | None]]
     lock: threading.Lock = field(default_factory=threading.Lock)
     capture: Callable[[int], None] | None = None
+    beside: bool = False
 
 
 def in_process(config: EngineConfig, student: Any, tokenizer: Any) -> Sampling:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
+from topkd.engine.alarms import alarms
 from topkd.engine.config import EngineConfig
 from topkd.engine.data import PromptRow
 from topkd.engine.hooks import Hooks, Record
@@ -43,6 +44,7 @@ async def distil(
     hooks: Hooks | None = None,
     source: Source | None = None,
     start: Position | None = None,
+    earlier: Sequence[Record] = (),
     stop: asyncio.Event | None = None,
 ) -> list[Record]:
     """Run on-policy distillation from ``start`` to ``config.steps`` and return the step records.
@@ -57,6 +59,7 @@ async def distil(
         hooks: Evaluation, display, weight sync, checkpoints.
         source: Gives a step's rollouts, each with its row, in place of drawing them with the sampler.
         start: Where a checkpoint left the run; its beginning when left out.
+        earlier: The step records before it, for what compares a step with those before.
         stop: Once set, the run ends before its next step, in order: nothing is lost, requests are cancelled.
     """
     _check(config, rows, teachers)
@@ -70,6 +73,7 @@ async def distil(
         hooks=hooks or Hooks(),
         source=source,
         start=start or Position(),
+        earlier=earlier,
         stop=stop,
     )
     try:
@@ -80,7 +84,7 @@ async def distil(
         if isinstance(error, BaseExceptionGroup):
             raise _first(error) from error
         raise
-    return run.records
+    return run.records[len(earlier) :]
 
 
 class _Run:
@@ -96,6 +100,7 @@ class _Run:
         hooks: Hooks,
         source: Source | None,
         start: Position,
+        earlier: Sequence[Record],
         stop: asyncio.Event | None,
     ) -> None:
         self.config, self.learner, self.log, self.hooks, self.source = config, learner, log, hooks, source
@@ -103,7 +108,8 @@ class _Run:
         self.first, self.evaluated, self.kept = start.step, start.evaluated, start.step
         self.stop = stop or asyncio.Event()
         self.began = time.perf_counter() - start.elapsed_s
-        self.records: list[Record] = []
+        self.records: list[Record] = [*earlier]
+        self.done = start.step
         self.unwritten: deque[Record] = deque()  # steps whose weights are still on their way to the sampler
 
         async def drawn(step: int) -> Drawn:
@@ -120,6 +126,7 @@ class _Run:
             publish=self.publish,
             told=lambda event: self.write("event", event),
             start=start,
+            beside=hooks.beside and hooks.capture is not None,
         )
 
     async def steps(self, group: asyncio.TaskGroup) -> None:
@@ -176,7 +183,11 @@ class _Run:
             "learn_s": time.perf_counter() - began,
             "elapsed_s": time.perf_counter() - self.began,
         }
+        if batch.total:
+            record["truncation_rate"] = batch.truncated / batch.total
         self.records.append(record)
+        self.done = step + 1
+        record["alarms"] = alarms(self.records)
         self.unwritten.append(record)
         if cancelled is not None:
             raise cancelled
@@ -188,19 +199,20 @@ class _Run:
         told = await self.hooks.publish(version) if self.hooks.publish is not None else None
         if version > self.first:
             record = self.unwritten.popleft()
-            record |= {"publish_s": time.perf_counter() - began, **(told or {})}
+            sounding = [*record["alarms"], *(told or {}).get("alarms", [])]
+            record |= {"publish_s": time.perf_counter() - began, **(told or {}), "alarms": sounding}
             self.written(record)
         elif told and "sampler_version" in told:  # weights of its own, brought there before the first step
             self.written({"step": version, "event": "published", **told}, "event")
 
     def written(self, record: Record, kind: str = "step") -> None:
         """Into the diary, and an event of its own for each alarm in it."""
-        alarms = record.pop("alarms", [])
+        sounding = record.pop("alarms", [])
         mismatch = record.get("mismatch_kl")
         if mismatch is not None and mismatch > MISMATCH_ALARM_NATS:
-            alarms = [*alarms, {"alarm": "mismatch_kl", "value": mismatch, "limit": MISMATCH_ALARM_NATS}]
+            sounding = [*sounding, {"alarm": "mismatch_kl", "value": mismatch, "limit": MISMATCH_ALARM_NATS}]
         self.write(kind, record)
-        for alarm in alarms:
+        for alarm in sounding:
             self.write("event", {"event": "alarm", "step": record["step"], **alarm})
 
     def evaluates(self, step: int) -> bool:
@@ -223,7 +235,7 @@ class _Run:
 
     def checkpoint(self) -> None:
         """Hand over the position, when it is one a run can go on from and has not been kept yet."""
-        step = self.first + len(self.records)
+        step = self.done
         if self.hooks.checkpoint is None or not self.config.checkpoint.every or step == self.kept:
             return
         if self.learner.version != step:  # the step that failed has counted itself: the former checkpoint stands
@@ -233,7 +245,7 @@ class _Run:
         self.kept = step
 
     async def end(self) -> None:
-        step = self.first + len(self.records)
+        step = self.done
         if step == self.config.steps:
             await self.supply.published.reached(step)
             return

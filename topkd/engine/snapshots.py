@@ -62,8 +62,8 @@ def write_snapshot(root: Path, step: int, fill: Callable[[Path], None], *, keep:
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
     path = write_folder(root / name_of(step), whole)
-    for older in _candidates(root)[keep:]:
-        shutil.rmtree(older, ignore_errors=True)
+    for older in _candidates(root)[keep:]:  # out of sight first: a process killed while deleting leaves no half
+        older.rename(older.with_name(f".{older.name}.former"))
     for left in (*root.glob(f".{_PREFIX}*.partial"), *root.glob(f".{_PREFIX}*.former")):
         shutil.rmtree(left, ignore_errors=True)
     return path

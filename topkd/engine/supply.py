@@ -50,6 +50,7 @@ class Supply:
         publish: Brings a version to the sampler; called once a version, in order.
         told: Given each event (a batch that could not be had again after a resume).
         start: Where the run stands.
+        beside: A version may be published while a batch of the former one is drawn, once that draw has begun.
 
     Attributes:
         weights: The version that may be published: the learner raises it.
@@ -69,19 +70,21 @@ class Supply:
         publish: Callable[[int], Awaitable[None]],
         told: Callable[[dict[str, Any]], None],
         start: Position,
+        beside: bool = False,
     ) -> None:
         self._rows, self._steps, self._max_staleness = rows, steps, max_staleness
         self._draw, self._score, self._publish, self._told = draw, score, publish, told
         self._queued = deque(start.queue)
         self._flying: deque[InFlight] = deque()
         self._tasks: list[asyncio.Task[Any]] = []
-        self._first = start.step
+        self._first, self._beside = start.step, beside
         self.weights, self.released = Milestone(start.step), Milestone(start.step - 1)
+        self._begun = Milestone(start.step - 1)
         self.published, self.sampled = Milestone(start.step - 1), Milestone(start.step)
 
     def start(self, group: asyncio.TaskGroup) -> None:
         """Begin; the tasks end with the run's last version, with ``stop``, or with the group."""
-        self._tasks.append(group.create_task(self._feed(group)))
+        self._tasks += [group.create_task(self._bring()), group.create_task(self._feed(group))]
 
     def batch(self, step: int) -> InFlight:
         """The sampled batch of a step, its scores perhaps still under way; it stays in the queue until ``learnt``."""
@@ -117,14 +120,31 @@ class Supply:
         for task in self._tasks:
             task.cancel()
 
-    async def _feed(self, group: asyncio.TaskGroup) -> None:
+    async def _bring(self) -> None:
+        """Publish version after version; each when all that the one before gives is drawn (``beside``: being drawn)."""
         for version in range(self._first, self._steps + 1):
             await self.weights.reached(version)
+            if self._beside:
+                await self._begun.reached(version - 1)
+            elif version > self._first:
+                await self.sampled.reached(self.due(version - 1))
             await self._publish(version)
             self.published.to(version)
-            await self.released.reached(min(version, self._steps - 1))
-            while self.sampled.value < self.due(version):
-                await self._one(group, self.sampled.value, version)
+
+    async def _feed(self, group: asyncio.TaskGroup) -> None:
+        for version in range(self._first, self._steps):
+            await self.published.reached(version)
+            await self.released.reached(version)
+            while (step := self.sampled.value) < self.due(version):
+                drawn = asyncio.ensure_future(self._one(group, step, version))
+                try:
+                    await asyncio.sleep(0)  # it takes its version before it first waits
+                    if step + 1 == self.due(version):
+                        self._begun.to(version)
+                    await drawn
+                finally:
+                    drawn.cancel()
+            self._begun.to(version)
 
     async def _one(self, group: asyncio.TaskGroup, step: int, version: int) -> None:
         began = time.perf_counter()
