@@ -194,7 +194,7 @@ def _connect_error(error: Exception, where: str) -> Exception:
                 "the server's TLS certificate is not trusted",
                 where=where,
                 got=getattr(cause, "verify_message", str(cause)),
-                hint="fix the chain",
+                hint="is it the right server? its own CA: SSL_CERT_FILE=<PEM file of the CA>",
             )
         cause = cause.__cause__ or cause.__context__
     return ServerUnreachableError("no connection", where=where, got=str(error) or type(error).__name__, hint=_DEAD)
