@@ -89,7 +89,7 @@ def serve_run(run_dir: Path, port: int = 0, baseline: Mapping[str, Any] | None =
 
 class _Handler(BaseHTTPRequestHandler):
     live: LivePage
-    protocol_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.0"  # a connection a reply: one kept alive would outlive the page
 
     def do_GET(self) -> None:
         """The page, its news, or one rollout."""

@@ -1,0 +1,227 @@
+"""The report's page in a real browser: what is drawn, read, pressed and taken along."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.waiting import until
+from tests.report.made import NASTY, write_comparison, write_run
+from topkd.report.collection import gather
+from topkd.report.page import render
+
+COLLISIONS = """() => [...document.querySelectorAll('svg.lines, svg.strip')].flatMap((chart) => {
+    const frame = chart.getBoundingClientRect();
+    const boxes = [...chart.querySelectorAll('text')].map((text) => [text.textContent, text.getBoundingClientRect()]);
+    const where = chart.closest('[id]').id;
+    const leaves = ([, box]) => box.left < frame.left - 1 || box.right > frame.right + 1
+        || box.top < frame.top - 1 || box.bottom > frame.bottom + 1;
+    const out = boxes.filter(leaves).map(([text]) => `${where}: ${text} leaves`);
+    boxes.forEach(([a, one], i) => boxes.slice(i + 1).forEach(([b, two]) => {
+        const across = Math.min(one.right, two.right) - Math.max(one.left, two.left);
+        const down = Math.min(one.bottom, two.bottom) - Math.max(one.top, two.top);
+        if (across > 0.5 && down > 2.5) out.push(`${where}: ${a} on ${b}`);
+    }));
+    return out;
+})"""
+
+pytestmark = [pytest.mark.slow, pytest.mark.browser]
+
+
+@pytest.fixture(scope="module")
+def run_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    path = folder / "page.html"
+    path.write_text(render(gather([write_run(folder / "first")])), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def comparison_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cmp")
+    path = folder / "page.html"
+    path.write_text(render(gather([write_comparison(folder / "cmp")])), encoding="utf-8")
+    return path
+
+
+def panel(page: Any, key: str) -> Any:
+    return page.locator(f"#panel-{key}")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_every_panel_draws_inside_the_page_at_every_width(run_page, comparison_page, open_page, width, theme):
+    for path in (run_page, comparison_page):
+        page = open_page(path, width=width, theme=theme).page
+        data = json.loads(page.locator("#data").text_content())
+        keys = [one["key"] for section in data["sections"] for one in section["panels"]]
+        assert len(keys) > 30
+        for key in keys:
+            drawn = (
+                panel(page, key)
+                .locator("svg.lines path")
+                .evaluate_all("paths => paths.filter((path) => path.getTotalLength() > 10).length")
+            )
+            assert drawn >= 1, key
+        overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert overflow <= 0
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == (
+            "rgb(246, 247, 249)" if theme == "light" else "rgb(15, 18, 22)"
+        )
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_no_label_of_a_chart_overlaps_another_or_leaves_it(comparison_page, run_page, open_page, width):
+    for path in (comparison_page, run_page):
+        page = open_page(path, width=width).page
+        if width == 1280:  # the replays too: as many labels as there are
+            hidden = page.locator(".legend button[aria-pressed=false]")
+            while hidden.count():
+                hidden.first.click()
+        collisions = page.evaluate(COLLISIONS)
+        assert collisions == []
+
+
+def test_hovering_a_chart_reads_the_values_under_the_pointer(comparison_page, open_page):
+    page = open_page(comparison_page).page
+    chart = panel(page, "reverse_kl").locator("svg.lines")
+    chart.scroll_into_view_if_needed()
+    box = chart.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.02 + 40, box["y"] + 60)
+    tip = panel(page, "reverse_kl").locator(".tip")
+    assert tip.inner_text().split("\n")[0] == "tokens trained on: 0"
+    assert re.findall(r"top-20\s*2\b", tip.inner_text())
+    # The same moment is marked in the other charts, without a table.
+    other = panel(page, "forward_kl")
+    assert other.locator("g.cross line.hair").count() == 1
+    assert other.locator(".tip").is_hidden()
+    page.mouse.move(5, 5)
+    assert tip.is_hidden()
+    assert other.locator("g.cross line.hair").count() == 0
+
+
+def test_the_keyboard_reads_single_values_and_says_them(run_page, open_page):
+    page = open_page(run_page).page
+    chart = panel(page, "reverse_kl").locator("svg.lines")
+    chart.focus()
+    page.keyboard.press("ArrowRight")
+    assert "tokens trained on: 0" in page.locator("#said").text_content()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#said").text_content() == "tokens trained on: 1,000. topk_pg 1.917"
+    page.keyboard.press("End")
+    assert page.locator("#said").text_content() == "tokens trained on: 6,000. topk_pg 1.5"
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("Escape")
+    assert panel(page, "reverse_kl").locator(".tip").is_hidden()
+    panel(page, "ratio_hist").locator("svg.lines").focus()
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
+    assert page.locator("#said").text_content() == "ratio 1 to 2. topk_pg 80 %"
+
+
+def test_the_axis_the_scale_and_the_prefixes_can_be_switched(run_page, open_page):
+    page = open_page(run_page).page
+    chart = panel(page, "reverse_kl").locator("svg.lines")
+    assert "against tokens trained on" in chart.get_attribute("aria-label")
+    for name, expected in (
+        ("seconds", "against seconds"),
+        ("teacher tokens", "tokens scored by the teacher"),
+        ("steps", "against steps"),
+    ):
+        page.get_by_role("button", name=name, exact=True).click()
+        assert expected in chart.get_attribute("aria-label")
+    assert chart.locator("text.middle").last.text_content() == "60"
+    page.get_by_role("button", name="log KL").click()
+    assert panel(page, "reverse_kl").locator(".unit").text_content() == "nats per token, log scale"
+    assert panel(page, "agreement").locator(".unit").text_content() == "% of positions"
+    page.get_by_role("button", name="fresh", exact=True).click()
+    assert "from 2.1 to 1.6" in chart.get_attribute("aria-label")
+    page.get_by_role("button", name="smooth").click()
+    assert panel(page, "kl_k1").locator("path.raw").count() == 0
+
+
+def test_a_setting_can_be_hidden_and_a_chart_made_larger(comparison_page, open_page):
+    page = open_page(comparison_page).page
+    lines = panel(page, "reverse_kl").locator("path.main")
+    assert lines.count() == 2  # replays wait in the legend
+    legend = page.locator(".legend button")
+    assert [button.get_attribute("aria-pressed") for button in legend.all()] == ["true", "true", "false", "false"]
+    legend.nth(0).click()
+    assert lines.count() == 1
+    legend.nth(3).click()
+    assert lines.count() == 2
+    before = panel(page, "reverse_kl").bounding_box()["width"]
+    page.get_by_role("button", name="Larger: KL(student ‖ teacher)").click()
+    until(page, "document.querySelector('#panel-reverse_kl svg').getAttribute('width') > 900")
+    assert panel(page, "reverse_kl").bounding_box()["width"] > 2 * before
+
+
+def test_the_seeds_and_their_paired_differences_are_drawn(comparison_page, open_page):
+    page = open_page(comparison_page).page
+    strips = page.locator("#dots svg.strip")
+    assert strips.count() == 2
+    assert strips.nth(0).locator("circle").count() == 6
+    assert strips.nth(1).locator("circle").count() == 3
+    assert "sampled token: 0.3, 95 % interval 0.3 to 0.3, 3 seeds" in strips.nth(1).get_attribute("aria-label")
+
+
+def test_the_table_is_copied_and_the_data_downloaded(comparison_page, open_page):
+    page = open_page(comparison_page).page
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="Copy as Markdown").click()
+    page.get_by_role("button", name="Copied").wait_for()
+    text = page.evaluate("navigator.clipboard.readText()")
+    head, rule, first = text.split("\n")[:3]
+    assert head.startswith("| setting | runs | KL(S‖T) |")
+    assert rule.startswith("|:--|--:|")
+    assert first.startswith("| top-20 | 3 |")
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Download curves (CSV)").click()
+    assert waiting.value.suggested_filename == "scalar-against-top-K.csv"
+    rows = list(csv.DictReader(io.StringIO(Path(waiting.value.path()).read_text(encoding="utf-8"))))
+    ends = [
+        row for row in rows if row["panel"] == "reverse_kl" and row["role"] == "main" and row["prefixes"] == "fixed"
+    ]
+    assert {(row["setting"], row["step"], row["value"]) for row in ends if row["step"] == "20"} >= {
+        ("top-20", "20", "1.49")
+    }
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Download all data (JSON)").click()
+    whole = json.loads(Path(waiting.value.path()).read_text(encoding="utf-8"))
+    assert whole["title"] == "scalar against top-K"
+
+
+def test_only_settings_that_differ_are_shown_until_all_are_wanted(comparison_page, open_page):
+    page = open_page(comparison_page).page
+    shown = page.locator("#configs tbody tr:visible")
+    few = shown.count()
+    page.get_by_label("only the").uncheck()
+    assert shown.count() > few
+    assert page.locator("#configs mark").count() > 0
+
+
+def test_the_theme_can_be_chosen_against_the_systems(run_page, open_page):
+    page = open_page(run_page, theme="dark").page
+    colour = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(colour) == "rgb(15, 18, 22)"
+    button = page.locator("#theme")
+    button.click()
+    assert button.text_content() == "Theme: light"
+    assert page.evaluate(colour) == "rgb(246, 247, 249)"
+    button.click()
+    button.click()
+    assert button.text_content() == "Theme: system"
+    assert page.evaluate(colour) == "rgb(15, 18, 22)"
+
+
+def test_nothing_that_a_model_wrote_runs(run_page, open_page):
+    page = open_page(run_page).page
+    assert page.evaluate("window.pwned") is None
+    assert page.locator("img").count() == 0
+    assert NASTY.replace("\u2028", "") in page.locator("#tokens .token").first.text_content().replace("\u2028", "")
