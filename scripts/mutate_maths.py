@@ -193,8 +193,8 @@ NUMPY = (
     _maths(
         "union: the second slot of a pair is counted again",
         "union",
-        "np.subtract(np.float32(1.0), same, out=same)",
-        "same.fill(np.float32(1.0))",
+        "np.maximum(mixed, same, out=mixed)",
+        "np.maximum(mixed, 0.0, out=mixed)",
         "pairs",
     ),
     _maths(
@@ -207,16 +207,20 @@ NUMPY = (
     _maths(
         "union: both shares stay in a pair",
         "union",
-        "np.subtract(mixed, shares * np.float32(1 - 1e-6), out=log)",
-        "np.subtract(mixed, shares * np.float32(0.0), out=log)",
+        "np.subtract(mixed, shares * np.float32(1 - 1e-6), out=second)",
+        "np.subtract(mixed, shares * np.float32(0.0), out=second)",
         "pairs",
     ),
     _maths(
         "union: the mixture's own scale is lost",
         "union",
-        "total -= np.log(scale) * mixture_mass",
+        "total -= np.log(teacher.scale) * mixture_mass",
         "total -= 0.0",
         "pairs",
+    ),
+    _maths("union: rows below the floor get its share", "union", "if p.min() < lowest:", "if p.min() < 0.0:", "pairs"),
+    _maths(
+        "union: an id that does not fit into a key is cut", "union", "if ids.max() > self.max_id:", "if False:", "pairs"
     ),
     _maths("union: the tail of the mixture is lost", "union", " + _x_log_x(mixture_tail)", "", "pairs"),
     _maths(
@@ -416,9 +420,37 @@ TORCH = (
     _maths(
         "top-K policy gradient: no offset at the listed ids",
         "losses/topk_policy",
-        "torch.where(used, head - s * g_o[:, None], 0.0)",
-        "torch.where(used, head, 0.0)",
+        "head - s * g_o[:, None], 0.0)",
+        "head, 0.0)",
         "losses_topk_policy",
+    ),
+    _maths(
+        "top-K policy gradient: an id without student probability weighs nothing at forward KL",
+        "losses/topk_policy",
+        "torch.where(member if beta == 0.0 else used, head",
+        "torch.where(used, head",
+        "losses_topk_policy_edges",
+    ),
+    _maths(
+        "fused: dW stays in half precision however many chunks there are",
+        "fused/blocks",
+        "and chunks > MOST_HALF_SUMS",
+        "and chunks < 0",
+        "fused_precision",
+    ),
+    _maths(
+        "fused: a common id's dW is summed in half precision",
+        "fused/subset",
+        "if weight.dtype == wide:",
+        "if True:",
+        "fused_precision",
+    ),
+    _maths(
+        "fused: the slope of the normaliser is lost",
+        "fused/functions",
+        "scale = (-coefficient.sum(-1) / mass)",
+        "scale = (-coefficient.sum(-1) * 0.0)",
+        "fused",
     ),
     _maths(
         "top-K policy gradient: no offset in the sampled term",

@@ -25,6 +25,8 @@ from tests.topk.random_logits import (
 )
 from topkd.topk.losses import (
     SparseTeacher,
+    fused_divergence_loss,
+    fused_topk_policy_gradient_loss,
     generalized_jsd_loss,
     reinforce_loss,
     sparse_divergence_loss,
@@ -78,25 +80,43 @@ def test_i08_the_partial_sum_lies_between_zero_and_the_bucket(pair: tuple[Tensor
 
 
 @EXAMPLES
-@given(pairs(), betas)
-def test_i09_entries_that_repeat_what_is_known_change_nothing(pair: tuple[Tensor, Tensor], beta: float) -> None:
-    """A SparseTeacher's ids are unique; pads are the one thing that can repeat in it."""
+@given(pairs(), betas, lams, st.integers(1, 3), st.floats(0, 5))
+def test_i09_a_repeated_id_and_a_pad_change_nothing(
+    pair: tuple[Tensor, Tensor], beta: float, lam: float, k: int, lower: float
+) -> None:
+    """One event, listed once more with its own or a smaller logprob, before or after it; in no loss on lists."""
     student, teacher = pair
-    rows = listed(teacher, 2)
-    pad = torch.full((3, 2), -1)
-    padded = SparseTeacher(
-        torch.cat([rows.ids, pad], -1),
-        torch.cat([rows.logp, torch.full((3, 2), -math.inf, dtype=torch.float64)], -1),
-        rows.tail_logp,
-        rows.actual_ids,
-        rows.actual_logp,
-    )
-    for one, two in zip(
-        value_and_grad(lambda s: sparse_divergence_loss(s, rows, beta=beta), student),
-        value_and_grad(lambda s: sparse_divergence_loss(s, padded, beta=beta), student),
-        strict=True,
+    rows = listed(teacher, k)
+    pads = torch.full((3, 2), -1), torch.full((3, 2), -math.inf, dtype=torch.float64)
+    again = rows.ids[:, :1], rows.logp[:, :1] - lower
+    more = [
+        [*pads, rows.ids, rows.logp],
+        [rows.ids, rows.logp, *pads],
+        [rows.ids, rows.logp, *again],
+        [*again, rows.ids, rows.logp],
+        [*again, rows.ids, rows.logp, rows.ids, rows.logp],
+    ]
+    head = torch.eye(student.shape[1], dtype=torch.float64)
+
+    def policy_loss(logits: Tensor, given: SparseTeacher) -> Tensor:
+        own = torch.log_softmax(logits, -1)
+        actual = own.gather(-1, given.actual_ids[:, None])[:, 0]
+        return topk_policy_gradient_loss(own.gather(-1, given.safe_ids), actual, given, beta=beta, lam=lam)
+
+    for loss in (
+        lambda s, given: sparse_divergence_loss(s, given, beta=beta),
+        lambda s, given: sparse_divergence_loss(s, given, beta=beta, tail="renormalise"),
+        lambda s, given: fused_divergence_loss(s, head, given, beta=beta),
+        lambda s, given: fused_topk_policy_gradient_loss(s, head, given, beta=beta, lam=lam).loss,
+        policy_loss,
     ):
-        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
+        value, gradient = value_and_grad(lambda s, loss=loss: loss(s, rows), student)
+        for parts in more:
+            ids, logp = torch.cat(parts[::2], -1), torch.cat(parts[1::2], -1)
+            wide = SparseTeacher(ids, logp, rows.tail_logp, rows.actual_ids, rows.actual_logp)
+            got, slope = value_and_grad(lambda s, loss=loss, wide=wide: loss(s, wide), student)
+            assert got == pytest.approx(value, rel=1e-10, abs=1e-12)
+            torch.testing.assert_close(slope, gradient, rtol=1e-9, atol=1e-11)
 
 
 @EXAMPLES

@@ -84,6 +84,18 @@ class SparseTeacher:
         tail = torch.logsumexp(torch.cat([self.logp[:, k:], self.tail_logp[:, None]], -1), -1)
         return SparseTeacher(self.ids[:, :k], self.logp[:, :k], tail, self.actual_ids, self.actual_logp)
 
+    def distinct(self) -> SparseTeacher:
+        """Each id once a row: a repeated id names one event, its most probable entry stays, the others become pads."""
+        order = self.logp.argsort(stable=True, dim=-1, descending=True)
+        ids, at = self.ids.gather(-1, order).sort(stable=True, dim=-1)
+        again = torch.zeros_like(ids, dtype=torch.bool)
+        again[:, 1:] = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
+        if not torch.compiler.is_compiling() and not again.any():
+            return self
+        repeated = torch.zeros_like(again).scatter(-1, order.gather(-1, at), again)
+        ids, logp = self.ids.masked_fill(repeated, -1), self.logp.masked_fill(repeated, -math.inf)
+        return SparseTeacher(ids, logp, self.tail_logp, self.actual_ids, self.actual_logp)
+
     @classmethod
     def from_topk(cls, teacher: TopK, device: torch.device, dtype: torch.dtype) -> SparseTeacher:
         """Tensors of a TopK. An unknown tail is derived from the listed logprobs."""
@@ -118,7 +130,7 @@ def teacher_rows(teacher: Teacher, shape: torch.Size, device: torch.device, dtyp
         dtype: float32 or float64, as the student's logprobs.
     """
     if isinstance(teacher, SparseTeacher):
-        sparse = teacher.to(device)
+        sparse = teacher.to(device).distinct()
     else:
         if not isinstance(teacher, TopK):
             parts: object = teacher
