@@ -64,7 +64,19 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, args, mess
     assert last.startswith("topkd: error: ")
 
 
-def test_an_option_that_does_not_exist_is_refused_with_exit_code_2():
-    done = topkd("demo", "--objectiv", "gjs")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--objectiv", "gjs"], "No such option: --objectiv"),
+        (["train", "run.toml"], "Missing option '--out'"),
+        (["trian"], "No such command 'trian'"),
+        (["demo", "--steps", "0"], "it must be greater than or equal to 1"),
+    ],
+)
+def test_a_command_that_is_written_wrongly_is_one_line_with_exit_code_2(arguments, message):
+    done = topkd(*arguments)
     assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("topkd: error: ")
+    assert message in line
+    assert line.endswith("--help")

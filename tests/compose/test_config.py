@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from topkd.compose.config import RunConfig, load_config
+from topkd.compose.config import RunConfig, load_config, validated
 from topkd.topk.errors import ConfigError
 
 GOOD = """
@@ -47,14 +47,14 @@ def test_the_default_objective_is_topk_pg_with_the_documented_numbers(tmp_path):
     ("text", "overrides", "message"),
     [
         (GOOD.replace("steps", "stesp"), [], r"unknown config key 'stesp' \(.*run.toml\); did you mean 'steps'\?"),
-        (GOOD.replace("beta = 0.3", "beta = 1.5"), [], r"config key 'objective.gjs.beta'.*got 1.5.*less than or equal"),
+        (GOOD.replace("beta = 0.3", "beta = 1.5"), [], r"config key 'objective.beta'.*got 1.5.*less than or equal"),
         (GOOD.replace('"gjs"', '"jsd"'), [], r"config key 'objective.kind'.*jsd.*scalar_kl.*gjs.*topk_pg"),
         (GOOD + "lam = 0.3\n", [], r"objective kind 'gjs' has no key 'lam' \(.*run.toml\); remove objective.lam"),
         (GOOD.replace("[teacher]", "[teachr]"), [], r"teachr"),
         (GOOD + "[teachers.maths]\nurl = 'http://x'\n", [], r"either \[teacher\] or \[teachers.NAME\]"),
         (GOOD, ["steps"], r"--set takes key=value: got steps"),
         (GOOD, ["steps.deep=1"], r"steps is a value, not a table"),
-        (GOOD, ["steps=many"], r"config key 'steps'.*got 'many'.*integer"),
+        (GOOD, ["steps=many"], r"config key 'steps'.*got 'many', expected a whole number"),
         ("steps = ", [], r"not TOML"),
         (GOOD, ["seed=-1"], r"config key 'seed'.*got -1"),
         (GOOD, ["learner.lr=inf"], r"config key 'learner.lr'.*finite"),
@@ -67,6 +67,50 @@ def test_a_bad_config_is_one_clear_line(tmp_path, text, overrides, message):
         load_config(written(tmp_path, text), overrides)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["steps=many"], r"config key 'steps' \(--set steps=many\): got 'many', expected a whole number$"),
+        (
+            ["learner.lr=fast", "k=4"],
+            r"config key 'learner.lr' \(--set learner.lr=fast\): got 'fast', expected a number$",
+        ),
+        (
+            ["objective.lam=2"],
+            r"objective kind 'gjs' has no key 'lam' \(--set objective.lam=2\); remove objective.lam$",
+        ),
+        (["rollout.overlong=cut"], r"'rollout.overlong' \(--set .*\): got 'cut', expected 'drop' or 'error'$"),
+        (["data=x"], r"config key 'data' \(--set data=x\): got 'x', expected a table$"),
+        (["stepz=3"], r"unknown config key 'stepz' \(--set stepz=3\); did you mean 'steps'\?$"),
+        (["learner.betas=[0.9]"], r"config key 'learner.betas.1' is missing \(--set learner.betas=\[0.9\]\)$"),
+        (["teacher.kind=self"], r"config key 'teacher' \(--set teacher.kind=self\).*no url for kind 'self'$"),
+        (["eval.every=3"], r"config key 'eval.path' is missing \("),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_blamed_on_its_set_in_plain_words(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(written(tmp_path, GOOD), overrides)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "changes", "message"),
+    [
+        ({"kind": "local"}, {}, "a model folder"),
+        ({"kind": "server"}, {}, "a url"),
+        ({"kind": "self", "model": "x"}, {}, "the teacher is the student"),
+        ({"kind": "self", "ema": 0.9}, {}, "max_staleness = 0"),
+        ({"kind": "self", "ema": 0.9}, {"max_staleness": 0, "cache": {"path": "c"}}, r"no \[cache\]"),
+        ({"url": "http://x"}, {"data": {"path": "p", "privileged": {"hint": "use it"}}}, r"\{hint\} in the template"),
+        ({"url": "http://x"}, {"eval": {"path": "p", "best": "accuracy"}}, "a scorer"),
+        ({"url": "http://x"}, {"eval": {"path": "p", "samples": 4}}, "temperature above 0"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused_with_the_reason(teacher, changes, message):
+    values = {"student": {"model": "m"}, "data": {"path": "p"}, "teacher": teacher, **changes}
+    with pytest.raises(ConfigError, match=message):
+        validated(RunConfig, values, where="run.toml")
 
 
 def test_a_missing_file_says_so(tmp_path):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 import topkd
 from topkd.cli import cache, compare, demo, probe, replay, report, sample, score, serve, train
 from topkd.topk.errors import TopkdError
+
+# What typer raises for a command line that does not fit: click's class, or its own copy of it, as its version has it.
+_Misuse: type[Exception] = next(one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException")
 
 app = typer.Typer(
     name="topkd",
@@ -53,10 +56,12 @@ def options(
 def main() -> None:
     """Entry point of the ``topkd`` script."""
     try:
-        app()
+        code = app(prog_name="topkd", standalone_mode=False)
     except TopkdError as error:
         _fail(f"error: {error}", error.exit_code)
-    except KeyboardInterrupt:
+    except _Misuse as error:
+        _misused(error)
+    except (KeyboardInterrupt, typer.Abort):
         _fail("stopped", 130)
     except BrokenPipeError:
         # The reader of our output went away (`topkd ... | head`); keep Python from flushing into it again.
@@ -65,8 +70,20 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - the last resort: a traceback is for --debug
         _fail(f"internal error: {type(error).__name__}: {error} (topkd --debug shows where)", 1)
 
+    sys.exit(code if isinstance(code, int) else 0)
 
-def _fail(message: str, code: int) -> None:
+
+def _misused(error: Any) -> NoReturn:
+    """A command that was written wrongly: one line, as for every other mistake."""
+    message = str(error.format_message()).replace("Input should be", "it must be")
+    context = getattr(error, "ctx", None)
+    if message.strip():  # else it was called for its help, which has been shown
+        where = "topkd" if context is None else context.command_path
+        typer.echo(f"topkd: error: {' '.join(message.split()).rstrip('.')}; see {where} --help", err=True)
+    sys.exit(error.exit_code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
     if os.environ.get("TOPKD_DEBUG"):
         traceback.print_exc()
     typer.echo(f"topkd: {' '.join(message.split())}", err=True)

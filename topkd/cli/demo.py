@@ -11,7 +11,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from topkd.cli.display import Display
 from topkd.cli.extras import needs
@@ -30,7 +32,8 @@ def command(
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 150,
     seed: Annotated[int, typer.Option(min=0, help="Seeds prompts and rollouts.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Where the run goes.", show_default="runs/demo-OBJECTIVE-seedSEED")
+        Path | None,
+        typer.Option(help="Where the run goes: runs/demo-OBJECTIVE-seedSEED when left out.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
 ) -> None:
@@ -61,8 +64,8 @@ def command(
     table.add_row("same top token", f"{agree[0]:.1f} %", f"{agree[1]:.1f} %", f"{agree[1] / agree[0]:.2f}")
     console.print(table)
     for who, text in result.samples.items():
-        console.print(f"[bold]{who}[/bold]: ", end="")
-        console.print(repr(text), markup=False, highlight=False)
+        console.print(Text(who, style="bold"))
+        console.print(Padding(Text(text.rstrip("\n") or "(nothing)"), (0, 0, 1, 2)))
     console.print(
         f"{result.tokens} tokens learnt from in {result.seconds['distil']:.0f} s; curve: {result.figure}, "
         f"diary: {result.out / 'metrics.jsonl'}",

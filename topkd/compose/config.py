@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from topkd.clients import ClientConfig
+from topkd.compose.mistakes import config_error
 from topkd.compose.sampling_config import InProcessSampling, SamplerConfig
 from topkd.compose.tables import CacheConfig, DataConfig, ReplayConfig, StudentConfig, TeacherConfig
 from topkd.compose.watch_tables import EvalConfig, TrackConfig
@@ -58,7 +57,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     values = read_toml(path)
     for override in overrides:
         apply_override(values, override)
-    return validated(RunConfig, values, where=str(path))
+    return validated(RunConfig, values, where=str(path), overrides=overrides)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -74,52 +73,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError("the config is not TOML", where=str(path), got=str(error)) from error
 
 
-def validated(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
-    """``model`` from plain values; the first problem pydantic finds becomes one ConfigError."""
+def validated(model: type[M], values: Mapping[str, Any], *, where: str, overrides: Sequence[str] = ()) -> M:
+    """``model`` from plain values; the first problem becomes one ConfigError, blamed on ``overrides`` if of those."""
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in problem["loc"]) or "(top level)"
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        if problem["type"] == "union_tag_invalid":
-            context = problem.get("ctx", {})
-            raise ConfigError(
-                f"config key {key + '.kind'!r}{more}",
-                where=where,
-                got=repr(context.get("tag")),
-                expected=f"one of {context.get('expected_tags')}",
-            ) from None
-        if problem["type"] == "extra_forbidden" and len(problem["loc"]) > 2:
-            *_, table, kind, name = (str(part) for part in problem["loc"])
-            if isinstance(values.get(table), Mapping) and values[table].get("kind") == kind:
-                raise ConfigError(
-                    f"{table} kind {kind!r} has no key {name!r}{more}", where=where, hint=f"remove {table}.{name}"
-                ) from None
-        if problem["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(model), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "remove it or check the spelling"
-            raise ConfigError(f"unknown config key {key!r}{more}", where=where, hint=hint) from None
-        raise ConfigError(
-            f"config key {key!r}{more}", where=where, got=_shown(problem.get("input")), expected=problem["msg"]
-        ) from None
-
-
-def _known_keys(model: type[BaseModel], depth: int = 3) -> set[str]:
-    keys: set[str] = set()
-    for name, field in model.model_fields.items():
-        keys.add(name)
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        for inner in candidates:
-            if depth and isinstance(inner, type) and issubclass(inner, BaseModel):
-                keys |= _known_keys(inner, depth - 1)
-    return keys
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, dict):
-        return f"a table with {sorted(value)}"
-    return re.sub(r"//[^/]*@", "//***@", repr(value))
+        raise config_error(error, model, values, where=where, overrides=overrides) from None
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

@@ -84,4 +84,4 @@ def readers_of(config: RunConfig, tokenizer: Any) -> Readers:
         own = teacher.chat_template_kwargs
         kwargs = config.student.chat_template_kwargs if own is None else own
         teachers[name] = Side.of(tokenizer, teacher.chat_template or config.student.chat_template, kwargs)
-    return Readers(student, teachers, config.data.privileged, config.data.teacher_column, config.data.turns)
+    return Readers(student, teachers or None, config.data.privileged, config.data.teacher_column, config.data.turns)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from topkd.compose.mistakes import in_words
 from topkd.compose.rendering import Side
 from topkd.compose.tables import PRIVILEGED, PrivilegedConfig
 from topkd.topk.errors import DataError
@@ -48,7 +49,7 @@ def checked_row(raw: dict[str, Any], where: str) -> DataRow:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in problem["loc"]) or "the row"
-        raise DataError(f"{key} cannot be read", where=where, expected=problem["msg"]) from None
+        raise DataError(f"{key} cannot be read", where=where, expected=in_words(problem)) from None
     given = [name for name in ("prompt_ids", "prompt", "messages") if getattr(row, name) is not None]
     if len(given) != 1:
         raise DataError(

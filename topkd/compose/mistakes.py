@@ -1,0 +1,118 @@
+"""What pydantic finds wrong, in plain words: which key, what stands there, what could, and who said it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from topkd.topk.errors import ConfigError
+
+_WORDS = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "path_type": "a path",
+    "none_required": "nothing",
+}
+
+
+def in_words(problem: Mapping[str, Any]) -> str:
+    """What was expected, from one of pydantic's errors."""
+    if (kind := str(problem["type"])) in _WORDS:
+        return _WORDS[kind]
+    message = str(problem["msg"])
+    for prefix in ("Value error, ", "Input should be ", "Assertion failed, "):
+        message = message.removeprefix(prefix)
+    return message[:1].lower() + message[1:] if message[:2].istitle() else message
+
+
+def config_error(
+    error: ValidationError,
+    model: type[BaseModel],
+    values: Mapping[str, Any],
+    *,
+    where: str,
+    overrides: Sequence[str] = (),
+) -> ConfigError:
+    """The first problem as one line; one that ``--set`` brought in is blamed on it, not on the file."""
+    problem = error.errors(include_url=False)[0]
+    path, kind = _path(problem["loc"], values)
+    key = ".".join(path) or "(top level)"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    where = next((f"--set {given}" for given in reversed(overrides) if _about(given, path)), where)
+    context = problem.get("ctx", {})
+    match problem["type"]:
+        case "union_tag_invalid":
+            return ConfigError(
+                f"config key {key + '.kind'!r}{more}", where=where, got=repr(context.get("tag")),
+                expected=f"one of {context.get('expected_tags')}",
+            )  # fmt: skip
+        case "union_tag_not_found":
+            return ConfigError(
+                f"config key {key + '.kind'!r} is missing{more}", where=where, hint="say which kind it is"
+            )
+        case "extra_forbidden" if kind is not None:
+            table, name = ".".join(path[:-1]), path[-1]
+            return ConfigError(f"{table} kind {kind!r} has no key {name!r}{more}", where=where, hint=f"remove {key}")
+        case "extra_forbidden":
+            close = difflib.get_close_matches(path[-1], _known_keys(model), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "remove it or check the spelling"
+            return ConfigError(f"unknown config key {key!r}{more}", where=where, hint=hint)
+        case "missing":
+            return ConfigError(f"config key {key!r} is missing{more}", where=where)
+        case _:
+            got = _shown(problem.get("input"))
+            return ConfigError(f"config key {key!r}{more}", where=where, got=got, expected=in_words(problem))
+
+
+def _path(loc: Sequence[int | str], values: Mapping[str, Any]) -> tuple[list[str], str | None]:
+    """The key as its file has it: pydantic puts the kind of a table between the table and its key."""
+    path: list[str] = []
+    here: Any = values
+    kind = None
+    for part in loc:
+        if isinstance(here, Mapping) and part not in here and here.get("kind") == part:
+            kind = str(part)
+            continue
+        path.append(str(part))
+        try:
+            here = here[part]
+        except (KeyError, IndexError, TypeError):
+            here = None
+    return path, kind
+
+
+def _about(override: str, path: Sequence[str]) -> bool:
+    given = override.partition("=")[0].strip().split(".")
+    return given == list(path[: len(given)]) or list(path) == given[: len(path)] != []
+
+
+def _known_keys(model: type[BaseModel], depth: int = 3) -> set[str]:
+    keys: set[str] = set()
+    for name, field in model.model_fields.items():
+        keys.add(name)
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        for inner in candidates:
+            if depth and isinstance(inner, type) and issubclass(inner, BaseModel):
+                keys |= _known_keys(inner, depth - 1)
+    return keys
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return f"a table with {', '.join(sorted(map(str, value))) or 'nothing in it'}"
+    return re.sub(r"//[^/]*@", "//***@", repr(value))
