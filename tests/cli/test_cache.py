@@ -56,9 +56,41 @@ def test_stats_count_what_is_there(cache):
     expected = sum(np.exp([-0.5, -1.5, -2.5]))
     assert found["profile"]["mass"][3] == pytest.approx(expected, rel=2e-3)
     text = ran("cache", "stats", cache)
-    assert "40 scores and 1 rollouts" in text
+    assert "40 scores and 1 rollouts, 242 tokens" in text
     assert "run-1" in text
-    assert "######" in text
+
+
+def test_the_pictures_show_shares_of_k_lengths_mass_and_entropy_in_80_columns(tmp_path):
+    fill(fill(tmp_path / "cache", range(30)), range(100, 110), rows=90)
+    lines = ran("cache", "stats", tmp_path / "cache").splitlines()
+    assert max(map(len, lines)) <= 80
+    (k,) = [line for line in lines if line.lstrip().startswith("3 █")]
+    assert "100 %" in k
+    lengths = [line[42:].split() for line in lines if line[42:].lstrip()[:1].isdigit() and "to" not in line[:38]]
+    assert ["4", "to", "7", *lengths[0][3:]] == lengths[0]
+    assert lengths[0][-2:] == ["75", "%"]
+    assert any(line[42:].split()[-2:] == ["25", "%"] and "64 and up" in line[42:] for line in lines)
+    # exp(-.5) + exp(-1.5) + exp(-2.5) = 0.912: between 5 and 10 % lie outside every list.
+    (mass,) = [line[:38] for line in lines if line.startswith("    5 to 10")]
+    assert mass.split()[-2:] == ["100", "%"]
+    assert "█" * 15 in mass
+    # and the list's lower bound on the entropy, with them as one lump, is 1.06 nats
+    (entropy,) = [line[42:] for line in lines if line[42:].lstrip().startswith("1 to 2")]
+    assert entropy.split()[-2:] == ["100", "%"]
+
+
+def test_a_bar_is_never_nothing_for_something_and_plain_where_blocks_cannot_be_shown(monkeypatch):
+    from topkd.cli import pictures
+
+    assert pictures.bar(0.0, 10).strip() == ""
+    assert pictures.bar(1e-9, 10).strip() == "▏"
+    assert pictures.bar(0.55, 10) == "█████▌    "
+    assert [pictures.percent(share) for share in (0, 1e-5, 0.034, 0.5, 0.9999, 1)] == [
+        "0 %", "<0.1 %", "3.4 %", "50 %", ">99.9%", "100 %"
+    ]  # fmt: skip
+    assert pictures.counts([4, 5, 8]) == ["4", "5 to 7", "8 and up"]
+    monkeypatch.setattr(pictures.sys, "stdout", type("Terminal", (), {"encoding": "ascii"})())
+    assert pictures.bar(0.55, 10) == "#####     "
 
 
 def test_verify_is_content_with_a_whole_cache_and_names_damage_with_exit_code_1(cache):

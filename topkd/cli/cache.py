@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from topkd.cli.stats import described
 from topkd.topk.errors import ConfigError, DataError
 
 app = typer.Typer(help="Look into a cache, check it, tidy it, bring scores in and out.", no_args_is_help=True)
@@ -59,28 +58,8 @@ def stats(cache: Folder, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(found | {"profile": shapes}))
         return
-    per_token = "" if found["bytes_per_token"] is None else f" ({found['bytes_per_token']:.1f} bytes a token)"
-    typer.echo(f"{found['scores']} scores and {found['rollouts']} rollouts, {found['tokens']} tokens")
-    typer.echo(f"{found['bytes']} bytes{per_token} in {found['segments']} segments, {found['sealed']} sealed")
-    if found["records"] > found["live"]:
-        typer.echo(f"{found['records'] - found['live']} records are superseded; topkd cache gc drops them")
-    console = Console()
-    table = Table("name", "revision", "records", "tokens", title="teachers, and the policies that were sampled")
-    for teacher in found["teachers"]:
-        shown = (teacher["name"], teacher["revision"] or "-", teacher["records"], teacher["tokens"])
-        table.add_row(*(str(value) for value in shown))
-    console.print(table)
-    if found["k"]:
-        top = max(found["k"].values())
-        typer.echo("K")
-        for k, number in sorted(found["k"].items()):
-            typer.echo(f"  {k:>6} {_bar(number / top)} {number} scores")
-    for key, title in (("mass", "mass in the list"), ("entropy", "entropy, at least, nats"), ("lengths", "rows")):
-        if shapes[key]:
-            typer.echo(f"{title}, of {shapes['scores']} scores")
-            top = max(shapes[key]) or 1.0
-            for quantile, value in zip(shapes["quantiles"], shapes[key], strict=True):
-                typer.echo(f"  {quantile:>6.0%} {_bar(value / top)} {value:.4g}")
+    for line in described(found, shapes):
+        typer.echo(line)
 
 
 @app.command("verify")
@@ -278,7 +257,3 @@ def _plain_rows(path: Path) -> Iterator[dict[str, Any]]:
 
     for number, raw in raw_rows(path):
         yield json_object(raw, f"{path}:{number}")
-
-
-def _bar(share: float) -> str:
-    return ("#" * round(24 * max(0.0, min(1.0, share)))).ljust(24)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from topkd.offline.tables import (
     teachers_of,
 )
 from topkd.topk.errors import CacheCorruptError
+
+MISSING_EDGES = (0.0, 1e-4, 1e-3, 1e-2, 0.05, 0.1, 0.25, 0.5)
+ENTROPY_EDGES = (0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0)  # nats
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +149,8 @@ def profile(path: str | os.PathLike[str], *, sample: int = 256, seed: int = 0) -
     """Distributions over a sample of live scores, for pictures: captured mass, entropy bound, lengths.
 
     ``entropy`` is the lower bound in nats that the list gives (its entries, and the tail as one lump). Quantiles are
-    those in ``quantiles``; holes and unknown tails are counted and left out.
+    those in ``quantiles``; holes and unknown tails are counted and left out. ``histograms`` have the shares of
+    ``missing`` mass (outside the lists), ``entropy`` and ``lengths`` between their edges, the last one open above.
     """
     root = Path(path)
     open_folder(root, create=False)
@@ -170,19 +175,48 @@ def profile(path: str | os.PathLike[str], *, sample: int = 256, seed: int = 0) -
     finally:
         close_all(segments)
 
-    def at(parts: list[Any]) -> list[float]:
-        values = np.concatenate(parts) if parts else np.zeros(0)
-        return [float(value) for value in np.quantile(values, quantiles)] if values.size else []
-
+    lengths = scores["rows"].astype(np.float64)
+    masses, entropies = _together(mass), _together(entropy)
     return {
         "scores": len(chosen),
         "rows": rows,
         "holes": holes,
         "quantiles": quantiles,
-        "mass": at(mass),
-        "entropy": at(entropy),
-        "lengths": at([scores["rows"].astype(np.float64)]),
+        "mass": _quantiles(masses, quantiles),
+        "entropy": _quantiles(entropies, quantiles),
+        "lengths": _quantiles(lengths, quantiles),
+        "histograms": {
+            "missing": _shares(np.maximum(1 - masses, 0), MISSING_EDGES),
+            "entropy": _shares(entropies, ENTROPY_EDGES),
+            "lengths": _shares(lengths, _edges(lengths)),
+        },
     }
+
+
+def _together(parts: list[Any]) -> np.ndarray[Any, Any]:
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def _quantiles(values: np.ndarray[Any, Any], quantiles: list[float]) -> list[float]:
+    return [float(value) for value in np.quantile(values, quantiles)] if values.size else []
+
+
+def _shares(values: np.ndarray[Any, Any], edges: Sequence[float]) -> dict[str, list[float]]:
+    """Which share of the values lies in [edge, next edge); the first bin takes what is below it too."""
+    if not values.size:
+        return {"edges": list(edges), "shares": []}
+    counts = np.bincount(np.maximum(np.searchsorted(edges, values, "right") - 1, 0), minlength=len(edges))
+    return {"edges": list(edges), "shares": [float(count) for count in counts / values.size]}
+
+
+def _edges(lengths: np.ndarray[Any, Any]) -> list[float]:
+    """Eight bins from the shortest to the longest, or powers of two where they are far apart."""
+    if not lengths.size:
+        return []
+    low, high = max(lengths.min(), 1.0), lengths.max() + 1.0
+    doubling = 2.0 ** np.arange(np.floor(np.log2(low)), np.log2(high))
+    spread = doubling if high > 4 * low else np.linspace(low, high, 9)
+    return [float(edge) for edge in np.unique(np.floor(spread)) if edge <= lengths.max()]
 
 
 def _unindexed(segment: Segment, found: list[tuple[int, Header]]) -> list[Damage]:
