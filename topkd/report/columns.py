@@ -58,7 +58,13 @@ def running_total(values: Floats) -> Floats:
 
 def step_axes(run: Run) -> dict[str, Floats]:
     """The x axes of a run's step records that it can tell."""
-    records = run.steps
+    if "axes" not in run.derived:
+        run.derived["axes"] = _step_axes(run.steps)
+    axes: dict[str, Floats] = run.derived["axes"]
+    return axes
+
+
+def _step_axes(records: Sequence[Record]) -> dict[str, Floats]:
     axes = {"step": column(records, "step")}
     if has(records, "tokens"):
         axes["tokens"] = running_total(column(records, "tokens"))

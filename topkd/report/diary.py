@@ -77,6 +77,7 @@ class Run:
         seed: Pairs runs of different settings; None when unknown.
         failed: A comparison says that the run did not finish.
         replayed: A comparison trained it on another run's rollouts: a test of estimators, not of what wins on-policy.
+        derived: What others worked out from the records; forgotten when there are new ones.
     """
 
     path: Path
@@ -90,6 +91,7 @@ class Run:
     evals: list[Record] = field(default_factory=list)
     events: list[Record] = field(default_factory=list)
     rollouts: list[Record] = field(default_factory=list)
+    derived: dict[str, Any] = field(default_factory=dict)
     _diary: Lines | None = None
     _tokens: Lines | None = None
 
@@ -111,6 +113,8 @@ class Run:
             else:
                 (self.steps if kind == "step" else self.events).append(record)
         self.rollouts += [rollout for rollout in rollouts if isinstance(rollout.get("tokens"), list)]
+        if records or rollouts:
+            self.derived.clear()
         return bool(records or rollouts)
 
     @property

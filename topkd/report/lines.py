@@ -55,7 +55,8 @@ def step_source(run: Run) -> Source:
 def eval_source(run: Run, prefixes: str) -> Source:
     """The evaluations on one kind of prefixes, placed on the axes by their step."""
     records = [record for record in run.evals if prefixes_of(record) == prefixes]
-    return Source(run, records, axes_at(column(run.steps, "step"), step_axes(run), column(records, "step")))
+    axes = step_axes(run)
+    return Source(run, records, axes_at(axes["step"], axes, column(records, "step")))
 
 
 def prefixes_of(record: Record) -> str:
