@@ -6,11 +6,13 @@ import asyncio
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from topkd.engine.student import Student
 from topkd.topk.errors import ConfigError
 from topkd.topk.protocols import Ids
-from topkd.topk.types import TopK, tail_logp
+from topkd.topk.types import Float32, Int32, TopK, tail_logp
 
 
 class LocalTeacher:
@@ -23,15 +25,30 @@ class LocalTeacher:
         """See ``topkd.topk.protocols.TeacherScorer``."""
         return await asyncio.to_thread(self._score, np.asarray(ids, dtype=np.int64), start, k)
 
+    async def score_candidates(self, ids: Ids, start: int, candidates: Int32) -> Float32:
+        """See ``topkd.topk.protocols.CandidateScorer``."""
+
+        def look_up() -> Float32:
+            wanted = torch.from_numpy(candidates.astype(np.int64))
+            logp = self._logp(np.asarray(ids, dtype=np.int64), start)
+            found = logp.gather(1, wanted.clamp_min(0)).numpy().astype(np.float32)
+            return np.where(candidates >= 0, found, np.float32(-np.inf))
+
+        return await asyncio.to_thread(look_up)
+
     @torch.inference_mode()
-    def _score(self, ids: np.ndarray[tuple[int], np.dtype[np.int64]], start: int, k: int) -> TopK:
+    def _logp(self, ids: NDArray[np.int64], start: int) -> Tensor:
+        """float64 [R, V] on the CPU: what comes after position ``start``, and after each later one but the last."""
         if not 0 <= start < ids.size - 1:
             raise ConfigError("nothing to score", got=f"start {start} of {ids.size} tokens", expected="start < len - 1")
         device = self.model.device
         inputs = torch.from_numpy(ids[None, :-1]).to(device)
         rows = torch.arange(start, ids.size - 1, device=device)
         logits = self.model.logit_rows(inputs, torch.ones_like(inputs), rows)
-        logp = torch.log_softmax(logits.double(), dim=-1).cpu()
+        return torch.log_softmax(logits.double(), dim=-1).cpu()
+
+    def _score(self, ids: NDArray[np.int64], start: int, k: int) -> TopK:
+        logp = self._logp(ids, start)
         values, top = logp.topk(min(k, logp.shape[1]), dim=1)
         actual = ids[start + 1 :]
         realised = logp[torch.arange(len(actual)), torch.from_numpy(actual)]

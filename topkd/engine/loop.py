@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
 from topkd.engine.alarms import alarms
+from topkd.engine.candidates import check_support, support_of
 from topkd.engine.config import EngineConfig
 from topkd.engine.data import PromptRow
 from topkd.engine.hooks import Hooks, Record
@@ -121,7 +122,13 @@ class _Run:
             max_staleness=config.max_staleness,
             draw=drawn,
             score=lambda asked, rollouts: score_rollouts(
-                asked, rollouts, teachers, config.k, truncated=config.rollout.truncated, context=hooks.context
+                asked,
+                rollouts,
+                teachers,
+                config.k,
+                truncated=config.rollout.truncated,
+                context=hooks.context,
+                support=support_of(config.objective),
             ),
             publish=self.publish,
             told=lambda event: self.write("event", event),
@@ -301,6 +308,7 @@ def _check(config: EngineConfig, rows: Sequence[PromptRow], teachers: Mapping[st
     if not isinstance(config.objective, SFT):
         for teacher_id in {row.teacher_id for row in rows}:
             teacher_for(teachers, teacher_id)
+    check_support(support_of(config.objective), teachers)
     longest = max(rows, key=lambda row: row.prompt_ids.size)
     if longest.prompt_ids.size > config.rollout.max_prompt_tokens:
         raise ConfigError(

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from topkd.engine.candidates import support_of
 from topkd.engine.config import EngineConfig
 from topkd.engine.data import PromptRow, step_indices
 from topkd.engine.mixing import data_rollouts, on_policy_prompts
@@ -42,11 +43,12 @@ async def draw(
         seed=derived_seed(config.seed, "rollout", step),
     )
     n, prompts = config.rollout.samples_per_prompt, [row.prompt_ids for row in chosen]
+    k = 0 if support_of(config.objective) == "teacher" else config.k  # the student's own lists are seldom needed
     if isinstance(sampler, BatchSampler):
-        drawn = await sampler.sample_batch(prompts, n, params)
+        drawn = await sampler.sample_batch(prompts, n, params, k=k)
     else:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(sampler.sample(prompt, n, params)) for prompt in prompts]
+            tasks = [group.create_task(sampler.sample(prompt, n, params, k=k)) for prompt in prompts]
         drawn = [task.result() for task in tasks]
     return [*(row for row in chosen for _ in range(n)), *data], [*(one for group_ in drawn for one in group_), *given]
 

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from topkd.engine.candidates import Support, supported
 from topkd.engine.data import PromptRow
 from topkd.engine.mixing import trained_mask
 from topkd.topk.errors import (
@@ -69,6 +70,7 @@ async def score_rollouts(
     *,
     truncated: Literal["keep", "mask"] = "keep",
     context: Context | None = None,
+    support: Support = "teacher",
 ) -> ScoredBatch:
     """Score every rollout (``rows[i]`` is the prompt of ``rollouts[i]``), concurrently, keeping their order.
 
@@ -80,6 +82,7 @@ async def score_rollouts(
         truncated: "mask" trains on no token of a completion that was cut at its token limit.
         context: Called in a thread with each row and its rollout: gives the row as the teacher is to see it, when that
             depends on what the student wrote.
+        support: Whose list the rows are on; the student's comes with its rollouts.
     """
 
     async def one(row: PromptRow, rollout: Rollout) -> PreparedSample | TopkdError:
@@ -90,7 +93,8 @@ async def score_rollouts(
         try:
             told = row if context is None else await asyncio.to_thread(context, row, rollout)
             trains = truncated == "keep" or rollout.finish_reason != "length"
-            return await _prepare(told, rollout, teacher_for(teachers, row.teacher_id), k, trains=trains)
+            teacher = teacher_for(teachers, row.teacher_id)
+            return await _prepare(told, rollout, teacher, k, support=support, trains=trains)
         except LOSABLE as error:
             return error
 
@@ -106,9 +110,11 @@ async def score_rollouts(
     return batch
 
 
-async def _prepare(row: PromptRow, rollout: Rollout, teacher: TeacherScorer, k: int, *, trains: bool) -> PreparedSample:
-    start = row.teacher_prompt_ids.size - 1
-    scores = await teacher.score(np.concatenate([row.teacher_prompt_ids, rollout.completion_ids]), start, k)
+async def _prepare(
+    row: PromptRow, rollout: Rollout, teacher: TeacherScorer, k: int, *, support: Support, trains: bool
+) -> PreparedSample:
+    start, ids = row.teacher_prompt_ids.size - 1, np.concatenate([row.teacher_prompt_ids, rollout.completion_ids])
+    scores = await supported(teacher, ids, await teacher.score(ids, start, k), rollout, support)
     core = SampleCore(
         np.concatenate([rollout.prompt_ids, rollout.completion_ids]),
         int(rollout.prompt_ids.size),
