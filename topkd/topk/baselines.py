@@ -49,8 +49,9 @@ def value_baseline(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float
 def topk_value_baseline(teacher: TopK, student: TopK, beta: float, *, floor: float = -20.0) -> Float64:
     """``value_baseline`` from two lists of different ids, over the bins of ``topk_gjs(missing="union_tail")``.
 
-    Natural log, <= 0; it does not depend on the sampled token, so subtracting it leaves the gradient's mean unchanged
-    whatever the floor does to its value.
+    Natural log, <= 0; to be subtracted from the advantage (vOPD, arXiv:2605.07865). Its value is approximate (the bins
+    hold shares in place of what neither list tells); it does not depend on the sampled token, so subtracting it leaves
+    the gradient's mean unchanged whatever that does to its value.
 
     Returns:
         float64 [R]; NaN = no signal.
@@ -71,7 +72,8 @@ def discounted_return(
     """The return of each token: A_t + sum_{j>t} gamma^(j-t) (-D_j).
 
     Past one's own step the *divergences* of the positions that follow are discounted, never their advantages (the
-    expectation of A is -D at beta = 1 only). Sign: larger is better. Exact; natural log throughout.
+    expectation of A is -D at beta = 1 only). Sign: larger is better. Exact; natural log throughout; derived in
+    docs/math.md.
 
     Args:
         advantage: [N] advantage of each token, or None for the state-only part alone.

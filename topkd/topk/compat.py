@@ -63,8 +63,9 @@ def extract_token_logprobs(
 ) -> list[float]:
     """The listed logprob of one token a position; ``floor_logprob`` where the list does not hold it, as in the source.
 
-    For reading old data only. A floored logprob is not a logprob: an importance ratio made of it is off by up to e^17,
-    an advantage by as many nats. Pass ``floor_logprob=None`` for NaN (mask it), or use ``TopK.actual_logp``.
+    For reading old data only; natural log, CLaaS's form. A floored logprob is not a logprob: an importance ratio made
+    of it is off by up to e^17, an advantage by as many nats. Pass ``floor_logprob=None`` for NaN (mask it), or use
+    ``TopK.actual_logp``.
     """
     _check_lists(topk=topk, token_ids=token_ids)
     if len(topk) != len(token_ids):

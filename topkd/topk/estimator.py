@@ -102,7 +102,8 @@ def topk_weights(
 def gated_rows(teacher: TopK, student_logp_at_ids: ArrayLike, *, beta: float = 0.5) -> Bool:
     """bool [R], True where ``topk_weights`` finds a tail empty to rounding (t_o or s_o below 1e-6) and gates it.
 
-    Report their share: on such rows the estimator is that of the listed ids alone.
+    t_o = 1 - sum_A t (the stored tail where it is known), s_o = 1 - sum_A s, from natural logs. Report their share: on
+    such rows the estimator is that of the listed ids alone.
     """
     check_scores(teacher=teacher)
     student = np.where(_members(teacher, check_beta(beta)), _student(teacher, student_logp_at_ids), -np.inf)

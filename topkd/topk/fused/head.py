@@ -25,7 +25,7 @@ def eager(function: F) -> F:
 def gather_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Logprobs at given ids and the logsumexp, from logits [..., V] and ids [..., K]: ([..., K], [...]).
 
-    log s(v) = z_v - logsumexp(z), natural log, float32 (float64 stays); -inf without a gradient at pads (-1).
+    log s(v) = z_v - logsumexp(z), natural log, exact, float32 (float64 stays); -inf without a gradient at pads (-1).
     """
     check_ids(ids, logits.shape[:-1], logits.shape[-1])
     if not logits.is_floating_point():
@@ -42,7 +42,8 @@ def topk_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Student logprobs at given ids and the logsumexp, from the last hidden states and the head.
 
-    log s(v) = z_v - logsumexp(z), z = hidden weight^T + bias, natural log. The vocabulary is walked in chunks with a
+    log s(v) = z_v - logsumexp(z), z = hidden weight^T + bias, natural log, exact up to rounding. The vocabulary is
+    walked in chunks with a
     running logsumexp; the backward pass computes each chunk again, so that dW is written once and no more than
     N x chunk logits exist. Use it for any loss; ``fused_row_loss`` is cheaper where it applies.
 
@@ -79,7 +80,8 @@ def fused_row_loss(
 
     Only one [chunk, V] buffer exists: logits, then exponentials, then dL/dz = sum_k c_k (1[v = id_k] - s_v) in place,
     with c_k = dL/dlog s_k from autograd on the [chunk, K] logprobs. The head is multiplied once forward and twice
-    backward, as in the plain computation.
+    backward, as in the plain computation. Natural logs; exact up to rounding. Where hidden and weight are in half
+    precision, sums are in float32, and dW's too beyond 16 chunks (another 4 bytes a weight).
 
     Args:
         hidden: [N, H], rows that count only.

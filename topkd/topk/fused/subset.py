@@ -17,7 +17,8 @@ from topkd.topk.fused.head import check_ids, eager, matched_head
 def subset_logits(hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """Logits at the ids only, [N, K] float32 (float64 stays), -inf at pads; cost N K H instead of N V H.
 
-    Enough for every loss that is renormalised on the ids: the normaliser over the vocabulary cancels.
+    z_k = hidden . weight[id_k] + bias, exact up to rounding; dW of half-precision weights is summed in float32. Enough
+    for every loss that is renormalised on the ids: the normaliser over the vocabulary cancels.
     """
     hidden, weight, bias = matched_head(hidden, weight, bias)
     check_ids(ids, hidden.shape[:-1], weight.shape[0])

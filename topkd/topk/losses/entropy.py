@@ -33,7 +33,10 @@ from topkd.topk.scalars import real, whole
 
 
 def teacher_entropy(teacher_logits: Tensor) -> Tensor:
-    """H_T = -sum_v t log t over the last axis in nats, float32 (float64 stays), detached; nan for a row of -inf."""
+    """H_T = -sum_v t log t over the last axis in nats, exact, float32 (float64 stays), detached; nan for a row of -inf.
+
+    The gate of entropy-aware distillation (arXiv:2603.07079); from a top-K list there are ``entropy_bounds`` only.
+    """
     check_logits(teacher_logits=teacher_logits)
     return entropy(log_softmax(upcast(teacher_logits.detach()), dead=math.nan))
 

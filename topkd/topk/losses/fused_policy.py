@@ -61,6 +61,10 @@ def fused_topk_policy_gradient_loss(
 ) -> FusedPolicyLoss:
     """``topk_policy_gradient_loss`` from the last hidden states and the head; the same gradient, 1/10 of the memory.
 
+    -mean over rows of sum_A sg[s (g - g_o)] log s + lam 1[y not in A] sg[r (g(y) - g_o)] log s(y): its gradient is
+    +grad of (1-lam) D_bucket + lam D in expectation (GKD's divergence, arXiv:2306.13649; the estimator is this
+    library's, docs/math.md).
+
     The logprobs at the K ids and at the teacher's realised token are gathered from row chunks; rows that are masked or
     without a signal are dropped before the head. Natural logs; to be minimised; nothing is approximate but rounding.
 

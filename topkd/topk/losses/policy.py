@@ -38,8 +38,8 @@ def importance_sampling_loss(
 
     With ``cap`` the weight is truncated and detached, L = -(1/N) sum_t sg[min(r_t, cap)] A_t logp_new_t (SDPO, TRL). A
     clamp inside the graph would have no gradient above the cap. With ``cap=None`` L = -(1/N) sum_t r_t A_t, the plain
-    form of Tinker's ``importance_sampling`` (which sums). Natural logs;
-    r = exp(clamp(logp_new - logp_behavior, -20, 20)).
+    form of Tinker's ``importance_sampling`` (which sums). Natural logs; A > 0 makes a token more likely;
+    r = exp(clamp(logp_new - logp_behavior, -20, 20)). Unbiased without a cap, biased by what the cap cuts off with one.
 
     Args:
         logp_new: Logprob of the sampled tokens under the model being trained, any shape.
@@ -78,6 +78,8 @@ def ppo_clip_loss(
 
     ``dual_clip`` c > 1 bounds the loss of tokens with A < 0 at -A c (arXiv:1912.09729). Tokens outside the trust region
     get no gradient: that is the method, and unlike truncated importance sampling it is part of the graph.
+    r = exp(clamp(logp_new - logp_behavior, -20, 20)), natural logs; A > 0 makes a token more likely; at r = 1 the
+    gradient is -A/N, further out it is biased by the clip.
 
     Args:
         logp_new: Logprob of the sampled tokens under the model being trained, any shape.
@@ -118,7 +120,8 @@ def icepop_loss(
     """IcePop: tokens whose ratio leaves [low, high] are dropped, the others weighted by it (arXiv:2510.18855).
 
     L = -(1/N) sum sg[r 1(low <= r <= high)] A logp_new. Dropped tokens still count in N, so that a mismatch between
-    trainer and sampler lowers the step instead of raising the weight of what is left.
+    trainer and sampler lowers the step instead of raising the weight of what is left. r = exp(logp_new -
+    logp_behavior), natural logs; A > 0 makes a token more likely; biased by what is dropped, by design.
 
     Args:
         logp_new: Logprob of the sampled tokens under the model being trained, any shape.

@@ -225,7 +225,8 @@ def topk_policy_gradient_loss(
     chosen without looking at y. lam < 1 trades the divergence for (1-lam) D_bucket + lam D and lowers the variance.
     Rows whose tail is below 1e-6 on a side have no tail term (counted). Nothing is floored or renormalised: lam = 0
     with a truncated tail is what most trainers ship, and diverges. Natural logs; to be minimised. The identity is this
-    library's; the divergence is GKD's (arXiv:2306.13649).
+    library's; the divergence is GKD's (arXiv:2306.13649). At beta = 0 a listed id with s = 0 has the weight t, the
+    limit of s (t/s - 1); the value leaves its infinite term out.
 
     Args:
         student_logp_at_ids: Exact log s at the teacher's ids, [N, K] or [B, T, K]; whatever stands at pads is unused.
