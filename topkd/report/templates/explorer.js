@@ -135,7 +135,7 @@ function list(name, entries, token, both) {
     const p = logp === null ? 0 : Math.exp(logp);
     return el('tr', { class: id === token.id ? 'drawn' : null },
       el('td', { class: 'num', text: String(rank + 1) }),
-      el('td', { class: 'piece' }, el('span', { 'aria-hidden': 'true', text: both.has(id) ? '● ' : '○ ' }), legible(explorer.body.texts[id] ?? `#${id}`)),
+      el('td', { class: 'piece', title: `id ${id}: ${legible(explorer.body.texts[id] ?? '')}` }, el('span', { 'aria-hidden': 'true', text: both.has(id) ? '● ' : '○ ' }), legible(explorer.body.texts[id] ?? `#${id}`)),
       el('td', { class: 'num', text: chance(logp) }),
       el('td', { class: 'bar-cell' }, svg('svg', { viewBox: '0 0 100 8', preserveAspectRatio: 'none', 'aria-hidden': 'true' }, svg('rect', { width: Math.max(1, 100 * p), height: 8 }))));
   });

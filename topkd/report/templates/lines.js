@@ -94,7 +94,7 @@ class LineChart {
     const high = Math.max(...xs);
     this.x = scale([low, high > low ? high : low + 1], [this.box.left, this.box.right]);
     this.y = scale(this.domain, [this.box.bottom, this.box.top], this.log);
-    this.xTicks = linearTicks(low, high, Math.max(1, Math.floor((this.box.right - this.box.left) / 78)));
+    this.xTicks = linearTicks(low, high, Math.max(1, Math.floor((this.box.right - this.box.left) / 64)));
   }
 
   axes() {
