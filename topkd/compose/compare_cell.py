@@ -161,7 +161,7 @@ def account(steps: list[dict[str, Any]], evals: list[dict[str, Any]], entries: C
         "tokens_per_step": sorted({record["tokens"] for record in steps}),
         "skipped": sum(bool(record["skipped"]) for record in steps),
         "lost": sum(sum(record["lost"].values()) for record in steps),
-        "clipped": mean("ratio_capped"),
+        "clipped": mean("clip_fraction"),
         "ess": mean("ess"),
         "grad_norm": mean("grad_norm"),
         "advantage_abs_mean": mean("advantage_abs_mean"),

@@ -1,0 +1,32 @@
+"""Alarms sound once, when something begins to go wrong, and never for a steady run."""
+
+from topkd.engine.alarms import alarms
+
+
+def run(**series):
+    return [dict(zip(series, values, strict=True)) for values in zip(*series.values(), strict=True)]
+
+
+def sounded(records):
+    return [(i, alarm["alarm"]) for i in range(len(records)) for alarm in alarms(records[: i + 1])]
+
+
+def test_a_steady_run_is_silent():
+    assert (
+        sounded(run(truncation_rate=[0.1, 0.2] * 10, length_mean=[30.0, 40.0] * 10, eos_probability=[0.03] * 20)) == []
+    )
+
+
+def test_completions_that_grow_until_they_are_cut_sound_once_each():
+    lengths = [30.0] * 10 + [90.0] * 10
+    cut = [0.0] * 10 + [1.0] * 10
+    assert sounded(run(length_mean=lengths, truncation_rate=cut)) == [(12, "truncation_rate"), (12, "length_mean")]
+
+
+def test_an_end_of_text_that_fades_sounds_and_sounds_again_after_it_came_back():
+    fading = [0.05] * 10 + [0.0001] * 5 + [0.05] * 6 + [0.0001] * 5
+    assert [name for _, name in sounded(run(eos_probability=fading))] == ["eos_probability"] * 2
+
+
+def test_what_is_not_in_the_records_is_not_judged():
+    assert sounded([{"truncation_rate": None}, {}] * 8) == []
