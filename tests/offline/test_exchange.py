@@ -57,7 +57,7 @@ def test_parquet_has_the_documented_columns_and_gives_everything_back(filled, tm
     assert row["topk_ids"][7] == scores.ids[7].tolist()
     assert np.float32(row["topk_logp"][2][-1]) == -np.inf
     with ScoreStore(tmp_path / "back", mode="a", codec="raw") as store:
-        assert import_parquet(tmp_path / "out", store).records == 5
+        assert import_parquet(tmp_path / "out", store).records == 6
         for ids, scores in data:
             found = store.get(TEACHER, ids, 5, 8)
             assert same(checked(found), scores)
@@ -104,8 +104,10 @@ def test_a_file_without_the_columns_is_refused(tmp_path):
     with ScoreStore(tmp_path / "back", mode="a") as store:
         with pytest.raises(DataError, match="lacks columns"):
             import_parquet(tmp_path / "x.parquet", store)
-        with pytest.raises(DataError, match="no Parquet scores"):
+        with pytest.raises(DataError, match="no such file or folder"):
             import_parquet(tmp_path / "none", store)
+        with pytest.raises(DataError, match="no Parquet scores"):
+            import_parquet(tmp_path / "back", store)
 
 
 def captured(seed: int, tokens: int = 60, k: int = 8):

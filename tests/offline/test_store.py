@@ -163,7 +163,7 @@ def test_scores_of_another_sequence_or_that_stop_short_are_refused(tmp_path):
 
 
 def test_a_reader_does_not_write_and_a_missing_cache_is_named(tmp_path):
-    with pytest.raises(CacheError, match="not a topkd cache") as error:
+    with pytest.raises(CacheError, match="no such file or folder") as error:
         ScoreStore(tmp_path / "none")
     assert str(tmp_path / "none") in str(error.value)
     ScoreStore(tmp_path, mode="a").close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,10 +13,11 @@ import numpy as np
 from topkd.offline.codecs import CODEC_NAMES
 from topkd.offline.keys import TeacherIdentity
 from topkd.offline.records import ROLLOUT, SCORE, Record
+from topkd.offline.rollout_tables import ROLLOUT_COLUMNS, flat, import_rollouts, listed, nested, owner, rollout_rows
 from topkd.offline.store import ScoreStore
 from topkd.offline.tables import identities
 from topkd.topk.errors import ConfigError, DataError, TopkdError
-from topkd.topk.types import PAD_ID, TopK
+from topkd.topk.types import TopK
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,7 +40,7 @@ class Exchange:
 
 
 def export_parquet(cache: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Exchange:
-    """Writes ``scores.parquet`` and, when there are any, ``rollouts.parquet`` (as lists of nested JSON) to a folder.
+    """Writes ``scores.parquet`` and, when there are any, ``rollouts.parquet`` to a folder.
 
     Values are float32 as the store returns them. Holes are empty lists, an unknown logprob is NaN, an exact zero -inf.
     """
@@ -50,7 +50,7 @@ def export_parquet(cache: str | os.PathLike[str], folder: str | os.PathLike[str]
     done = tokens = 0
     with ScoreStore(cache) as store:
         names = identities(store.path)
-        for kind, name, rows in ((SCORE, SCORES_FILE, _score_rows), (ROLLOUT, ROLLOUTS_FILE, _rollout_rows)):
+        for kind, name, rows in ((SCORE, SCORES_FILE, _score_rows), (ROLLOUT, ROLLOUTS_FILE, rollout_rows)):
             temporary, writer = target / f".{name}.tmp", None
             try:
                 for batch in _batched(store.records(kinds=(kind,))):
@@ -68,22 +68,31 @@ def export_parquet(cache: str | os.PathLike[str], folder: str | os.PathLike[str]
 
 
 def import_parquet(folder: str | os.PathLike[str], store: ScoreStore) -> Exchange:
-    """Brings the scores of ``export_parquet`` (a folder or one file) into a store; rows that do not fit are named.
-
-    Rollouts need their request's key and are merged between caches instead (``merge``).
-    """
-    pq = _parquet()
+    """Brings what ``export_parquet`` wrote, a folder or one file, into a store; rows that do not fit are named."""
     path = Path(folder)
-    file = path / SCORES_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise DataError("no such file or folder" if not path.exists() else "no Parquet scores there", where=str(file))
-    with pq.ParquetFile(file) as source:
-        missing = {"ids", "start", "topk_ids", "topk_logp"} - set(source.schema_arrow.names)
+    both = [path / SCORES_FILE, path / ROLLOUTS_FILE] if path.is_dir() else [path]
+    parts = [_import_file(file, store) for file in both if file.is_file()]
+    if not parts:
+        missing = "no Parquet scores there" if path.exists() else "no such file or folder"
+        raise DataError(missing, where=str(both[0]))
+    return Exchange(
+        sum(part.records for part in parts), sum(part.tokens for part in parts),
+        [reason for part in parts for reason in part.refused],
+    )  # fmt: skip
+
+
+def _import_file(file: Path, store: ScoreStore) -> Exchange:
+    with _parquet().ParquetFile(file) as source:
+        names = set(source.schema_arrow.names)
+        rollouts = "completion_ids" in names
+        missing = (ROLLOUT_COLUMNS if rollouts else {"ids", "start", "topk_ids", "topk_logp"}) - names
         if missing:
             raise DataError("Parquet file lacks columns", where=str(file), got=", ".join(source.schema_arrow.names),
                             expected=", ".join(sorted(missing)))  # fmt: skip
         rows = (row for batch in source.iter_batches(batch_size=_BATCH) for row in batch.to_pylist())
-        return import_rows(rows, store, where=str(file))
+        if not rollouts:
+            return import_rows(rows, store, where=str(file))
+        return Exchange(*import_rollouts(rows, store, where=str(file)))
 
 
 def to_dataset(cache: str | os.PathLike[str]) -> Any:
@@ -140,15 +149,8 @@ def import_rows(
 
 
 def _row_scores(row: dict[str, Any]) -> TopK:
-    lists, logps = row["topk_ids"], row["topk_logp"]
-    if len(lists) != len(logps) or any(len(a) != len(b) for a, b in zip(lists, logps, strict=True)):
-        raise DataError("topk_ids and topk_logp differ in shape")
-    width = max((len(entries) for entries in lists), default=0)
-    ids = np.full((len(lists), width), PAD_ID, np.int32)
-    logp = np.full((len(lists), width), -np.inf, np.float32)
-    for r, (tokens, values) in enumerate(zip(lists, logps, strict=True)):
-        ids[r, : len(tokens)], logp[r, : len(tokens)] = tokens, values
-    unknown = np.full(len(lists), np.nan, np.float32)
+    ids, logp = listed(row)
+    unknown = np.full(len(ids), np.nan, np.float32)
     actual_ids = row.get("actual_ids")
     if actual_ids is None:
         actual_ids = row["ids"][row["start"] + 1 :]
@@ -167,65 +169,21 @@ def _score_rows(batch: Sequence[Record], names: dict[int, TeacherIdentity]) -> p
     import pyarrow as pa
 
     decoded = [record.score() for record in batch]
-    lists, logps = [], []
-    for _, scores in decoded:
-        counts = np.concatenate([[0], np.cumsum(scores.listed.sum(axis=1))]).astype(np.int32)
-        inner = pa.ListArray.from_arrays(counts, scores.ids[scores.listed])
-        lists.append(inner)
-        logps.append(pa.ListArray.from_arrays(counts, scores.logp[scores.listed]))
+    lists = [scores for _, scores in decoded]
     return pa.table(
         {
-            "teacher": pa.array([_name(record, names) for record in batch], pa.string()),
-            "ids": _flat([ids for ids, _ in decoded], pa.int32()),
+            "teacher": pa.array([owner(record, names) for record in batch], pa.string()),
+            "ids": flat([ids for ids, _ in decoded], pa.int32()),
             "start": pa.array([scores.start for _, scores in decoded], pa.int32()),
             "k": pa.array([record.header.asked for record in batch], pa.int32()),
             "codec": pa.array([CODEC_NAMES[record.header.codec] for record in batch], pa.string()),
-            "actual_ids": _flat([scores.actual_ids for _, scores in decoded], pa.int32()),
-            "actual_logp": _flat([scores.actual_logp for _, scores in decoded], pa.float32()),
-            "tail_logp": _flat([scores.tail_logp for _, scores in decoded], pa.float32()),
-            "topk_ids": _nested(lists, pa.int32()),
-            "topk_logp": _nested(logps, pa.float32()),
+            "actual_ids": flat([scores.actual_ids for _, scores in decoded], pa.int32()),
+            "actual_logp": flat([scores.actual_logp for _, scores in decoded], pa.float32()),
+            "tail_logp": flat([scores.tail_logp for _, scores in decoded], pa.float32()),
+            "topk_ids": nested(lists, "ids"),
+            "topk_logp": nested(lists, "logp"),
         }
     )
-
-
-def _rollout_rows(batch: Sequence[Record], names: dict[int, TeacherIdentity]) -> pa.Table:
-    import pyarrow as pa
-
-    rows = [(record, rollout) for record in batch for rollout in record.rollouts()]
-    return pa.table(
-        {
-            "policy": pa.array([_name(record, names) for record, _ in rows], pa.string()),
-            "request": pa.array([record.header.key.hex() for record, _ in rows], pa.string()),
-            "prompt_ids": _flat([rollout.prompt_ids for _, rollout in rows], pa.int32()),
-            "completion_ids": _flat([rollout.completion_ids for _, rollout in rows], pa.int32()),
-            "logp": _flat([rollout.logp for _, rollout in rows], pa.float32()),
-            "finish_reason": pa.array([rollout.finish_reason for _, rollout in rows], pa.string()),
-            "version": pa.array([rollout.version for _, rollout in rows], pa.string()),
-            "sampling": pa.array([json.dumps(asdict(rollout.sampling)) for _, rollout in rows], pa.string()),
-        }
-    )
-
-
-def _name(record: Record, names: dict[int, TeacherIdentity]) -> str | None:
-    identity = names.get(record.header.tag)
-    return None if identity is None else identity.to_json()
-
-
-def _flat(arrays: Sequence[Any], kind: Any) -> Any:
-    import pyarrow as pa
-
-    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
-    values = np.concatenate(arrays) if arrays else np.zeros(0)
-    return pa.ListArray.from_arrays(offsets, pa.array(values, kind))
-
-
-def _nested(lists: Sequence[Any], kind: Any) -> Any:
-    import pyarrow as pa
-
-    offsets = np.concatenate([[0], np.cumsum([len(array) for array in lists])]).astype(np.int32)
-    values = pa.concat_arrays(lists) if lists else pa.array([], pa.list_(kind))
-    return pa.ListArray.from_arrays(offsets, values)
 
 
 def _batched(records: Iterable[Record]) -> Iterator[list[Record]]:

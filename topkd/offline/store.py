@@ -18,6 +18,7 @@ from topkd.offline.folder import open_folder
 from topkd.offline.index import Place, place_at
 from topkd.offline.keys import Teacher, TeacherIdentity, identity_of, rollout_key, score_key, token_array
 from topkd.offline.places import Places
+from topkd.offline.questions import check_request, check_scores
 from topkd.offline.records import ALIGN, ROLLOUT, SCORE, Header, Record, rollout_record, score_record
 from topkd.offline.segments import Segment, segment_paths
 from topkd.offline.upkeep import CacheStats, Verification, stats, verify
@@ -78,7 +79,7 @@ class ScoreStore:
     def get(self, teacher: Teacher, ids: Ids, start: int, k: int) -> TopK | None:
         """The stored rows, cut to ``start`` and ``k``; None when the store has none that wide."""
         array = token_array(ids)
-        _check_request(array.size, start, k)
+        check_request(array.size, start, k)
         record = self._read(score_key(identity_of(teacher), array), SCORE, start, k)
         return None if record is None else narrowed(record.score()[1], start, k)
 
@@ -92,7 +93,7 @@ class ScoreStore:
             asked: The K that was asked for, when the server gave fewer columns and would again.
         """
         identity, array = identity_of(teacher), token_array(ids)
-        _check_scores(array, scores)
+        check_scores(array, scores)
         key, k = score_key(identity, array), max(scores.k, asked or 0)
         with self._lock:
             if self._answers(key, SCORE, scores.start, k):
@@ -134,6 +135,11 @@ class ScoreStore:
             if not np.array_equal(rollout.prompt_ids, prompt):
                 raise AlignmentError("a rollout of another prompt", got=f"{rollout.prompt_ids[:8].tolist()}..")
         key = rollout_key(identity, prompt, params, version=version, occurrence=occurrence)
+        self.keep_rollouts(identity, key, rollouts, k=k)
+
+    def keep_rollouts(self, student: Teacher, key: bytes, rollouts: Sequence[Rollout], *, k: int = 0) -> None:
+        """As ``put_rollouts``, for a request whose key is known from another cache."""
+        identity = identity_of(student)
         with self._lock:
             if self._answers(key, ROLLOUT, len(rollouts), k):
                 return
@@ -325,26 +331,3 @@ class ScoreStore:
 
 def _reopen(path: str, mode: Mode, codec: CodecName, options: dict[str, int]) -> ScoreStore:
     return ScoreStore(path, mode=mode, codec=codec, **options)
-
-
-def _check_request(tokens: int, start: int, k: int) -> None:
-    if not 0 <= start < tokens:
-        raise ConfigError("score request: start out of range", got=start, expected=f"0..{tokens - 1}")
-    if k < 0:
-        raise ConfigError("score request: k is negative", got=k)
-
-
-def _check_scores(ids: np.ndarray[tuple[int, ...], np.dtype[np.int32]], scores: TopK) -> None:
-    expected = ids.size - 1 - scores.start
-    if scores.rows != expected:
-        raise AlignmentError("scores do not reach to the end of their sequence", got=scores.rows, expected=expected)
-    known = scores.actual_ids >= 0
-    wrong = known & (scores.actual_ids != ids[scores.start + 1 :])
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise AlignmentError(
-            "scores of another sequence",
-            where=f"row {row}",
-            got=f"token {scores.actual_ids[row]}",
-            expected=f"token {ids[scores.start + 1 + row]}",
-        )
