@@ -26,6 +26,7 @@ from topkd.topk.protocols import Sampler, TeacherScorer
 
 if TYPE_CHECKING:
     from topkd.engine.checkpoint import Stateful
+    from topkd.engine.view import TokenLoss
     from topkd.engine.learner import Learner
 
 
@@ -75,6 +76,7 @@ async def run(
     former: Former | None = None,
     command: str = "train",
     stops: Stops | None = None,
+    loss: TokenLoss | None = None,
 ) -> RunResult:
     """Run ``config`` from its beginning, or from the checkpoint of ``former``, to its end or to a stop.
 
@@ -99,17 +101,19 @@ async def run(
         former: What ``opened`` found in the folder.
         command: Which command can go on with the run.
         stops: Signals that end it in order.
+        loss: An objective of one's own, in place of the config's.
     """
     from topkd.engine.checkpoint import save_checkpoint, save_student
     from topkd.engine.learner import Learner as Made
     from topkd.engine.loop import distil
+    from topkd.engine.objectives import described
 
     former = former or Former()
     sampling = sampling or in_process(config, student, tokenizer)
     learner = Made(
         student,
         config.learner,
-        config.objective,
+        loss or config.objective,
         lock=sampling.lock,
         steps=config.steps,
         stop_ids=[*stop_ids(tokenizer), *config.rollout.stop_token_ids],
@@ -142,7 +146,7 @@ async def run(
         if reason:
             log.write("event", {"event": "stopped", "version": learner.version, "reason": reason})
         if learner.version:
-            state = {"version": learner.version, "objective": config.objective.model_dump(), "stopped": bool(reason)}
+            state = {"version": learner.version, **described(learner.objective), "stopped": bool(reason)}
             save_student(student, tokenizer, out / STUDENT, state)
             if reason:
                 progress.note(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from topkd.compose.traffic import Traffic
 from topkd.compose.watching import watching
 from topkd.topk.protocols import TeacherScorer
 
+if TYPE_CHECKING:
+    from topkd.engine.view import TokenLoss
+
 __all__ = ["RunResult", "run", "train"]
 
 
@@ -36,6 +39,7 @@ async def train(
     *,
     resume: bool = False,
     stops: Stops | None = None,
+    loss: TokenLoss | None = None,
 ) -> RunResult:
     """Run one config to its end; checkpoint, metrics and provenance lie in ``out`` afterwards.
 
@@ -48,6 +52,7 @@ async def train(
         progress: Told what goes on.
         resume: Go on with the run that ``out`` holds.
         stops: Signals that end the run in order, to be resumed.
+        loss: An objective of one's own, in place of the config's: the loss of each token, from a ``TokenView``.
     """
     progress = progress or Progress()
     async with contextlib.AsyncExitStack() as stack:
@@ -123,4 +128,5 @@ async def train(
             },
             former=former,
             stops=stops,
+            loss=loss,
         )

@@ -21,6 +21,7 @@ from topkd.engine.learner import Learner
 from topkd.engine.metrics import MetricsLog
 from topkd.engine.mixing import check_mixture, data_texts
 from topkd.engine.objective_config import SFT
+from topkd.engine.objectives import described
 from topkd.engine.position import Position
 from topkd.engine.rollouts import draw
 from topkd.engine.scoring import ScoredBatch, score_rollouts, teacher_for, teacher_metrics
@@ -175,8 +176,7 @@ class _Run:
         learnt, cancelled = await _whole(self.learner.step, batch.samples, data_texts(self.config, self.rows, step))
         record: Record = {
             "step": step + 1,
-            "divergence_mode": self.config.objective.kind,
-            "objective": self.config.objective.model_dump(),
+            **described(self.learner.objective),
             "version": step + 1,
             # Rollouts that a source gives are of another run's policy: no distance to this learner's is known.
             "staleness": _staleness(step, taken) if self.source is None else None,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from topkd.engine.batching import MicroBatch
 from topkd.engine.direct_objectives import direct_loss, eopd_loss_of
+from topkd.engine.frozen import Frozen
 from topkd.engine.learner_config import ImportanceSampling
 from topkd.engine.mixing import TextSample
 from topkd.engine.objective_config import (
@@ -65,6 +66,14 @@ def needs_list(objective: Objective | TokenLoss) -> bool:
             return False
         case _:
             return True
+
+
+def described(objective: Objective | TokenLoss) -> dict[str, object]:
+    """What the diary calls it: its kind and settings, or the name of a function of one's own."""
+    if isinstance(objective, Frozen):
+        return {"divergence_mode": objective.kind, "objective": objective.model_dump()}
+    name = getattr(objective, "__qualname__", type(objective).__name__)
+    return {"divergence_mode": f"custom: {name}", "objective": {"kind": "custom", "function": name}}
 
 
 def valid_tokens(sample: PreparedSample, objective: Objective | TokenLoss, vocab_size: int) -> Bool:
