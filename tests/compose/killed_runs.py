@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,8 @@ def _leg(config: RunConfig, folder: Path, *, resume: bool) -> int:
     try:
         asyncio.run(train(config, folder, Ear(), resume=resume))
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(status)

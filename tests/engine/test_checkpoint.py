@@ -1,6 +1,5 @@
 """Checkpoints are whole or not used, and a run that goes on from one is the uninterrupted run."""
 
-import asyncio
 import json
 import shutil
 
@@ -8,101 +7,23 @@ import numpy as np
 import pytest
 import torch
 
+from tests.engine.legs import leg, told
 from tests.engine.pieces import model_folder
 from topkd.engine.checkpoint import FOLDER, newest_checkpoint, restore, save_checkpoint
-from topkd.engine.config import CheckpointConfig, EngineConfig, RolloutConfig
-from topkd.engine.data import PromptRow
-from topkd.engine.hooks import Hooks
+from topkd.engine.config import EngineConfig
 from topkd.engine.learner import Learner
 from topkd.engine.learner_config import LearnerConfig
-from topkd.engine.local_teacher import LocalTeacher
-from topkd.engine.loop import distil
-from topkd.engine.metrics import MetricsLog, outcome, read_metrics
+from topkd.engine.metrics import read_metrics
 from topkd.engine.position import Position, Queued
-from topkd.engine.sampler import InProcessSampler
 from topkd.engine.snapshots import MANIFEST, fault_of, newest_snapshot, write_snapshot
 from topkd.engine.student import Student
 from topkd.topk.errors import ConfigError
-
-ROWS = [PromptRow([5 + i, 9], [5 + i, 9], "", f"row{i}") for i in range(12)]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     return model_folder(root / "student", seed=1), model_folder(root / "teacher", seed=2)
-
-
-class Copying(InProcessSampler):
-    """A sampler with weights of its own: publish(v) loads what capture(v) kept, as a server would."""
-
-    def __init__(self, student, folder):
-        super().__init__(Student.load(folder, "cpu"))
-        self.learners, self.kept = student, {}
-
-    def capture(self, version):
-        weights = self.learners.model.state_dict()
-        self.kept[version] = {name: value.clone() for name, value in weights.items()}
-
-    async def publish(self, version):
-        self.student.model.load_state_dict(self.kept.pop(version))
-        self.version = str(version)
-        return {"synced": version}
-
-
-async def leg(folders, out, *, steps=9, staleness=1, stop_at=None, own_weights=False, every=100, remembered=False):
-    """A run, or what is left of it: from the newest checkpoint of ``out`` to its end or to ``stop_at``."""
-    engine = EngineConfig(
-        steps=steps, seed=3, k=20, max_staleness=staleness, eval_every=4,
-        rollout=RolloutConfig(prompts_per_step=6, samples_per_prompt=1, max_completion_tokens=6),
-        learner=LearnerConfig(lr=3e-3, warmup_steps=4), checkpoint=CheckpointConfig(every=every),
-    )  # fmt: skip
-    student, teacher = (Student.load(str(folder), "cpu") for folder in folders)
-    sampler = Copying(student, str(folders[0])) if own_weights else InProcessSampler(student)
-    learner = Learner(student, engine.learner, engine.objective, lock=sampler.lock, steps=steps)
-    start, stop = Position(), asyncio.Event()
-    if (found := newest_checkpoint(out, pytest.fail)) is not None:
-        restore(found, learner)
-        start = found.position
-        (out / "metrics.jsonl").write_bytes((out / "metrics.jsonl").read_bytes()[: found.diary_bytes])
-
-    async def label(version):
-        sampler.version = str(version)
-
-    def heard(kind, record):
-        if kind == "step" and record["step"] == stop_at:
-            stop.set()
-
-    with MetricsLog(out / "metrics.jsonl") as log:
-
-        def kept(position):
-            save_checkpoint(
-                out, position, learner=learner, diary_bytes=log.kept(), keep=2, remembered=remembered, notes={"a": 1}
-            )
-
-        await distil(
-            engine,
-            rows=ROWS,
-            sampler=sampler,
-            teachers={"": LocalTeacher(teacher)},
-            learner=learner,
-            log=log,
-            hooks=Hooks(
-                evaluate=lambda: {"norm": float(sum(p.detach().norm() for p in student.model.parameters()))},
-                on_record=heard,
-                publish=sampler.publish if own_weights else label,
-                capture=sampler.capture if own_weights else None,
-                checkpoint=kept,
-            ),
-            start=start,
-            earlier=read_metrics(out / "metrics.jsonl", "step"),
-            stop=stop,
-        )
-    return learner
-
-
-def told(out):
-    return [outcome(record) for record in read_metrics(out / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize("own_weights", [False, True], ids=["shared weights", "own weights"])

@@ -103,6 +103,11 @@ def _parsed(text: str) -> Any:
 
 
 def saved(config: BaseModel, path: Path) -> None:
-    """Write the resolved config beside the run, as JSON; secrets are not in it (only names of variables are)."""
+    """Write the resolved config beside the run, as JSON; secrets are not in it (only names of variables are).
+
+    A process killed while it writes leaves the former file or none.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    staging = path.with_name(f".{path.name}.partial")
+    staging.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    staging.replace(path)
