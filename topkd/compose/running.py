@@ -26,8 +26,8 @@ from topkd.topk.protocols import Sampler, TeacherScorer
 
 if TYPE_CHECKING:
     from topkd.engine.checkpoint import Stateful
-    from topkd.engine.view import TokenLoss
     from topkd.engine.learner import Learner
+    from topkd.engine.view import TokenLoss
 
 
 @dataclass(frozen=True, slots=True)
