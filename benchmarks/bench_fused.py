@@ -180,9 +180,10 @@ def table(a: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        f"{'dtype':9} {'side':20} {'above inputs MB':>16} {'scratch MB':>11} {'s':>8} {'/naive MB':>10} {'/naive s':>9}"
-    ]
+    title = (
+        f"{'dtype':9} {'side':20} {'above inputs MB':>16} {'scratch MB':>11} {'s':>8} {'CPU s':>8} {'/naive MB':>10}"
+    )
+    lines = [f"{title} {'/naive CPU s':>13}"]
     for row in rows:
         base = next(r for r in rows if r["dtype"] == row["dtype"] and r["side"] == "naive dense")
         lines.append(
