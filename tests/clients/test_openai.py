@@ -236,6 +236,7 @@ async def test_draws_of_the_embedded_server_are_read_back_as_the_ids_it_drew(tmp
             lost = client.metrics["ambiguous_rollouts"]
     assert len(kept) + lost == 6
     for rollout in kept:
+        assert rollout.version == "default"
         rows = logp_rows(folder, [*prompt, *rollout.completion_ids.tolist()])[len(prompt) - 1 :]
         realised = rows[np.arange(rollout.completion_ids.size), rollout.completion_ids]
         np.testing.assert_allclose(rollout.logp, realised, atol=1e-4)

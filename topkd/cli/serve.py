@@ -20,10 +20,11 @@ def command(
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the API key.")] = None,
     max_logprobs: Annotated[int, typer.Option(min=-1, help="Largest K; -1 for the whole vocabulary.")] = 20,
     max_model_len: Annotated[int | None, typer.Option(min=2, help="Context; the model's own when left out.")] = None,
+    dialect: Annotated[str, typer.Option(help="Native routes beside the OpenAI ones: vllm or sglang.")] = "vllm",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
-    """Put a Hugging Face causal LM behind vLLM's dialects.
+    """Put a Hugging Face causal LM behind vLLM's dialects, or SGLang's.
 
     Example: topkd serve ./models/teacher --port 8011 --max-logprobs 64
     """
@@ -44,6 +45,7 @@ def command(
         "api_key": SecretStr(key) if key else None,
         "max_logprobs": max_logprobs,
         "max_model_len": max_model_len,
+        "dialect": dialect,
         "dtype": dtype,
         "device": device,
     }

@@ -236,7 +236,7 @@ class FireworksEcho(HttpClient):
         return topk
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
-        """n completions with exact logprobs (NaN under inexact sampling parameters)."""
+        """n completions with exact logprobs (NaN under inexact sampling parameters); their version is unknown ("")."""
         _limit(k, self.where())
         prompt = np.asarray(prompt_ids)
         if prompt.ndim != 1 or prompt.size < 1 or prompt.dtype.kind not in "iu" or n < 1:

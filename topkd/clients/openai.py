@@ -71,12 +71,16 @@ def chat_body(
             "repeat_penalty": params.repetition_penalty,
             "typical_p": 1.0,
             "stop_token_ids": list(params.stop_token_ids),
+            "return_weight_versions": True,
         }
     return body
 
 
 class OpenAIChat(HttpClient):
     """Sampler over ``/v1/chat/completions``.
+
+    ``Rollout.version`` is what the reply says (vLLM 0.33 on, ``topkd serve``), else "" for unknown: hosted services say
+    nothing about their weights.
 
     Args:
         base_url: ``http(s)://host:port``.

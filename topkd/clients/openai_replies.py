@@ -11,7 +11,7 @@ import numpy as np
 from topkd.clients.bytemap import ByteMap
 from topkd.clients.decode_json import typed
 from topkd.clients.listed import beside
-from topkd.clients.sampled import Asked
+from topkd.clients.sampled import Asked, Span, versions
 from topkd.topk.errors import AlignmentError, ResponseError
 from topkd.topk.samples import FinishReason, Rollout
 from topkd.topk.types import PAD_ID, Float64, Int32, TopK
@@ -45,6 +45,7 @@ class _Choice(msgspec.Struct):
     message: _Message | None = None
     logprobs: _Logprobs | None = None
     finish_reason: str | None = None
+    weight_versions: list[Span] | None = None
 
 
 class _Usage(msgspec.Struct):
@@ -181,6 +182,7 @@ def _rollout(choice: _Choice, content: list[_Position], ids: Int32, rows: list[_
         finish_reason=cast("FinishReason", choice.finish_reason),
         sampling=asked.params,
         topk=_topk(rows, ids, logp, asked) if asked.k else None,
+        version=versions(choice.weight_versions),
     )
 
 

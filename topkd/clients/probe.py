@@ -115,7 +115,8 @@ def _server(session: Session) -> None:
     session.know(version=info.version, max_model_len=info.max_model_len)
     others = len(info.models) - 1
     session.add("model", SERVER, "model", "info", info.model, f"and {others} more names" if others > 0 else "")
-    session.add("version", SERVER, "version", "info", info.version or "not stated")
+    short, _, build = info.version.partition("+")
+    session.add("version", SERVER, "version", "info", short or "not stated", f"build {build}" if build else "")
 
 
 async def _ask_vllm(session: Session) -> None:

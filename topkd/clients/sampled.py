@@ -187,10 +187,14 @@ def _value(value: float | None) -> float:
 def _version(choice: SampledChoice, reply: Sampled) -> str:
     """The version, "7+8" when the weights changed in mid-completion, "" when the server does not say."""
     if choice.weight_versions:
-        seen = dict.fromkeys(str(span.version) for span in choice.weight_versions if span.version is not None)
-        return "+".join(seen)
+        return versions(choice.weight_versions)
     version = choice.weight_version if choice.weight_version is not None else reply.weight_version
     return "" if version is None else str(version)
+
+
+def versions(spans: list[Span] | None) -> str:
+    """The versions of a completion's tokens in their order, joined by "+"; "" when none is named."""
+    return "+".join(dict.fromkeys(str(span.version) for span in spans or () if span.version is not None))
 
 
 def sent(params: SamplingParams, seed: int) -> SamplingParams:
