@@ -1,6 +1,7 @@
 """Every objective of a config is the loss it names: its gradient is that of the dense formula, written out here."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from topkd.topk.errors import ConfigError
 from topkd.topk.losses import KDLoss
 
 BIG = 1e9
+DIARY = Path(__file__).parents[2] / "docs" / "diary.md"
 ALL = [ScalarKL(), GJS(), TopKPolicyGradient(), ForwardKL(), ReverseKL(), DirectGJS(), KD(), TAID(), EntropyAware()]
 ALL += [EOPD()]
 
@@ -232,6 +234,8 @@ def test_the_advantage_clip_bounds_each_token(folder, teacher):
     _, free = gradients(folder, [sample], ScalarKL())
     _, bound = gradients(folder, [sample], ScalarKL(advantage_clip=0.01))
     assert free["advantage_abs_mean"] > 0.01
+    _, plain = gradients(folder, [sample], ScalarKL(), importance=ImportanceSampling(kind="none"))
+    assert plain["effective_coefficient"] == pytest.approx(1.0, rel=1e-5)
     assert bound["advantage_abs_mean"] == pytest.approx(0.01)
     assert bound["effective_coefficient"] < free["effective_coefficient"]
 
@@ -246,6 +250,8 @@ def test_micro_batches_change_no_objective(folder, teacher, objective):
     assert many["loss"] == pytest.approx(one["loss"], abs=1e-6)
     for name in ("effective_coefficient", "kl_k1", "ess", "entropy_lo"):
         assert many[name] == pytest.approx(one[name], rel=1e-4)
+    told = DIARY.read_text(encoding="utf-8")
+    assert [name for name in many if f"`{name}`" not in told] == []
     assert "grad_noise" in many
     assert "grad_noise" not in one
 
