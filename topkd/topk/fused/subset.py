@@ -63,11 +63,11 @@ def _weight_gradient(d_z: Tensor, hidden: Tensor, weight: Tensor, ids: Tensor, r
         _add_outer(d_weight, ids, d_z, hidden, rows)
         return d_weight
     listed, place = torch.unique(ids, return_inverse=True)
-    step = max(1, CHUNK_BYTES // (2 * d_z.element_size() * max(listed.shape[0], 1)))
+    step = max(1, CHUNK_BYTES // (4 * d_z.element_size() * max(listed.shape[0], 1)))
     for first in range(0, weight.shape[1], step):
         part = hidden[:, first : first + step].to(wide)
         total = part.new_zeros((listed.shape[0], part.shape[1]))
-        _add_outer(total, place, d_z, part, max(1, rows // 2))
+        _add_outer(total, place, d_z, part, max(1, rows // 4))
         d_weight[listed, first : first + step] = total.to(weight.dtype)
     return d_weight
 
