@@ -42,8 +42,8 @@ def topk_gjs(
       over U. Neither a bound nor monotone.
     * ``"renormalise"``: the common ids only, each side renormalised on them; NaN where no id is common.
 
-    The left-over mass is the stored ``tail_logp`` where it is known, else 1 - mass. Interior beta with ``union_tail``
-    runs in float32 with float64 sums (within 1e-6 of float64); everything else in float64.
+    The left-over mass is the stored ``tail_logp`` where it is known, else 1 - mass. ``union_tail`` with beta in .01 ..
+    .99 and a floor of -15 or less runs in float32 with float64 sums (within 1e-6 of float64); all else in float64.
 
     Args:
         teacher: R rows.
