@@ -132,6 +132,12 @@ def test_what_a_careful_reader_would_ask_is_warned_about(tmp_path: Path) -> None
         assert expected in text
 
 
+def test_one_look_is_no_change(tmp_path: Path) -> None:
+    said = page_of(write_run(tmp_path / "run", done=5)).verdict
+    assert said.headline == "KL(student ‖ teacher) is 2 nats a token at the first look"
+    assert "5 of 60 steps, running" in said.detail
+
+
 def test_before_the_first_step_the_page_waits(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     assert build(gather([tmp_path / "run"], waiting=True)).verdict.tone == "waiting"

@@ -27,6 +27,7 @@ class Outcome:
         first: Metric -> value at the first evaluation (or over the first steps, for the estimate).
         last: Metric -> value at the last one.
         area: Mean of the main metric over the tokens of the run (area under its curve over its width).
+        looks: How many values of the main metric there are.
         totals: Tokens, requests and seconds.
     """
 
@@ -34,6 +35,7 @@ class Outcome:
     first: dict[str, float]
     last: dict[str, float]
     area: float
+    looks: int
     totals: dict[str, float | None]
 
 
@@ -80,7 +82,7 @@ def outcome(run: Run, metric: Metric) -> Outcome:
     else:
         y = column(evals.records, metric.key)
         x = evals.axes.get("tokens", evals.axes["step"])
-    return Outcome(run, first, last, _area(x, y), totals(run))
+    return Outcome(run, first, last, _area(x, y), int(np.isfinite(y).sum()), totals(run))
 
 
 def _area(x: Any, y: Any) -> float:

@@ -65,8 +65,14 @@ def verdict(collection: Collection, groups: Sequence[Group]) -> tuple[Verdict, l
 def _one_run(one: Outcome, metric: Metric) -> Verdict:
     first, last = one.first.get(metric.key, math.nan), one.last.get(metric.key, math.nan)
     steps = last_step(one.run.steps)
-    way = "fell" if last < first else "rose" if last > first else "stayed"
+    way = "fell" if last < first else "rose" if last > first else "did not move"
     where = "On held-out prefixes, exact over the whole vocabulary" if metric.exact else "On its own rollouts"
+    if one.looks < 2:
+        return Verdict(
+            f"{metric.name} is {number(last)} nats a token at the first look",
+            f"{where}; {steps:,} of {one.run.planned or steps:,} steps, {one.run.state}.",
+            facts=_facts(one),
+        )
     return Verdict(
         f"{metric.name} {way} from {number(first)} to {number(last)} nats a token ({change(first, last)})",
         f"{where}; {steps:,} of {one.run.planned or steps:,} steps, {one.run.state}.",
