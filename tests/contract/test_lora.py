@@ -55,9 +55,10 @@ def test_an_adapter_is_a_model_of_its_own_and_leaves_the_base_alone(server: Endp
 
 
 def test_two_versions_are_served_side_by_side(server: Endpoint, models: Models, load: Callable):
-    load("step-1", models.adapter)
-    load("step-2", models.updated_adapter)
-    for name, folder in (("step-1", models.adapter), ("step-2", models.updated_adapter), ("step-1", models.adapter)):
+    first, second = "step-1", "org/Policy-0.5B@2"  # names as they come: module names hold no dot
+    load(first, models.adapter)
+    load(second, models.updated_adapter)
+    for name, folder in ((first, models.adapter), (second, models.updated_adapter), (first, models.adapter)):
         assert _error(server, name, folder) < TOLERANCE
 
 

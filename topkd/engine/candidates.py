@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from topkd.engine.objective_config import Objective, TopKPolicyGradient
-from topkd.topk.errors import ConfigError, ResponseError
+from topkd.topk.errors import ConfigError
 from topkd.topk.protocols import CandidateScorer, Ids, TeacherScorer
 from topkd.topk.samples import Rollout
 from topkd.topk.types import PAD_ID, Float32, Int32, TopK
@@ -39,7 +39,11 @@ async def supported(teacher: TeacherScorer, ids: Ids, scores: TopK, rollout: Rol
     if support == "teacher":
         return scores
     if rollout.topk is None:
-        raise ResponseError("the sampler gave no lists", expected=f"its top-K, for objective.support = {support!r}")
+        raise ConfigError(
+            "a completion has no list of the student's, on which the teacher could be asked",
+            expected=f"the sampler's top-K, for objective.support = {support!r}",
+            hint="completions from the data have none: use on_policy_fraction = 1",
+        )
     if not isinstance(teacher, CandidateScorer):
         raise ConfigError("the teacher scores no chosen ids", got=type(teacher).__name__)
     wanted = rollout.topk.ids

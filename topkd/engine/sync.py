@@ -125,6 +125,7 @@ class SyncedSampler:
         found: dict[str, Any] = {}
         if version in self._captured:
             path, rows = self._captured.pop(version)
+            self._pushed.append(path)
             update = WeightUpdate(self.destination.kind, str(path), f"{version}-{self._tag}")
             async with self._alone():
                 confirmed = await self.destination.sink.push(update)
@@ -137,7 +138,6 @@ class SyncedSampler:
                 params = SamplingParams(max_tokens=1, seed=derived_seed(0, "probe", version))
                 found = await self.probe.compare(self._sampler, rows, params, self.destination.where)
             found |= {"sync_bytes": sum(file.stat().st_size for file in path.iterdir())}
-            self._pushed.append(path)
             await asyncio.to_thread(self._drop_all_but, self.destination.keep)
         lost, self.lost = dict(self.lost), Counter()
         return found | {

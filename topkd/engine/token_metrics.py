@@ -127,7 +127,8 @@ def sample_facts(samples: Sequence[PreparedSample], vocab_size: int) -> SampleFa
             lows.append(low)
             highs.append(high)
             if isinstance(sample.behavior, TopKBehavior):
-                shares.append(_overlap(sample.teacher.ids, sample.behavior.topk.ids))
+                own = sample.behavior.topk.ids  # of a union the teacher's own K are the most probable ones
+                shares.append(_overlap(sample.teacher.ids[:, : own.shape[1]], own))
         missing += int((unknown & sample.core.mask).sum())
         wanted += int(sample.core.mask.sum())
     return SampleFacts(

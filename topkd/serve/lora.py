@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +23,47 @@ def load(model: Any, name: str, path: str) -> None:
         ConfigError: The model's tensors are not the folder's afterwards, or another adapter's have changed.
     """
     others = {key: value.clone() for key, value in _tensors(model).items()}
-    with warnings.catch_warnings():  # several adapters side by side are what a server is for
+    with _quietly(), warnings.catch_warnings():  # several adapters side by side are what a server is for
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        model.load_adapter(path, adapter_name=name)
+        model.load_adapter(path, adapter_name=_key(name))
     model.eval()
-    _verify(model, name, path, others)
+    _verify(model, _key(name), path, others)
 
 
 def unload(model: Any, name: str) -> None:
     """Forget an adapter, if it is there."""
-    if name in getattr(model, "peft_config", {}):
-        model.delete_adapter(name)
+    if _key(name) in getattr(model, "peft_config", {}):
+        model.delete_adapter(_key(name))
 
 
 def switch(model: Any, name: str | None) -> None:
     """Make a loaded adapter active, or none."""
     if name is not None:
         model.enable_adapters()
-        model.set_adapter(name)
+        model.set_adapter(_key(name))
     elif getattr(model, "peft_config", {}):
         model.disable_adapters()
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """No bars, and no report of every *other* adapter's factors as missing from the folder; ``_verify`` does that."""
+    from transformers.utils import logging
+
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _key(name: str) -> str:
+    """The served name as peft takes it: module names hold no dot, and "Qwen2.5@7" is a fine name for an adapter."""
+    return "adapter_" + name.encode().hex()
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:
