@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 
 from tests.clients import test_fireworks as fireworks
 from tests.clients import test_sglang as sglang
+from tests.clients.probing import served
 from tests.clients.toy import VOCAB, Toy, Wire
 from tests.clients.vllm_toy import VllmToy
 from topkd.clients import ClientConfig, Fleet, Sglang, VllmCompletions, VllmGenerate, connect
@@ -128,38 +127,13 @@ async def test_zeros_on_both_sides_agree_and_hide_no_other_difference():
             await fleet.agreement(IDS, 0, 0)
 
 
-@contextlib.asynccontextmanager
-async def loopback(toy: VllmToy) -> AsyncIterator[str]:
-    """``toy`` behind a real socket, for what builds its own transport."""
-
-    async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-                method, path, _ = head[0].split(" ")
-                lengths = [int(line.split(":")[1]) for line in head if line.lower().startswith("content-length")]
-                raw = await reader.readexactly(lengths[0]) if lengths else b""
-                status, value = toy(method, path, json.loads(raw) if raw else None)
-                out = value if isinstance(value, bytes) else json.dumps(value).encode()
-                writer.write(b"HTTP/1.1 %d X\r\ncontent-length: %d\r\n\r\n" % (status, len(out)) + out)
-                await writer.drain()
-        writer.close()
-
-    server = await asyncio.start_server(connection, "127.0.0.1", 0)
-    try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-        server.close()
-
-
 async def test_connect_to_several_urls_is_a_fleet_that_was_seen_to_agree():
-    async with loopback(VllmToy(generate=False)) as a, loopback(VllmToy()) as b:
+    with served(VllmToy(generate=False)) as a, served(VllmToy()) as b:
         async with await connect([a, b], dialect="auto") as fleet:
             assert isinstance(fleet, Fleet)
             assert [type(replica.client) for replica in fleet.replicas] == [VllmCompletions, VllmGenerate]
             assert (await fleet.score(IDS, 4, 3)).rows == len(IDS) - 5
-        async with loopback(VllmToy(toy=Toy(seed=99))) as other:
-            with pytest.raises(ResponseError, match="replicas disagree"):
-                await connect([a, other])
+        with served(VllmToy(toy=Toy(seed=99))) as other, pytest.raises(ResponseError, match="replicas disagree"):
+            await connect([a, other])
     with pytest.raises(ConfigError, match="distinct"):
         await connect([])

@@ -2,71 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import http.server
-import json
 import os
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.clients.probing import probed, served
 from tests.clients.vllm_toy import VllmToy
-from topkd.clients.bytemap import ByteMap, load_bytemap
+from topkd.clients import probe_load
+from topkd.clients.bytemap import ByteMap
 from topkd.clients.config import ClientConfig
 from topkd.clients.probe import CONFIG, probe
-from topkd.clients.probe_alignment import alignment
 from topkd.clients.probe_dialect import open_client
 from topkd.clients.probe_findings import ProbeReport
-from topkd.clients.probe_openai import echo_alignment
 from topkd.topk.errors import AuthError, ConfigError, ModelNotFoundError, ServerUnreachableError
-from topkd.topk.types import TopK
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "llama-cpp"
-
-
-@contextmanager
-def served(handler: Any) -> Iterator[str]:
-    """``handler`` behind real HTTP on loopback."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        wbufsize = -1  # one packet a reply: the kernel delays the second of two small ones by 40 ms
-
-        def answer(self) -> None:
-            raw = self.rfile.read(int(self.headers.get("content-length") or 0))
-            status, value = handler(self.command, self.path, json.loads(raw) if raw else None)
-            body = value if isinstance(value, bytes) else json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-            self.wfile.flush()
-
-        do_GET = do_POST = answer
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-async def probed(handler: Any, **options: Any) -> ProbeReport:
-    with served(handler) as url:
-        return await probe(url, **options)
 
 
 async def test_an_honest_server_can_teach_and_every_capability_is_what_it_has():
@@ -181,7 +133,8 @@ async def _against(student: ByteMap) -> ProbeReport:
     return await probed(handler, student=student)
 
 
-async def test_load_finds_the_concurrency_from_which_more_is_no_help():
+async def test_load_finds_the_concurrency_from_which_more_is_no_help(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(probe_load, "_ENOUGH_S", 0.1)
     lock = threading.Semaphore(2)
     toy = VllmToy(generate=False)
 
@@ -200,11 +153,6 @@ async def test_load_finds_the_concurrency_from_which_more_is_no_help():
     assert [level.concurrency for level in report.load.levels][:2] == [1, 2]
     assert report.load.steps_per_hour == pytest.approx(3600 * report.load.tokens_per_s / 640)
     assert all(level.failed == 0 for level in report.load.levels)
-
-
-@pytest.fixture(autouse=True)
-def _no_reports_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 async def test_a_kept_report_is_used_while_the_server_says_the_same_and_never_unasked():
@@ -290,205 +238,3 @@ async def test_auto_opens_the_dialect_that_is_served():
     with served(plain) as url:
         async with await open_client(url) as client:
             assert client.dialect == "openai"
-
-
-def _choice(name: str) -> dict[str, Any]:
-    return dict(json.loads((GOLDEN / f"{name}.json").read_text())["response"]["body"]["choices"][0])
-
-
-def _drawn(content: list[dict[str, Any]]) -> dict[str, Any]:
-    """llama.cpp's chat-style draw in the legacy form of the echo."""
-    return {
-        "logprobs": {
-            "tokens": [position["token"] for position in content],
-            "token_logprobs": [position["logprob"] for position in content],
-            "top_logprobs": None,
-        }
-    }
-
-
-def test_the_off_by_one_of_a_recorded_llama_cpp_python_echo_is_caught():
-    """Its echo puts the distribution *after* a token into that token's row. The draw is the same model's own."""
-    drawn = _drawn([{"token": "tri", "logprob": -1.5375}])  # ll_b1: the most probable token, drawn at temperature 0
-    test = echo_alignment(drawn, _choice("lcp_b1b_echo_mt0"))
-    assert test is not None
-    assert (test.aligned, test.shift) == (False, 1)
-    assert test.worst > 15
-
-
-async def test_a_server_with_that_echo_is_refused_with_the_reason():
-    echoed = _choice("lcp_b1b_echo_mt0")
-    text = "".join(echoed["logprobs"]["tokens"][:17])
-
-    def handler(method: str, path: str, body: Any) -> tuple[int, Any]:
-        if path == "/v1/models":
-            return 200, {"data": [{"id": "teacher"}]}
-        if path != "/v1/completions":
-            return 404, {"detail": "Not Found"}
-        if not isinstance(body["prompt"], str):
-            return 500, {"error": {"message": "18 validation errors: Input should be a valid string"}}
-        assert body["prompt"].startswith(text)
-        logprobs = {"tokens": ["tri"], "token_logprobs": [-1.5375], "top_logprobs": [{"tri": -1.5375}]}
-        return 200, {"choices": [echoed if body.get("echo") else {"text": "tri", "logprobs": logprobs}]}
-
-    report = await probed(handler, config=ClientConfig(max_retries=0))
-    assert not report.can_teach
-    assert report["echo"].status == "fail"
-    assert "off by one" in report["echo"].detail
-
-
-def test_an_honest_echo_passes_and_none_is_none():
-    names = ["a", "b", "c", "d"]
-    lists = [None, {"b": -0.5, "x": -1.0}, {"c": -0.7, "y": -0.8}, {"d": -0.2, "z": -3.0}]
-    honest = {"logprobs": {"tokens": names, "token_logprobs": [None, -0.5, -0.7, -0.2], "top_logprobs": lists}}
-    drawn = _drawn([{"token": "c", "logprob": -0.7}, {"token": "d", "logprob": -0.2}])
-    test = echo_alignment(drawn, honest)
-    assert test is not None
-    assert test.aligned
-    assert echo_alignment(_drawn([]), honest) is None
-    assert echo_alignment({"logprobs": None}, honest) is None
-    assert echo_alignment(drawn, {"logprobs": {"tokens": ["c", "d"], "token_logprobs": [-0.7, -0.2]}}) is None
-
-
-def test_alignment_tells_a_shift_from_noise_and_from_nothing():
-    rng = np.random.default_rng(0)
-    rows = rng.normal(size=(12, 30))
-    rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
-    tokens = rng.integers(0, 30, 12).astype(np.int32)
-    drawn = rows[np.arange(12), tokens].astype(np.float32)
-
-    def scores(table: np.ndarray) -> TopK:
-        lists = [list(enumerate(row)) for row in table]
-        return TopK.from_lists(lists, actual_ids=tokens, actual_logp=table[np.arange(12), tokens].astype(np.float32))
-
-    assert alignment(scores(rows), tokens, drawn).aligned
-    assert alignment(scores(rows - 0.02), tokens, drawn).worst == pytest.approx(0.02, abs=1e-6)
-    assert alignment(scores(np.roll(rows, -1, axis=0)), tokens, drawn).shift == 1
-    assert alignment(scores(np.roll(rows, 1, axis=0)), tokens, drawn).shift == -1
-    assert alignment(scores(rows[rng.permutation(12)]), tokens, drawn).shift is None
-    assert alignment(scores(rows), tokens[:0], drawn[:0]).shift is None
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.fakes.tinymodels import make_tiny_model
-
-    folder = tmp_path_factory.mktemp("probe") / "model"
-    make_tiny_model(folder, seed=1, std=0.25)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def embedded(model: Path) -> Iterator[str]:
-    from topkd.serve import ServeConfig, ServerProcess
-
-    with ServerProcess(ServeConfig(model=str(model), served_model_name="t", port=0, max_model_len=512)) as up:
-        yield up.url
-
-
-async def test_the_embedded_server_can_teach_its_own_student(embedded: str, model: Path):
-    report = await probe(embedded, student=load_bytemap(model))
-    assert report.verdict.startswith("can teach: K <= 20; scores candidates (rows)")
-    assert not [finding for finding in report.findings if finding.status == "fail"]
-    has = report.capabilities
-    assert (has.score_k, has.vocab_size, has.max_model_len, has.candidates) == (20, 2048, 512, "rows")
-    assert {"lora", "reload", "pause"} <= set(has.sync)
-
-
-def _command(*arguments: str, columns: int = 80) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"COLUMNS": str(columns), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    return subprocess.run(
-        [sys.executable, "-m", "topkd", "probe", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-        check=False,
-    )
-
-
-async def test_the_command_prints_a_table_of_80_columns_and_the_verdict_last(embedded: str, model: Path):
-    done = await asyncio.to_thread(_command, embedded, "--student", str(model))
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.rstrip().splitlines()
-    assert lines[-1].startswith("can teach: K <= 20")
-    assert max(len(line) for line in lines[:-1]) <= 80
-    assert any("alignment self-test" in line for line in lines)
-
-
-async def test_the_command_says_the_same_as_json_and_exits_with_the_verdict():
-    with served(VllmToy()) as url:
-        done = await asyncio.to_thread(_command, url, "--json")
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["can_teach"] is True
-    assert told["capabilities"]["score_k"] == 20
-    assert {finding["key"] for finding in told["findings"]} >= {"k_max", "alignment", "candidates", "sync"}
-    with served(VllmToy(shift=1)) as url:
-        done = await asyncio.to_thread(_command, url)
-    assert done.returncode == 1
-    assert done.stdout.rstrip().splitlines()[-1].startswith("cannot teach: its rows are off by one")
-
-
-@pytest.mark.parametrize("arguments", [("nonsense",), ("http://127.0.0.1:9", "--student", "/nowhere/at/all")])
-def test_a_question_that_cannot_be_right_is_one_line_and_exit_code_2(arguments: tuple[str, ...]):
-    done = _command(*arguments)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("topkd: error:")
-
-
-@pytest.mark.vllm
-@pytest.mark.slow
-async def test_a_real_vllm_can_teach_and_both_dialects_say_the_same(model: Path, tmp_path: Path):
-    from tests.contract.conftest import need_vllm
-    from tests.contract.servers import vllm_server
-    from topkd.clients.vllm import VllmCompletions
-    from topkd.clients.vllm_generate import VllmGenerate
-    from topkd.topk.samples import SamplingParams
-
-    need_vllm()
-    options = {"model": "t", "log": tmp_path / "vllm.log", "max_logprobs": 32, "max_model_len": 512}
-    with vllm_server(model, **options, lora=True) as up:
-        report = await probe(up.url, student=load_bytemap(model))
-        assert report.verdict.startswith("can teach: K <= 32"), report.verdict
-        has = report.capabilities
-        assert (report.dialect, has.vocab_size, has.max_model_len) == ("vllm_generate", 2048, 512)
-        assert (has.sample_temp, has.score_temp, has.version) == ("raw", "none", "0.32.0")
-        assert {"lora", "reload", "pause"} <= set(has.sync)
-        assert report["tokenizer"].status in {"ok", "warn"}, "the ids are the student's own"
-        assert report["speculative"].status == "ok"
-        ids = np.random.default_rng(4).integers(8, 2048, 60)
-        async with VllmCompletions(up.url) as one, VllmGenerate(up.url) as other:
-            for start, k in ((0, 20), (33, 32)):
-                assert await one.score(ids, start, k) == await other.score(ids, start, k)
-            params = SamplingParams(12, seed=5)
-            [left], [right] = await one.sample(ids, 1, params, k=7), await other.sample(ids, 1, params, k=7)
-        np.testing.assert_array_equal(left.completion_ids, right.completion_ids)
-        np.testing.assert_allclose(left.logp, right.logp, atol=2e-5)
-        np.testing.assert_array_equal(left.topk.ids, right.topk.ids)
-        assert left.topk.k == right.topk.k == 7
-
-
-@pytest.mark.vllm
-@pytest.mark.slow
-async def test_a_real_llama_cpp_cannot_teach_and_the_verdict_says_why(model: Path, tmp_path: Path):
-    from tests.contract.servers import LLAMA_PYTHON, ROOT, free_port, running
-
-    if not LLAMA_PYTHON.exists():
-        pytest.fail(f"no llama.cpp at {LLAMA_PYTHON}: run `bash scripts/setup_llama.sh`", pytrace=False)
-    gguf, port = tmp_path / "model.gguf", free_port()
-    environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    contract = ROOT / "tests" / "contract"
-    convert = [str(LLAMA_PYTHON), str(contract / "gguf_model.py"), str(model), str(gguf)]
-    await asyncio.to_thread(subprocess.run, convert, check=True, env=environment, capture_output=True, timeout=60)
-    command = [str(LLAMA_PYTHON), str(contract / "llama_serve.py"), str(gguf), str(port)]
-    url = f"http://127.0.0.1:{port}"
-    with running(command, env=environment, log=tmp_path / "llama.log", ready=f"{url}/health", timeout_s=60):
-        report = await probe(url, student=load_bytemap(model))
-        done = await asyncio.to_thread(_command, url)
-    assert report.dialect == "openai"
-    assert report.verdict.startswith("cannot teach: it answers 200 to prompt_logprobs but leaves the scores out")
-    assert (report.capabilities.score_k, report.capabilities.sample_k) == (None, 20)
-    assert done.returncode == 1
-    assert done.stdout.rstrip().splitlines()[-1] == report.verdict
