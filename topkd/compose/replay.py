@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from topkd.compose.config import RunConfig
+from topkd.compose.feedback import feedback_context
 from topkd.compose.folders import claimed
 from topkd.compose.off_policy import check_off_policy, off_policy
-from topkd.compose.pieces import load_pieces
+from topkd.compose.pieces import load_pieces, load_prompts
 from topkd.compose.progress import Progress
 from topkd.compose.recorded import RecordedSampler, chosen_policy, identities_with
 from topkd.compose.resume import opened
@@ -15,6 +16,7 @@ from topkd.compose.running import RunResult, run
 from topkd.compose.shuffled import ShuffledRollouts
 from topkd.compose.stops import Stops
 from topkd.compose.tables import TeacherConfig
+from topkd.compose.watching import watching
 from topkd.offline import ReplayScorer, ScoreStore, TeacherIdentity
 from topkd.offline.records import SCORE
 from topkd.topk.errors import CacheMissError, ConfigError
@@ -51,7 +53,7 @@ async def replay(
         config = config.model_copy(update={"max_lost_fraction": 0.0})
     with ScoreStore(path) as store, claimed(out, resume=resume):
         teachers = {
-            name: ReplayScorer(store, _recorded_teacher(path, name, teacher))
+            name: ReplayScorer(store, _recorded_teacher(path, name, teacher, config))
             for name, teacher in config.teacher_map().items()
         }
         policy = chosen_policy(path, config.replay.policy)
@@ -65,39 +67,57 @@ async def replay(
         former = opened(out, config, progress, command="replay", resume=resume)
         if former.finished:
             return RunResult.of_finished(out, former)
-        pieces = load_pieces(config, progress)
+        prompts = load_prompts(config, progress)
+        pieces = load_pieces(config, progress, prompts)
         sampler = RecordedSampler(None, store, policy)
         source = None
         if config.replay.order == "shuffled":
             source = ShuffledRollouts(store, policy, pieces.rows, teachers=teachers, config=config, progress=progress)
-        return await run(
-            config,
-            student=pieces.student,
-            tokenizer=pieces.tokenizer,
-            rows=pieces.rows,
-            teachers=teachers,
-            out=out,
-            progress=progress,
-            wrap=lambda _: sampler,
-            source=source,
-            former=former,
-            command="replay",
-            stops=stops,
-            account=lambda: {
-                "event": "replayed",
-                "cache": str(path),
-                "policy": policy.revision,
-                "scores": {name: teacher.metrics.as_dict() for name, teacher in teachers.items()},
-            },
-        )
+        async with watching(
+            _without_ceiling(config), student=pieces.student, prompts=prompts, models={}, teachers={}, out=out,
+            progress=progress, former=former,
+        ) as watch:  # fmt: skip
+            return await run(
+                watch.config,
+                student=pieces.student,
+                tokenizer=pieces.tokenizer,
+                rows=pieces.rows,
+                teachers=teachers,
+                out=out,
+                progress=progress,
+                evaluate=watch.evaluate,
+                on_record=watch.heard,
+                context=feedback_context(config, prompts),
+                wrap=lambda _: sampler,
+                source=source,
+                former=former,
+                command="replay",
+                stops=stops,
+                account=lambda: {
+                    "event": "replayed",
+                    "cache": str(path),
+                    "policy": policy.revision,
+                    "scores": {name: teacher.metrics.as_dict() for name, teacher in teachers.items()},
+                },
+            )
 
 
-def _recorded_teacher(path: Path, name: str, teacher: TeacherConfig) -> TeacherIdentity:
+def _without_ceiling(config: RunConfig) -> RunConfig:
+    """There is no teacher here that could answer for itself."""
+    if config.eval is None or not config.eval.ceiling:
+        return config
+    return config.model_copy(update={"eval": config.eval.model_copy(update={"ceiling": False})})
+
+
+def _recorded_teacher(path: Path, name: str, teacher: TeacherConfig, config: RunConfig) -> TeacherIdentity:
     """Whose scores to read: the config's teacher, or the only one of that revision in the cache."""
-    if teacher.model is not None:
-        return TeacherIdentity(teacher.model, revision=teacher.revision)
     found = identities_with(path, SCORE)
     fitting = [one for one in found if one == TeacherIdentity(one.name, revision=teacher.revision)]
+    if teacher.kind != "server":  # filed under the folder's name, and the hash of its weights unless told otherwise
+        folder = Path(teacher.model or config.student.model).name + (" (self)" if teacher.kind == "self" else "")
+        fitting = [one for one in found if one.name == folder and teacher.revision in {"", one.revision}]
+    elif teacher.model is not None:
+        return TeacherIdentity(teacher.model, revision=teacher.revision)
     if len(fitting) == 1:
         return fitting[0]
     where = f"{path}, teacher {name!r}" if name else str(path)
