@@ -41,6 +41,7 @@ def test_a_page_opened_before_the_run_fills_itself(tmp_path, open_page):
         write_run(tmp_path / "run", done=20)
         until(page, f"{DOTS} >= 3")
         assert page.locator("#tokens .token").count() == 14
+        assert page.locator("button[value=tokens]").get_attribute("aria-pressed") == "true"
 
 
 def test_a_server_that_is_gone_is_said_so_and_the_curves_stay(tmp_path, open_page):

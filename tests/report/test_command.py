@@ -46,7 +46,8 @@ def test_figures_are_written_as_png_and_as_svg_with_text(tmp_path: Path) -> None
         key for key in ("ess", "clip_fraction", "ratio_max", "mismatch_kl", "entropy_lo", "entropy_hi", "topk_overlap",
                         "requests", "retries", "cache_hits", "teacher_bytes", "grad_noise", "effective_coefficient",
                         "grad_norm", "advantage_abs_mean", "staleness", "behavior_kl_k3", "missing_mass", "tail_mass",
-                        "realised_in_topk", "eos_probability", "learn_s", "score_wait_s")
+                        "realised_in_topk", "eos_probability", "learn_s", "score_wait_s", "lr", "sync_kl",
+                        "divergence_bucket", "publish_s")
     )  # fmt: skip
     paths = []
     for rate in ("$x$", "b"):

@@ -46,7 +46,7 @@ def test_a_field_that_is_absent_costs_its_panel_and_is_named(tmp_path: Path) -> 
     data = data_of(write_run(tmp_path / "run", drop=("grad_noise", "ratio_hist", "elapsed_s", "scored_tokens")))
     assert panels(data).keys() == ALL - {"grad_noise", "ratio_hist"}
     absent = {section["key"]: section["absent"] for section in data["sections"]}
-    assert absent["gradient"] == ["Gradient noise (grad_noise)"]
+    assert absent["gradient"] == ["Gradient noise scale (grad_noise)"]
     assert absent["offpolicy"] == ["Importance ratios (ratio_hist)"]
     line = panels(data)["reverse_kl"]["lines"]["fixed"][0]
     assert line["x"]["seconds"] == pytest.approx([5.0 * i for i in range(7)])  # the stages' sum in place of elapsed_s
@@ -112,6 +112,23 @@ def test_the_ratio_histogram_adds_up_all_steps(tmp_path: Path) -> None:
     bins = panels(data_of(write_run(tmp_path / "run")))["ratio_hist"]
     assert bins["lines"][0]["y"] == pytest.approx(np.array([0, 0, 1, 9, 80, 8, 2, 0]) / 100)
     assert bins["lines"][0]["n"] == 6000
+
+
+def test_gradient_noise_is_the_ratio_of_means_over_steps(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", steps=40)
+    (run,) = gather([path]).runs
+    trace, signal = (np.array([record[key] for record in run.steps]) for key in ("grad_noise_trace", "grad_signal"))
+    (line,) = panels(data_of(path))["grad_noise"]["lines"][""]
+    assert line["role"] == "main"
+    assert line["y"][20] == pytest.approx(trace[16:25].mean() / signal[16:25].mean(), rel=1e-4)
+    assert line["y"][0] == pytest.approx(trace[:5].mean() / signal[:5].mean(), rel=1e-4)
+
+
+def test_what_only_some_runs_have_is_not_missed(tmp_path: Path) -> None:
+    special = ("sync_kl", "divergence_bucket", "publish_s")
+    data = data_of(write_run(tmp_path / "run", drop=special))
+    assert panels(data).keys() == ALL - set(special)
+    assert [section["absent"] for section in data["sections"]] == [[]] * len(SECTIONS)
 
 
 def test_settings_that_differ_are_marked_and_seeds_are_not_a_setting(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_what_a_careful_reader_would_ask_is_warned_about(tmp_path: Path) -> None
         {"kind": "step", "step": 11, "tokens": 0, "skipped": "non-finite gradient", "lost": {"ServerBusyError": 3},
          "samples": 1, "truncated": 1, "missing_tokens": 7, "completion_tokens": 100, "ess": 0.1},
         {"kind": "eval", "step": 11, "reverse_kl": 3.0},
-        {"kind": "event", "event": "alarm", "alarm": "mismatch", "step": 11, "message": "the sampler differs"},
+        {"kind": "event", "event": "alarm", "alarm": "mismatch_kl", "step": 11, "value": 0.5, "limit": 0.02},
         {"kind": "event", "event": "stopped", "version": 11, "reason": "KeyboardInterrupt"},
     ]  # fmt: skip
     with (path / "metrics.jsonl").open("a") as file:
@@ -123,7 +123,7 @@ def test_what_a_careful_reader_would_ask_is_warned_about(tmp_path: Path) -> None
     text = "\n".join(page_of(path).verdict.warnings)
     for expected in (
         "stopped at step 11 of 60 (KeyboardInterrupt)",
-        "step 11: the sampler differs",
+        "step 11: mismatch_kl was 0.5, beyond its limit of 0.02",
         "3 of 44 samples were lost",
         "1 of 11 steps changed no weight",
         "7 tokens (0.64 %) had no teacher logprob",

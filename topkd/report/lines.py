@@ -91,13 +91,15 @@ def _single(index: int, source: Source, values: Floats, panel: Panel, account: T
     if rows.size < values.size:
         account.series += 1
         account.longest = max(account.longest, values.size)
-    window = thinning.window_of(values.size) if panel.source == "step" and not panel.total else 1
-    raw = _line(index, "raw" if window > 1 else "main", source.axes, values, rows)
+    window = panel.window(values.size)
     if window <= 1:
-        return [raw]
+        return [_line(index, "main", source.axes, values, rows)]
+    smooth = panel.smoothed(source.records, values, window)
+    main = _line(index, "main", source.axes, smooth, thinning.evenly(values.size, SMOOTH_POINTS))
+    if panel.over is not None:  # single ratios would only hide the one of means
+        return [main]
     account.windows.add(window)
-    smooth = thinning.rolling_mean(values, window)
-    return [raw, _line(index, "main", source.axes, smooth, thinning.evenly(values.size, SMOOTH_POINTS))]
+    return [_line(index, "raw", source.axes, values, rows), main]
 
 
 def _several(index: int, drawn: list[tuple[Source, Floats]], panel: Panel) -> list[dict[str, Any]]:
@@ -105,11 +107,12 @@ def _several(index: int, drawn: list[tuple[Source, Floats]], panel: Panel) -> li
     steps = _common_steps([source for source, _ in drawn])
     if not steps.size:
         return []
-    window = thinning.window_of(steps.size) if panel.source == "step" and not panel.total else 1
+    window = panel.window(steps.size)
     stacked, axes = [], []
     for source, values in drawn:
         at = np.searchsorted(source.axes["step"], steps)
-        stacked.append(thinning.rolling_mean(values[at], window))
+        records = [source.records[place] for place in at.tolist()]
+        stacked.append(panel.smoothed(records, values[at], window))
         axes.append({key: axis[at] for key, axis in source.axes.items()})
     table = np.stack(stacked)
     shared = [key for key in axes[0] if all(key in one for one in axes)]

@@ -161,8 +161,11 @@ def _rates(run: Run) -> list[Warned]:
 
 
 def _alarm(event: Record) -> tuple[str, str]:
-    """An alarm in words, and its kind."""
-    kind = str(event.get("alarm") or event.get("name") or event.get("what") or "alarm")
-    text = str(event.get("message") or event.get("text") or event.get("reason") or kind)
+    """An alarm in words, and its kind: the field that crossed its limit."""
+    kind = str(event.get("alarm") or "alarm")
+    value, limit = event.get("value"), event.get("limit")
+    text = str(event.get("message") or kind)
+    if isinstance(value, int | float) and isinstance(limit, int | float):
+        text += f" was {value:.4g}, beyond its limit of {limit:.4g}"
     step = event.get("step")
     return (f"step {step}: {text}" if step is not None else text), kind

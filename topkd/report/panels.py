@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
 
-from topkd.report.columns import Floats, column, first_of, running_total
+from topkd.report.columns import Floats, column, first_of, has, running_total
 from topkd.report.diary import Record
+from topkd.report.thinning import rolling_mean, window_of
 
 Source = Literal["step", "eval"]
 
@@ -30,6 +31,8 @@ class Panel:
         total: Values are counts of a step, drawn as running totals.
         per: Field to divide by (a count that becomes a rate).
         per_fields: The names among ``fields`` that are divided; the others are rates already.
+        over: Numerator and denominator whose means over steps are divided, where one step's ratio says little.
+        special: Only some runs have it: not missed where it is absent.
     """
 
     key: str
@@ -43,6 +46,8 @@ class Panel:
     total: bool = False
     per: str = ""
     per_fields: tuple[str, ...] = ()
+    over: tuple[str, str] | None = None
+    special: bool = False
 
     def values(self, records: Sequence[Record]) -> Floats | None:
         """The panel's y for records of its source; None when they do not have it."""
@@ -56,6 +61,20 @@ class Panel:
         if self.share:
             values = 100.0 * values
         return running_total(values) if self.total else values
+
+    def smoothed(self, records: Sequence[Record], values: Floats, window: int) -> Floats:
+        """The values' rolling mean; of a ratio, the ratio of rolling means, unknown where that would divide by <= 0."""
+        if self.over is None or not all(has(records, name) for name in self.over):
+            return rolling_mean(values, window)
+        above, below = (rolling_mean(column(records, name), window) for name in self.over)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(below > 0.0, above / below, np.nan)
+
+    def window(self, size: int) -> int:
+        """How many steps a smoothed value is of; 1 for what is not smoothed."""
+        if self.source == "eval" or self.total:
+            return 1
+        return window_of(size) if self.over is None else max(9, window_of(size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +105,8 @@ SECTIONS: Final = (
                 "kl_k1", "KL(S ‖ T) estimated on fresh rollouts", NATS, ("kl_k1",), log=True,
                 note="Mean of log s − log t over the sampled tokens of a step: unbiased, and noisy.",
             ),
+            Panel("divergence_bucket", "Divergence on the lists", NATS, ("divergence_bucket",), log=True, special=True,
+                  note="Of K + 1 bins, on fresh rollouts: a lower bound of the objective's own divergence."),
         ),
     ),
     Section(
@@ -95,12 +116,14 @@ SECTIONS: Final = (
         (
             Panel(
                 "effective_coefficient", "Effective coefficient", "", ("effective_coefficient",),
-                note="Mean |weight| that a token's gradient carries, relative to the plain reverse-KL advantage.",
+                note="Mean weight of a token's gradient; 1 is plain on-policy reverse KL.",
             ),
-            Panel("grad_noise", "Gradient noise", "", ("grad_noise",), log=True,
-                  note="Spread of the gradient within a step relative to its size; lower is steadier."),
+            Panel("grad_noise", "Gradient noise scale", "tokens", ("grad_noise",), log=True,
+                  over=("grad_noise_trace", "grad_signal"),
+                  note="The batch at which noise and signal are equal: mean noise over mean signal of many steps."),
             Panel("grad_norm", "Gradient norm", "before clipping", ("grad_norm",), log=True),
             Panel("advantage", "Mean |advantage|", "nats", ("advantage_abs_mean",)),
+            Panel("lr", "Learning rate", "", ("lr",), log=True),
         ),
     ),
     Section(
@@ -118,6 +141,7 @@ SECTIONS: Final = (
             Panel("behavior_kl", "KL(rollout policy ‖ current)", NATS, ("behavior_kl_k3",), log=True),
             Panel("mismatch_kl", "KL(sampler ‖ trainer), same weights", NATS, ("mismatch_kl",), log=True,
                   note="Above rounding, the two compute different probabilities from the same weights."),
+            Panel("sync_kl", "KL after the weights were pushed", NATS, ("sync_kl",), log=True, special=True),
         ),
     ),
     Section(
@@ -158,13 +182,10 @@ SECTIONS: Final = (
             Panel("retries", "Retries", "requests", ("retries",), total=True),
             Panel("cache_hits", "Cache hits", "scores", ("cache_hits",), total=True),
             Panel("bytes", "Bytes received", "bytes", ("teacher_bytes",), total=True),
+            Panel("sample_s", "Seconds sampling, a step", "s", ("sample_s",)),
             Panel("learn_s", "Seconds learning, a step", "s", ("learn_s",)),
             Panel("wait_s", "Seconds waiting for scores, a step", "s", ("score_wait_s",)),
+            Panel("publish_s", "Seconds bringing weights to the sampler", "s", ("publish_s",), special=True),
         ),
     ),
 )  # fmt: skip
-
-
-def find(test: Callable[[Panel], bool]) -> list[Panel]:
-    """All panels for which a test holds, in page order."""
-    return [panel for section in SECTIONS for panel in section.panels if test(panel)]

@@ -83,7 +83,7 @@ def _section(section: Section, groups: Sequence[Group], account: Thinning, kinds
             lines = {"": found} if found else {}
         if lines:
             drawn.append({**_head(panel), "kind": "line", "lines": lines})
-        else:
+        elif not panel.special:
             absent.append(f"{panel.title} ({' or '.join(panel.fields)})")
     if section.key == "offpolicy":
         if (bins := histogram(groups)) is not None:

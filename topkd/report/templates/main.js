@@ -37,7 +37,10 @@ function controls() {
   }));
   byId('controls').replaceChildren(...[
     data.groups.length > 1 ? legend : null,
-    segmented('Against', offered.map((one) => [one.key, SHORT[one.key], one.ok ? '' : `not every run's diary says its ${one.label}`]), () => state.x, set('x')),
+    segmented('Against', offered.map((one) => [one.key, SHORT[one.key], one.ok ? '' : `not every run's diary says its ${one.label}`]), () => state.x, (key) => {
+      state.chosen = true;
+      set('x')(key);
+    }),
     data.prefixes.length > 1 ? segmented('Prefixes', data.prefixes.map((kind) => [kind, kind]), () => state.prefixes, set('prefixes')) : null,
     toggle('log KL', state.log, () => {
       set('log')(!state.log);
@@ -95,7 +98,8 @@ function themes() {
 }
 
 function everything() {
-  if (!axis()?.ok) state.x = ['tokens', 'step'].find((key) => data.axes.find((one) => one.key === key).ok) || 'step';
+  const possible = ['tokens', 'step'].find((key) => data.axes.find((one) => one.key === key).ok) || 'step';
+  if (!state.chosen || !axis()?.ok) state.x = possible; // a run that has just begun has no tokens yet
   if (!data.prefixes.includes(state.prefixes)) [state.prefixes] = data.prefixes;
   controls();
   sections();
@@ -137,7 +141,6 @@ async function follow() {
 
 themes();
 data.groups.forEach((group, g) => { if (group.apart) state.hidden.add(g); }); // replays: on demand, beside what was live
-state.x = data.axes.find((one) => one.key === 'tokens' && one.ok) ? 'tokens' : 'step';
 everything();
 let shownWidth = innerWidth;
 addEventListener('resize', () => {
