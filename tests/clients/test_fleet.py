@@ -189,6 +189,8 @@ def test_a_fleet_of_nobody_or_of_twins_is_refused():
         Fleet([])
     with pytest.raises(ConfigError):
         Fleet(["http://h", "http://h"])
+    with pytest.raises(ConfigError, match="one for each URL: got 1, expected 2"):
+        Fleet(["http://a", "http://b"], make=[VllmCompletions])
 
 
 async def test_an_unmapped_teacher_id_is_an_error_never_a_default():

@@ -90,6 +90,8 @@ class Fleet:
         # One owner of retries: the fleet's. A replica's client makes single tries.
         single = self.config.model_copy(update={"max_retries": 0, "response_retries": 0})
         makes = [make] * len(urls) if isinstance(make, type) else list(make)
+        if len(makes) != len(urls):
+            raise ConfigError("a fleet needs one client class, or one for each URL", got=len(makes), expected=len(urls))
         self.replicas = [
             Replica(one(url, config=single, budget=budget, metrics=self.metrics_, **options), self.config)
             for url, one in zip(urls, makes, strict=True)
