@@ -22,6 +22,7 @@ class RolloutConfig(Frozen):
     truncated: Literal["keep", "mask"] = "keep"
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()  # beside the tokenizer's own end of text
     batch_size: PositiveInt = 64
+    shards: Annotated[int, Field(ge=0)] = 0  # independent draws of a step, shared by processes; 0: one a process
 
 
 class CheckpointConfig(Frozen):
@@ -49,6 +50,7 @@ class EngineConfig(Frozen):
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    strategy: Literal["ddp", "fsdp2"] = "ddp"  # under torchrun: weights whole on every process, or in shards
 
     @model_validator(mode="after")
     def _makes_sense_together(self) -> EngineConfig:

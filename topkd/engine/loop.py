@@ -10,26 +10,26 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 from topkd.engine.alarms import alarms
-from topkd.engine.candidates import check_support, support_of
+from topkd.engine.candidates import support_of
+from topkd.engine.checks import check_run, refuse_losses
 from topkd.engine.config import EngineConfig
 from topkd.engine.data import PromptRow
+from topkd.engine.distributed import Ranks
 from topkd.engine.hooks import Hooks, Record
 from topkd.engine.learner import Learner
 from topkd.engine.metrics import MetricsLog
-from topkd.engine.mixing import check_mixture, data_texts
-from topkd.engine.objective_config import SFT
+from topkd.engine.mixing import data_texts
 from topkd.engine.objectives import described
 from topkd.engine.position import Position
 from topkd.engine.rollouts import draw
-from topkd.engine.scoring import ScoredBatch, score_rollouts, teacher_for, teacher_metrics
+from topkd.engine.scoring import ScoredBatch, score_rollouts, teacher_facts, teacher_metrics
 from topkd.engine.supply import Drawn, InFlight, Supply
-from topkd.topk.errors import CacheMissError, ConfigError, TrainingError
+from topkd.engine.waiting import before, first_of, whole
 from topkd.topk.protocols import Sampler, TeacherScorer
 
-T = TypeVar("T")
 Source: TypeAlias = Callable[[int], Awaitable[Drawn]]
 MISMATCH_ALARM_NATS = 0.02  # bfloat16 against float32 stays below a hundredth
 STOP_GRACE_S = 10.0  # what a stopped run waits for a batch from weights that are gone, so that it need not be redrawn
@@ -48,6 +48,7 @@ async def distil(
     start: Position | None = None,
     earlier: Sequence[Record] = (),
     stop: asyncio.Event | None = None,
+    ranks: Ranks | None = None,
 ) -> list[Record]:
     """Run on-policy distillation from ``start`` to ``config.steps`` and return the step records.
 
@@ -63,8 +64,9 @@ async def distil(
         start: Where a checkpoint left the run; its beginning when left out.
         earlier: The step records before it, for what compares a step with those before.
         stop: Once set, the run ends before its next step, in order: nothing is lost, requests are cancelled.
+        ranks: The processes that share each step, all with the same config; the first alone writes and measures.
     """
-    _check(config, rows, teachers)
+    check_run(config, rows, teachers)
     run = _Run(
         config,
         rows=rows,
@@ -77,6 +79,7 @@ async def distil(
         start=start or Position(),
         earlier=earlier,
         stop=stop,
+        ranks=ranks or Ranks(),
     )
     try:
         async with asyncio.TaskGroup() as group:
@@ -84,7 +87,7 @@ async def distil(
     except BaseException as error:
         run.failed()
         if isinstance(error, BaseExceptionGroup):
-            raise _first(error) from error
+            raise first_of(error) from error
         raise
     return run.records[len(earlier) :]
 
@@ -104,9 +107,10 @@ class _Run:
         start: Position,
         earlier: Sequence[Record],
         stop: asyncio.Event | None,
+        ranks: Ranks,
     ) -> None:
         self.config, self.learner, self.log, self.hooks, self.source = config, learner, log, hooks, source
-        self.rows = rows
+        self.rows, self.ranks = rows, ranks
         self.first, self.evaluated, self.kept = start.step, start.evaluated, start.step
         self.stop = stop or asyncio.Event()
         self.began = time.perf_counter() - start.elapsed_s
@@ -115,7 +119,7 @@ class _Run:
         self.unwritten: deque[Record] = deque()  # steps whose weights are still on their way to the sampler
 
         async def drawn(step: int) -> Drawn:
-            return await (source(step) if source is not None else draw(config, rows, sampler, step))
+            return await (source(step) if source is not None else draw(config, rows, sampler, step, ranks))
 
         self.supply = Supply(
             rows=rows,
@@ -146,11 +150,13 @@ class _Run:
         await self.evaluate(self.first)
         supply.released.to(self.first)
         for step in range(self.first, self.config.steps):
+            if self.ranks.size > 1 and await self.stopping():
+                break
             sampled = supply.due(step) if alone else step + 1
-            if not await self.before_stop(supply.sampled.reached(sampled)):
+            if not await self.unless_stopped(supply.sampled.reached(sampled)):
                 break
             began, taken = time.perf_counter(), supply.batch(step)
-            if not await self.before_stop(asyncio.wait({taken.scored})):
+            if not await self.unless_stopped(asyncio.wait({taken.scored})):
                 break
             batch = taken.scored.result()
             await self.learn(step, taken, batch, time.perf_counter() - began)
@@ -168,12 +174,18 @@ class _Run:
             supply.released.to(version)
         await self.end()
 
+    def taken(self, step: int, batch: ScoredBatch) -> Record:
+        """The learner's step, and what the step's scores were like on all ranks; in a thread."""
+        texts = self.ranks.slice(data_texts(self.config, self.rows, step))
+        learnt = self.learner.step(batch.samples, texts)
+        return learnt | teacher_metrics(self.ranks.gather(teacher_facts(batch)))
+
     async def learn(self, step: int, taken: InFlight, batch: ScoredBatch, waited_s: float) -> None:
-        _refuse_losses(self.config, batch, step)
-        if self.hooks.on_batch is not None:
+        refuse_losses(self.config, batch, step)
+        if self.hooks.on_batch is not None and self.ranks.main:
             await asyncio.to_thread(self.hooks.on_batch, step + 1, batch)
         began = time.perf_counter()
-        learnt, cancelled = await _whole(self.learner.step, batch.samples, data_texts(self.config, self.rows, step))
+        learnt, cancelled = await whole(self.taken, step, batch)
         record: Record = {
             "step": step + 1,
             **described(self.learner.objective),
@@ -184,14 +196,11 @@ class _Run:
             **learnt,
             # Of the very weights that step, before they change: what is left is the sampler's own arithmetic.
             "mismatch_kl": learnt.get("behavior_kl_k3") if taken.versions == (str(step),) else None,
-            **teacher_metrics(batch),
             "sample_s": taken.sample_s,
             "score_wait_s": waited_s,
             "learn_s": time.perf_counter() - began,
             "elapsed_s": time.perf_counter() - self.began,
         }
-        if batch.total:
-            record["truncation_rate"] = batch.truncated / batch.total
         self.records.append(record)
         self.done = step + 1
         record["alarms"] = alarms(self.records)
@@ -230,7 +239,7 @@ class _Run:
     async def evaluate(self, step: int) -> None:
         if self.hooks.evaluate is None or not self.evaluates(step):
             return
-        found = await asyncio.to_thread(self.hooks.evaluate)
+        found = await asyncio.to_thread(self.hooks.evaluate) if self.ranks.main else []
         for record in found if isinstance(found, list) else [found]:
             self.write("eval", {"step": step, **record})
         self.evaluated = step
@@ -266,81 +275,33 @@ class _Run:
     def failed(self) -> None:
         """What was learnt is in the diary and in a checkpoint, whatever happened."""
         self.flush()
-        self.checkpoint()
+        if self.ranks.size == 1:  # the state of several is only had together, and one of them is gone
+            self.checkpoint()
 
     def flush(self) -> None:
         while self.unwritten:
             self.written(self.unwritten.popleft())
 
     def write(self, kind: str, record: Record) -> None:
+        if not self.ranks.main:
+            return
         self.log.write(kind, record)
         if self.hooks.on_record is not None:
             self.hooks.on_record(kind, record)
 
-    async def before_stop(self, work: Awaitable[object]) -> bool:
-        """Wait for the work; False when the run is stopped first, and the waiting is given up."""
-        waiting, stopped = asyncio.ensure_future(work), asyncio.ensure_future(self.stop.wait())
-        try:
-            await asyncio.wait({waiting, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            waiting.cancel()
-            stopped.cancel()
-        return not self.stop.is_set()
+    async def unless_stopped(self, work: Awaitable[object]) -> bool:
+        """Wait for the work; False when the run is to stop. Several processes stop together, so they also ask then."""
+        if self.ranks.size == 1:
+            return await before(self.stop, work)
+        await work
+        return True
 
-
-async def _whole(function: Callable[..., T], *arguments: object) -> tuple[T, asyncio.CancelledError | None]:
-    """A thread's work to its end, and the cancellation that came meanwhile: weights must not change unrecorded."""
-    work, cancelled = asyncio.ensure_future(asyncio.to_thread(function, *arguments)), None
-    while not work.done():
-        try:
-            await asyncio.wait({work})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None and work.exception() is not None:
-        raise cancelled
-    return work.result(), cancelled
-
-
-def _check(config: EngineConfig, rows: Sequence[PromptRow], teachers: Mapping[str, TeacherScorer]) -> None:
-    if not rows:
-        raise ConfigError("no prompts to train on", hint="check the data file and the length limits")
-    check_mixture(config, rows)
-    if not isinstance(config.objective, SFT):
-        for teacher_id in {row.teacher_id for row in rows}:
-            teacher_for(teachers, teacher_id)
-    check_support(support_of(config.objective), teachers)
-    longest = max(rows, key=lambda row: row.prompt_ids.size)
-    if longest.prompt_ids.size > config.rollout.max_prompt_tokens:
-        raise ConfigError(
-            "a prompt is longer than rollout.max_prompt_tokens",
-            where=f"row {longest.sample_id or '?'}",
-            got=longest.prompt_ids.size,
-            expected=f"at most {config.rollout.max_prompt_tokens}",
-            hint='raise the limit or set overlong = "drop"; prompts are never cut silently',
-        )
-
-
-def _refuse_losses(config: EngineConfig, batch: ScoredBatch, step: int) -> None:
-    lost = batch.lost.total()
-    if lost <= config.max_lost_fraction * batch.total:
-        return
-    if batch.first_error is not None and (lost == batch.total or isinstance(batch.first_error, CacheMissError)):
-        raise batch.first_error
-    raise TrainingError(
-        f"step {step + 1} lost {lost} of {batch.total} samples",
-        got=f"{dict(batch.lost)}; first: {batch.first_error}",
-        expected=f"at most the fraction max_lost_fraction = {config.max_lost_fraction}",
-    ) from batch.first_error
+    async def stopping(self) -> bool:
+        """Whether a process of the run was told to stop."""
+        return bool(await asyncio.to_thread(self.ranks.most, int(self.stop.is_set())))
 
 
 def _staleness(step: int, taken: InFlight) -> int:
     """Versions between the weights that sampled and those that learn; a sampler may be synced less than every step."""
     said = [int(version) for version in taken.versions if version.isdecimal()]
     return step - min([taken.version, *said])
-
-
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -127,25 +127,46 @@ async def _prepare(
     return TopKPreparedSample(core, behavior, scores)
 
 
-def teacher_metrics(batch: ScoredBatch) -> dict[str, float | int | dict[str, int]]:
-    """What the scores of a step look like: captured and tail mass, realised tokens inside the list, holes."""
+def teacher_facts(batch: ScoredBatch) -> dict[str, Any]:
+    """What ``teacher_metrics`` needs of one process's share of a step: sums and counts."""
     topks = [sample.teacher for sample in batch.samples if isinstance(sample, TopKPreparedSample)]
-    rows = sum(topk.rows for topk in topks)
-    account: dict[str, float | int | dict[str, int]] = {
+    masses = [topk.mass()[topk.signal].astype(np.float64) for topk in topks]  # a hole has no mass, not mass 0
+    tails = [np.exp(tail[~np.isnan(tail)]) for tail in (topk.tail_logp.astype(np.float64) for topk in topks)]
+    return {
         "samples": len(batch.samples),
         "lost": dict(batch.lost),
         "truncated": batch.truncated,
-        "completion_tokens": rows,
+        "completion_tokens": sum(topk.rows for topk in topks),
+        "mass": sum(float(mass.sum()) for mass in masses),
+        "signal": sum(mass.size for mass in masses),
+        "tail": sum(float(tail.sum()) for tail in tails),
+        "tails": sum(tail.size for tail in tails),
+        "inside": sum(int((topk.ids == topk.actual_ids[:, None]).any(axis=1).sum()) for topk in topks),
+        "missing": sum(int(np.isnan(topk.actual_logp).sum()) for topk in topks),
+        "without_signal": sum(int((~topk.signal).sum()) for topk in topks),
     }
-    if rows:
-        masses = [topk.mass()[topk.signal] for topk in topks]  # a hole has no mass, not mass 0
-        inside = sum(int((topk.ids == topk.actual_ids[:, None]).any(axis=1).sum()) for topk in topks)
-        tail = np.concatenate([topk.tail_logp for topk in topks]).astype(np.float64)
+
+
+def teacher_metrics(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the scores of a step look like, over all shares: captured and tail mass, realised tokens inside, holes."""
+    lost: Counter[str] = Counter()
+    for share in facts:
+        lost.update(share["lost"])
+    total = {name: sum(share[name] for share in facts) for name in facts[0] if name != "lost"}
+    account: dict[str, Any] = {
+        "samples": total["samples"],
+        "lost": dict(lost),
+        "truncated": total["truncated"],
+        "completion_tokens": total["completion_tokens"],
+    }
+    if asked := total["samples"] + lost.total():
+        account["truncation_rate"] = total["truncated"] / asked
+    if rows := total["completion_tokens"]:
         account |= {
-            "teacher_mass": float(np.concatenate(masses).mean()) if any(m.size for m in masses) else float("nan"),
-            "tail_mass": float(np.exp(tail[~np.isnan(tail)]).mean()) if (~np.isnan(tail)).any() else float("nan"),
-            "realised_in_topk": inside / rows,
-            "missing_tokens": sum(int(np.isnan(topk.actual_logp).sum()) for topk in topks),
-            "rows_without_signal": sum(int((~topk.signal).sum()) for topk in topks),
+            "teacher_mass": total["mass"] / total["signal"] if total["signal"] else float("nan"),
+            "tail_mass": total["tail"] / total["tails"] if total["tails"] else float("nan"),
+            "realised_in_topk": total["inside"] / rows,
+            "missing_tokens": total["missing"],
+            "rows_without_signal": total["without_signal"],
         }
     return account

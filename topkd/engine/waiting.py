@@ -1,0 +1,41 @@
+"""How the loop waits: for work or a stop, for a thread whatever happens, and for the one error among many."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+async def before(stop: asyncio.Event, work: Awaitable[object]) -> bool:
+    """Wait for the work; False when ``stop`` is set first, and the waiting is given up."""
+    waiting, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({waiting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+        stopped.cancel()
+    return not stop.is_set()
+
+
+async def whole(function: Callable[..., T], *arguments: object) -> tuple[T, asyncio.CancelledError | None]:
+    """A thread's work to its end, and the cancellation that came meanwhile: weights must not change unrecorded."""
+    work, cancelled = asyncio.ensure_future(asyncio.to_thread(function, *arguments)), None
+    while not work.done():
+        try:
+            await asyncio.wait({work})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None and work.exception() is not None:
+        raise cancelled
+    return work.result(), cancelled
+
+
+def first_of(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that ended a group, however deep."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
