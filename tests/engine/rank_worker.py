@@ -51,12 +51,10 @@ def texts_of(step: int) -> list[TextSample]:
 def run(folder: str, objective: str, strategy: str, ranks: Ranks, state: Path | None = None) -> tuple[Student, list]:
     """``STEPS`` steps; with ``state`` the optimiser is kept after the first and put back into a fresh learner."""
     student = Student.load(folder, "cpu")
-    config = LearnerConfig(lr=1e-3, micro_batch_tokens=40, schedule="linear", warmup_steps=1)
+    config = LearnerConfig(lr=1e-3, micro_batch_tokens=40, schedule="linear", warmup_steps=1, strategy=strategy)
 
     def fresh() -> Learner:
-        return Learner(
-            student, config, objective_named(objective), steps=STEPS, ranks=ranks, strategy=strategy, stop_ids=[7]
-        )
+        return Learner(student, config, objective_named(objective), steps=STEPS, ranks=ranks, stop_ids=[7])
 
     learner = fresh()
     records = []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from topkd.engine.batching import MicroBatch, micro_batches
-from topkd.engine.distributed import Ranks, Strategy
+from topkd.engine.distributed import Ranks
 from topkd.engine.frozen import Frozen
 from topkd.engine.gradient_noise import GradientNoise
 from topkd.engine.learner_config import LearnerConfig
@@ -55,7 +55,6 @@ class Learner:
         lock: Held while weights change or are read for a step (share it with an in-process sampler).
         steps: How many steps the run takes: what schedules run towards.
         ranks: The processes that share each step; every one makes the same calls.
-        strategy: How several of them hold the weights.
         stop_ids: Tokens that end a completion; the diary shows how probable they are.
     """
 
@@ -68,7 +67,6 @@ class Learner:
         lock: threading.Lock | None = None,
         steps: int | None = None,
         ranks: Ranks | None = None,
-        strategy: Strategy = "ddp",
         stop_ids: Sequence[int] = (),
     ) -> None:
         check_schedule(config, steps)
@@ -83,7 +81,7 @@ class Learner:
         self._taid = _scheduler(objective, steps)
         self._precision = precision_of(config, student.device)
         self._trainee = trainee(
-            student, self.ranks, strategy, self._precision, checkpointing=config.gradient_checkpointing
+            student, self.ranks, config.strategy, self._precision, checkpointing=config.gradient_checkpointing
         )
         self._trained = list(self._trainee.named.values())
         self._peak = config.learning_rate(lora=student.lora)

@@ -33,10 +33,11 @@ class LearnerConfig(Frozen):
     After ``warmup_steps`` the rate stays (``constant``) or falls to ``final_lr_fraction`` of itself by the last step.
     ``autocast`` is for the forward pass alone, the weights that train stay as they are; ``auto`` is bfloat16 on a GPU
     that has it. The output head runs in float32 unless ``autocast_head``: bfloat16 logits move a log-ratio by percents.
+    ``strategy`` says how several processes under torchrun hold the weights: whole on each, or sharded over all.
     """
 
     lr: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     final_lr_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
@@ -47,6 +48,7 @@ class LearnerConfig(Frozen):
     gradient_checkpointing: bool = False
     autocast: Literal["auto", "off", "bfloat16"] = "auto"
     autocast_head: bool = False
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
     importance: ImportanceSampling = ImportanceSampling()
 
     def learning_rate(self, *, lora: bool) -> float:
