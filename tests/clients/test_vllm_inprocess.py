@@ -74,10 +74,12 @@ class Engine:
     def generate(
         self, inputs: list[dict], sampling: list[Any], *, use_tqdm: bool, lora_request: Any = None
     ) -> list[Any]:
-        if lora_request is not None and "missing" in lora_request.lora_path:
-            raise ValueError(f"no adapter in {lora_request.lora_path}")
+        adapters = lora_request if isinstance(lora_request, list) else [lora_request] * len(inputs)
+        for adapter in adapters:
+            if adapter is not None and "missing" in adapter.lora_path:
+                raise ValueError(f"no adapter in {adapter.lora_path}")
+            self.adapters.append(adapter and (adapter.lora_name, adapter.lora_int_id))
         self.batches.append(len(inputs))
-        self.adapters.append(lora_request and (lora_request.lora_name, lora_request.lora_int_id))
         if self.dead:
             raise RuntimeError("EngineCore encountered an issue")
         for one, params in zip(inputs, sampling, strict=True):

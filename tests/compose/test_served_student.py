@@ -187,3 +187,22 @@ async def test_a_stopped_cached_run_goes_on_and_asks_the_sampler_only_for_what_i
         assert [step[name] for step in again] == pytest.approx([step[name] for step in whole], rel=1e-4), name
     (account,) = [e for e in read_metrics(tmp_path / "again" / "metrics.jsonl", "event") if e["event"] == "cached"]
     assert account["rollouts"]["hits"] == 2
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full weights", "adapters"])
+async def test_a_stopped_run_is_resumed_on_the_weights_of_its_checkpoint(folders, teacher, sampler, tmp_path, lora):
+    student = {"lora": {"r": 4}} if lora else {}
+
+    def steps(count):
+        return run_config(folders, teacher, sampler, steps=count, student=student, checkpoint={"every": 2})
+
+    await train(steps(5), tmp_path / "whole")
+    await train(steps(2), tmp_path / "parts")
+    await train(steps(5), tmp_path / "parts", resume=True)
+    whole, parts = steps_of(tmp_path / "whole"), steps_of(tmp_path / "parts")
+    assert [step["rollout_versions"] for step in parts] == [step["rollout_versions"] for step in whole]
+    assert [step["sampler_version"] for step in parts] == ["1", "2", "3", "4", "5"]
+    for name in ("loss", "grad_norm", "kl_k1"):
+        assert [step[name] for step in parts] == pytest.approx([step[name] for step in whole], rel=1e-3), name
+    async with VllmWeightSink(sampler.url) as sink:
+        assert (await sink.server_info()).models == ("student",), "no adapter is left behind"

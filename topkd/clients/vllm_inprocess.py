@@ -44,6 +44,7 @@ class _Job:
     sampling: Any
     done: asyncio.Future[Any]
     loop: asyncio.AbstractEventLoop
+    adapter: Any = None
 
 
 class VllmInProcess:
@@ -179,9 +180,6 @@ class VllmInProcess:
         except Exception as error:
             raise refusal(error) from error
 
-    def _under(self) -> dict[str, Any]:
-        return {} if self._adapter is None else {"lora_request": self._adapter}
-
     def _adopt(self, update: WeightUpdate) -> None:
         from vllm import SamplingParams as EngineParams
         from vllm.lora.request import LoRARequest
@@ -200,7 +198,7 @@ class VllmInProcess:
         except Exception as error:  # vLLM's own validation errors are no ValueError
             raise refusal(error) from error
         loop = asyncio.get_running_loop()
-        job = _Job(prompt, sampling, loop.create_future(), loop)
+        job = _Job(prompt, sampling, loop.create_future(), loop, self._adapter)
         with self._lock:
             self._waiting.append(job)
         loop.run_in_executor(self._thread, self._run)
@@ -228,9 +226,15 @@ class VllmInProcess:
 
     def _answer(self, jobs: list[_Job]) -> None:
         inputs = [{"prompt_token_ids": job.prompt} for job in jobs]
-        replies = self._llm.generate(inputs, [job.sampling for job in jobs], use_tqdm=False, **self._under())
+        replies = self._llm.generate(inputs, [job.sampling for job in jobs], use_tqdm=False, **_under(jobs))
         for job, reply in zip(jobs, replies, strict=True):
             _settle(job, reply)
+
+
+def _under(jobs: list[_Job]) -> dict[str, Any]:
+    """Each job runs with the adapter of the time when it was asked, whatever has been pushed since."""
+    adapters = [job.adapter for job in jobs]
+    return {"lora_request": adapters} if any(adapters) else {}
 
 
 def _settle(job: _Job, value: Any) -> None:

@@ -67,7 +67,7 @@ def _synced(config: RunConfig, pieces: Pieces, out: Path, destination: Destinati
         every=table.sync_every,
     )
     try:
-        yield Sampling(sampler, sampler.publish, sampler.lock, sampler.capture)
+        yield Sampling(sampler, sampler.publish, sampler.lock, sampler.capture, destination.beside)
     finally:
         sampler.close()
 
@@ -110,7 +110,10 @@ async def _server(
         def sampler(_: WeightUpdate) -> Sampler:
             return client.under(sink.sampling_model or model)
 
-        yield Destination(sink, sampler, sink.weight_version, client.where(), kind, keep if kind == "lora" else 1)
+        lora = kind == "lora"
+        yield Destination(
+            sink, sampler, sink.weight_version, client.where(), kind, keep=keep if lora else 1, beside=lora
+        )
 
 
 @contextlib.asynccontextmanager

@@ -52,6 +52,7 @@ class Destination:
         where: Its address, for messages.
         kind: A LoRA adapter beside the base model, or the whole model in its place.
         keep: Folders that stay: a server may read an adapter again as long as it lists it.
+        beside: Whether a push leaves the draws under way as they are, on the version they began with.
     """
 
     sink: WeightSink
@@ -60,13 +61,14 @@ class Destination:
     where: str
     kind: Literal["full", "lora"]
     keep: int = 1
+    beside: bool = False
 
 
 class SyncedSampler:
     """A batch sampler whose weights are the learner's, as ``publish`` brought them there last.
 
-    Full weights are changed in place, so a push waits for the draws under way; with adapters several versions are
-    served side by side. A completion of any other version is a SyncError, never a sample.
+    Where weights are changed in place, a push waits for the draws under way; with a server's adapters several versions
+    are served side by side. A completion of any other version is a SyncError, never a sample.
 
     Args:
         student: The learner's model.
@@ -232,8 +234,8 @@ class SyncedSampler:
 
     @contextlib.asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
-        """Draws and pushes take turns where a push changes the weights in place."""
-        if self.destination.kind == "lora":
+        """Draws and pushes take turns, unless versions are served side by side: then nothing waits here."""
+        if self.destination.beside:
             yield
         else:
             async with self._turn:
