@@ -138,13 +138,16 @@ async def test_a_prompt_that_the_server_cannot_answer_is_lost_and_counted(
 
 
 async def test_a_sampler_synced_every_other_step_is_as_stale_as_the_diary_says(folders, teacher, sampler, tmp_path):
-    table = {"kind": "server", "url": sampler.url, "sync_every": 2}
+    table = {"kind": "server", "url": sampler.url, "sync_every": 2, "alarm_kl": 1e-30}
     await train(run_config(folders, teacher, sampler, sampler=table), tmp_path / "run")
     steps = steps_of(tmp_path / "run")
     assert [step["rollout_versions"] for step in steps] == [["0"], ["0"], ["2"], ["2"]]
     assert [step["staleness"] for step in steps] == [0, 1, 0, 1]
     assert [step["mismatch_kl"] is None for step in steps] == [False, True, False, True]
     assert [step["sampler_version"] for step in steps] == ["0", "2", "2", "4"]
+    events = read_metrics(tmp_path / "run" / "metrics.jsonl", "event")
+    sounded = [(event["step"], event["value"] < 1e-6) for event in events if event.get("alarm") == "sync_kl"]
+    assert sounded == [(0, True)], "rounding is above such a limit at every push, and the alarm sounds once"
 
 
 async def test_an_sglang_server_is_synced_and_sampled_in_its_own_dialect(folders, teacher, tmp_path):

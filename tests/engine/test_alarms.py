@@ -30,3 +30,10 @@ def test_an_end_of_text_that_fades_sounds_and_sounds_again_after_it_came_back():
 
 def test_what_is_not_in_the_records_is_not_judged():
     assert sounded([{"truncation_rate": None}, {}] * 8) == []
+
+
+def test_a_sampler_that_leaves_its_weights_sounds_once_until_it_has_been_seen_right_again():
+    """Batches of older weights say nothing of it (null): they neither sound it nor end it."""
+    wide, right = 0.3, 1e-4
+    said = [right, None, wide, None, wide, None, right, wide]
+    assert sounded(run(mismatch_kl=said)) == [(2, "mismatch_kl"), (7, "mismatch_kl")]

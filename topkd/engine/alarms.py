@@ -15,6 +15,7 @@ WINDOW = 5  # steps that are averaged: one step's completions differ by chance
 TRUNCATED = 0.5  # share of completions cut at the limit
 LENGTH_FACTOR = 2.0  # against the first steps of the run
 EOS_FACTOR = 0.1
+MISMATCH_NATS = 0.02  # bfloat16 against float32 stays below a hundredth
 
 
 def alarms(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -25,6 +26,9 @@ def alarms(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def _standing(records: Sequence[Record]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
+    mismatch = _mean([record for record in records if record.get("mismatch_kl") is not None][-1:], "mismatch_kl")
+    if mismatch is not None and mismatch > MISMATCH_NATS:
+        found.append({"alarm": "mismatch_kl", "value": mismatch, "limit": MISMATCH_NATS})
     cut = _mean(records[-WINDOW:], "truncation_rate")
     if cut is not None and cut >= TRUNCATED:
         found.append({"alarm": "truncation_rate", "value": cut, "limit": TRUNCATED})

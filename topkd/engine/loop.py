@@ -31,7 +31,6 @@ from topkd.engine.waiting import before, first_of, whole
 from topkd.topk.protocols import Sampler, TeacherScorer
 
 Source: TypeAlias = Callable[[int], Awaitable[Drawn]]
-MISMATCH_ALARM_NATS = 0.02  # bfloat16 against float32 stays below a hundredth
 STOP_GRACE_S = 10.0  # what a stopped run waits for a batch from weights that are gone, so that it need not be redrawn
 
 
@@ -119,7 +118,10 @@ class _Run:
         self.unwritten: deque[Record] = deque()  # steps whose weights are still on their way to the sampler
 
         async def drawn(step: int) -> Drawn:
-            return await (source(step) if source is not None else draw(config, rows, sampler, step, ranks))
+            if source is None:
+                return await draw(config, rows, sampler, step, ranks)
+            asked, rollouts = await source(step)
+            return list(ranks.slice(asked)), list(ranks.slice(rollouts))
 
         self.supply = Supply(
             rows=rows,
@@ -224,9 +226,6 @@ class _Run:
     def written(self, record: Record, kind: str = "step") -> None:
         """Into the diary, and an event of its own for each alarm in it."""
         sounding = record.pop("alarms", [])
-        mismatch = record.get("mismatch_kl")
-        if mismatch is not None and mismatch > MISMATCH_ALARM_NATS:
-            sounding = [*sounding, {"alarm": "mismatch_kl", "value": mismatch, "limit": MISMATCH_ALARM_NATS}]
         self.write(kind, record)
         for alarm in sounding:
             self.write("event", {"event": "alarm", "step": record["step"], **alarm})

@@ -103,6 +103,7 @@ class SyncedSampler:
         self._pushed: list[Path] = []
         self._sampler: Sampler | None = None
         self._base: Version | None = None
+        self._alarmed = False
         self._turn = asyncio.Lock()
 
     def capture(self, version: int) -> None:
@@ -139,6 +140,9 @@ class SyncedSampler:
                 self._sampler, self.version = self.destination.sampler(update), version
                 params = SamplingParams(max_tokens=1, seed=derived_seed(0, "probe", version))
                 found = await self.probe.compare(self._sampler, rows, params, self.destination.where)
+            sounded, self._alarmed = self._alarmed, "alarms" in found
+            if sounded:  # once, when it begins
+                found.pop("alarms", None)
             found |= {"sync_bytes": sum(file.stat().st_size for file in path.iterdir())}
             await asyncio.to_thread(self._drop_all_but, self.destination.keep)
         lost, self.lost = dict(self.lost), Counter()
