@@ -18,7 +18,7 @@ from topkd.compose.bulk import GIVE_UP_AFTER, first_of
 from topkd.compose.off_policy import sampled_policy
 from topkd.compose.progress import Progress
 from topkd.compose.prompts import checked_row, prompt_tokens
-from topkd.compose.sample_config import Purse, SampleConfig, SampleReport
+from topkd.compose.sample_config import Purse, SampleConfig, SampleReport, SamplingDialect
 from topkd.compose.score import load_tokenizer
 from topkd.compose.sequences import count_rows, json_object, raw_rows
 from topkd.offline import ScoreStore, TeacherIdentity
@@ -39,6 +39,7 @@ from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import Int32
 
 UNREADABLE = "no draw could be read back as token ids"  # of every draw of a request
+_BETTER: dict[str, SamplingDialect] = {"openai": "openai", "vllm_generate": "vllm"}  # how a detected one is opened
 _COMMIT_EVERY_S = 1.0
 _ROW_TROUBLE = (RequestRefusedError, ResponseError, RetryableServerError)
 _JOB_TROUBLE = (KLimitError, ModelNotFoundError, AuthError)
@@ -76,14 +77,8 @@ async def sample_data(config: SampleConfig, progress: Progress | None = None) ->
     if config.estimate:
         await asyncio.to_thread(_estimate, config, tokenizer, report)
     else:
-        table = {"tokenizer": config.tokenizer} if config.dialect == "openai" else {}
-        client = await open_client(
-            config.teacher, dialect=config.dialect, model=config.model, api_key=config.api_key, config=config.client,
-            **table,
-        )  # fmt: skip
-        if isinstance(client, OpenAIChat) and not table:  # found by asking: its tokenizer is told now
-            await client.aclose()
-            return await sample_data(config.model_copy(update={"dialect": "openai"}), progress)
+        client = await _opened(config)
+        config = config.model_copy(update={"dialect": client.dialect})
         async with client:
             report.teacher = await client.model_name()
             with ScoreStore(config.out, mode="a", codec=config.codec) as store:
@@ -102,6 +97,21 @@ async def sample_data(config: SampleConfig, progress: Progress | None = None) ->
     report.cost = config.cost(report.prompt_tokens, report.completion_tokens)
     report.seconds = time.monotonic() - began
     return report
+
+
+async def _opened(config: SampleConfig) -> Any:
+    """A client of the dialect that samples best there."""
+    table = {"tokenizer": config.tokenizer} if config.dialect == "openai" else {}
+    client = await open_client(
+        config.teacher, dialect=config.dialect, model=config.model, api_key=config.api_key, config=config.client,
+        **table,
+    )  # fmt: skip
+    # Chat needs the tokenizer's table, and vLLM's completions list the sampled token beside the K, not as one of them.
+    better = _BETTER.get(client.dialect)
+    if config.dialect != "auto" or better is None:
+        return client
+    await client.aclose()
+    return await _opened(config.model_copy(update={"dialect": better}))
 
 
 class SampleJob:
