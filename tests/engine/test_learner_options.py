@@ -235,3 +235,16 @@ def test_the_diary_knows_how_probable_the_end_of_text_is(folder):
     ids = torch.tensor(sample(0).core.full_ids.astype(np.int64))[None, :-1]
     p = torch.softmax(student.model(input_ids=ids).logits[0, 1:], -1).detach()
     assert record["eos_probability"] == pytest.approx(float(p[:, [7, 9]].sum(1).mean()), rel=1e-4)
+
+
+def test_inner_steps_keep_the_rollouts_own_logprobs(folder):
+    """The third step's ratios are s_3 / behaviour: not one, and not against the step before."""
+    config = LearnerConfig(lr=1e-3, warmup_steps=0, inner_steps=3)
+    student, one = fresh(folder), sample(0)
+    record = Learner(student, config, TopKPolicyGradient()).step([one])
+    again = fresh(folder)
+    learner = Learner(again, config.model_copy(update={"inner_steps": 1}), TopKPolicyGradient())
+    singles = [learner.step([one]) for _ in range(3)]
+    assert record["ratio_mean"] == singles[-1]["ratio_mean"] != singles[0]["ratio_mean"]
+    for name, value in student.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name])

@@ -64,7 +64,7 @@ def eopd_loss_of(objective: EOPD, view: TokenView) -> tuple[Tensor, Tensor, dict
     )
     undecided = (low < objective.tau) & (high >= objective.tau)
     means = {
-        "gate_fraction": float((low >= objective.tau).double().mean()),
-        "gate_undecided": float(undecided.double().mean()),
+        "gate_fraction": float((low >= objective.tau).float().mean()),
+        "gate_undecided": float(undecided.float().mean()),
     }
     return (sampled + objective.alpha * covering).sum() / view.num_tokens, advantage, means

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +43,17 @@ class LearnerState:
 
     values: dict[str, Any]
     tensors: dict[str, Tensor]
+
+
+@dataclass(slots=True)
+class _Pass:
+    """What one optimiser step came to: losses of the objective and of the texts, gradient norm, tokens' facts."""
+
+    skipped: str = ""
+    losses: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    norm: float = math.nan
+    stats: list[TokenStats] = field(default_factory=list)
+    noise: dict[str, float] = field(default_factory=dict)
 
 
 class Learner:
@@ -103,47 +114,56 @@ class Learner:
         plain = sum(int(text.core.mask.sum()) for text in texts)
         scored, plain, given = (sum(part) for part in zip(*self.ranks.gather((scored, plain, given)), strict=True))
         num_tokens = scored + plain
-        stats: list[TokenStats] = []
-        losses = [0.0, 0.0]  # of the objective, of the texts
-        norm, skipped, noise = math.nan, "" if num_tokens else "no trainable token", GradientNoise(num_tokens)
+        made = _Pass("" if num_tokens else "no trainable token")
         with self.lock:
             rate = self._peak * rate_factor(self.config, self.version, self.steps)
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
-            if num_tokens:
-                with self._trainee.training():
-                    self._backward(samples, masks, texts, num_tokens, stats, losses, noise)
-                self._trainee.reduce()
-                losses = [sum(part) for part in zip(*self.ranks.gather(losses), strict=True)]
-                norm = clip_gradients(self._trained, self.config.max_grad_norm)
-                if math.isfinite(norm) and math.isfinite(sum(losses)):
-                    self._optimizer.step()
-                    self._trainee.publish()
-                else:
-                    skipped = "non-finite gradient"
-            self._optimizer.zero_grad(set_to_none=True)
+            for _ in range(self.config.inner_steps if num_tokens else 0):
+                made = self._pass(samples, masks, texts, num_tokens)
+                if made.skipped:
+                    break
             self.version += 1
         record: dict[str, Any] = {
-            "loss": sum(losses),
-            "grad_norm": norm,
+            "loss": sum(made.losses),
+            "grad_norm": made.norm,
             "lr": rate,
             "tokens": num_tokens,
             "masked_tokens": given - scored,
-            "skipped": skipped,
+            "skipped": made.skipped,
         }
         if self._taid is not None:
             record["taid_t"] = self._taid.t
             if num_tokens:
-                self._taid.update_t(losses[0] * num_tokens / max(scored, 1), self.version - 1)
+                self._taid.update_t(made.losses[0] * num_tokens / max(scored, 1), self.version - 1)
         if plain:
-            record |= {"sft_tokens": plain, "sft_loss": losses[1] * num_tokens / plain}
+            record |= {"sft_tokens": plain, "sft_loss": made.losses[1] * num_tokens / plain}
         if self.ranks.size == 1:
-            record |= noise.metrics(norm)
+            record |= made.noise
         record |= batch_metrics(self.ranks.gather(sample_facts(samples, self.student.vocab_size)))
-        if gathered := [part for rank in self.ranks.gather(stats) for part in rank]:
+        if gathered := [part for rank in self.ranks.gather(made.stats) for part in rank]:
             record |= token_metrics(gathered, self.config.importance)
-        self._count_skips(skipped)
+        self._count_skips(made.skipped)
         return record
+
+    def _pass(
+        self, samples: Sequence[PreparedSample], masks: Sequence[Any], texts: Sequence[TextSample], num_tokens: int
+    ) -> _Pass:
+        """One optimiser step on the whole batch."""
+        made, noise = _Pass(), GradientNoise(num_tokens)
+        with self._trainee.training():
+            self._backward(samples, masks, texts, num_tokens, made, noise)
+        self._trainee.reduce()
+        made.losses = [sum(part) for part in zip(*self.ranks.gather(made.losses), strict=True)]
+        made.norm = clip_gradients(self._trained, self.config.max_grad_norm)
+        if math.isfinite(made.norm) and math.isfinite(sum(made.losses)):
+            self._optimizer.step()
+            self._trainee.publish()
+        else:
+            made.skipped = "non-finite gradient"
+        self._optimizer.zero_grad(set_to_none=True)
+        made.noise = noise.metrics(made.norm)
+        return made
 
     def _backward(  # noqa: PLR0917
         self,
@@ -151,8 +171,7 @@ class Learner:
         masks: Sequence[Any],
         texts: Sequence[TextSample],
         num_tokens: int,
-        stats: list[TokenStats],
-        losses: list[float],
+        made: _Pass,
         noise: GradientNoise,
     ) -> None:
         budget, device = self.config.micro_batch_tokens, self.student.device
@@ -172,13 +191,13 @@ class Learner:
                     t=1.0 if self._taid is None else self._taid.t,
                     stop_ids=self.stop_ids,
                 )
-                stats.append(tokens)
-                losses[0] += float(loss.detach())
+                made.stats.append(tokens)
+                made.losses[0] += float(loss.detach())
                 done += scored[i].tokens
             elif i < len(scored) + len(plain):
                 batch = plain[i - len(scored)]
                 loss = text_loss(self._trainee.score, batch, num_tokens)
-                losses[1] += float(loss.detach())
+                made.losses[1] += float(loss.detach())
                 done += batch.tokens
             else:  # another rank has one more: the same collectives, and nothing learnt
                 loss = self._trainee.score(_nothing(device), torch.zeros(1, 1, dtype=torch.long, device=device)).sum()
@@ -186,7 +205,7 @@ class Learner:
             scale = self._trainee.loss_scale
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             if i < len(scored):
-                stats[-1].coefficient[:] = [value / scale for value in stats[-1].coefficient]
+                made.stats[-1].coefficient[:] = [value / scale for value in made.stats[-1].coefficient]
             if self.ranks.size == 1 and rounds > 1 and i == (rounds + 1) // 2 - 1:
                 noise.small(self._trained, done)
 

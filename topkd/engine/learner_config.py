@@ -30,6 +30,7 @@ _Decay: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
 class LearnerConfig(Frozen):
     """How a step is taken. ``lr`` left out is 2e-6, and 1e-4 where only a LoRA adapter trains.
 
+    ``inner_steps`` are optimiser steps on the same batch: ratios are against the rollouts' own logprobs in all of them.
     After ``warmup_steps`` the rate stays (``constant``) or falls to ``final_lr_fraction`` of itself by the last step.
     ``autocast`` is for the forward pass alone, the weights that train stay as they are; ``auto`` is bfloat16 on a GPU
     that has it. The output head runs in float32 unless ``autocast_head``: bfloat16 logits move a log-ratio by percents.
@@ -44,6 +45,7 @@ class LearnerConfig(Frozen):
     weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
     betas: tuple[_Decay, _Decay] = (0.9, 0.95)
     max_grad_norm: PositiveFloat = 1.0
+    inner_steps: PositiveInt = 1
     micro_batch_tokens: PositiveInt = 16384
     gradient_checkpointing: bool = False
     autocast: Literal["auto", "off", "bfloat16"] = "auto"

@@ -140,13 +140,13 @@ def objective_loss(
         advantage,
         counts,
         means,
-        stop_p=logp[:, rows.k + 1 :].detach().double().exp().sum(1).cpu().numpy() if stop_ids else None,
+        stop_p=logp[:, rows.k + 1 :].detach().exp().sum(1).cpu().double().numpy() if stop_ids else None,
     )
     if logp.requires_grad:
 
         def keep(gradient: Tensor) -> None:
-            weight = gradient.detach().double().abs().nan_to_num(posinf=0.0).sum(1) * num_tokens
-            stats.coefficient.append(weight.cpu().numpy())
+            weight = gradient.detach().abs().nan_to_num(posinf=0.0).sum(1).cpu().double() * num_tokens
+            stats.coefficient.append(weight.numpy())
 
         logp.register_hook(keep)  # type: ignore[no-untyped-call]
     return loss, stats
@@ -165,7 +165,7 @@ def _dispatch(
             return loss, advantage, counts, {"divergence_bucket": counted["divergence_bucket"]}
         case EOPD():
             loss, on_device, means = eopd_loss_of(objective, view)
-            return loss, on_device.double().cpu().numpy(), {}, means
+            return loss, on_device.cpu().double().numpy(), {}, means
         case ForwardKL() | ReverseKL() | DirectGJS() | KD() | TAID() | EntropyAware():
             loss, means = direct_loss(objective, view, t=t)
             return loss, None, {}, means
