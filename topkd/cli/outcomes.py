@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import typer
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 _CODES = {"SIGTERM": 0, "SIGINT": 130}
 
 
+def first_process() -> bool:
+    """Whether this process speaks: the only one, or torchrun's first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def ended(result: RunResult, verb: str, *, again: str, as_json: bool) -> None:
     """Say how the run ended on standard output (standard error for what is not its result), and exit accordingly.
 
@@ -24,6 +30,8 @@ def ended(result: RunResult, verb: str, *, again: str, as_json: bool) -> None:
         again: The command that goes on with it.
         as_json: The result as strict JSON.
     """
+    if not first_process():
+        raise typer.Exit(_CODES.get(result.stopped, 0))
     if result.already:
         typer.echo(f"{result.out} is finished: {len(result.steps)} steps; nothing to resume", err=True)
     if result.stopped:

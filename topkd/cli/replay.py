@@ -11,7 +11,7 @@ import typer
 from topkd.cli.display import Display
 from topkd.cli.dry_run import dry_run_command
 from topkd.cli.extras import needs
-from topkd.cli.outcomes import ended
+from topkd.cli.outcomes import ended, first_process
 
 
 def command(
@@ -46,7 +46,7 @@ def command(
     from topkd.compose.replay import replay
     from topkd.compose.stops import Stops
 
-    with Stops() as stops, Display() as display:
+    with Stops() as stops, Display(quiet=not first_process()) as display:
         result = asyncio.run(replay(run_config, out, display, cache=cache, resume=resume, stops=stops))
     again = f"topkd replay {config}{f' --cache {cache}' if cache else ''} --out {out} --resume"
     ended(result, "replayed", again=again, as_json=as_json)

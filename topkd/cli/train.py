@@ -11,7 +11,7 @@ import typer
 from topkd.cli.display import Display
 from topkd.cli.dry_run import dry_run_command
 from topkd.cli.extras import needs
-from topkd.cli.outcomes import ended
+from topkd.cli.outcomes import ended, first_process
 
 
 def command(
@@ -42,6 +42,6 @@ def command(
     from topkd.compose.stops import Stops
     from topkd.compose.train import train
 
-    with Stops() as stops, Display() as display:
+    with Stops() as stops, Display(quiet=not first_process()) as display:
         result = asyncio.run(train(run_config, out, display, resume=resume, stops=stops))
     ended(result, "done", again=f"topkd train {config} --out {out} --resume", as_json=as_json)

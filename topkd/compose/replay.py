@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from topkd.compose.config import RunConfig
 from topkd.compose.feedback import feedback_context
-from topkd.compose.folders import claimed
 from topkd.compose.off_policy import check_off_policy, off_policy
 from topkd.compose.pieces import load_pieces, load_prompts
 from topkd.compose.progress import Progress
 from topkd.compose.recorded import RecordedSampler, chosen_policy, identities_with
-from topkd.compose.resume import opened
+from topkd.compose.resume import entered
 from topkd.compose.running import RunResult, run
 from topkd.compose.shuffled import ShuffledRollouts
 from topkd.compose.stops import Stops
@@ -51,7 +51,7 @@ async def replay(
         raise ConfigError("no cache to replay", hint="give --cache DIR, or [cache] path in the config")
     if config.replay.missing == "error":
         config = config.model_copy(update={"max_lost_fraction": 0.0})
-    with ScoreStore(path) as store, claimed(out, resume=resume):
+    with ScoreStore(path) as store, contextlib.ExitStack() as stack:
         teachers = {
             name: ReplayScorer(store, _recorded_teacher(path, name, teacher, config))
             for name, teacher in config.teacher_map().items()
@@ -64,7 +64,7 @@ async def replay(
             )  # fmt: skip
         if off_policy(policy):
             check_off_policy(config, policy)
-        former = opened(out, config, progress, command="replay", resume=resume)
+        former, ranks = stack.enter_context(entered(out, config, progress, command="replay", resume=resume))
         if former.finished:
             return RunResult.of_finished(out, former)
         prompts = load_prompts(config, progress)
@@ -90,6 +90,7 @@ async def replay(
                 context=feedback_context(config, prompts),
                 wrap=lambda _: sampler,
                 source=source,
+                ranks=ranks,
                 former=former,
                 command="replay",
                 stops=stops,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from topkd.compose.config import saved, validated
-from topkd.compose.folders import CONFIG, DIARY, STUDENT, TOKENS, fresh_folder
+from topkd.compose.folders import CONFIG, DIARY, STUDENT, TOKENS, claimed, fresh_folder
 from topkd.compose.progress import Progress
 from topkd.engine import EngineConfig
 from topkd.engine.metrics import read_metrics
@@ -19,8 +20,8 @@ from topkd.topk.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from topkd.engine.checkpoint import Checkpoint
+    from topkd.engine.distributed import Ranks
 
-C = TypeVar("C", bound=EngineConfig)
 # What may differ when a run is resumed: where its servers are, how they are asked, what is written down.
 FREE = ("client.*", "checkpoint.*", "track.*", "teacher.url*", "teachers.*.url*", "*.api_key_env", "sampler.url")
 
@@ -42,6 +43,29 @@ class Former:
     evals: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
     resumed: bool = False
+
+
+@contextlib.contextmanager
+def entered(
+    out: Path, config: EngineConfig, progress: Progress, *, command: str, resume: bool
+) -> Iterator[tuple[Former, Ranks | None]]:
+    """A run's folder, claimed and ``opened``; under torchrun by the first process, and known to all of them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        with claimed(out, resume=resume):
+            yield opened(out, config, progress, command=command, resume=resume), None
+        return
+    from topkd.engine.distributed import Ranks
+
+    ranks = Ranks.from_environment()
+    try:
+        with contextlib.ExitStack() as stack:
+            former = Former()
+            if ranks.main:
+                stack.enter_context(claimed(out, resume=resume))
+                former = opened(out, config, progress, command=command, resume=resume)
+            yield ranks.first(former), ranks
+    finally:
+        ranks.close()
 
 
 def opened(out: Path, config: EngineConfig, progress: Progress, *, command: str, resume: bool) -> Former:

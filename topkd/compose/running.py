@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from topkd.compose.folders import DIARY, STUDENT, provenance
+from topkd.compose.folders import DIARY, provenance
 from topkd.compose.progress import Progress
 from topkd.compose.resume import Former
 from topkd.compose.samplers import Sampling, in_process, stop_ids
@@ -20,13 +20,12 @@ from topkd.engine.data import PromptRow
 from topkd.engine.hooks import Hooks
 from topkd.engine.loop import Source
 from topkd.engine.metrics import MetricsLog
-from topkd.engine.position import Position
 from topkd.engine.scoring import Context, ScoredBatch
 from topkd.topk.protocols import Sampler, TeacherScorer
 
 if TYPE_CHECKING:
     from topkd.engine.checkpoint import Stateful
-    from topkd.engine.learner import Learner
+    from topkd.engine.distributed import Ranks
     from topkd.engine.view import TokenLoss
 
 
@@ -76,6 +75,7 @@ async def run(
     former: Former | None = None,
     command: str = "train",
     stops: Stops | None = None,
+    ranks: Ranks | None = None,
     loss: TokenLoss | None = None,
 ) -> RunResult:
     """Run ``config`` from its beginning, or from the checkpoint of ``former``, to its end or to a stop.
@@ -101,24 +101,26 @@ async def run(
         former: What ``opened`` found in the folder.
         command: Which command can go on with the run.
         stops: Signals that end it in order.
+        ranks: The processes that share the run.
         loss: An objective of one's own, in place of the config's.
     """
-    from topkd.engine.checkpoint import save_checkpoint, save_student
-    from topkd.engine.learner import Learner as Made
+    from topkd.compose.keeping import Keeper, bring_state, bring_weights
+    from topkd.engine.learner import Learner
     from topkd.engine.loop import distil
-    from topkd.engine.objectives import described
 
     former = former or Former()
     sampling = sampling or in_process(config, student, tokenizer)
-    learner = Made(
+    bring_weights(former, student)
+    learner = Learner(
         student,
         config.learner,
         loss or config.objective,
         lock=sampling.lock,
         steps=config.steps,
+        ranks=ranks,
         stop_ids=[*stop_ids(tokenizer), *config.rollout.stop_token_ids],
     )
-    start = _restored(former, learner, stateful)
+    start = bring_state(former, learner, stateful)
     transcripts = _transcripts(config, out, student, tokenizer, lock=sampling.lock, note=progress.note)
     evals = [*former.evals]
 
@@ -130,32 +132,12 @@ async def run(
         if on_record is not None:
             on_record(kind, record)
 
-    def kept(position: Position) -> None:
-        save_checkpoint(
-            out,
-            position,
-            learner=learner,
-            diary_bytes=log.kept(),
-            keep=config.checkpoint.keep,
-            remembered=wrap is not None or source is not None,
-            stateful=stateful,
-            notes={"command": command},
-        )
-
-    def ended(reason: str) -> None:
-        if reason:
-            log.write("event", {"event": "stopped", "version": learner.version, "reason": reason})
-        if learner.version:
-            state = {"version": learner.version, **described(learner.objective), "stopped": bool(reason)}
-            save_student(student, tokenizer, out / STUDENT, state)
-            if reason:
-                progress.note(
-                    f"stopped after step {learner.version} of {config.steps}; the student so far: {out / STUDENT}"
-                )
-
     progress.stage("distil", config.steps)
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(MetricsLog(out / DIARY))
+        main = learner.ranks.main
+        log = stack.enter_context(MetricsLog(out / DIARY if main else Path(os.devnull)))
+        remembered = wrap is not None or source is not None
+        keeper = Keeper(out, config, learner, tokenizer, log, remembered, stateful, command, progress)
         stop = None if stops is None else stack.enter_context(stops.listening())
         event = {"event": "resumed", "step": start.step} if former.resumed else {"event": "start"}
         log.write("event", {**event, **provenance(student), **(notes or {})})
@@ -173,7 +155,7 @@ async def run(
                     sampling.publish,
                     on_batch or transcripts,
                     sampling.capture,
-                    kept,
+                    keeper.checkpoint,
                     context,
                     beside=sampling.beside,
                 ),
@@ -181,14 +163,15 @@ async def run(
                 start=start,
                 earlier=former.steps,
                 stop=stop,
+                ranks=ranks,
             )
         except BaseException as error:  # an interrupt, a dead teacher: what was learnt is kept, and the diary says why
-            ended(type(error).__name__)
+            keeper.ended(type(error).__name__)
             raise
-        reason = "" if learner.version == config.steps else stops.name if stops is not None else "stop"
+        reason = "" if learner.version == config.steps else (stops.name if stops is not None else "") or "stop"
         if not reason and account is not None:
             log.write("event", account())
-        ended(reason)
+        keeper.ended(reason)
     return RunResult(out, former.steps + steps, evals, stopped=reason)
 
 
@@ -209,12 +192,3 @@ def _transcripts(
         steps=config.steps,
         problem=note,
     ).on_batch
-
-
-def _restored(former: Former, learner: Learner, stateful: Mapping[str, Stateful] | None) -> Position:
-    from topkd.engine.checkpoint import restore
-
-    if former.checkpoint is None:
-        return Position()
-    restore(former.checkpoint, learner, stateful)
-    return former.checkpoint.position

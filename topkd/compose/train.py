@@ -11,19 +11,19 @@ import numpy as np
 
 from topkd.compose.config import RunConfig
 from topkd.compose.feedback import feedback_context
-from topkd.compose.folders import claimed
 from topkd.compose.live_cache import LiveCache
 from topkd.compose.local_teachers import LocalModel, following, open_local
 from topkd.compose.pieces import load_pieces
 from topkd.compose.preflight import TEACHERS, ready
 from topkd.compose.progress import Progress
 from topkd.compose.remote_sampling import open_sampling
-from topkd.compose.resume import opened
+from topkd.compose.resume import entered
 from topkd.compose.running import RunResult, run
 from topkd.compose.stops import Stops
 from topkd.compose.teachers import open_teacher
 from topkd.compose.traffic import Traffic
 from topkd.compose.watching import watching
+from topkd.topk.errors import ConfigError
 from topkd.topk.protocols import TeacherScorer
 
 if TYPE_CHECKING:
@@ -56,8 +56,9 @@ async def train(
     """
     progress = progress or Progress()
     async with contextlib.AsyncExitStack() as stack:
-        stack.enter_context(claimed(out, resume=resume))
-        former = opened(out, config, progress, command="train", resume=resume)
+        former, ranks = stack.enter_context(entered(out, config, progress, command="train", resume=resume))
+        if ranks is not None and not ranks.main:
+            progress = Progress()
         if former.finished:
             return RunResult.of_finished(out, former)
         before = await ready(config, progress, kept=out / TEACHERS)
@@ -67,6 +68,11 @@ async def train(
         scorers: dict[str, TeacherScorer] = {}
         fingerprints: dict[str, dict[str, Any]] = {}
         traffic = Traffic()
+        if ranks is not None and config.sampler.kind != "in_process":
+            raise ConfigError(
+                "several processes sample from the student in their own memory",
+                got=f"sampler.kind {config.sampler.kind!r}", expected='sampler.kind = "in_process", or one process',
+            )  # fmt: skip
         sampling = await stack.enter_async_context(open_sampling(config, pieces, out=out, progress=progress))
         local: dict[str, LocalModel] = {}
         for name, teacher in config.teacher_map().items():
@@ -128,5 +134,6 @@ async def train(
             },
             former=former,
             stops=stops,
+            ranks=ranks,
             loss=loss,
         )

@@ -145,11 +145,16 @@ def restore(checkpoint: Checkpoint, learner: Learner, stateful: Mapping[str, Sta
             "the checkpoint is of a run with other parts", where=str(checkpoint.path),
             got=values["stateful"], expected=sorted(stateful or {}),
         )  # fmt: skip
-    load_weights(learner.student, load_tensors(checkpoint.path / _WEIGHTS), where=str(checkpoint.path))
+    load_weights(learner.student, weights_of(checkpoint), where=str(checkpoint.path))
     learner.load_state_dict(LearnerState(values["learner"], load_tensors(checkpoint.path / _OPTIMIZER)))
     for name, thing in (stateful or {}).items():
         thing.load_state_dict(load_tensors(checkpoint.path / f"{name}.safetensors"))
     set_random_state(load_tensors(checkpoint.path / _RANDOM))
+
+
+def weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The checkpoint's trained weights."""
+    return load_tensors(checkpoint.path / _WEIGHTS)
 
 
 def trained_weights(student: Student) -> dict[str, Tensor]:

@@ -50,7 +50,6 @@ class EngineConfig(Frozen):
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    strategy: Literal["ddp", "fsdp2"] = "ddp"  # under torchrun: weights whole on every process, or in shards
 
     @model_validator(mode="after")
     def _makes_sense_together(self) -> EngineConfig:

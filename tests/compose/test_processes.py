@@ -1,0 +1,106 @@
+"""``topkd train`` under torchrun: two processes end where one does, stop together, and go on together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.engine.pieces import model_folder
+from topkd.engine.metrics import outcome, read_metrics
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("files")
+    model_folder(root / "student", seed=1)
+    model_folder(root / "teacher", seed=2)
+    rows = "".join(json.dumps({"prompt_ids": [5 + i, 9], "id": i}) + "\n" for i in range(24))
+    (root / "prompts.jsonl").write_text(rows)
+    (root / "run.toml").write_text(f"""
+steps = {STEPS}
+seed = 1
+[student]
+model = "student"
+device = "cpu"
+[teacher]
+kind = "local"
+model = "teacher"
+[data]
+path = "prompts.jsonl"
+[rollout]
+prompts_per_step = 7
+samples_per_prompt = 2
+max_completion_tokens = 6
+shards = 2
+[learner]
+lr = 1e-3
+[checkpoint]
+every = 2
+""")
+    return root
+
+
+def topkd(files, *words, processes=1, **more):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launch, "-m", "topkd", "train", "run.toml", *words],
+        cwd=files, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, **more,
+    )  # fmt: skip
+
+
+def done(process):
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err[-3000:]
+    return out, err
+
+
+def diary(folder, kind="step"):
+    return [outcome(record) for record in read_metrics(folder / "metrics.jsonl", kind)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_end_where_one_does(files, strategy):
+    done(topkd(files, "--out", f"one-{strategy}"))
+    out, _ = done(topkd(files, "--out", f"two-{strategy}", "--set", f"learner.strategy={strategy}", processes=2))
+    assert out.count("steps done") == 1  # one of them speaks
+    one, two = diary(files / f"one-{strategy}"), diary(files / f"two-{strategy}")
+    assert [record["step"] for record in two] == [*range(1, STEPS + 1)]
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine.keys() - {"grad_noise"} == theirs.keys() - {"grad_noise"}
+        assert (mine["tokens"], mine["samples"]) == (theirs["tokens"], theirs["samples"]) == (mine["tokens"], 14)
+        for name in ("loss", "kl_k1", "grad_norm", "ess", "teacher_mass", "tail_mass", "realised_in_topk"):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-4, abs=1e-5), (mine["step"], name)
+    weights = [load_file(files / f"{n}-{strategy}" / "student" / "model.safetensors") for n in ("one", "two")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_stop_together_and_go_on_together(files):
+    whole, parts = files / "whole", files / "parts"
+    more = ("--set", "steps=40", "--set", "learner.strategy=fsdp2", "--set", "max_staleness=0")
+    done(topkd(files, "--out", "whole", *more, processes=2))
+    launched = topkd(files, "--out", "parts", *more, processes=2)
+    deadline = time.monotonic() + 120
+    while not (parts / "metrics.jsonl").exists() or len(read_metrics(parts / "metrics.jsonl", "step")) < 5:
+        assert time.monotonic() < deadline
+        assert launched.poll() is None, launched.communicate()
+        time.sleep(0.02)
+    launched.send_signal(signal.SIGTERM)  # torchrun passes it on
+    launched.communicate(timeout=100)
+    stopped = diary(parts, "event")[-1]
+    assert stopped["event"] == "stopped"
+    assert 5 <= stopped["version"] < 40
+    done(topkd(files, "--out", "parts", *more, "--resume", processes=2))
+    assert diary(parts, "event")[-1]["step"] == stopped["version"]
+    assert json.dumps(diary(parts)) == json.dumps(diary(whole))
