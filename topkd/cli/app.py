@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import topkd
-from topkd.cli import cache, compare, demo, probe, replay, report, sample, score, serve, train
+from topkd.cli import cache, compare, demo, export, probe, replay, report, sample, score, serve, train
 from topkd.topk.errors import TopkdError
 
 # What typer raises for a command line that does not fit: click's class, or its own copy of it, as its version has it.
@@ -33,6 +33,7 @@ app.add_typer(cache.app, name="cache")
 app.command("serve")(serve.command)
 app.command("probe")(probe.command)
 app.command("report")(report.command)
+app.command("export")(export.command)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,186 @@
+"""A run's student as a model folder that others load: weights, tokenizer, template, generation config, model card."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import topkd
+from topkd.compose.config import RunConfig, validated
+from topkd.compose.rendering import Side
+from topkd.engine.metrics import read_metrics
+from topkd.topk.errors import ConfigError, TrainingError
+
+DType = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[str, DType] = {"fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16",
+                            "fp16": "float16", "float16": "float16"}  # fmt: skip
+# How far logits may move when they are computed once more from the written weights.
+_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written, and how it was checked.
+
+    Attributes:
+        path: The folder.
+        kind: "model", or "adapter" for a LoRA adapter on its own.
+        dtype: Of the weights.
+        parameters: In the folder.
+        difference: Largest difference of a logit between the run's student and the folder as transformers reloads it.
+    """
+
+    path: Path
+    kind: Literal["model", "adapter"]
+    dtype: str
+    parameters: int
+    difference: float
+
+
+def export(
+    run: Path, out: Path | None = None, *, merge: bool = False, dtype: str | None = None, best: bool = False
+) -> Exported:
+    """Write the student of a run (or its best, by ``eval.best``) as a folder, and reload it to see that it is the same.
+
+    Args:
+        run: The run's folder.
+        out: Where to write; ``RUN/export`` when left out. It must not hold anything yet.
+        merge: Put a LoRA adapter into its base model; without it the adapter is written on its own.
+        dtype: Of the written weights, as in "bf16"; those that trained when left out.
+        best: The best student by the run's ``eval.best`` instead of the last one.
+    """
+    import torch
+
+    source, config = _source(run, best=best), _config(run)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError("unknown dtype", got=repr(dtype), expected=", ".join(sorted(set(DTYPES))))
+    out = out or run / "export"
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError("the folder to export to is not empty", where=str(out), hint="choose another --out")
+    adapter = (source / "adapter_config.json").exists()
+    if merge and not adapter:
+        raise ConfigError("there is no adapter to merge", where=str(source), hint="leave --merge out")
+    wanted = DTYPES[dtype] if dtype is not None else config.student.dtype
+    model = _opened(source, config, wanted, adapter=adapter)
+    if merge:
+        model = model.merge_and_unload()
+    alone = adapter and not merge
+    tokenizer = _tokenizer(source, config)
+    _generation(model, tokenizer, config)
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "README.md").write_text(_card(run, source, config, adapter=alone, dtype=wanted), encoding="utf-8")
+    again = _opened(out, config, wanted, adapter=alone)
+    difference = _difference(model, again, tokenizer)
+    if difference > _TOLERANCE[wanted]:
+        raise TrainingError(
+            "the exported folder does not reload as the model that was written", where=str(out),
+            got=f"a logit differs by {difference:.3g}", expected=f"at most {_TOLERANCE[wanted]:g} in {wanted}",
+        )  # fmt: skip
+    with torch.no_grad():
+        weights = [weight for name, weight in again.named_parameters() if not alone or "lora_" in name]
+    kind: Literal["model", "adapter"] = "adapter" if alone else "model"
+    return Exported(out, kind, wanted, sum(weight.numel() for weight in weights), difference)
+
+
+def _source(run: Path, *, best: bool) -> Path:
+    source = run / ("student-best" if best else "student")
+    if not source.exists():
+        hint = "the run has no eval.best" if best else "the run has not ended: let it end, or resume it"
+        raise ConfigError("no student to export", where=str(source), hint=hint)
+    return source
+
+
+def _config(run: Path) -> RunConfig:
+    place = run / "config.json"
+    try:
+        values: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError("not a run's folder", where=str(run), got=f"no readable {place.name}") from error
+    if "student" not in values:
+        raise ConfigError("a run that names no student model cannot be exported", where=str(run), hint="copy student/")
+    return validated(RunConfig, {key: value for key, value in values.items() if value is not None}, where=str(place))
+
+
+def _opened(folder: Path, config: RunConfig, dtype: str, *, adapter: bool) -> Any:
+    from topkd.engine.student import load_causal_lm
+
+    if not adapter:
+        return load_causal_lm(str(folder), dtype).eval()  # type: ignore[arg-type]
+    import peft
+
+    base = load_causal_lm(config.student.model, dtype)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        # peft asks transformers 5 by a name that is on its way out; nothing that a user could act on
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False).eval()
+
+
+def _tokenizer(source: Path, config: RunConfig) -> Any:
+    from topkd.engine.student import load_tokenizer
+
+    tokenizer = load_tokenizer(str(source))
+    own = Side.of(tokenizer, config.student.chat_template, {}).chat_template
+    if own is not None:
+        tokenizer.chat_template = own
+    return tokenizer
+
+
+def _generation(model: Any, tokenizer: Any, config: RunConfig) -> None:
+    """The base model's generation config, with the ends that the student was trained to stop at."""
+    ends = [*([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]), *config.rollout.stop_token_ids]
+    settings = getattr(model, "generation_config", None)
+    if settings is not None and ends:
+        settings.eos_token_id = ends[0] if len(ends) == 1 else list(dict.fromkeys(ends))
+
+
+def _difference(written: Any, again: Any, tokenizer: Any) -> float:
+    import torch
+
+    ids = tokenizer("The quick brown fox. def f(x): return 1")["input_ids"][:32]
+    batch = torch.tensor([ids or [0]])
+    with torch.inference_mode():
+        logits = [model(input_ids=batch.to(model.device)).logits.float().cpu() for model in (written, again)]
+    return float((logits[0] - logits[1]).abs().max())
+
+
+def _card(run: Path, source: Path, config: RunConfig, *, adapter: bool, dtype: str) -> str:
+    base = config.student.model
+    state = json.loads((source / "topkd.json").read_text(encoding="utf-8"))
+    teachers = sorted(
+        {teacher.model or ", ".join(teacher.urls) or "itself" for teacher in config.teacher_map().values()}
+    )
+    objective = ", ".join(f"{key} {value}" for key, value in config.objective.model_dump().items())
+    rate, rollout = config.learner.learning_rate(lora=config.student.lora is not None), config.rollout
+    origin = f"Distilled with topkd {topkd.__version__} from {' and '.join(teachers) or 'its data'}"
+    work = f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} completions"
+    lines = [
+        "---", f"library_name: {'peft' if adapter else 'transformers'}", "pipeline_tag: text-generation",
+        f"base_model: {json.dumps(base)}", "tags: [distillation, topkd]", "---", "",
+        f"# {Path(base).name}, distilled", "",
+        f"{origin}; {dtype} weights of step {state.get('version', '?')}.", "",
+        f"- objective: {objective}", f"- learning rate: {rate}",
+        f"- steps: {config.steps}, {work} of at most {rollout.max_completion_tokens} tokens, seed {config.seed}",
+        f"- prompts: {Path(config.data.path).name}", "", *_measured(run),
+    ]  # fmt: skip
+    if adapter:
+        lines += ["Load it with `peft.PeftModel.from_pretrained(base, folder)` on the base model named above.", ""]
+    else:
+        lines += ["Load it with `transformers.AutoModelForCausalLM.from_pretrained(folder)`.", ""]
+    return "\n".join(lines)
+
+
+def _measured(run: Path) -> list[str]:
+    diary = run / "metrics.jsonl"
+    found = read_metrics(diary, "eval") if diary.exists() else []
+    evals = [record for record in found if record.get("prefixes", "fixed") == "fixed"]
+    names = [name for name in ("accuracy", "reverse_kl", "forward_kl", "agreement") if evals and name in evals[0]]
+    if len(evals) < 2 or not names:
+        return []
+    first, last = evals[0], evals[-1]
+    rows = [f"| {name} | {first[name]:.4g} | {last[name]:.4g} |" for name in names]
+    return ["| measured | before | after |", "|---|---|---|", *rows, ""]
