@@ -52,7 +52,7 @@ def test_each_step_is_sampled_by_the_engine_beside_the_learner(
         site.getsitepackages()[0],
     ]
     done = subprocess.run(
-        [*program, site.getsitepackages()[0], str(tmp_path / "config.json"), str(tmp_path / "run")],
+        [*program, str(tmp_path / "config.json"), str(tmp_path / "run")],
         env=vllm_env(),
         cwd=tmp_path,
         capture_output=True,
