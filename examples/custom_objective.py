@@ -1,0 +1,50 @@
+"""An objective of your own in twenty lines: a function from the tokens' logprobs to a loss for each token.
+
+The function is given a ``TokenView``: the student's logprobs with graph (of the sampled token, and at the teacher's
+listed ids), the teacher's rows, and the logprobs the tokens were sampled with. What it returns is summed over the
+step's trained tokens and divided by their number; masks, batching, diary and checkpoints are as for any objective.
+
+    python examples/custom_objective.py
+"""
+
+import asyncio
+
+import torch
+from made_here import folder_of, rows, student, teacher, told
+
+from topkd.compose.config import RunConfig
+from topkd.compose.train import train
+from topkd.engine.view import TokenView
+
+
+def skewed_kl(view: TokenView, alpha: float = 0.1) -> torch.Tensor:
+    """KL(T || alpha T + (1 - alpha) S) on the teacher's list: forward KL that no zero of the student can blow up."""
+    teacher_p = view.teacher.logp.exp()  # zero at pads
+    mixed = torch.logaddexp(
+        view.teacher.logp + torch.log(torch.tensor(alpha)), view.logp_at_ids + torch.log(torch.tensor(1.0 - alpha))
+    )
+    listed = view.teacher.listed & (teacher_p > 0)
+    return torch.where(listed, teacher_p * (view.teacher.logp - mixed.masked_fill(~listed, 0.0)), 0.0).sum(dim=1)
+
+
+def main() -> None:
+    """Train with it, and print the divergence and the accuracy on the way."""
+    here = folder_of(__file__)
+    data = rows(here / "letters.jsonl", hint=None)
+    config = RunConfig.model_validate(
+        {
+            "steps": 40,
+            "student": {"model": str(student(here / "student"))},
+            "teacher": {"kind": "local", "model": str(teacher(here / "teacher"))},
+            "data": {"path": str(data)},
+            "rollout": {"prompts_per_step": 52, "samples_per_prompt": 1, "max_completion_tokens": 3},
+            "learner": {"lr": 2e-3, "warmup_steps": 5},
+            "eval": {"path": str(data), "every": 20, "max_tokens": 3, "scorer": "exact_match", "prefixes": ["fixed"]},
+        }
+    )
+    asyncio.run(train(config, here / "run", loss=skewed_kl))
+    told(here / "run")
+
+
+if __name__ == "__main__":
+    main()

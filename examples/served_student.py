@@ -1,0 +1,68 @@
+"""The student sampled from a server that gets a new LoRA adapter after each step; each completion says which it is of.
+
+The embedded server stands in for vLLM. With one of yours that serves the student's model, give its address:
+
+    python examples/served_student.py
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve runs/examples/served_student/student --enable-lora --enable-scale-out
+    python examples/served_student.py runs/examples/served_student http://127.0.0.1:8000
+
+What a server must be started with, and what is checked: docs/how-to/served-student.md.
+"""
+
+import asyncio
+import contextlib
+import shutil
+import sys
+
+from made_here import folder_of, rows, student, teacher, told
+
+from topkd.compose.config import RunConfig
+from topkd.compose.train import train
+from topkd.engine.metrics import read_metrics
+from topkd.serve import ServeConfig, ServerProcess
+
+
+def main() -> None:
+    """Train an adapter, sample from it elsewhere, print the accuracy and which weights each step learnt from."""
+    here = folder_of(__file__)
+    data = rows(here / "letters.jsonl", hint=None)
+    knows = teacher(here / "teacher")
+    base = here / "student"
+    if not base.exists():  # a server may be serving it
+        student(base)
+    with contextlib.ExitStack() as stack:
+        if len(sys.argv) > 2:
+            url = sys.argv[2]
+        else:
+            url = stack.enter_context(ServerProcess(ServeConfig(model=str(base), port=0))).url
+        config = RunConfig.model_validate(
+            {
+                "steps": 30,
+                "student": {"model": str(base), "lora": {"r": 16, "alpha": 32.0}},
+                "teacher": {"kind": "local", "model": str(knows)},
+                "data": {"path": str(data)},
+                "sampler": {"kind": "server", "url": url},
+                "rollout": {"prompts_per_step": 52, "samples_per_prompt": 1, "max_completion_tokens": 3},
+                "learner": {"lr": 1e-2, "warmup_steps": 5},
+                "eval": {
+                    "path": str(data),
+                    "every": 15,
+                    "max_tokens": 3,
+                    "scorer": "exact_match",
+                    "prefixes": ["fixed"],
+                },
+            }
+        )
+        shutil.rmtree(here / "run", ignore_errors=True)
+        asyncio.run(train(config, here / "run"))
+    told(here / "run")
+    steps = read_metrics(here / "run" / "metrics.jsonl", "step")
+    for step in steps[-3:]:
+        print(
+            f"step {step['step']}: learnt from version {', '.join(step['rollout_versions'])}; version "
+            f"{step['sampler_version']} pushed, {step['sync_bytes'] / 1024:.0f} kB, KL to the learner {step['sync_kl']:.1e}"
+        )
+
+
+if __name__ == "__main__":
+    main()

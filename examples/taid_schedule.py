@@ -1,0 +1,38 @@
+"""TAID (arXiv:2501.16937): the target is no fixed teacher, it moves from the student to the teacher while training.
+
+At the interpolation weight t the target lies t of the way to the teacher; t runs from 0.4 to 1 over the run's steps,
+faster while the loss falls. The weight of every step is in the diary (``taid_t``).
+
+    python examples/taid_schedule.py
+"""
+
+import asyncio
+
+from made_here import folder_of, rows, student, teacher, told
+
+from topkd.compose.config import RunConfig
+from topkd.compose.train import train
+
+
+def main() -> None:
+    """Train, and print the divergence and the accuracy on the way."""
+    here = folder_of(__file__)
+    data = rows(here / "letters.jsonl", hint=None)
+    config = RunConfig.model_validate(
+        {
+            "steps": 40,
+            "objective": {"kind": "taid", "t_start": 0.4, "t_end": 1.0, "alpha": 5e-4},
+            "student": {"model": str(student(here / "student"))},
+            "teacher": {"kind": "local", "model": str(teacher(here / "teacher"))},
+            "data": {"path": str(data)},
+            "rollout": {"prompts_per_step": 52, "samples_per_prompt": 1, "max_completion_tokens": 3},
+            "learner": {"lr": 2e-3, "warmup_steps": 5},
+            "eval": {"path": str(data), "every": 20, "max_tokens": 3, "scorer": "exact_match", "prefixes": ["fixed"]},
+        }
+    )
+    asyncio.run(train(config, here / "run"))
+    told(here / "run")
+
+
+if __name__ == "__main__":
+    main()
