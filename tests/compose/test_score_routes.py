@@ -5,10 +5,11 @@ import pytest
 from tests.cli.test_cache import ran
 from tests.compose.test_score import ROWS, written
 from tests.engine.pieces import model_folder
+from topkd.clients import connect
 from topkd.compose.score import ScoreConfig, score_data
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.serve import ServeConfig, ServerProcess
-from topkd.topk.errors import DataError
+from topkd.topk.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +76,34 @@ def test_the_exit_code_says_whether_every_row_is_there(server, tmp_path):
 def test_routes_that_cannot_be_right_are_refused(config, changes, words):
     with pytest.raises(ValueError, match=words):
         config(**changes)
+
+
+async def test_a_model_in_this_process_scores_in_place_of_a_server(server, config, tmp_path, monkeypatch):
+    loaded = []
+
+    class Loaded:
+        """What vLLM would be, answered by the server."""
+
+        def __init__(self, model, **engine):
+            loaded.append((model, engine))
+
+        async def __aenter__(self):
+            self.client = await connect(server.url)
+            return self
+
+        async def __aexit__(self, *_):
+            await self.client.aclose()
+
+        async def score(self, ids, start, k):
+            return await self.client.score(ids, start, k)
+
+    monkeypatch.setattr("topkd.compose.teachers.VllmInProcess", Loaded)
+    data = written(tmp_path / "data.jsonl", ROWS[:10])
+    report = await score_data(config(data=data, teachers=("vllm:models/teacher",), k=7))
+    assert (report.scored, report.teacher) == (10, "teacher")
+    assert loaded == [("models/teacher", {"max_logprobs": 7})]
+    # The same teacher behind a URL: one name, one set of keys.
+    assert (await score_data(config(data=data, k=7))).cached == 10
+    for wrong in (("vllm:",), ("vllm:a", "vllm:b")):
+        with pytest.raises(ConfigError, match="vllm:"):
+            await score_data(config(data=data, teachers=wrong))

@@ -20,7 +20,10 @@ from topkd.topk.errors import ConfigError
 def command(
     data: Annotated[Path, typer.Argument(help="JSONL, Parquet, a datasets folder, or a cache to score anew.")],
     out: Annotated[Path, typer.Option(help="Folder of the cache.")],
-    teacher: Annotated[list[str] | None, typer.Option(help="Base URL of the teacher; repeat it for replicas.")] = None,
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(help="Base URL of the teacher; repeat it for replicas. vllm:FOLDER loads it here."),
+    ] = None,
     teacher_id: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,6 +59,9 @@ def command(
         str, typer.Option(help="local, or ray: many workers, on this machine or a cluster, into the one cache.")
     ] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Workers of --runner ray; they share --in-flight.")] = 4,
+    gpus_per_worker: Annotated[
+        float, typer.Option(min=0.0, help="GPUs that each worker of --runner ray takes, for vllm:FOLDER.")
+    ] = 0.0,
     ray_address: Annotated[
         str | None, typer.Option(help="Ray cluster to join; RAY_ADDRESS when left out, else one is started here.")
     ] = None,
@@ -85,7 +91,8 @@ def command(
         "revisions": revisions, "teacher_id": wanted, "api_key": key_from(api_key_env), "limit": limit,
         "shard": _shard(shard), "dedupe": dedupe, "max_tokens": max_tokens, "max_cost": max_cost,
         "price_per_million": price_per_million, "estimate": estimate, "codec": codec, "in_flight": in_flight,
-        "strict": strict, "runner": runner, "workers": workers, "ray_address": ray_address,
+        "strict": strict, "runner": runner, "workers": workers, "gpus_per_worker": gpus_per_worker,
+        "ray_address": ray_address,
     }  # fmt: skip
     config = validated(ScoreConfig, values, where="topkd score")
     # Ray prints what happens to its workers; standard output is for the report alone.

@@ -22,7 +22,7 @@ class ScoreConfig(BaseModel):
     Attributes:
         data: JSONL, Parquet, a datasets folder, or a cache whose rollouts are to be scored.
         out: The cache.
-        teachers: URLs of one teacher; several are replicas.
+        teachers: URLs of one teacher; several are replicas. "vllm:FOLDER" loads it into this process (each worker's).
         routes: Instead of ``teachers``: for each teacher_id that rows may name, its URLs.
         model: Served name; None takes the server's only one.
         models: With ``routes``: served names by teacher_id, where a server has several.
@@ -47,6 +47,7 @@ class ScoreConfig(BaseModel):
         client: Time-outs, retries and bounds.
         runner: "local" is this process; "ray" shares the rows out to workers on a Ray cluster.
         workers: Of a Ray job; ``in_flight`` is divided among them.
+        gpus_per_worker: What each worker of a Ray job takes, for a teacher in its own process.
         ray_address: Cluster to join; None takes RAY_ADDRESS, or starts one on this machine for the job.
     """
 
@@ -78,6 +79,7 @@ class ScoreConfig(BaseModel):
     client: ClientConfig = ClientConfig()
     runner: Literal["local", "ray"] = "local"
     workers: PositiveInt = 4
+    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
     ray_address: str | None = None
 
     @model_validator(mode="after")

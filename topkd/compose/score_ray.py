@@ -168,6 +168,7 @@ async def _results(config: ScoreConfig, portions: Sequence[Portion], ledger: Any
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=config.workers),
         num_cpus=1,
+        num_gpus=config.gpus_per_worker or None,
     )
     rows: Iterator[Mapping[str, Any]] = iter(told.iter_rows())
     while (row := await asyncio.to_thread(next, rows, None)) is not None:

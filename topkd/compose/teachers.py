@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import SecretStr
 
-from topkd.clients import ClientConfig, Fleet, connect
+from topkd.clients import ClientConfig, Fleet, VllmInProcess, connect
+from topkd.topk.errors import ConfigError
 from topkd.topk.protocols import Ids, TeacherScorer
+
+IN_PROCESS = "vllm:"  # before a folder or id, in place of a URL
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +67,18 @@ async def open_teacher(
     model: str | None = None,
     api_key: SecretStr | None = None,
     config: ClientConfig | None = None,
+    k: int = 20,
 ) -> AsyncIterator[OpenTeacher]:
-    """Connects, and checks that every replica has the same model."""
+    """Connects, and checks that every replica has the same model.
+
+    ``vllm:FOLDER`` in place of a URL loads the model into this process, for lists of at most ``k``.
+    """
+    if urls[0].startswith(IN_PROCESS):
+        if len(urls) > 1:
+            raise ConfigError("one model in this process, or replicas by URL", got=", ".join(urls))
+        async with await asyncio.to_thread(_loaded, urls[0].removeprefix(IN_PROCESS), k) as engine:
+            yield OpenTeacher(engine, model or Path(urls[0].removeprefix(IN_PROCESS)).name, None)
+        return
     if len(urls) == 1:
         async with await connect(urls[0], dialect=dialect, model=model, api_key=api_key, config=config) as client:
             info = await client.server_info()
@@ -72,3 +87,9 @@ async def open_teacher(
     async with await connect(list(urls), dialect=dialect, model=model, api_key=api_key, config=config) as fleet:
         info = await fleet.server_info()
         yield OpenTeacher(fleet, info.model, info.max_model_len, fleet, info.version)
+
+
+def _loaded(model: str, k: int) -> VllmInProcess:
+    if not model:
+        raise ConfigError("vllm: without a model's folder or id", expected="vllm:models/teacher, say")
+    return VllmInProcess(model, max_logprobs=max(k, 1))
