@@ -69,7 +69,7 @@ class Conversation:
         """The tokens that end an answer: up to the template's end token, not the line break behind it."""
         behind = self._side.behind_answer(self._messages, [], self._where)
         ids = self._side.text(behind, self._where, special=False)
-        special = set(self._side.tokenizer.all_special_ids)
+        special = self._side.special_ids()
         ends = [place for place, token in enumerate(ids) if token in special]
         return ids[: ends[0] + 1] if ends else []
 

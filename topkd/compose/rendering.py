@@ -68,7 +68,12 @@ class Side:
             return None
         behind = self.behind_answer([{"role": "user", "content": "Hello"}], [], "the chat template")
         ids = self.text(behind, "the chat template", special=False)
-        return ids[0] if ids and ids[0] in self.tokenizer.all_special_ids else None
+        return ids[0] if ids and ids[0] in self.special_ids() else None
+
+    def special_ids(self) -> set[int]:
+        """Ids of control tokens: those with a part in the tokenizer (end of text), and those it was only given."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return {*self.tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
 
     def _rendered(self, messages: Sequence[Message], where: str, **options: Any) -> Any:
         if self.tokenizer is None:

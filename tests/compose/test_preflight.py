@@ -1,0 +1,194 @@
+"""What a run finds out before it opens a model: dead servers, other tokenizers, lengths that do not fit, wrong ends."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from tests.engine.pieces import model_folder
+from topkd.compose.config import RunConfig
+from topkd.compose.limits import check_lengths, compared_ends
+from topkd.compose.local_teachers import same_ids
+from topkd.compose.meeting import Met, meet_teachers
+from topkd.compose.pieces import load_prompts
+from topkd.compose.preflight import ready
+from topkd.compose.progress import Progress
+from topkd.compose.train import train
+from topkd.engine.data import PromptRow
+from topkd.engine.metrics import read_metrics
+from topkd.engine.rollouts import draw
+from topkd.engine.scoring import score_rollouts
+from topkd.engine.student import load_tokenizer
+from topkd.serve import ServeConfig, ServerProcess
+from topkd.topk import Rollout, SamplingParams, TopK
+from topkd.topk.errors import ConfigError, KLimitError, ServerUnreachableError
+
+ASK = [{"role": "user", "content": "1 + 1?"}]
+
+
+class Notes(Progress):
+    def __init__(self):
+        self.said = []
+
+    def note(self, text):
+        self.said.append(text)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("preflight")
+    model_folder(root / "student", seed=1)
+    other = model_folder(root / "other", seed=1)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["e"] = vocab["e"], vocab["a"]  # the same pieces, two of them under each other's ids
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (root / "data.jsonl").write_text(json.dumps({"messages": ASK}) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    config = ServeConfig(model=str(folder / "student"), served_model_name="t", port=0, max_model_len=64, device="cpu")
+    with ServerProcess(config) as running:
+        yield running
+
+
+def run_config(folder, url, **changes):
+    values = {
+        "student": {"model": str(folder / "student"), "device": "cpu"},
+        "teacher": {"url": url},
+        "data": {"path": str(folder / "data.jsonl")},
+        "rollout": {"max_completion_tokens": 8, "prompts_per_step": 2, "samples_per_prompt": 1},
+        "client": {"max_retries": 50, "total_timeout_s": 600.0},
+        **changes,
+    }
+    return RunConfig.model_validate(values)
+
+
+async def test_a_dead_server_is_told_before_a_model_is_looked_for_whatever_the_runs_patience(folder, tmp_path):
+    config = run_config(folder, "http://127.0.0.1:1", student={"model": "/no/such/model"})
+    with pytest.raises(ServerUnreachableError, match=r"127.0.0.1:1.*gave up after 4 tries"):
+        await train(config, tmp_path / "run")
+
+
+async def test_a_server_is_met_once_and_not_asked_again_by_a_resume(folder, server, tmp_path):
+    config, kept = run_config(folder, server.url), tmp_path / "teachers.json"
+    met = (await meet_teachers(config, Progress(), kept))[""]
+    assert (met.model, met.context, met.k, met.tokenizer) == ("t", 64, 20, "same")
+    assert json.loads(kept.read_text()) == [asdict(met)]
+    kept.write_text(json.dumps([asdict(met) | {"tokenizer": "as it was found"}]))
+    again = (await meet_teachers(config, Progress(), kept))[""]
+    assert again.tokenizer == "as it was found"  # the questions were not asked
+    wider = run_config(folder, server.url, k=5)
+    assert (await meet_teachers(wider, Progress(), kept))[""].tokenizer == "same"  # another K is another question
+
+
+async def test_k_above_the_servers_limit_names_both_before_the_run_begins(folder, server, tmp_path):
+    with pytest.raises(KLimitError, match=r"K = 21 .*K <= 20"):
+        await train(run_config(folder, server.url, k=21), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+async def test_a_teacher_with_other_tokens_is_refused_with_the_first_id_that_differs(folder, server, tmp_path):
+    tokenizer = load_tokenizer(str(folder / "student"))
+    low, high = sorted(tokenizer.convert_tokens_to_ids(["a", "e"]))
+    config = run_config(folder, server.url, student={"model": str(folder / "other"), "device": "cpu"})
+    with pytest.raises(
+        ConfigError, match=r"cannot teach this student .*id (\d+) is '[ae]' there and '[ae]' here"
+    ) as caught:
+        await train(config, tmp_path / "run")
+    assert f"id {low} is" in str(caught.value) or f"id {high} is" in str(caught.value)
+    with pytest.raises(ConfigError, match=rf"2 ids differ, the first is {low}: 'a' there and 'e' here"):
+        same_ids(str(folder / "student"), str(folder / "other"))
+    same_ids(str(folder / "student"), str(folder / "student"))
+
+
+async def test_a_completion_that_does_not_fit_the_teachers_context_is_refused_at_the_start(folder, server):
+    config = run_config(folder, server.url, rollout={"max_completion_tokens": 50})
+    with pytest.raises(ConfigError, match=r"do not fit the teacher's context .*line 1.*\+ 50 \+ 1 tokens.*at most 64"):
+        await ready(config, Progress())
+
+
+def test_the_one_token_that_scoring_generates_and_the_students_positions_count(folder):
+    prompts = load_prompts(run_config(folder, "http://x"), Progress())
+    size = prompts.rows[0].prompt_ids.size
+    met = {"": Met("http://x", "t", "vllm", "", size + 8 + 1, 20, "same")}
+    check_lengths(run_config(folder, "http://x"), prompts, met)
+    with pytest.raises(ConfigError, match="teacher's context"):
+        check_lengths(run_config(folder, "http://x"), prompts, {"": Met("http://x", "t", "vllm", "", size + 8, 20, "")})
+    with pytest.raises(ConfigError, match=r"student's positions.*at most 4096"):
+        check_lengths(run_config(folder, "http://x", rollout={"max_completion_tokens": 4096}), prompts, {})
+
+
+def test_a_base_student_of_an_instruct_teacher_is_told_which_end_it_lacks(folder, tmp_path):
+    tokenizer = load_tokenizer(str(folder / "student"))
+    end, base_end = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    base = tmp_path / "base"
+    model_folder(base, seed=1)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(base)
+    teacher = {"url": "http://x", "tokenizer": str(folder / "student")}
+    config = run_config(folder, "http://x", student={"model": str(base)}, teacher=teacher)
+    ends = compared_ends(config, load_prompts(config, Progress()))
+    assert ends.stops == (base_end,)
+    assert (ends.template, ends.teachers) == (end, {"": end})
+    assert len(ends.notes) == 2
+    assert all(f"rollout.stop_token_ids = [{end}]" in note for note in ends.notes)
+    mended = config.model_copy(update={"rollout": config.rollout.model_copy(update={"stop_token_ids": (end,)})})
+    assert compared_ends(mended, load_prompts(mended, Progress())).notes == ()
+    same = run_config(folder, "http://x", teacher={"url": "http://x", "tokenizer": str(folder / "student")})
+    assert compared_ends(same, load_prompts(same, Progress())).notes == ()
+
+
+async def test_a_stop_id_of_the_config_ends_a_completion_and_stays_in_it(folder):
+    from topkd.engine.sampler import InProcessSampler
+    from topkd.engine.student import Student
+
+    stops = tuple(range(150))
+    config = run_config(
+        folder, "http://x",
+        rollout={"max_completion_tokens": 16, "prompts_per_step": 8, "samples_per_prompt": 2, "stop_token_ids": stops},
+    )  # fmt: skip
+    sampler = InProcessSampler(Student.load(str(folder / "student"), "cpu"))
+    _, rollouts = await draw(config, [PromptRow(np.array([200, 201]), np.array([200, 201]))], sampler, 0)
+    stopped = [rollout for rollout in rollouts if rollout.finish_reason == "stop"]
+    assert len(stopped) > 8
+    for rollout in stopped:
+        assert rollout.completion_ids[-1] < 150
+        assert (rollout.completion_ids[:-1] >= 150).all()
+
+
+class Scorer:
+    async def score(self, ids, start, k):
+        actual = np.asarray(ids)[start + 1 :]
+        rows = len(actual)
+        return TopK.from_lists([[(1, -0.5)]] * rows, start=start, actual_ids=actual, actual_logp=[-1.0] * rows)
+
+
+async def test_a_truncated_completion_trains_or_is_masked_and_is_counted_either_way():
+    row, params = PromptRow(np.array([1, 2]), np.array([1, 2])), SamplingParams(max_tokens=3)
+    cut, whole = (
+        Rollout(np.array([1, 2]), np.array([4, 5, 6]), np.float32([-1, -1, -1]), reason, params)
+        for reason in ("length", "stop")
+    )
+    kept = await score_rollouts([row, row], [cut, whole], {"": Scorer()}, 1)
+    masked = await score_rollouts([row, row], [cut, whole], {"": Scorer()}, 1, truncated="mask")
+    assert [sample.core.mask.all() for sample in kept.samples] == [True, True]
+    assert [sample.core.mask.any() for sample in masked.samples] == [False, True]
+    assert kept.truncated == masked.truncated == 1
+
+
+async def test_dropped_prompts_and_warnings_stand_in_the_diary(folder, server, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt_ids": [5, 6], "id": "short"}) + "\n")
+    with data.open("a") as file:
+        file.write(json.dumps({"prompt_ids": [5] * 99, "id": "long"}) + "\n")
+    rollout = {"max_completion_tokens": 4, "prompts_per_step": 2, "max_prompt_tokens": 20, "overlong": "drop"}
+    notes = Notes()
+    config = run_config(folder, server.url, steps=1, data={"path": str(data)}, rollout=rollout)
+    await train(config, tmp_path / "run", notes)
+    start = read_metrics(tmp_path / "run" / "metrics.jsonl", "event")[0]
+    assert start["data"] == {"rows": 1, "dropped_overlong": 1, "dropped": ["long"]}
+    assert any("1 prompts longer than 20 tokens were dropped" in said for said in notes.said)
