@@ -50,10 +50,10 @@ def texts_of(step: int) -> list[TextSample]:
 
 def run(folder: str, objective: str, strategy: str, ranks: Ranks, state: Path | None = None) -> tuple[Student, list]:
     """``STEPS`` steps; with ``state`` the optimiser is kept after the first and put back into a fresh learner."""
-    student = Student.load(folder, "cpu")
     config = LearnerConfig(lr=1e-3, micro_batch_tokens=40, schedule="linear", warmup_steps=1, strategy=strategy)
 
     def fresh() -> Learner:
+        student = Student.load(folder, "cpu")
         return Learner(student, config, objective_named(objective), steps=STEPS, ranks=ranks, stop_ids=[7])
 
     learner = fresh()
@@ -61,10 +61,11 @@ def run(folder: str, objective: str, strategy: str, ranks: Ranks, state: Path | 
     for step in range(STEPS):
         records.append(learner.step(ranks.slice(samples_of(step)), ranks.slice(texts_of(step))))
         if state is not None and step == 0:
-            kept = learner.state_dict()
+            kept, weights = learner.state_dict(), learner.student.model.state_dict()
             learner = fresh()
+            learner.student.model.load_state_dict(weights)
             learner.load_state_dict(kept)
-    return student, records
+    return learner.student, records
 
 
 def main() -> None:

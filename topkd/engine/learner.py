@@ -219,7 +219,11 @@ class Learner:
         return LearnerState(values, optimizer_tensors(self._optimizer, self._trainee.named))
 
     def load_state_dict(self, state: LearnerState) -> None:
-        """Continue from ``state_dict()`` of a learner with the same parameters; anything else is refused."""
+        """Continue from ``state_dict()`` of a learner with the same parameters; anything else is refused.
+
+        The student's weights are taken as they are now: load them first.
+        """
+        self._trainee.adopt()
         load_optimizer_tensors(self._optimizer, self._trainee.named, state.tensors)
         self.version = int(state.values["version"])
         self._skipped_in_a_row = int(state.values["skipped_in_a_row"])

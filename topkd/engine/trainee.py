@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from topkd.engine.batching import MicroBatch
 from topkd.engine.distributed import Ranks, Strategy
@@ -44,6 +44,10 @@ class Trainee(Protocol):
 
     def publish(self) -> None:
         """Bring stepped weights to the student."""
+        ...
+
+    def adopt(self) -> None:
+        """Take over the student's weights, after something else than a step has changed them."""
         ...
 
     def training(self) -> contextlib.AbstractContextManager[None]:
@@ -75,6 +79,9 @@ class Replicated:
 
     def publish(self) -> None:
         """Nothing: the student's weights are the ones that were stepped."""
+
+    def adopt(self) -> None:
+        """Nothing: they are the ones that will be."""
 
     def training(self) -> contextlib.AbstractContextManager[None]:
         """See ``Trainee``."""
@@ -139,6 +146,15 @@ class Sharded:
         for name, parameter in self.named.items():
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             self._whole[name].copy_(whole)
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """Cut the student's whole weights into the shards."""
+        for name, parameter in self.named.items():
+            whole = self._whole[name].detach()
+            if isinstance(parameter, DTensor):
+                whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+            parameter.copy_(whole)
 
     def training(self) -> contextlib.AbstractContextManager[None]:
         """See ``Trainee``."""
