@@ -30,7 +30,6 @@ class Keeper:
         log: Its diary.
         remembered: Whoever gives the rollouts gives those in flight again.
         stateful: What else has a state.
-        command: Which command can go on with the run.
         progress: Told where the student is.
     """
 
@@ -41,7 +40,6 @@ class Keeper:
     log: MetricsLog
     remembered: bool
     stateful: Mapping[str, Stateful] | None
-    command: str
     progress: Progress
 
     def checkpoint(self, position: Position) -> None:
@@ -58,7 +56,6 @@ class Keeper:
             # Of several processes each has rollouts of its own in flight: only a cache remembers them all.
             remembered=self.remembered or self.learner.ranks.size > 1,
             stateful=self.stateful,
-            notes={"command": self.command},
         )
 
     def ended(self, reason: str) -> None:

@@ -74,6 +74,7 @@ def opened(out: Path, config: EngineConfig, progress: Progress, *, command: str,
         fresh_folder(out)
         saved(config, out / CONFIG)
         return Former()
+    _refuse_another_command(out, command)
     _refuse_changes(out, config)
     if _done(out) >= config.steps:
         records = read_metrics(out / DIARY)
@@ -81,10 +82,6 @@ def opened(out: Path, config: EngineConfig, progress: Progress, *, command: str,
     from topkd.engine.checkpoint import newest_checkpoint
 
     checkpoint = newest_checkpoint(out, progress.note)
-    if checkpoint is not None and (former := checkpoint.notes.get("command", command)) != command:
-        raise ConfigError(
-            f"this run was made by topkd {former}", where=str(out), hint=f"go on with topkd {former} --resume"
-        )
     step = 0 if checkpoint is None else checkpoint.position.step
     if step > config.steps:
         raise ConfigError("the run has gone further", where=str(out), got=f"steps = {config.steps}", expected=step)
@@ -93,6 +90,15 @@ def opened(out: Path, config: EngineConfig, progress: Progress, *, command: str,
     saved(config, out / CONFIG)
     records = read_metrics(out / DIARY) if (out / DIARY).exists() else []
     return Former(checkpoint, _of(records, "step"), _of(records, "eval"), resumed=True)
+
+
+def _refuse_another_command(out: Path, command: str) -> None:
+    events = read_metrics(out / DIARY, "event") if (out / DIARY).exists() else []
+    former = next((event["command"] for event in events if "command" in event), command)
+    if former != command:
+        raise ConfigError(
+            f"this run was made by topkd {former}", where=str(out), hint=f"go on with topkd {former} --resume"
+        )
 
 
 def _refuse_changes(out: Path, config: EngineConfig) -> None:

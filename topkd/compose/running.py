@@ -137,10 +137,10 @@ async def run(
         main = learner.ranks.main
         log = stack.enter_context(MetricsLog(out / DIARY if main else Path(os.devnull)))
         remembered = wrap is not None or source is not None
-        keeper = Keeper(out, config, learner, tokenizer, log, remembered, stateful, command, progress)
+        keeper = Keeper(out, config, learner, tokenizer, log, remembered, stateful, progress)
         stop = None if stops is None else stack.enter_context(stops.listening())
         event = {"event": "resumed", "step": start.step} if former.resumed else {"event": "start"}
-        log.write("event", {**event, **provenance(student), **(notes or {})})
+        log.write("event", {**event, "command": command, **provenance(student), **(notes or {})})
         try:
             steps = await distil(
                 config,
