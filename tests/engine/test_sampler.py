@@ -1,5 +1,6 @@
 """The in-process sampler: exact logprobs, honest ends, nothing leaking in."""
 
+import asyncio
 import json
 
 import numpy as np
@@ -95,3 +96,18 @@ async def test_a_truncating_or_tempered_sampler_is_refused(student, params):
 async def test_an_empty_prompt_is_refused(student):
     with pytest.raises(ConfigError, match="at least one token"):
         await InProcessSampler(student).sample([], 1, SamplingParams(max_tokens=2))
+
+
+async def test_a_batch_that_is_given_up_stops_at_its_next_token(student):
+    sampler = InProcessSampler(student)
+    drawn = []
+    real = sampler._drawn
+    sampler._drawn = lambda *args: drawn.append(1) or real(*args)
+    task = asyncio.create_task(sampler.sample(np.array([3, 4]), 2, SamplingParams(max_tokens=4000, seed=1)))
+    while len(drawn) < 3:
+        await asyncio.sleep(0.001)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    with sampler.lock:  # free as soon as the thread has left
+        assert len(drawn) < 3000

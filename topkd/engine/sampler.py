@@ -48,9 +48,22 @@ class InProcessSampler:
         self, prompts: Sequence[Ids], n: int, params: SamplingParams, *, k: int = 0
     ) -> list[list[Rollout]]:
         """n rollouts for each prompt; the same seed and prompts give the same rollouts."""
-        return await asyncio.to_thread(self._sample_batch, prompts, n, params, k)
+        given_up = threading.Event()
+        try:
+            return await asyncio.to_thread(self._sample_batch, prompts, n, params, k, given_up)
+        except asyncio.CancelledError:
+            given_up.set()  # the thread goes on to its next token only: a stopped run need not wait for the batch
+            raise
 
-    def _sample_batch(self, prompts: Sequence[Ids], n: int, params: SamplingParams, k: int) -> list[list[Rollout]]:
+    def _sample_batch(
+        self,
+        prompts: Sequence[Ids],
+        n: int,
+        params: SamplingParams,
+        k: int,
+        given_up: threading.Event | None = None,
+    ) -> list[list[Rollout]]:
+        given_up = given_up or threading.Event()
         self._check(params)
         arrays = [np.asarray(prompt, dtype=np.int32) for prompt in prompts for _ in range(n)]
         if any(array.size < 1 for array in arrays):
@@ -63,8 +76,10 @@ class InProcessSampler:
         rollouts: list[Rollout] = []
         with self.lock, torch.inference_mode():
             for first in range(0, len(arrays), self.batch_size):
+                if given_up.is_set():
+                    return []
                 part = arrays[first : first + self.batch_size]
-                rollouts += self._rollouts(part, self._decode(part, params, k, generator), params)
+                rollouts += self._rollouts(part, self._decode(part, params, k, generator, given_up), params)
         return [rollouts[i * n : (i + 1) * n] for i in range(len(prompts))]
 
     def _check(self, params: SamplingParams) -> None:
@@ -78,14 +93,21 @@ class InProcessSampler:
     def _drawn(self, logp: Tensor, params: SamplingParams, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         return torch.multinomial(logp.exp(), 1, generator=generator)
 
-    def _decode(self, prompts: list[Int32], params: SamplingParams, k: int, generator: torch.Generator) -> list[_Step]:
+    def _decode(
+        self,
+        prompts: list[Int32],
+        params: SamplingParams,
+        k: int,
+        generator: torch.Generator,
+        given_up: threading.Event,
+    ) -> list[_Step]:
         stops = torch.tensor([*self.stop_ids, *params.stop_token_ids], dtype=torch.long)
         ids, attention = _left_padded(prompts, self.student.device)
         positions = (attention.cumsum(1) - 1).clamp_min(0)
         alive = torch.ones(len(prompts), dtype=torch.bool)
         steps: list[_Step] = []
         past = None
-        while len(steps) < params.max_tokens and bool(alive.any()):
+        while len(steps) < params.max_tokens and bool(alive.any()) and not (steps and given_up.is_set()):
             output = self.student.backbone(
                 input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=past, use_cache=True
             )
