@@ -27,10 +27,18 @@ def test_a_finished_run_says_where_it_lies(capsys):
     assert capsys.readouterr().out.startswith("3 steps replayed; last kl_k1 0.0; student: runs/a/student, ")
 
 
-def test_a_kl_of_exactly_zero_is_shown_as_zero_and_an_absent_one_as_nan(monkeypatch):
+def test_a_kl_of_exactly_zero_is_shown_as_zero_and_an_absent_one_as_what_there_is_instead(monkeypatch):
     seen = []
     display = Display(quiet=True)
     monkeypatch.setattr(display, "advance", lambda done, detail: seen.append(detail))
     display.record("step", {**STEP, **CLOCKS})
-    display.record("step", {key: value for key, value in {**STEP, **CLOCKS}.items() if key != "kl_k1"})
-    assert [detail.split("  ")[0] for detail in seen] == ["kl 0.000", "kl nan"]
+    unsampled = {key: value for key, value in {**STEP, **CLOCKS}.items() if key != "kl_k1"}
+    display.record("step", unsampled)
+    display.record("step", unsampled | {"sft_loss": 2.5})
+    assert [detail.split("  ")[0] for detail in seen] == ["kl 0.000", "no signal", "-log p 2.500"]
+
+
+def test_a_warm_start_on_data_ends_with_its_own_measure(capsys):
+    last = {key: value for key, value in STEP.items() if key != "kl_k1"} | {"sft_loss": 2.5}
+    told(RunResult(Path("runs/a"), [last], []), "done", as_json=False)
+    assert "last sft_loss 2.5;" in capsys.readouterr().out

@@ -71,10 +71,17 @@ class Display(Told):
             self.note(f"step {record['step']:>4}: {evaluated(record)}")
             return
         seconds = record["sample_s"] + record["score_wait_s"] + record["learn_s"]
-        detail = f"kl {record.get('kl_k1', float('nan')):.3f}  {record['tokens'] / max(seconds, 1e-9):.0f} tok/s"
+        detail = f"{learnt(record)}  {record['tokens'] / max(seconds, 1e-9):.0f} tok/s"
         if record["lost"]:
             detail += f"  lost {sum(record['lost'].values())}"
         self.advance(record["step"], detail)
+
+
+def learnt(record: dict[str, Any]) -> str:
+    """What a step is judged by: the sampled KL, or the likelihood of the data where nothing was sampled."""
+    if record.get("kl_k1") is not None:
+        return f"kl {record['kl_k1']:.3f}"
+    return f"-log p {record['sft_loss']:.3f}" if record.get("sft_loss") is not None else "no signal"
 
 
 def evaluated(record: dict[str, Any]) -> str:
@@ -97,10 +104,11 @@ def told(result: RunResult, verb: str, *, as_json: bool) -> None:
     from topkd.engine.metrics import strict
 
     last = result.steps[-1]
+    measure = "kl_k1" if "sft_loss" not in last or last.get("kl_k1") is not None else "sft_loss"
     if as_json:
         typer.echo(json.dumps(strict({"out": str(result.out), "last_step": last, "evals": result.evals})))
         return
     typer.echo(
-        f"{last['step']} steps {verb}; last kl_k1 {last.get('kl_k1')}; student: {result.out / 'student'}, "
+        f"{last['step']} steps {verb}; last {measure} {last.get(measure)}; student: {result.out / 'student'}, "
         f"diary: {result.out / 'metrics.jsonl'}"
     )
