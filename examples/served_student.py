@@ -58,10 +58,9 @@ def main() -> None:
     told(here / "run")
     steps = read_metrics(here / "run" / "metrics.jsonl", "step")
     for step in steps[-3:]:
-        print(
-            f"step {step['step']}: learnt from version {', '.join(step['rollout_versions'])}; version "
-            f"{step['sampler_version']} pushed, {step['sync_bytes'] / 1024:.0f} kB, KL to the learner {step['sync_kl']:.1e}"
-        )
+        learnt, pushed = ", ".join(step["rollout_versions"]), step["sampler_version"]
+        size, kl = step["sync_bytes"] / 1024, step["sync_kl"]
+        print(f"step {step['step']}: from version {learnt}; {pushed} pushed, {size:.0f} kB, {kl:.0e} nats off")
 
 
 if __name__ == "__main__":

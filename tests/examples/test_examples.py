@@ -21,6 +21,7 @@ LEARNS = {
     "remote_teacher": 0.2,
     "self_distillation_feedback": 0.1,
     "self_distillation_hints": 0.3,
+    "served_student": 0.4,
     "taid_schedule": 0.5,
 }
 
