@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -83,13 +84,10 @@ def _follow(runs: list[Path], port: int, defaults: dict[str, Any], *, as_json: b
     for run in runs:
         if not run.is_dir():
             raise ConfigError("no run to follow", where=str(run), got="no such folder", expected="a run's --out folder")
-    with LivePage(runs, port, defaults) as page:
+    with contextlib.suppress(KeyboardInterrupt), LivePage(runs, port, defaults) as page:
         typer.echo(json.dumps({"url": page.url}) if as_json else f"{page.url} follows the run; Ctrl-C ends the page")
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            return
+        while True:
+            time.sleep(3600)
 
 
 def _told(page: Page, path: Path, drawn: list[Path]) -> dict[str, Any]:

@@ -140,7 +140,8 @@ def warnings_of(one: Outcome) -> list[Warned]:
     if best.size > 2 and np.isfinite(best).any() and best[-1] > 1.05 * np.nanmin(best):
         text = f"the last KL ({best[-1]:.4g}) is above the best one ({np.nanmin(best):.4g}): it was better before"
         said.append(Warned("worse", text))
-    return said + _rates(run)
+    alarmed = {warned.kind for warned in said}
+    return said + [warned for warned in _rates(run) if f"alarm {warned.kind}" not in alarmed]
 
 
 def _rates(run: Run) -> list[Warned]:
@@ -156,7 +157,7 @@ def _rates(run: Run) -> list[Warned]:
     truncated, samples = np.nansum(column(run.steps, "truncated")), np.nansum(column(run.steps, "samples"))
     if samples and truncated > 0.5 * samples:
         text = f"{100 * truncated / samples:.0f} % of completions were cut at the length limit"
-        said.append(Warned("truncated", text))
+        said.append(Warned("truncation_rate", text))
     return said
 
 

@@ -5,6 +5,7 @@ const VISIBLE = { '\n': '↵', '\t': '⇥', '\r': '␍' };
 const legible = (text) => (text === '' ? '∅' : text.replace(/[\n\t\r]/g, (sign) => VISIBLE[sign]).replace(/[\u0000-\u0008\u000b-\u001f\u202a-\u202e\u2066-\u2069]/g, '␦'));
 const chance = (logp) => (logp === null || logp === undefined ? '?' : percent(Math.exp(logp)));
 const percent = (p) => (p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : p >= 1e-5 ? `${Number((100 * p).toPrecision(p >= 0.001 ? 2 : 1))} %` : p > 0 ? '< 0.001 %' : '0 %');
+const named = (text) => (/^ +$/.test(text) ? '␣'.repeat(text.length) : legible(text)); // alone in a cell, a space must show
 const inline = (text) => legible(text).replaceAll('↵', '↵\n');
 const signed = (value) => (value === null ? '?' : `${value > 0 ? '+' : ''}${number(value)}`);
 
@@ -32,7 +33,7 @@ function buildExplorer(host) {
     el('div', { id: 'ramp', class: 'ramp' }),
     el('div', { class: 'reader' },
       el('div', { class: 'text' },
-        el('p', { class: 'prompt', id: 'prompt' }),
+        el('p', { class: 'prompt', id: 'prompt', tabindex: 0, role: 'group', 'aria-label': 'Prompt' }),
         el('div', { id: 'tokens', class: 'tokens', role: 'group', 'aria-label': 'Tokens of the completion; arrow keys move', onkeydown: tokenKey }),
         el('p', { class: 'soft', id: 'rollout-note' })),
       el('div', { id: 'token', class: 'token-card' })));
@@ -117,7 +118,7 @@ function showToken(index, focus) {
   const shared = (side, other) => new Set((token[side] || []).map(([id]) => id).filter((id) => (token[other] || []).some(([twin]) => twin === id)));
   const both = shared('T', 'S');
   byId('token').replaceChildren(
-    el('p', { class: 'which' }, el('b', { class: 'piece', text: legible(token.text) }), ` id ${token.id}, ${index + 1} of ${body.tokens.length}${token.m ? '' : ', does not train'}`),
+    el('p', { class: 'which' }, el('b', { class: 'piece', text: named(token.text) }), ` id ${token.id}, ${index + 1} of ${body.tokens.length}${token.m ? '' : ', does not train'}`),
     el('dl', { class: 'numbers' }, ...[
       ['teacher', chance(token.t), 'probability that the teacher gives this token'],
       ['student', chance(token.s), 'probability that the student gives it now'],
@@ -125,7 +126,7 @@ function showToken(index, focus) {
       ['advantage', signed(token.a), 'under the run’s objective'],
       ['divergence', number(token.d), body.divergence],
     ].map(([name, value, title]) => el('div', { title }, el('dt', { text: name }), el('dd', { text: value })))),
-    el('div', { class: 'sides' }, list('Teacher', token.T, token, both), list('Student', token.S, token, both)),
+    el('div', { class: 'sides', tabindex: 0, role: 'group', 'aria-label': 'Both lists' }, list('Teacher', token.T, token, both), list('Student', token.S, token, both)),
     el('p', { class: 'soft', text: `● in both lists (${both.size}), ○ in one; the token drawn is framed.` }));
 }
 
@@ -135,13 +136,14 @@ function list(name, entries, token, both) {
     const p = logp === null ? 0 : Math.exp(logp);
     return el('tr', { class: id === token.id ? 'drawn' : null },
       el('td', { class: 'num', text: String(rank + 1) }),
-      el('td', { class: 'piece', title: `id ${id}: ${legible(explorer.body.texts[id] ?? '')}` }, el('span', { 'aria-hidden': 'true', text: both.has(id) ? '● ' : '○ ' }), legible(explorer.body.texts[id] ?? `#${id}`)),
+      el('td', { class: 'piece', title: `id ${id}: ${legible(explorer.body.texts[id] ?? '')}` }, el('span', { 'aria-hidden': 'true', text: both.has(id) ? '● ' : '○ ' }), named(explorer.body.texts[id] ?? `#${id}`)),
       el('td', { class: 'num', text: chance(logp) }),
       el('td', { class: 'bar-cell' }, svg('svg', { viewBox: '0 0 100 8', preserveAspectRatio: 'none', 'aria-hidden': 'true' }, svg('rect', { width: Math.max(1, 100 * p), height: 8 }))));
   });
   const rest = entries.reduce((sum, [, logp]) => sum - (logp === null ? 0 : Math.exp(logp)), 1);
   return el('div', null, el('h3', { text: `${name}, top ${entries.length}` }),
     el('table', { class: 'list' }, el('caption', { class: 'unseen', text: `${name}'s most likely tokens here` }),
+      el('colgroup', null, el('col'), el('col'), el('col'), el('col')),
       el('thead', { class: 'unseen' }, el('tr', null, ...['rank', 'token', 'probability', 'bar'].map((text) => el('th', { scope: 'col', text })))),
       el('tbody', null, ...rows, el('tr', { class: 'rest' }, el('td'), el('td', { text: 'all others' }), el('td', { class: 'num', text: percent(Math.max(0, rest)) }), el('td')))));
 }
