@@ -12,6 +12,7 @@ from topkd.cli.display import Display
 from topkd.cli.dry_run import dry_run_command
 from topkd.cli.extras import needs
 from topkd.cli.outcomes import ended, first_process
+from topkd.cli.watch import watched
 
 
 def command(
@@ -30,6 +31,9 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Look at everything the run needs, show what it would do, do nothing.")
     ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve the run's report on loopback while it goes on.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the last records as JSON on standard output.")] = False,
 ) -> None:
     """Train from a cache, with no server: the recorded run again, or its completions shuffled, under any objective.
@@ -46,7 +50,11 @@ def command(
     from topkd.compose.replay import replay
     from topkd.compose.stops import Stops
 
-    with Stops() as stops, Display(quiet=not first_process()) as display:
+    with (
+        Stops() as stops,
+        Display(quiet=not first_process()) as display,
+        watched(out, display, wanted=watch and first_process()),
+    ):
         result = asyncio.run(replay(run_config, out, display, cache=cache, resume=resume, stops=stops))
     again = f"topkd replay {config}{f' --cache {cache}' if cache else ''} --out {out} --resume"
     ended(result, "replayed", again=again, as_json=as_json)

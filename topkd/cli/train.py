@@ -12,6 +12,7 @@ from topkd.cli.display import Display
 from topkd.cli.dry_run import dry_run_command
 from topkd.cli.extras import needs
 from topkd.cli.outcomes import ended, first_process
+from topkd.cli.watch import watched
 
 
 def command(
@@ -25,6 +26,9 @@ def command(
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Look at everything the run needs, show what it would do, do nothing.")
+    ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve the run's report on loopback while it goes on.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the last records as JSON on standard output.")] = False,
 ) -> None:
@@ -42,6 +46,10 @@ def command(
     from topkd.compose.stops import Stops
     from topkd.compose.train import train
 
-    with Stops() as stops, Display(quiet=not first_process()) as display:
+    with (
+        Stops() as stops,
+        Display(quiet=not first_process()) as display,
+        watched(out, display, wanted=watch and first_process()),
+    ):
         result = asyncio.run(train(run_config, out, display, resume=resume, stops=stops))
     ended(result, "done", again=f"topkd train {config} --out {out} --resume", as_json=as_json)
