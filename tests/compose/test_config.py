@@ -134,3 +134,11 @@ def test_a_password_in_a_url_is_refused_before_anything_is_saved_and_not_repeate
     ) as caught:
         load_config(written(tmp_path, GOOD.replace("http://", "http://me:hunter2@")))
     assert "hunter2" not in str(caught.value)
+
+
+def test_keys_that_do_not_go_together_are_told_in_one_sentence(tmp_path):
+    path = written(tmp_path, GOOD.split("[objective]", maxsplit=1)[0])
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["learner.importance.kind=ppo"])
+    assert str(caught.value).startswith("ppo clips the ratio of a sampled token's gradient, and topk_pg is one in part")
+    assert "got a table" not in str(caught.value)

@@ -75,8 +75,12 @@ def config_error(
         case "missing":
             return ConfigError(f"config key {key!r} is missing{more}", where=where)
         case _:
-            got = _shown(problem.get("input"))
-            return ConfigError(f"config key {key!r}{more}", where=where, got=got, expected=in_words(problem))
+            if problem["type"] == "value_error" and not path:  # keys that do not go together: the message says which
+                what, facts = in_words(problem), {}
+            else:
+                what = f"config key {key!r}"
+                facts = {"got": _shown(problem.get("input")), "expected": in_words(problem)}
+            return ConfigError(f"{what}{more}", where=where, **facts)
 
 
 def _path(loc: Sequence[int | str], values: Mapping[str, Any]) -> tuple[list[str], str | None]:

@@ -155,9 +155,9 @@ def conflict(
         )
     if importance_kind == "ppo" and not isinstance(objective, ScalarKL | GJS):
         return (
-            f"ppo clips the ratio of a sampled token's gradient; {objective.kind} is "
-            + ("not one" if not objective.needs_behavior else "not one alone: its sum over the list has no ratio")
-            + ', and half of it would be clipped; use importance kind "truncated", or objective gjs or scalar_kl'
+            f"ppo clips the ratio of a sampled token's gradient, and {objective.kind} "
+            + ("has none" if not objective.needs_behavior else "is one in part: its sum over the list has no ratio")
+            + '; set learner.importance.kind = "truncated", or objective.kind = "gjs" or "scalar_kl"'
         )
     if isinstance(objective, TAID) and objective.t_start >= objective.t_end:
         return f"TAID moves t from t_start up to t_end; got {objective.t_start} and {objective.t_end}"

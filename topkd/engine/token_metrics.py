@@ -23,18 +23,20 @@ def token_metrics(stats: Sequence[TokenStats], importance: ImportanceSampling) -
     """KLs, advantages, ratios and coefficients over a step's trained tokens; KLs have the sign of a KL.
 
     Tokens that the teacher excludes (log t = -inf) have no finite estimate of a KL: they are left out of both and
-    counted in ``teacher_zero_tokens``. Ratios need a behaviour logprob; tokens without one have none.
+    counted in ``teacher_zero_tokens``. Tokens without a behaviour logprob (of completions that came with the data) have
+    neither a ratio nor a part in the KLs.
     """
     new, behavior, teacher = (
         np.concatenate([getattr(part, name) for part in stats]).astype(np.float64)
         for name in ("logp_new", "logp_behavior", "logp_teacher")
     )
-    known = np.isfinite(teacher)
-    metrics: dict[str, Any] = {
-        "kl_k1": _mean(np.asarray(kl_k1(teacher, new))[known]),
-        "kl_k3": _mean(np.asarray(kl_k3(teacher, new))[known]),
-        "teacher_zero_tokens": int(np.isneginf(teacher).sum()),
-    }
+    known, sampled = np.isfinite(teacher), ~np.isnan(behavior)
+    metrics: dict[str, Any] = {"teacher_zero_tokens": int(np.isneginf(teacher).sum())}
+    if sampled.any():  # a completion that no policy drew estimates no KL of one
+        metrics |= {
+            "kl_k1": _mean(np.asarray(kl_k1(teacher, new))[known & sampled]),
+            "kl_k3": _mean(np.asarray(kl_k3(teacher, new))[known & sampled]),
+        }
     parts = [part.advantage for part in stats if part.advantage is not None]
     advantage = np.concatenate(parts) if len(parts) == len(stats) else None
     if advantage is not None:
