@@ -45,6 +45,8 @@ class RunConfig(EngineConfig):
             raise ValueError("max_staleness = 0 for a self teacher that moves: else its scores depend on timing")
         if moving and self.cache is not None:
             raise ValueError("no [cache] for a self teacher that moves: every step has another teacher")
+        if self.cache is not None and getattr(self.objective, "support", "teacher") != "teacher":
+            raise ValueError("no [cache] with objective.support: it keeps the teacher's own lists, and no other")
         return self
 
     def teacher_map(self) -> dict[str, TeacherConfig]:
