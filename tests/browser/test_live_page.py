@@ -40,7 +40,7 @@ def test_a_page_opened_before_the_run_fills_itself(tmp_path, open_page):
         assert "Waiting for the first step" in page.locator(".headline").text_content()
         write_run(tmp_path / "run", done=20)
         until(page, f"{DOTS} >= 3")
-        assert page.locator("#tokens .token").count() == 14
+        until(page, "document.querySelectorAll('#tokens .token').length === 14")
         assert page.locator("button[value=tokens]").get_attribute("aria-pressed") == "true"
 
 
@@ -48,4 +48,6 @@ def test_a_server_that_is_gone_is_said_so_and_the_curves_stay(tmp_path, open_pag
     with serve_run(write_run(tmp_path / "run", done=20)) as served:
         page = open_page(served.url, expected=("Failed to load resource",)).page
     until(page, "document.querySelector('#state').textContent.includes('gone')")
+    page.get_by_role("button", name="Earlier rollout").click()
+    until(page, "document.querySelector('#rollout-note').textContent.includes('cannot be had')")
     assert page.evaluate(DOTS) >= 3

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.report.made import evaluation, write_run
+from topkd.report import live
 from topkd.report.live import LivePage, serve_run
+from topkd.report.payload import build
 from topkd.topk.errors import ConfigError
 
 
@@ -22,6 +26,18 @@ def get(page: LivePage, path: str, host: str | None = None) -> tuple[int, str]:
         return reply.status, reply.read().decode()
     finally:
         connection.close()
+
+
+def news_of(page: LivePage, since: str = "") -> dict[str, Any]:
+    """The next news: a page that was made just now is given again for a moment."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        status, text = get(page, f"/data.json?since={since}")
+        if status == 200:
+            news: dict[str, Any] = json.loads(text)
+            return news
+        time.sleep(0.02)
+    pytest.fail("no news")
 
 
 def lines(news: dict[str, Any], key: str) -> dict[str, Any]:
@@ -40,7 +56,7 @@ def test_new_records_reach_the_page_and_nothing_is_sent_twice(tmp_path: Path) ->
         assert get(page, f"/data.json?since={news['version']}") == (204, "")
         with (path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(evaluation(30, "topk_pg", 0, 60)) + "\n")
-        later = json.loads(get(page, f"/data.json?since={news['version']}")[1])
+        later = news_of(page, news["version"])
         assert later["version"] != news["version"]
         assert lines(later, "reverse_kl")["x"]["step"] == [*lines(news, "reverse_kl")["x"]["step"], 30]
         assert "1.75" in later["html"]["verdict"]
@@ -52,7 +68,7 @@ def test_a_run_that_has_not_begun_is_waited_for(tmp_path: Path) -> None:
         news = json.loads(get(page, "/data.json")[1])
         assert "Waiting for the first step" in news["html"]["verdict"]
         write_run(tmp_path / "run", done=10)
-        news = json.loads(get(page, f"/data.json?since={news['version']}")[1])
+        news = news_of(page, news["version"])
         assert "KL(student ‖ teacher) fell" in news["html"]["verdict"]
         assert news["data"]["state"]["text"] == "running, step 10 of 60"
 
@@ -75,16 +91,37 @@ def test_a_name_that_is_not_this_machines_is_refused(tmp_path: Path) -> None:
 def test_a_diary_that_is_cut_back_or_broken_does_not_end_the_page(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", done=30)
     with serve_run(path) as page:
-        get(page, "/data.json")
+        first = news_of(page)
         write_run(path, done=12)
-        assert json.loads(get(page, "/data.json")[1])["data"]["state"]["text"] == "running, step 12 of 60"
+        news = news_of(page, first["version"])
+        assert news["data"]["state"]["text"] == "running, step 12 of 60"
         with (path / "metrics.jsonl").open("a") as file:
             file.write("{nonsense\n")
-        status, text = get(page, "/data.json")
-        assert status == 500
-        assert "unreadable line" in text
+        end = time.monotonic() + 30
+        while (reply := get(page, "/data.json"))[0] == 200 and time.monotonic() < end:
+            time.sleep(0.02)
+        assert reply[0] == 500
+        assert "unreadable line" in reply[1]
         write_run(path, done=40)
-        assert json.loads(get(page, "/data.json")[1])["data"]["state"]["text"] == "running, step 40 of 60"
+        assert news_of(page, news["version"])["data"]["state"]["text"] == "running, step 40 of 60"
+
+
+def test_a_page_that_takes_long_to_make_takes_a_tenth_of_the_time_at_most(tmp_path: Path, monkeypatch) -> None:
+    path = write_run(tmp_path / "run", done=20)
+    made: list[float] = []
+
+    def slow(*args: Any, **options: Any) -> Any:
+        time.sleep(0.1)
+        made.append(time.monotonic())
+        return build(*args, **options)
+
+    monkeypatch.setattr(live, "build", slow)
+    with serve_run(path) as page, (path / "metrics.jsonl").open("a") as file:
+        while len(made) < 3:
+            file.write(json.dumps({"kind": "event", "event": "tick"}) + "\n")
+            file.flush()
+            assert get(page, "/data.json")[0] == 200
+    assert min(later - earlier for earlier, later in itertools.pairwise(made)) > 0.9
 
 
 def test_a_port_that_is_taken_is_one_clear_line(tmp_path: Path) -> None:

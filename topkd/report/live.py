@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +22,7 @@ from topkd.report.payload import Page, build
 from topkd.topk.errors import ConfigError, DataError
 
 _HOST = "127.0.0.1"
+_SHARE = 0.1  # of one core's time at most: the page may be served by the very process that trains
 
 
 class LivePage:
@@ -32,6 +34,7 @@ class LivePage:
         self._collection: Collection = gather(self.paths, waiting=True)
         self._page: Page | None = None
         self._version = 1
+        self._rest_until = 0.0
         handler = type("Handler", (_Handler,), {"live": self})
         try:
             self._server = ThreadingHTTPServer((_HOST, port), handler)
@@ -54,8 +57,14 @@ class LivePage:
         return f"http://{_HOST}:{self.port}/"
 
     def news(self) -> tuple[int, Page]:
-        """The page's content now, and a number that changes when it does."""
+        """The page's content now, and a number that changes when it does.
+
+        Long runs take their time to read: what was made last is given again until ten times that has passed.
+        """
         with self._lock:
+            began = time.monotonic()
+            if self._page is not None and began < self._rest_until:
+                return self._version, self._page
             try:
                 changed = [run.refresh() for run in self._collection.runs]
             except DataError:  # another run took the folder: what was read is of a diary that is gone
@@ -65,6 +74,8 @@ class LivePage:
                 self._page = None
             if self._page is None:
                 self._page = build(self._collection, live=True, baseline=self.baseline)
+                ended = time.monotonic()
+                self._rest_until = ended + (ended - began) * (1.0 / _SHARE - 1.0)
             return self._version, self._page
 
     def close(self) -> None:

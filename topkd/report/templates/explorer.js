@@ -58,7 +58,12 @@ function updateExplorer() {
 async function openRollout(index) {
   explorer.at = index;
   byId('rollout').selectedIndex = index;
-  explorer.body = await rolloutBody(index);
+  try {
+    explorer.body = await rolloutBody(index);
+  } catch {
+    byId('rollout-note').textContent = 'This rollout cannot be had: the run’s server is gone.';
+    return;
+  }
   explorer.token = 0;
   const { body } = explorer;
   const prompt = byId('prompt');
