@@ -99,9 +99,9 @@ async def test_a_model_in_this_process_scores_in_place_of_a_server(server, confi
 
     monkeypatch.setattr("topkd.compose.teachers.VllmInProcess", Loaded)
     data = written(tmp_path / "data.jsonl", ROWS[:10])
-    report = await score_data(config(data=data, teachers=("vllm:models/teacher",), k=7))
+    report = await score_data(config(data=data, teachers=("vllm:models/teacher",), k=7, engine={"seed": 3}))
     assert (report.scored, report.teacher) == (10, "teacher")
-    assert loaded == [("models/teacher", {"max_logprobs": 7})]
+    assert loaded == [("models/teacher", {"max_logprobs": 7, "seed": 3})]
     # The same teacher behind a URL: one name, one set of keys.
     assert (await score_data(config(data=data, k=7))).cached == 10
     for wrong in (("vllm:",), ("vllm:a", "vllm:b")):

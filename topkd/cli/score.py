@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -59,6 +60,10 @@ def command(
         str, typer.Option(help="local, or ray: many workers, on this machine or a cluster, into the one cache.")
     ] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Workers of --runner ray; they share --in-flight.")] = 4,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE for vllm:FOLDER, as in --engine dtype=bfloat16; an argument of vllm.LLM."),
+    ] = None,
     gpus_per_worker: Annotated[
         float, typer.Option(min=0.0, help="GPUs that each worker of --runner ray takes, for vllm:FOLDER.")
     ] = 0.0,
@@ -92,6 +97,7 @@ def command(
         "shard": _shard(shard), "dedupe": dedupe, "max_tokens": max_tokens, "max_cost": max_cost,
         "price_per_million": price_per_million, "estimate": estimate, "codec": codec, "in_flight": in_flight,
         "strict": strict, "runner": runner, "workers": workers, "gpus_per_worker": gpus_per_worker,
+        "engine": dict(_argument(text) for text in engine or []),
         "ray_address": ray_address,
     }  # fmt: skip
     config = validated(ScoreConfig, values, where="topkd score")
@@ -119,6 +125,17 @@ def _routes(given: list[str]) -> tuple[dict[str, tuple[str, ...]], str]:
     if len(alone) > 1 or (alone and routes):
         raise ConfigError("--teacher-id takes one NAME, or NAME=URL pairs only", got=" ".join(given))
     return routes, alone[0] if alone else ""
+
+
+def _argument(text: str) -> tuple[str, object]:
+    """KEY=VALUE; the value as TOML has it, or a bare word."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError("--engine takes KEY=VALUE", got=text, expected="dtype=bfloat16, say")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value
 
 
 def _named(given: list[str], routes: dict[str, tuple[str, ...]], flag: str) -> tuple[str | None, dict[str, str]]:

@@ -91,7 +91,13 @@ def summed(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
 def opened(config: ScoreConfig, asked: Asked) -> AbstractAsyncContextManager[OpenTeacher]:
     """One of the job's teachers, met when the context is entered."""
     return open_teacher(
-        asked.urls, dialect=config.dialect, model=asked.model, api_key=config.api_key, config=config.client, k=config.k
+        asked.urls,
+        dialect=config.dialect,
+        model=asked.model,
+        api_key=config.api_key,
+        config=config.client,
+        k=config.k,
+        engine=config.engine,
     )
 
 

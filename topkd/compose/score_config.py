@@ -24,6 +24,7 @@ class ScoreConfig(BaseModel):
         out: The cache.
         teachers: URLs of one teacher; several are replicas. "vllm:FOLDER" loads it into this process (each worker's).
         routes: Instead of ``teachers``: for each teacher_id that rows may name, its URLs.
+        engine: Further arguments of ``vllm.LLM`` for a teacher in this process.
         model: Served name; None takes the server's only one.
         models: With ``routes``: served names by teacher_id, where a server has several.
         dialect: How the server speaks.
@@ -57,6 +58,7 @@ class ScoreConfig(BaseModel):
     out: Path
     teachers: tuple[str, ...] = ()
     routes: Annotated[dict[str, tuple[str, ...]], Field(default_factory=dict)]
+    engine: Annotated[dict[str, Any], Field(default_factory=dict)]
     model: str | None = None
     models: Annotated[dict[str, str], Field(default_factory=dict)]
     dialect: ScoringDialect = "auto"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import SecretStr
 
@@ -68,16 +69,18 @@ async def open_teacher(
     api_key: SecretStr | None = None,
     config: ClientConfig | None = None,
     k: int = 20,
+    engine: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[OpenTeacher]:
     """Connects, and checks that every replica has the same model.
 
-    ``vllm:FOLDER`` in place of a URL loads the model into this process, for lists of at most ``k``.
+    ``vllm:FOLDER`` in place of a URL loads the model into this process, for lists of at most ``k``; ``engine`` has
+    further arguments of ``vllm.LLM``.
     """
     if urls[0].startswith(IN_PROCESS):
         if len(urls) > 1:
             raise ConfigError("one model in this process, or replicas by URL", got=", ".join(urls))
-        async with await asyncio.to_thread(_loaded, urls[0].removeprefix(IN_PROCESS), k) as engine:
-            yield OpenTeacher(engine, model or Path(urls[0].removeprefix(IN_PROCESS)).name, None)
+        async with await asyncio.to_thread(_loaded, urls[0].removeprefix(IN_PROCESS), k, engine or {}) as loaded:
+            yield OpenTeacher(loaded, model or Path(urls[0].removeprefix(IN_PROCESS)).name, None)
         return
     if len(urls) == 1:
         async with await connect(urls[0], dialect=dialect, model=model, api_key=api_key, config=config) as client:
@@ -89,7 +92,7 @@ async def open_teacher(
         yield OpenTeacher(fleet, info.model, info.max_model_len, fleet, info.version)
 
 
-def _loaded(model: str, k: int) -> VllmInProcess:
+def _loaded(model: str, k: int, engine: Mapping[str, Any]) -> VllmInProcess:
     if not model:
         raise ConfigError("vllm: without a model's folder or id", expected="vllm:models/teacher, say")
-    return VllmInProcess(model, max_logprobs=max(k, 1))
+    return VllmInProcess(model, **{"max_logprobs": max(k, 1), **engine})
