@@ -248,3 +248,25 @@ def test_inner_steps_keep_the_rollouts_own_logprobs(folder):
     assert record["ratio_mean"] == singles[-1]["ratio_mean"] != singles[0]["ratio_mean"]
     for name, value in student.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        ({"dtype": "bfloat16", "lora": LoRAConfig(r=4)}, {}),
+        ({"dtype": "bfloat16", "lora": LoRAConfig(r=4)}, {"autocast": "bfloat16", "gradient_checkpointing": True}),
+        ({"lora": LoRAConfig(r=4)}, {"autocast": "bfloat16", "autocast_head": True, "gradient_checkpointing": True}),
+        ({"dtype": "bfloat16"}, {}),
+    ],
+    ids=str,
+)
+def test_adapters_dtypes_precision_and_recomputation_combine(folder, options, config):
+    student = fresh(folder, **options)
+    learner = Learner(student, LearnerConfig(lr=1e-2, warmup_steps=0, **config), DirectGJS())
+    losses = [learner.step([sample(0), sample(1)])["loss"] for _ in range(4)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.9 * losses[0]
+    (rollouts,) = InProcessSampler(student)._sample_batch([[3, 4]], 1, SamplingParams(max_tokens=3, seed=1), 0)
+    assert np.isfinite(rollouts[0].logp).all()
+    if "lora" in options:  # what trains is in float32, whatever the frozen weights are
+        assert {p.dtype for p in student.trained().values()} == {torch.float32}
