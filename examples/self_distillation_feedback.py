@@ -36,14 +36,14 @@ def main() -> None:
                 "privileged": {"feedback": "{feedback}\n{prompt}"},
             },
             "rollout": {"prompts_per_step": 52, "samples_per_prompt": 1, "max_completion_tokens": 3},
-            "learner": {"lr": 2e-3, "warmup_steps": 5},
+            "learner": {"lr": 1.5e-3, "warmup_steps": 5},
             "eval": {
                 "path": str(data),
                 "every": 25,
                 "max_tokens": 3,
                 "scorer": "exact_match",
                 "ceiling": False,
-                "prefixes": ["fixed"],
+                "prefixes": [],  # the teacher here is the student itself: told nothing, they never differ
             },
         }
     )

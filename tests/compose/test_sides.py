@@ -121,6 +121,14 @@ def test_scoring_and_training_cut_an_answer_at_the_same_ids(tmp_path, tokenizer)
     assert item.start == row.prompt_ids.size - 1
 
 
+@pytest.mark.parametrize("told", [{}, {"hint": "add"}, {"reference": "4"}, {"feedback": "no", "hint": "add"}])
+def test_scoring_asks_about_the_prompt_that_the_teacher_of_a_run_sees(tmp_path, tokenizer, told):
+    (row,), _ = read(tmp_path, [{"messages": TALK, **told}], Readers(Side(tokenizer)))
+    (item,) = read_sequences(tmp_path / "data.jsonl", tokenizer)
+    assert item.ids.tolist() == [*row.teacher_prompt_ids, *row.completion_ids]
+    assert item.start == row.teacher_prompt_ids.size - 1
+
+
 def test_sampled_ids_are_kept_as_they_were_whatever_their_text_would_give(tokenizer):
     letters = [int(tokenizer.convert_tokens_to_ids(letter)) for letter in "return"]
     assert tokenizer("return", add_special_tokens=False)["input_ids"] != letters  # another cut of the same text

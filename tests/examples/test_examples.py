@@ -17,6 +17,7 @@ EXAMPLES = sorted(
 LEARNS = {
     "custom_objective": 0.2,
     "entropy_aware": 0.3,
+    "lora_sync": 0.25,
     "multi_teacher": 0.25,
     "remote_teacher": 0.2,
     "self_distillation_feedback": 0.1,

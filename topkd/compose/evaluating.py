@@ -69,12 +69,13 @@ class Evaluation:
                 raise ConfigError("eval.teacher is one folder, and the run has several teachers", got=table.teacher)
             model = Student.wrap(load_causal_lm(table.teacher, config.student.dtype), config.student.device)
             self._models = dict.fromkeys(config.teacher_map(), model)
-        if not self._models and self._scorer is None:
+        measured = bool(self._models and table.prefixes)
+        if not measured and self._scorer is None:
             raise ConfigError(
                 "[eval] has nothing to measure", got="no scorer, and no teacher's weights on this machine",
                 hint="set eval.scorer, or eval.teacher to the teacher's folder",
             )  # fmt: skip
-        if table.best not in {None, "accuracy"} and not self._models:
+        if table.best not in {None, "accuracy"} and not measured:
             raise ConfigError(f"eval.best = {table.best!r} needs the teacher's weights", hint="set eval.teacher")
         if self._scorer is not None:
             for row in self.rows[:1]:
@@ -100,7 +101,8 @@ class Evaluation:
 
     def __call__(self) -> list[Record]:
         """One record for each kind of prefixes, the first with the accuracy; called in a thread between two steps."""
-        records = [self._divergences(kind) for kind in self.table.prefixes] if self._models else [{"prefixes": "fixed"}]
+        records = [self._divergences(kind) for kind in self.table.prefixes] if self._models else []
+        records = records or [{"prefixes": "fixed"}]
         if self._scorer is not None:
             records[0] |= self._accuracy()
         self._keep_best(records[0])

@@ -75,6 +75,13 @@ def prompt_tokens(row: DataRow, tokenizer: Any, hint: str | None, where: str) ->
     return rendered(row, Side(tokenizer), extra, PrivilegedConfig(), where)
 
 
+def teacher_tokens(row: DataRow, tokenizer: Any, where: str) -> list[int]:
+    """The prompt as the teacher sees it, told all that the row has for it alone, by the tokenizer's own template."""
+    if row.teacher_prompt_ids is not None:
+        return valid_ids(row.teacher_prompt_ids, "a teacher's prompt", where)
+    return rendered(row, Side(tokenizer), row.privileged, PrivilegedConfig(), where)
+
+
 def rendered(
     row: DataRow, side: Side, privileged: dict[str, str], templates: PrivilegedConfig, where: str
 ) -> list[int]:

@@ -12,8 +12,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from pydantic import ValidationError
 
+from topkd.compose.conversations import recorded
 from topkd.compose.portions import UNIT, Portion
-from topkd.compose.prompts import DataRow, prompt_tokens
+from topkd.compose.prompts import DataRow, teacher_tokens
+from topkd.compose.rendering import Side
 from topkd.offline import ScoreStore
 from topkd.offline.folder import FORMAT_FILE
 from topkd.offline.records import ROLLOUT
@@ -223,11 +225,11 @@ def _rollouts(path: Path) -> Iterator[Item]:
 def _sequence(number: int, raw: Any, tokenizer: Any, where: str) -> ScoreInput:
     row = _parsed(raw, where)
     if row.prompt_ids is not None:
-        prompt, completion = prompt_tokens(row, tokenizer, row.hint, where), row.completion_ids or []
+        prompt, completion = teacher_tokens(row, tokenizer, where), row.completion_ids or []
     elif tokenizer is None:
         raise ConfigError("rows of text need a tokenizer", where=where, hint="give --tokenizer PATH")
     elif row.completion is not None:
-        prompt = prompt_tokens(row, tokenizer, row.hint, where)
+        prompt = teacher_tokens(row, tokenizer, where)
         completion = tokenizer(row.completion, add_special_tokens=False)["input_ids"]
     else:
         prompt, completion = _last_answer(row, tokenizer, where)
@@ -300,19 +302,6 @@ def _last_answer(row: ScoredRow, tokenizer: Any, where: str) -> tuple[list[int],
             "the last of at least two messages must be the assistant's", where=where,
             got=[message.get("role") for message in messages][-4:],
         )  # fmt: skip
-    hint = [{"role": "system", "content": row.hint}] if row.hint else []
-    from jinja2 import TemplateError  # comes with chat templates
-
-    try:
-        prompt = prompt_tokens(row.model_copy(update={"messages": messages[:-1]}), tokenizer, row.hint, where)
-        whole = [int(token) for token in tokenizer.apply_chat_template([*hint, *messages], return_dict=False)]
-    except TemplateError as error:
-        raise DataError("the chat template refuses these messages", where=where, got=str(error)) from error
-    if whole[: len(prompt)] != prompt:
-        raise DataError(
-            "the chat template does not extend the prompt by the answer", where=where, hint="give ids instead"
-        )
-    completion = whole[len(prompt) :]
-    ends = [place for place, token in enumerate(completion) if token == tokenizer.eos_token_id]
-    # What a template writes after the end token (a line break) is no part of what a model samples.
-    return prompt, completion[: ends[-1] + 1] if ends else completion
+    prompt = teacher_tokens(row.model_copy(update={"messages": messages[:-1]}), tokenizer, where)
+    talk = recorded(Side(tokenizer), messages, len(messages) - 1, where)
+    return prompt, [int(token) for token in talk.ids[talk.prompt_len :]]

@@ -30,7 +30,7 @@ class EvalConfig(Frozen):
         ceiling: Have the teacher answer too.
         teacher: Folder of the teacher's weights, for exact divergences.
         prefixes: What the divergences are taken on: ``fixed`` is what the untrained student wrote, ``fresh`` what the
-            student writes now, ``teacher`` what the teacher writes.
+            student writes now, ``teacher`` what the teacher writes; ``[]`` takes none.
         best: Metric whose best student is kept in ``student-best``; None keeps none.
     """
 
