@@ -6,15 +6,24 @@ import numpy as np
 import pytest
 
 from tests.engine.pieces import model_folder
+from tests.faults.server import FaultyServer
 from topkd.clients import VllmGenerate
 from topkd.clients.sync import VllmWeightSink
 from topkd.compose.config import RunConfig
+from topkd.compose.sampler_meeting import meet_sampler
 from topkd.compose.train import train
 from topkd.engine.local_teacher import LocalTeacher
 from topkd.engine.metrics import read_metrics
 from topkd.engine.student import Student
 from topkd.serve import ServeConfig, ServerProcess
-from topkd.topk.errors import ConfigError, ModelNotFoundError, ServerBusyError, ServerUnreachableError, SyncError
+from topkd.topk.errors import (
+    ConfigError,
+    ModelNotFoundError,
+    ServerBusyError,
+    ServerUnreachableError,
+    SyncError,
+    UnsupportedError,
+)
 from topkd.topk.protocols import WeightUpdate
 
 
@@ -171,6 +180,22 @@ async def test_a_sampler_that_cannot_be_is_one_clear_line(folders, teacher, samp
     table = {"kind": "server", "url": sampler.url} | table
     with pytest.raises(error, match=words):
         await train(run_config(folders, teacher, sampler, sampler=table), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("student", "words"),
+    [
+        ({}, r"does not take new weights.*no route /pause.*VLLM_SERVER_DEV_MODE=1"),
+        ({"lora": {"r": 4}}, r"does not take adapters.*VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
+    ],
+)
+async def test_a_server_that_takes_no_weights_is_refused_before_a_model_is_opened(
+    folders, teacher, tmp_path, student, words
+):
+    async with FaultyServer() as fixed:  # speaks vLLM's scoring and sampling routes, none that change anything
+        config = run_config(folders, teacher, fixed, student={"model": "/no/model/is/opened"} | student)
+        with pytest.raises(UnsupportedError, match=words):
+            await meet_sampler(config)
 
 
 async def test_a_stopped_cached_run_goes_on_and_asks_the_sampler_only_for_what_is_new(

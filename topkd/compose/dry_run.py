@@ -17,6 +17,7 @@ from topkd.compose.limits import check_lengths, compared_ends
 from topkd.compose.meeting import Met, meet_teachers
 from topkd.compose.pieces import Prompts, load_prompts
 from topkd.compose.progress import Progress
+from topkd.compose.sampler_meeting import meet_sampler
 from topkd.engine.data import PromptRow
 from topkd.topk.errors import TopkdError
 
@@ -97,6 +98,10 @@ async def dry_run(config: RunConfig, *, served: bool = True) -> DryRun:
         except TopkdError as error:
             found.problems.append(str(error))
         await _probe_all(config, found)
+        try:
+            found.notes += filter(None, [await meet_sampler(config)])
+        except TopkdError as error:
+            found.problems.append(str(error))
     try:
         prompts = load_prompts(config, _Notes(found))
     except TopkdError as error:

@@ -11,6 +11,7 @@ from topkd.compose.limits import Ends, check_lengths, compared_ends
 from topkd.compose.meeting import Met, meet_teachers
 from topkd.compose.pieces import Prompts, load_prompts
 from topkd.compose.progress import Progress
+from topkd.compose.sampler_meeting import meet_sampler
 
 TEACHERS = "teachers.json"  # in a run's folder: what its teachers said at the start
 
@@ -42,6 +43,8 @@ class Ready:
 async def ready(config: RunConfig, progress: Progress, kept: Path | None = None) -> Ready:
     """Raises what would end the run anyway, before it has cost anything; says what is worth knowing."""
     met = await meet_teachers(config, progress, kept)
+    if sampler := await meet_sampler(config):
+        progress.note(sampler)
     prompts = load_prompts(config, progress)
     check_lengths(config, prompts, met)
     ends = compared_ends(config, prompts)

@@ -32,13 +32,13 @@ async def open_sampling(config: RunConfig, pieces: Pieces, *, out: Path, progres
         case InProcessSampling():
             yield in_process(config, student, pieces.tokenizer)
         case ServerSampling():
-            progress.note(f"the student is sampled at {table.url}")
             kind = _kind(table, student)
             keep = KEPT_ADAPTERS + config.max_staleness
             async with _server(table, config, kind, student.vocab_size, keep) as destination:
                 with _synced(config, pieces, out, destination) as sampling:
                     yield sampling
         case VllmSampling():
+            progress.note("starting vLLM beside the learner")
             kind = _kind(table, student)
             async with _engine(table, config, kind, student) as destination:
                 with _synced(config, pieces, out, destination) as sampling:
