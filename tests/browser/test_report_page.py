@@ -88,6 +88,21 @@ def test_no_label_of_a_chart_overlaps_another_or_leaves_it(comparison_page, run_
         assert collisions == []
 
 
+def test_no_two_ticks_of_an_axis_read_the_same(tmp_path, open_page):
+    runs = [write_run(tmp_path / f"run{seed}", seed=seed, done=20 + 20 * seed) for seed in range(2)]
+    for path, mismatch in zip(runs, (7.80e-14, 7.85e-14), strict=True):
+        diary = (path / "metrics.jsonl").read_text().replace('"mismatch_kl": 1e-06', f'"mismatch_kl": {mismatch}')
+        (path / "metrics.jsonl").write_text(diary.replace('"lr": 0.001', '"lr": 12345.5'))
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"k": path.name}))
+    (tmp_path / "page.html").write_text(render(gather(runs)), encoding="utf-8")
+    page = open_page(tmp_path / "page.html").page
+    for chart in page.locator("svg.lines").all():
+        for which in ("text.end", "text.middle"):
+            ticks = chart.locator(which).all_text_contents()
+            assert len(set(ticks)) == len(ticks) >= 1, (chart.get_attribute("aria-label"), ticks)
+
+
 def test_hovering_a_chart_reads_the_values_under_the_pointer(comparison_page, open_page):
     page = open_page(comparison_page).page
     chart = panel(page, "reverse_kl").locator("svg.lines")

@@ -15,7 +15,7 @@ class Histogram extends LineChart {
 
   layout(xs, shown) {
     super.layout(xs, shown);
-    this.domain = [0, Math.max(...shown) * 1.06];
+    this.domain = [0, Math.max(...shown) * 1.2];
     this.y = scale(this.domain, [this.box.bottom, this.box.top]);
     this.yTicks = linearTicks(...this.domain, 4);
     this.box.right = this.width - 10;

@@ -155,7 +155,7 @@ class LineChart {
     });
     for (const label of apart(labels, 15, this.box.top, this.box.bottom)) {
       const g = groupClass(label.line.g);
-      if (Math.abs(label.at - label.y) > 4) {
+      if (Math.abs(label.at - label.y) > 4 || this.box.right - label.x > 12) {
         this.svg.append(svg('line', { x1: label.x + 3, y1: label.y, x2: this.box.right + 7, y2: label.at, class: `lead stroke ${g}` }));
       }
       this.svg.append(

@@ -33,7 +33,9 @@ function logTicks(low, high, count) {
 // A tick with as many digits as tell it from its neighbours.
 function tickText(tick, ticks) {
   const step = ticks.length > 1 ? Math.min(...ticks.slice(1).map((next, i) => next - ticks[i])) : 0;
-  if (Math.max(...ticks.map(Math.abs)) >= 1e4 || step < 1e-4 || tick === 0) return compact(tick);
+  if (tick === 0) return '0';
+  if (step > 0 && step < 1e-4) return tick.toExponential(Math.max(0, Math.ceil(Math.log10(Math.abs(tick) / step) - 1e-9))).replaceAll('-', '−');
+  if (Math.max(...ticks.map(Math.abs)) >= 1e4 || !step) return compact(tick);
   const decimals = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
   const exact = Math.abs(step * 10 ** decimals - Math.round(step * 10 ** decimals)) > 1e-6 ? decimals + 1 : decimals;
   return String(Number(tick.toFixed(exact))).replace('-', '−');
