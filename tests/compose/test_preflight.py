@@ -111,7 +111,7 @@ async def test_a_completion_that_does_not_fit_the_teachers_context_is_refused_at
         await ready(config, Progress())
 
 
-def test_the_one_token_that_scoring_generates_and_the_students_positions_count(folder):
+def test_the_one_token_that_scoring_generates_and_the_students_positions_count(folder, tmp_path):
     prompts = load_prompts(run_config(folder, "http://x"), Progress())
     size = prompts.rows[0].prompt_ids.size
     met = {"": Met("http://x", "t", "vllm", "", size + 8 + 1, 20, "same")}
@@ -120,6 +120,11 @@ def test_the_one_token_that_scoring_generates_and_the_students_positions_count(f
         check_lengths(run_config(folder, "http://x"), prompts, {"": Met("http://x", "t", "vllm", "", size + 8, 20, "")})
     with pytest.raises(ConfigError, match=r"student's positions.*at most 4096"):
         check_lengths(run_config(folder, "http://x", rollout={"max_completion_tokens": 4096}), prompts, {})
+    lines = [{"prompt_ids": [5], "completion_ids": [6] * 4096}]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = run_config(folder, "http://x", data={"path": str(tmp_path / "long.jsonl")})
+    with pytest.raises(ConfigError, match=r"student's positions .*got 1 \+ 4096 tokens"):
+        check_lengths(config, load_prompts(config, Progress()), {})
 
 
 def test_a_base_student_of_an_instruct_teacher_is_told_which_end_it_lacks(folder, tmp_path):

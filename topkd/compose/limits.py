@@ -9,6 +9,7 @@ from typing import Any
 from topkd.compose.config import RunConfig
 from topkd.compose.meeting import Met
 from topkd.compose.pieces import Prompts
+from topkd.engine.data import PromptRow
 from topkd.topk.errors import ConfigError
 
 
@@ -33,13 +34,15 @@ def check_lengths(config: RunConfig, prompts: Prompts, met: Mapping[str, Met]) -
     """Raises ConfigError when the longest prompt leaves no room for its completion, on either side."""
     room = config.rollout.max_completion_tokens
     limit = position_limit(config.student.model)
-    longest = max(prompts.rows, key=lambda row: row.prompt_ids.size)
-    if limit is not None and longest.prompt_ids.size + room > limit:
+    longest = max(prompts.rows, key=lambda row: row.prompt_ids.size + _answer(row, room))
+    if limit is not None and longest.prompt_ids.size + _answer(longest, room) > limit:
         raise ConfigError(
             "a prompt and its completion are longer than the student's positions",
-            where=f"{config.data.path}, {longest.sample_id}", got=f"{longest.prompt_ids.size} + {room} tokens",
-            expected=f"at most {limit}", hint="lower rollout.max_completion_tokens or rollout.max_prompt_tokens",
-        )  # fmt: skip
+            where=f"{config.data.path}, {longest.sample_id}",
+            got=f"{longest.prompt_ids.size} + {_answer(longest, room)} tokens",
+            expected=f"at most {limit}",
+            hint="lower rollout.max_completion_tokens or rollout.max_prompt_tokens",
+        )
     for name, teacher in met.items():
         rows = [row for row in prompts.rows if row.teacher_id == name]
         if not rows or teacher.context is None:
@@ -54,6 +57,11 @@ def check_lengths(config: RunConfig, prompts: Prompts, met: Mapping[str, Met]) -
                 hint="lower rollout.max_completion_tokens or rollout.max_prompt_tokens, "
                 f"or serve with --max-model-len {size + room + 1}",
             )  # fmt: skip
+
+
+def _answer(row: PromptRow, room: int) -> int:
+    """Tokens behind the prompt at most: the student's own, or the answer that came with the row."""
+    return room if row.completion_ids is None else max(room, row.completion_ids.size)
 
 
 def position_limit(model: str) -> int | None:
