@@ -122,7 +122,7 @@ def test_killing_the_teacher_in_mid_run_ends_it_with_one_error_within_its_time_o
             "import asyncio, json, sys\nfrom pathlib import Path\nfrom topkd.cli.app import main\n"
             "from topkd.compose.config import RunConfig\nfrom topkd.compose.train import train\n"
             "import topkd.cli.app as cli\n"
-            "cli.app = lambda: asyncio.run(train(RunConfig.model_validate_json(Path(sys.argv[1]).read_text()), "
+            "cli.app = lambda **_: asyncio.run(train(RunConfig.model_validate_json(Path(sys.argv[1]).read_text()), "
             "Path(sys.argv[2])))\nmain()\n"
         )
         child = subprocess.Popen(
