@@ -1,6 +1,6 @@
 # Every target sets up the environment it needs (scripts/setup.sh); a second call installs nothing.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-vllm lint format types contracts wheel check bench bench-math bench-clients \
+.PHONY: help demo test test-slow test-browser test-vllm lint format types contracts wheel check bench bench-math bench-clients \
         bench-offline bench-engine docs setup clean distclean
 
 DEMO_ARGS ?=
@@ -21,12 +21,16 @@ test: ## the fast tests (PYTEST_ARGS="tests/topk -k gjs" narrows them)
 	@$(DEV) $(ONE_THREAD) "$$bin/python" -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: ## the slow tests, then test-vllm
+	@bash scripts/setup_browser.sh
 	@$(DEV) $(ONE_THREAD) "$$bin/python" -m pytest -q -m "slow and not vllm" -n $(WORKERS) --dist loadfile --durations 25 $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-vllm
 
+test-browser: ## the report's page in a real Chromium
+	@$(DEV) bash scripts/setup_browser.sh && $(ONE_THREAD) "$$bin/python" -m pytest -q -m browser $(PYTEST_ARGS)
+
 test-vllm: ## what needs a real vLLM on CPU and llama.cpp, installed into .venv-vllm and .venv-llama
 	@$(DEV) PYTHON="$$bin/python" bash scripts/setup_vllm.sh && PYTHON="$$bin/python" bash scripts/setup_llama.sh && \
-	$(ONE_THREAD) "$$bin/python" -m pytest -q -m vllm tests/contract tests/clients -p no:xdist --durations 15 $(PYTEST_ARGS)
+	$(ONE_THREAD) "$$bin/python" -m pytest -q -m vllm -p no:xdist --durations 15 $(PYTEST_ARGS)
 
 lint: ## ruff, and the documents' code blocks counted
 	@$(DEV) "$$bin/ruff" check . && "$$bin/ruff" format --check . && "$$bin/python" -m tests.docs.blocks
@@ -51,11 +55,11 @@ bench: bench-math bench-clients bench-offline bench-engine ## all figures; resul
 bench-math: ## F1 and F6: two-list divergences, fused loss
 bench-clients: ## F2 to F4: decoding and end-to-end scoring, against openai-python and TRL in .venv-bench
 bench-offline: ## F7: the score cache against datasets and Parquet
-bench-engine: ## F5 and F8: overlap, estimators
+bench-engine: ## F5 and F8: overlap, estimators; how fast a report opens
 bench-math: SCRIPTS = $(wildcard benchmarks/bench_pairs.py benchmarks/bench_fused.py)
 bench-clients: SCRIPTS = $(wildcard benchmarks/bench_decode.py benchmarks/bench_scoring.py)
 bench-offline: SCRIPTS = $(wildcard benchmarks/bench_store.py)
-bench-engine: SCRIPTS = $(wildcard benchmarks/bench_overlap.py benchmarks/bench_estimators.py)
+bench-engine: SCRIPTS = $(wildcard benchmarks/bench_overlap.py benchmarks/bench_estimators.py benchmarks/bench_report.py)
 bench-clients: BEFORE = PYTHON="$$bin/python" bash scripts/setup_bench.sh &&
 bench-math bench-clients bench-offline bench-engine:
 	@$(DEV) $(BEFORE) for script in $(SCRIPTS); do echo "== $$script"; "$$bin/python" "$$script" || exit 1; done
