@@ -20,7 +20,7 @@ class EvalConfig(Frozen):
 
     Attributes:
         path: Prompts to measure on, in any form that ``[data] path`` takes.
-        every: Steps between measurements; 0 measures before and after only.
+        every: Steps between measurements; 0 takes the run's ``eval_every``, which is 0 (before and after only).
         limit: Prompts at most.
         max_tokens: Of an answer.
         temperature: Of the answers that are scored; 0 takes the most likely token each time.

@@ -62,7 +62,7 @@ async def watching(
         evaluation = Evaluation(config, config.eval, student=student, prompts=prompts, models=models, out=out)
         evaluation.heard("step", {"step": step})
         await evaluation.measure_ceiling(teachers, progress)
-        config = config.model_copy(update={"eval_every": config.eval.every})
+        config = config.model_copy(update={"eval_every": config.eval.every or config.eval_every})
     resumed = step if former.resumed else None
     with Tracking(config.track, out, config.model_dump(mode="json"), resume_step=resumed) as tracking:
 
