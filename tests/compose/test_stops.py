@@ -1,0 +1,34 @@
+"""What a signal does: asked once, a run ends in order; asked twice, at once; outside of it there is nothing to keep."""
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from topkd.compose.stops import Stops
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_the_first_signal_asks_and_the_second_interrupts(number):
+    with Stops() as stops, stops.listening() as event:
+        os.kill(os.getpid(), number)
+        await asyncio.wait_for(event.wait(), timeout=10)
+        assert stops.name == number.name
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(("number", "leaves"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_before_the_run_a_signal_leaves_at_once(number, leaves):
+    with Stops() as stops, pytest.raises(leaves) as caught:
+        os.kill(os.getpid(), number)
+    assert stops.name == ""
+    assert getattr(caught.value, "code", 0) == 0
+
+
+def test_the_former_handlers_are_back_afterwards():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with Stops():
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] != before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
