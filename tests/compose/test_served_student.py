@@ -159,6 +159,7 @@ async def test_a_sampler_synced_every_other_step_is_as_stale_as_the_diary_says(f
     assert sounded == [(0, True)], "rounding is above such a limit at every push, and the alarm sounds once"
 
 
+@pytest.mark.slow
 async def test_an_sglang_server_is_synced_and_sampled_in_its_own_dialect(folders, teacher, tmp_path):
     with served(folders[0], dialect="sglang") as up:
         await train(run_config(folders, teacher, up, sampler={"kind": "server", "url": up.url}), tmp_path / "run")
@@ -217,6 +218,7 @@ async def test_a_stopped_cached_run_goes_on_and_asks_the_sampler_only_for_what_i
     assert account["rollouts"]["hits"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full weights", "adapters"])
 async def test_a_stopped_run_is_resumed_on_the_weights_of_its_checkpoint(folders, teacher, sampler, tmp_path, lora):
     student = {"lora": {"r": 4}} if lora else {}
