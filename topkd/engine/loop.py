@@ -1,6 +1,6 @@
 """The run: sample, score, learn, with batches ahead of the learner being sampled and scored while it works.
 
-The schedule is fixed, so a run is deterministic (``topkd.engine.supply``). What happens when, and why: ``docs/design/002-loop.md``.
+The schedule is fixed, so a run is deterministic (``topkd.engine.supply``); why: ``docs/design/002-loop.md``.
 """
 
 from __future__ import annotations
