@@ -188,6 +188,7 @@ class _Run:
             await asyncio.to_thread(self.hooks.on_batch, step + 1, batch)
         began = time.perf_counter()
         learnt, cancelled = await whole(self.taken, step, batch)
+        fresh = taken.versions == (str(step),) and self.config.learner.inner_steps == 1  # one pass: no update yet
         record: Record = {
             "step": step + 1,
             **described(self.learner.objective),
@@ -197,7 +198,7 @@ class _Run:
             "rollout_versions": [*taken.versions],
             **learnt,
             # Of the very weights that step, before they change: what is left is the sampler's own arithmetic.
-            "mismatch_kl": learnt.get("behavior_kl_k3") if taken.versions == (str(step),) else None,
+            "mismatch_kl": learnt.get("behavior_kl_k3") if fresh else None,
             "sample_s": taken.sample_s,
             "score_wait_s": waited_s,
             "learn_s": time.perf_counter() - began,
