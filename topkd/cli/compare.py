@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def command(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(help="A comparison file (it has [[arms]]), or two or more run files, or one with --grid."),
+        typer.Argument(help="A comparison file (with arms), two or more run files, or one with --grid."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the comparison; the same one again continues it.")] = Path(
         "runs/compare"
@@ -119,11 +119,8 @@ def _table(console: Console, summary: dict[str, Any], rows: list[dict[str, Any]]
         cells = [labels[row["arm"]]]
         if any(rates.values()):
             cells.append(f"{rates[row['arm']]:.2g}")
-        sd = row["final"]["sd"]
         cells += [
-            "-"
-            if row["final"]["mean"] is None
-            else f"{row['final']['mean']:.3f}" + ("" if sd is None else f"±{sd:.3f}"),
+            _spread(row["final"]),
             _ratio(row["area_ratio"]) if row["arm"] != summary["reference"] else "reference",
             _reached(row),
             _amount(next(iter(row["seeds"].values()))["teacher_bytes"]) if row["seeds"] else "-",
@@ -134,6 +131,12 @@ def _table(console: Console, summary: dict[str, Any], rows: list[dict[str, Any]]
         f"final: held-out {summary['metric']}; area: mean of it over tokens; teacher: logprob bytes per run",
         style="dim", soft_wrap=True,
     )  # fmt: skip
+
+
+def _spread(value: dict[str, Any]) -> str:
+    if value["mean"] is None:
+        return "-"
+    return f"{value['mean']:.3f}" + ("" if value["sd"] is None else f"±{value['sd']:.3f}")
 
 
 def _ratio(ratio: dict[str, Any]) -> str:

@@ -49,6 +49,7 @@ def command(
     Example: topkd probe http://127.0.0.1:8000 --student ./models/student
     """
     from topkd.clients.probe import probe
+    from topkd.compose.bytemaps import student_bytemap
 
     console = Console(highlight=False)
     with Console(stderr=True, quiet=as_json).status("asking", spinner="line"):
@@ -56,7 +57,7 @@ def command(
             probe(
                 url,
                 model=model,
-                student=student,
+                student=None if student is None else student_bytemap(student),
                 dialect=dialect,
                 api_key=key_from(api_key_env),
                 load=load,

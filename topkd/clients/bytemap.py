@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,12 +30,14 @@ class ByteMap:
         special: Ids of special tokens.
         tokenizer: The ``tokenizers.Tokenizer`` itself.
         source: Folder it was read from, where there is one.
+        loaded: Ids of a text (no special tokens around it) as whoever loads the model cuts it, where that is known.
     """
 
     token_bytes: dict[int, bytes]
     special: frozenset[int]
     tokenizer: Any
     source: Path | None = None
+    loaded: Callable[[str], list[int]] | None = None
 
     @property
     def size(self) -> int:
@@ -65,20 +68,12 @@ class ByteMap:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_as_loaded(self, text: str) -> list[int] | None:
-        """Ids of a text as transformers cuts it; None where it is not installed or the source is no folder.
+        """Ids of a text as ``loaded`` cuts it; None where that is not known.
 
         For some model types transformers builds the pre-tokenizer itself, whatever tokenizer.json says. Servers and
-        trainers load tokenizers through it, so this is what a text becomes there.
+        trainers load tokenizers through it, so that is what a text becomes there.
         """
-        if self.source is None:
-            return None
-        try:
-            from transformers import AutoTokenizer
-
-            loaded: Any = AutoTokenizer.from_pretrained(str(self.source), local_files_only=True)
-            return [int(token) for token in loaded.encode(text, add_special_tokens=False)]
-        except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None  # tokenizer.json is what is left to go by
+        return None if self.loaded is None else self.loaded(text)
 
 
 def load_bytemap(source: str | Path) -> ByteMap:

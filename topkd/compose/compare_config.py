@@ -132,6 +132,7 @@ EMBEDDED_VALUES: dict[str, Any] = {
     "eval_every": 10,
     "rollout": {"prompts_per_step": 16, "samples_per_prompt": 1, "max_completion_tokens": 24, "batch_size": 16},
     "learner": {"lr": 1e-3, "warmup_steps": 5},
+    "checkpoint": {"every": 0},  # a cell that was stopped runs again: it takes seconds
 }
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from topkd.clients import ClientConfig, probe_tokens
-from topkd.clients.bytemap import ByteMap, load_bytemap
+from topkd.clients.bytemap import ByteMap
 from topkd.clients.connection import ScoringClient, connect
 from topkd.clients.probe_session import SCORING, TOKENS, Session, Teacher
 from topkd.clients.probe_wire import Wire
+from topkd.compose.bytemaps import student_bytemap
 from topkd.compose.config import RunConfig
 from topkd.compose.progress import Progress
 from topkd.compose.tables import TeacherConfig
@@ -127,7 +128,7 @@ async def _compared(session: Session, client: ScoringClient, url: str) -> str:
 def _bytemap(student: str) -> ByteMap | str:
     """What the student's ids stand for, or why that is not known."""
     try:
-        return load_bytemap(student)
+        return student_bytemap(student)
     except ConfigError as error:
         return error.what
 
