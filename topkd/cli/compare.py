@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,11 +58,20 @@ def command(
         typer.echo((result.out / FILE).read_text(encoding="utf-8").strip())
     else:
         _show(result.summary)
-        typer.echo(f"\n{result.out / FILE}; the page: topkd report {result.out}")
+        typer.echo(f"\n{result.out / FILE}; {_page(result.out)}")
     if not result.complete:
         for cell, reason in result.summary["failed"].items():
             typer.echo(f"topkd: cell {cell} failed: {reason}", err=True)
         raise typer.Exit(1)
+
+
+def _page(out: Path) -> str:
+    """The report's page beside the comparison, where its extra is installed; else how to get it."""
+    if importlib.util.find_spec("jinja2") is None:
+        return f"the page: pip install 'topkd[report]', then topkd report {out}"
+    from topkd.compose.pages import write_page
+
+    return f"the page: {write_page([out])[1]}"
 
 
 def _config(files: list[Path], grid: list[str], seeds: str | None, overrides: list[str]) -> CompareConfig:

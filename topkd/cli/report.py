@@ -38,28 +38,16 @@ def command(
     Example: topkd report --follow runs/first
     """
     needs("report", "jinja2", *(["matplotlib"] if figures else []), extra="report")
-    from topkd.engine import EngineConfig
-
-    defaults = EngineConfig().model_dump(mode="json")
     if follow:
         if out or figures:
             raise ConfigError(
                 "--follow serves the page; --out and --figures write files", hint="call it without --follow"
             )
-        _follow(runs, port, defaults, as_json=as_json)
+        _follow(runs, port, as_json=as_json)
         return
-    from topkd.report.collection import gather
-    from topkd.report.page import render_page
-    from topkd.report.payload import build
+    from topkd.compose.pages import write_page
 
-    page = build(gather(runs), baseline=defaults)
-    path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-    text = render_page(page)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError("cannot write the page", where=str(path), got=error.strerror) from error
+    page, path, size = write_page(runs, out)
     drawn = []
     if figures is not None:
         from topkd.report.figures import write_figures
@@ -73,18 +61,19 @@ def command(
         typer.echo(page.verdict.detail)
     for warning in page.verdict.warnings:
         typer.echo(f"careful: {warning}")
-    typer.echo(f"{path} ({len(text.encode()) / 1e3:,.0f} kB, complete in itself)")
+    typer.echo(f"{path} ({size / 1e3:,.0f} kB, complete in itself)")
     if drawn:
         typer.echo(f"{len(drawn)} figures in {figures}")
 
 
-def _follow(runs: list[Path], port: int, defaults: dict[str, Any], *, as_json: bool) -> None:
+def _follow(runs: list[Path], port: int, *, as_json: bool) -> None:
+    from topkd.engine import EngineConfig
     from topkd.report.live import LivePage
 
     for run in runs:
         if not run.is_dir():
             raise ConfigError("no run to follow", where=str(run), got="no such folder", expected="a run's --out folder")
-    with contextlib.suppress(KeyboardInterrupt), LivePage(runs, port, defaults) as page:
+    with contextlib.suppress(KeyboardInterrupt), LivePage(runs, port, EngineConfig().model_dump(mode="json")) as page:
         typer.echo(json.dumps({"url": page.url}) if as_json else f"{page.url} follows the run; Ctrl-C ends the page")
         while True:
             time.sleep(3600)

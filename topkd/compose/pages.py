@@ -1,0 +1,30 @@
+"""The report's page, written where runs lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from topkd.engine import EngineConfig
+from topkd.report.collection import gather
+from topkd.report.page import render_page
+from topkd.report.payload import Page, build
+from topkd.topk.errors import ConfigError
+
+
+def write_page(runs: Sequence[Path], out: Path | None = None) -> tuple[Page, Path, int]:
+    """One HTML page of runs or a comparison; returns it, where it lies and its size in bytes.
+
+    Args:
+        runs: Folders of runs, or of one comparison.
+        out: The page; beside a single run, or ``report.html`` here, when left out.
+    """
+    page = build(gather(list(runs)), baseline=EngineConfig().model_dump(mode="json"))
+    path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    text = render_page(page).encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text)
+    except OSError as error:
+        raise ConfigError("cannot write the page", where=str(path), got=error.strerror) from error
+    return page, path, len(text)
