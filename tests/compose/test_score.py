@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.engine.pieces import model_folder
+from tests.fakes.interrupts import interruptible
 from topkd.clients import connect
 from topkd.compose.config import RunConfig
 from topkd.compose.progress import Progress
@@ -320,18 +321,17 @@ async def test_a_cancelled_job_keeps_what_it_has_and_says_how_to_go_on(config, t
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_job_that_is_killed_goes_on_without_asking_anything_twice(server, tmp_path, how):
     rows = [
-        {"prompt_ids": [5 + i % 250, i // 250 + 5, 9], "completion_ids": [40 + j % 200 for j in range(30 + i % 9)]}
-        for i in range(250)
+        {"prompt_ids": [5 + i, 5, 9], "completion_ids": [40 + j % 200 for j in range(30 + i % 9)]} for i in range(250)
     ]
     data, out = written(tmp_path / "data.jsonl", rows), tmp_path / "cache"
     command = [sys.executable, "-m", "topkd", "score", data, "--teacher", server.url, "--out", out, "--in-flight", "4"]
-    child = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+    child = interruptible(command, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and sum(f.stat().st_size for f in out.glob("seg-*.tkl")) < 40_000:
         assert child.poll() is None, child.stderr.read()
         time.sleep(0.02)
     child.send_signal(how)
-    _, stderr = child.communicate(timeout=60)
+    stderr = child.communicate(timeout=60)[1]
     assert child.returncode != 0
     if how == signal.SIGINT:
         assert "run the same command again to go on" in stderr

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.fakes.interrupts import interruptible
 from tests.report.made import write_comparison, write_run
 from topkd.cli.app import app
 from topkd.topk.errors import ConfigError, DataError
@@ -83,9 +84,7 @@ def test_what_cannot_be_is_refused_with_what_to_do(tmp_path: Path) -> None:
 def test_follow_says_where_and_ends_on_ctrl_c(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "topkd", "report", "--follow", "--json", str(write_run(tmp_path / "run"))]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as served:
+    with interruptible(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as served:
         try:
             ready, _, _ = select.select([served.stdout], [], [], 60)
             assert ready, "no line within a minute"
