@@ -35,12 +35,35 @@ def test_a_grid_is_the_product_of_its_axes():
     ]
 
 
+RUN = 'steps = 3\nmax_staleness = 0\n[student]\nmodel = "s"\n[data]\npath = "p"\n[teacher]\nurl = "http://t"\n'
+
+
 def test_run_files_become_arms_that_differ_from_the_first(tmp_path):
-    base = 'steps = 3\nmax_staleness = 0\n[student]\nmodel = "s"\n[data]\npath = "p"\n[teacher]\nurl = "http://t"\n'
+    base = RUN + '[eval]\npath = "p"\nteacher = "t"\n'
     (tmp_path / "one.toml").write_text(base)
     (tmp_path / "two.toml").write_text("k = 7\n" + base)
     made = from_runs([tmp_path / "one.toml", tmp_path / "two.toml"], {}, [0])
     assert [arm.set for arm in made.arms] == [{}, {"k": 7}]
+
+
+@pytest.mark.parametrize(
+    ("table", "got"),
+    [
+        ("", r"no \[eval\]"),
+        ('[eval]\npath = "p"\nscorer = "exact_match"\n', "eval.teacher None"),
+        ('[eval]\npath = "p"\nteacher = "t"\nprefixes = ["fresh"]\n', r"prefixes \['fresh'\]"),
+    ],
+)
+def test_a_run_file_that_does_not_measure_the_metric_is_refused_before_it_costs_a_run(tmp_path, table, got):
+    (tmp_path / "run.toml").write_text(RUN + table)
+    with pytest.raises(ConfigError, match=f"nothing measures reverse_kl.*arm 'k=5'.*{got}.*eval.teacher"):
+        from_runs([tmp_path / "run.toml"], parse_grid(["k=5,7"]), [0])
+
+
+def test_only_the_embedded_pair_is_replayed(tmp_path):
+    (tmp_path / "run.toml").write_text(RUN + '[eval]\npath = "p"\nteacher = "t"\n')
+    with pytest.raises(ConfigError, match="only the embedded pair's rollouts are replayed"):
+        config(base=str(tmp_path / "run.toml"), replay=True).checked()
 
 
 @pytest.mark.parametrize(

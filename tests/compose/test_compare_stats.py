@@ -93,3 +93,11 @@ def test_tokens_ratio_takes_only_pairs_in_which_both_arrived_and_counts_the_rest
     assert rows[1]["censored"] == 1
     assert rows[1]["tokens_ratio"]["pairs"] == 1
     assert rows[1]["tokens_ratio"]["ratio"] == pytest.approx(80 / 40)
+
+
+def test_an_arm_whose_curve_has_a_hole_is_named_and_not_ranked():
+    curves = {("a", 0): [1, 0.5], ("b", 0): [1, 0.9], ("c", 0): [1, None]}
+    rows = arm_summaries(["a", "b", "c"], {key: result(v) for key, v in curves.items()}, (0,), "reverse_kl", 0.8)
+    said = verdict(rows, {"a": "A", "b": "B", "c": "C"}, "reverse_kl")
+    assert said["best"] == "a"
+    assert said["text"].endswith("Not ranked, for want of a whole curve: C.")

@@ -57,7 +57,9 @@ def compare(config: CompareConfig, out: Path, progress: Progress | None = None) 
             ]
             results |= workers.finish("matched replays", replayed)
     summary = summarised(config, tables, [*live, *replayed], results)
-    (out / FILE).write_text(json.dumps(strict(summary), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    staging = out / f".{FILE}.partial"
+    staging.write_text(json.dumps(strict(summary), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    staging.replace(out / FILE)
     return Comparison(out, summary)
 
 

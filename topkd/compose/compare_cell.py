@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -132,7 +132,16 @@ async def _from_file(cell: Cell, _: Path, folder: Path) -> dict[str, Any]:
 
     config = validated(RunConfig, cell.values, where=f"cell {cell.id}")
     result = await train(config, folder)
-    return account(result.steps, result.evals, _entries(config))
+    return account(result.steps, by_moment(result.evals), _entries(config))
+
+
+def by_moment(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A run's evaluations, one record a step: on fixed prefixes, those on other prefixes within it by their name."""
+    moments: dict[int, dict[str, Any]] = {}
+    for record in evals:
+        moment = moments.setdefault(record["step"], {})
+        moment |= record if record["prefixes"] == "fixed" else {record["prefixes"]: dict(record)}
+    return list(moments.values())
 
 
 def _entries(config: EngineConfig) -> Callable[[int], int]:

@@ -104,10 +104,17 @@ class CompareConfig(Frozen):
 
     def checked(self) -> CompareConfig:
         """Every arm's settings validated now, so that a mistake costs no run."""
+        if self.replay and self.base != EMBEDDED:
+            raise ConfigError(
+                "only the embedded pair's rollouts are replayed", where=self.base, got="replay = true",
+                hint="leave it out, or record the run in a [cache] and use topkd replay",
+            )  # fmt: skip
         for arm in self.arms:
             values = self.values(arm, self.seeds[0], None)
             model = EngineConfig if self.base == EMBEDDED else RunConfig
             config = validated(model, values, where=f"arm {arm.name!r}")
+            if isinstance(config, RunConfig):
+                self._check_measured(arm, config)
             if config.max_staleness and not self.replay:
                 raise ConfigError(
                     "a comparison trains on-policy", where=f"arm {arm.name!r}",
@@ -115,6 +122,17 @@ class CompareConfig(Frozen):
                     hint="set overrides.max_staleness = 0: staleness differs in effect between estimators",
                 )  # fmt: skip
         return self
+
+    def _check_measured(self, arm: Arm, config: RunConfig) -> None:
+        table, teachers = config.eval, config.teacher_map().values()
+        if table is None or "fixed" not in table.prefixes or not (
+            table.teacher is not None or (teachers and all(teacher.kind != "server" for teacher in teachers))
+        ):  # fmt: skip
+            raise ConfigError(
+                f"nothing measures {self.metric}, by which arms are judged", where=f"arm {arm.name!r}",
+                got="no [eval]" if table is None else f"eval.teacher {table.teacher!r}, prefixes {[*table.prefixes]}",
+                expected='an [eval] with "fixed" among its prefixes, and the teacher\'s folder as eval.teacher',
+            )  # fmt: skip
 
     def _base_values(self) -> dict[str, Any]:
         if self.base == EMBEDDED:

@@ -115,6 +115,8 @@ def verdict(rows: Sequence[Mapping[str, Any]], shown: Mapping[str, str], metric:
     else:
         others = ", ".join(shown[entry["arm"]] for entry in tied)
         text = f"No clear winner: {name} has the smallest area under {metric}, but its interval reaches {others}."
+    if left := [shown[row["arm"]] for row in rows if row not in able]:
+        text += f" Not ranked, for want of a whole curve: {', '.join(left)}."
     return {"winner": best["arm"] if not tied else None, "best": best["arm"], "against": against, "text": text}
 
 

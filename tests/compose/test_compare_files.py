@@ -1,0 +1,55 @@
+"""Comparisons of run files: each cell is a run of its own, measured on the prefixes that all cells share."""
+
+import json
+
+import pytest
+
+from tests.fakes.tinymodels import make_tiny_model
+from topkd.compose.compare import compare
+from topkd.compose.compare_cell import by_moment
+from topkd.compose.compare_config import from_runs, parse_grid
+from topkd.compose.compare_stats import curve_facts
+from topkd.engine.metrics import read_metrics
+
+
+def test_evaluations_on_other_prefixes_are_no_points_of_the_curve():
+    evals = [
+        {"step": 0, "prefixes": "fixed", "reverse_kl": 2.0},
+        {"step": 0, "prefixes": "fresh", "reverse_kl": 2.0},
+        {"step": 4, "prefixes": "fixed", "reverse_kl": 1.0},
+        {"step": 4, "prefixes": "fresh", "reverse_kl": 9.0},
+    ]
+    first, last = by_moment(evals)
+    assert (first["reverse_kl"], last["reverse_kl"], last["fresh"]["reverse_kl"]) == (2.0, 1.0, 9.0)
+    facts = curve_facts([first | {"tokens": 0}, last | {"tokens": 8}], "reverse_kl", 0.5)
+    assert (facts["area"], facts["final"]) == (0.75, 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_arms_of_a_run_file_are_judged_by_their_diaries_fixed_prefixes(tmp_path):
+    for name, seed in (("student", 1), ("teacher", 2)):
+        make_tiny_model(tmp_path / name, seed=seed, vocab=512, hidden=32)
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"def f{i}(x):"}) + "\n" for i in range(4)))
+    (tmp_path / "run.toml").write_text(
+        f"""steps = 2
+eval_every = 1
+learner = {{ lr = 1e-2 }}
+rollout = {{ prompts_per_step = 2, samples_per_prompt = 1, max_completion_tokens = 6 }}
+student = {{ model = "{tmp_path / "student"}", device = "cpu" }}
+teacher = {{ kind = "local", model = "{tmp_path / "teacher"}" }}
+data = {{ path = "{data}" }}
+eval = {{ path = "{data}", max_tokens = 6 }}
+"""
+    )
+    config = from_runs([tmp_path / "run.toml"], parse_grid(["k=2,9"]), [0])
+    done = compare(config.model_copy(update={"workers": 1}), tmp_path / "out")
+    assert done.complete
+    for row in done.summary["live"]["arms"]:
+        diary = tmp_path / "out" / "cells" / f"live-{row['arm']}-seed0" / "metrics.jsonl"
+        fixed = [one["reverse_kl"] for one in read_metrics(diary, "eval") if one["prefixes"] == "fixed"]
+        fresh = [one["reverse_kl"] for one in read_metrics(diary, "eval") if one["prefixes"] == "fresh"]
+        assert len(fixed) == 3
+        assert (row["seeds"]["0"]["first"], row["final"]["mean"]) == (fixed[0], fixed[-1])
+        assert row["seeds"]["0"]["fresh_reverse_kl"] == fresh[-1] != fixed[-1]
