@@ -15,7 +15,7 @@ from topkd.engine.checkpoint import save_student
 from topkd.engine.lora_config import LoRAConfig
 from topkd.engine.metrics import MetricsLog
 from topkd.engine.student import Student, load_tokenizer
-from topkd.topk.errors import ConfigError
+from topkd.topk.errors import ConfigError, TrainingError
 
 IDS = torch.tensor([[5, 9, 30, 40, 50]])
 
@@ -106,11 +106,22 @@ def test_what_cannot_be_exported_is_one_line(base, tmp_path):
         ({"dtype": "int3"}, "unknown dtype.*'int3'.*bf16"),
         ({"best": True}, r"no student to export \(.*student-best\).*eval.best"),
         ({"out": tmp_path / "student"}, "not empty"),
+        ({"out": tmp_path / "config.json"}, "is a file"),
     ):
         with pytest.raises(ConfigError, match=message):
             export(tmp_path, **arguments)
-    with pytest.raises(ConfigError, match="no student to export"):
+    with pytest.raises(ConfigError, match=r"not a run's folder .*nowhere.*no such folder"):
         export(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"not a run's folder .*student.*no config.json and metrics.jsonl"):
+        export(tmp_path / "student")
+
+
+def test_a_folder_that_does_not_reload_as_its_student_is_not_there(base, tmp_path, monkeypatch):
+    a_run(base, tmp_path)
+    monkeypatch.setattr("topkd.compose.export._difference", lambda *_: 1.0)
+    with pytest.raises(TrainingError, match=r"does not reload.*differs by 1, expected at most 0.0001"):
+        export(tmp_path, tmp_path / "made" / "model")
+    assert not list((tmp_path / "made").iterdir())
 
 
 def test_the_command_says_what_it_wrote(base, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any, Literal
 
 import topkd
 from topkd.compose.config import RunConfig, validated
+from topkd.compose.folders import CONFIG, DIARY, STUDENT
 from topkd.compose.rendering import Side
 from topkd.engine.metrics import read_metrics
+from topkd.engine.snapshots import write_folder
 from topkd.topk.errors import ConfigError, TrainingError
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -52,14 +55,14 @@ def export(
         dtype: Of the written weights, as in "bf16"; those that trained when left out.
         best: The best student by the run's ``eval.best`` instead of the last one.
     """
-    import torch
-
-    source, config = _source(run, best=best), _config(run)
+    config = _config(run)
+    source = _source(run, best=best)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError("unknown dtype", got=repr(dtype), expected=", ".join(sorted(set(DTYPES))))
     out = out or run / "export"
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError("the folder to export to is not empty", where=str(out), hint="choose another --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = "the folder to export to is not empty" if out.is_dir() else "the folder to export to is a file"
+        raise ConfigError(what, where=str(out), hint="choose another --out")
     adapter = (source / "adapter_config.json").exists()
     if merge and not adapter:
         raise ConfigError("there is no adapter to merge", where=str(source), hint="leave --merge out")
@@ -70,25 +73,29 @@ def export(
     alone = adapter and not merge
     tokenizer = _tokenizer(source, config)
     _generation(model, tokenizer, config)
-    out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(_card(run, source, config, adapter=alone, dtype=wanted), encoding="utf-8")
-    again = _opened(out, config, wanted, adapter=alone)
-    difference = _difference(model, again, tokenizer)
-    if difference > _TOLERANCE[wanted]:
-        raise TrainingError(
-            "the exported folder does not reload as the model that was written", where=str(out),
-            got=f"a logit differs by {difference:.3g}", expected=f"at most {_TOLERANCE[wanted]:g} in {wanted}",
-        )  # fmt: skip
-    with torch.no_grad():
+    found: dict[str, float] = {}
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(_card(run, source, config, adapter=alone, dtype=wanted), encoding="utf-8")
+        again = _opened(folder, config, wanted, adapter=alone)
+        found["difference"] = difference = _difference(model, again, tokenizer)
+        if difference > _TOLERANCE[wanted]:
+            shutil.rmtree(folder)
+            raise TrainingError(
+                "the exported folder does not reload as the model that was written", where=str(out),
+                got=f"a logit differs by {difference:.3g}", expected=f"at most {_TOLERANCE[wanted]:g} in {wanted}",
+            )  # fmt: skip
         weights = [weight for name, weight in again.named_parameters() if not alone or "lora_" in name]
-    kind: Literal["model", "adapter"] = "adapter" if alone else "model"
-    return Exported(out, kind, wanted, sum(weight.numel() for weight in weights), difference)
+        found["parameters"] = sum(weight.numel() for weight in weights)
+
+    write_folder(out if out.name else out.absolute(), fill)
+    return Exported(out, "adapter" if alone else "model", wanted, int(found["parameters"]), found["difference"])
 
 
 def _source(run: Path, *, best: bool) -> Path:
-    source = run / ("student-best" if best else "student")
+    source = run / ("student-best" if best else STUDENT)
     if not source.exists():
         hint = "the run has no eval.best" if best else "the run has not ended: let it end, or resume it"
         raise ConfigError("no student to export", where=str(source), hint=hint)
@@ -96,11 +103,14 @@ def _source(run: Path, *, best: bool) -> Path:
 
 
 def _config(run: Path) -> RunConfig:
-    place = run / "config.json"
+    place = run / CONFIG
     try:
         values: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError("not a run's folder", where=str(run), got=f"no readable {place.name}") from error
+    except (OSError, ValueError):
+        values = {}
+    if not values or not (run / DIARY).exists():
+        got = f"no {CONFIG} and {DIARY} to read" if run.exists() else "no such folder"
+        raise ConfigError("not a run's folder", where=str(run), got=got, hint="give the --out of a run")
     if "student" not in values:
         raise ConfigError("a run that names no student model cannot be exported", where=str(run), hint="copy student/")
     return validated(RunConfig, {key: value for key, value in values.items() if value is not None}, where=str(place))
@@ -175,8 +185,7 @@ def _card(run: Path, source: Path, config: RunConfig, *, adapter: bool, dtype: s
 
 
 def _measured(run: Path) -> list[str]:
-    diary = run / "metrics.jsonl"
-    found = read_metrics(diary, "eval") if diary.exists() else []
+    found = read_metrics(run / DIARY, "eval")
     evals = [record for record in found if record.get("prefixes", "fixed") == "fixed"]
     names = [name for name in ("accuracy", "reverse_kl", "forward_kl", "agreement") if evals and name in evals[0]]
     if len(evals) < 2 or not names:

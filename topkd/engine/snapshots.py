@@ -46,7 +46,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> Path:
         _flush(path.parent)
         shutil.rmtree(former, ignore_errors=True)
     except OSError as error:
-        raise ConfigError(f"cannot write the checkpoint {path}", got=error.strerror or str(error)) from error
+        raise ConfigError("cannot write the folder", where=str(path), got=error.strerror or str(error)) from error
     return path
 
 
