@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.engine.pieces import VOCAB, model_folder, scalar_sample, topk_sample
 from topkd.engine.learner import Learner
 from topkd.engine.learner_config import ImportanceSampling, LearnerConfig
-from topkd.engine.objective_config import GJS, ScalarKL, TopKPolicyGradient
+from topkd.engine.objective_config import GJS, ForwardKL, ScalarKL, TopKPolicyGradient
 from topkd.engine.student import Student
 from topkd.topk.errors import ConfigError, TrainingError
 
@@ -219,6 +219,11 @@ def test_nothing_is_called_capped_where_no_ratio_is_used(folder):
     for kind, share in (("truncated", 1.0), ("none", 0.0)):
         _, record = gradients_of_step(fresh(folder), [far], GJS(), importance=ImportanceSampling(kind=kind))
         assert record["clip_fraction"] == share
+    _, record = gradients_of_step(
+        fresh(folder), [topk_sample([3, 4], [5], [[(5, -0.5)]], [-0.5], [-30.0])], ForwardKL()
+    )
+    assert record["ratio_max"] > ImportanceSampling().cap
+    assert record["clip_fraction"] == 0.0, "a direct loss weighs nothing by a ratio"
 
 
 @pytest.mark.parametrize(

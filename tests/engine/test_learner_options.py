@@ -228,6 +228,15 @@ def test_taids_schedule_moves_once_a_step_and_survives_a_checkpoint(folder):
         Learner(fresh(folder), config, TAID())
 
 
+def test_a_step_of_the_datas_completions_alone_leaves_taids_schedule_where_it_was(folder):
+    learner = Learner(fresh(folder), LearnerConfig(lr=1e-3), TAID(t_start=0.2), steps=6)
+    learner.step([sample(0)])
+    before = learner.state_dict().values["objective"]["taid"]
+    record = learner.step([], [TextSample(sample(1).core)])
+    assert record["skipped"] == ""
+    assert learner.state_dict().values["objective"]["taid"] == before, "no loss of the objective is not a loss of 0"
+
+
 def test_the_diary_knows_how_probable_the_end_of_text_is(folder):
     student = fresh(folder)
     learner = Learner(student, LearnerConfig(lr=1e-9), TopKPolicyGradient(), stop_ids=[7, 9])

@@ -15,7 +15,7 @@ from topkd.engine.batching import MicroBatch, micro_batches
 from topkd.engine.distributed import Ranks
 from topkd.engine.frozen import Frozen
 from topkd.engine.gradient_noise import GradientNoise
-from topkd.engine.learner_config import LearnerConfig
+from topkd.engine.learner_config import ImportanceSampling, LearnerConfig
 from topkd.engine.mixing import TextSample
 from topkd.engine.objective_config import TAID, Objective, conflict
 from topkd.engine.objectives import TokenStats, objective_loss, text_loss, valid_tokens
@@ -134,15 +134,16 @@ class Learner:
         }
         if self._taid is not None:
             record["taid_t"] = self._taid.t
-            if num_tokens:
-                self._taid.update_t(made.losses[0] * num_tokens / max(scored, 1), self.version - 1)
+            if scored:  # a step of the data's completions alone has no loss that the schedule could look at
+                self._taid.update_t(made.losses[0] * num_tokens / scored, self.version - 1)
         if plain:
             record |= {"sft_tokens": plain, "sft_loss": made.losses[1] * num_tokens / plain}
         if self.ranks.size == 1:
             record |= made.noise
         record |= batch_metrics(self.ranks.gather(sample_facts(samples, self.student.vocab_size)))
         if gathered := [part for rank in self.ranks.gather(made.stats) for part in rank]:
-            record |= token_metrics(gathered, self.config.importance)
+            weighted = getattr(self.objective, "needs_behavior", True)  # direct losses use no ratio, and bound none
+            record |= token_metrics(gathered, self.config.importance if weighted else ImportanceSampling(kind="none"))
         self._count_skips(made.skipped)
         return record
 
