@@ -25,9 +25,10 @@ from topkd.engine.objective_config import (
     ScalarKL,
     TopKPolicyGradient,
 )
+from topkd.engine.sampled_objectives import mean_advantage
 from topkd.engine.student import Student
 from topkd.topk.errors import ConfigError
-from topkd.topk.losses import KDLoss
+from topkd.topk.losses import KDLoss, SparseTeacher
 
 BIG = 1e9
 DIARY = Path(__file__).parents[2] / "docs" / "diary.md"
@@ -199,6 +200,15 @@ def test_the_value_baseline_is_the_mean_advantage_of_the_position(folder, teache
 
     got, _ = gradients(folder, [sample], objective, importance=ImportanceSampling(kind="none"))
     same(got, reference(folder, [sample], centred))
+
+
+def test_the_baseline_takes_the_teachers_stored_tail():
+    ids, actual = torch.tensor([[1, 2]]), torch.tensor([3])
+    full = torch.tensor([[0.6, 0.4]]).log()  # rounded until nothing is left over; a hundredth was
+    rows = SparseTeacher(ids, full, torch.tensor([0.01]).log(), actual, torch.tensor([-6.0]))
+    student = torch.tensor([[0.5, 0.3]]).log()
+    expected = -(0.5 * math.log(0.5 / 0.6) + 0.3 * math.log(0.3 / 0.4) + 0.2 * math.log(0.2 / 0.01))
+    assert mean_advantage(student, rows, 1.0) == pytest.approx([expected], rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["scalar_kl", "topk_pg"])

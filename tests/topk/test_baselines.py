@@ -31,6 +31,20 @@ def test_the_baseline_is_the_mean_advantage(beta: float) -> None:
     np.testing.assert_allclose(lists, mean, atol=3e-6)
 
 
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_stored_tail_keeps_the_baseline_of_a_list_that_was_rounded(beta: float) -> None:
+    teacher, student = np.log([[0.6, 0.385, 0.015]]), np.log([[0.5, 0.3, 0.2]])
+    exact = value_baseline(teacher[:, :2], student[:, :2], beta)
+    rounded = teacher[:, :2] + np.log(1.0155)  # holds all mass now: what is left over is rounding
+    kept = value_baseline(rounded, student[:, :2], beta, teacher_tail_logp=teacher[:, 2])
+    np.testing.assert_allclose(kept, exact, atol=0.02)
+    unknown = value_baseline(rounded, student[:, :2], beta, teacher_tail_logp=[np.nan])
+    np.testing.assert_array_equal(unknown, value_baseline(rounded, student[:, :2], beta))
+    assert beta < 1.0 or abs(unknown - exact) > 1.0
+    with pytest.raises(ConfigError, match="teacher_tail_logp"):
+        value_baseline(rounded, student[:, :2], beta, teacher_tail_logp=[-4.0, -4.0])
+
+
 @pytest.mark.parametrize("beta", [0.1, 0.5, 1.0])
 def test_a_top_k_baseline_is_negative_and_reduces_the_variance(beta: float) -> None:
     rng = np.random.default_rng(1)

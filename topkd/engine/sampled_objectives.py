@@ -100,7 +100,8 @@ def mean_advantage(student_logp: Tensor, rows: SparseTeacher, beta: float) -> Fl
     listed = rows.listed.cpu().numpy()
     teacher = rows.logp.cpu().numpy().astype(np.float64)
     student = np.where(listed, student_logp.detach().cpu().numpy().astype(np.float64), -np.inf)
-    return value_baseline(np.where(listed, teacher, -np.inf), student, beta)
+    tail = rows.tail_logp.cpu().numpy()  # of the served values: a cache may have rounded the list since
+    return value_baseline(np.where(listed, teacher, -np.inf), student, beta, teacher_tail_logp=tail)
 
 
 def without_zeros(rows: SparseTeacher) -> SparseTeacher:

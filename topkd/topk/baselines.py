@@ -7,14 +7,18 @@ from numpy.typing import ArrayLike
 
 from topkd.topk.divergence import kl_terms, log_mixture
 from topkd.topk.errors import ConfigError
-from topkd.topk.inputs import check_beta, check_floor, float64, logp_pair
-from topkd.topk.mass import check_mass, log_tail
+from topkd.topk.inputs import check_beta, check_floor, float64, logp64, logp_pair
+from topkd.topk.mass import LOG_MASS_CLAMP, check_mass, log_tail
 from topkd.topk.pairs import align_scores, union_bins
 from topkd.topk.scalars import real
 from topkd.topk.types import Float64, TopK
 
+_LEAST_TAIL = np.log(-np.expm1(LOG_MASS_CLAMP))  # 1e-7, as on the student's side
 
-def value_baseline(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float) -> Float64:
+
+def value_baseline(
+    teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float, *, teacher_tail_logp: ArrayLike | None = None
+) -> Float64:
     """The mean advantage of a position, E over y ~ S of A(y), from K shared ids and one tail bin.
 
     Subtract it from ``gjs_advantage``: it does not depend on y, so it changes the variance and nothing else::
@@ -29,6 +33,8 @@ def value_baseline(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float
         teacher_logp: [..., K].
         student_logp: [..., K], at the same ids.
         beta: Mixture weight of the teacher, in [0, 1].
+        teacher_tail_logp: [...], log of the teacher's mass outside the list from unrounded values (``TopK.tail_logp``);
+            left out or NaN, it is what the listed values leave over.
 
     Returns:
         float64 [...]; NaN for a row with no finite entry on a side, and -inf at beta = 1 where the teacher gives a
@@ -41,7 +47,13 @@ def value_baseline(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float
     check_mass("teacher_logp", teacher)
     check_mass("student_logp", student)
     silent = np.isneginf(teacher).all(axis=-1) | np.isneginf(student).all(axis=-1)
-    teacher = np.concatenate([teacher, log_tail(teacher)[..., None]], axis=-1)
+    tail = log_tail(teacher)
+    if teacher_tail_logp is not None:
+        stored = logp64("teacher_tail_logp", teacher_tail_logp)
+        if stored.shape != tail.shape:
+            raise ConfigError("value_baseline: teacher_tail_logp must be [...]", got=stored.shape, expected=tail.shape)
+        tail = np.where(np.isnan(stored), tail, np.maximum(stored, _LEAST_TAIL))
+    teacher = np.concatenate([teacher, tail[..., None]], axis=-1)
     student = np.concatenate([student, log_tail(student)[..., None]], axis=-1)
     return np.where(silent, np.nan, _mean_advantage(teacher, student, beta))
 
