@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from tests.engine.pieces import VOCAB, model_folder, scalar_sample
 from topkd.engine.local_teacher import LocalTeacher
-from topkd.engine.objective_config import ScalarKL, TopKPolicyGradient
+from topkd.engine.objective_config import EOPD, ForwardKL, ScalarKL, TopKPolicyGradient
 from topkd.engine.scoring import ScoredBatch
 from topkd.engine.student import Student, load_tokenizer
 from topkd.engine.transcripts import Transcripts
@@ -80,6 +81,35 @@ def test_a_scalar_objective_without_lists_has_advantages_and_no_divergence(pair,
     assert all(np.isnan(token["divergence"]) for token in record["tokens"])
     assert np.isnan(record["tokens"][2]["teacher_logp"])
     assert [token["trains"] for token in record["tokens"]] == [True, True, False, True, True]
+
+
+def test_the_divergence_takes_the_stored_tail_never_one_of_rounded_logprobs(pair, tmp_path):
+    student, teacher, tokenizer = pair
+    sample = scored(teacher, 5)
+    kept = np.log1p(-np.exp(sample.teacher.tail_logp, dtype=np.float64))  # log of the mass of the list
+    coarse = sample.teacher.logp - kept.astype(np.float32)[:, None]  # as if rounding had left nothing over
+    rounded = replace(sample, teacher=replace(sample.teacher, logp=coarse))
+    t, s = np.exp(coarse, dtype=np.float64), np.exp(np.take_along_axis(dense(student), sample.teacher.ids, axis=1))
+    tail = np.exp(sample.teacher.tail_logp, dtype=np.float64)
+    record = recorder(tmp_path / "t", student, tokenizer, ForwardKL()).record(1, rounded)
+    expected = (t * np.log(t / s)).sum(1) + tail * np.log(tail / (1 - s.sum(1)))
+    assert [token["divergence"] for token in record["tokens"]] == pytest.approx(expected, rel=2e-3)
+
+
+def test_advantages_are_shown_where_the_objective_that_trains_has_them(pair, tmp_path):
+    student, teacher, tokenizer = pair
+    drawn = np.arange(5), COMPLETION
+    record = recorder(tmp_path / "t", student, tokenizer, EOPD()).record(1, scored(teacher, 4))
+    plain = dense(teacher)[drawn] - dense(student)[drawn]
+    assert [token["advantage"] for token in record["tokens"]] == pytest.approx(plain, abs=5e-3)
+
+    def mine(view):
+        return -view.logp_new
+
+    record = recorder(tmp_path / "t", student, tokenizer, mine).record(1, scored(teacher, 4))
+    assert record["objective"].startswith("custom: ")
+    assert record["objective"].endswith("mine")
+    assert all(np.isnan(token["advantage"]) for token in record["tokens"])
 
 
 def test_only_the_moments_are_written_as_strict_json_and_long_rollouts_are_cut_with_a_count(pair, tmp_path):

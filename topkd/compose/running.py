@@ -26,6 +26,7 @@ from topkd.topk.protocols import Sampler, TeacherScorer
 if TYPE_CHECKING:
     from topkd.engine.checkpoint import Stateful
     from topkd.engine.distributed import Ranks
+    from topkd.engine.objective_config import Objective
     from topkd.engine.view import TokenLoss
 
 
@@ -111,17 +112,18 @@ async def run(
     former = former or Former()
     sampling = sampling or in_process(config, student, tokenizer)
     bring_weights(former, student)
+    objective = loss or config.objective
     learner = Learner(
         student,
         config.learner,
-        loss or config.objective,
+        objective,
         lock=sampling.lock,
         steps=config.steps,
         ranks=ranks,
         stop_ids=[*stop_ids(tokenizer), *config.rollout.stop_token_ids],
     )
     start = bring_state(former, learner, stateful)
-    transcripts = _transcripts(config, out, student, tokenizer, lock=sampling.lock, note=progress.note)
+    transcripts = _transcripts(objective, config, out, student, tokenizer, lock=sampling.lock, note=progress.note)
     evals = [*former.evals]
 
     def recorded(kind: str, record: dict[str, Any]) -> None:
@@ -176,8 +178,9 @@ async def run(
 
 
 def _transcripts(
-    config: EngineConfig, out: Path, student: Any, tokenizer: Any, *, lock: threading.Lock, note: Callable[[str], None]
-) -> Callable[[int, ScoredBatch], None] | None:
+    objective: Objective | TokenLoss, config: EngineConfig, out: Path, student: Any, tokenizer: Any, *,
+    lock: threading.Lock, note: Callable[[str], None],
+) -> Callable[[int, ScoredBatch], None] | None:  # fmt: skip
     """The hook that records a few rollouts for the report; None for one of several processes."""
     from topkd.engine.transcripts import Transcripts
 
@@ -187,7 +190,7 @@ def _transcripts(
         out / "tokens.jsonl",
         student=student,
         tokenizer=tokenizer,
-        objective=config.objective,
+        objective=objective,
         lock=lock,
         steps=config.steps,
         problem=note,

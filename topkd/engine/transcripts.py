@@ -16,17 +16,20 @@ import torch
 
 from topkd.engine.metrics import strict
 from topkd.engine.objective_config import Objective
-from topkd.engine.objectives import valid_tokens
+from topkd.engine.objectives import described, valid_tokens
 from topkd.engine.scoring import ScoredBatch
 from topkd.engine.student import Student
-from topkd.topk import TopK, gjs_advantage, shared_support_gjs
+from topkd.engine.view import TokenLoss
+from topkd.topk import TopK, gjs_advantage
+from topkd.topk.losses import SparseTeacher
+from topkd.topk.losses.topk_policy import bucket_rows
 from topkd.topk.samples import PreparedSample, TopKPreparedSample
 from topkd.topk.types import Float32, Float64, Int32
 
 FORMAT = 1
 _ROWS_AT_ONCE = 256  # bounds the [rows, V] temporaries
 # Objectives that give a sampled token an advantage.
-_SAMPLED = {"scalar_kl", "gjs", "topk_pg"}
+_SAMPLED = {"scalar_kl", "gjs", "topk_pg", "eopd"}
 
 
 class Transcripts:
@@ -56,7 +59,7 @@ class Transcripts:
         *,
         student: Student,
         tokenizer: Any,
-        objective: Objective,
+        objective: Objective | TokenLoss,
         lock: threading.Lock,
         steps: int,
         moments: int = 8,
@@ -66,7 +69,7 @@ class Transcripts:
         problem: Callable[[str], None] | None = None,
     ) -> None:
         self.path, self.student, self.tokenizer, self.objective, self.lock = path, student, tokenizer, objective, lock
-        self.kind = str(getattr(objective, "kind", type(objective).__name__))
+        self.kind = str(described(objective)["divergence_mode"])
         self.rollouts, self.k, self.max_tokens, self.problem = rollouts, k, max_tokens, problem
         self.moments = {round(step) for step in np.linspace(1, steps, min(moments, steps))} - _recorded(path)
 
@@ -97,7 +100,7 @@ class Transcripts:
         )
         teacher_logp = sample.teacher_logp[:tokens]
         advantage = self._advantage(teacher_logp, student)
-        divergence, name = self._divergence(teacher.logp[:tokens], at_teacher)
+        divergence, name = self._divergence(teacher.slice(slice(tokens)), at_teacher)
         trains = core.mask if self.kind == "sft" else valid_tokens(sample, self.objective, self.student.vocab_size)
         texts: dict[str, str] = {}
         rows = []
@@ -161,14 +164,15 @@ class Transcripts:
             return np.full(teacher_logp.shape, np.nan)
         return np.asarray(gjs_advantage(teacher_logp, student_logp, getattr(self.objective, "beta", 1.0)), np.float64)
 
-    def _divergence(self, teacher_logp: Float32, student_logp: Float64) -> tuple[Float64, str]:
-        """Of each row, on the teacher's list and one bin for the rest; NaN for a row without a list."""
+    def _divergence(self, teacher: TopK, student_logp: Float64) -> tuple[Float64, str]:
+        """Of each row, on the teacher's list and one bin for the rest (its stored tail); NaN for one without a list."""
         beta = 0.0 if self.kind == "fkl" else getattr(self.objective, "beta", 1.0)
         name = {0.0: "KL(T‖S)", 1.0: "KL(S‖T)"}.get(beta, f"GJS with beta {beta:g}")
-        if not teacher_logp.shape[1]:
-            return np.full(teacher_logp.shape[0], np.nan), "not known: the teacher's lists were not asked for"
-        values = shared_support_gjs(teacher_logp, student_logp, beta)
-        return values, f"{name} on the teacher's list and one bin for the rest"
+        if not teacher.k:
+            return np.full(teacher.rows, np.nan), "not known: the teacher's lists were not asked for"
+        rows = SparseTeacher.from_topk(teacher, torch.device("cpu"), torch.float64)
+        values = bucket_rows(torch.from_numpy(student_logp), rows, beta).numpy()
+        return np.where(teacher.signal, values, np.nan), f"{name} on the teacher's list and one bin for the rest"
 
     def _text(self, token: int) -> str:
         """One token as text; a piece of a character, which has no text of its own, as the tokenizer writes it."""
