@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from topkd.compose.api_keys import api_key
 from topkd.compose.config import RunConfig, load_config, validated
 from topkd.topk.errors import ConfigError
 
@@ -127,6 +128,25 @@ def test_a_key_is_named_by_variable_and_never_stands_in_the_saved_config(tmp_pat
     assert config.teacher.api_key().get_secret_value() == "very-secret"
     assert "very-secret" not in json.dumps(config.model_dump(mode="json")) + repr(config)
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teacher.api_key_env=sk-hunter2", r"--set teacher.api_key_env=\*\*\*\): expected the name of an environment"),
+        ("teacher.api_key=sk-hunter2", r"unknown config key 'teacher.api_key' .*api_key_env names the environment"),
+    ],
+)
+def test_a_key_in_place_of_its_variables_name_is_refused_and_not_repeated(tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(written(tmp_path, GOOD), [override])
+    assert "hunter2" not in str(caught.value)
+
+
+def test_an_option_that_holds_the_key_itself_is_refused_and_not_repeated():
+    with pytest.raises(ConfigError, match="--api-key-env: expected the name of an environment variable") as caught:
+        api_key("sk-hunter2", said="--api-key-env")
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_password_in_a_url_is_refused_before_anything_is_saved_and_not_repeated(tmp_path):

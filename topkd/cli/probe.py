@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from topkd.cli.score import key_from
 from topkd.clients.probe_findings import Load, ProbeReport
+from topkd.compose.api_keys import api_key
 
 _MARKS = {
     "ok": ("✓", "green"),
@@ -59,7 +59,7 @@ def command(
                 model=model,
                 student=None if student is None else student_bytemap(student),
                 dialect=dialect,
-                api_key=key_from(api_key_env),
+                api_key=api_key(api_key_env, said="--api-key-env"),
                 load=load,
                 batch=batch,
                 load_tokens=tokens,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from topkd.cli.display import Display
-from topkd.cli.score import key_from
+from topkd.compose.api_keys import api_key
 
 
 def command(
@@ -60,7 +60,8 @@ def command(
     values = {
         "data": data, "out": out, "teacher": teacher, "model": model, "dialect": dialect, "tokenizer": tokenizer,
         "k": k, "n": n, "max_new_tokens": max_new_tokens, "seed": seed, "revision": revision,
-        "api_key": key_from(api_key_env), "limit": limit, "max_tokens": max_tokens, "max_cost": max_cost,
+        "api_key": api_key(api_key_env, said="--api-key-env"),
+        "limit": limit, "max_tokens": max_tokens, "max_cost": max_cost,
         "price_in": price_in, "price_out": price_out, "estimate": estimate, "codec": codec, "in_flight": in_flight,
         "strict": strict,
     }  # fmt: skip

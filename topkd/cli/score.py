@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import sys
 import tomllib
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import SecretStr
 
 from topkd.cli.display import Display
+from topkd.compose.api_keys import api_key
 from topkd.topk.errors import ConfigError
 
 
@@ -93,7 +92,8 @@ def command(
     values = {
         "data": data, "out": out, "teachers": tuple(teacher or ()), "routes": routes, "model": one_model,
         "models": models, "dialect": dialect, "k": k, "tokenizer": tokenizer, "revision": one_revision or "",
-        "revisions": revisions, "teacher_id": wanted, "api_key": key_from(api_key_env), "limit": limit,
+        "revisions": revisions, "teacher_id": wanted, "limit": limit,
+        "api_key": api_key(api_key_env, said="--api-key-env"),
         "shard": _shard(shard), "dedupe": dedupe, "max_tokens": max_tokens, "max_cost": max_cost,
         "price_per_million": price_per_million, "estimate": estimate, "codec": codec, "in_flight": in_flight,
         "strict": strict, "runner": runner, "workers": workers, "gpus_per_worker": gpus_per_worker,
@@ -177,16 +177,6 @@ def _show(report: dict[str, object]) -> None:
         typer.echo(f"stopped at {report['stopped']}; raise it and run the same command again to go on")
     if report["failed"]:
         typer.echo("the server did not answer for some rows; run the same command again for those")
-
-
-def key_from(variable: str | None) -> SecretStr | None:
-    """The API key in an environment variable; naming one that is not set is an error."""
-    if variable is None:
-        return None
-    value = os.environ.get(variable)
-    if not value:
-        raise ConfigError(f"the environment variable {variable} (--api-key-env) is not set")
-    return SecretStr(value)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any
 
 import typer
-from pydantic import SecretStr
 
 from topkd.cli.extras import needs
-from topkd.topk.errors import ConfigError
+from topkd.compose.api_keys import api_key
 
 
 def command(
@@ -32,17 +30,12 @@ def command(
     from topkd.compose.config import validated
     from topkd.serve import ServeConfig, serve
 
-    key = None
-    if api_key_env is not None:
-        key = os.environ.get(api_key_env)
-        if not key:
-            raise ConfigError(f"the environment variable {api_key_env} (--api-key-env) is not set")
     values: dict[str, Any] = {
         "model": model,
         "host": host,
         "port": port,
         "served_model_name": served_model_name,
-        "api_key": SecretStr(key) if key else None,
+        "api_key": api_key(api_key_env, said="--api-key-env"),
         "max_logprobs": max_logprobs,
         "max_model_len": max_model_len,
         "dialect": dialect,

@@ -28,6 +28,7 @@ _WORDS = {
     "path_type": "a path",
     "none_required": "nothing",
 }
+_SECRET = re.compile(r"(?:^|_)(?:key|secret|password|token)(?:_env)?$")  # keys whose values are not shown
 
 
 def in_words(problem: Mapping[str, Any]) -> str:
@@ -53,7 +54,10 @@ def config_error(
     path, kind = _path(problem["loc"], values)
     key = ".".join(path) or "(top level)"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    where = next((f"--set {given}" for given in reversed(overrides) if _about(given, path)), where)
+    secret = bool(_SECRET.search(path[-1])) if path else False
+    given = next((given for given in reversed(overrides) if _about(given, path)), None)
+    if given is not None:
+        where = f"--set {given.partition('=')[0]}=***" if secret else f"--set {given}"
     context = problem.get("ctx", {})
     match problem["type"]:
         case "union_tag_invalid":
@@ -71,16 +75,18 @@ def config_error(
         case "extra_forbidden":
             close = difflib.get_close_matches(path[-1], _known_keys(model), n=1)
             hint = f"did you mean {close[0]!r}?" if close else "remove it or check the spelling"
+            if secret:
+                hint = "a key never stands in a config: api_key_env names the environment variable that holds it"
             return ConfigError(f"unknown config key {key!r}{more}", where=where, hint=hint)
         case "missing":
             return ConfigError(f"config key {key!r} is missing{more}", where=where)
         case _:
-            if problem["type"] == "value_error" and not path:  # keys that do not go together: the message says which
-                what, facts = in_words(problem), {}
-            else:
-                what = f"config key {key!r}"
-                facts = {"got": _shown(problem.get("input")), "expected": in_words(problem)}
-            return ConfigError(f"{what}{more}", where=where, **facts)
+            whole = problem["type"] == "value_error" and not path  # keys that do not go together: it says which
+            return ConfigError(
+                f"{in_words(problem) if whole else f'config key {key!r}'}{more}", where=where,
+                got=None if whole or secret else _shown(problem.get("input")),
+                expected=None if whole else in_words(problem),
+            )  # fmt: skip
 
 
 def _path(loc: Sequence[int | str], values: Mapping[str, Any]) -> tuple[list[str], str | None]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, field_validator
 
+from topkd.compose.api_keys import KeyVariable, api_key
 from topkd.engine.frozen import Frozen
-from topkd.topk.errors import ConfigError
 
 SamplingDialect: TypeAlias = Literal["auto", "vllm", "vllm_generate", "sglang"]
 
@@ -53,7 +52,7 @@ class ServerSampling(_Synced):
     url: str
     dialect: SamplingDialect = "auto"
     model: str | None = None
-    api_key_env: str | None = None
+    api_key_env: KeyVariable | None = None
 
     @field_validator("url")
     @classmethod
@@ -65,12 +64,7 @@ class ServerSampling(_Synced):
 
     def api_key(self) -> SecretStr | None:
         """The key from the environment; naming a variable that is not set is an error."""
-        if self.api_key_env is None:
-            return None
-        value = os.environ.get(self.api_key_env)
-        if not value:
-            raise ConfigError(f"the environment variable {self.api_key_env} (sampler.api_key_env) is not set")
-        return SecretStr(value)
+        return api_key(self.api_key_env, said="sampler.api_key_env")
 
 
 class VllmSampling(_Synced):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
+from topkd.compose.api_keys import KeyVariable, api_key
 from topkd.engine.frozen import Frozen
 from topkd.engine.lora_config import LoRAConfig
-from topkd.topk.errors import ConfigError
 
 ScoringDialect: TypeAlias = Literal["auto", "vllm", "vllm_generate", "sglang", "fireworks"]
 PRIVILEGED = ("reference", "feedback", "hint")  # in the order in which they are put around a prompt
@@ -45,7 +44,7 @@ class TeacherConfig(Frozen):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     dialect: ScoringDialect = "auto"
-    api_key_env: str | None = None
+    api_key_env: KeyVariable | None = None
     revision: str = ""  # of the weights behind the name: the cache keeps revisions apart
 
     @field_validator("url")
@@ -76,12 +75,7 @@ class TeacherConfig(Frozen):
 
     def api_key(self) -> SecretStr | None:
         """The key from the environment; naming a variable that is not set is an error."""
-        if self.api_key_env is None:
-            return None
-        value = os.environ.get(self.api_key_env)
-        if not value:
-            raise ConfigError(f"the environment variable {self.api_key_env} (teacher.api_key_env) is not set")
-        return SecretStr(value)
+        return api_key(self.api_key_env, said="teacher.api_key_env")
 
 
 class PrivilegedConfig(Frozen):

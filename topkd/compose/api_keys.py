@@ -1,0 +1,41 @@
+"""API keys: a config or a command line names the environment variable that holds one, and never holds it itself."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated, TypeAlias
+
+from pydantic import AfterValidator, SecretStr
+
+from topkd.topk.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_NOT_A_NAME = "the name of an environment variable, not the key itself"
+
+
+def _named(variable: str) -> str:
+    """Refused while the config is read: a key written here would be copied into the run's folder."""
+    if not _NAME.fullmatch(variable):
+        raise ValueError(_NOT_A_NAME)
+    return variable
+
+
+KeyVariable: TypeAlias = Annotated[str, AfterValidator(_named)]
+
+
+def api_key(variable: str | None, *, said: str) -> SecretStr | None:
+    """The key in the environment; naming a variable that is not set is an error.
+
+    Args:
+        variable: Its name; None where no key is needed.
+        said: The config key or option that named it, for messages.
+    """
+    if variable is None:
+        return None
+    if not _NAME.fullmatch(variable):
+        raise ConfigError(said, expected=_NOT_A_NAME)
+    value = os.environ.get(variable)
+    if not value:
+        raise ConfigError(f"the environment variable {variable} ({said}) is not set")
+    return SecretStr(value)
