@@ -68,6 +68,16 @@ async def test_ppo_replays_a_recorded_run(folders, cache, tmp_path):
     assert len(steps_of(tmp_path / "r")) == 4
 
 
+async def test_no_distance_is_told_to_the_policy_of_a_run_that_learnt_something_else(folders, cache, tmp_path):
+    live = steps_of(cache.parent / "live")
+    for kind, told in (("topk_pg", True), ("fkl", False)):
+        await replay(run_config(folders, NOWHERE, objective={"kind": kind}), tmp_path / kind, cache=cache)
+        records = steps_of(tmp_path / kind)
+        for name in ("staleness", "mismatch_kl"):
+            assert [record[name] for record in records] == ([r[name] for r in live] if told else [None] * len(live))
+        assert [record["rollout_versions"] for record in records] == [record["rollout_versions"] for record in live]
+
+
 async def test_a_live_run_of_a_direct_loss_replays_as_itself(folders, server, tmp_path):
     changes = {"objective": {"kind": "taid"}, "steps": 3}
     await train(run_config(folders, server.url, tmp_path / "cache", **changes), tmp_path / "live")

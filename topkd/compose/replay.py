@@ -10,7 +10,7 @@ from topkd.compose.feedback import feedback_context
 from topkd.compose.off_policy import check_off_policy, off_policy
 from topkd.compose.pieces import load_pieces, load_prompts
 from topkd.compose.progress import Progress
-from topkd.compose.recorded import RecordedSampler, chosen_policy, identities_with
+from topkd.compose.recorded import RecordedSampler, chosen_policy, identities_with, policy_identity
 from topkd.compose.resume import entered
 from topkd.compose.running import RunResult, run
 from topkd.compose.shuffled import ShuffledRollouts
@@ -70,6 +70,8 @@ async def replay(
         prompts = load_prompts(config, progress)
         pieces = load_pieces(config, progress, prompts)
         sampler = RecordedSampler(None, store, policy)
+        asked = {name: teacher.identity for name, teacher in teachers.items()}
+        itself = policy_identity(config, pieces.student, pieces.rows, asked) == policy
         source = None
         if config.replay.order == "shuffled":
             source = ShuffledRollouts(store, policy, pieces.rows, teachers=teachers, config=config, progress=progress)
@@ -90,6 +92,7 @@ async def replay(
                 context=feedback_context(config, prompts),
                 wrap=lambda _: sampler,
                 source=source,
+                foreign=not itself,
                 ranks=ranks,
                 former=former,
                 command="replay",

@@ -78,6 +78,7 @@ async def run(
     stops: Stops | None = None,
     ranks: Ranks | None = None,
     loss: TokenLoss | None = None,
+    foreign: bool = False,
 ) -> RunResult:
     """Run ``config`` from its beginning, or from the checkpoint of ``former``, to its end or to a stop.
 
@@ -104,6 +105,7 @@ async def run(
         stops: Signals that end it in order.
         ranks: The processes that share the run.
         loss: An objective of one's own, in place of the config's.
+        foreign: The rollouts are those of a run that is not this one.
     """
     from topkd.compose.keeping import Keeper, bring_state, bring_weights
     from topkd.engine.learner import Learner
@@ -160,6 +162,7 @@ async def run(
                     keeper.checkpoint,
                     context,
                     beside=sampling.beside,
+                    foreign=foreign,
                 ),
                 source=source,
                 start=start,

@@ -31,6 +31,8 @@ class Hooks:
             is stopped or fails.
         beside: Beside ``capture``: ``publish(v + 1)`` may come while a batch of v is being drawn (a server that holds
             both, as adapters are held). A draw takes its version before it first waits, and keeps it.
+        foreign: The sampler gives what another run drew: its versions are not the learner's, and how far its policy is
+            from the learner's is not known.
     """
 
     evaluate: Callable[[], Record | list[Record]] | None = None
@@ -41,3 +43,4 @@ class Hooks:
     checkpoint: Callable[[Position], None] | None = None
     context: Context | None = None
     beside: bool = False
+    foreign: bool = False

@@ -188,13 +188,14 @@ class _Run:
             await asyncio.to_thread(self.hooks.on_batch, step + 1, batch)
         began = time.perf_counter()
         learnt, cancelled = await whole(self.taken, step, batch)
-        fresh = taken.versions == (str(step),) and self.config.learner.inner_steps == 1  # one pass: no update yet
+        # Of another run's policy no distance to this learner's is known, whatever its versions are called.
+        ours = self.source is None and not self.hooks.foreign
+        fresh = ours and taken.versions == (str(step),) and self.config.learner.inner_steps == 1  # no update yet
         record: Record = {
             "step": step + 1,
             **described(self.learner.objective),
             "version": step + 1,
-            # Rollouts that a source gives are of another run's policy: no distance to this learner's is known.
-            "staleness": _staleness(step, taken) if self.source is None else None,
+            "staleness": _staleness(step, taken) if ours else None,
             "rollout_versions": [*taken.versions],
             **learnt,
             # Of the very weights that step, before they change: what is left is the sampler's own arithmetic.
