@@ -27,8 +27,7 @@ from topkd.compose.progress import Progress
 ARMS = [
     {"name": "scalar_kl", "set": {"k": 1, "objective": {"kind": "scalar_kl"}}},
     {"name": "gjs", "set": {"k": 1, "objective": {"kind": "gjs", "beta": 0.5}}},
-    {"name": "topk_pg-rkl", "set": {"objective": {"kind": "topk_pg", "beta": 1.0, "lam": 0.3}}},
-    {"name": "topk_pg-gjs", "set": {"objective": {"kind": "topk_pg", "beta": 0.5, "lam": 0.3}}},
+    {"name": "topk_pg", "set": {"objective": {"kind": "topk_pg", "beta": 0.5, "lam": 0.3}}},
 ]
 
 
