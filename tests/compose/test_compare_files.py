@@ -6,9 +6,10 @@ import pytest
 
 from tests.fakes.tinymodels import make_tiny_model
 from topkd.compose.compare import compare
-from topkd.compose.compare_cell import by_moment
+from topkd.compose.compare_cell import _entries, by_moment
 from topkd.compose.compare_config import from_runs, parse_grid
 from topkd.compose.compare_stats import curve_facts
+from topkd.engine import EngineConfig
 from topkd.engine.metrics import read_metrics
 
 
@@ -23,6 +24,19 @@ def test_evaluations_on_other_prefixes_are_no_points_of_the_curve():
     assert (first["reverse_kl"], last["reverse_kl"], last["fresh"]["reverse_kl"]) == (2.0, 1.0, 9.0)
     facts = curve_facts([first | {"tokens": 0}, last | {"tokens": 8}], "reverse_kl", 0.5)
     assert (facts["area"], facts["final"]) == (0.75, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "each"),
+    [
+        ({"kind": "gjs"}, 1),
+        ({"kind": "gjs", "baseline": "value"}, 6),
+        ({"kind": "scalar_kl", "gamma": 0.5}, 6),
+        ({"kind": "topk_pg"}, 6),
+    ],
+)
+def test_an_arm_pays_for_the_lists_that_its_objective_looks_at(objective, each):
+    assert _entries(EngineConfig.model_validate({"k": 5, "objective": objective}))(10) == 10 * each
 
 
 @pytest.mark.slow
