@@ -120,6 +120,14 @@ def test_which_rows_a_step_takes_depends_on_seed_and_step_alone():
     assert data_texts(config("gjs_direct", on_policy_fraction=0.34, data_loss="objective"), ROWS, 0) == []
 
 
+@pytest.mark.parametrize("fraction", [0.9, 0.1])
+async def test_a_mixture_that_rounds_to_one_side_alone_is_refused(folders, tmp_path, fraction):
+    engine = config("gjs_direct", on_policy_fraction=fraction, rollout={"prompts_per_step": 4})
+    assert on_policy_prompts(engine) == (4 if fraction > 0.5 else 0)
+    with pytest.raises(ConfigError, match="too small for on_policy_fraction"):
+        await run(folders, tmp_path, engine)
+
+
 async def test_a_mixture_without_data_is_refused(folders, tmp_path):
     for engine in (config("sft"), config("topk_pg", on_policy_fraction=0.5)):
         with pytest.raises(ConfigError, match="no row has one"):

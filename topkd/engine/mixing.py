@@ -38,7 +38,14 @@ def on_policy_prompts(config: EngineConfig) -> int:
 
 
 def check_mixture(config: EngineConfig, rows: Sequence[PromptRow]) -> None:
-    """Refuses a run that wants completions from data that has none."""
+    """Refuses a run that wants completions from data that has none, or a mixture that its steps are too small for."""
+    prompts = config.rollout.prompts_per_step
+    if 0.0 < config.on_policy_fraction < 1.0 and on_policy_prompts(config) in {0, prompts}:
+        raise ConfigError(
+            "a step is too small for on_policy_fraction",
+            got=f"{config.on_policy_fraction:g} of {prompts} prompts, which is {on_policy_prompts(config)}",
+            hint="raise rollout.prompts_per_step, or set on_policy_fraction to 0 or 1",
+        )
     if on_policy_prompts(config) < config.rollout.prompts_per_step and not _pool(rows):
         what = "objective sft" if isinstance(config.objective, SFT) else "on_policy_fraction below 1"
         raise ConfigError(
