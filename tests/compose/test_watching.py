@@ -10,6 +10,7 @@ import torch
 from tests.engine.pieces import model_folder
 from topkd.compose.answer_scorers import answer_scorer, exact_match, numeric_match
 from topkd.compose.config import RunConfig
+from topkd.compose.evaluating import Evaluation
 from topkd.compose.feedback import feedback_context
 from topkd.compose.pieces import load_prompts
 from topkd.compose.progress import Progress
@@ -223,3 +224,39 @@ async def test_an_evaluation_that_cannot_measure_is_refused_before_the_first_ste
     ):
         with pytest.raises((ConfigError, DataError), match=message):
             await train(run_config(folder, eval=table), tmp_path / f"run{len(message)}")
+
+
+async def test_a_stop_id_beyond_the_students_vocabulary_is_refused_by_its_name(folder, tmp_path):
+    changes = {"rollout": {"prompts_per_step": 4, "max_completion_tokens": 6, "stop_token_ids": [300]}}
+    with pytest.raises(ConfigError, match=r"rollout.stop_token_ids .*got 300, expected below 300"):
+        await train(run_config(folder, **changes), tmp_path / "run")
+
+
+async def test_rows_of_teachers_whose_weights_are_elsewhere_are_left_out_of_divergences_and_named(folder, tmp_path):
+    class Heard(Progress):
+        def __init__(self):
+            self.notes = []
+
+        def note(self, text):
+            self.notes.append(text)
+
+    rows = [{"prompt": f"{n} + 1 =", "teacher_id": "far" if n == 2 else "near"} for n in range(3)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    far = tmp_path / "far.jsonl"
+    far.write_text(json.dumps(rows[2]) + "\n")
+    teachers = {"near": {"kind": "local", "model": str(folder / "teacher")}, "far": {"url": "http://127.0.0.1:9"}}
+    config = run_config(
+        folder, teacher=None, teachers=teachers, eval={"path": str(data), "max_tokens": 5, "prefixes": ["fixed"]}
+    )
+    prompts = load_prompts(config.model_copy(update={"data": config.data.model_copy(update={"path": str(data)})}),
+                           Progress())  # fmt: skip
+    parts = {"student": Student.load(str(folder / "student"), "cpu"), "prompts": prompts, "out": tmp_path}
+    near, heard = Student.load(str(folder / "teacher"), "cpu"), Heard()
+    evaluation = Evaluation(config, config.eval, models={"near": near}, **parts)
+    await evaluation.measure_ceiling({}, heard)
+    assert heard.notes == ["exact divergences leave out the rows of 'far': those weights are not on this machine"]
+    (record,) = await asyncio.to_thread(evaluation)
+    assert 2 <= record["eval_tokens"] <= 10
+    with pytest.raises(ConfigError, match="nothing to measure"):
+        Evaluation(config, config.eval.model_copy(update={"path": str(far)}), models={"near": near}, **parts)

@@ -69,7 +69,10 @@ class Evaluation:
                 raise ConfigError("eval.teacher is one folder, and the run has several teachers", got=table.teacher)
             model = Student.wrap(load_causal_lm(table.teacher, config.student.dtype), config.student.device)
             self._models = dict.fromkeys(config.teacher_map(), model)
-        measured = bool(self._models and table.prefixes)
+        asked = {row.teacher_id for row in self.rows}
+        measured = bool(table.prefixes and asked & self._models.keys())
+        self._left_out = sorted(asked - self._models.keys()) if measured else []
+        self._prefixes = table.prefixes if measured else ()
         if not measured and self._scorer is None:
             raise ConfigError(
                 "[eval] has nothing to measure", got="no scorer, and no teacher's weights on this machine",
@@ -86,6 +89,11 @@ class Evaluation:
 
     async def measure_ceiling(self, teachers: Mapping[str, object], progress: Progress) -> None:
         """The teacher's own accuracy on the same prompts, which the records then state beside the student's."""
+        if self._left_out:
+            progress.note(
+                f"exact divergences leave out the rows of {', '.join(map(repr, self._left_out))}: "
+                "those weights are not on this machine"
+            )
         if self._scorer is None or not self.table.ceiling:
             return
         scores: list[float] = []
@@ -101,7 +109,7 @@ class Evaluation:
 
     def __call__(self) -> list[Record]:
         """One record for each kind of prefixes, the first with the accuracy; called in a thread between two steps."""
-        records = [self._divergences(kind) for kind in self.table.prefixes] if self._models else []
+        records = [self._divergences(kind) for kind in self._prefixes]
         records = records or [{"prefixes": "fixed"}]
         if self._scorer is not None:
             records[0] |= self._accuracy()

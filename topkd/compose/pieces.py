@@ -11,7 +11,7 @@ from topkd.compose.progress import Progress
 from topkd.compose.prompt_files import Readers, read_prompts
 from topkd.compose.rendering import Side
 from topkd.engine.data import PromptRow
-from topkd.topk.errors import DataError
+from topkd.topk.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,12 @@ def load_pieces(config: RunConfig, progress: Progress, prompts: Prompts | None =
     prompts = prompts or load_prompts(config, progress)
     model = config.student
     student = Student.load(model.model, model.device, model.dtype, lora=model.lora, seed=config.seed)
+    for stop in config.rollout.stop_token_ids:
+        if stop >= student.vocab_size:
+            raise ConfigError(
+                "rollout.stop_token_ids holds an id that the student does not have", got=stop,
+                expected=f"below {student.vocab_size}",
+            )  # fmt: skip
     for row in prompts.rows:
         top = max(int(ids.max()) for ids in (row.prompt_ids, row.completion_ids) if ids is not None)
         if top >= student.vocab_size:
