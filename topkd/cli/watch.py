@@ -16,7 +16,7 @@ def watched(out: Path, display: Display, *, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    needs("train --watch", "jinja2", extra="report")
+    needs("--watch", "jinja2", extra="report")
     from topkd.engine import EngineConfig
     from topkd.report.live import serve_run
 

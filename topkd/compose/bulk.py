@@ -16,6 +16,7 @@ from topkd.compose.score_config import ScoreConfig, ScoreReport
 from topkd.compose.selection import Selection, Verdict, digest_of
 from topkd.compose.sequences import BadRow, Item, ScoreInput
 from topkd.compose.teachers import OpenTeacher
+from topkd.engine.waiting import first_of
 from topkd.offline import CachingScorer, ScoreStore, TeacherIdentity
 from topkd.topk.errors import (
     AuthError,
@@ -268,11 +269,3 @@ class _Counting:
         self.answered += 1
         self.tokens += len(ids) + 1
         return rows
-
-
-def first_of(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error that ended a group of tasks, out of its wrappings."""
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -14,13 +14,14 @@ import numpy as np
 
 from topkd.clients import OpenAIChat
 from topkd.clients.probe_dialect import open_client
-from topkd.compose.bulk import GIVE_UP_AFTER, first_of
+from topkd.compose.bulk import GIVE_UP_AFTER
 from topkd.compose.off_policy import sampled_policy
 from topkd.compose.progress import Progress
 from topkd.compose.prompts import checked_row, prompt_tokens
 from topkd.compose.sample_config import Purse, SampleConfig, SampleReport, SamplingDialect
 from topkd.compose.score import load_tokenizer
 from topkd.compose.sequences import count_rows, json_object, raw_rows
+from topkd.engine.waiting import first_of
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.topk.errors import (
     AuthError,
