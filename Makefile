@@ -20,11 +20,12 @@ demo: ## distil a tiny teacher over HTTP and show what it did (DEMO_ARGS="--obje
 test: ## the fast tests (PYTEST_ARGS="tests/topk -k gjs" narrows them)
 	@$(DEV) $(ONE_THREAD) "$$bin/python" -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-test-slow: ## the slow tests, then test-vllm
-	@bash scripts/setup_browser.sh
-	@$(DEV) $(ONE_THREAD) "$$bin/python" -m pytest -q -m "slow and not vllm" -n $(WORKERS) --dist loadfile --durations 25 $(PYTEST_ARGS)
+test-slow: ## the slow tests, then test-browser and test-vllm
+	@$(DEV) $(ONE_THREAD) "$$bin/python" -m pytest -q -m "slow and not vllm and not browser" -n $(WORKERS) --dist loadfile --durations 25 $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory test-browser
 	@$(MAKE) --no-print-directory test-vllm
 
+# A run of its own: the driver's event loop stays in its process, and asyncio tests there would meet it.
 test-browser: ## the report's page in a real Chromium
 	@$(DEV) bash scripts/setup_browser.sh && $(ONE_THREAD) "$$bin/python" -m pytest -q -m browser $(PYTEST_ARGS)
 
