@@ -36,10 +36,12 @@ class LiveCache:
         self._scorers[name] = found
         return found
 
-    def recorder(self, config: RunConfig, student: Any, rows: Sequence[PromptRow]) -> Callable[[Sampler], Sampler]:
+    def recorder(
+        self, config: RunConfig, student: Any, rows: Sequence[PromptRow], loss: Callable[..., Any] | None = None
+    ) -> Callable[[Sampler], Sampler]:
         """Puts the keeping of rollouts around a sampler; call it when all teachers are there."""
         teachers = {name: scorer.identity for name, scorer in self._scorers.items()}
-        policy = policy_identity(config, student, rows, teachers)
+        policy = policy_identity(config, student, rows, teachers, loss=loss)
 
         def wrap(sampler: Sampler) -> Sampler:
             self._sampler = RecordedSampler(sampler, self.store, policy)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,17 @@ class RecordedSampler:
 
 
 def policy_identity(
-    config: RunConfig, student: Any, rows: Sequence[PromptRow], teachers: Mapping[str, TeacherIdentity]
+    config: RunConfig,
+    student: Any,
+    rows: Sequence[PromptRow],
+    teachers: Mapping[str, TeacherIdentity],
+    *,
+    loss: Callable[..., Any] | None = None,
 ) -> TeacherIdentity:
-    """Who samples in this run: everything that shapes its rollouts, so that another run never finds them as its own."""
+    """Who samples in this run: everything that shapes its rollouts, so that another run never finds them as its own.
+
+    An objective of one's own is known by its name and source.
+    """
     prompts = hashlib.blake2b(digest_size=16)
     for row in rows:
         for part in (row.prompt_ids, row.teacher_prompt_ids):
@@ -123,8 +132,21 @@ def policy_identity(
         "teachers": {name: identity.to_json() for name, identity in teachers.items()},
         "prompts": prompts.hexdigest(),
     }
+    if loss is not None:
+        shaping["loss"] = _source(loss)
     digest = hashlib.blake2b(json.dumps(shaping, sort_keys=True).encode(), digest_size=8).hexdigest()
     return TeacherIdentity(Path(config.student.model).name or "student", revision=f"run-{digest}")
+
+
+def _source(loss: Callable[..., Any]) -> list[str]:
+    try:
+        return [loss.__module__, loss.__qualname__, inspect.getsource(loss)]
+    except (AttributeError, OSError, TypeError) as error:
+        raise ConfigError(
+            "the loss has no source to know it by", got=type(loss).__name__,
+            expected="a function of a file, so that [cache] keeps its rollouts apart from another loss's",
+            hint="write it into a file, or run without [cache]",
+        ) from error  # fmt: skip
 
 
 def identities_with(path: Path, kind: int) -> list[TeacherIdentity]:

@@ -126,7 +126,7 @@ async def train(
             on_record=watch.heard,
             context=feedback_context(config, before.prompts),
             sampling=replace(sampling, publish=following(traffic.joining(sampling.publish), local)),
-            wrap=None if cache is None else cache.recorder(config, pieces.student, pieces.rows),
+            wrap=None if cache is None else cache.recorder(config, pieces.student, pieces.rows, loss),
             account=None if cache is None else cache.account,
             notes={"teachers": fingerprints, **before.notes()},
             stateful={
