@@ -25,6 +25,7 @@ async def test_a_real_vllm_serves_an_exported_student(tmp_path):
     save_student(student, load_tokenizer(str(base)), run / "student", {"version": 3})
     config = {"student": {"model": str(base)}, "teacher": {"url": "http://127.0.0.1:1"}, "data": {"path": "p"}}
     (run / "config.json").write_text(json.dumps(config))
+    (run / "metrics.jsonl").write_text("")  # a run's folder has both
     folder = export(run).path
     ids = np.arange(100, 140)
     with vllm_server(
