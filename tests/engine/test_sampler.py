@@ -1,7 +1,9 @@
 """The in-process sampler: exact logprobs, honest ends, nothing leaking in."""
 
 import asyncio
+import inspect
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,3 +113,31 @@ async def test_a_batch_that_is_given_up_stops_at_its_next_token(student):
         await task
     with sampler.lock:  # free as soon as the thread has left
         assert len(drawn) < 3000
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+async def test_the_cache_is_passed_by_the_name_that_the_model_gives_it(student, name, monkeypatch):
+    """Releases of transformers differ in it; without its cache a model would see the newest token alone."""
+    plain = await InProcessSampler(student).sample_batch(PROMPTS, 1, SamplingParams(max_tokens=8, seed=5))
+    own = next(n for n in ("cache", "past_key_values") if n in inspect.signature(student.backbone.forward).parameters)
+    forward = student.backbone.forward
+
+    def renamed(input_ids, attention_mask, position_ids, use_cache, kept=None):
+        output = forward(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
+            **{own: kept},
+        )  # fmt: skip
+        return SimpleNamespace(last_hidden_state=output.last_hidden_state, **{name: getattr(output, own)})
+
+    parameters = [
+        parameter.replace(name=name) if parameter.name == "kept" else parameter
+        for parameter in inspect.signature(renamed).parameters.values()
+    ]
+
+    def called(**given):
+        return renamed(**{"kept" if key == name else key: value for key, value in given.items()})
+
+    called.__signature__ = inspect.Signature(parameters)
+    monkeypatch.setattr(student.backbone, "forward", called)
+    again = await InProcessSampler(student).sample_batch(PROMPTS, 1, SamplingParams(max_tokens=8, seed=5))
+    assert [r.completion_ids.tolist() for (r,) in again] == [r.completion_ids.tolist() for (r,) in plain]

@@ -7,9 +7,11 @@ never leak in, and the logprob of each token must come from the very distributio
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,12 +108,14 @@ class InProcessSampler:
         positions = (attention.cumsum(1) - 1).clamp_min(0)
         alive = torch.ones(len(prompts), dtype=torch.bool)
         steps: list[_Step] = []
-        past = None
+        # The cache's name since transformers 5.24; before, and in models that bring their own code, it is the other.
+        past = "cache" if "cache" in inspect.signature(self.student.backbone.forward).parameters else "past_key_values"
+        kept: dict[str, Any] = {past: None}
         while len(steps) < params.max_tokens and bool(alive.any()) and not (steps and given_up.is_set()):
             output = self.student.backbone(
-                input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=past, use_cache=True
+                input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=True, **kept
             )
-            past = output.past_key_values
+            kept = {past: getattr(output, past)}
             logp = torch.log_softmax(self.student.head(output.last_hidden_state[:, -1]).float(), dim=-1).cpu()
             token = self._drawn(logp, params, generator)
             steps.append(_Step(token[:, 0].numpy(), logp.gather(1, token)[:, 0].numpy(), _top(logp, k) if k else None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,15 +38,22 @@ class Backbone:
                 hint="serve it with vLLM instead",
             )
         self.vocab = int(model.config.get_text_config().vocab_size)
+        # The argument's name since transformers 5.24; before, and in models that bring their own code, it is the other.
+        self._cache_name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
         self._scale = self._find_scale()
         self.mixes_lengths = self._plain_attention()
         self._adapter: str | None = None
         self._adapters: set[str] = set()
 
-    def hidden(self, ids: Tensor, **cache: Any) -> Tensor:
-        """[B, T, H] states after the last norm. Rows are padded on the right: causal layers never look there."""
+    def hidden(self, ids: Tensor, *, cache: Any = None, **options: Any) -> Tensor:
+        """[B, T, H] states after the last norm. Rows are padded on the right: causal layers never look there.
+
+        ``cache`` is read and grows; without one nothing is kept.
+        """
         base = getattr(self.model, self.model.base_model_prefix)
-        out = base(input_ids=ids, **cache)
+        if cache is not None:
+            options[self._cache_name] = cache
+        out = base(input_ids=ids, use_cache=cache is not None, **options)
         return out.last_hidden_state  # type: ignore[no-any-return]
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
@@ -95,7 +103,7 @@ class Backbone:
 
         cache = self.new_cache()
         with torch.inference_mode():
-            self.hidden(torch.zeros(1, 2, dtype=torch.long, device=self.device), past_key_values=cache, use_cache=True)
+            self.hidden(torch.zeros(1, 2, dtype=torch.long, device=self.device), cache=cache)
         return all(type(layer) is DynamicLayer for layer in cache.layers)
 
     def _find_scale(self) -> Callable[[Tensor], Tensor]:
@@ -114,7 +122,7 @@ class Backbone:
         probe = torch.arange(1, 9, device=self.device)[None] % self.vocab
         with torch.inference_mode():
             want = self.model(input_ids=probe, use_cache=False).logits[0].float()
-            raw = self.model.get_output_embeddings()(self.hidden(probe, use_cache=False)[0])
+            raw = self.model.get_output_embeddings()(self.hidden(probe)[0])
             for form in forms:
                 got = form(raw).float()
                 if got.shape == want.shape and torch.allclose(got, want, rtol=1e-3, atol=1e-3, equal_nan=True):

@@ -156,9 +156,7 @@ class Group:
         if min(lengths) < width:
             slots = torch.arange(width + 1, device=device)[None]
             options["attention_mask"] = (slots >= width - positions).long()
-        hidden = self.backbone.hidden(
-            last, position_ids=positions, past_key_values=self.cache, use_cache=True, **options
-        )
+        hidden = self.backbone.hidden(last, cache=self.cache, position_ids=positions, **options)
         draw_next(self.sequences, self.backbone.logits(hidden[:, -1]), processed=processed, version=version)
 
     def drop_done(self) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -263,10 +263,8 @@ class Engine:
         adapter = jobs[0].adapter
         self.backbone.use_adapter(adapter)
         generates = jobs[0].sampling.max_tokens > 1
-        options: dict[str, Any] = {"use_cache": False}
-        if generates:
-            options = {"use_cache": True, "past_key_values": self.backbone.new_cache()}
-        hidden = self.backbone.hidden(pad_right([job.ids for job in jobs], self.backbone.device), **options)
+        cache = self.backbone.new_cache() if generates else None
+        hidden = self.backbone.hidden(pad_right([job.ids for job in jobs], self.backbone.device), cache=cache)
         for ticket, (scores, candidate_logp) in zip(batch, score_prompts(self.backbone, jobs, hidden), strict=True):
             ticket.answer.scores, ticket.answer.candidate_logp = scores, candidate_logp
             self._begin(ticket)
@@ -279,7 +277,7 @@ class Engine:
             logits = self.backbone.logits(last[rows[part]])
             draw_next(drafts[part], logits, processed=self._processed, version=self.version)
         if generates:
-            self._adopt(Group.after_prefill(self.backbone, adapter, drafts, options["past_key_values"], rows))
+            self._adopt(Group.after_prefill(self.backbone, adapter, drafts, cache, rows))
         else:
             self._endings.apply(drafts)
             self.drawn_tokens += len(drafts)
@@ -297,7 +295,7 @@ class Engine:
             self.backbone.use_adapter(draft.job.adapter)
             cache = self.backbone.new_cache()
             ids = pad_right([draft.tokens[:-1]], self.backbone.device)
-            self.backbone.hidden(ids, use_cache=True, past_key_values=cache)
+            self.backbone.hidden(ids, cache=cache)
             self._join(Group(self.backbone, draft.job.adapter, [draft], cache))
 
     def _join(self, group: Group) -> None:
