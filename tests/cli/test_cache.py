@@ -155,6 +155,10 @@ def test_captures_of_other_tools_need_a_teachers_name_and_bring_their_rows(cache
         ran("cache", "import", cache, source, "--format", "axolotl")
     done = told("cache", "import", cache, source, "--format", "axolotl", "--teacher", "t")
     assert (done["records"], done["refused"]) == (1, [])
+    source.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"text": "no ids"}) + "\n")
+    done = told("cache", "import", cache, source, "--format", "axolotl", "--teacher", "t", code=1)
+    assert done["records"] == 1
+    assert done["refused"][0].startswith(f"{source}, row 1: a row without input_ids")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +168,16 @@ def test_captures_of_other_tools_need_a_teachers_name_and_bring_their_rows(cache
         (["cache", "verify", "./nowhere"], CacheError, "no such file or folder (nowhere)"),
         (["cache", "ls", "folder"], CacheError, "not a topkd cache (folder): got a folder without topkd-store.json"),
         (["cache", "stats", "run.toml"], CacheError, "not a topkd cache (run.toml): got a file, expected a folder"),
+        (["cache", "ls", "nowhere"], CacheError, "no such file or folder (nowhere)"),
+        (["cache", "ls", "run.toml"], CacheError, "not a topkd cache (run.toml): got a file, expected a folder"),
         (["cache", "merge", "nowhere", "--out", "c"], CacheError, "no such file or folder (nowhere)"),
+        (["cache", "merge", "empty", "empty", "--out", "./empty"], ConfigError, "merged into itself"),
+        (["cache", "merge", "empty", "--out", "run.toml"], CacheError, "(run.toml): got a file, expected a folder"),
+        (["cache", "merge", "empty", "--out", "run.toml/c"], CacheError, "cannot create the cache (run.toml/c)"),
+        (["cache", "merge", "empty", "--out", "folder/."], CacheError, "begun in an empty folder"),
+        (["cache", "export", "empty", "run.toml"], CacheError, "cannot export there (run.toml): got File exists"),
+        (["cache", "export", "empty", "run.toml/x", "--format", "dataset"], CacheError, "cannot export there"),
+        (["cache", "import", "empty", "run.toml"], DataError, "cannot read the Parquet file (run.toml)"),
         (["cache", "import", "c", "nowhere"], DataError, "no such file or folder (nowhere)"),
         (["sample", "none.jsonl", "--teacher", "u", "--out", "c"], DataError, "no such file or folder (none.jsonl)"),
         (
@@ -200,6 +213,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, args, error, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.toml").write_text("[student]\nmodel='m'\n[teacher]\nurl='http://127.0.0.1:1'\n[data]\npath='p'\n")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "of something else").touch()
     with ScoreStore(tmp_path / "empty", mode="a"):
         pass
     with pytest.raises(error) as caught:

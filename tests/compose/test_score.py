@@ -185,7 +185,10 @@ async def test_bad_rows_are_refused_with_their_line_and_the_rest_is_scored(confi
         8: ({"prompt_ids": [1.5], "completion_ids": [1]}, "cannot be read"),
         9: ({"prompt_ids": [1], "completion_ids": [2**31]}, "token id out of range"),
         10: ({"prompt_ids": [1], "completion_ids": [-1]}, "no negative id"),
-        11: ({**good, "teacher_id": "b"}, "for another teacher"),
+        11: (
+            {**good, "teacher_id": "b"},
+            "got 'b', expected a row that names no teacher; --teacher-id b beside --teacher",
+        ),
         12: ({**good, "logp": [-1.0]}, "logp must be one log-probability"),
         13: ({**good, "hint": "psst"}, "a hint needs a text prompt"),
         14: ({"prompt_ids": [1] * 5000, "completion_ids": [2]}, "longer than the server's context"),

@@ -156,12 +156,14 @@ def export(
     Example: topkd cache export cache exported --format parquet
     """
     from topkd.offline import export_parquet, to_dataset
+    from topkd.offline.exchange import writing
 
     if form is ExportFormat.parquet:
         _told(export_parquet(cache, out), as_json)
         return
     dataset = to_dataset(cache)
-    dataset.save_to_disk(str(out))
+    with writing(out):
+        dataset.save_to_disk(str(out))
     typer.echo(json.dumps({"records": len(dataset)}) if as_json else f"{len(dataset)} scores in {out}")
 
 
@@ -175,7 +177,7 @@ def import_(
     codec: Annotated[Codec, typer.Option(help="How to write the records.")] = Codec.packed,
     as_json: AsJson = False,
 ) -> None:
-    """Bring scores into a cache; rows that do not fit are named.
+    """Bring scores into a cache; rows that do not fit are named, and the exit code is 1.
 
     Example: topkd cache import cache captured --format distillkit --teacher my-teacher
     """
@@ -192,11 +194,12 @@ def import_(
         elif teacher is None:
             raise ConfigError(f"--format {form.value} needs --teacher", hint="the source does not say who scored it")
         elif form is ImportFormat.axolotl:
-            done = import_axolotl(_plain_rows(source), store, TeacherIdentity(teacher, revision=revision))
+            named = TeacherIdentity(teacher, revision=revision)
+            done = import_axolotl(_plain_rows(source), store, named, where=str(source))
         else:
             done = import_distillkit(source, store, TeacherIdentity(teacher, revision=revision))
     _told(done, as_json)
-    if done.refused and not done.records:
+    if done.refused:
         raise typer.Exit(1)
 
 

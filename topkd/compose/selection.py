@@ -53,7 +53,7 @@ class Selection:
                     continue
                 yield self._unmapped(item)
             else:
-                yield item
+                yield self._within_vocabulary(item) if isinstance(item, ScoreInput) else item
 
     def forecast(self) -> int:
         """About how many rows there are; 0 when that is not known."""
@@ -61,12 +61,28 @@ class Selection:
         rows = rows if self.config.limit is None else min(rows, self.config.limit)
         return -(-rows // self.config.shard[1])
 
-    def _unmapped(self, item: ScoreInput) -> BadRow:
-        routes = self.config.routes
+    def _within_vocabulary(self, item: ScoreInput) -> Item:
+        """The row, or why its teacher cannot be asked about it."""
+        size, top = self._teachers[item.teacher_id].vocab_size, int(item.ids.max(initial=0))
+        if size is None or top < size:
+            return item
         return BadRow(item.number, DataError(
-            "a row is for another teacher", where=f"{self.config.data}:{item.number}", got=repr(item.teacher_id),
-            expected="one of " + ", ".join(map(repr, routes)) if routes else repr(self.config.teacher_id),
-            hint="give its server with --teacher-id NAME=URL" if item.teacher_id else "name the row's teacher_id",
+            "a row has an id outside the teacher's vocabulary", where=f"{self.config.data}:{item.number}", got=top,
+            expected=f"below {size}",
+        ))  # fmt: skip
+
+    def _unmapped(self, item: ScoreInput) -> BadRow:
+        routes, name = self.config.routes, item.teacher_id
+        if not name:
+            hint = "name the row's teacher_id"
+        elif routes:
+            hint = "give its server with --teacher-id NAME=URL"
+        else:
+            hint = f"--teacher-id {name} beside --teacher scores its rows, --teacher-id NAME=URL those of several"
+        return BadRow(item.number, DataError(
+            "a row is for another teacher", where=f"{self.config.data}:{item.number}",
+            got=repr(name) if name else "none",
+            expected="one of " + ", ".join(map(repr, routes)) if routes else "a row that names no teacher", hint=hint,
         ))  # fmt: skip
 
 

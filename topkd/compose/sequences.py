@@ -13,11 +13,13 @@ import numpy as np
 from pydantic import ValidationError
 
 from topkd.compose.conversations import recorded
+from topkd.compose.mistakes import in_words
 from topkd.compose.portions import UNIT, Portion
 from topkd.compose.prompts import DataRow, teacher_tokens
 from topkd.compose.rendering import Side
 from topkd.offline import ScoreStore
 from topkd.offline.folder import FORMAT_FILE
+from topkd.offline.parquet_files import open_parquet, read_batches
 from topkd.offline.records import ROLLOUT
 from topkd.topk.errors import ConfigError, DataError
 from topkd.topk.samples import FinishReason
@@ -97,7 +99,7 @@ def count_rows(path: Path) -> int:
     if path.is_dir():
         return 0 if (path / FORMAT_FILE).exists() else len(_dataset(path))
     if path.suffix == ".parquet":
-        return int(_parquet(path).metadata.num_rows)
+        return int(open_parquet(path).metadata.num_rows)
     try:
         with path.open("rb") as file:
             return sum(1 for line in file if line.strip())
@@ -124,7 +126,7 @@ def raw_rows(path: Path, portion: Portion | None = None) -> Iterator[tuple[int, 
         data = _dataset(path)
         yield from enumerate(data if last is None else data.select(range(first, last)), first)
     elif path.suffix == ".parquet":
-        rows = ((number, row) for start, batch in _batches(_parquet(path), first, last)
+        rows = ((number, row) for start, batch in _batches(path, first, last)
                 for number, row in enumerate(batch.to_pylist(), start) if number >= first)  # fmt: skip
         yield from rows if last is None else islice(rows, last - first)
     else:
@@ -162,9 +164,10 @@ def _line_units(path: Path) -> Iterator[Portion]:
         yield replace(begun, rows=rows - begun.first)
 
 
-def _batches(file: Any, first: int, last: int | None) -> Iterator[tuple[int, Any]]:
+def _batches(path: Path, first: int, last: int | None) -> Iterator[tuple[int, Any]]:
     """Batches of the row groups that hold rows first to last, each with the number of its first row."""
-    start, groups = 0, []
+    file, start = open_parquet(path), 0
+    groups = []
     for group in range(file.metadata.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         if start + rows > first and (last is None or start < last):
@@ -172,24 +175,12 @@ def _batches(file: Any, first: int, last: int | None) -> Iterator[tuple[int, Any
         start += rows
     for group, begin in groups:
         at = begin
-        for batch in file.iter_batches(batch_size=_BATCH, row_groups=[group]):
+        for batch in read_batches(file, path, batch_size=_BATCH, row_groups=[group]):
             if at + batch.num_rows > first:
                 yield at, batch
             at += batch.num_rows
             if last is not None and at >= last:
                 break
-
-
-def _parquet(path: Path) -> Any:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ConfigError("Parquet needs pyarrow", hint='pip install "topkd[data]"') from error
-    try:
-        return pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError("cannot read the Parquet file", where=str(path), got=str(error).splitlines()[0]) from error
 
 
 def _dataset(path: Path) -> Any:
@@ -286,7 +277,11 @@ def _parsed(raw: Any, where: str) -> ScoredRow:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in problem["loc"]) or "the row"
-        raise DataError(f"{key} cannot be read", where=where, expected=problem["msg"]) from None
+        got = repr(problem["input"])
+        raise DataError(
+            f"{key} cannot be read", where=where, got=got if len(got) < 60 else got[:57] + "...",
+            expected=in_words(problem),
+        ) from None  # fmt: skip
     names = ("prompt_ids", "completion_ids", "prompt", "completion", "messages")
     given = [name for name in names if getattr(row, name) is not None]
     if given not in (["prompt_ids", "completion_ids"], ["prompt", "completion"], ["messages"]):

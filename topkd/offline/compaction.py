@@ -19,7 +19,7 @@ from topkd.offline.records import ROLLOUT, Header, Record, rollout_record, score
 from topkd.offline.segments import Damage, Segment, read_index
 from topkd.offline.tables import Table, answers, close_all, folder_bytes, joined, live_rows, read_tables, teachers_of
 from topkd.offline.writing import SEGMENT_BYTES, RecordLog
-from topkd.topk.errors import CacheCorruptError, CacheError
+from topkd.topk.errors import CacheCorruptError, CacheError, ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,10 @@ def gc(
 def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str]) -> Compaction:
     """Copies what the target lacks from other caches, byte for byte. Sources are only read."""
     root = Path(target)
+    if any(root.resolve() == Path(source).resolve() for source in sources):
+        raise ConfigError("a cache cannot be merged into itself", got=str(root))
+    for source in sources:
+        open_folder(Path(source), create=False)
     open_folder(root, create=True)
     adopt_orphans(root)
     damage: list[Damage] = []
@@ -94,7 +98,6 @@ def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[s
     own = 0
     try:
         for number, folder in enumerate(roots):
-            open_folder(folder, create=False)
             found, rows = read_tables(folder, first=len(segments), damage=damage)
             segments += found
             tables.append(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from topkd.offline.codecs import CODEC_NAMES
+from topkd.offline.folder import refused_by_disk
 from topkd.offline.keys import TeacherIdentity
+from topkd.offline.parquet_files import open_parquet, parquet, read_batches
 from topkd.offline.records import ROLLOUT, SCORE, Record
 from topkd.offline.rollout_tables import ROLLOUT_COLUMNS, flat, import_rollouts, listed, nested, owner, rollout_rows
 from topkd.offline.store import ScoreStore
@@ -44,11 +47,10 @@ def export_parquet(cache: str | os.PathLike[str], folder: str | os.PathLike[str]
 
     Values are float32 as the store returns them. Holes are empty lists, an unknown logprob is NaN, an exact zero -inf.
     """
-    pq = _parquet()
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    pq, target = parquet(), Path(folder)
     done = tokens = 0
-    with ScoreStore(cache) as store:
+    with ScoreStore(cache) as store, writing(target):
+        target.mkdir(parents=True, exist_ok=True)
         names = identities(store.path)
         for kind, name, rows in ((SCORE, SCORES_FILE, _score_rows), (ROLLOUT, ROLLOUTS_FILE, rollout_rows)):
             temporary, writer = target / f".{name}.tmp", None
@@ -67,6 +69,17 @@ def export_parquet(cache: str | os.PathLike[str], folder: str | os.PathLike[str]
         return Exchange(done, tokens, list(store.damage))
 
 
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """What the file system refuses, as one line."""
+    try:
+        yield
+    except TopkdError:
+        raise
+    except OSError as error:
+        raise refused_by_disk("cannot export there", target, error) from error
+
+
 def import_parquet(folder: str | os.PathLike[str], store: ScoreStore) -> Exchange:
     """Brings what ``export_parquet`` wrote, a folder or one file, into a store; rows that do not fit are named."""
     path = Path(folder)
@@ -82,14 +95,14 @@ def import_parquet(folder: str | os.PathLike[str], store: ScoreStore) -> Exchang
 
 
 def _import_file(file: Path, store: ScoreStore) -> Exchange:
-    with _parquet().ParquetFile(file) as source:
+    with open_parquet(file) as source:
         names = set(source.schema_arrow.names)
         rollouts = "completion_ids" in names
         missing = (ROLLOUT_COLUMNS if rollouts else {"ids", "start", "topk_ids", "topk_logp"}) - names
         if missing:
             raise DataError("Parquet file lacks columns", where=str(file), got=", ".join(source.schema_arrow.names),
                             expected=", ".join(sorted(missing)))  # fmt: skip
-        rows = (row for batch in source.iter_batches(batch_size=_BATCH) for row in batch.to_pylist())
+        rows = (row for batch in read_batches(source, file, batch_size=_BATCH) for row in batch.to_pylist())
         if not rollouts:
             return import_rows(rows, store, where=str(file))
         return Exchange(*import_rollouts(rows, store, where=str(file)))
@@ -101,7 +114,7 @@ def to_dataset(cache: str | os.PathLike[str]) -> Any:
         from datasets import Dataset
         from datasets.table import InMemoryTable
     except ImportError as error:
-        raise _lacking("datasets") from error
+        raise ConfigError("datasets is not installed", hint='pip install "topkd[data]"') from error
     import pyarrow as pa
 
     with ScoreStore(cache) as store:
@@ -195,15 +208,3 @@ def _batched(records: Iterable[Record]) -> Iterator[list[Record]]:
             batch = []
     if batch:
         yield batch
-
-
-def _parquet() -> Any:
-    try:
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise _lacking("pyarrow") from error
-    return pq
-
-
-def _lacking(name: str) -> ConfigError:
-    return ConfigError(f"{name} is not installed", hint='pip install "topkd[data]"')

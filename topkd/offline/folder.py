@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -24,7 +25,9 @@ def open_folder(path: Path, *, create: bool) -> None:
                 temporary.write_text(json.dumps({"format": "topkd-store", "version": FORMAT_VERSION}) + "\n")
                 temporary.replace(marker)  # several writers may do this at once, with the same content
         except OSError as error:
-            raise CacheError("cannot create the cache", where=str(path), got=error.strerror) from error
+            if path.exists() and not path.is_dir():
+                raise _no_cache(path) from error
+            raise refused_by_disk("cannot create the cache", path, error) from error
     if not path.is_dir() or not marker.exists():
         raise _no_cache(path)
     try:
@@ -48,6 +51,13 @@ def open_folder(path: Path, *, create: bool) -> None:
         )
 
 
+def refused_by_disk(what: str, path: Path, error: OSError) -> CacheError:
+    """What the file system said; a place that cannot be written was named by mistake, a full disk was not."""
+    refused = CacheError(what, where=str(path), got=error.strerror or str(error))
+    refused.exit_code = 1 if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO} else 2
+    return refused
+
+
 def _no_cache(path: Path) -> CacheError:
     """The user named the wrong place."""
     if not path.exists():
@@ -55,6 +65,9 @@ def _no_cache(path: Path) -> CacheError:
     elif not path.is_dir():
         error = CacheError("not a topkd cache", where=str(path), got="a file", expected="a folder")
     else:
-        error = CacheError("not a topkd cache", where=str(path), got=f"a folder without {FORMAT_FILE}")
+        error = CacheError(
+            "not a topkd cache", where=str(path), got=f"a folder without {FORMAT_FILE}",
+            hint="a new cache is begun in an empty folder, or in one that is not there yet",
+        )  # fmt: skip
     error.exit_code = 2
     return error

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from topkd.offline.distillkit import Layout
 from topkd.offline.exchange import Exchange
 from topkd.offline.keys import RAW_LOGPROBS, TeacherIdentity, token_array
+from topkd.offline.parquet_files import open_parquet, read_batches
 from topkd.offline.store import ScoreStore
-from topkd.topk.errors import AlignmentError, ConfigError, DataError, TopkdError
+from topkd.topk.errors import AlignmentError, DataError, TopkdError
 from topkd.topk.types import PAD_ID, Float32, Int32, TopK, tail_logp
 
 _HEAD, _ENOUGH = 64, 64  # rows that are read, and positions that are needed, to see a shift
@@ -47,6 +48,7 @@ def import_axolotl(
     tokenise: Callable[[Mapping[str, Any]], Any] | None = None,
     temperature: float = 1.0,
     shifted: bool = True,
+    where: str = "",
 ) -> Exchange:
     """Axolotl's KD columns: the raw logprobs field, the structured one, or prepared ``target_*`` columns.
 
@@ -58,6 +60,7 @@ def import_axolotl(
         tokenise: From a row to its ids, where ``input_ids`` is missing.
         temperature: That the logprobs were generated at.
         shifted: Of prepared columns: row j is about token j + 1 (as documented); False: about token j.
+        where: What to call the source in messages.
     """
 
     def read(row: Mapping[str, Any]) -> _Lists:
@@ -75,7 +78,7 @@ def import_axolotl(
         kind = "renormalised_topk" if "target_logprobs" in row else RAW_LOGPROBS
         return kind if temperature == 1.0 else f"{kind};temperature={temperature:g}"
 
-    return _bring(rows, store, teacher, read, semantics)
+    return _bring(rows, store, teacher, read, semantics, where=where)
 
 
 def import_distillkit(
@@ -93,10 +96,6 @@ def import_distillkit(
         teacher: Who scored it; a lossy capture changes its ``semantics``.
         config: The compression settings, where the YAML file is not beside the data.
     """
-    try:
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ConfigError("pyarrow is not installed", hint='pip install "topkd[data]"') from error
     root = Path(path)
     files = sorted(root.glob("*.parquet")) if root.is_dir() else [root]
     if not files or not files[0].is_file():
@@ -105,8 +104,8 @@ def import_distillkit(
 
     def rows() -> Iterable[Mapping[str, Any]]:
         for file in files:
-            with pq.ParquetFile(file) as source:
-                for batch in source.iter_batches(batch_size=64):
+            with open_parquet(file) as source:
+                for batch in read_batches(source, file, batch_size=64):
                     yield from batch.to_pylist()
 
     def read(row: Mapping[str, Any]) -> _Lists:
@@ -122,7 +121,10 @@ def import_distillkit(
             top, logp = top[:-spare], logp[:-spare]
         return _Lists(ids, 0, top, logp, layout.exact or "top_values" in row)
 
-    return _bring(rows(), store, teacher, read, lambda row: RAW_LOGPROBS if "top_values" in row else layout.semantics)
+    def semantics(row: Mapping[str, Any]) -> str:
+        return RAW_LOGPROBS if "top_values" in row else layout.semantics
+
+    return _bring(rows(), store, teacher, read, semantics, where=str(root))
 
 
 def _bring(
@@ -131,6 +133,8 @@ def _bring(
     teacher: TeacherIdentity,
     read: Callable[[Mapping[str, Any]], _Lists],
     semantics: Callable[[Mapping[str, Any]], str],
+    *,
+    where: str,
 ) -> Exchange:
     done = tokens = 0
     refused: list[str] = []
@@ -138,14 +142,15 @@ def _bring(
     head = list(islice(source, _HEAD))
     _check_alignment(head, read)
     for number, row in enumerate(chain(head, source)):
+        place = f"{where}, row {number}" if where else f"row {number}"
         try:
             lists = read(row)
             scores = _scores(lists)
             store.put(replace(teacher, semantics=semantics(row)), lists.ids, scores)
         except TopkdError as error:
-            refused.append(f"row {number}: {error}")
+            refused.append(f"{place}: {error}")
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            refused.append(f"row {number}: not a captured row ({type(error).__name__}: {error})")
+            refused.append(f"{place}: not a captured row ({type(error).__name__}: {error})")
         else:
             done += 1
             tokens += scores.rows

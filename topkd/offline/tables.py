@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from topkd.offline.folder import open_folder
 from topkd.offline.index import ENTRY
 from topkd.offline.keys import TeacherIdentity
 from topkd.offline.records import IDENTITY, ROLLOUT, SCORE, Header
@@ -110,6 +111,7 @@ def teachers_of(segments: list[Segment], table: Table) -> dict[int, TeacherIdent
 
 def identities(path: str | os.PathLike[str]) -> dict[int, TeacherIdentity]:
     """The teachers of a cache by the tag that record headers carry."""
+    open_folder(Path(path), create=False)
     segments, table = read_tables(Path(path))
     try:
         return teachers_of(segments, table)
