@@ -5,6 +5,7 @@ import pytest
 from topkd.compose.compare import _tuned
 from topkd.compose.compare_cell import Cell
 from topkd.compose.compare_config import EMBEDDED, CompareConfig, from_runs, load_compare, parse_grid
+from topkd.compose.config import RunConfig, read_toml
 from topkd.topk.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,23 @@ def test_run_files_become_arms_that_differ_from_the_first(tmp_path):
     (tmp_path / "two.toml").write_text("k = 7\n" + base)
     made = from_runs([tmp_path / "one.toml", tmp_path / "two.toml"], {}, [0])
     assert [arm.set for arm in made.arms] == [{}, {"k": 7}]
+
+
+def test_each_run_file_trains_as_it_would_alone_whatever_the_first_one_says(tmp_path):
+    base = RUN + '[eval]\npath = "p"\nteacher = "t"\n'
+    first = '[objective]\nkind = "topk_pg"\nbeta = 0.1\nlam = 0.9\n[learner]\nlr = 1e-3\nwarmup_steps = 3\n'
+    (tmp_path / "one.toml").write_text(base + first)
+    (tmp_path / "two.toml").write_text(base + '[objective]\nkind = "gjs"\n[learner]\nlr = 2e-3\n')
+    made = from_runs([tmp_path / "one.toml", tmp_path / "two.toml"], {}, [0])
+    for arm in made.arms:
+        alone = RunConfig.model_validate(read_toml(tmp_path / f"{arm.name}.toml"))
+        assert RunConfig.model_validate(made.values(arm, 0, None)) == alone
+
+
+def test_arms_of_other_kinds_keep_the_settings_that_all_of_them_have():
+    made = from_runs([], parse_grid(["objective.kind=topk_pg,gjs,scalar_kl"]), [0], ["objective.beta=0.2"])
+    objectives = [made.values(arm, 0, None)["objective"] for arm in made.arms]
+    assert objectives == [{"beta": 0.2, "kind": "topk_pg"}, {"beta": 0.2, "kind": "gjs"}, {"kind": "scalar_kl"}]
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,25 @@ def test_the_default_objective_is_topk_pg_with_the_documented_numbers(tmp_path):
     assert (config.rollout.prompts_per_step, config.rollout.samples_per_prompt) == (64, 4)
 
 
+def test_another_kind_keeps_the_keys_that_it_shares_and_says_which_it_leaves_out(tmp_path):
+    path = written(tmp_path, GOOD.replace('"gjs"', '"topk_pg"') + "lam = 0.7\n")
+    for overrides, beta in ((["objective.kind=gjs"], 0.3), (["objective.beta=0.2", "objective.kind=gjs"], 0.2)):
+        said = []
+        assert load_config(path, overrides, said.append).objective.model_dump(include={"kind", "beta"}) == {
+            "kind": "gjs",
+            "beta": beta,
+        }
+        assert said == [
+            "--set objective.kind=gjs: gjs has no lam like the file's [objective]: left out; beta = 0.3 stays"
+        ]
+    said = []
+    taid = written(tmp_path, GOOD.replace('kind = "gjs"\nbeta = 0.3', 'kind = "taid"\nalpha = 0.25'))
+    assert load_config(taid, ["objective.kind=eopd"], said.append).objective.alpha == 1.0, "another alpha altogether"
+    assert said == ["--set objective.kind=eopd: eopd has no alpha like the file's [objective]: left out"]
+    with pytest.raises(ConfigError, match=r"objective kind 'gjs' has no key 'lam' \(--set objective.lam=0.2\)"):
+        load_config(path, ["objective.kind=gjs", "objective.lam=0.2"])
+
+
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [

@@ -38,7 +38,7 @@ def command(
     """
     from topkd.compose.config import load_config
 
-    run_config = load_config(config, overrides or [])
+    run_config = load_config(config, overrides or [], lambda line: typer.echo(f"note: {line}", err=True))
     needs("train", "torch", "transformers", "safetensors", extra="train")
     if dry_run:
         dry_run_command(run_config, served=True, as_json=as_json)

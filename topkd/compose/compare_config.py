@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from topkd.compose.config import RunConfig, apply_override, read_toml, validated
+from topkd.compose.config import RunConfig, read_toml, validated
+from topkd.compose.overrides import apply_override, merged
 from topkd.engine import EngineConfig
 from topkd.engine.frozen import Frozen
 from topkd.topk.errors import ConfigError
@@ -96,7 +97,7 @@ class CompareConfig(Frozen):
         """The full settings of one cell, as plain values: base, overrides, arm, seed, rate."""
         values = self._base_values()
         for source in (self.overrides, arm.set):
-            values = _merged(values, source)
+            values = merged(values, source, RunConfig)
         values["seed"] = seed
         if lr is not None:
             values["learner"] = {**values.get("learner", {}), "lr": lr}
@@ -171,7 +172,7 @@ def from_runs(
         raise ConfigError("a grid takes one base file", got=f"{len(paths)} files", hint="give one, or drop --grid")
     if len(paths) > 1:
         base = read_toml(paths[0])
-        arms = [Arm(name=_unique(path, paths), set=_difference(base, read_toml(path))) for path in paths]
+        arms = [Arm(name=_unique(path, paths), set=_difference(base, path)) for path in paths]
         values: dict[str, Any] = {"base": str(paths[0]), "name": " against ".join(arm.name for arm in arms)}
     else:
         arms = [_grid_arm(dict(zip(grid, point, strict=True))) for point in itertools.product(*grid.values())]
@@ -207,23 +208,24 @@ def _overridden(config: CompareConfig, overrides: Sequence[str]) -> CompareConfi
     return config.model_copy(update={"overrides": table})
 
 
-def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """``change`` laid over ``base``, table by table; a table with another ``kind`` replaces the former one whole."""
-    merged = dict(base)
-    for key, value in change.items():
-        old = merged.get(key)
-        same = isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("kind") in (None, old.get("kind"))
-        merged[key] = _merged(old, value) if same else value  # type: ignore[arg-type]
-    return merged
-
-
-def _difference(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+def _difference(base: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What gives another file's run when laid over the first one's: its values, and its defaults for keys it lacks."""
+    other = read_toml(path)
     if gone := sorted(set(base) - set(other)):
         raise ConfigError(
             "the run files differ in a table that only the first has", got=gone[0],
             hint="give every file the same tables, or write a comparison file with arms",
         )  # fmt: skip
-    return {key: value for key, value in other.items() if value != base.get(key)}
+    whole = validated(RunConfig, other, where=str(path)).model_dump(mode="json")
+    differing = {key: value for key, value in other.items() if value != base.get(key)}
+    return {key: _explicit(value, base.get(key), whole.get(key)) for key, value in differing.items()}
+
+
+def _explicit(value: Any, former: Any, whole: Any) -> Any:
+    if not (isinstance(value, Mapping) and isinstance(former, Mapping) and isinstance(whole, Mapping)):
+        return value
+    made = {key: whole[key] for key in former if key not in value and key in whole}
+    return made | {key: _explicit(entry, former.get(key), whole.get(key)) for key, entry in value.items()}
 
 
 def _unique(path: Path, paths: Sequence[Path]) -> str:

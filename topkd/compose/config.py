@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from topkd.clients import ClientConfig
 from topkd.compose.mistakes import config_error
+from topkd.compose.overrides import overridden
 from topkd.compose.sampling_config import InProcessSampling, SamplerConfig
 from topkd.compose.tables import CacheConfig, DataConfig, ReplayConfig, StudentConfig, TeacherConfig
 from topkd.compose.watch_tables import EvalConfig, TrackConfig
@@ -56,11 +57,14 @@ class RunConfig(EngineConfig):
         return {"": self.teacher} if self.teacher is not None else dict(self.teachers)
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a TOML run file, apply ``key=value`` overrides, check everything."""
+def load_config(path: Path, overrides: Sequence[str] = (), told: Callable[[str], None] = lambda _: None) -> RunConfig:
+    """Read a TOML run file, apply ``key=value`` overrides, check everything.
+
+    ``told`` hears a line for each override that leaves keys of the file out: those of another kind.
+    """
     values = read_toml(path)
-    for override in overrides:
-        apply_override(values, override)
+    for line in overridden(values, overrides, RunConfig):
+        told(line)
     return validated(RunConfig, values, where=str(path), overrides=overrides)
 
 
@@ -83,27 +87,6 @@ def validated(model: type[M], values: Mapping[str, Any], *, where: str, override
         return model.model_validate(dict(values))
     except ValidationError as error:
         raise config_error(error, model, values, where=where, overrides=overrides) from None
-
-
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Lay one ``table.key=value`` over plain values."""
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError("--set takes key=value", got=override, hint="for instance --set objective.kind=gjs")
-    *path, last = key.strip().split(".")
-    table = values
-    for part in path:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"--set {key}: {part} is a value, not a table", got=override)
-    table[last] = _parsed(text.strip())
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text  # a bare word is a string, so that --set objective.kind=gjs needs no quotes
 
 
 def saved(config: BaseModel, path: Path) -> None:

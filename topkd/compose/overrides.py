@@ -1,0 +1,107 @@
+"""Settings laid over a run file's: ``--set key=value``, and tables whose ``kind`` changes."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from topkd.topk.errors import ConfigError
+
+
+def overridden(values: dict[str, Any], overrides: Sequence[str], model: type[BaseModel]) -> list[str]:
+    """Lay every ``table.key=value`` over plain values; returns what was left out on the way, a line each.
+
+    Kinds first, whatever the order: ``objective.beta=0.3 objective.kind=gjs`` is the same as the reverse.
+    """
+    said: list[str] = []
+    for override in sorted(overrides, key=lambda given: not _key(given).endswith(".kind")):
+        table, _, name = _key(override).rpartition(".")
+        if name == "kind" and isinstance(values.get(table), Mapping):
+            kind = _parsed(override.partition("=")[2].strip())
+            kept, dropped = switched(values[table], table, kind, model)
+            if dropped:
+                stays = ", ".join(f"{key} = {value!r}" for key, value in kept.items() if key != "kind")
+                said.append(
+                    f"--set {override}: {kind} has no {' and no '.join(dropped)} like the file's [{table}]: left out"
+                    + (f"; {stays} stays" if stays else "")
+                )
+            values[table] = kept
+        apply_override(values, override)
+    return said
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Lay one ``table.key=value`` over plain values."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError("--set takes key=value", got=override, hint="for instance --set objective.kind=gjs")
+    *path, last = key.strip().split(".")
+    table = values
+    for part in path:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {key}: {part} is a value, not a table", got=override)
+    table[last] = _parsed(text.strip())
+
+
+def merged(base: Mapping[str, Any], change: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """``change`` laid over ``base``, table by table; where its kind differs, over the keys that both kinds share."""
+    made = dict(base)
+    for key, value in change.items():
+        old = made.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and "kind" in value:
+            old, _ = switched(old, key, value["kind"], model)
+        made[key] = _laid(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return made
+
+
+def switched(
+    table: Mapping[str, Any], name: str, kind: Any, model: type[BaseModel]
+) -> tuple[dict[str, Any], list[str]]:
+    """A table's keys under another kind, and the names of those that were left out.
+
+    A key stays when both kinds define it alike, default included: TAID's alpha is not EOPD's. Where there is no such
+    table or kind, or no change, everything stays, for the validation to judge.
+    """
+    kinds, default = _kinds(model, name)
+    old, new = kinds.get(str(table.get("kind", default))), kinds.get(str(kind))
+    if old is None or new is None or old is new:
+        return dict(table), []
+    known, other = old.model_fields, new.model_fields
+    dropped = [
+        key
+        for key in table
+        if key != "kind" and key in known and (key not in other or repr(known[key]) != repr(other[key]))
+    ]
+    return {key: value for key, value in table.items() if key not in dropped}, dropped
+
+
+def _kinds(model: type[BaseModel], name: str) -> tuple[dict[str, type[BaseModel]], str]:
+    """kind -> its model, for a table whose keys depend on it; and the kind of a table that names none."""
+    field = model.model_fields.get(name)
+    if field is None or field.discriminator != "kind":
+        return {}, ""
+    kinds = {str(member.model_fields["kind"].default): member for member in get_args(field.annotation)}
+    return kinds, str(getattr(field.default, "kind", ""))
+
+
+def _laid(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    made = dict(base)
+    for key, value in change.items():
+        old = made.get(key)
+        made[key] = _laid(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return made
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word is a string, so that --set objective.kind=gjs needs no quotes
