@@ -246,7 +246,7 @@ def test_the_diary_knows_how_probable_the_end_of_text_is(folder):
     assert record["eos_probability"] == pytest.approx(float(p[:, [7, 9]].sum(1).mean()), rel=1e-4)
 
 
-def test_inner_steps_keep_the_rollouts_own_logprobs(folder):
+def test_inner_steps_keep_the_rollouts_own_logprobs_and_every_one_is_in_the_record(folder):
     """The third step's ratios are s_3 / behaviour: not one, and not against the step before."""
     config = LearnerConfig(lr=1e-3, warmup_steps=0, inner_steps=3)
     student, one = fresh(folder), sample(0)
@@ -254,9 +254,46 @@ def test_inner_steps_keep_the_rollouts_own_logprobs(folder):
     again = fresh(folder)
     learner = Learner(again, config.model_copy(update={"inner_steps": 1}), TopKPolicyGradient())
     singles = [learner.step([one]) for _ in range(3)]
-    assert record["ratio_mean"] == singles[-1]["ratio_mean"] != singles[0]["ratio_mean"]
     for name, value in student.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name])
+    for name in ("loss", "grad_norm", "kl_k1", "ratio_mean", "ess", "behavior_kl_k3", "effective_coefficient"):
+        values = [single[name] for single in singles]
+        assert record[name] == pytest.approx(sum(values) / 3, rel=1e-9)
+        assert len(set(values)) == 3, name
+    assert record["ratio_max"] == max(single["ratio_max"] for single in singles)
+    assert record["ratio_hist"] == np.sum([single["ratio_hist"] for single in singles], axis=0).tolist()
+    assert sum(record["ratio_hist"]) == 3 * record["tokens"]
+    assert record["mismatch_kl"] == singles[0]["behavior_kl_k3"], "of the weights before any of them"
+    assert (record["passes"], record["skipped_passes"], record["skipped"]) == (3, 0, "")
+    assert "passes" not in singles[0]
+
+
+@pytest.mark.parametrize("good", [0, 2])
+def test_an_inner_step_that_is_not_finite_is_counted_and_what_was_taken_before_it_is_not_called_skipped(folder, good):
+    config = LearnerConfig(lr=1e-3, warmup_steps=0, inner_steps=4)
+    student, one = fresh(folder), sample(0)
+    learner = Learner(student, config, TopKPolicyGradient())
+    reference = fresh(folder)
+    fewer = Learner(reference, config.model_copy(update={"inner_steps": max(good, 1)}), TopKPolicyGradient())
+    real, calls = learner._trainee.score, []
+
+    def score(batch, ids):
+        calls.append(1)
+        return real(batch, ids) * (math.nan if len(calls) > good else 1.0)
+
+    learner._trainee.score = score
+    record = learner.step([one])
+    assert len(calls) == good + 1, "the same batch from the same weights would not be finite either"
+    assert (record["passes"], record["skipped_passes"]) == (good, 4 - good)
+    assert record["skipped"] == ("" if good else "non-finite gradient")
+    assert math.isfinite(record["loss"]) == (good > 0)
+    if good:
+        want = fewer.step([one])
+        assert {name: record[name] for name in ("loss", "ess", "kl_k1")} == {
+            name: want[name] for name in ("loss", "ess", "kl_k1")
+        }
+    for name, value in student.model.state_dict().items():
+        assert torch.equal(value, reference.model.state_dict()[name])
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from topkd.engine.objectives import TokenStats, objective_loss, text_loss, valid
 from topkd.engine.optimizers import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from topkd.engine.schedules import check_schedule, rate_factor
 from topkd.engine.student import Precision, Student
-from topkd.engine.token_metrics import batch_metrics, sample_facts, token_metrics
+from topkd.engine.token_metrics import batch_metrics, over_passes, sample_facts, token_metrics
 from topkd.engine.trainee import clip_gradients, trainee
 from topkd.engine.view import TokenLoss
 from topkd.topk.errors import ConfigError, TrainingError
@@ -102,7 +102,8 @@ class Learner:
         """Take one step; returns the diary entry, the same on every rank.
 
         A step without a trainable token, or with a non-finite gradient, changes no weight and says so in ``skipped``;
-        several in a row end the run.
+        several in a row end the run. Of several inner steps the first that is not finite is the last one tried, and the
+        record is of those that were taken: means over them, and how many there were.
 
         Args:
             samples: Scored samples for the objective (this rank's share).
@@ -114,37 +115,44 @@ class Learner:
         plain = sum(int(text.core.mask.sum()) for text in texts)
         scored, plain, given = (sum(part) for part in zip(*self.ranks.gather((scored, plain, given)), strict=True))
         num_tokens = scored + plain
-        made = _Pass("" if num_tokens else "no trainable token")
+        made: list[_Pass] = []
         with self.lock:
             rate = self._peak * rate_factor(self.config, self.version, self.steps)
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
-            for _ in range(self.config.inner_steps if num_tokens else 0):
-                made = self._pass(samples, masks, texts, num_tokens)
-                if made.skipped:
-                    break
+            while num_tokens and len(made) < self.config.inner_steps and not (made and made[-1].skipped):
+                made.append(self._pass(samples, masks, texts, num_tokens))
             self.version += 1
+        taken = [one for one in made if not one.skipped]
+        counted = taken or made or [_Pass("no trainable token")]
+        losses = [sum(part) / len(counted) for part in zip(*(one.losses for one in counted), strict=True)]
+        skipped = "" if taken else counted[0].skipped
         record: dict[str, Any] = {
-            "loss": sum(made.losses),
-            "grad_norm": made.norm,
+            "loss": sum(losses),
+            "grad_norm": sum(one.norm for one in counted) / len(counted),
             "lr": rate,
             "tokens": num_tokens,
             "masked_tokens": given - scored,
-            "skipped": made.skipped,
+            "skipped": skipped,
         }
+        if self.config.inner_steps > 1:
+            record |= {"passes": len(taken), "skipped_passes": self.config.inner_steps - len(taken)}
         if self._taid is not None:
             record["taid_t"] = self._taid.t
             if scored:  # a step of the data's completions alone has no loss that the schedule could look at
-                self._taid.update_t(made.losses[0] * num_tokens / scored, self.version - 1)
+                self._taid.update_t(losses[0] * num_tokens / scored, self.version - 1)
         if plain:
-            record |= {"sft_tokens": plain, "sft_loss": made.losses[1] * num_tokens / plain}
+            record |= {"sft_tokens": plain, "sft_loss": losses[1] * num_tokens / plain}
         if self.ranks.size == 1:
-            record |= made.noise
+            record |= counted[0].noise
         record |= batch_metrics(self.ranks.gather(sample_facts(samples, self.student.vocab_size)))
-        if gathered := [part for rank in self.ranks.gather(made.stats) for part in rank]:
-            weighted = getattr(self.objective, "needs_behavior", True)  # direct losses use no ratio, and bound none
-            record |= token_metrics(gathered, self.config.importance if weighted else ImportanceSampling(kind="none"))
-        self._count_skips(made.skipped)
+        weighted = getattr(self.objective, "needs_behavior", True)  # direct losses use no ratio, and bound none
+        importance = self.config.importance if weighted else ImportanceSampling(kind="none")
+        gathered = [[part for rank in self.ranks.gather(one.stats) for part in rank] for one in counted]
+        if measured := [token_metrics(stats, importance) for stats in gathered if stats]:
+            record |= over_passes(measured)
+            record["mismatch_kl"] = measured[0].get("behavior_kl_k3")
+        self._count_skips(skipped)
         return record
 
     def _pass(

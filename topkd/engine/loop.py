@@ -190,7 +190,7 @@ class _Run:
         learnt, cancelled = await whole(self.taken, step, batch)
         # Of another run's policy no distance to this learner's is known, whatever its versions are called.
         ours = self.source is None and not self.hooks.foreign
-        fresh = ours and taken.versions == (str(step),) and self.config.learner.inner_steps == 1  # no update yet
+        fresh = ours and taken.versions == (str(step),)
         record: Record = {
             "step": step + 1,
             **described(self.learner.objective),
@@ -199,7 +199,7 @@ class _Run:
             "rollout_versions": [*taken.versions],
             **learnt,
             # Of the very weights that step, before they change: what is left is the sampler's own arithmetic.
-            "mismatch_kl": learnt.get("behavior_kl_k3") if fresh else None,
+            "mismatch_kl": learnt.get("mismatch_kl") if fresh else None,
             "sample_s": taken.sample_s,
             "score_wait_s": waited_s,
             "learn_s": time.perf_counter() - began,

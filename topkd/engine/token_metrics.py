@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,27 @@ def token_metrics(stats: Sequence[TokenStats], importance: ImportanceSampling) -
     if stops:
         metrics["eos_probability"] = _mean(np.concatenate(stops))
     return metrics | _counted(stats)
+
+
+def over_passes(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several optimiser steps on the same tokens as one record: means over them.
+
+    Of ``ratio_max`` it is the greatest, of ``ratio_hist`` the sum: every token counts once a pass.
+    """
+    if len(passes) == 1:
+        return dict(passes[0])
+    joined: dict[str, Any] = {}
+    for name, first in passes[0].items():
+        values = [one[name] for one in passes if name in one]
+        if name == "ratio_hist":
+            joined[name] = np.sum(values, axis=0).tolist()
+        elif name == "ratio_max":
+            joined[name] = max(values)
+        elif all(value == first for value in values):
+            joined[name] = first
+        else:
+            joined[name] = _mean(np.array([value for value in values if not math.isnan(value)]))
+    return joined
 
 
 def _ratio_metrics(
