@@ -38,7 +38,7 @@ NOT_LOGPROBS = (
     np.array([True]),
     [[(1, -0.5), ("a", -1.0)]],
 )
-NOT_NUMBERS = (None, "x", [0.5], np.array([0.5, 0.5]), torch.tensor([0.1, 0.2]))
+NOT_NUMBERS = (None, "x", "0.5", True, [0.5], np.array([0.5, 0.5]), torch.tensor([0.1, 0.2]))
 
 
 @pytest.mark.parametrize("value", NOT_LOGPROBS, ids=lambda value: type(value).__name__)
@@ -93,6 +93,9 @@ def test_a_floor_that_is_no_negative_number_is_refused(value: object) -> None:
     ):
         with pytest.raises(ConfigError, match="floor"):
             call()
+    if value is not None:  # None asks for NaN there
+        with pytest.raises(ConfigError, match="floor_logprob"):
+            extract_token_logprobs([[(1, -0.5)]], [2], value)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
@@ -103,6 +106,11 @@ def test_a_floor_below_every_float_leaves_a_missing_id_no_probability(beta: floa
         value = float(topk_gjs(one, two, beta, floor=floor)[0])
         infinite = (beta == 0.0 and one is student) or (beta == 1.0 and two is student)
         assert math.isinf(value) if infinite else 0.0 < value < 3.0
+    ragged = TopK.from_lists([[(1, -0.5)], [(1, -0.5), (3, -1.5)]])
+    both = topk_gjs(ragged, TopK.concat([student, student]), beta, floor=floor)
+    alone = [float(topk_gjs(ragged.slice(slice(row, row + 1)), student, beta, floor=floor)[0]) for row in range(2)]
+    np.testing.assert_array_equal(both, alone)
+    assert not np.isnan(both).any()
 
 
 @pytest.mark.parametrize("value", [None, [[(1, -0.5)]], {1: -0.5}, LOGP], ids=lambda value: type(value).__name__)
@@ -141,7 +149,21 @@ def test_an_importance_ratio_that_is_none_is_refused(ratio: object) -> None:
 
 @pytest.mark.parametrize(
     "lists",
-    [None, 5, "ab", [(1, -0.5)], [[(1,)]], [[(1, -0.5, 3)]], [[("a", -0.5)]], [[(1.5, -0.5)]], [{1: -0.5}], [[5]]],
+    [
+        None,
+        5,
+        "ab",
+        np.log([[[0.5, 0.2]]]),
+        [[(1, 1j)]],
+        [[(1, "-0.5")]],
+        [(1, -0.5)],
+        [[(1,)]],
+        [[(1, -0.5, 3)]],
+        [[("a", -0.5)]],
+        [[(1.5, -0.5)]],
+        [{1: -0.5}],
+        [[5]],
+    ],
     ids=repr,
 )
 def test_malformed_lists_are_refused_and_an_id_is_never_rounded(lists: object) -> None:

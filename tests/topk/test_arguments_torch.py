@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from topkd.topk import TopK, topk_weights
-from topkd.topk.errors import ConfigError
+from topkd.topk.errors import AlignmentError, ConfigError
 from topkd.topk.fused import gather_logprobs
 from topkd.topk.losses import (
     KDLoss,
+    SparseTeacher,
     TAIDScheduler,
     entropy_aware_opd_loss,
     eopd_loss,
@@ -95,7 +96,7 @@ def test_a_teacher_is_a_topk_or_made_of_them(name: str, value: object) -> None:
         SPARSE[name](Z, value)
 
 
-NO_NUMBERS = ("x", torch.tensor([0.1, 0.2]), math.nan, -1.0)
+NO_NUMBERS = ("x", True, "1", torch.tensor([0.1, 0.2]), math.nan, -1.0)
 OPTIONS: dict[str, Callable[[Any], Any]] = {
     "beta": lambda v: generalized_jsd_loss(Z, Z, beta=v),
     "temperature": lambda v: generalized_jsd_loss(Z, Z, temperature=v),
@@ -140,8 +141,64 @@ def test_sampled_ids_outside_the_vocabulary_are_refused_where_they_are_valid() -
         eopd_loss(Z, Z, sampled_ids=padded)
     with pytest.raises(ConfigError, match="outside the vocabulary"):
         eopd_loss(Z, Z, sampled_ids=torch.tensor([1, 5]))
+    for wrong in (padded.float(), padded > 0, padded[:1]):
+        with pytest.raises(ConfigError, match=r"sampled_ids must be integers.*got torch\."):
+            eopd_loss(Z, Z, sampled_ids=wrong)
     masked = eopd_loss(Z, Z.flip(0), sampled_ids=padded, mask=torch.tensor([True, False]))
     assert masked.item() == pytest.approx(eopd_loss(Z[:1], Z[1:], sampled_ids=padded[:1]).item())
+
+
+def test_logits_in_place_of_logprobs_are_refused_and_only_where_they_count() -> None:
+    wrong, mask = LOGP[:, :2].clone(), torch.tensor([True, False])
+    wrong[1] = torch.tensor([2.0, 1.0])
+    with pytest.raises(ConfigError, match=r"student_logp_at_ids: mass above 1 .row 1"):
+        topk_policy_gradient_loss(wrong, LOGP[:, 3], TEACHER)
+    masked = topk_policy_gradient_loss(wrong, LOGP[:, 3], TEACHER, mask)
+    assert masked.item() == topk_policy_gradient_loss(LOGP[:, :2], LOGP[:, 3], TEACHER, mask).item()
+    half = torch.log(torch.tensor([[0.6, 0.4], [0.7, 0.3]])).bfloat16()  # its own rounding is no mistake
+    assert math.isfinite(topk_policy_gradient_loss(half, LOGP[:, 3].bfloat16(), TEACHER).item())
+
+
+@pytest.mark.parametrize("rows", [(3, 1), (4,), (2, 2, 0)])
+def test_sequences_that_do_not_fit_the_batch_are_refused_also_where_their_rows_add_up(rows: tuple[int, ...]) -> None:
+    one = TEACHER.slice(slice(0, 1))
+    parts = [TopK.concat([one] * count) for count in rows]
+    logp = LOGP[:1].expand(2, 2, 5)
+    with pytest.raises(AlignmentError, match="do not fit the student's positions"):
+        topk_policy_gradient_loss(logp[..., :2], logp[..., 3], parts)
+    flat = topk_policy_gradient_loss(logp[..., :2], logp[..., 3], TopK.concat(parts))
+    assert flat.item() == pytest.approx(topk_policy_gradient_loss(LOGP[:1, :2], LOGP[:1, 3], one).item())
+
+
+def test_a_sparse_teacher_of_other_shapes_is_refused() -> None:
+    good = (torch.tensor([[1, 2]]), torch.tensor([[-0.5, -2.0]]), torch.tensor([-1.5]), torch.tensor([-1]))
+    unknown = torch.tensor([math.nan])
+    assert SparseTeacher(*good, unknown).signal.all()
+    for place, wrong in (
+        (0, good[0].int()),
+        (0, good[0][0]),
+        (1, good[1][:, :1]),
+        (2, good[2][None]),
+        (3, good[3][:0]),
+    ):
+        parts = [*good, unknown]
+        parts[place] = wrong
+        with pytest.raises(ConfigError, match="SparseTeacher"):
+            SparseTeacher(*parts)
+
+
+@pytest.mark.parametrize("loss", ["dense", "sparse"])
+def test_a_gated_divergence_of_weight_zero_is_dropped_even_where_it_is_infinite(loss: str) -> None:
+    student = torch.tensor([[0.0, 1.0, -math.inf, 0.5, 0.2]])  # excludes an id that the teacher lists
+    teacher = TopK.from_lists([[(2, -1.0), (1, -1.5)]], actual_ids=[1], actual_logp=[-1.5])
+    got = (
+        eopd_loss(student, Z[:1], sampled_ids=SAMPLED[:1], tau=0.0, alpha=0.0)
+        if loss == "dense"
+        else sparse_eopd_loss(student, teacher, tau=0.0, alpha=0.0)[0]
+    )
+    s_y = torch.log_softmax(student, -1)[0, 1].item()
+    t_y = LOGP[0, 1].item() if loss == "dense" else -1.5
+    assert got.item() == pytest.approx(-(t_y - s_y) * s_y, rel=1e-5)
 
 
 def test_tensors_that_are_none_are_refused_in_the_policy_losses() -> None:

@@ -67,6 +67,13 @@ def test_a_loss_of_zero_leaves_a_finite_momentum() -> None:
     assert schedule.momentum == pytest.approx(-1e8, rel=1e-3)
 
 
+def test_a_negative_loss_has_the_relative_change_of_the_formula() -> None:
+    schedule = TAIDScheduler(10, beta=0.0)
+    schedule.update_t(-2.0, 0)
+    schedule.update_t(-1.5, 1)
+    assert schedule.momentum == pytest.approx((-2.0 + 1.5) / -2.0)
+
+
 def test_a_restored_schedule_continues_where_it_stood() -> None:
     whole, first = TAIDScheduler(30, alpha=0.1), TAIDScheduler(30, alpha=0.1)
     losses = [5.0 / (1 + step) for step in range(30)]
@@ -109,3 +116,17 @@ def test_settings_that_cannot_be_right_are_refused(change: dict[str, float]) -> 
 def test_a_state_that_lacks_a_key_is_refused() -> None:
     with pytest.raises(ConfigError, match="lacks keys"):
         TAIDScheduler(10).load_state_dict({"t": 0.5})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"t": "x"}, {"t": 9.0}, {"t": math.nan}, {"momentum": math.inf}, {"prev_loss": math.nan}, {"skipped": 1.5}],
+)
+def test_a_state_that_no_schedule_can_be_in_is_refused_and_changes_nothing(change: dict[str, object]) -> None:
+    schedule = TAIDScheduler(10)
+    before = schedule.state_dict()
+    with pytest.raises(ConfigError, match="TAIDScheduler state"):
+        schedule.load_state_dict({**before, **change})
+    with pytest.raises(ConfigError, match="TAIDScheduler state"):
+        schedule.load_state_dict(None)
+    assert schedule.state_dict() == before

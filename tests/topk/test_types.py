@@ -67,6 +67,7 @@ def test_at_answers_for_listed_ids_and_the_realised_token_and_for_nothing_else()
     assert np.isnan(logp[~known]).all()
     single, _ = scores.at(np.array([9, 9]))
     np.testing.assert_array_equal(single, np.array([np.nan, -6.0], dtype=np.float32))
+    assert TopK.from_lists([]).at([])[0].shape == (0,)
 
 
 def test_the_exact_realised_logprob_wins_over_the_list() -> None:
@@ -110,6 +111,8 @@ def test_a_row_range_moves_the_start() -> None:
         scores.slice(slice(None, None, 2))
     with pytest.raises(ConfigError, match="k must"):
         scores.slice(k=0)
+    with pytest.raises(ConfigError, match="rows must be a slice"):
+        scores.slice(1)
 
 
 def test_from_lists_sorts_dedupes_pads_and_measures_the_tail() -> None:
@@ -133,6 +136,9 @@ def test_concat_pads_to_the_widest_and_keeps_every_row() -> None:
     np.testing.assert_array_equal(whole.logp[2:], parts[1].logp)
     assert (whole.ids[:2, 4:] == -1).all()
     assert TopK.concat([]).rows == 0
+    for wrong in (parts[0], [parts[0], None], [[parts[0]]]):
+        with pytest.raises(ConfigError, match="not a sequence of TopK"):
+            TopK.concat(wrong)
 
 
 def test_scores_pickle_and_compare_by_value() -> None:

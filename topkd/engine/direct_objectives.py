@@ -11,7 +11,7 @@ from topkd.engine.objective_config import EOPD, KD, TAID, Direct, DirectGJS, Ent
 from topkd.engine.sampled_objectives import without_zeros
 from topkd.engine.view import TokenView
 from topkd.topk.losses.divergence import divergence
-from topkd.topk.losses.entropy import sampled_reverse_kl
+from topkd.topk.losses.entropy import sampled_reverse_kl, with_covering
 from topkd.topk.losses.sparse import bins
 from topkd.topk.losses.sparse_objectives import entropy_aware_rows, gated_rows, taid_rows
 
@@ -67,4 +67,4 @@ def eopd_loss_of(objective: EOPD, view: TokenView) -> tuple[Tensor, Tensor, dict
         "gate_fraction": float((low >= objective.tau).float().mean()),
         "gate_undecided": float(undecided.float().mean()),
     }
-    return (sampled + objective.alpha * covering).sum() / view.num_tokens, advantage, means
+    return with_covering(sampled, covering, objective.alpha).sum() / view.num_tokens, advantage, means

@@ -15,7 +15,7 @@ import numpy as np
 from topkd.topk.alignment import align
 from topkd.topk.divergence import integrand
 from topkd.topk.errors import AlignmentError, ConfigError
-from topkd.topk.inputs import check_beta, check_floor, logp64
+from topkd.topk.inputs import check_beta, check_floor, float64, logp64
 from topkd.topk.pairs import log_renormalised
 from topkd.topk.scalars import whole
 from topkd.topk.types import PAD_ID, Float64, Int32
@@ -46,7 +46,7 @@ def compute_topk_gjs(
         raise AlignmentError(
             "teacher_topk and student_topk differ in length", got=f"{len(teacher_topk)} and {len(student_topk)}"
         )
-    if not teacher_topk:
+    if len(teacher_topk) == 0:  # not its truth value: a NumPy array has none
         return []
     teacher_ids, teacher_logp = _padded("teacher_topk", teacher_topk)
     student_ids, student_logp = _padded("student_topk", student_topk)
@@ -70,13 +70,13 @@ def extract_token_logprobs(
     _check_lists(topk=topk, token_ids=token_ids)
     if len(topk) != len(token_ids):
         raise AlignmentError("topk and token_ids differ in length", got=f"{len(topk)} and {len(token_ids)}")
-    if not topk:
+    if len(topk) == 0:
         return []
     ids, logp = _padded("topk", topk)
     tokens = np.array([whole("token_ids: a token id", token) for token in token_ids], dtype=np.int64)
     hit = (ids == tokens[:, None]) & (ids >= 0)
     found = np.where(hit, logp, -np.inf).max(axis=1, initial=-np.inf)
-    absent = np.nan if floor_logprob is None else floor_logprob
+    absent = np.nan if floor_logprob is None else check_floor("floor_logprob", floor_logprob)
     values: list[float] = np.where(hit.any(axis=1), found, absent).tolist()
     return values
 
@@ -111,7 +111,7 @@ def _padded(name: str, positions: Sequence[Position | None]) -> tuple[Int32, Flo
     filled = [() if position is None else position for position in positions]
     try:
         counts = np.fromiter(map(len, filled), dtype=np.int64, count=len(filled))
-        flat = np.array(list(chain.from_iterable(filled)), dtype=np.float64).reshape(int(counts.sum()), 2)
+        flat = float64(name, list(chain.from_iterable(filled))).reshape(int(counts.sum()), 2)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"{name}: not lists of (id, logprob)",

@@ -126,7 +126,7 @@ def _rows(teacher_logp: ArrayLike, student_logp: ArrayLike) -> tuple[Float64, Fl
     teacher, student = logp_pair(teacher_logp, student_logp)
     if teacher.ndim < 1 or teacher.shape != student.shape:
         raise ConfigError(
-            "divergence: both sides must be [..., V] of one shape", got=f"{teacher.shape} and {student.shape}"
+            "teacher_logp and student_logp must be [..., V] of one shape", got=f"{teacher.shape} and {student.shape}"
         )
     return teacher, student
 

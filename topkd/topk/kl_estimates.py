@@ -40,5 +40,5 @@ def kl_k3(reference_logp: ArrayLike, student_logp: ArrayLike) -> NDArray[np.floa
     reference, student = logp_pair(reference_logp, student_logp)
     with np.errstate(invalid="ignore", over="ignore"):
         difference = np.where(np.isneginf(student), np.nan, reference - student)
-        value = np.expm1(difference) - difference
+        value = np.asarray(np.expm1(difference) - difference)
     return narrowed(value, result_dtype(reference_logp, student_logp))

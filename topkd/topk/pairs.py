@@ -19,7 +19,7 @@ from topkd.topk.union import MIN_TAIL, UnionTail
 
 # Where float32 keeps 1e-6 and a missing id's share is itself below that; elsewhere float64 does the work.
 FAST_BETA = (0.01, 0.99)
-FAST_FLOOR = -15.0
+FAST_FLOOR = (-80.0, -15.0)  # below it exp(floor) is no normal float32, and a pad's 0 would not be told from it
 Missing = Literal["union_tail", "intersection_tail", "floor", "renormalise"]
 
 
@@ -43,7 +43,7 @@ def topk_gjs(
     * ``"renormalise"``: the common ids only, each side renormalised on them; NaN where no id is common.
 
     The left-over mass is the stored ``tail_logp`` where it is known, else 1 - mass. ``union_tail`` with beta in .01 ..
-    .99 and a floor of -15 or less runs in float32 with float64 sums (within 1e-6 of float64); all else in float64.
+    .99 and a floor in -80 .. -15 runs in float32 with float64 sums (within 1e-6 of float64); all else in float64.
 
     Args:
         teacher: R rows.
@@ -64,7 +64,7 @@ def topk_gjs(
         )
     floor = check_floor("topk_gjs: floor", floor)
     _same_rows(teacher, student)
-    if missing == "union_tail" and FAST_BETA[0] <= beta <= FAST_BETA[1] and floor <= FAST_FLOOR:
+    if missing == "union_tail" and FAST_BETA[0] <= beta <= FAST_BETA[1] and FAST_FLOOR[0] <= floor <= FAST_FLOOR[1]:
         values, left = UnionTail(teacher.k, student.k)(teacher, student, beta, floor)
         if left.size:
             values[left] = _exact(_rows(teacher, left), _rows(student, left), beta, missing, floor)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import operator
 
+import numpy as np
+
 from topkd.topk.errors import ConfigError
 
 
 def real(name: str, value: object) -> float:
-    """``value`` as one float, or a ConfigError that names it."""
+    """``value`` as one float, or a ConfigError that names it; text and flags are refused."""
+    if isinstance(value, (str, bytes, bool, np.bool_)):  # float() takes "nan" and True
+        raise ConfigError(f"{name} must be a number", got=repr(value))
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError) as error:

@@ -23,7 +23,7 @@ class TAIDScheduler:
     t = min(t_end, max(target, t + delta)).
     With ``disable_adaptive`` t = target. Call ``update_t`` once per *optimiser* step; the last linear target is
     t_start + (t_end - t_start)(N - 1)/N. The paper's schedule (arXiv:2501.16937); a loss that is not finite is skipped,
-    and a previous loss below 1e-8 counts as 1e-8.
+    and a previous loss within 1e-8 of 0 counts as 1e-8.
 
     Attributes:
         t: The weight to use for the next step.
@@ -99,7 +99,7 @@ class TAIDScheduler:
         if previous is None:
             return None
         # in float64 and bounded: a float32 quotient overflows to an infinite momentum, which never comes back
-        change = (float(previous) - float(value)) / max(float(previous), _SMALLEST_LOSS)
+        change = (float(previous) - float(value)) / _away_from_zero(float(previous))
         relative = np.float32(min(max(change, -_LARGEST_CHANGE), _LARGEST_CHANGE))
         self._momentum = np.float32(self.beta) * self._momentum + np.float32(1.0 - self.beta) * relative
         delta = np.float32(self.alpha) * _sigmoid(self._momentum) * (np.float32(1.0) - self._t)
@@ -115,12 +115,23 @@ class TAIDScheduler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict()``; the settings are the constructor's."""
+        if not isinstance(state, dict):
+            raise ConfigError("TAIDScheduler state: not a state_dict()", got=type(state).__name__)
         missing = {"t", "momentum", "prev_loss"} - state.keys()
         if missing:
             raise ConfigError("TAIDScheduler state lacks keys", got=sorted(state), expected=sorted(missing))
-        self._t, self._momentum = np.float32(state["t"]), np.float32(state["momentum"])
-        self._prev_loss = None if state["prev_loss"] is None else np.float32(state["prev_loss"])
-        self._skipped = int(state.get("skipped", 0))
+        loaded = {key: real(f"TAIDScheduler state: {key}", state[key]) for key in ("t", "momentum")}
+        previous = None if state["prev_loss"] is None else real("TAIDScheduler state: prev_loss", state["prev_loss"])
+        skipped = whole("TAIDScheduler state: skipped", state.get("skipped", 0))
+        if not 0.0 <= loaded["t"] <= 1.0 or not all(map(math.isfinite, (loaded["momentum"], previous or 0.0))):
+            raise ConfigError("TAIDScheduler state out of range", got=state, expected="t in [0, 1], finite numbers")
+        self._t, self._momentum = np.float32(loaded["t"]), np.float32(loaded["momentum"])
+        self._prev_loss = None if previous is None else np.float32(previous)
+        self._skipped = skipped
+
+
+def _away_from_zero(loss: float) -> float:
+    return loss if abs(loss) > _SMALLEST_LOSS else _SMALLEST_LOSS
 
 
 def _sigmoid(x: np.float32) -> np.float32:

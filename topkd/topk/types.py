@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
@@ -100,7 +101,7 @@ class TopK:
             ``actual_logp`` wins over the list. Unknown places hold NaN; ``ceiling()`` bounds them.
         """
         wanted = np.asarray(ids)
-        if wanted.ndim not in (1, 2) or wanted.shape[0] != self.rows or wanted.dtype.kind not in "iu":
+        if wanted.ndim not in (1, 2) or wanted.shape[0] != self.rows or (wanted.size and wanted.dtype.kind not in "iu"):
             raise ConfigError(
                 "TopK.at: ids of the wrong shape or type",
                 got=f"{wanted.dtype} {wanted.shape}",
@@ -122,6 +123,8 @@ class TopK:
             rows: Row range (step 1); ``start`` moves with it.
             k: Keep the k most probable entries; the mass that is dropped is added to ``tail_logp``.
         """
+        if not isinstance(rows, slice | None):
+            raise ConfigError("TopK.slice: rows must be a slice", got=repr(rows), hint="slice(i, i + 1) for row i")
         first, stop, step = (rows or slice(None)).indices(self.rows)
         if step != 1:
             raise ConfigError("TopK.slice: only contiguous rows keep their source positions", got=f"step {step}")
@@ -197,6 +200,8 @@ class TopK:
 
         ``start`` is 0: the rows of different sequences have no common source position.
         """
+        if isinstance(parts, TopK) or not all(isinstance(part, TopK) for part in parts):
+            raise ConfigError("TopK.concat: not a sequence of TopK", got=type(parts).__name__)
         width = max((part.k for part in parts), default=0)
 
         def wide(part: TopK) -> tuple[Int32, Float32]:
@@ -251,9 +256,9 @@ def tail_logp(logp: ArrayLike) -> Float32:
 
 def _clean(position: Sequence[tuple[int, float]] | None) -> list[tuple[int, float]]:
     best: dict[int, float] = {}
-    for token, value in position or ():
-        index(token)  # an id of 1.5 must not become 1
-        if value == value and (token not in best or value > best[token]):  # noqa: PLR0124 - NaN is unequal to itself
+    for given, value in () if position is None else position:
+        token = index(given)  # an id of 1.5 must not become 1
+        if not math.isnan(value) and (token not in best or value > best[token]):
             best[token] = value
     return sorted(best.items(), key=lambda entry: (-entry[1], entry[0]))
 

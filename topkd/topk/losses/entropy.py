@@ -168,8 +168,9 @@ def eopd_loss(
     check_tensors(sampled_ids=sampled_ids)
     check_same("student_logits", student_logits.shape, teacher_logits=teacher_logits)
     valid = boolean_mask(mask, student_logits.shape[:-1], student_logits.device)
-    if sampled_ids.shape != valid.shape or sampled_ids.is_floating_point():
-        raise ConfigError("sampled_ids must be integers, one a position", got=tuple(sampled_ids.shape))
+    if sampled_ids.shape != valid.shape or sampled_ids.is_floating_point() or sampled_ids.dtype == torch.bool:
+        got = f"{sampled_ids.dtype} {tuple(sampled_ids.shape)}"
+        raise ConfigError("sampled_ids must be integers, one a position", got=got, expected=tuple(valid.shape))
     student_logp = log_softmax(select_rows(student_logits, valid), dead=math.nan)
     teacher_logp = log_softmax(select_rows(teacher_logits.detach(), valid).to(student_logp.dtype), dead=math.nan)
     chosen = sampled_ids.to(valid.device)[valid].long().unsqueeze(-1)
@@ -186,7 +187,7 @@ def eopd_loss(
     h_teacher = entropy(teacher_logp)
     gate = h_teacher >= tau
     covering = torch.where(gate, forward_kl_on_top(teacher_logp, student_logp, k), 0.0)
-    loss = reduce_tokens(sampled_term + alpha * covering, valid, reduction, num_tokens)
+    loss = reduce_tokens(with_covering(sampled_term, covering, alpha), valid, reduction, num_tokens)
     if not return_metrics:
         return loss
     tokens = max(int(valid.sum()), 1)
@@ -205,6 +206,11 @@ def check_gate(tau: float, alpha: float) -> None:
         raise ConfigError("tau must be an entropy in nats", got=tau)
     if not 0.0 <= real("alpha", alpha) < math.inf:
         raise ConfigError("alpha must be finite and not negative", got=alpha)
+
+
+def with_covering(sampled: Tensor, covering: Tensor, alpha: float) -> Tensor:
+    """sampled + alpha covering; at alpha = 0 the second, which may be infinite, is dropped (0 * inf is nan)."""
+    return sampled + alpha * covering if alpha > 0.0 else sampled
 
 
 def sampled_reverse_kl(

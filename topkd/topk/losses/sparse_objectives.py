@@ -13,7 +13,7 @@ from torch import Tensor
 
 from topkd.topk.fused import gather_logprobs
 from topkd.topk.losses.divergence import divergence, log_softmax
-from topkd.topk.losses.entropy import check_gate, sampled_reverse_kl, select_behavior
+from topkd.topk.losses.entropy import check_gate, sampled_reverse_kl, select_behavior, with_covering
 from topkd.topk.losses.jsd import Tail, check_positive
 from topkd.topk.losses.sparse import bins, check_sparse_options, select_teacher
 from topkd.topk.losses.taid import blend, check_t, cross_entropy, entropy
@@ -167,7 +167,7 @@ def sparse_eopd_loss(
     t_y = rows.actual_logp.to(logp.dtype)
     sampled, advantage, finite = sampled_reverse_kl(logp[:, -1], t_y, behavior, cap, advantage_clip)
     covering, low, high = gated_rows(logp[:, :-1], rows, tau=tau, k=k, vocab_size=student_logits.shape[-1])
-    loss = reduce_tokens(sampled + alpha * covering, used, reduction, num_tokens)
+    loss = reduce_tokens(with_covering(sampled, covering, alpha), used, reduction, num_tokens)
     return loss, {
         "gate_fraction": float((low >= tau).sum()) / max(low.shape[0], 1),
         "undecided": float(((low < tau) & (high >= tau)).sum()),

@@ -38,6 +38,15 @@ class SparseTeacher:
     actual_logp: Tensor
 
     def __post_init__(self) -> None:
+        if self.ids.dim() != 2 or self.ids.dtype != torch.long or self.logp.shape != self.ids.shape:
+            raise ConfigError(
+                "SparseTeacher: ids and logp must be [N, K], ids int64",
+                got=f"ids {self.ids.dtype} {tuple(self.ids.shape)}, logp {tuple(self.logp.shape)}",
+            )
+        for name in ("tail_logp", "actual_ids", "actual_logp"):
+            if getattr(self, name).shape != self.ids.shape[:1]:
+                got = tuple(getattr(self, name).shape)
+                raise ConfigError(f"SparseTeacher.{name}: wrong shape", got=got, expected=tuple(self.ids.shape[:1]))
         # A teacher never receives a gradient, also where its lists were made from logits with a graph.
         for name in ("logp", "tail_logp", "actual_logp"):
             object.__setattr__(self, name, getattr(self, name).detach())
@@ -153,6 +162,14 @@ def teacher_rows(teacher: Teacher, shape: torch.Size, device: torch.device, dtyp
 
 
 def _padded(parts: Sequence[TopK], shape: torch.Size) -> list[TopK]:
-    if len(shape) != 2 or len(parts) != shape[0] or any(part.rows > shape[1] for part in parts):
+    if len(shape) != 2:
         return list(parts)
+    if len(parts) != shape[0] or any(part.rows > shape[1] for part in parts):
+        # also where the rows add up: a sequence that is too long would push the next one's rows off their positions
+        raise AlignmentError(
+            "teacher: the sequences do not fit the student's positions",
+            got=f"rows {[part.rows for part in parts]}",
+            expected=f"{shape[0]} sequences of at most {shape[1]} rows",
+            hint="one TopK a sequence, or one TopK of all rows",
+        )
     return [piece for part in parts for piece in (part, TopK.from_lists([None] * (shape[1] - part.rows)))]

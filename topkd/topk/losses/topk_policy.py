@@ -33,9 +33,11 @@ from topkd.topk.losses.tokens import (
     widest,
 )
 from topkd.topk.scalars import real
+from topkd.topk.types import MASS_TOLERANCE
 
 TAIL_GATE = 1e-6  # below this the tail's advantage is a quotient of two roundings
 _TAIL_CLAMP = 1e-7
+_HALF_MASS_TOLERANCE = 5e-2  # bf16 rounds a logprob by 2**-9 of itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +269,7 @@ def topk_policy_gradient_loss(
     used = valid & usable_rows(sparse, lam)
     rows = sparse.rows(used)
     at_ids, actual = at_ids[used][:, : rows.ids.shape[-1]], upcast(student_logp_actual.reshape(-1)[used])
+    check_mass(at_ids.masked_fill(~rows.listed, -math.inf), student_logp_at_ids.dtype)
     behavior = None
     if behavior_logp is not None and lam > 0.0:
         check_tensors(behavior_logp=behavior_logp)
@@ -279,6 +282,22 @@ def topk_policy_gradient_loss(
     if not return_metrics:
         return loss
     return loss, estimator_metrics(weights, bucket_rows(at_ids, rows, beta), int((valid & ~used).sum()))
+
+
+def check_mass(student_logp_at_ids: Tensor, given: torch.dtype) -> None:
+    """Raise ConfigError where a row sums to more than 1: logits taken for logprobs would pass every other check."""
+    if torch.compiler.is_compiling():
+        return
+    mass = widest(student_logp_at_ids.detach()).exp().sum(-1)
+    limit = 1.0 + (MASS_TOLERANCE if given in (torch.float32, torch.float64) else _HALF_MASS_TOLERANCE)
+    if bool((mass > limit).any()):
+        raise ConfigError(
+            "student_logp_at_ids: mass above 1",
+            where=f"row {int((mass > limit).nonzero()[0])} of those that train",
+            got=f"{float(mass.nan_to_num(0.0).max()):.6g}",
+            expected=f"<= {limit:g}",
+            hint="pass natural-log probabilities (log_softmax of the whole vocabulary), not logits",
+        )
 
 
 def bucket_rows(student_logp_at_ids: Tensor, teacher: SparseTeacher, beta: float) -> Tensor:
