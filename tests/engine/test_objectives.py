@@ -257,7 +257,7 @@ def test_micro_batches_change_no_objective(folder, teacher, objective):
     parts, many = gradients(folder, samples, objective, micro_batch_tokens=10)
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-6)
-    assert many["loss"] == pytest.approx(one["loss"], abs=1e-6)
+    assert many["loss"] == pytest.approx(one["loss"], rel=1e-5, abs=1e-6)  # float32 sums in another order
     for name in ("effective_coefficient", "kl_k1", "ess", "entropy_lo"):
         assert many[name] == pytest.approx(one[name], rel=1e-4)
     told = DIARY.read_text(encoding="utf-8")
