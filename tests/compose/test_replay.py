@@ -12,9 +12,10 @@ from safetensors.numpy import load_file
 
 from tests.engine.pieces import model_folder
 from topkd.compose.config import RunConfig
+from topkd.compose.identities import identities_with
 from topkd.compose.pieces import load_pieces
 from topkd.compose.progress import Progress
-from topkd.compose.recorded import RecordedSampler, identities_with, policy_identity
+from topkd.compose.recorded import RecordedSampler, policy_identity
 from topkd.compose.replay import replay
 from topkd.compose.traffic import FIELDS as TRAFFIC
 from topkd.compose.train import train

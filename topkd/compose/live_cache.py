@@ -7,10 +7,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from topkd.compose.config import RunConfig
+from topkd.compose.identities import served_identity
 from topkd.compose.recorded import RecordedSampler, policy_identity
 from topkd.compose.tables import CacheConfig
 from topkd.engine.data import PromptRow
-from topkd.offline import CachingScorer, ScoreStore, TeacherIdentity
+from topkd.offline import CachingScorer, ScoreStore
 from topkd.topk.protocols import Sampler, TeacherScorer
 
 
@@ -32,7 +33,7 @@ class LiveCache:
 
     def scorer(self, name: str, live: TeacherScorer, model: str, revision: str) -> CachingScorer:
         """The teacher called ``name`` in the config, with the cache before it."""
-        found = CachingScorer(live, self.store, TeacherIdentity(model, revision=revision))
+        found = CachingScorer(live, self.store, served_identity(self.store, model, revision))
         self._scorers[name] = found
         return found
 

@@ -15,11 +15,11 @@ import numpy as np
 import xxhash
 
 from topkd.compose.config import RunConfig
+from topkd.compose.identities import identities_with
 from topkd.engine.data import PromptRow
 from topkd.engine.rollouts import BatchSampler, derived_seed
 from topkd.offline import CacheMetrics, ScoreStore, TeacherIdentity
 from topkd.offline.records import ROLLOUT
-from topkd.offline.tables import close_all, read_tables, teachers_of
 from topkd.topk.errors import CacheError, CacheMissError, ConfigError
 from topkd.topk.protocols import Ids, Sampler
 from topkd.topk.samples import Rollout, SamplingParams
@@ -147,17 +147,6 @@ def _source(loss: Callable[..., Any]) -> list[str]:
             expected="a function of a file, so that [cache] keeps its rollouts apart from another loss's",
             hint="write it into a file, or run without [cache]",
         ) from error  # fmt: skip
-
-
-def identities_with(path: Path, kind: int) -> list[TeacherIdentity]:
-    """Whose records of a kind a cache holds."""
-    segments, table = read_tables(path)
-    try:
-        names = teachers_of(segments, table)
-        tags = np.unique(table["tag"][table["kind"] == kind]).tolist()
-        return sorted((names[tag] for tag in tags if tag in names), key=TeacherIdentity.to_json)
-    finally:
-        close_all(segments)
 
 
 def chosen_policy(path: Path, revision: str | None) -> TeacherIdentity:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from topkd.compose.config import RunConfig
 from topkd.compose.feedback import feedback_context
+from topkd.compose.identities import identities_with, served_identity
 from topkd.compose.off_policy import check_off_policy, off_policy
 from topkd.compose.pieces import load_pieces, load_prompts
 from topkd.compose.progress import Progress
-from topkd.compose.recorded import RecordedSampler, chosen_policy, identities_with, policy_identity
+from topkd.compose.recorded import RecordedSampler, chosen_policy, policy_identity
 from topkd.compose.resume import entered
 from topkd.compose.running import RunResult, run
 from topkd.compose.shuffled import ShuffledRollouts
@@ -53,7 +54,7 @@ async def replay(
         config = config.model_copy(update={"max_lost_fraction": 0.0})
     with ScoreStore(path) as store, contextlib.ExitStack() as stack:
         teachers = {
-            name: ReplayScorer(store, _recorded_teacher(path, name, teacher, config))
+            name: ReplayScorer(store, _recorded_teacher(store, name, teacher, config))
             for name, teacher in config.teacher_map().items()
         }
         policy = chosen_policy(path, config.replay.policy)
@@ -113,15 +114,16 @@ def _without_ceiling(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"eval": config.eval.model_copy(update={"ceiling": False})})
 
 
-def _recorded_teacher(path: Path, name: str, teacher: TeacherConfig, config: RunConfig) -> TeacherIdentity:
+def _recorded_teacher(store: ScoreStore, name: str, teacher: TeacherConfig, config: RunConfig) -> TeacherIdentity:
     """Whose scores to read: the config's teacher, or the only one of that revision in the cache."""
+    path = store.path
     found = identities_with(path, SCORE)
     fitting = [one for one in found if one == TeacherIdentity(one.name, revision=teacher.revision)]
     if teacher.kind != "server":  # filed under the folder's name, and the hash of its weights unless told otherwise
         folder = Path(teacher.model or config.student.model).name + (" (self)" if teacher.kind == "self" else "")
         fitting = [one for one in found if one.name == folder and teacher.revision in {"", one.revision}]
     elif teacher.model is not None:
-        return TeacherIdentity(teacher.model, revision=teacher.revision)
+        return served_identity(store, teacher.model, teacher.revision)
     if len(fitting) == 1:
         return fitting[0]
     where = f"{path}, teacher {name!r}" if name else str(path)

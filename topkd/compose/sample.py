@@ -15,6 +15,7 @@ import numpy as np
 from topkd.clients import OpenAIChat
 from topkd.clients.probe_dialect import open_client
 from topkd.compose.bulk import GIVE_UP_AFTER
+from topkd.compose.identities import served_identity
 from topkd.compose.off_policy import sampled_policy
 from topkd.compose.progress import Progress
 from topkd.compose.prompts import checked_row, prompt_tokens
@@ -22,7 +23,7 @@ from topkd.compose.sample_config import Purse, SampleConfig, SampleReport, Sampl
 from topkd.compose.score import load_tokenizer
 from topkd.compose.sequences import count_rows, json_object, raw_rows
 from topkd.engine.waiting import first_of
-from topkd.offline import ScoreStore, TeacherIdentity
+from topkd.offline import ScoreStore
 from topkd.topk.errors import (
     AuthError,
     ConfigError,
@@ -124,7 +125,7 @@ class SampleJob:
         if not isinstance(client, OpenAIChat | Sampler):
             raise UnsupportedError("this server cannot sample", where=client.where(), got=f"dialect {client.dialect}")
         self.config, self.client, self.store, self.report, self.progress = config, client, store, report, progress
-        self.teacher = TeacherIdentity(report.teacher, revision=config.revision)
+        self.teacher = served_identity(store, report.teacher, config.revision)
         self.policy = sampled_policy(self.teacher)
         self.purse = Purse(config)
         self.room = asyncio.Semaphore(config.in_flight)

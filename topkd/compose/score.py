@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from topkd.compose.bulk import BulkJob, Lane
+from topkd.compose.identities import served_identity
 from topkd.compose.progress import Progress
 from topkd.compose.score_config import Asked, ScoreConfig, ScoreReport
 from topkd.compose.selection import Budget, Selection, digest_of
@@ -75,7 +76,7 @@ async def _score_here(config: ScoreConfig, selection: Selection, progress: Progr
 def lanes_of(config: ScoreConfig, teachers: Mapping[str, OpenTeacher], store: ScoreStore) -> dict[str, Lane]:
     """Each open teacher with the cache before it, by the teacher_id of its rows."""
     revisions = {name: asked.revision for name, asked in config.asked().items()}
-    return {name: Lane(teacher, store, TeacherIdentity(teacher.name, revision=revisions[name]))
+    return {name: Lane(teacher, store, served_identity(store, teacher.name, revisions[name]))
             for name, teacher in teachers.items()}  # fmt: skip
 
 
@@ -108,15 +109,17 @@ async def _estimate(config: ScoreConfig, selection: Selection) -> ScoreReport:
     if not (config.out / FORMAT_FILE).exists():
         await asyncio.to_thread(_count, config, selection, report, None, {})
     else:
-        who = {}
+        names = {}
         for name, asked in config.asked().items():
-            served = asked.model
-            if served is None:  # which of the cache's scores count depends on the name; asking for it is free
-                async with opened(config, asked) as teacher:
-                    served = teacher.name
-            who[name] = TeacherIdentity(served, revision=asked.revision)
-        report.teacher = ", ".join(dict.fromkeys(identity.name for identity in who.values()))
+            if asked.model is not None:
+                names[name] = asked.model
+                continue
+            async with opened(config, asked) as teacher:  # which scores count depends on it; asking for it is free
+                names[name] = teacher.name
+        report.teacher = ", ".join(dict.fromkeys(names.values()))
         with ScoreStore(config.out) as store:
+            who = {name: served_identity(store, names[name], asked.revision)
+                   for name, asked in config.asked().items()}  # fmt: skip
             await asyncio.to_thread(_count, config, selection, report, store, who)
     if config.price_per_million is not None:
         report.cost = report.tokens_sent * config.price_per_million / 1e6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
@@ -15,7 +16,7 @@ class ServeConfig(BaseModel):
 
     Attributes:
         model: A folder, or an id the local Hugging Face cache can resolve.
-        served_model_name: The name clients use; ``model`` itself when None.
+        served_model_name: The name clients use; ``model`` as it is written when None.
         port: 0 takes a free one.
         dialect: Whose native routes are mounted beside the OpenAI ones. "sglang" is written from SGLang's documents and
             source, not observed on a running one; it has no limit on K.
@@ -37,7 +38,7 @@ class ServeConfig(BaseModel):
 
     model: str = Field(min_length=1)
     served_model_name: str | None = None
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=0, le=65535)
     dialect: Literal["vllm", "sglang"] = "vllm"
     max_logprobs: int = Field(default=20, ge=-1)
@@ -62,8 +63,9 @@ class ServeConfig(BaseModel):
 
     @property
     def name(self) -> str:
-        """The model name clients send."""
-        return self.served_model_name or self.model
+        """The model name clients send; a path that ends in dots names nothing, and the folder's own name does."""
+        folder = Path(self.model)
+        return self.served_model_name or (self.model if folder.name.strip(".") else folder.resolve().name)
 
     @property
     def loopback(self) -> bool:
