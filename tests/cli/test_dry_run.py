@@ -96,6 +96,10 @@ async def test_the_page_fits_80_columns_and_shows_mask_colours_only_where_colour
     assert "\x1b[33m<|im_start|>user" in pages[True]
     assert "\x1b[3" not in pages[False]
     assert max(len(line) for line in pages[False].splitlines()) <= 80
+    screen = pages[False].splitlines()[-24:]  # what a small terminal still shows when the page is through
+    assert screen[-1] == "nothing stands in the way of this run"
+    assert any("can teach: K <= 20" in line for line in screen)
+    assert any("topk_pg (beta 0.5" in line for line in screen)
     for words in ("can teach: K <= 20", "1 over-long dropped", "micro_batch_tokens 16384", "nothing stands in the way"):
         assert words in pages[False]
 
@@ -113,6 +117,39 @@ async def test_k_above_the_servers_limit_is_a_problem_with_both_numbers(folder, 
     (problem,) = found.problems
     assert "K = 21" in problem
     assert "K <= 20" in problem
+
+
+async def test_problems_end_the_page_each_in_whole(folder):
+    config = run_config(folder, "http://127.0.0.1:1", data={"path": "/no/such/file"})
+    found = await dry_run(config)
+    console = Console(width=80, record=True, force_terminal=False)
+    with console.capture() as captured:
+        show(found, config, console)
+    lines = captured.get().splitlines()
+    assert lines[-1] == "2 problems stand in the way of this run"
+    assert [line for line in lines[-12:] if line.startswith("problem  ")]
+    told = " ".join(line.strip() for line in lines).replace("problem  ", "")
+    assert all(problem in told for problem in found.problems)
+
+
+async def test_a_folder_that_the_run_could_not_have_is_a_problem_and_one_it_goes_on_in_a_note(folder, tmp_path):
+    config = run_config(folder, "http://127.0.0.1:1")
+    (tmp_path / "notes.txt").write_text("mine")
+    found = await dry_run(config, served=False, out=tmp_path)
+    (problem,) = found.problems
+    assert problem.startswith(f"the output folder holds something that is no run ({tmp_path}): got notes.txt")
+    resumed = await dry_run(config, served=False, out=tmp_path, resume=True)
+    assert resumed.problems == [f"there is no run to resume ({tmp_path}); leave out --resume"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["notes.txt"]
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.json").write_text(config.model_dump_json())
+    assert (await dry_run(config, served=False, out=out)).problems == [], "a run that took no step makes room"
+    found = await dry_run(config, served=False, out=out, resume=True)
+    assert (found.problems, found.notes[0]) == ([], f"the run in {out} would go on from the beginning")
+    other = config.model_copy(update={"seed": 9})
+    (problem,) = (await dry_run(other, served=False, out=out, resume=True)).problems
+    assert "seed 0 -> 9" in problem
 
 
 def test_the_command_exits_2_on_a_problem_and_its_json_says_which(folder, tmp_path):

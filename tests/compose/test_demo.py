@@ -7,6 +7,7 @@ import pytest
 from topkd.compose import corpus, demo
 from topkd.compose.progress import Progress
 from topkd.engine.metrics import read_metrics
+from topkd.topk.errors import ConfigError
 
 
 class Told(Progress):
@@ -68,7 +69,7 @@ def test_encoding_and_decoding_lose_nothing(tmp_path):
 
 async def test_a_folder_that_is_not_a_demos_is_left_alone(small, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(Exception, match="already holds a run"):
+    with pytest.raises(ConfigError, match="holds something that is no run"):
         await demo.demo("gjs", steps=1, out=tmp_path, cache=tmp_path / "cache")
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,3 +160,18 @@ async def test_a_folder_that_holds_a_run_is_not_written_over(folders, server, tm
     await train(config, tmp_path / "run")
     with pytest.raises(ConfigError, match="already holds a run"):
         await train(config, tmp_path / "run")
+
+
+async def test_a_folder_of_something_else_is_left_as_it_is(folders, server, tmp_path):
+    """A model's folder as --out would lose its config.json to the run's, and a working folder its student."""
+    copy = shutil.copytree(folders[0], tmp_path / "model")
+    before = {entry.name: entry.read_bytes() for entry in copy.iterdir()}
+    config = run_config(folders, server.url, steps=1)
+    with pytest.raises(ConfigError, match=r"holds something that is no run \(.*model\): got .*config.json"):
+        await train(config, copy)
+    with pytest.raises(ConfigError, match="output folder is a file"):
+        await train(config, copy / "config.json")
+    assert {entry.name: entry.read_bytes() for entry in copy.iterdir()} == before
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert len((await train(config, empty)).steps) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 _SHOWN = 1200  # characters of a prompt's beginning and of its end
 
 
-def dry_run_command(config: RunConfig, *, served: bool, as_json: bool) -> None:
+def dry_run_command(config: RunConfig, *, served: bool, out: Path, resume: bool, as_json: bool) -> None:
     """Show what the run would do; exit code 2 when something would end it."""
-    from topkd.compose.dry_run import dry_run
-
     with Console(stderr=True, quiet=as_json).status("looking", spinner="line"):
-        found = asyncio.run(dry_run(config, served=served))
+        from topkd.compose.dry_run import dry_run
+
+        found = asyncio.run(dry_run(config, served=served, out=out, resume=resume))
     if as_json:
         typer.echo(json.dumps(found.as_json(), default=str))
     else:
@@ -35,34 +36,49 @@ def dry_run_command(config: RunConfig, *, served: bool, as_json: bool) -> None:
 
 
 def show(found: DryRun, config: RunConfig, console: Console) -> None:
-    """Everything as sections of one page; problems last, where the eye ends."""
-    _section(console, "RUN", _pairs(_run(found, config)))
-    if found.endpoints:
-        rows = []
-        for one in found.endpoints:
-            fine = one.can_teach and (one.k is None or one.k < 0 or one.k >= config.k)
-            mark = Text("✓ " if fine else "✗ ", style="green" if fine else "bold red")
-            facts = ", ".join(part for part in (one.model, one.dialect) if part)
-            about = f"{one.verdict} ({facts}; asked for K = {config.k})" if facts else one.verdict
-            rows.append((one.teacher or "teacher", Group(Text(one.url), mark + Text(about))))
-        _section(console, "ENDPOINTS", _pairs(rows))
-    if found.data:
-        _section(console, "DATA", _pairs(_data(found, config)))
-    if found.forecast is not None:
-        _section(console, "STUDENT", _pairs(_student(found, config, found.forecast)))
-        _section(console, "WORK", _pairs(_work(config, found.forecast)))
+    """Everything as sections of one page: what is looked up first, what is decided upon last, where the eye ends."""
+    _section(console, "SETTINGS  (bold: given; the others are defaults, docs/defaults.md)", _settings(found))
     for rendered in found.prompts:
         _section(console, f"FIRST PROMPT, {rendered.side.upper()} ({rendered.tokens} tokens)", _prompt(rendered))
     if any(rendered.parts[1:] for rendered in found.prompts):
         legend = Text.assemble("  ", ("prompt", "dim"), "  ", ("trains", "bold green"), "  ", ("masked", "yellow"))
         console.print(legend, Text(""), sep="\n")
-    _section(console, "SETTINGS  (bold: given; the others are defaults, docs/defaults.md)", _settings(found))
+    if found.data:
+        _section(console, "DATA", _pairs(_data(found, config)))
+    if found.forecast is not None:
+        _section(console, "STUDENT", _pairs(_student(found, config, found.forecast)))
+        _section(console, "WORK", _pairs(_work(config, found.forecast)))
+    _section(console, "RUN", _pairs(_run(found, config)))
+    if found.endpoints:
+        _section(console, "ENDPOINTS", _pairs(_endpoints(found, config)))
     for note in found.notes:
-        console.print(Text.assemble(("note  ", "yellow"), note), soft_wrap=False)
+        console.print(_pointed("note", "yellow", note))
     for problem in found.problems:
-        console.print(Text.assemble(("problem  ", "bold red"), problem), soft_wrap=False)
-    if not found.problems:
+        console.print(_pointed("problem", "bold red", problem))
+    if found.problems:
+        count = "1 problem stands" if len(found.problems) == 1 else f"{len(found.problems)} problems stand"
+        console.print(Text(f"{count} in the way of this run", style="bold red"))
+    else:
         console.print(Text("nothing stands in the way of this run", style="green"))
+
+
+def _pointed(word: str, style: str, text: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1, overflow="fold")
+    table.add_row(Text(word, style=style), Text(text))
+    return table
+
+
+def _endpoints(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for one in found.endpoints:
+        fine = one.can_teach and (one.k is None or one.k < 0 or one.k >= config.k)
+        mark = Text("✓ " if fine else "✗ ", style="green" if fine else "bold red")
+        facts = ", ".join(part for part in (one.model, one.dialect) if part)
+        about = f"{one.verdict} ({facts}; asked for K = {config.k})" if facts else one.verdict
+        rows.append((one.teacher or "teacher", Group(Text(one.url), mark + Text(about))))
+    return rows
 
 
 def _section(console: Console, title: str, body: Any) -> None:
@@ -167,13 +183,20 @@ def _prompt(rendered: Rendered) -> Text:
 
 def _settings(found: DryRun) -> Table:
     tables: dict[str, Text] = {}
+    quiet = 0  # how a server is asked has many settings, and most runs change none
     for key, value, given in found.settings:
         table, dot, name = key.partition(".")
+        if table == "client" and not given:
+            quiet += 1
+            continue
         text = tables.setdefault(table if dot else "run", Text())
         if text:
             text.append(", ", style="dim")
         text.append(f"{name if dot else key} ", style="dim")
         text.append(_toml(value), style="bold" if given else "")
+    if quiet:
+        text = tables.setdefault("client", Text())
+        text.append(f"{', ' if text else ''}{quiet} {'others ' if text else ''}at their defaults", style="dim")
     return _pairs(list(tables.items()))
 
 

@@ -6,46 +6,34 @@ import asyncio
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from topkd.cli.display import Display
 from topkd.cli.dry_run import dry_run_command
 from topkd.cli.extras import needs
+from topkd.cli.options import AsJson, DryRun, Overrides, Resume, RunFile, RunFolder, Watch, option
 from topkd.cli.outcomes import ended, first_process
 from topkd.cli.watch import watched
 
 
 def command(
-    config: Annotated[Path, typer.Argument(help="The run's TOML file.")],
-    out: Annotated[Path, typer.Option(help="Folder for checkpoint, metrics and provenance.")],
-    cache: Annotated[
-        Path | None, typer.Option(help="Folder of the cache; cache.path of the config when left out.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, as in --set objective.kind=gjs; repeatable.")
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on with the replay in --out from its newest checkpoint; steps may grow."),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Look at everything the run needs, show what it would do, do nothing.")
-    ] = False,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Serve the run's report on loopback while it goes on.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the last records as JSON on standard output.")] = False,
+    config: RunFile,
+    out: RunFolder,
+    cache: Annotated[Path | None, option("The cache; cache.path of the run's file when left out.", "FOLDER")] = None,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    watch: Watch = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train from a cache, with no server: the recorded run again, or its completions shuffled, under any objective.
 
-    Example: topkd replay run.toml --cache cache --out runs/gjs --set objective.kind=gjs
+    Example: topkd replay run.toml --cache cache --out runs/again
     """
     from topkd.compose.config import load_config
 
     run_config = load_config(config, overrides or [], lambda line: typer.echo(f"note: {line}", err=True))
     needs("replay", "torch", "transformers", "safetensors", extra="train")
     if dry_run:
-        dry_run_command(run_config, served=False, as_json=as_json)
+        dry_run_command(run_config, served=False, out=out, resume=resume, as_json=as_json)
         return
     from topkd.compose.replay import replay
     from topkd.compose.stops import Stops

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from topkd.cli.display import Display
 from topkd.cli.dry_run import dry_run_command
 from topkd.cli.extras import needs
+from topkd.cli.options import AsJson, DryRun, Overrides, Resume, RunFile, RunFolder, Watch
 from topkd.cli.outcomes import ended, first_process
 from topkd.cli.watch import watched
 
 
 def command(
-    config: Annotated[Path, typer.Argument(help="The run's TOML file.")],
-    out: Annotated[Path, typer.Option(help="Folder for checkpoint, metrics and provenance.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, as in --set objective.kind=gjs; repeatable.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out from its newest checkpoint; steps may grow.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Look at everything the run needs, show what it would do, do nothing.")
-    ] = False,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Serve the run's report on loopback while it goes on.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the last records as JSON on standard output.")] = False,
+    config: RunFile,
+    out: RunFolder,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    watch: Watch = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Distil on-policy from a served teacher.
+    """Distil on-policy: the student samples, a teacher scores what it sampled, the student learns.
+
+    The teacher is served, in this process, or the student itself behind another prompt. Ctrl-C keeps the student so far
+    and says how to go on. Exit code 1: the run ended early, 2: it could not start as written.
 
     Example: topkd train run.toml --out runs/first --set steps=200
     """
@@ -41,7 +33,7 @@ def command(
     run_config = load_config(config, overrides or [], lambda line: typer.echo(f"note: {line}", err=True))
     needs("train", "torch", "transformers", "safetensors", extra="train")
     if dry_run:
-        dry_run_command(run_config, served=True, as_json=as_json)
+        dry_run_command(run_config, served=True, out=out, resume=resume, as_json=as_json)
         return
     from topkd.compose.stops import Stops
     from topkd.compose.train import train

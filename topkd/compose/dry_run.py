@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from topkd.compose.limits import check_lengths, compared_ends
 from topkd.compose.meeting import Met, meet_teachers
 from topkd.compose.pieces import Prompts, load_prompts
 from topkd.compose.progress import Progress
+from topkd.compose.resume import foreseen
 from topkd.compose.sampler_meeting import meet_sampler
 from topkd.engine.data import PromptRow
 from topkd.topk.errors import TopkdError
@@ -88,9 +90,21 @@ class _Notes(Progress):
             self._found.notes.append(text)
 
 
-async def dry_run(config: RunConfig, *, served: bool = True) -> DryRun:
-    """Look at everything a run needs; ``served`` is False where no server is asked (a replay)."""
+async def dry_run(config: RunConfig, *, served: bool = True, out: Path | None = None, resume: bool = False) -> DryRun:
+    """Look at everything a run needs.
+
+    Args:
+        config: Of the run.
+        served: False where no server is asked (a replay).
+        out: The run's folder, where it is known.
+        resume: The run would go on with what is there.
+    """
     found = DryRun(_in_force(config, served=served), config=config.model_dump(mode="json"))
+    if out is not None:
+        try:
+            found.notes += filter(None, [foreseen(out, config, command="train" if served else "replay", resume=resume)])
+        except TopkdError as error:
+            found.problems.append(str(error))
     met: dict[str, Met] = {}
     if served:
         try:
@@ -160,6 +174,8 @@ async def _probe_all(config: RunConfig, found: DryRun) -> None:
                 if not any(url in problem for problem in found.problems):
                     found.problems.append(str(error))
                 continue
+            warned = [one for one in report.findings if one.status == "warn"]
+            found.notes += [f"{url}: {one.title}: {', '.join(filter(None, (one.value, one.detail)))}" for one in warned]
             known = report.capabilities
             found.endpoints.append(
                 Endpoint(

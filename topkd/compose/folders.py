@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -18,22 +19,45 @@ DIARY, CONFIG, TOKENS, STUDENT = "metrics.jsonl", "config.json", "tokens.jsonl",
 _PACKAGES = ("torch", "transformers", "safetensors", "peft", "tokenizers", "numpy", "httpx", "vllm")
 
 
-def fresh_folder(out: Path) -> None:
-    """Make ``out``; a folder that already holds a run is refused, so that two runs never share a diary.
+def check_free(out: Path) -> None:
+    """Raises when a new run cannot have ``out``: a run has taken a step there, or something else's files lie there.
 
     A run that ended before its first step (a mistake found late) makes room for the next.
     """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError("the output folder is a file", where=str(out), hint="choose another --out")
     diary = out / DIARY
-    if diary.exists() and diary.stat().st_size and not read_metrics(diary, "step"):
-        diary.unlink()
-    if diary.exists():
+    begun = diary.exists() and diary.stat().st_size > 0
+    if begun and read_metrics(diary, "step"):
         raise ConfigError(
             "the output folder already holds a run", where=str(out), hint="choose another --out, or go on with --resume"
         )
+    others = sorted(entry.name for entry in out.iterdir() if entry.name != ".lock")
+    if others and not begun and not _is_run_config(out / CONFIG):
+        raise ConfigError(
+            "the output folder holds something that is no run", where=str(out), got=", ".join(others[:3]),
+            expected="a new or an empty folder", hint="choose another --out: nothing of yours is written over",
+        )  # fmt: skip
+
+
+def fresh_folder(out: Path) -> None:
+    """Make ``out``, or clear it of a run that took no step; see ``check_free`` for what is refused."""
+    check_free(out)
     try:
+        (out / DIARY).unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError("cannot make the output folder", where=str(out), got=error.strerror) from error
+
+
+def _is_run_config(path: Path) -> bool:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and {"rollout", "learner", "objective"} <= values.keys()
 
 
 @contextlib.contextmanager

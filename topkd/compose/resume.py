@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topkd.compose.config import saved, validated
-from topkd.compose.folders import CONFIG, DIARY, STUDENT, TOKENS, claimed, fresh_folder
+from topkd.compose.folders import CONFIG, DIARY, STUDENT, TOKENS, check_free, claimed, fresh_folder
 from topkd.compose.progress import Progress
 from topkd.engine import EngineConfig
 from topkd.engine.metrics import read_metrics
@@ -50,6 +50,8 @@ def entered(
     out: Path, config: EngineConfig, progress: Progress, *, command: str, resume: bool
 ) -> Iterator[tuple[Former, Ranks | None]]:
     """A run's folder, claimed and ``opened``; under torchrun by the first process, and known to all of them."""
+    if not resume:
+        check_free(out)  # before a lock file lies in it
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         with claimed(out, resume=resume):
             yield opened(out, config, progress, command=command, resume=resume), None
@@ -90,6 +92,25 @@ def opened(out: Path, config: EngineConfig, progress: Progress, *, command: str,
     saved(config, out / CONFIG)
     records = read_metrics(out / DIARY) if (out / DIARY).exists() else []
     return Former(checkpoint, _of(records, "step"), _of(records, "eval"), resumed=True)
+
+
+def foreseen(out: Path, config: EngineConfig, *, command: str, resume: bool) -> str:
+    """What a run would find in its folder, in a line ("": nothing); raises what it would be refused for."""
+    if not resume:
+        check_free(out)
+        return ""
+    if not (out / CONFIG).exists():
+        raise ConfigError("there is no run to resume", where=str(out), hint="leave out --resume")
+    _refuse_another_command(out, command)
+    _refuse_changes(out, config)
+    if (done := _done(out)) >= config.steps:
+        return f"{out} is finished: {done} steps; nothing to resume"
+    from topkd.engine.checkpoint import newest_checkpoint
+
+    said: list[str] = []
+    checkpoint = newest_checkpoint(out, said.append)
+    where = "from the beginning" if checkpoint is None else f"after step {checkpoint.position.step}"
+    return "; ".join([*said, f"the run in {out} would go on {where}"])
 
 
 def _refuse_another_command(out: Path, command: str) -> None:
