@@ -6,6 +6,8 @@ import asyncio
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from topkd.cli.display import Display
 from topkd.cli.dry_run import dry_run_command
 from topkd.cli.extras import needs
