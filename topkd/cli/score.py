@@ -4,79 +4,114 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from topkd.cli.display import Display
+from topkd.cli.job_lines import costing, counted, finished
+from topkd.cli.options import COST, AsJson, CacheOut, CodecName, InFlight, Limit, MaxCost, Strict, flag, option
 from topkd.compose.api_keys import api_key
 from topkd.topk.errors import ConfigError
 
+DIALECTS = ("auto", "vllm", "vllm_generate", "sglang", "fireworks")
+TEACHER, WORKERS = "Teacher", "Many workers, or the teacher in them"
+
+if TYPE_CHECKING:
+    from topkd.compose.score_config import ScoreReport
+
 
 def command(
-    data: Annotated[Path, typer.Argument(help="JSONL, Parquet, a datasets folder, or a cache to score anew.")],
-    out: Annotated[Path, typer.Option(help="Folder of the cache.")],
+    data: Annotated[
+        Path, typer.Argument(help="JSONL, Parquet, a datasets folder, or a cache to score anew.", metavar="DATA")
+    ],
+    out: CacheOut,
     teacher: Annotated[
         list[str] | None,
-        typer.Option(help="Base URL of the teacher; repeat it for replicas. vllm:FOLDER loads it here."),
+        option("Base URL; repeat it for replicas. vllm:FOLDER loads the teacher here.", "URL", panel=TEACHER),
     ] = None,
     teacher_id: Annotated[
         list[str] | None,
-        typer.Option(
-            help="NAME=URL: this server scores the rows whose teacher_id is NAME; repeatable, also for replicas. "
-            "NAME alone, beside --teacher: score the rows of this teacher_id and pass over the others."
+        option(
+            "This server scores the rows whose teacher_id is NAME; repeatable, also for replicas. "
+            "NAME alone, beside --teacher: score the rows of this teacher_id and pass over the others.",
+            "NAME=URL",
+            panel=TEACHER,
         ),
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Served name; the server's only one when left out. NAME=MODEL for one of several teachers."),
-    ] = None,
-    dialect: Annotated[str, typer.Option(help="auto, vllm, vllm_generate, sglang or fireworks.")] = "auto",
-    k: Annotated[int, typer.Option("--k", min=1, help="Entries of each position.")] = 20,
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or id of the tokenizer, for rows of text.")] = None,
-    revision: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Fingerprint of the teacher's weights, if its name may change. NAME=REVISION for one of several."
+        option(
+            "Served name; the server's only one when left out. NAME=MODEL for one of several teachers.",
+            "MODEL",
+            panel=TEACHER,
         ),
     ] = None,
-    api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the API key.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read this many rows at most.")] = None,
-    shard: Annotated[str, typer.Option(help="i/n: of n parts the i-th.")] = "1/1",
-    dedupe: Annotated[bool, typer.Option("--dedupe", help="Skip rows that came before, across shards too.")] = False,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop before more tokens are sent.")] = None,
-    max_cost: Annotated[float | None, typer.Option(help="Stop before more is spent.")] = None,
-    price_per_million: Annotated[float | None, typer.Option(help="Price of a million tokens sent.")] = None,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Count tokens and cost; score nothing.")] = False,
-    codec: Annotated[str, typer.Option(help="packed (fp16 logprobs), raw (exact) or cold (smallest).")] = "packed",
-    in_flight: Annotated[int, typer.Option(min=1, help="Requests at once at most.")] = 128,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that is refused.")] = False,
-    runner: Annotated[
-        str, typer.Option(help="local, or ray: many workers, on this machine or a cluster, into the one cache.")
-    ] = "local",
-    workers: Annotated[int, typer.Option(min=1, help="Workers of --runner ray; they share --in-flight.")] = 4,
-    engine: Annotated[
+    dialect: Annotated[
+        str,
+        option("auto, vllm, vllm_generate, sglang or fireworks.", "NAME", one_of=DIALECTS, panel=TEACHER),
+    ] = "auto",
+    k: Annotated[int, option("Entries of each position.", "K", "--k", min=1)] = 20,
+    tokenizer: Annotated[str | None, option("Tokenizer (folder or id), for rows of text.", "MODEL")] = None,
+    revision: Annotated[
         list[str] | None,
-        typer.Option(help="KEY=VALUE for vllm:FOLDER, as in --engine dtype=bfloat16; an argument of vllm.LLM."),
+        option(
+            "Fingerprint of the weights, if the name may change. NAME=REVISION for one of several.",
+            "TEXT",
+            panel=TEACHER,
+        ),
     ] = None,
+    vocab_size: Annotated[
+        list[str] | None,
+        option(
+            "Ids of its vocabulary: a reply with one past it is a fault. NAME=N for one of several.", "N", panel=TEACHER
+        ),
+    ] = None,
+    api_key_env: Annotated[
+        str | None, option("Environment variable that holds the API key.", "NAME", panel=TEACHER)
+    ] = None,
+    limit: Limit = None,
+    shard: Annotated[str, option("Of N parts the I-th.", "I/N")] = "1/1",
+    dedupe: Annotated[bool, flag("--dedupe", "Skip rows that came before, across shards too.")] = False,
+    max_tokens: Annotated[int | None, option("Stop before more tokens are sent.", "N", min=1, panel=COST)] = None,
+    max_cost: MaxCost = None,
+    price_per_million: Annotated[float | None, option("Price of a million tokens sent.", "X", panel=COST)] = None,
+    estimate: Annotated[bool, flag("--estimate", "Count tokens and cost; score nothing.", panel=COST)] = False,
+    codec: CodecName = "packed",
+    in_flight: InFlight = 128,
+    strict: Strict = False,
+    runner: Annotated[
+        str,
+        option(
+            "local, or ray: many workers, here or on a cluster, into the one cache.",
+            "NAME",
+            one_of=("local", "ray"),
+            panel=WORKERS,
+        ),
+    ] = "local",
+    workers: Annotated[int, option("Of --runner ray; they share --in-flight.", "N", min=1, panel=WORKERS)] = 4,
     gpus_per_worker: Annotated[
-        float, typer.Option(min=0.0, help="GPUs that each worker of --runner ray takes, for vllm:FOLDER.")
+        float, option("GPUs that each of them takes, for vllm:FOLDER.", "X", min=0.0, panel=WORKERS)
     ] = 0.0,
     ray_address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join; RAY_ADDRESS when left out, else one is started here.")
+        str | None,
+        option("Cluster to join; RAY_ADDRESS when left out, else one is started.", "ADDRESS", panel=WORKERS),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
+    engine: Annotated[
+        list[str] | None,
+        option("An argument of vllm.LLM for vllm:FOLDER, as in dtype=bfloat16.", "KEY=VALUE", panel=WORKERS),
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Score a data file into a cache; run it again to go on where it stopped, for what is cached costs nothing.
 
     Exit code 0: every row is in the cache. 1: rows were refused or not answered (each is named), or a cap stopped the
     job; everything else is in the cache. 2: the question cannot be right, and nothing was asked.
 
-    Example: topkd score data.jsonl --teacher http://127.0.0.1:8000 --k 20 --out cache
+    Example: topkd score data.jsonl --teacher http://127.0.0.1:8000 --out cache
     """
     from topkd.compose.config import validated
     from topkd.compose.score import ScoreConfig, score_data
@@ -89,10 +124,11 @@ def command(
         )  # fmt: skip
     one_model, models = _named(model or [], routes, "--model")
     one_revision, revisions = _named(revision or [], routes, "--revision")
+    one_size, sizes = _named(vocab_size or [], routes, "--vocab-size")
     values = {
         "data": data, "out": out, "teachers": tuple(teacher or ()), "routes": routes, "model": one_model,
         "models": models, "dialect": dialect, "k": k, "tokenizer": tokenizer, "revision": one_revision or "",
-        "revisions": revisions, "teacher_id": wanted, "limit": limit,
+        "revisions": revisions, "vocab_size": one_size, "vocab_sizes": sizes, "teacher_id": wanted, "limit": limit,
         "api_key": api_key(api_key_env, said="--api-key-env"),
         "shard": _shard(shard), "dedupe": dedupe, "max_tokens": max_tokens, "max_cost": max_cost,
         "price_per_million": price_per_million, "estimate": estimate, "codec": codec, "in_flight": in_flight,
@@ -104,12 +140,7 @@ def command(
     # Ray prints what happens to its workers; standard output is for the report alone.
     with Display() as display, contextlib.redirect_stdout(sys.stderr):
         report = asyncio.run(score_data(config, display))
-    if as_json:
-        typer.echo(json.dumps(report.as_dict()))
-    else:
-        _show(report.as_dict())
-    if not report.complete or (report.refused and not report.estimate):
-        raise typer.Exit(1)
+    finished(report, lambda: _lines(report), as_json=as_json)
 
 
 def _routes(given: list[str]) -> tuple[dict[str, tuple[str, ...]], str]:
@@ -155,28 +186,13 @@ def _named(given: list[str], routes: dict[str, tuple[str, ...]], flag: str) -> t
     return plain[0] if plain else None, by_name
 
 
-def _show(report: dict[str, object]) -> None:
-    reasons, refusals = report["reasons"], report["refusals"]
-    assert isinstance(reasons, dict)  # noqa: S101 - for the type checker
-    assert isinstance(refusals, list)  # noqa: S101 - for the type checker
-    names = ("scored", "cached", "duplicates", "skipped", "refused", "failed")
-    counts = ", ".join(f"{report[name]} {name}" for name in names if report[name] or name == "scored")
-    if report["estimate"]:
-        counts = counts.replace("scored", "to score", 1)
-    typer.echo(f"{report['rows']} rows: {counts}; {report['positions']} positions at K = {report['k']}")
-    cost = "" if report["cost"] is None else f", cost {report['cost']:.4f}"
-    verb = "to send" if report["estimate"] else "sent"
-    typer.echo(f"{report['tokens_sent']} tokens {verb}, {report['saved_tokens']} spared by the cache{cost}")
-    for what, number in reasons.items():
-        typer.echo(f"  {number} x {what}")
-    for refusal in refusals[:10]:
-        typer.echo(f"  row {refusal['row']}: {refusal['reason']}")
-    if len(refusals) > 10:
-        typer.echo("  ... (--json lists the first 1,000)")
-    if report["stopped"]:
-        typer.echo(f"stopped at {report['stopped']}; raise it and run the same command again to go on")
-    if report["failed"]:
-        typer.echo("the server did not answer for some rows; run the same command again for those")
+def _lines(report: ScoreReport) -> list[str]:
+    counts = counted(report, "scored", "to score", ("cached", "duplicates", "skipped", "refused", "failed"))
+    verb = "to send" if report.estimate else "sent"
+    return [
+        f"{report.rows} rows: {counts}; {report.positions} positions at K = {report.k}",
+        f"{report.tokens_sent} tokens {verb}, {report.saved_tokens} spared by the cache{costing(report)}",
+    ]
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol, TypeGuard
 
+from topkd.compose.job_report import JOB_TROUBLE, ROW_TROUBLE, Troubles, committing
 from topkd.compose.off_policy import GIVEN
 from topkd.compose.progress import Progress
 from topkd.compose.score_config import ScoreConfig, ScoreReport
@@ -18,26 +19,12 @@ from topkd.compose.sequences import BadRow, Item, ScoreInput
 from topkd.compose.teachers import OpenTeacher
 from topkd.engine.waiting import first_of
 from topkd.offline import CachingScorer, ScoreStore, TeacherIdentity
-from topkd.topk.errors import (
-    AuthError,
-    DataError,
-    KLimitError,
-    ModelNotFoundError,
-    RequestRefusedError,
-    ResponseError,
-    RetryableServerError,
-    TopkdError,
-)
+from topkd.topk.errors import DataError
 from topkd.topk.protocols import Ids, TeacherScorer
 from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import TopK
 
-GIVE_UP_AFTER = 32  # rows in a row that the server does not answer
 _CHUNK = 64
-_COMMIT_EVERY_S = 1.0
-# Trouble with this very row; trouble that every row would have ends the job.
-_ROW_TROUBLE = (RequestRefusedError, ResponseError, RetryableServerError)
-_JOB_TROUBLE = (KLimitError, ModelNotFoundError, AuthError)
 
 
 class Permits(Protocol):
@@ -81,7 +68,6 @@ class Answered:
 
     rows: int = 0
     busy: int = 0
-    lost_in_a_row: int = 0
 
 
 class BulkJob:
@@ -110,6 +96,7 @@ class BulkJob:
         self.lanes, self.permits = lanes, permits
         self.queue: asyncio.Queue[ScoreInput | None] = asyncio.Queue(2 * config.in_flight)
         self.answered, self.total = Answered(), 0
+        self.troubles = Troubles(report, strict=config.strict)
         self.began = time.monotonic()
 
     async def run(self, selection: Selection) -> None:
@@ -118,13 +105,13 @@ class BulkJob:
         self.progress.stage("score", self.total)
         try:
             async with asyncio.TaskGroup() as group:
-                committing = group.create_task(self._commit())
+                saving = group.create_task(committing(self.store))
                 workers = [group.create_task(self._work()) for _ in range(self.config.in_flight)]
                 await self._feed(selection)
                 for _ in workers:
                     await self.queue.put(None)
                 await asyncio.wait(workers)
-                committing.cancel()
+                saving.cancel()
         except BaseExceptionGroup as errors:
             raise first_of(errors) from errors
 
@@ -154,15 +141,15 @@ class BulkJob:
         """True when a row must be asked for; what becomes of any other is written down here."""
         report = self.report
         if isinstance(item, BadRow):
-            self._refuse(item)
+            self.troubles.refuse(item.number, item.reason)
         else:
             lane, size = self._lane(item), int(item.ids.size)
             context = lane.teacher.context
             if context is not None and size + 1 > context:
-                self._refuse(BadRow(item.number, DataError(
+                self.troubles.refuse(item.number, DataError(
                     "a row is longer than the server's context", where=f"{self.config.data}:{item.number}",
                     got=f"{size} tokens and one to generate", expected=f"at most {context}",
-                )))  # fmt: skip
+                ))  # fmt: skip
             elif self.store.covers(lane.identity, item.ids, item.start, self.config.k):
                 report.cached += 1
                 report.saved_tokens += size
@@ -188,23 +175,18 @@ class BulkJob:
             self.answered.busy += 1
             try:
                 rows = await self._lane(item).scorer.score(item.ids, item.start, self.config.k)
-            except _JOB_TROUBLE:
+            except JOB_TROUBLE:
                 raise
-            except _ROW_TROUBLE as error:
-                self._failed(item, error)
+            except ROW_TROUBLE as error:
+                self.troubles.failed(item.number, error)
             else:
-                self.answered.lost_in_a_row = 0
+                self.troubles.answered()
                 self.answered.rows += 1
                 self.report.positions += rows.rows
                 self._keep_rollout(item)
             finally:
                 self.answered.busy -= 1
             self._show()
-
-    async def _commit(self) -> None:
-        while True:  # so that kill -9 loses a second's work, not a group's
-            await asyncio.sleep(_COMMIT_EVERY_S)
-            await asyncio.to_thread(self.store.commit)
 
     def _keep_rollout(self, item: ScoreInput) -> None:
         """Sampled logprobs of a row go beside its scores, so that a replay can train on it off-policy."""
@@ -218,24 +200,6 @@ class BulkJob:
         rollout = Rollout(prompt, completion, item.logp, item.finish_reason, params, version="0")
         self.store.put_rollouts(given, prompt, [rollout], params)
 
-    def _refuse(self, row: BadRow) -> None:
-        if self.config.strict:
-            raise row.reason
-        self.report.refused += 1
-        self.report.blame(row.number, row.reason)
-
-    def _failed(self, item: ScoreInput, error: TopkdError) -> None:
-        self.answered.lost_in_a_row += 1
-        if self.answered.lost_in_a_row >= GIVE_UP_AFTER:
-            raise error
-        if isinstance(error, RequestRefusedError):
-            if self.config.strict:
-                raise error
-            self.report.refused += 1
-        else:
-            self.report.failed += 1
-        self.report.blame(item.number, error)
-
     def account(self) -> None:
         """The totals that follow from the counters."""
         report, lives = self.report, [lane.live for lane in self.lanes.values()]
@@ -247,9 +211,7 @@ class BulkJob:
         report, answered, seconds = self.report, self.answered, max(time.monotonic() - self.began, 1e-9)
         done = report.cached + report.refused + report.failed + report.duplicates + report.skipped + answered.rows
         tokens = sum(lane.live.tokens for lane in self.lanes.values())
-        detail = f"{tokens / seconds:.0f} tok/s  {answered.busy} in flight"
-        for count, name in ((report.cached, "cached"), (report.refused, "refused"), (report.failed, "failed")):
-            detail += f"  {count} {name}" if count else ""
+        detail = f"{tokens / seconds:.0f} tok/s  {answered.busy} in flight{report.setbacks()}"
         left = self.total - done
         if left > 0 and answered.rows:
             detail += f"  ETA {left * seconds / done:.0f} s"

@@ -14,8 +14,8 @@ import numpy as np
 
 from topkd.clients import OpenAIChat
 from topkd.clients.probe_dialect import open_client
-from topkd.compose.bulk import GIVE_UP_AFTER
 from topkd.compose.identities import served_identity
+from topkd.compose.job_report import GIVE_UP_AFTER, JOB_TROUBLE, ROW_TROUBLE, Troubles, committing
 from topkd.compose.off_policy import sampled_policy
 from topkd.compose.progress import Progress
 from topkd.compose.prompts import checked_row, prompt_tokens
@@ -24,27 +24,13 @@ from topkd.compose.score import load_tokenizer
 from topkd.compose.sequences import count_rows, json_object, raw_rows
 from topkd.engine.waiting import first_of
 from topkd.offline import ScoreStore
-from topkd.topk.errors import (
-    AuthError,
-    ConfigError,
-    DataError,
-    KLimitError,
-    ModelNotFoundError,
-    RequestRefusedError,
-    ResponseError,
-    RetryableServerError,
-    TopkdError,
-    UnsupportedError,
-)
+from topkd.topk.errors import ConfigError, DataError, ResponseError, UnsupportedError
 from topkd.topk.protocols import Sampler
 from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import Int32
 
 UNREADABLE = "no draw could be read back as token ids"  # of every draw of a request
 _BETTER: dict[str, SamplingDialect] = {"openai": "openai", "vllm_generate": "vllm"}  # how a detected one is opened
-_COMMIT_EVERY_S = 1.0
-_ROW_TROUBLE = (RequestRefusedError, ResponseError, RetryableServerError)
-_JOB_TROUBLE = (KLimitError, ModelNotFoundError, AuthError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +117,14 @@ class SampleJob:
         self.room = asyncio.Semaphore(config.in_flight)
         self.settled = asyncio.Event()
         self.under_way: set[tuple[bytes, int | None]] = set()
-        self.lost_in_a_row = 0
+        self.troubles = Troubles(report, strict=config.strict)
         self.unread: list[Prompt] = []  # until an answer was read, a wrong tokenizer is likelier than bad luck
         self.began = time.monotonic()
 
     async def run(self, prompts: Iterator[Prompt | tuple[int, DataError]], total: int) -> None:
         """To the end of the data, or to a cap."""
         self.progress.stage("sample", total)
-        committing = asyncio.create_task(self._commit())
+        saving = asyncio.create_task(committing(self.store))
         try:
             async with asyncio.TaskGroup() as group:
                 while chunk := await asyncio.to_thread(lambda: list(islice(prompts, 64))):
@@ -148,18 +134,18 @@ class SampleJob:
         except BaseExceptionGroup as errors:
             raise first_of(errors) from errors
         finally:
-            committing.cancel()
+            saving.cancel()
 
     async def _begin(self, prompt: Prompt | tuple[int, DataError], group: asyncio.TaskGroup) -> bool:
         """Set out for a prompt as soon as there is room; False when the purse is empty for good."""
         report = self.report
         if isinstance(prompt, tuple):
-            self._refuse(*prompt)
+            self.troubles.refuse(*prompt)
         elif prompt.name in self.under_way or self._is_kept(prompt):
             report.cached += 1
         elif isinstance(self.client, OpenAIChat) and prompt.messages is None:
             where = f"{self.config.data}:{prompt.number}"
-            self._refuse(prompt.number, DataError(
+            self.troubles.refuse(prompt.number, DataError(
                 "chat completions take messages", where=where, got="a prompt of text or ids",
                 hint="give messages, or a server that continues ids",
             ))  # fmt: skip
@@ -189,12 +175,12 @@ class SampleJob:
         config, report = self.config, self.report
         try:
             drawn = await self._ask(prompt)
-        except _JOB_TROUBLE:
+        except JOB_TROUBLE:
             raise
-        except _ROW_TROUBLE as error:
-            self._failed(prompt.number, error)
+        except ROW_TROUBLE as error:
+            self.troubles.failed(prompt.number, error)
             return
-        self.lost_in_a_row = 0
+        self.troubles.answered()
         if not drawn and not report.completions:
             self.unread.append(prompt)
             if len(self.unread) >= GIVE_UP_AFTER:
@@ -248,27 +234,6 @@ class SampleJob:
         sequences = (np.concatenate([prompt.teacher_ids, rollout.completion_ids]) for rollout in found)
         return not self.config.k or all(self.store.covers(self.teacher, ids, start, self.config.k) for ids in sequences)
 
-    async def _commit(self) -> None:
-        while True:
-            await asyncio.sleep(_COMMIT_EVERY_S)
-            await asyncio.to_thread(self.store.commit)
-
-    def _refuse(self, number: int, reason: TopkdError) -> None:
-        if self.config.strict:
-            raise reason
-        self.report.refused += 1
-        self.report.blame(number, reason)
-
-    def _failed(self, number: int, error: TopkdError) -> None:
-        self.lost_in_a_row += 1
-        if self.lost_in_a_row >= GIVE_UP_AFTER:
-            raise error
-        if isinstance(error, RequestRefusedError):
-            self._refuse(number, error)
-        else:
-            self.report.failed += 1
-            self.report.blame(number, error)
-
     def account(self) -> None:
         """What the client counted; answers that could not be read, while none could, are no completions."""
         for prompt in self.unread:
@@ -283,9 +248,7 @@ class SampleJob:
 
     def _show(self) -> None:
         report, seconds = self.report, max(time.monotonic() - self.began, 1e-9)
-        detail = f"{report.completion_tokens / seconds:.0f} tok/s  {len(self.under_way)} in flight"
-        for count, name in ((report.cached, "cached"), (report.refused, "refused"), (report.failed, "failed")):
-            detail += f"  {count} {name}" if count else ""
+        detail = f"{report.completion_tokens / seconds:.0f} tok/s  {len(self.under_way)} in flight{report.setbacks()}"
         self.progress.advance(report.sampled + report.cached + report.refused + report.failed, detail)
 
 

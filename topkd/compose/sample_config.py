@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr, model_validator
 
 from topkd.clients import ClientConfig
-from topkd.compose.score_config import KEPT_REFUSALS
-from topkd.topk.errors import TopkdError
+from topkd.compose.job_report import JobReport
 
 SamplingDialect: TypeAlias = Literal["auto", "openai", "vllm", "vllm_generate", "sglang"]
 
@@ -118,7 +116,7 @@ class Purse:
 
 
 @dataclass(slots=True)
-class SampleReport:
+class SampleReport(JobReport):
     """What became of the prompts.
 
     ``completions`` were kept; ``ambiguous_completions`` held bytes that name no single id and were dropped, paid for
@@ -126,39 +124,10 @@ class SampleReport:
     were cut off for the same reason, of ``listed_entries``.
     """
 
-    out: str
-    teacher: str = ""
-    k: int = 0
-    rows: int = 0
     sampled: int = 0
-    cached: int = 0
-    refused: int = 0
-    failed: int = 0
     completions: int = 0
     ambiguous_completions: int = 0
     ambiguous_entries: int = 0
     listed_entries: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cost: float | None = None
-    estimate: bool = False
-    stopped: str = ""
-    seconds: float = 0.0
-    reasons: Counter[str] = field(default_factory=Counter)
-    refusals: list[dict[str, Any]] = field(default_factory=list)
-    client: dict[str, float] = field(default_factory=dict)
-
-    def blame(self, number: int, error: TopkdError) -> None:
-        """Remember why a prompt has no completion."""
-        self.reasons[error.what] += 1
-        if len(self.refusals) < KEPT_REFUSALS:
-            self.refusals.append({"row": number, "reason": str(error)})
-
-    @property
-    def complete(self) -> bool:
-        """Everything that could be asked was."""
-        return not self.failed and not self.stopped
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain types only."""
-        return {**asdict(self), "reasons": dict(self.reasons), "complete": self.complete}

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr, model_validator
 
 from topkd.clients import ClientConfig
+from topkd.compose.job_report import KEPT_REFUSALS, JobReport
 from topkd.compose.tables import ScoringDialect
-from topkd.topk.errors import TopkdError
-
-KEPT_REFUSALS = 1000  # of a report; all are counted
 
 
 class ScoreConfig(BaseModel):
@@ -33,6 +30,8 @@ class ScoreConfig(BaseModel):
         tokenizer: Folder or id of the tokenizer for rows of text.
         revision: Fingerprint of the teacher's weights; part of every key.
         revisions: With ``routes``: the same by teacher_id.
+        vocab_size: A reply with an id at or past it is a fault; None takes every id.
+        vocab_sizes: With ``routes``: the same by teacher_id.
         teacher_id: With ``teachers``: score the rows of this teacher_id and pass over the others. Left out, a row that
             names a teacher is refused, as is with ``routes`` a row of a teacher that has none.
         limit: Rows at most.
@@ -67,6 +66,8 @@ class ScoreConfig(BaseModel):
     tokenizer: str | None = None
     revision: str = ""
     revisions: Annotated[dict[str, str], Field(default_factory=dict)]
+    vocab_size: PositiveInt | None = None
+    vocab_sizes: Annotated[dict[str, PositiveInt], Field(default_factory=dict)]
     teacher_id: str = ""
     limit: PositiveInt | None = None
     shard: tuple[PositiveInt, PositiveInt] = (1, 1)
@@ -94,65 +95,51 @@ class ScoreConfig(BaseModel):
             raise ValueError("give either the URLs of one teacher, or URLs for each teacher_id (at least 1)")
         if self.routes and self.teacher_id:
             raise ValueError("a job with a URL for each teacher_id scores the rows of all of them")
-        for named in (self.models, self.revisions):
+        for named in (self.models, self.revisions, self.vocab_sizes):
             if strange := sorted(set(named) - set(self.routes)):
-                raise ValueError(f"a model or revision for {strange}, which has no URL")
+                raise ValueError(f"a model, revision or vocabulary size for {strange}, which has no URL")
         return self
 
     def asked(self) -> dict[str, Asked]:
         """The teachers of the job by the teacher_id of their rows."""
         if self.teachers:
-            return {self.teacher_id: Asked(self.teachers, self.model, self.revision)}
+            return {self.teacher_id: Asked(self.teachers, self.model, self.revision, self.vocab_size)}
         return {
-            name: Asked(urls, self.models.get(name, self.model), self.revisions.get(name, self.revision))
+            name: Asked(
+                urls,
+                self.models.get(name, self.model),
+                self.revisions.get(name, self.revision),
+                self.vocab_sizes.get(name, self.vocab_size),
+            )
             for name, urls in self.routes.items()
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One teacher as the config names it: URLs of its replicas, its served name, its revision."""
+    """One teacher as the config names it: URLs of its replicas, its served name, its revision, its size."""
 
     urls: tuple[str, ...]
     model: str | None
     revision: str
+    vocab_size: int | None = None
 
 
 @dataclass(slots=True)
-class ScoreReport:
+class ScoreReport(JobReport):
     """What became of the rows.
 
     ``tokens_sent`` counts each sequence once plus the one token that a scoring request generates; what a retry sends
-    again is not in it. ``saved_tokens`` are those that the cache answered for. ``refusals`` holds the first 1,000.
-    ``skipped`` rows are for a teacher that this job was not asked about.
+    again is not in it. ``saved_tokens`` are those that the cache answered for. ``skipped`` rows are for a teacher that
+    this job was not asked about.
     """
 
-    out: str
-    teacher: str = ""
-    k: int = 0
-    rows: int = 0
     scored: int = 0
-    cached: int = 0
     duplicates: int = 0
     skipped: int = 0
-    refused: int = 0
-    failed: int = 0
     tokens_sent: int = 0
     saved_tokens: int = 0
     positions: int = 0
-    cost: float | None = None
-    estimate: bool = False
-    stopped: str = ""
-    seconds: float = 0.0
-    reasons: Counter[str] = field(default_factory=Counter)
-    refusals: list[dict[str, Any]] = field(default_factory=list)
-    client: dict[str, float] = field(default_factory=dict)
-
-    def blame(self, number: int, error: TopkdError) -> None:
-        """Remember why a row was not scored."""
-        self.reasons[error.what] += 1
-        if len(self.refusals) < KEPT_REFUSALS:
-            self.refusals.append({"row": number, "reason": str(error)})
 
     def add(self, other: ScoreReport) -> None:
         """Count a part of the job in; the client's counters and the costs are for whoever has the whole."""
@@ -162,15 +149,6 @@ class ScoreReport:
         self.refusals = sorted([*self.refusals, *other.refusals], key=lambda one: int(one["row"]))[:KEPT_REFUSALS]
         self.stopped = self.stopped or other.stopped
         self.teacher = self.teacher or other.teacher
-
-    @property
-    def complete(self) -> bool:
-        """Everything that could be asked was; refused rows are what the data lacks, not the job."""
-        return not self.failed and not self.stopped
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain types only."""
-        return {**asdict(self), "reasons": dict(self.reasons), "complete": self.complete}
 
 
 _COUNTS = (
