@@ -5,8 +5,11 @@ import json
 import pytest
 
 from topkd.compose import corpus, demo
+from topkd.compose.config import load_config
 from topkd.compose.progress import Progress
+from topkd.compose.train import train
 from topkd.engine.metrics import read_metrics
+from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import ConfigError
 
 
@@ -43,6 +46,15 @@ async def test_the_demo_runs_from_corpus_to_curve_and_reuses_what_it_trained(sma
     assert (tmp_path / "a" / "student" / "model.safetensors").exists()
     summary = json.loads((tmp_path / "a" / "demo.json").read_text())
     assert summary["before"]["reverse_kl"] == first.before["reverse_kl"] > 0
+    folder = first.run_file.parent
+    config = load_config(first.run_file, ["steps=2", "eval.every=1", "student.device=cpu"])
+    assert (config.learner.lr, config.rollout.max_completion_tokens) == (demo.LEARNING_RATE, demo.COMPLETION_TOKENS)
+    with ServerProcess(ServeConfig(model=str(folder / "teacher"), port=0, device="cpu")) as server:
+        teacher = config.teacher.model_copy(update={"url": server.url})
+        own = await train(config.model_copy(update={"teacher": teacher}), tmp_path / "own")
+    assert [record["step"] for record in own.steps] == [1, 2]
+    assert {record["prefixes"] for record in own.evals} == {"fixed", "fresh"}
+    assert all(record["reverse_kl"] > 0 for record in own.evals)
     again = Told()
     second = await demo.demo("gjs", steps=3, seed=1, out=tmp_path / "b", cache=tmp_path / "cache", progress=again)
     assert again.stages == [("distil", 3)]

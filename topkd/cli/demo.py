@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import shutil
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +19,7 @@ from rich.text import Text
 
 from topkd.cli.display import Display
 from topkd.cli.extras import needs
+from topkd.cli.options import AsJson, option
 
 
 class ObjectiveName(StrEnum):
@@ -28,14 +31,15 @@ class ObjectiveName(StrEnum):
 
 
 def command(
-    objective: Annotated[ObjectiveName, typer.Option(help="What the student minimises.")] = ObjectiveName.topk_pg,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 150,
-    seed: Annotated[int, typer.Option(min=0, help="Seeds prompts and rollouts.")] = 0,
+    objective: Annotated[
+        ObjectiveName, option("What the student minimises: topk_pg, gjs or scalar_kl.", "KIND")
+    ] = ObjectiveName.topk_pg,
+    steps: Annotated[int, option("Optimiser steps.", "N", min=1)] = 150,
+    seed: Annotated[int, option("Seeds prompts and rollouts.", "N", min=0)] = 0,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Where the run goes: runs/demo-OBJECTIVE-seedSEED when left out.", show_default=False),
+        Path | None, option("Where the run goes; runs/demo-OBJECTIVE-seedSEED when left out.", "FOLDER")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Distil a tiny teacher over real HTTP, on this machine alone, and show what it did.
 
@@ -72,3 +76,18 @@ def command(
         highlight=False,
         soft_wrap=True,
     )
+    own = _shown(result.run_file)
+    console.print(Text("\nThe same pair as a run of your own, in two terminals:", style="bold"))
+    for line in (f"serve {own.with_name('teacher')} --port 8000", f"train {own} --out runs/first"):
+        console.print(f"  {_topkd()} {line}", highlight=False, soft_wrap=True)
+
+
+def _shown(path: Path) -> Path:
+    """Relative to the working folder where it lies in it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _topkd() -> str:
+    """The command as this reader can type it: ``make demo`` runs in an environment that need not be active."""
+    script = Path(sys.executable).with_name("topkd")
+    return "topkd" if shutil.which("topkd") or not script.exists() else str(_shown(script))

@@ -24,6 +24,7 @@ import topkd
 from topkd.clients import ClientConfig, connect
 from topkd.compose import corpus
 from topkd.compose.config import saved
+from topkd.compose.first_run import FOLDER, leave
 from topkd.compose.folders import fresh_folder
 from topkd.compose.progress import Progress
 from topkd.compose.train import RunResult, run
@@ -50,10 +51,11 @@ LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """What the demo has to show."""
+    """What the demo has to show, and the run file it leaves (``topkd.compose.first_run``)."""
 
     out: Path
     figure: Path
+    run_file: Path
     before: dict[str, float]
     after: dict[str, float]
     samples: dict[str, str]
@@ -133,7 +135,15 @@ async def demo(
         "student after": await _completion(student, probes[0].ids[: probes[0].prompt_len], tokenizer),
         "teacher": await _completion(judge, probes[0].ids[: probes[0].prompt_len], tokenizer),
     }
-    return _finish(result, samples, seconds, objective)
+    run_file = leave(
+        out / FOLDER,
+        config,
+        teacher=assets.teacher,
+        student=assets.student,
+        prompts=[tokenizer.decode(row.prompt_ids) for row in rows],
+        held_out=[tokenizer.decode(probe.ids[: probe.prompt_len]) for probe in probes],
+    )
+    return _finish(result, samples, seconds, objective, run_file)
 
 
 def demo_config(objective: ObjectiveName, steps: int, seed: int) -> EngineConfig:
@@ -250,13 +260,16 @@ def _replace_demo(out: Path) -> None:
     (out / "demo.json").write_text("{}\n", encoding="utf-8")
 
 
-def _finish(result: RunResult, samples: dict[str, str], seconds: dict[str, float], objective: str) -> DemoResult:
+def _finish(
+    result: RunResult, samples: dict[str, str], seconds: dict[str, float], objective: str, run_file: Path
+) -> DemoResult:
     figure = write_demo_curve(
         result.evals, result.steps, result.out / "curve.png", title=f"topkd {topkd.__version__} demo: {objective}"
     )
     done = DemoResult(
         result.out,
         figure,
+        run_file,
         result.evals[0],
         result.evals[-1],
         samples,
