@@ -71,6 +71,10 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, args, mess
         (["train", "run.toml"], "Missing option '--out'"),
         (["trian"], "No such command 'trian'"),
         (["demo", "--steps", "0"], "it must be greater than or equal to 1"),
+        (["demo", "--steps", "few"], "'--steps': it must be a whole number; see topkd demo"),
+        (["demo", "--objective", "kl"], "'--objective': 'kl' is not one of 'topk_pg', 'gjs', 'scalar_kl'"),
+        (["train", "run.toml", "--out"], "Option '--out' requires an argument; see topkd train"),
+        (["cache", "statz"], "No such command 'statz'. Did you mean 'stats'?; see topkd cache"),
     ],
 )
 def test_a_command_that_is_written_wrongly_is_one_line_with_exit_code_2(arguments, message):

@@ -11,29 +11,38 @@ import typer
 
 import topkd
 from topkd.cli import cache, compare, demo, export, probe, replay, report, sample, score, serve, train
+from topkd.cli.options import flag, paragraphs
 from topkd.topk.errors import TopkdError
 
 # What typer raises for a command line that does not fit: click's class, or its own copy of it, as its version has it.
 _Misuse: type[Exception] = next(one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException")
 
+# What the parser says of a value, as a person would.
+_WORDS = {
+    "Input should be": "it must be",
+    "it must be a valid integer, unable to parse string as an integer": "it must be a whole number",
+    "it must be a valid number, unable to parse string as a number": "it must be a number",
+    "Value error, ": "",
+}
+
 app = typer.Typer(
     name="topkd",
     help="Distil a teacher you can reach only through an API.",
+    epilog="Exit codes: 0 done; 1 failed, or done in part; 2 the command or its input is wrong; 130 Ctrl-C.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.command)
-app.command("train")(train.command)
-app.command("compare")(compare.command)
-app.command("score")(score.command)
-app.command("sample")(sample.command)
-app.command("replay")(replay.command)
-app.add_typer(cache.app, name="cache")
-app.command("serve")(serve.command)
-app.command("probe")(probe.command)
-app.command("report")(report.command)
-app.command("export")(export.command)
+for panel, modules in {
+    "Begin": (demo, probe, serve),
+    "Train": (train, replay, compare),
+    "Look at it, take it away": (report, export),
+    "Scores kept in a cache": (score, sample),
+}.items():
+    for module in modules:
+        name = module.__name__.rpartition(".")[2]
+        app.command(name, help=paragraphs(module.command), rich_help_panel=panel)(module.command)
+app.add_typer(cache.app, name="cache", rich_help_panel="Scores kept in a cache")
 
 
 def _version(wanted: bool) -> None:
@@ -45,9 +54,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[  # noqa: ARG001 - handled by its callback
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option("--version", metavar="", callback=_version, is_eager=True, help="Show the version and exit."),
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks instead of one-line errors.")] = False,
+    debug: Annotated[bool, flag("--debug", "Show a traceback before the one line of an error.")] = False,
 ) -> None:
     """Options before the command."""
     if debug:
@@ -76,11 +86,15 @@ def main() -> None:
 
 def _misused(error: Any) -> NoReturn:
     """A command that was written wrongly: one line, as for every other mistake."""
-    message = str(error.format_message()).replace("Input should be", "it must be")
-    context = getattr(error, "ctx", None)
-    if message.strip():  # else it was called for its help, which has been shown
-        where = "topkd" if context is None else context.command_path
-        typer.echo(f"topkd: error: {' '.join(message.split()).rstrip('.')}; see {where} --help", err=True)
+    message = " ".join(str(error.format_message()).split()).rstrip(".")
+    for theirs, ours in _WORDS.items():
+        message = message.replace(theirs, ours)
+    if message:  # else it was called for its help, which has been shown
+        context = getattr(error, "ctx", None)
+        known = {one.name for one in app.registered_commands} | {one.name for one in app.registered_groups}
+        called = [word for word in sys.argv[1:2] if word in known]
+        where = " ".join(["topkd", *called]) if context is None else context.command_path
+        typer.echo(f"topkd: error: {message}; see {where} --help", err=True)
     sys.exit(error.exit_code)
 
 

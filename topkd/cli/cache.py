@@ -12,13 +12,13 @@ from typing import Annotated, Any
 
 import typer
 
+from topkd.cli.options import AsJson, flag, option
 from topkd.cli.stats import described
 from topkd.topk.errors import ConfigError, DataError
 
 app = typer.Typer(help="Look into a cache, check it, tidy it, bring scores in and out.", no_args_is_help=True)
 
-Folder = Annotated[Path, typer.Argument(help="Folder of the cache.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of the cache.", metavar="CACHE")]
 
 
 class Codec(StrEnum):
@@ -89,7 +89,7 @@ def verify(cache: Folder, as_json: AsJson = False) -> None:
 @app.command("ls")
 def ls(
     cache: Folder,
-    limit: Annotated[int, typer.Option(min=1, help="Records at most.")] = 50,
+    limit: Annotated[int, option("Records at most.", "N", min=1)] = 50,
     as_json: AsJson = False,
 ) -> None:
     """List records: what was scored or sampled, by whom, how widely. With --json one object a line.
@@ -114,9 +114,9 @@ def ls(
 @app.command("gc")
 def gc(
     cache: Folder,
-    codec: Annotated[Codec | None, typer.Option(help="Write the records anew in this codec.")] = None,
+    codec: Annotated[Codec | None, option("Write the records anew as packed, raw or cold.", "NAME")] = None,
     foreign: Annotated[
-        bool, typer.Option("--foreign", help="Also what crashed writers on other machines left; nobody may write.")
+        bool, flag("--foreign", "Also what crashed writers on other machines left; nobody may write.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -131,8 +131,8 @@ def gc(
 
 @app.command("merge")
 def merge(
-    sources: Annotated[list[Path], typer.Argument(help="Caches to copy from.")],
-    out: Annotated[Path, typer.Option(help="The cache that gains what it lacks.")],
+    sources: Annotated[list[Path], typer.Argument(help="Caches to copy from.", metavar="CACHE")],
+    out: Annotated[Path, option("The cache that gains what it lacks.", "CACHE")],
     as_json: AsJson = False,
 ) -> None:
     """Bring several caches together, byte for byte.
@@ -147,8 +147,10 @@ def merge(
 @app.command("export")
 def export(
     cache: Folder,
-    out: Annotated[Path, typer.Argument(help="Folder for the files.")],
-    form: Annotated[ExportFormat, typer.Option("--format", help="What to write.")] = ExportFormat.parquet,
+    out: Annotated[Path, typer.Argument(help="Folder for the files.", metavar="FOLDER")],
+    form: Annotated[
+        ExportFormat, option("What to write: parquet or dataset.", "NAME", "--format")
+    ] = ExportFormat.parquet,
     as_json: AsJson = False,
 ) -> None:
     """Write scores and rollouts as Parquet, or the scores as a Hugging Face dataset.
@@ -170,16 +172,18 @@ def export(
 @app.command("import")
 def import_(
     cache: Folder,
-    source: Annotated[Path, typer.Argument(help="File or folder with scores.")],
-    form: Annotated[ImportFormat, typer.Option("--format", help="What it is.")] = ImportFormat.parquet,
-    teacher: Annotated[str | None, typer.Option(help="Name of the teacher, where the source has none.")] = None,
-    revision: Annotated[str, typer.Option(help="Fingerprint of that teacher's weights.")] = "",
-    codec: Annotated[Codec, typer.Option(help="How to write the records.")] = Codec.packed,
+    source: Annotated[Path, typer.Argument(help="File or folder with scores.", metavar="SOURCE")],
+    form: Annotated[
+        ImportFormat, option("What it is: parquet, dataset, axolotl or distillkit.", "NAME", "--format")
+    ] = ImportFormat.parquet,
+    teacher: Annotated[str | None, option("Name of the teacher, where the source has none.", "NAME")] = None,
+    revision: Annotated[str, option("Fingerprint of that teacher's weights.", "TEXT")] = "",
+    codec: Annotated[Codec, option("How to write the records: packed, raw or cold.", "NAME")] = Codec.packed,
     as_json: AsJson = False,
 ) -> None:
     """Bring scores into a cache; rows that do not fit are named, and the exit code is 1.
 
-    Example: topkd cache import cache captured --format distillkit --teacher my-teacher
+    Example: topkd cache import cache captured --format distillkit --teacher NAME
     """
     from topkd.offline import ScoreStore, TeacherIdentity, from_dataset, import_axolotl, import_distillkit
     from topkd.offline import import_parquet as parquet

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from topkd.cli.display import Display
 from topkd.cli.extras import needs
+from topkd.cli.options import AsJson, option
 from topkd.topk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,26 +22,29 @@ if TYPE_CHECKING:
 def command(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(help="A comparison file (with arms), two or more run files, or one with --grid."),
+        typer.Argument(
+            help="A comparison file (with arms), two or more run files, or one with --grid.", metavar="FILE"
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the comparison; the same one again continues it.")] = Path(
+    out: Annotated[Path, option("Folder of the comparison; the same one again continues it.", "FOLDER")] = Path(
         "runs/compare"
     ),
     grid: Annotated[
-        list[str] | None, typer.Option("--grid", help="key=value,value: arms over a base file, or the embedded pair.")
+        list[str] | None,
+        option("An arm for each value, over a base file or the embedded pair; repeatable.", "KEY=VALUE,...", "--grid"),
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Paired seeds, as in 0,1,2,3.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core when not given.")] = None,
+    seeds: Annotated[str | None, option("Paired seeds; 0,1,2 when nothing says so.", "N,...")] = None,
+    workers: Annotated[int | None, option("Processes; one per core when left out.", "N", min=1)] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value for every arm, as in --set steps=100; repeatable.")
+        list[str] | None, option("For every arm, as in --set steps=100; repeatable.", "KEY=VALUE", "--set")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print compare.json on standard output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train matched runs over arms and seeds, and say which learnt faster, with paired intervals.
 
     Example: topkd compare examples/compare_scalar_gjs.toml --out runs/scalar-gjs
 
-    Example: topkd compare --grid objective.kind=scalar_kl,gjs,topk_pg --seeds 0,1,2 --out runs/kinds
+    Example: topkd compare --grid objective.kind=gjs,topk_pg --out runs/kinds
     """
     config = _config(files or [], grid or [], seeds, overrides or [])
     if workers is not None:

@@ -10,17 +10,19 @@ from typing import Annotated
 import typer
 
 from topkd.cli.extras import needs
+from topkd.cli.options import AsJson, flag, option
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write; RUN/export when left out.")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Put a LoRA adapter into its base model.")] = False,
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", metavar="RUN")],
+    out: Annotated[Path | None, option("Where to write; RUN/export when left out.", "FOLDER")] = None,
+    merge: Annotated[bool, flag("--merge", "Put a LoRA adapter into its base model.")] = False,
     dtype: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or fp16; the weights' own when left out.", show_default=False)
+        str | None,
+        option("fp32, bf16 or fp16; the weights' own when left out.", "TYPE", one_of=("fp32", "bf16", "fp16")),
     ] = None,
-    best: Annotated[bool, typer.Option("--best", help="The best student by eval.best instead of the last.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
+    best: Annotated[bool, flag("--best", "The best student by eval.best instead of the last.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a run's student as a model folder that transformers and vLLM load, reloaded to see that it is the same.
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+
+def paragraphs(command: Callable[..., None]) -> str:
+    """The docstring of a command with each paragraph on one line: terminals break it where they end."""
+    text = inspect.cleandoc(command.__doc__ or "")
+    return "\n\n".join(part.replace("\n", " ") for part in text.split("\n\n"))
 
 
 def flag(name: str, says: str, *, panel: str | None = None) -> Any:
@@ -40,8 +47,17 @@ ApiKeyEnv = Annotated[str | None, option("Environment variable that holds the AP
 RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
 RunFolder = Annotated[Path, option("Folder for checkpoint, metrics and provenance.", "FOLDER")]
 Overrides = Annotated[
-    list[str] | None, option("As in --set objective.kind=gjs; over what the file says; repeatable.", "KEY=VALUE", "--set")
+    list[str] | None,
+    option("As in --set objective.kind=gjs: over what the file says; repeatable.", "KEY=VALUE", "--set"),
 ]
 Resume = Annotated[bool, flag("--resume", "Go on in --out from its newest checkpoint; steps may grow.")]
 DryRun = Annotated[bool, flag("--dry-run", "Look at everything the run needs, show what it would do, do nothing.")]
 Watch = Annotated[bool, flag("--watch", "Serve the run's report on this machine while it goes on.")]
+
+COST = "Tokens and cost"  # a panel
+CacheOut = Annotated[Path, option("Folder of the cache.", "CACHE")]
+CodecName = Annotated[str, option("packed (fp16 logprobs), raw (exact) or cold (smallest).", "NAME", one_of=CODECS)]
+InFlight = Annotated[int, option("Requests at once at most.", "N", min=1)]
+Limit = Annotated[int | None, option("Read this many rows at most.", "N", min=1)]
+MaxCost = Annotated[float | None, option("Stop before more is spent.", "X", panel=COST)]
+Strict = Annotated[bool, flag("--strict", "Stop at the first row that is refused.")]

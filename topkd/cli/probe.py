@@ -13,9 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from topkd.cli.options import ApiKeyEnv, AsJson, flag, option
 from topkd.clients.probe_findings import Load, ProbeReport
 from topkd.compose.api_keys import api_key
 
+DIALECTS = ("auto", "vllm", "vllm_generate", "sglang", "fireworks", "openai")
 _MARKS = {
     "ok": ("✓", "green"),
     "warn": ("!", "yellow"),
@@ -27,20 +29,19 @@ _PLAIN = {"✓": "+", "✗": "x", "·": "-"}
 
 
 def command(
-    url: Annotated[str, typer.Argument(help="Base URL of the server, as in http://127.0.0.1:8000.")],
-    model: Annotated[str | None, typer.Option(help="Served name; left out when the server has one.")] = None,
+    url: Annotated[str, typer.Argument(help="Base URL of the server, as in http://127.0.0.1:8000.", metavar="URL")],
+    model: Annotated[str | None, option("Served name; the server's only one when left out.", "NAME")] = None,
     student: Annotated[
-        str | None, typer.Option(help="The student's tokenizer (folder, tokenizer.json or cached id): compare the ids.")
+        str | None,
+        option("The student's tokenizer (folder, tokenizer.json or cached id): compare the ids.", "MODEL"),
     ] = None,
-    dialect: Annotated[str, typer.Option(help="auto, or the dialect to speak.")] = "auto",
-    api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the API key.")] = None,
-    load: Annotated[bool, typer.Option("--load", help="Measure scoring under rising concurrency.")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of one step, for the forecast of --load.")] = 256,
-    tokens: Annotated[int, typer.Option(min=16, help="Tokens of each request of --load.")] = 2048,
-    cached: Annotated[
-        bool, typer.Option("--cached", help="A report of the last hour will do, if the server is the same.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON on standard output.")] = False,
+    dialect: Annotated[str, option("auto, or the dialect to speak.", "NAME", one_of=DIALECTS)] = "auto",
+    api_key_env: ApiKeyEnv = None,
+    load: Annotated[bool, flag("--load", "Measure scoring under rising concurrency.")] = False,
+    batch: Annotated[int, option("Sequences of one step, for the forecast of --load.", "N", min=1)] = 256,
+    tokens: Annotated[int, option("Tokens of each request of --load.", "N", min=16)] = 2048,
+    cached: Annotated[bool, flag("--cached", "A report of the last hour will do, if the server is the same.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find out what an endpoint can do, from real requests on a handful of tokens.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from topkd.cli.extras import needs
+from topkd.cli.options import AsJson, flag, option
 from topkd.topk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,16 +19,14 @@ if TYPE_CHECKING:
 
 
 def command(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of one comparison.", show_default=False)],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of one comparison.", metavar="RUN")],
     out: Annotated[
-        Path | None, typer.Option(help="The page.", show_default="RUN/report.html; report.html for several")
+        Path | None, option("The page; RUN/report.html when left out, report.html for several.", "FILE")
     ] = None,
-    figures: Annotated[Path | None, typer.Option(help="Also draw every panel as PNG and SVG into this folder.")] = None,
-    follow: Annotated[
-        bool, typer.Option("--follow", help="Serve the page on this machine while the run goes on.")
-    ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --follow; 0 takes a free one.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON on standard output.")] = False,
+    figures: Annotated[Path | None, option("Also draw every panel as PNG and SVG into this folder.", "FOLDER")] = None,
+    follow: Annotated[bool, flag("--follow", "Serve the page on this machine while the run goes on.")] = False,
+    port: Annotated[int, option("Of --follow; 0 takes a free one.", "N", min=0, max=65535)] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Make one self-contained HTML page from runs or a comparison: the verdict first, then everything behind it.
 

@@ -10,7 +10,19 @@ import typer
 
 from topkd.cli.display import Display
 from topkd.cli.job_lines import costing, counted, finished
-from topkd.cli.options import COST, ApiKeyEnv, AsJson, CacheOut, CodecName, InFlight, Limit, MaxCost, Strict, flag, option
+from topkd.cli.options import (
+    COST,
+    ApiKeyEnv,
+    AsJson,
+    CacheOut,
+    CodecName,
+    InFlight,
+    Limit,
+    MaxCost,
+    Strict,
+    flag,
+    option,
+)
 from topkd.compose.api_keys import api_key
 
 DIALECTS = ("auto", "openai", "vllm", "vllm_generate", "sglang")
@@ -58,7 +70,7 @@ def command(
     Exit code 0: every prompt has its completions. 1: rows were refused or not answered (each is named), or a cap
     stopped the job; everything else is in the cache. 2: the question cannot be right, and nothing was asked.
 
-    Example: topkd sample prompts.jsonl --teacher URL --tokenizer MODEL --out cache
+    Example: topkd sample rows.jsonl --teacher URL --tokenizer MODEL --out cache
     """
     from topkd.compose.config import validated
     from topkd.compose.sample import sample_data

@@ -7,20 +7,29 @@ from typing import Annotated, Any
 import typer
 
 from topkd.cli.extras import needs
+from topkd.cli.options import ApiKeyEnv, option
 from topkd.compose.api_keys import api_key
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Model folder, or a Hugging Face id that is in the local cache.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
-    served_model_name: Annotated[str | None, typer.Option(help="Name that clients use.")] = None,
-    api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the API key.")] = None,
-    max_logprobs: Annotated[int, typer.Option(min=-1, help="Largest K; -1 for the whole vocabulary.")] = 20,
-    max_model_len: Annotated[int | None, typer.Option(min=2, help="Context; the model's own when left out.")] = None,
-    dialect: Annotated[str, typer.Option(help="Native routes beside the OpenAI ones: vllm or sglang.")] = "vllm",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    model: Annotated[
+        str, typer.Argument(help="Model folder, or a Hugging Face id that is in the local cache.", metavar="MODEL")
+    ],
+    host: Annotated[str, option("Address to listen on.", "ADDRESS")] = "127.0.0.1",
+    port: Annotated[int, option("Port; 0 takes a free one.", "N", min=0, max=65535)] = 8000,
+    served_model_name: Annotated[str | None, option("Name that clients use.", "NAME")] = None,
+    api_key_env: ApiKeyEnv = None,
+    max_logprobs: Annotated[int, option("Largest K; -1 for the whole vocabulary.", "K", min=-1)] = 20,
+    max_model_len: Annotated[int | None, option("Context; the model's own when left out.", "N", min=2)] = None,
+    dialect: Annotated[
+        str,
+        option("Native routes beside the OpenAI ones: vllm or sglang.", "NAME", one_of=("vllm", "sglang")),
+    ] = "vllm",
+    dtype: Annotated[
+        str,
+        option("float32, bfloat16, float16 or auto.", "TYPE", one_of=("float32", "bfloat16", "float16", "auto")),
+    ] = "float32",
+    device: Annotated[str, option("auto, cpu, cuda or mps.", "NAME", one_of=("auto", "cpu", "cuda", "mps"))] = "auto",
 ) -> None:
     """Put a Hugging Face causal LM behind vLLM's dialects, or SGLang's.
 
