@@ -127,6 +127,43 @@ async def test_zeros_on_both_sides_agree_and_hide_no_other_difference():
             await fleet.agreement(IDS, 0, 0)
 
 
+def _behind_models(wire: Any) -> Any:
+    def handler(method: str, path: str, body: Any) -> tuple[int, Any]:
+        if method == "GET":
+            return (200, MODELS) if path == "/v1/models" else (404, {"detail": "Not Found"})
+        return wire.handler(method, path, body)
+
+    return handler
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(
+    ("dialect", "server"),
+    [
+        ("vllm", VllmToy),
+        ("vllm_generate", VllmToy),
+        ("sglang", lambda: _behind_models(sglang.server())),
+        ("fireworks", lambda: _behind_models(fireworks.server())),
+    ],
+)
+async def test_a_teacher_told_its_size_refuses_ids_past_it_in_requests_and_replies(
+    dialect: str, server: Any, replicas: int
+):
+    options: Any = {"dialect": dialect, "model": "t", "config": QUICK}
+    few = np.arange(1, 9)  # the toys list ids of all 120 after these
+    with served(server()) as a, served(server()) as b:
+        url = a if replicas == 1 else [a, b]
+        for size in (None, VOCAB):
+            async with await connect(url, vocab_size=size, **options) as teacher:
+                assert int((await teacher.score(few, 0, 5)).ids.max()) >= 9
+        with pytest.raises(ResponseError, match=r"id outside the vocabulary.*expected below 9"):
+            async with await connect(url, vocab_size=9, **options) as teacher:
+                await teacher.score(few, 0, 5)
+        async with await connect(url, vocab_size=VOCAB, **options) as teacher:
+            with pytest.raises(ConfigError, match=r"outside the vocabulary.*got 120"):
+                await teacher.score([1, VOCAB], 0, 5)
+
+
 async def test_connect_to_several_urls_is_a_fleet_that_was_seen_to_agree():
     with served(VllmToy(generate=False)) as a, served(VllmToy()) as b:
         async with await connect([a, b], dialect="auto") as fleet:

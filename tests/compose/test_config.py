@@ -120,6 +120,8 @@ def test_a_mistake_on_the_command_line_is_blamed_on_its_set_in_plain_words(tmp_p
         ({"kind": "local"}, {}, "a model folder"),
         ({"kind": "server"}, {}, "a url"),
         ({"kind": "self", "model": "x"}, {}, "the teacher is the student"),
+        ({"kind": "local", "model": "x", "vocab_size": 9}, {}, "no vocab_size for kind 'local'"),
+        ({"url": "http://x", "vocab_size": 0}, {}, "greater than 0|above 0|at least 1"),
         ({"kind": "self", "ema": 0.9}, {}, "max_staleness = 0"),
         ({"kind": "self", "ema": 0.9}, {"max_staleness": 0, "cache": {"path": "c"}}, r"no \[cache\]"),
         ({"url": "http://x"}, {"data": {"path": "p", "privileged": {"hint": "use it"}}}, r"\{hint\} in the template"),

@@ -5,7 +5,7 @@ import pytest
 from tests.cli.test_cache import ran
 from tests.compose.test_score import ROWS, written
 from tests.engine.pieces import model_folder
-from topkd.clients import connect
+from topkd.clients import ClientConfig, connect
 from topkd.compose.score import ScoreConfig, score_data
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.serve import ServeConfig, ServerProcess
@@ -51,6 +51,23 @@ async def test_rows_go_to_the_teacher_they_name_and_one_that_has_no_server_is_an
     assert (named.rows, named.cached, named.skipped, named.refused) == (11, 11, 21, 0)
 
 
+async def test_a_teacher_told_its_size_has_every_reply_past_it_refused_and_none_kept(config, tmp_path):
+    rows = [{"prompt_ids": [1, 2, 3], "completion_ids": [4, 5]}, {"prompt_ids": [1, 6], "completion_ids": [4]}]
+    data = written(tmp_path / "few.jsonl", rows)
+    client = ClientConfig(max_retries=0, response_retries=0, backoff_s=0.0)
+    small = config(data=data, vocab_size=6, client=client)
+    report = await score_data(small)
+    assert (report.scored, report.failed, report.refused) == (0, 1, 1)
+    assert list(report.reasons) == ["a row has an id outside the teacher's vocabulary", "id outside the vocabulary"]
+    assert "few.jsonl:2): got 6, expected below 6" in report.refusals[0]["reason"]
+    assert (await score_data(small.model_copy(update={"estimate": True}))).refused == 1
+    routes = {"maths": small.teachers}
+    named = config(data=written(tmp_path / "m.jsonl", [{**rows[0], "teacher_id": "maths"}]), client=client,
+                   teachers=(), routes=routes, vocab_size=4096, vocab_sizes={"maths": 6})  # fmt: skip
+    assert (await score_data(named)).failed == 1, "the teacher's own size comes first"
+    assert (await score_data(config(data=data, vocab_size=4096))).scored == 2, "a refused reply is not in the cache"
+
+
 def test_the_exit_code_says_whether_every_row_is_there(server, tmp_path):
     url = ["--teacher", server.url, "--out", tmp_path / "c"]
     good, bad = written(tmp_path / "good.jsonl", ROWS[:3]), written(tmp_path / "bad.jsonl", [*ROWS[:3], "{"])
@@ -70,6 +87,7 @@ def test_the_exit_code_says_whether_every_row_is_there(server, tmp_path):
     [
         ({"routes": {"a": ("http://h",)}}, "either the URLs of one teacher"),
         ({"teachers": (), "routes": {"a": ("http://h",)}, "models": {"b": "m"}}, "for .'b'., which has no URL"),
+        ({"teachers": (), "routes": {"a": ("http://h",)}, "vocab_sizes": {"b": 9}}, "for .'b'., which has no URL"),
         ({"teachers": (), "routes": {"a": ("http://h",)}, "teacher_id": "a"}, "scores the rows of all of them"),
     ],
 )
@@ -99,9 +117,11 @@ async def test_a_model_in_this_process_scores_in_place_of_a_server(server, confi
 
     monkeypatch.setattr("topkd.compose.teachers.VllmInProcess", Loaded)
     data = written(tmp_path / "data.jsonl", ROWS[:10])
-    report = await score_data(config(data=data, teachers=("vllm:models/teacher",), k=7, engine={"seed": 3}))
+    report = await score_data(
+        config(data=data, teachers=("vllm:models/teacher",), k=7, vocab_size=4096, engine={"seed": 3})
+    )
     assert (report.scored, report.teacher) == (10, "teacher")
-    assert loaded == [("models/teacher", {"max_logprobs": 7, "seed": 3})]
+    assert loaded == [("models/teacher", {"max_logprobs": 7, "seed": 3, "vocab_size": 4096})]
     # The same teacher behind a URL: one name, one set of keys.
     assert (await score_data(config(data=data, k=7))).cached == 10
     for wrong in (("vllm:",), ("vllm:a", "vllm:b")):

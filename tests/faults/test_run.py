@@ -16,16 +16,13 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.fakes.tinymodels import make_tiny_model
 from tests.faults.server import VOCAB, FaultyServer
-from tests.faults.test_soak import FAULTS as SOAKED
+from tests.faults.test_soak import FAULTS
 from topkd.compose.config import RunConfig
 from topkd.compose.traffic import FIELDS as TRAFFIC
 from topkd.compose.train import train
 from topkd.engine.metrics import read_metrics
 
 STEPS, PROMPTS, SAMPLES = 12, 6, 4
-# An id past the vocabulary is a padded teacher's to a run that was not told the server's size: its mass joins the tail,
-# which is right for such a teacher, and no fault that one reply could show.
-FAULTS = [fault for fault in SOAKED if fault != "past_vocab"]
 TIMINGS = {"sample_s", "score_wait_s", "learn_s", "publish_s", "elapsed_s", *TRAFFIC}
 
 
@@ -38,7 +35,7 @@ def run_config(folder: Path, url: str) -> RunConfig:
             "max_staleness": 1,
             "max_lost_fraction": 0.0,
             "student": {"model": str(folder / "student"), "device": "cpu"},
-            "teacher": {"url": url, "dialect": "vllm"},
+            "teacher": {"url": url, "dialect": "vllm", "vocab_size": VOCAB},
             "data": {"path": str(folder / "prompts.jsonl")},
             "rollout": {"prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES, "max_completion_tokens": 12},
             "learner": {"lr": 1e-3},

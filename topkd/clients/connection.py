@@ -25,6 +25,7 @@ async def connect(
     model: str | None = None,
     api_key: str | SecretStr | None = None,
     config: ClientConfig | None = None,
+    vocab_size: int | None = None,
 ) -> VllmCompletions: ...
 @overload
 async def connect(
@@ -34,6 +35,7 @@ async def connect(
     model: str | None = None,
     api_key: str | SecretStr | None = None,
     config: ClientConfig | None = None,
+    vocab_size: int | None = None,
 ) -> ScoringClient: ...
 @overload
 async def connect(
@@ -43,6 +45,7 @@ async def connect(
     model: str | None = None,
     api_key: str | SecretStr | None = None,
     config: ClientConfig | None = None,
+    vocab_size: int | None = None,
 ) -> Fleet: ...
 async def connect(
     url: str | list[str] | tuple[str, ...],
@@ -51,6 +54,7 @@ async def connect(
     model: str | None = None,
     api_key: str | SecretStr | None = None,
     config: ClientConfig | None = None,
+    vocab_size: int | None = None,
 ) -> ScoringClient | Fleet:
     """A teacher whose server answers and has the model. Close it with ``aclose()``, or use it as a context manager.
 
@@ -62,13 +66,16 @@ async def connect(
         model: Served name; None takes the only one.
         api_key: ``"env:NAME"``, ``"file:PATH"``, a key, or None.
         config: Time-outs, retries and bounds.
+        vocab_size: Ids at or past it are refused, in requests and replies; None takes them (no server states its own).
 
     Raises:
         UnsupportedError: The server speaks a dialect that only samples (OpenAI chat): it cannot teach.
         ResponseError: Replicas disagree about the same tokens.
     """
     if isinstance(url, str):
-        return await _client(url, dialect, model, api_key, config)
+        client = await _client(url, dialect, model, api_key, config)
+        client.vocab_size = vocab_size
+        return client
     makes: list[type[ScoringClient]] = []
     for each in url:
         if dialect in DIALECTS:
@@ -76,7 +83,7 @@ async def connect(
             continue
         async with await _client(each, dialect, model, api_key, config) as client:
             makes.append(type(client))
-    fleet = Fleet(url, make=makes, model=model, api_key=api_key, config=config)
+    fleet = Fleet(url, make=makes, model=model, api_key=api_key, config=config, vocab_size=vocab_size)
     try:
         await fleet.meet()
     except BaseException:

@@ -95,7 +95,12 @@ def quick(config: ClientConfig) -> ClientConfig:
 async def _meet(url: str, teacher: TeacherConfig, config: RunConfig, student: ByteMap | str, known: Met | None) -> Met:
     key, model = teacher.api_key(), teacher.model
     async with await connect(
-        url, dialect=teacher.dialect, model=model, api_key=key, config=quick(config.client)
+        url,
+        dialect=teacher.dialect,
+        model=model,
+        api_key=key,
+        config=quick(config.client),
+        vocab_size=teacher.vocab_size,
     ) as client:
         info = await client.server_info()
         said = Met(url, info.model, client.dialect, info.version, info.max_model_len, config.k, "")

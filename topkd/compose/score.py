@@ -97,6 +97,7 @@ def opened(config: ScoreConfig, asked: Asked) -> AbstractAsyncContextManager[Ope
         model=asked.model,
         api_key=config.api_key,
         config=config.client,
+        vocab_size=asked.vocab_size,
         k=config.k,
         engine=config.engine,
     )
@@ -145,7 +146,8 @@ def _count(
             continue
         size, digest = int(item.ids.size), digest_of(item)
         report.positions += size - 1 - item.start
-        if digest in seen or (store is not None and store.covers(who[item.teacher_id], item.ids, item.start, config.k)):
+        held = store is not None and store.covers(who[item.teacher_id], item.ids, item.start, config.k, read=True)
+        if held or digest in seen:
             report.cached += 1
             report.saved_tokens += size
         else:

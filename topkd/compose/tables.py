@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, PositiveInt, SecretStr, field_validator, model_validator
 
 from topkd.compose.api_keys import KeyVariable, api_key
 from topkd.engine.frozen import Frozen
@@ -29,11 +29,12 @@ class StudentConfig(Frozen):
 class TeacherConfig(Frozen):
     """Who scores. A key never stands in a config: ``api_key_env`` names the variable that holds it.
 
-    ``server`` is asked over HTTP at ``url``; ``local`` is a folder (``model``) opened in this process; ``self`` is
-    the student behind another prompt, at weights that follow it: after each step ``ema`` of them stays (1: the weights
-    the run began with; 0: always the student's own). ``tokenizer`` is the teacher's, where it is at hand: its ends of
-    text are compared with the student's. ``chat_template`` and ``chat_template_kwargs`` render the teacher's prompts;
-    left out, they are the student's.
+    ``server`` is asked over HTTP at ``url``, and an id at or past ``vocab_size`` is a fault of its reply (left out,
+    such ids are a padded teacher's, and their probability is tail); ``local`` is a folder (``model``) opened in this
+    process; ``self`` is the student behind another prompt, at weights that follow it: after each step ``ema`` of them
+    stays (1: the weights the run began with; 0: always the student's own). ``tokenizer`` is the teacher's, where it is
+    at hand: its ends of text are compared with the student's. ``chat_template`` and ``chat_template_kwargs`` render
+    the teacher's prompts; left out, they are the student's.
     """
 
     kind: Literal["server", "local", "self"] = "server"
@@ -46,6 +47,7 @@ class TeacherConfig(Frozen):
     dialect: ScoringDialect = "auto"
     api_key_env: KeyVariable | None = None
     revision: str = ""  # of the weights behind the name: the cache keeps revisions apart
+    vocab_size: PositiveInt | None = None
 
     @field_validator("url")
     @classmethod
@@ -64,6 +66,8 @@ class TeacherConfig(Frozen):
             )
         if self.kind == "local" and not self.model:
             raise ValueError("a model folder for a teacher in this process")
+        if self.kind != "server" and self.vocab_size is not None:
+            raise ValueError(f"no vocab_size for kind {self.kind!r}: the weights have their own")
         if self.kind == "self" and self.model:
             raise ValueError("no model for kind 'self': the teacher is the student")
         return self

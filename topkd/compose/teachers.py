@@ -68,31 +68,38 @@ async def open_teacher(
     model: str | None = None,
     api_key: SecretStr | None = None,
     config: ClientConfig | None = None,
+    vocab_size: int | None = None,
     k: int = 20,
     engine: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[OpenTeacher]:
     """Connects, and checks that every replica has the same model.
 
     ``vllm:FOLDER`` in place of a URL loads the model into this process, for lists of at most ``k``; ``engine`` has
-    further arguments of ``vllm.LLM``.
+    further arguments of ``vllm.LLM``. Ids at or past ``vocab_size`` are refused, in requests and replies.
     """
     if urls[0].startswith(IN_PROCESS):
         if len(urls) > 1:
             raise ConfigError("one model in this process, or replicas by URL", got=", ".join(urls))
-        async with await asyncio.to_thread(_loaded, urls[0].removeprefix(IN_PROCESS), k, engine or {}) as loaded:
+        async with await asyncio.to_thread(
+            _loaded, urls[0].removeprefix(IN_PROCESS), k, vocab_size, engine or {}
+        ) as loaded:
             yield OpenTeacher(loaded, model or Path(urls[0].removeprefix(IN_PROCESS)).name, None)
         return
     if len(urls) == 1:
-        async with await connect(urls[0], dialect=dialect, model=model, api_key=api_key, config=config) as client:
+        async with await connect(
+            urls[0], dialect=dialect, model=model, api_key=api_key, config=config, vocab_size=vocab_size
+        ) as client:
             info = await client.server_info()
             yield OpenTeacher(client, info.model, info.max_model_len, version=info.version)
         return
-    async with await connect(list(urls), dialect=dialect, model=model, api_key=api_key, config=config) as fleet:
+    async with await connect(
+        list(urls), dialect=dialect, model=model, api_key=api_key, config=config, vocab_size=vocab_size
+    ) as fleet:
         info = await fleet.server_info()
         yield OpenTeacher(fleet, info.model, info.max_model_len, fleet, info.version)
 
 
-def _loaded(model: str, k: int, engine: Mapping[str, Any]) -> VllmInProcess:
+def _loaded(model: str, k: int, vocab_size: int | None, engine: Mapping[str, Any]) -> VllmInProcess:
     if not model:
         raise ConfigError("vllm: without a model's folder or id", expected="vllm:models/teacher, say")
-    return VllmInProcess(model, **{"max_logprobs": max(k, 1), **engine})
+    return VllmInProcess(model, vocab_size=vocab_size, **{"max_logprobs": max(k, 1), **engine})

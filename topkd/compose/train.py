@@ -90,6 +90,7 @@ async def train(
                     model=teacher.model,
                     api_key=teacher.api_key(),
                     config=config.client,
+                    vocab_size=teacher.vocab_size,
                 )
             )
             if met.fleet is not None:
