@@ -18,12 +18,15 @@ def main(argv: list[str] | None = None) -> int:
     options = vars(_parser().parse_args(argv))
     if options.pop("watch_stdin"):
         threading.Thread(target=_end_with_parent, name="topkd-serve-parent", daemon=True).start()
-    key = os.environ.pop(options.pop("api_key_env"), None)
+    named = options.pop("api_key_env")
+    key = os.environ.pop(named or API_KEY_VARIABLE, None)
     try:
+        if named and not key:  # an open server is not what was asked for
+            raise ConfigError(f"the environment variable {named} (--api-key-env) is not set")
         config = _config(options, key)
         from topkd.serve.run import serve
 
-        # This program's output is a log: no progress bars, and no reports on what is verified here anyway.
+        # This program's output is a log, from the first import on: no progress bars, no reports.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         serve(config)
@@ -57,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device")
     parser.add_argument("--logprobs-mode")
     parser.add_argument("--enable-lora", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--api-key-env", default=API_KEY_VARIABLE, help="environment variable that holds the API key")
+    parser.add_argument("--api-key-env", help=f"variable that holds the API key; {API_KEY_VARIABLE} is read if set")
     parser.add_argument("--watch-stdin", action="store_true", help="end when standard input closes")
     return parser
 

@@ -34,22 +34,63 @@ def pick_device(wanted: str) -> torch.device:
 
 def load_model(config: ServeConfig) -> tuple[Any, Any]:
     """The model of ``config`` in evaluation mode on its device, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     device = pick_device(config.device)
     dtype: Any = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    try:
-        with _without_bars():
-            tokenizer = AutoTokenizer.from_pretrained(config.model)
-            model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            "the model cannot be loaded",
-            where=f"model={config.model}",
-            got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            hint="give a folder with config.json, weights and tokenizer, or the id of a causal LM in the local cache",
-        ) from error
-    return model.to(device).eval(), tokenizer
+    # A folder may hold anything, and every library that reads it fails in its own way: hence the bare Exceptions.
+    with _quiet():
+        try:
+            tokenizer = _tokenizer(config.model)
+        except Exception as error:
+            raise _cannot_load("the tokenizer", config, error) from error
+        try:
+            return _whole(config.model, dtype).to(device).eval(), tokenizer
+        except Exception as error:
+            raise _cannot_load("the model", config, error) from error
+
+
+def _tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
+        raise ConfigError("no token but special ones")
+    return tokenizer
+
+
+def _whole(path: str | Path, dtype: Any) -> Any:
+    """The causal LM at ``path``, every number of it read from there.
+
+    transformers goes on with random numbers where weights are missing: a teacher of noise that looks like any other.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, account = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    if missing := sorted(account["missing_keys"]):
+        raise ConfigError(f"no weights for {missing[0]} ({len(missing)} in all)")
+    if mismatched := sorted(account["mismatched_keys"]):
+        name, held, wanted = mismatched[0]
+        raise ConfigError(f"{name} of shape {tuple(held)} where config.json says {tuple(wanted)}")
+    return model
+
+
+def _cannot_load(what: str, config: ServeConfig, error: Exception) -> ConfigError:
+    where = f"model={config.model}"
+    if isinstance(error, OSError) and not Path(config.model).is_dir():
+        hint = f"no such folder, nor such an id in the local Hugging Face cache (hf download {config.model})"
+        return ConfigError("the model cannot be loaded", where=where, hint=hint)
+    got = _first_line(error)
+    return ConfigError(
+        f"{what} cannot be loaded", where=where, got=got, hint="give a folder with config.json, weights and tokenizer"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ConfigError):
+        return str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300].rstrip(':. ')}" if lines else type(error).__name__
 
 
 @torch.no_grad()
@@ -59,21 +100,17 @@ def reload_weights(model: Any, path: str) -> None:
     Raises:
         ConfigError: No such folder, an unreadable checkpoint, or names and shapes that are not the model's.
     """
-    from transformers import AutoModelForCausalLM
-
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(
             "no checkpoint folder", where=f"weights_path={path}", hint="give a folder this server can read"
         )
     try:
-        with _without_bars():
-            fresh = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=next(model.parameters()).dtype, local_files_only=True
-            )
+        with _quiet():
+            fresh = _whole(folder, next(model.parameters()).dtype)
     except Exception as error:
         raise ConfigError(
-            "the checkpoint cannot be read", where=f"weights_path={path}", got=repr(error)[:300]
+            "the checkpoint cannot be read", where=f"weights_path={path}", got=_first_line(error)
         ) from error
     new = dict(fresh.named_parameters()) | dict(fresh.named_buffers())
     # Layers wrapped by an adapter keep their own weight under ``base_layer``.
@@ -93,15 +130,17 @@ def reload_weights(model: Any, path: str) -> None:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """A server's standard error is a log: no progress bars in it."""
+def _quiet() -> Iterator[None]:
+    """A server's standard error is a log: no progress bars in it, and no reports on what is verified here anyway."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import re
 import socket
 import sys
 from pathlib import Path
@@ -14,6 +16,8 @@ from topkd.serve.config import ServeConfig
 from topkd.topk.errors import ConfigError
 
 READY = "topkd serve: ready at "
+BACKLOG = 2048  # uvicorn's own
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 class _Server(uvicorn.Server):
@@ -36,11 +40,7 @@ def serve(config: ServeConfig) -> None:
     Raises:
         ConfigError: The address is taken, or the model cannot be loaded or served.
     """
-    folder = Path(config.model)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ConfigError(
-            "the folder holds no model", where=f"model={config.model}", expected="config.json, weights and a tokenizer"
-        )
+    _looks_like_a_model(config.model)
     listening = listen(config.host, config.port)
     # Imported after the cheap mistakes have been found: torch and transformers take seconds.
     from topkd.serve.app import create_app
@@ -59,9 +59,25 @@ def serve(config: ServeConfig) -> None:
             timeout_keep_alive=75,
             timeout_graceful_shutdown=3,
         )
+        _open(listening, config)
         line = f"{READY}http://{shown}:{port} (model {config.name}, max_logprobs {config.max_logprobs})"
         with contextlib.suppress(KeyboardInterrupt):
             _Server(settings, line).run(sockets=[listening])
+
+
+def _looks_like_a_model(model: str) -> None:
+    """Refuses what cannot be loaded, before anything heavy is imported."""
+    folder, where, expected = Path(model), f"model={model}", "config.json, weights and a tokenizer"
+    try:
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise ConfigError("the folder holds no model", where=where, expected=expected)
+        elif folder.exists():
+            raise ConfigError("this is no folder", where=where, expected=f"one with {expected}")
+        elif not _HUB_ID.fullmatch(model):
+            raise ConfigError("no such folder", where=where, expected=f"one with {expected}")
+    except OSError as error:
+        raise ConfigError("the model's folder cannot be read", where=where, got=str(error)) from error
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -75,8 +91,27 @@ def listen(host: str, port: int) -> socket.socket:
         except OSError:
             sock.close()
             raise
-    except OSError as error:
-        raise ConfigError(
-            "cannot listen", where=f"{host}:{port}", got=str(error), hint="choose another --port (0 takes a free one)"
-        ) from error
+    except (OSError, UnicodeError) as error:
+        raise _cannot_listen(host, port, error) from error
     return sock
+
+
+def _open(sock: socket.socket, config: ServeConfig) -> None:
+    """Take connections; a port that was bound is not yet ours while another process that bound it, too, may listen."""
+    try:
+        sock.listen(BACKLOG)
+    except OSError as error:
+        raise _cannot_listen(config.host, config.port, error) from error
+
+
+def _cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> ConfigError:
+    number = getattr(error, "errno", None)
+    no_such_address = isinstance(error, UnicodeError | socket.gaierror) or number == errno.EADDRNOTAVAIL
+    return ConfigError(
+        "cannot listen",
+        where=f"{host}:{port}",
+        got=str(error),
+        hint="--host takes an address or a name of this machine, as 127.0.0.1 or 0.0.0.0"
+        if no_such_address
+        else "choose another --port (0 takes a free one)",
+    )
