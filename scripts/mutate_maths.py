@@ -200,8 +200,8 @@ NUMPY = (
     _maths(
         "union: one pair too few between rows is allowed",
         "union",
-        "equal[:, 0] = False",
-        "equal[:, 0] |= False",
+        "block.equal[:, 0] = False",
+        "block.equal[:, 0] |= False",
         "pairs",
     ),
     _maths(
@@ -218,7 +218,9 @@ NUMPY = (
         "total -= 0.0",
         "pairs",
     ),
-    _maths("union: rows below the floor get its share", "union", "if p.min() < lowest:", "if p.min() < 0.0:", "pairs"),
+    _maths(
+        "union: rows below the floor get its share", "union", "if logp[:, -1].min() >= side.floor:", "if True:", "pairs"
+    ),
     _maths(
         "union: an id that does not fit into a key is cut", "union", "if ids.max() > self.max_id:", "if False:", "pairs"
     ),

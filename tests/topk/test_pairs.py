@@ -9,7 +9,7 @@ from tests.topk import reference
 from tests.topk.lists import as_dict, random_logp, topk_of
 from topkd.topk import TopK, gjs, topk_gjs
 from topkd.topk.errors import AlignmentError, ConfigError
-from topkd.topk.union import UnionTail
+from topkd.topk.union import BLOCK_SLOTS, UnionTail
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 
@@ -67,7 +67,7 @@ def test_the_fast_kernel_stays_within_1e_6_of_float64(k: int, beta: float) -> No
     for scale in (1.0, 3.0, 15.0):
         t, s = correlated(rng, 150, 600, scale)
         teacher, student = ragged(rng, topk_of(t, k)), topk_of(s, k, tail=False)
-        values, left = UnionTail(k, k)(teacher, student, beta, -20.0)
+        values, left = UnionTail(teacher, student, beta, -20.0)()
         done = np.setdiff1d(np.flatnonzero(teacher.signal & student.signal), left)
         assert done.size > 10
         truth = [reference.union_tail(as_dict(teacher, row), as_dict(student, row), beta) for row in done[:60]]
@@ -79,7 +79,8 @@ def test_blocks_do_not_leak_into_one_another() -> None:
     t, s = correlated(rng, 5000, 40, 2.0)
     teacher, student = topk_of(t, 20), topk_of(s, 20)
     whole = topk_gjs(teacher, student, 0.5)
-    for start in (0, 818, 819, 820, 4990):
+    edge = BLOCK_SLOTS // 40
+    for start in (0, edge - 1, edge, edge + 1, 4990):
         part = slice(start, start + 7)
         np.testing.assert_allclose(topk_gjs(teacher.slice(part), student.slice(part), 0.5), whole[part], atol=3e-7)
 
@@ -108,8 +109,9 @@ def test_one_uncommon_row_a_block_leaves_the_other_rows_and_blocks_as_they_are()
     t, s = correlated(rng, 300, 60, 2.0)
     teacher, student = topk_of(t, 20), topk_of(s, 20)
     common = topk_gjs(teacher, student, 0.3)
-    many = np.arange(3 * UnionTail(20, 20).block_rows) % 300
-    low, hole, huge = 7, UnionTail(20, 20).block_rows + 11, 2 * UnionTail(20, 20).block_rows + 5
+    block = BLOCK_SLOTS // 40
+    many = np.arange(3 * block) % 300
+    low, hole, huge = 7, block + 11, 2 * block + 5
     ids, logp = teacher.ids[many].copy(), teacher.logp[many].copy()
     logp[low] = np.where(np.arange(20) < 2, logp[low] - 1.0, -30.0 - np.arange(20))
     ids[hole, 15:], logp[hole, 13:] = -1, -np.inf
@@ -117,8 +119,8 @@ def test_one_uncommon_row_a_block_leaves_the_other_rows_and_blocks_as_they_are()
     unknown = np.full(many.size, np.nan, dtype=np.float32)
     changed = TopK(0, ids, logp, np.full(many.size, -1), unknown, unknown)
     plenty = TopK(0, student.ids[many], student.logp[many], np.full(many.size, -1), unknown, unknown)
-    values, left = UnionTail(20, 20)(changed, plenty, 0.3, -20.0)
-    assert set(left) >= set(range(huge - 5, 3 * UnionTail(20, 20).block_rows))  # the whole third block
+    values, left = UnionTail(changed, plenty, 0.3, -20.0)()
+    assert set(left) >= set(range(huge - 5, 3 * block))  # the whole third block
     assert np.isnan(values[left]).all()
     whole = topk_gjs(changed, plenty, 0.3)
     for row in (low, hole, huge):

@@ -65,7 +65,7 @@ def topk_gjs(
     floor = check_floor("topk_gjs: floor", floor)
     _same_rows(teacher, student)
     if missing == "union_tail" and FAST_BETA[0] <= beta <= FAST_BETA[1] and FAST_FLOOR[0] <= floor <= FAST_FLOOR[1]:
-        values, left = UnionTail(teacher.k, student.k)(teacher, student, beta, floor)
+        values, left = UnionTail(teacher, student, beta, floor)()
         if left.size:
             values[left] = _exact(_rows(teacher, left), _rows(student, left), beta, missing, floor)
         return values

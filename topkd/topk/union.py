@@ -6,14 +6,14 @@ would add there, one sort of ``id << bits | slot`` a row puts the two slots of a
     sum_U m log m = sum over slots of M log M,   M = E + (following E - both shares) at the first slot of a pair,
 
 and the second slot of a pair becomes 1, whose logarithm is nothing. 32-bit keys with a gather by slot beat 64-bit keys
-that carry the value: the sort is the largest single cost. Masks are multiplied (``where=`` is ten times slower), long
-rows are dotted in one pass, buffers are preallocated, aligned and used twice, and a block stays in the second-level
-cache.
+that carry the value: the sort is the largest single cost. Masks are multiplied (``where=`` is ten times slower). Both
+lists stand in one array, so that all but the copies run over whole rows; buffers are preallocated, aligned and used
+twice; blocks are as large as the second-level cache allows, as each costs some 30 microseconds of calls.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,13 @@ from numpy.typing import DTypeLike, NDArray
 
 from topkd.topk.types import Bool, Float32, Float64, Int32, TopK
 
-BLOCK_SLOTS = 49_152  # per block: all buffers together (29 bytes a slot) stay in the second-level cache
+UInt32 = NDArray[np.uint32]
+
+BLOCK_SLOTS = 65_536  # per block: its buffers (33 bytes a slot) are about the size of the second-level cache
 MIN_TAIL = 1e-7  # the least mass a list leaves over: below it, 1 - mass is rounding
 _NEVER_ZERO = 1e-28  # keeps the log of a mixture of two vanishing probabilities finite; changes no sum
 _NO_LOG = np.float32(-1e4)  # stands for log 0 where it is multiplied by an exact 0
 _CACHE_LINE = 64
-_DOT_WIDTH = 48  # from here on one dot product a row beats a product and a matrix-vector product
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,8 @@ class _Side:
         remaining = np.exp(scores.tail_logp, dtype=np.float64)
         return cls(scores.ids, scores.logp, weight, max(weight, 1.0 - weight), floor, listed, share, remaining)
 
-    def look(self, part: slice) -> bool:
-        """Sets ``listed`` and ``share`` of rows that reach below the floor; True where a row has a pad or a zero."""
+    def look(self, part: slice) -> None:
+        """Sets ``listed`` and ``share`` of the rows that hold a pad, a zero or an entry below the floor."""
         ids, logp = self.ids[part], self.logp[part]
         lowest = logp[:, -1].astype(np.float64)
         ragged = np.flatnonzero(np.isneginf(lowest))
@@ -59,7 +60,6 @@ class _Side:
             lowest[ragged] = np.take_along_axis(logp, np.maximum(finite - 1, 0)[:, None], axis=1)[:, 0]
             self.listed[part][ragged] = (ids[ragged] >= 0).sum(axis=1)
         self.share[part] = np.exp(np.minimum(lowest, self.floor))
-        return bool(ragged.size)
 
     def scaled(self, share: Float64 | np.float64) -> Float32:
         """What a missing id of this side puts into the mixture, in units of the larger weight."""
@@ -67,97 +67,140 @@ class _Side:
 
 
 class UnionTail:
-    """Buffers for lists of K_T and K_S entries; a call compares any number of rows."""
+    """Lists of K_T and K_S entries for the same rows, and the buffers that compare them a block of rows at a time."""
 
-    def __init__(self, teacher_k: int, student_k: int) -> None:
-        self.width = teacher_k + student_k
-        self.columns = slice(0, teacher_k), slice(teacher_k, None)
+    def __init__(self, teacher: TopK, student: TopK, beta: float, floor: float) -> None:
+        self.sides = _Side.of(teacher, beta, floor), _Side.of(student, 1.0 - beta, floor)
+        self.rows, self.width = teacher.rows, teacher.k + student.k
+        self.empty = not (teacher.rows and teacher.k and student.k)
+        self.columns = slice(0, teacher.k), slice(teacher.k, self.width)
         self.bits = max(self.width - 1, 1).bit_length()
-        self.block_rows = max(1, BLOCK_SLOTS // max(self.width, 1))
-        shape = (self.block_rows, self.width)
-        self.value: Float32 = _aligned(shape, np.float32)
-        self.key, self.step, self.slot, self.base = (_aligned(shape, np.uint32) for _ in range(4))
-        self.index, self.equal = _aligned(shape, np.intp), _aligned(shape, np.bool_)
-        self.p = tuple(_aligned((self.block_rows, k), np.float32) for k in (teacher_k, student_k))
-        self.product = tuple(_aligned((self.block_rows, k), np.float32) for k in (teacher_k, student_k))
+        self.block_rows = max(1, min(BLOCK_SLOTS // max(self.width, 1), self.rows))
+        self.max_id = 2 ** (32 - self.bits) - 1 - self.width
         slot = np.arange(self.width, dtype=np.uint32)
-        self.slot[:] = slot
-        self.base[:] = np.arange(self.block_rows, dtype=np.uint32)[:, None] * np.uint32(self.width)
         # Pads take the top ids, one a slot, so that no two of them look like a pair.
         self.pad = (np.uint32(2 ** (32 - self.bits) - 1) - slot).astype(np.uint32)
         self.ones = np.ones(self.width, dtype=np.float32)
-        self.max_id = 2 ** (32 - self.bits) - 1 - self.width
+        self.side_of = np.zeros((self.width, 2), dtype=np.float32)
+        for side, columns in enumerate(self.columns):
+            self.side_of[columns, side] = 1.0
+        self.shares = [side.scaled(np.exp(floor)) for side in self.sides]
+        self.scale = self._wide([np.float32(side.weight / side.scale) for side in self.sides])
+        self.added = self._wide(self.shares[::-1])  # a side's slots carry the other side's share
 
-    def __call__(self, teacher: TopK, student: TopK, beta: float, floor: float) -> tuple[Float64, NDArray[np.intp]]:
+    def __call__(self) -> tuple[Float64, NDArray[np.intp]]:
         """GJS a row, float64 [R], NaN = no signal; and the rows whose value is not final (float64 must redo them).
 
         Left over are rows whose mass is above 1 or whose missing ids do not fit into the left-over mass, and the blocks
         that hold an id too large for a 32-bit key.
         """
-        rows = teacher.rows
-        if not rows or not teacher.k or not student.k:
-            return np.full(rows, np.nan), np.empty(0, dtype=np.intp)
-        sides = _Side.of(teacher, beta, floor), _Side.of(student, 1.0 - beta, floor)
-        usual = [side.scaled(np.exp(floor)) for side in sides]
-        sums, fits = np.zeros((6, rows)), np.ones(rows, dtype=np.bool_)
-        for start in range(0, rows, self.block_rows):
-            part = slice(start, min(start + self.block_rows, rows))
-            fits[part] = self._block(sides, list(usual), part, sums[:, part])
-        return _finish(sides[0], sides[1], sums, fits)
+        if self.empty:
+            return np.full(self.rows, np.nan), np.empty(0, dtype=np.intp)
+        sums, fits = np.zeros((5, self.rows)), np.ones(self.rows, dtype=np.bool_)
+        whole = _Block.of(self.block_rows, self.width)
+        for start in range(0, self.rows, self.block_rows):
+            part = slice(start, min(start + self.block_rows, self.rows))
+            fits[part] = self._block(whole.head(part.stop - start), part, sums[:, part])
+        return _finish(*self.sides, sums, fits)
 
-    def _block(self, sides: tuple[_Side, _Side], shares: list[Float32], part: slice, sums: Float64) -> bool:
+    def _wide(self, each: list[Any]) -> Float32:
+        """One number a side, to be combined with a block: itself, or [n, W] (two strided halves take twice as long)."""
+        if each[0] == each[1]:
+            return np.asarray(each[0])
+        wide: Float32 = _aligned((self.block_rows, self.width), np.float32)
+        for number, columns in zip(each, self.columns, strict=True):
+            wide[:, columns] = number
+        return wide
+
+    def _block(self, block: _Block, part: slice, sums: Float64) -> bool:
         """Fills ``sums`` of the block's rows; False where an id does not fit into a key."""
-        count, lowest = sums.shape[1], np.exp(sides[0].floor)
-        value, key = self.value[:count], self.key[:count]
-        ragged = [False, False]
-        for index, side in enumerate(sides):
-            p, logp, ones = self.p[index][:count], side.logp[part], self.ones[: side.logp.shape[1]]
-            np.exp(logp, out=p)
-            if p.min() < lowest:
-                ragged[index] = side.look(part)
-                shares[index] = side.scaled(side.share[part, None])
-            sums[2 * index] = _row_sums(p, ones)
-            logs = np.maximum(logp, _NO_LOG) if ragged[index] else logp
-            sums[2 * index + 1] = _row_dots(p, logs, self.product[index][:count], ones)
-            if side.weight != side.scale:
-                p *= np.float32(side.weight / side.scale)
-        for index, (side, columns) in enumerate(zip(sides, self.columns, strict=True)):
-            np.add(self.p[index][:count], shares[1 - index], out=value[:, columns])
-            ids = side.ids[part]
-            keys = ids.view(np.uint32)
-            if ragged[index]:
-                pads = ids < 0
-                keys = np.where(pads, self.pad[columns], keys)
-                np.copyto(value[:, columns], np.float32(1.0), where=pads)  # 1 log 1 = 0: a pad adds nothing at all
-            np.left_shift(keys, np.uint32(self.bits), out=key[:, columns])
-            if ids.max() > self.max_id:
-                return False
-        key |= self.slot[:count]
+        value, logp, key, ids = block.value, block.mixed, block.key, block.key.view(np.int32)
+        np.concatenate([side.ids[part] for side in self.sides], axis=1, out=ids)
+        if ids.max() > self.max_id:
+            return False
+        np.left_shift(key, np.uint32(self.bits), out=key)
+        np.concatenate([side.logp[part] for side in self.sides], axis=1, out=logp)
+        np.exp(logp, out=value)
+        sums[:2] = (value @ self.side_of).T
+        pads = [self._pads(block, side, columns, part) for side, columns in zip(self.sides, self.columns, strict=True)]
+        if self.scale.ndim or self.scale != 1.0:
+            value *= self.scale[: len(value)] if self.scale.ndim else self.scale
+        sums[2] = _dots(value, logp)
+        shares = self.shares
+        if pads[0] is None and pads[1] is None:
+            value += self.added[: len(value)] if self.added.ndim else self.added
+        else:
+            shares = [side.scaled(side.share[part, None]) for side in self.sides]
+            for pad, columns, added in zip(pads, self.columns, shares[::-1], strict=True):
+                value[:, columns] += added
+                if pad is not None:  # 1 log 1 = 0: a pad adds nothing at all
+                    np.copyto(value[:, columns], np.float32(1.0), where=pad)
+        np.bitwise_or(key, block.slot, out=key)
         key.sort(axis=1)
-        sums[4], sums[5] = self._mixture(count, shares[0] + shares[1])
+        sums[3], sums[4] = self._mixture(block, shares[0] + shares[1])
         return True
 
-    def _mixture(self, count: int, shares: Float32) -> tuple[Float32, Float32]:
+    def _pads(self, block: _Block, side: _Side, columns: slice, part: slice) -> Bool | None:
+        """None for a usual block; where a row reaches below the floor, the side is put right and its pads are told."""
+        logp = block.mixed[:, columns]
+        if logp[:, -1].min() >= side.floor:  # the lists descend, and a pad is -inf
+            return None
+        side.look(part)
+        pads = np.asarray(side.ids[part] < 0)
+        np.maximum(logp, _NO_LOG, out=logp)
+        np.copyto(block.key[:, columns], self.pad[columns] << np.uint32(self.bits), where=pads)
+        return pads
+
+    def _mixture(self, block: _Block, shares: Float32) -> tuple[Float32, Float32]:
         """Pairs a row, and the sum of M log M a row."""
-        key, step, equal, index = self.key[:count], self.step[:count], self.equal[:count], self.index[:count]
+        key, mixed, second, same = block.key, block.mixed, block.value, block.same
         flat = key.reshape(-1)
-        np.bitwise_xor(flat[1:], flat[:-1], out=step.reshape(-1)[1:])
-        np.less(step, np.uint32(1 << self.bits), out=equal)
-        equal[:, 0] = False  # equal[i]: slot i is the second of a pair; no pair spans two rows
-        same = step.view(np.float32)
-        np.copyto(same, equal)
+        np.bitwise_xor(flat[1:], flat[:-1], out=block.step.reshape(-1)[1:])
+        np.less(block.step, np.uint32(1 << self.bits), out=block.equal)
+        block.equal[:, 0] = False  # equal[i]: slot i is the second of a pair; no pair spans two rows
+        np.copyto(same, block.equal)
         np.bitwise_and(key, np.uint32((1 << self.bits) - 1), out=key)
-        key += self.base[:count]
-        np.copyto(index, key)  # by hand: take would allocate its own copy of the indices for every block
-        mixed, second = key.view(np.float32), self.value[:count]
-        np.take(self.value.reshape(-1), index, out=mixed, mode="wrap")
+        np.add(key, block.base, out=key)
+        np.copyto(block.index, key)  # by hand: take would allocate its own copy of the indices for every block
+        np.take(block.value.reshape(-1), block.index, out=mixed, mode="wrap")
         # A hair less than both shares is taken off, so that rounding never makes a mixture negative.
         np.subtract(mixed, shares * np.float32(1 - 1e-6), out=second)
-        second *= same
+        np.multiply(second, same, out=second)
         np.maximum(mixed, same, out=mixed)  # no E is above 1 by more than a share: FAST_FLOOR keeps that small
         mixed.reshape(-1)[:-1] += second.reshape(-1)[1:]
-        log = np.log(mixed, out=second)
-        return same @ self.ones, _row_dots(mixed, log, log, self.ones)
+        np.log(mixed, out=second)
+        return same @ self.ones, _dots(mixed, second)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """The buffers of some rows, [n, W] each. ``mixed`` holds the logprobs first; ``same`` is ``step`` in float32."""
+
+    value: Float32
+    mixed: Float32
+    key: UInt32
+    step: UInt32
+    same: Float32
+    slot: UInt32
+    base: UInt32
+    index: NDArray[np.intp]
+    equal: Bool
+
+    @classmethod
+    def of(cls, rows: int, width: int) -> _Block:
+        shape = rows, width
+        value, mixed = _aligned(shape, np.float32), _aligned(shape, np.float32)
+        key, step, slot, base = (_aligned(shape, np.uint32) for _ in range(4))
+        slot[:] = np.arange(width, dtype=np.uint32)
+        base[:] = np.arange(rows, dtype=np.uint32)[:, None] * np.uint32(width)
+        index, equal = _aligned(shape, np.intp), _aligned(shape, np.bool_)
+        return cls(value, mixed, key, step, step.view(np.float32), slot, base, index, equal)
+
+    def head(self, rows: int) -> _Block:
+        """The buffers of the first ``rows`` rows."""
+        if rows == len(self.key):
+            return self
+        return _Block(*(getattr(self, field.name)[:rows] for field in fields(self)))
 
 
 def _aligned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -168,33 +211,24 @@ def _aligned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     return raw[first : first + size].view(dtype).reshape(shape)
 
 
-def _row_sums(values: Float32, ones: Float32) -> Float32:
-    """Sums over short rows by BLAS; over long ones pairwise, which rounds less."""
-    return np.asarray(values @ ones if ones.size <= 128 else values.sum(axis=1))
-
-
-def _row_dots(left: Float32, right: Float32, product: Float32, ones: Float32) -> Float32:
-    """Dot products of the rows; ``product`` is overwritten (it may be one of the two)."""
-    if ones.size >= _DOT_WIDTH:
-        return np.asarray(np.matmul(left[:, None, :], right[:, :, None])[:, 0, 0])
-    return _row_sums(np.multiply(left, right, out=product), ones)
+def _dots(left: Float32, right: Float32) -> Float32:
+    """Dot products of the rows."""
+    return np.asarray(np.matmul(left[:, None, :], right[:, :, None])[:, 0, 0])
 
 
 def _finish(teacher: _Side, student: _Side, sums: Float64, fits: Bool) -> tuple[Float64, NDArray[np.intp]]:
-    teacher_mass, teacher_log, student_mass, student_log, pairs, mixture = sums
-    total, mixture_mass, mixture_tail = -teacher.scale * mixture, np.zeros_like(mixture), np.zeros_like(mixture)
+    teacher_mass, student_mass, p_log_p, pairs, mixture = sums
+    total = teacher.scale * (p_log_p - mixture)
+    mixture_mass, mixture_tail = np.zeros_like(mixture), np.zeros_like(mixture)
     left = ~fits
-    for side, other, mass, p_log_p in (
-        (teacher, student, teacher_mass, teacher_log),
-        (student, teacher, student_mass, student_log),
-    ):
+    for side, other, mass in ((teacher, student, teacher_mass), (student, teacher, student_mass)):
         share = side.share[:1] if (side.share == side.share[0]).all() else side.share  # one logarithm, not R
         missing = other.listed - pairs
         remaining = np.maximum(np.where(np.isnan(side.remaining), 1.0 - mass, side.remaining), MIN_TAIL)
         tail = remaining - share * missing
         left |= (mass > 1.0) | (tail < 0.0)
         tail = np.maximum(tail, 0.0)
-        total += side.weight * (p_log_p + missing * _x_log_x(share) + _x_log_x(tail))
+        total += side.weight * (missing * _x_log_x(share) + _x_log_x(tail))
         mixture_mass += side.weight * (mass + missing * share)
         mixture_tail += side.weight * tail
     total -= np.log(teacher.scale) * mixture_mass + _x_log_x(mixture_tail)
