@@ -94,7 +94,9 @@ def test_a_bar_is_never_nothing_for_something_and_plain_where_blocks_cannot_be_s
 
 
 def test_verify_is_content_with_a_whole_cache_and_names_damage_with_exit_code_1(cache):
-    assert told("cache", "verify", cache)["ok"] is True
+    whole, counted = told("cache", "verify", cache), told("cache", "stats", cache)
+    assert whole["ok"] is True
+    assert all(whole[name] == counted[name] for name in ("records", "tokens", "bytes_per_token"))
     assert "whole" in ran("cache", "verify", cache)
     segment = max(cache.glob("seg-*.tkl"), key=lambda file: file.stat().st_size)
     data = bytearray(segment.read_bytes())
@@ -102,6 +104,7 @@ def test_verify_is_content_with_a_whole_cache_and_names_damage_with_exit_code_1(
     segment.write_bytes(data)
     found = told("cache", "verify", cache, code=1)
     assert not found["ok"]
+    assert (found["records"], found["tokens"]) == (40, counted["tokens"] - 6)
     assert found["damage"][0]["segment"] == segment.name
     text = ran("cache", "verify", cache, code=1)
     assert segment.name in text

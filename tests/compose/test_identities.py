@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from tests.fakes.in_process import InProcessTeacher, lists
 from topkd.compose.identities import served_identity, served_name
 from topkd.compose.score import ScoreConfig, score_data
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.serve import ServeConfig
-from topkd.topk import TopK
 from topkd.topk.errors import ConfigError
 
 
@@ -49,11 +49,6 @@ def test_an_address_is_no_name_in_any_spelling(tmp_path, name):
         served_identity(store, name, "v1")
 
 
-def lists(ids, start, k=3):
-    rows = len(ids) - 1 - start
-    return TopK.from_lists([[(3, -0.5), (4, -1.5), (7, -2.5)][:k]] * rows, start=start, actual_ids=ids[start + 1 :])
-
-
 @pytest.mark.parametrize("spelling", ["./teacher", "teacher/", "teacher"])
 @pytest.mark.parametrize("sealed", [True, False])
 def test_a_cache_goes_on_under_the_name_it_was_begun_with(tmp_path, spelling, sealed):
@@ -79,23 +74,8 @@ def test_beside_a_name_in_its_own_spelling_another_one_is_not_chosen(tmp_path):
 
 
 async def test_scores_under_one_spelling_cost_nothing_under_another(tmp_path, monkeypatch):
-    asked = []
-
-    class Teacher:
-        def __init__(self, *_, **__):
-            pass
-
-        async def __aenter__(self):
-            return self
-
-        async def __aexit__(self, *_):
-            pass
-
-        async def score(self, ids, start, k):
-            asked.append(len(ids))
-            return lists(np.asarray(ids), start, k)
-
-    monkeypatch.setattr("topkd.compose.teachers.VllmInProcess", Teacher)
+    monkeypatch.setattr("topkd.compose.teachers.VllmInProcess", InProcessTeacher)
+    InProcessTeacher.asked.clear()
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt_ids": [1, 2], "completion_ids": [3, i]}) + "\n" for i in range(9)))
 
@@ -106,7 +86,7 @@ async def test_scores_under_one_spelling_cost_nothing_under_another(tmp_path, mo
     assert (await score("./teacher/")).scored == 9
     assert (await score("teacher", estimate=True)).tokens_sent == 0
     assert (await score("teacher")).cached == 9
-    assert len(asked) == 9
+    assert len(InProcessTeacher.asked) == 9
     assert (await score("models/teacher")).scored == 9
 
 

@@ -117,9 +117,9 @@ class BulkJob:
 
     async def _feed(self, selection: Selection) -> None:
         items, report = iter(selection), self.report
-        while chunk := await asyncio.to_thread(lambda: list(islice(items, _CHUNK))):
+        while chunk := await asyncio.to_thread(lambda: [(item, self._held(item)) for item in islice(items, _CHUNK)]):
             report.duplicates, report.skipped = selection.duplicates, selection.skipped
-            wanted = [item for item in chunk if self._is_new(item)]
+            wanted = [item for item, held in chunk if self._is_new(item, held=held)]
             priced = [(digest_of(item), self._lane(item).price(int(item.ids.size))) for item in wanted]
             verdicts = await self.permits.claim(priced) if wanted else []
             for item, verdict in zip(wanted, verdicts, strict=True):
@@ -137,7 +137,13 @@ class BulkJob:
     def _lane(self, item: ScoreInput) -> Lane:
         return self.lanes[item.teacher_id]
 
-    def _is_new(self, item: Item) -> TypeGuard[ScoreInput]:
+    def _held(self, item: Item) -> bool:
+        """Whether the cache has the row's scores; they are read, so that a damaged record is asked for again."""
+        if isinstance(item, BadRow):
+            return False
+        return self.store.covers(self._lane(item).identity, item.ids, item.start, self.config.k, read=True)
+
+    def _is_new(self, item: Item, *, held: bool) -> TypeGuard[ScoreInput]:
         """True when a row must be asked for; what becomes of any other is written down here."""
         report = self.report
         if isinstance(item, BadRow):
@@ -150,7 +156,7 @@ class BulkJob:
                     "a row is longer than the server's context", where=f"{self.config.data}:{item.number}",
                     got=f"{size} tokens and one to generate", expected=f"at most {context}",
                 ))  # fmt: skip
-            elif self.store.covers(lane.identity, item.ids, item.start, self.config.k):
+            elif held:
                 report.cached += 1
                 report.saved_tokens += size
                 report.positions += size - 1 - item.start

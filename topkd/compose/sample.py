@@ -232,7 +232,8 @@ class SampleJob:
             return False
         start = prompt.teacher_ids.size - 1
         sequences = (np.concatenate([prompt.teacher_ids, rollout.completion_ids]) for rollout in found)
-        return not self.config.k or all(self.store.covers(self.teacher, ids, start, self.config.k) for ids in sequences)
+        k = self.config.k
+        return not k or all(self.store.covers(self.teacher, ids, start, k, read=True) for ids in sequences)
 
     def account(self) -> None:
         """What the client counted; answers that could not be read, while none could, are no completions."""

@@ -147,10 +147,13 @@ class ScoreStore:
             header, payload = rollout_record(identity, key, rollouts, codec=self.codec, asked=k)
             self._append(identity, header, payload)
 
-    def covers(self, teacher: Teacher, ids: Ids, start: int, k: int) -> bool:
-        """Whether ``get`` would find rows, by the index alone."""
+    def covers(self, teacher: Teacher, ids: Ids, start: int, k: int, *, read: bool = False) -> bool:
+        """Whether ``get`` would find rows: by the index alone, or (``read``) by a record whose checksums hold."""
+        key = score_key(identity_of(teacher), token_array(ids))
+        if read:
+            return self._read(key, SCORE, start, k) is not None
         with self._lock:
-            return bool(self._answers(score_key(identity_of(teacher), token_array(ids)), SCORE, start, k))
+            return bool(self._answers(key, SCORE, start, k))
 
     def held(self, teacher: Teacher, ids: Ids) -> list[tuple[int, int]]:
         """(start, K) of every record of these ids, for saying why a request is not answered."""

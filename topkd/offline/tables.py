@@ -41,7 +41,7 @@ def read_tables(root: Path, *, first: int = 0, damage: list[Damage] | None = Non
                 scan = segment.scan(payloads=damage is not None)
                 tables.append(header_rows(position, scan.found))
                 if damage is not None:
-                    damage += [item for item in scan.damage if item.fatal]
+                    damage += [item for item in segment.damage + scan.damage if item.fatal]
                 continue
             table = np.zeros(len(segment.index.high), ROW)
             table["high"], table["segment"] = segment.index.high, position

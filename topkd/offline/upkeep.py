@@ -65,7 +65,9 @@ class Verification:
     segments: int
     records: int
     duplicates: int  # records that another one makes superfluous; harmless, and gone after a compaction
+    tokens: int  # as in ``CacheStats``, of records that hold
     bytes: int
+    bytes_per_token: float | None  # as in ``CacheStats``
     damage: list[Damage] = field(default_factory=list)
 
     @property
@@ -142,7 +144,12 @@ def verify(path: str | os.PathLike[str]) -> Verification:
                 damage += segment.damage + [item for item in scan.damage if item.fatal or not busy]
             rows.append(header_rows(position, scan.found))
     told = answers(joined(rows))
-    return Verification(str(root), count, len(told), int(len(told) - live_rows(told).sum()), size, damage)
+    live = told[live_rows(told)]
+    tokens = int(live["rows"].sum(dtype=np.int64))
+    return Verification(
+        path=str(root), segments=count, records=len(told), duplicates=len(told) - len(live), tokens=tokens, bytes=size,
+        bytes_per_token=folder_bytes(root) / tokens if tokens else None, damage=damage,
+    )  # fmt: skip
 
 
 def profile(path: str | os.PathLike[str], *, sample: int = 256, seed: int = 0) -> dict[str, Any]:
