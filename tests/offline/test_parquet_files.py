@@ -5,7 +5,7 @@ import pytest
 from tests.offline.samples import scored
 from topkd.compose.sequences import read_sequences
 from topkd.offline import ScoreStore, TeacherIdentity, export_parquet, import_parquet
-from topkd.topk.errors import DataError
+from topkd.topk.errors import CacheError, DataError
 
 pytest.importorskip("pyarrow")
 
@@ -47,3 +47,10 @@ def test_a_file_that_was_cut_short_is_refused_to_an_import_and_as_data(exported,
         assert outcome(exported, store) == "cannot read the Parquet file"
     with pytest.raises(DataError, match="cannot read the Parquet file"):
         list(read_sequences(exported))
+
+
+def test_a_cache_that_cannot_be_written_is_no_fault_of_the_rows(exported, tmp_path):
+    with ScoreStore(tmp_path / "back", mode="a"):
+        pass
+    with ScoreStore(tmp_path / "back") as store, pytest.raises(CacheError, match="open for reading"):
+        import_parquet(exported, store)

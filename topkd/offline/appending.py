@@ -16,6 +16,7 @@ from pathlib import Path
 
 import xxhash
 
+from topkd.offline.folder import refused_by_disk
 from topkd.offline.index import SortedIndex
 from topkd.offline.records import ALIGN, Header, Record, read_header, verified
 from topkd.offline.segments import (
@@ -111,7 +112,7 @@ class SegmentWriter:
         except FileExistsError:
             raise
         except OSError as error:
-            raise CacheError("cannot write to the cache", where=str(self.path.parent), got=error.strerror) from error
+            raise refused_by_disk("cannot write to the cache", self.path.parent, error) from error
         # Between creation and lock another process may take the file for an orphan and seal it: then take the next.
         if not _lock(fd) or os.fstat(fd).st_nlink == 0 or self.path.with_suffix(".idx").exists():
             os.close(fd)

@@ -13,7 +13,7 @@ import numpy as np
 
 from topkd.offline.appending import adopt_orphans
 from topkd.offline.codecs import CodecName
-from topkd.offline.folder import open_folder
+from topkd.offline.folder import open_folder, refused_by_disk
 from topkd.offline.keys import TeacherIdentity
 from topkd.offline.records import ROLLOUT, Header, Record, rollout_record, score_record
 from topkd.offline.segments import Damage, Segment, read_index
@@ -155,7 +155,7 @@ def _alone(root: Path) -> Iterator[None]:
     try:
         fd = os.open(root / ".gc.lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise CacheError("cannot compact the cache", where=str(root), got=error.strerror) from error
+        raise refused_by_disk("cannot compact the cache", root, error) from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,7 +19,7 @@ from topkd.offline.records import ROLLOUT, SCORE, Record
 from topkd.offline.rollout_tables import ROLLOUT_COLUMNS, flat, import_rollouts, listed, nested, owner, rollout_rows
 from topkd.offline.store import ScoreStore
 from topkd.offline.tables import identities
-from topkd.topk.errors import ConfigError, DataError, TopkdError
+from topkd.topk.errors import CacheError, ConfigError, DataError, TopkdError
 from topkd.topk.types import TopK
 
 if TYPE_CHECKING:
@@ -149,6 +149,8 @@ def import_rows(
                 raise DataError("a row names no teacher", hint="pass teacher=")
             scores = _row_scores(row)
             store.put(identity, row["ids"], scores, asked=row.get("k"))
+        except CacheError:
+            raise  # no fault of the row
         except TopkdError as error:
             refused.append(f"{where}, row {number}: {error}")
             continue

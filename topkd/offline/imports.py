@@ -21,7 +21,7 @@ from topkd.offline.exchange import Exchange
 from topkd.offline.keys import RAW_LOGPROBS, TeacherIdentity, token_array
 from topkd.offline.parquet_files import open_parquet, read_batches
 from topkd.offline.store import ScoreStore
-from topkd.topk.errors import AlignmentError, DataError, TopkdError
+from topkd.topk.errors import AlignmentError, CacheError, DataError, TopkdError
 from topkd.topk.types import PAD_ID, Float32, Int32, TopK, tail_logp
 
 _HEAD, _ENOUGH = 64, 64  # rows that are read, and positions that are needed, to see a shift
@@ -147,6 +147,8 @@ def _bring(
             lists = read(row)
             scores = _scores(lists)
             store.put(replace(teacher, semantics=semantics(row)), lists.ids, scores)
+        except CacheError:
+            raise  # no fault of the row
         except TopkdError as error:
             refused.append(f"{place}: {error}")
         except (KeyError, TypeError, ValueError, IndexError) as error:

@@ -13,7 +13,7 @@ import numpy as np
 from topkd.offline.keys import KEY_BYTES, TeacherIdentity
 from topkd.offline.records import Record
 from topkd.offline.store import ScoreStore
-from topkd.topk.errors import DataError, TopkdError
+from topkd.topk.errors import CacheError, DataError, TopkdError
 from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import PAD_ID, Float32, Int32, TopK
 
@@ -65,6 +65,8 @@ def import_rollouts(rows: Iterable[dict[str, Any]], store: ScoreStore, *, where:
                 raise DataError("a request is a key of 32 hex digits", got=request)
             rollouts = [_rollout(row) for row in given]
             store.keep_rollouts(identity, key, rollouts, k=given[0].get("k") or 0)
+        except CacheError:
+            raise  # no fault of the rows
         except TopkdError as error:
             refused.append(f"{where}, row {first}: {error}")
             continue
