@@ -17,7 +17,7 @@ from topkd.clients.bytemap import ByteMap
 from topkd.clients.config import ClientConfig
 from topkd.clients.probe import CONFIG, probe
 from topkd.clients.probe_dialect import open_client
-from topkd.clients.probe_findings import ProbeReport
+from topkd.clients.probe_findings import LoadLevel, ProbeReport
 from topkd.topk.errors import AuthError, ConfigError, ModelNotFoundError, ServerUnreachableError
 
 
@@ -133,26 +133,60 @@ async def _against(student: ByteMap) -> ProbeReport:
     return await probed(handler, student=student)
 
 
-async def test_load_finds_the_concurrency_from_which_more_is_no_help(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(probe_load, "_ENOUGH_S", 0.1)
-    lock = threading.Semaphore(2)
-    toy = VllmToy(generate=False)
+@pytest.mark.parametrize(
+    ("rates", "best", "saturated"),
+    [
+        ([100, 190, 380, 390, 385], 8, True),  # doubling twice gained nothing
+        ([100, 190, 120, 380, 400, 390], 16, True),  # one disturbed level does not end it
+        ([100, 101, 99], 2, True),
+        ([100, 200, 400, 800, 1600, 3200, 6400, 12800, 25600], 256, False),
+    ],
+)
+async def test_load_finds_the_concurrency_from_which_more_is_no_help(
+    rates: list[int], best: int, saturated: bool, monkeypatch: pytest.MonkeyPatch
+):
+    left = iter(rates)
+
+    async def level(_: Any, concurrency: int, length: int, k: int) -> LoadLevel:
+        return LoadLevel(concurrency, 8, 0, float(next(left)), 0.01, 0.01)
+
+    monkeypatch.setattr(probe_load, "_level", level)
+    report = await probed(VllmToy(generate=False), load=True, load_tokens=64, batch=10)
+    assert report.load is not None
+    assert (report.load.best, report.load.saturated) == (best, saturated)
+    assert [one.tokens_per_s for one in report.load.levels] == rates, (
+        "no level is left out, none is asked after the end"
+    )
+    assert report.load.tokens_per_s == max(rates)
+    assert report.load.steps_per_hour == pytest.approx(3600 * max(rates) / 640)
+
+
+async def test_each_level_of_load_has_so_many_requests_in_flight_and_no_more(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(probe_load, "_ENOUGH_S", 0.0)
+    monkeypatch.setattr(probe_load, "_LEVELS", (1, 2, 4))
+    toy, lock, inside, most = VllmToy(generate=False), threading.Lock(), [0], list[int]()
+    together = [threading.Barrier(n) for n in (1, 2, 4)]  # a request waits for the level's others
 
     def handler(method: str, path: str, body: Any) -> tuple[int, Any]:
-        if body and len(body.get("prompt", ())) == 64:
+        if not (body and len(body.get("prompt", ())) == 64):
+            return toy(method, path, body)
+        with lock:
+            inside[0] += 1
+            most.append(inside[0])
+            barrier = together[(len(most) - 1) // 8]
+        try:
+            barrier.wait(30)
+            return toy(method, path, body)
+        finally:
             with lock:
-                threading.Event().wait(0.12)
-                return toy(method, path, body)
-        return toy(method, path, body)
+                inside[0] -= 1
 
     report = await probed(handler, load=True, load_tokens=64, batch=10)
     assert report.load is not None
-    assert report.load.saturated
-    assert report.load.best > 1, report.load
-    assert report.load.tokens_per_s < 1.2 * 2 * 64 / 0.12, "two at a time is all that it does"
-    assert [level.concurrency for level in report.load.levels][:2] == [1, 2]
-    assert report.load.steps_per_hour == pytest.approx(3600 * report.load.tokens_per_s / 640)
-    assert all(level.failed == 0 for level in report.load.levels)
+    assert [(level.concurrency, level.requests, level.failed) for level in report.load.levels] == [
+        (1, 8, 0), (2, 8, 0), (4, 8, 0)
+    ]  # fmt: skip
+    assert [max(most[i : i + 8]) for i in (0, 8, 16)] == [1, 2, 4]
 
 
 async def test_a_kept_report_is_used_while_the_server_says_the_same_and_never_unasked():
