@@ -54,6 +54,23 @@ async def test_the_same_seed_gives_the_same_rollouts_and_another_seed_does_not(s
     assert draws[0] == draws[1] != draws[2]
 
 
+async def test_a_few_rollouts_carry_their_lists_unasked_and_nothing_else_changes(student):
+    params = SamplingParams(max_tokens=6, seed=4)
+    plain = await InProcessSampler(student, batch_size=5).sample_batch(PROMPTS, 4, params)
+    shown = await InProcessSampler(student, batch_size=5, shown_k=9).sample_batch(PROMPTS, 4, params)
+    asked = await InProcessSampler(student, batch_size=5, shown_k=9).sample_batch(PROMPTS, 4, params, k=3)
+    flat = [[rollout for group in drawn for rollout in group] for drawn in (plain, shown, asked)]
+    for place, (one, other, third) in enumerate(zip(*flat, strict=True)):
+        assert one.completion_ids.tolist() == other.completion_ids.tolist() == third.completion_ids.tolist()
+        assert one.topk is None
+        assert third.topk.k == 3
+        assert (other.topk is not None) == (place < InProcessSampler.SHOWN)
+        if other.topk is not None:
+            assert other.topk.k == 9
+            np.testing.assert_array_equal(other.topk.logp[:, :3], third.topk.logp)
+            np.testing.assert_array_equal(other.topk.actual_logp, other.logp)
+
+
 async def test_a_stop_token_ends_the_completion_is_kept_and_is_scored(student):
     free = (await InProcessSampler(student).sample([5, 6], 1, SamplingParams(max_tokens=20, seed=0)))[0]
     stop = int(free.completion_ids[4])

@@ -35,7 +35,9 @@ def in_process(config: EngineConfig, student: Any, tokenizer: Any) -> Sampling:
     """The student itself, in this process: new weights are there at once."""
     from topkd.engine.sampler import InProcessSampler
 
-    sampler = InProcessSampler(student, stop_ids=stop_ids(tokenizer), batch_size=config.rollout.batch_size)
+    sampler = InProcessSampler(
+        student, stop_ids=stop_ids(tokenizer), batch_size=config.rollout.batch_size, shown_k=config.k
+    )
 
     async def publish(version: int) -> None:
         sampler.version = str(version)

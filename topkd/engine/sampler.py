@@ -33,12 +33,19 @@ class InProcessSampler:
             them in the middle of a batch.
         stop_ids: Token ids that end a completion (kept in it, and scored).
         batch_size: Sequences decoded together.
+        shown_k: The first ``SHOWN`` rollouts of a batch carry their top ``shown_k`` though no list was asked for:
+            enough to see how much of it the teacher's list shares.
     """
 
-    def __init__(self, student: Student, *, stop_ids: Sequence[int] = (), batch_size: int = 64) -> None:
+    SHOWN = 8
+
+    def __init__(
+        self, student: Student, *, stop_ids: Sequence[int] = (), batch_size: int = 64, shown_k: int = 0
+    ) -> None:
         self.student = student
         self.stop_ids = tuple(stop_ids)
         self.batch_size = batch_size
+        self.shown_k = min(shown_k, student.vocab_size)
         self.version = ""
         self.lock = threading.Lock()
 
@@ -81,7 +88,9 @@ class InProcessSampler:
                 if given_up.is_set():
                     return []
                 part = arrays[first : first + self.batch_size]
-                rollouts += self._rollouts(part, self._decode(part, params, k, generator, given_up), params)
+                listed = len(part) if k else max(0, self.SHOWN - first) if self.shown_k else 0
+                steps = self._decode(part, params, generator, given_up, k=k or self.shown_k, listed=listed)
+                rollouts += self._rollouts(part, steps, params, listed)
         return [rollouts[i * n : (i + 1) * n] for i in range(len(prompts))]
 
     def _check(self, params: SamplingParams) -> None:
@@ -99,9 +108,11 @@ class InProcessSampler:
         self,
         prompts: list[Int32],
         params: SamplingParams,
-        k: int,
         generator: torch.Generator,
         given_up: threading.Event,
+        *,
+        k: int,
+        listed: int,
     ) -> list[_Step]:
         stops = torch.tensor([*self.stop_ids, *params.stop_token_ids], dtype=torch.long)
         ids, attention = _left_padded(prompts, self.student.device)
@@ -118,14 +129,15 @@ class InProcessSampler:
             kept = {past: getattr(output, past)}
             logp = torch.log_softmax(self.student.head(output.last_hidden_state[:, -1]).float(), dim=-1).cpu()
             token = self._drawn(logp, params, generator)
-            steps.append(_Step(token[:, 0].numpy(), logp.gather(1, token)[:, 0].numpy(), _top(logp, k) if k else None))
+            top = _top(logp[:listed], k) if listed else None
+            steps.append(_Step(token[:, 0].numpy(), logp.gather(1, token)[:, 0].numpy(), top))
             alive &= ~torch.isin(token[:, 0], stops)
             ids = token.to(self.student.device)
             attention = torch.cat([attention, torch.ones_like(attention[:, :1])], dim=1)
             positions = positions[:, -1:] + 1
         return steps
 
-    def _rollouts(self, prompts: list[Int32], steps: list[_Step], params: SamplingParams) -> list[Rollout]:
+    def _rollouts(self, prompts: list[Int32], steps: list[_Step], params: SamplingParams, listed: int) -> list[Rollout]:
         stops = np.array([*self.stop_ids, *params.stop_token_ids], dtype=np.int64)
         token_BT = np.stack([step.token for step in steps], axis=1)
         logp_BT = np.stack([step.logp for step in steps], axis=1)
@@ -135,7 +147,7 @@ class InProcessSampler:
             ends = np.flatnonzero(np.isin(token_BT[i], stops))
             length = int(ends[0]) + 1 if ends.size else token_BT.shape[1]
             completion, logp, topk = token_BT[i, :length].astype(np.int32), logp_BT[i, :length], None
-            if lists:
+            if lists and i < listed:
                 ids, values, tail = (np.stack([top[part][i] for top in lists[:length]]) for part in range(3))
                 topk = TopK(prompt.size - 1, ids, values, completion, logp, tail)
             finish: FinishReason = "stop" if ends.size else "length"
@@ -145,7 +157,7 @@ class InProcessSampler:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One decoding step of a batch: tokens [B], their logprobs [B], and the top-K (ids, logp, tail) when asked for."""
+    """One decoding step of a batch: tokens [B], their logprobs [B], and the first rows' top-K (ids, logp, tail)."""
 
     token: NDArray[np.int64]
     logp: Float32
