@@ -1,10 +1,17 @@
 """The command line as a user meets it: help, exit codes, one line on bad input, no traceback."""
 
 import os
+import shlex
+import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.fakes.interrupts import interruptible
+from topkd.cli.outcomes import again
 
 
 def topkd(*args, **env):
@@ -84,3 +91,30 @@ def test_a_command_that_is_written_wrongly_is_one_line_with_exit_code_2(argument
     assert line.startswith("topkd: error: ")
     assert message in line
     assert line.endswith("--help")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("debug", [False, True])
+def test_ctrl_c_is_one_line_and_exit_code_130(debug):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        words = [*(["--debug"] if debug else []), "probe", url]
+        command = [sys.executable, "-m", "topkd", *words]
+        process = interruptible(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        silent.settimeout(60)
+        asked, _ = silent.accept()
+        with asked:
+            asked.recv(1)  # the command waits for an answer that never comes
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "topkd: stopped"
+    assert ("Traceback" in err) == debug
+
+
+def test_the_command_that_goes_on_is_the_one_that_was_given(tmp_path):
+    line = again("replay", Path("a b.toml"), tmp_path, ["objective.kind=gjs", "data.path=my rows"], cache=Path("c"))
+    assert shlex.split(line) == [
+        "topkd", "replay", "a b.toml", "--cache", "c", "--out", str(tmp_path), "--set", "objective.kind=gjs",
+        "--set", "data.path=my rows", "--resume",
+    ]  # fmt: skip

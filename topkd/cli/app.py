@@ -8,6 +8,7 @@ import traceback
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 import topkd
 from topkd.cli import cache, compare, demo, export, probe, replay, report, sample, score, serve, train
@@ -25,8 +26,21 @@ _WORDS = {
     "Value error, ": "",
 }
 
+
+class _Interruptible(TyperGroup):
+    """A command that does not answer Ctrl-C itself says one word, with exit code 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            # Newer typers make a silent exit code of it; _fail says it, and --debug shows where it was.
+            _fail("stopped", 130)
+
+
 app = typer.Typer(
     name="topkd",
+    cls=_Interruptible,
     help="Distil a teacher you can reach only through an API.",
     epilog="Exit codes: 0 done; 1 failed, or done in part; 2 the command or its input is wrong; 130 Ctrl-C.",
     no_args_is_help=True,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -19,6 +21,14 @@ _CODES = {"SIGTERM": 0, "SIGINT": 130}
 def first_process() -> bool:
     """Whether this process speaks: the only one, or torchrun's first."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def again(command: str, config: Path, out: Path, overrides: list[str], *, cache: Path | None = None) -> str:
+    """The command line that goes on with a run: as it was called, since a resumed run must be the same one."""
+    words = ["topkd", command, str(config), *(["--cache", str(cache)] if cache else []), "--out", str(out)]
+    for pair in overrides:
+        words += ["--set", pair]
+    return shlex.join([*words, "--resume"])
 
 
 def ended(result: RunResult, verb: str, *, again: str, as_json: bool) -> None:

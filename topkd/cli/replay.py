@@ -12,7 +12,7 @@ from topkd.cli.display import Display
 from topkd.cli.dry_run import dry_run_command
 from topkd.cli.extras import needs
 from topkd.cli.options import AsJson, DryRun, Overrides, Resume, RunFile, RunFolder, Watch, option
-from topkd.cli.outcomes import ended, first_process
+from topkd.cli.outcomes import again, ended, first_process
 from topkd.cli.watch import watched
 
 
@@ -46,5 +46,4 @@ def command(
         watched(out, display, wanted=watch and first_process()),
     ):
         result = asyncio.run(replay(run_config, out, display, cache=cache, resume=resume, stops=stops))
-    again = f"topkd replay {config}{f' --cache {cache}' if cache else ''} --out {out} --resume"
-    ended(result, "replayed", again=again, as_json=as_json)
+    ended(result, "replayed", again=again("replay", config, out, overrides or [], cache=cache), as_json=as_json)

@@ -10,7 +10,7 @@ from topkd.cli.display import Display
 from topkd.cli.dry_run import dry_run_command
 from topkd.cli.extras import needs
 from topkd.cli.options import AsJson, DryRun, Overrides, Resume, RunFile, RunFolder, Watch
-from topkd.cli.outcomes import ended, first_process
+from topkd.cli.outcomes import again, ended, first_process
 from topkd.cli.watch import watched
 
 
@@ -46,4 +46,4 @@ def command(
         watched(out, display, wanted=watch and first_process()),
     ):
         result = asyncio.run(train(run_config, out, display, resume=resume, stops=stops))
-    ended(result, "done", again=f"topkd train {config} --out {out} --resume", as_json=as_json)
+    ended(result, "done", again=again("train", config, out, overrides or []), as_json=as_json)
