@@ -7,7 +7,7 @@ import pytest
 
 from tests.topk.lists import golden_json, number, positions
 from topkd.topk import compute_topk_gjs, extract_token_logprobs, slice_completion_topk
-from topkd.topk.errors import AlignmentError, ConfigError
+from topkd.topk.errors import AlignmentError, ConfigError, ResponseError
 
 GOLDEN = golden_json("claas_gjs.json")
 
@@ -53,8 +53,9 @@ def test_lists_of_different_length_and_wrong_arguments_are_refused() -> None:
         compute_topk_gjs([[(1, -0.5)]], [[(1, -0.5)]], 1.5)
     with pytest.raises(ConfigError, match="floor"):
         compute_topk_gjs([[(1, -0.5)]], [[(1, -0.5)]], 0.5, 1.0)
-    with pytest.raises(ConfigError, match="integers"):
-        compute_topk_gjs([[(-1, -0.5)]], [[(1, -0.5)]], 0.5)
+    for token in (-1, 2**31, 2**70):
+        with pytest.raises(ResponseError, match="teacher_topk: token id out of range"):
+            compute_topk_gjs([[(token, -0.5)]], [[(1, -0.5)]], 0.5)
 
 
 @pytest.mark.parametrize("case", GOLDEN["extract"])

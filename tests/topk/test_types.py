@@ -146,3 +146,27 @@ def test_scores_pickle_and_compare_by_value() -> None:
     assert pickle.loads(pickle.dumps(scores)) == scores
     assert scores != scores.slice(slice(0, 1))
     assert scores != 3
+
+
+def test_lists_of_every_shape_become_what_a_careful_loop_makes_of_them() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(50):
+        lists = []
+        for _ in range(rng.integers(0, 6)):
+            size = rng.integers(0, 7)
+            ids = rng.integers(0, 5, size)
+            logp = np.where(rng.random(size) < 0.2, [np.nan] * size, np.round(rng.random(size) * -3 - 2, 1))
+            lists.append(None if rng.random() < 0.2 else [(int(i), float(v)) for i, v in zip(ids, logp, strict=True)])
+        wanted = []
+        for position in lists:
+            best: dict[int, float] = {}
+            for token, value in position or []:
+                if not np.isnan(value):
+                    best[token] = max(value, best.get(token, -np.inf))
+            wanted.append(sorted(best.items(), key=lambda entry: (-entry[1], entry[0])))
+        scores = TopK.from_lists(lists)
+        assert scores.k == max((len(row) for row in wanted), default=0)
+        for row, entries in enumerate(wanted):
+            assert scores.ids[row][: len(entries)].tolist() == [token for token, _ in entries]
+            assert (scores.ids[row][len(entries) :] == -1).all()
+            np.testing.assert_allclose(scores.logp[row][: len(entries)], [value for _, value in entries], rtol=1e-7)

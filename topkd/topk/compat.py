@@ -7,7 +7,6 @@ uses ``topk_gjs`` (union of both lists, tail kept), exact sampled-token logprobs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -15,8 +14,9 @@ import numpy as np
 from topkd.topk.alignment import align
 from topkd.topk.divergence import integrand
 from topkd.topk.errors import AlignmentError, ConfigError
-from topkd.topk.inputs import check_beta, check_floor, float64, logp64
+from topkd.topk.inputs import check_beta, check_floor, logp64
 from topkd.topk.pairs import log_renormalised
+from topkd.topk.ragged import padded
 from topkd.topk.scalars import whole
 from topkd.topk.types import PAD_ID, Float64, Int32
 
@@ -107,31 +107,6 @@ def _check_lists(**values: object) -> None:
 
 
 def _padded(name: str, positions: Sequence[Position | None]) -> tuple[Int32, Float64]:
-    """[R, K] ids and float64 logprobs, -1 and -inf at pads; NaN dropped, a repeated id once with its larger value."""
-    filled = [() if position is None else position for position in positions]
-    try:
-        counts = np.fromiter(map(len, filled), dtype=np.int64, count=len(filled))
-        flat = float64(name, list(chain.from_iterable(filled))).reshape(int(counts.sum()), 2)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{name}: not lists of (id, logprob)",
-            got=error,
-            expected="[[(id, logprob), ...], ...], one list a position",
-        ) from error
-    rows, ids, logp = np.repeat(np.arange(len(positions)), counts), flat[:, 0].astype(np.int64), flat[:, 1]
-    logp64(name, logp)
-    if ids.size and (ids.min() < 0 or ids.max() > np.iinfo(np.int32).max or (ids != flat[:, 0]).any()):
-        raise ConfigError(f"{name}: token ids must be integers in 0..2**31-1")
-    known = ~np.isnan(logp)
-    rows, ids, logp = rows[known], ids[known], logp[known]
-    order = np.lexsort((-logp, ids, rows))
-    rows, ids, logp = rows[order], ids[order], logp[order]
-    first = np.ones(rows.size, dtype=np.bool_)
-    first[1:] = (rows[1:] != rows[:-1]) | (ids[1:] != ids[:-1])
-    rows, ids, logp = rows[first], ids[first], logp[first]
-    kept = np.bincount(rows, minlength=len(positions))
-    column = np.arange(rows.size) - np.repeat(np.cumsum(kept) - kept, kept)
-    padded_ids = np.full((len(positions), int(kept.max(initial=0))), PAD_ID, dtype=np.int32)
-    padded_logp = np.full(padded_ids.shape, -np.inf)
-    padded_ids[rows, column], padded_logp[rows, column] = ids, logp
-    return padded_ids, padded_logp
+    """[R, K] ids and float64 logprobs, -1 and -inf at pads; refused where a logprob is above 0."""
+    ids, logp = padded(name, positions, PAD_ID)
+    return ids, logp64(name, logp)

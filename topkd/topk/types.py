@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import index
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from topkd.topk.errors import ConfigError, ResponseError
+from topkd.topk.ragged import padded
 from topkd.topk.scalars import whole
 
 Int32 = NDArray[np.int32]
@@ -168,29 +167,13 @@ class TopK:
         padded to the longest list. The tail mass comes from the given (unrounded) values. Dialect sentinels such as
         -9999 must be resolved by the caller: what they mean differs between servers.
         """
-        try:
-            cleaned = [_clean(position) for position in positions]
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                "TopK.from_lists: not lists of (id, logprob)",
-                got=error,
-                expected="[[(id, logprob), ...], ...], one list (or None) a position",
-            ) from error
-        width = max((len(row) for row in cleaned), default=0)
-        ids = np.full((len(cleaned), width), PAD_ID, dtype=np.int32)
-        logp = np.full((len(cleaned), width), -np.inf, dtype=np.float64)
-        for r, row in enumerate(cleaned):
-            if row:
-                try:
-                    ids[r, : len(row)], logp[r, : len(row)] = zip(*row, strict=True)
-                except OverflowError as error:
-                    raise ResponseError("TopK.from_lists: token id out of range", where=f"position {r}") from error
+        ids, logp = padded("TopK.from_lists", positions, PAD_ID)
         return cls(
             start,
             ids,
             logp.astype(np.float32),
-            np.full(len(cleaned), PAD_ID, dtype=np.int32) if actual_ids is None else np.asarray(actual_ids),
-            np.full(len(cleaned), np.nan, dtype=np.float32) if actual_logp is None else np.asarray(actual_logp),
+            np.full(len(ids), PAD_ID, dtype=np.int32) if actual_ids is None else np.asarray(actual_ids),
+            np.full(len(ids), np.nan, dtype=np.float32) if actual_logp is None else np.asarray(actual_logp),
             tail_logp(logp),
         )
 
@@ -252,15 +235,6 @@ def tail_logp(logp: ArrayLike) -> Float32:
     with np.errstate(divide="ignore"):
         tail = np.log(np.maximum(1.0 - mass, 0.0))
     return np.where(np.isfinite(values).any(axis=-1), tail, np.nan).astype(np.float32)
-
-
-def _clean(position: Sequence[tuple[int, float]] | None) -> list[tuple[int, float]]:
-    best: dict[int, float] = {}
-    for given, value in () if position is None else position:
-        token = index(given)  # an id of 1.5 must not become 1
-        if not math.isnan(value) and (token not in best or value > best[token]):
-            best[token] = value
-    return sorted(best.items(), key=lambda entry: (-entry[1], entry[0]))
 
 
 def _frozen(name: str, value: object, dtype: type[np.generic]) -> NDArray[Any]:
