@@ -35,6 +35,13 @@ def test_a_config_is_read_with_defaults_and_overrides(tmp_path):
     assert load_config(written(tmp_path, GOOD)).objective.beta == 0.3
 
 
+def test_objective_settings_without_a_kind_are_those_of_the_default(tmp_path):
+    bare = written(tmp_path, GOOD.split("[objective]", maxsplit=1)[0])
+    objective = load_config(bare, ["objective.lam=0.9"]).objective
+    assert (objective.kind, objective.beta, objective.lam) == ("topk_pg", 0.5, 0.9)
+    assert load_config(bare, ["objective.beta=0.1", "objective.kind=gjs"]).objective.beta == 0.1
+
+
 def test_the_default_objective_is_topk_pg_with_the_documented_numbers(tmp_path):
     config = load_config(written(tmp_path, GOOD.split("[objective]", maxsplit=1)[0]))
     expected = {"kind": "topk_pg", "beta": 0.5, "lam": 0.3, "gamma": 0.0, "support": "teacher"}
@@ -69,6 +76,9 @@ def test_another_kind_keeps_the_keys_that_it_shares_and_says_which_it_leaves_out
         (GOOD.replace("steps", "stesp"), [], r"unknown config key 'stesp' \(.*run.toml\); did you mean 'steps'\?"),
         (GOOD.replace("beta = 0.3", "beta = 1.5"), [], r"config key 'objective.beta'.*got 1.5.*less than or equal"),
         (GOOD.replace('"gjs"', '"jsd"'), [], r"config key 'objective.kind'.*jsd.*scalar_kl.*gjs.*topk_pg"),
+        (GOOD.replace('"gjs"', '"topk_pg"') + "lamda = 1\n", [], r"kind 'topk_pg' has no key 'lamda'.*mean 'lam'\?"),
+        (GOOD.replace('kind = "gjs"', "lamda = 1"), [], r"objective kind 'topk_pg' has no key 'lamda'.*mean 'lam'\?"),
+        (GOOD.replace('kind = "gjs"', "lam = 2"), [], r"config key 'objective.lam'.*got 2"),
         (GOOD + "lam = 0.3\n", [], r"objective kind 'gjs' has no key 'lam' \(.*run.toml\); remove objective.lam"),
         (GOOD.replace("[teacher]", "[teachr]"), [], r"teachr"),
         (GOOD + "[teachers.maths]\nurl = 'http://x'\n", [], r"either \[teacher\] or \[teachers.NAME\]"),

@@ -80,6 +80,20 @@ async def test_every_objective_of_a_config_trains(folders, tmp_path, kind):
     assert all(record["skipped"] == "" and record["tokens"] > 0 for record in records)
     assert calls == (0 if kind == "sft" else 36)
     assert len({record["loss"] for record in records}) == 3
+    assert [record["staleness"] for record in records] == ([None] * 3 if kind == "sft" else [0, 1, 1])
+    assert len({frozenset(record) for record in records}) == 1, "the first step is like the others"
+    for record in records if kind != "sft" else []:
+        assert sum(record["ratio_hist"]) == record["tokens"]
+        assert 0 < record["ess"] <= 1 + 1e-9
+        assert record["effective_coefficient"] > 0
+        assert record["kl_k3"] > 0 <= record["behavior_kl_k3"]
+        assert record["missing_mass"] == 0.0
+        assert record["teacher_mass"] + record["tail_mass"] == pytest.approx(1.0, abs=1e-5)
+        assert 0 < record["entropy_lo"] < record["entropy_hi"]
+        assert 0 <= record["clip_fraction"] < 0.5
+    if kind != "sft":
+        assert records[0]["mismatch_kl"] == pytest.approx(0.0, abs=1e-9), "of the weights that drew it"
+        assert records[0]["ess"] == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["fkl", "rkl", "gjs_direct", "taid", "kd"])

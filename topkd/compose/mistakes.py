@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from topkd.compose.overrides import kinds_of
+from topkd.engine.config import DEFAULT_KIND
 from topkd.topk.errors import ConfigError
 
 _WORDS = {
@@ -71,7 +73,12 @@ def config_error(
             )
         case "extra_forbidden" if kind is not None:
             table, name = ".".join(path[:-1]), path[-1]
-            return ConfigError(f"{table} kind {kind!r} has no key {name!r}{more}", where=where, hint=f"remove {key}")
+            known = kinds_of(model, table)[0].get(kind)
+            near = [] if known is None else difflib.get_close_matches(name, known.model_fields, n=1)
+            return ConfigError(
+                f"{table} kind {kind!r} has no key {name!r}{more}", where=where,
+                hint=f"did you mean {near[0]!r}?" if near else f"remove {key}",
+            )  # fmt: skip
         case "extra_forbidden":
             close = difflib.get_close_matches(path[-1], _known_keys(model), n=1)
             hint = f"did you mean {close[0]!r}?" if close else "remove it or check the spelling"
@@ -95,7 +102,7 @@ def _path(loc: Sequence[int | str], values: Mapping[str, Any]) -> tuple[list[str
     here: Any = values
     kind = None
     for part in loc:
-        if isinstance(here, Mapping) and part not in here and here.get("kind") == part:
+        if isinstance(here, Mapping) and part not in here and here.get("kind", DEFAULT_KIND) == part:
             kind = str(part)
             continue
         path.append(str(part))

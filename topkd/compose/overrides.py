@@ -66,7 +66,7 @@ def switched(
     A key stays when both kinds define it alike, default included: TAID's alpha is not EOPD's. Where there is no such
     table or kind, or no change, everything stays, for the validation to judge.
     """
-    kinds, default = _kinds(model, name)
+    kinds, default = kinds_of(model, name)
     old, new = kinds.get(str(table.get("kind", default))), kinds.get(str(kind))
     if old is None or new is None or old is new:
         return dict(table), []
@@ -79,7 +79,7 @@ def switched(
     return {key: value for key, value in table.items() if key not in dropped}, dropped
 
 
-def _kinds(model: type[BaseModel], name: str) -> tuple[dict[str, type[BaseModel]], str]:
+def kinds_of(model: type[BaseModel], name: str) -> tuple[dict[str, type[BaseModel]], str]:
     """kind -> its model, for a table whose keys depend on it; and the kind of a table that names none."""
     field = model.model_fields.get(name)
     if field is None or field.discriminator != "kind":

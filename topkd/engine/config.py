@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from topkd.engine.frozen import Frozen
 from topkd.engine.learner_config import LearnerConfig
 from topkd.engine.objective_config import Objective, TopKPolicyGradient, conflict
+
+DEFAULT_KIND = TopKPolicyGradient().kind
 
 
 class RolloutConfig(Frozen):
@@ -50,6 +53,12 @@ class EngineConfig(Frozen):
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _of_the_default_kind(cls, value: object) -> object:
+        """Settings without a kind are those of the default objective."""
+        return {"kind": DEFAULT_KIND, **value} if isinstance(value, Mapping) and "kind" not in value else value
 
     @model_validator(mode="after")
     def _makes_sense_together(self) -> EngineConfig:

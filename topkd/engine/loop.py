@@ -21,7 +21,7 @@ from topkd.engine.distributed import Ranks
 from topkd.engine.hooks import Hooks, Record
 from topkd.engine.learner import Learner
 from topkd.engine.metrics import MetricsLog
-from topkd.engine.mixing import data_texts
+from topkd.engine.mixing import DATA, data_texts
 from topkd.engine.objectives import described
 from topkd.engine.position import Position
 from topkd.engine.rollouts import draw
@@ -302,7 +302,12 @@ class _Run:
         return bool(await asyncio.to_thread(self.ranks.most, int(self.stop.is_set())))
 
 
-def _staleness(step: int, taken: InFlight) -> int:
-    """Versions between the weights that sampled and those that learn; a sampler may be synced less than every step."""
+def _staleness(step: int, taken: InFlight) -> int | None:
+    """Versions between the weights that sampled and those that learn; a sampler may be synced less than every step.
+
+    None where nothing was sampled.
+    """
+    if not set(taken.versions) - {DATA}:
+        return None
     said = [int(version) for version in taken.versions if version.isdecimal()]
     return step - min([taken.version, *said])
