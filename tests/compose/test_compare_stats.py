@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from topkd.compose.compare_stats import arm_summaries, curve_facts, paired_ratio, verdict
+from topkd.compose.compare_stats import arm_summaries, curve_facts, paired_ratio
+from topkd.compose.compare_verdict import verdict
 
 
 def evals(values, step=100):
@@ -48,10 +49,8 @@ def test_the_paired_interval_is_the_t_interval_of_the_log_ratio(n):
     ours, reference = rng.uniform(0.5, 1, n), rng.uniform(0.8, 1.2, n)
     ratio = paired_ratio(ours, reference)
     expected = stats.ttest_rel(np.log(ours), np.log(reference)).confidence_interval(0.95)
-    # Beyond the table the normal's quantile stands in: within 5 % of t's for 31 pairs and more.
-    tolerance = 1e-3 if n <= 31 else 0.05
-    assert ratio["low"] == pytest.approx(math.exp(expected.low), rel=tolerance)
-    assert ratio["high"] == pytest.approx(math.exp(expected.high), rel=tolerance)
+    assert ratio["low"] == pytest.approx(math.exp(expected.low), rel=1e-5)
+    assert ratio["high"] == pytest.approx(math.exp(expected.high), rel=1e-5)
 
 
 def test_one_pair_has_a_ratio_and_no_interval():

@@ -110,12 +110,14 @@ def _seeds(text: str | None) -> list[int] | None:
 
 def _show(summary: dict[str, Any]) -> None:
     console = Console(highlight=False)
-    console.print(f"\n[bold]{summary['verdict']['text']}[/bold]", soft_wrap=True)
-    if summary["note"]:
-        console.print(summary["note"], soft_wrap=True)
+    console.print(f"\n{summary['verdict']['text']}", style="bold", markup=False, soft_wrap=True)
+    for text in (summary["verdict"]["ends"], summary["note"]):
+        if text:
+            console.print(text, markup=False, soft_wrap=True)
     _table(console, summary, summary["live"]["arms"], "live, on-policy at staleness 0")
     if summary["replay"]:
         _table(console, summary, summary["replay"]["arms"], "matched replay: an off-policy test of the estimators")
+        console.print(summary["replay"]["verdict"]["text"], markup=False, soft_wrap=True)
 
 
 def _table(console: Console, summary: dict[str, Any], rows: list[dict[str, Any]], title: str) -> None:

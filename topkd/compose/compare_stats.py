@@ -1,4 +1,4 @@
-"""From finished cells to what may be said: areas, tokens to target, paired ratios with intervals, a verdict."""
+"""From finished cells to what may be said: areas, tokens to target, paired ratios with intervals."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from typing import Any
 
 import numpy as np
 
-# Two-sided 95 % quantiles of Student's t for 1..30 degrees of freedom; beyond, the normal's is near enough.
-_T95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
+from topkd.report.intervals import t95
 
 
 def curve_facts(evals: Sequence[Mapping[str, Any]], metric: str, target: float) -> dict[str, Any]:
@@ -53,8 +49,7 @@ def paired_ratio(ours: Sequence[float], reference: Sequence[float]) -> dict[str,
         return {"ratio": None, "low": None, "high": None, "pairs": 0}
     mean, low, high = float(logs.mean()), None, None
     if logs.size > 1:
-        quantile = _T95[logs.size - 2] if logs.size - 2 < len(_T95) else 1.96
-        half = quantile * float(logs.std(ddof=1)) / math.sqrt(logs.size)
+        half = t95(logs.size - 1) * float(logs.std(ddof=1)) / math.sqrt(logs.size)
         low, high = math.exp(mean - half), math.exp(mean + half)
     return {"ratio": math.exp(mean), "low": low, "high": high, "pairs": int(logs.size)}
 
@@ -86,42 +81,6 @@ def arm_summaries(
         )
         rows.append(row)
     return rows
-
-
-def verdict(rows: Sequence[Mapping[str, Any]], shown: Mapping[str, str], metric: str) -> dict[str, Any]:
-    """Which arm has the smallest area, and whether its pairs against each other arm's say so beyond their spread."""
-    able = [row for row in rows if row["area"]["mean"] is not None and math.isfinite(row["area"]["mean"])]
-    if len(able) < 2:
-        return {"winner": None, "text": "Fewer than two arms finished: nothing to compare."}
-    ranked = sorted(able, key=lambda row: row["area"]["mean"])
-    best = ranked[0]
-    against = []
-    for other in ranked[1:]:
-        seeds = [seed for seed in best["seeds"] if seed in other["seeds"]]
-        ratio = paired_ratio(
-            [best["seeds"][seed]["area"] for seed in seeds], [other["seeds"][seed]["area"] for seed in seeds]
-        )
-        clear = ratio["high"] is not None and ratio["high"] < 1.0
-        against.append({"arm": other["arm"], **ratio, "clear": clear})
-    tied = [entry for entry in against if not entry["clear"]]
-    name = shown[best["arm"]]
-    if against[0]["high"] is None:
-        text = f"{name} has the smallest area under {metric} on the one seed there is: a single pair shows no spread."
-    elif not tied:
-        text = (
-            f"{name} wins: its area under {metric} is {_interval(against[0])} of the runner-up's, "
-            f"{shown[against[0]['arm']]}, and below every other arm's on paired seeds."
-        )
-    else:
-        others = ", ".join(shown[entry["arm"]] for entry in tied)
-        text = f"No clear winner: {name} has the smallest area under {metric}, but its interval reaches {others}."
-    if left := [shown[row["arm"]] for row in rows if row not in able]:
-        text += f" Not ranked, for want of a whole curve: {', '.join(left)}."
-    return {"winner": best["arm"] if not tied else None, "best": best["arm"], "against": against, "text": text}
-
-
-def _interval(ratio: Mapping[str, Any]) -> str:
-    return f"{ratio['ratio']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
 
 
 def _costs(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any
 import topkd
 from topkd.compose.compare_cell import Cell
 from topkd.compose.compare_config import CompareConfig
-from topkd.compose.compare_stats import arm_summaries, verdict
+from topkd.compose.compare_stats import arm_summaries
+from topkd.compose.compare_verdict import verdict
 
 
 def summarised(
@@ -41,10 +42,10 @@ def summarised(
             if cell.phase == phase and results[cell.id]["status"] == "done"
         }
         rows = arm_summaries([arm.name for arm in config.arms], done, config.seeds, config.metric, config.target)
-        phases[phase] = {"arms": rows, "verdict": verdict(rows, shown, config.metric)}
-    said: dict[str, Any] = phases["live"]["verdict"]
-    if refused:
-        said = {**said, "winner": None, "text": f"No verdict: {'; '.join(refused)}. Widen tuning.rates."}
+        said = verdict(rows, shown, config.metric)
+        if refused:  # an arm that was not tuned makes every ranking that it is in worthless
+            said |= {"winner": None, "text": f"No verdict: {'; '.join(refused)}. Widen tuning.rates.", "ends": ""}
+        phases[phase] = {"arms": rows, "verdict": said}
     return {
         "name": config.name,
         "note": config.note,
@@ -59,6 +60,7 @@ def summarised(
             for arm in config.arms
         ],
         "tuning": dict(tables),
+        "tuned": None if config.tuning is None else config.tuning.model_dump(mode="json"),
         "refused": refused,
         "failed": {cell.id: results[cell.id]["error"] for cell in cells if results[cell.id]["status"] != "done"},
         "cells": [
@@ -75,5 +77,5 @@ def summarised(
         ],
         "live": phases["live"],
         "replay": phases.get("replay"),
-        "verdict": said,
+        "verdict": phases["live"]["verdict"],
     }

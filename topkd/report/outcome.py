@@ -14,6 +14,7 @@ from topkd.report.columns import column, has, totals
 from topkd.report.diary import Record, Run, last_step
 from topkd.report.intervals import Interval, interval
 from topkd.report.lines import FIXED, eval_source
+from topkd.report.wording import NAMES
 
 EVALUATED = ("reverse_kl", "forward_kl", "jsd", "agreement", "accuracy")
 
@@ -48,15 +49,19 @@ class Metric:
     exact: bool
 
 
-EXACT = Metric("reverse_kl", "KL(student ‖ teacher)", exact=True)
-ESTIMATE = Metric("kl_k1", "estimated KL(student ‖ teacher)", exact=False)
+EXACT = Metric("reverse_kl", NAMES["reverse_kl"], exact=True)
+ESTIMATE = Metric("kl_k1", f"estimated {EXACT.name}", exact=False)
 
 
-def main_metric(groups: Sequence[Group]) -> Metric | None:
-    """The exact held-out KL where every run with records has it, else the estimate on rollouts; None before either."""
+def main_metric(groups: Sequence[Group], wanted: Any = None) -> Metric | None:
+    """The exact held-out divergence where every run has it, else the estimate on rollouts; None before either.
+
+    ``wanted`` is the one that a comparison judges by; without one, KL(student || teacher).
+    """
     runs = [run for group in groups for run in group.runs]
-    if runs and all(has(eval_source(run, FIXED).records, EXACT.key) for run in runs):
-        return EXACT
+    exact = Metric(wanted, NAMES[wanted], exact=True) if wanted in NAMES else EXACT
+    if runs and all(has(eval_source(run, FIXED).records, exact.key) for run in runs):
+        return exact
     if any(has(run.steps, ESTIMATE.key) for run in runs):
         return ESTIMATE
     return None
@@ -72,7 +77,7 @@ def outcome(run: Run, metric: Metric) -> Outcome:
         known = values[np.isfinite(values)]
         if known.size:
             first[key], last[key] = float(known[0]), float(known[-1])
-    if metric is ESTIMATE:
+    if not metric.exact:
         values = column(run.steps, ESTIMATE.key)
         known = values[np.isfinite(values)]
         if known.size:  # single steps are noisy: a tenth of the run at each end

@@ -45,7 +45,7 @@ class Verdict:
 
 def verdict(collection: Collection, groups: Sequence[Group]) -> tuple[Verdict, list[list[Outcome]]]:
     """The verdict over the groups, and the outcomes it rests on, group by group."""
-    metric = main_metric(groups)
+    metric = main_metric(groups, collection.comparison.get("metric"))
     if metric is None:
         return Verdict("Waiting for the first step.", tone="waiting"), [[] for _ in groups]
     outcomes = [[outcome(run, metric) for run in group.runs] for group in groups]
@@ -131,12 +131,14 @@ def _doubts(ranks: Sequence[Rank], outcomes: Sequence[Sequence[Outcome]]) -> lis
 
 
 def _stated(said: Verdict, comparison: dict[str, Any]) -> None:
-    """A comparison's own verdict goes first: it knows what was tuned, and how; the ends of the runs come second."""
+    """A comparison's own verdict in place of the page's: it knows what was tuned and how, and weighs areas and ends."""
     said.note = str(comparison.get("note") or "")
     stated = comparison.get("verdict")
     text = stated.get("text") if isinstance(stated, dict) else None
     if isinstance(stated, dict) and isinstance(text, str) and text:
-        said.detail = f"At the end of the runs: {said.headline[:1].lower()}{said.headline[1:]}. {said.detail}"
+        ends = [f"{rank.label} {number(rank.end.mean)}" for rank in said.ranks if math.isfinite(rank.end.mean)]
+        told = [str(stated.get("ends") or ""), f"Last values, nats a token: {', '.join(ends)}." if ends else ""]
+        said.detail = " ".join(part for part in told if part)
         said.headline, said.tone = text, "won" if stated.get("winner") else "open"
     said.warnings += [f"tuning: {reason}" for reason in comparison.get("refused") or ()]
 

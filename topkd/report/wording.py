@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from topkd.report.intervals import Interval
+
+# What a diary calls its divergences, and what a reader is told.
+NAMES = {"reverse_kl": "KL(student ‖ teacher)", "forward_kl": "KL(teacher ‖ student)", "jsd": "Jensen-Shannon"}
 
 
 def number(value: float | None) -> str:
@@ -21,11 +25,16 @@ def change(first: float, last: float) -> str:
     return f"{100 * (last / first - 1):+.0f} %".replace("-", "−")
 
 
-def between(end: Interval) -> str:
+def between(end: Interval, say: Callable[[float], str] = number) -> str:
     """A mean with its interval, where there is one."""
     if not math.isfinite(end.low):
-        return number(end.mean)
-    return f"{number(end.mean)} [{number(end.low)}, {number(end.high)}]"
+        return say(end.mean)
+    return f"{say(end.mean)} [{say(end.low)}, {say(end.high)}]"
+
+
+def percent(share: float) -> str:
+    """A share of one in per cent."""
+    return f"{100 * share:.1f} %".replace("-", "−") if math.isfinite(share) else "?"
 
 
 def short(value: float) -> str:

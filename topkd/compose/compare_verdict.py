@@ -1,0 +1,109 @@
+"""A comparison's verdict in words: who learnt fastest, who ends lowest, and what the paired seeds cannot tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from topkd.compose.compare_stats import paired_ratio
+from topkd.report.wording import NAMES
+
+
+def verdict(rows: Sequence[Mapping[str, Any]], shown: Mapping[str, str], metric: str) -> dict[str, Any]:
+    """Which arm learnt fastest (the smallest area) and which ends lowest, as far as paired seeds tell it.
+
+    ``text`` is about the area, ``ends`` about the last values. ``winner`` needs the smallest area beyond its spread,
+    and no other arm that clearly ends lower: where the two disagree, ``text`` names both and nobody has won.
+    """
+    able = [row for row in rows if all(_known(row[name]["mean"]) for name in ("area", "final"))]
+    left = [shown[row["arm"]] for row in rows if row not in able]
+    wanting = f" Not ranked, for want of a whole curve: {', '.join(left)}." if left else ""
+    if len(able) < 2:
+        return {"winner": None, "text": "Fewer than two arms finished: nothing to compare." + wanting, "ends": ""}
+    area, final = _ranking(able, "area"), _ranking(able, "final")
+    said: dict[str, Any] = {"winner": None, "best": area.best, "against": area.against, "lowest_end": final.best}
+    best, end, curve = shown[area.best], shown[final.best], f"area under {NAMES.get(metric, metric)}"
+    behind = next((entry for entry in final.against if entry["arm"] == area.best), None)
+    if area.against[0]["high"] is None:
+        text = f"{best} has the smallest {curve} on the one seed there is: a single pair shows no spread."
+    elif area.tied:
+        tied = _all(area.tied, shown)
+        text = f"No clear winner: {best} has the smallest {curve}, but paired seeds do not tell it from {tied}."
+    elif behind is not None and behind["clear"]:
+        text = (
+            f"Divided: {best} learns faster, with an {curve} of {_first(area, shown)}; "
+            f"{end} ends lower, with a last value of {_interval(behind)} of {best}'s."
+        )
+    else:
+        said["winner"] = area.best
+        text = f"{best} wins: its {curve} is {_first(area, shown)}{_rest(area)}."
+    return said | {"text": text + wanting, "ends": _ends(area, final, behind, shown)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranking:
+    """The arm that is best by a fact, and its paired ratio to each other arm, the nearest first."""
+
+    best: str
+    against: list[dict[str, Any]]
+
+    @property
+    def tied(self) -> list[dict[str, Any]]:
+        return [entry for entry in self.against if not entry["clear"]]
+
+
+def _ranking(rows: Sequence[Mapping[str, Any]], name: str) -> _Ranking:
+    """Ranked over the seeds that all arms have: a seed that an arm lacks moves nobody else's mean."""
+    common = set.intersection(*(set(row["seeds"]) for row in rows))
+
+    def mean(row: Mapping[str, Any]) -> float:
+        return float(np.mean([fact[name] for seed, fact in row["seeds"].items() if seed in common or not common]))
+
+    best, *others = sorted(rows, key=mean)
+    against = []
+    for other in others:
+        seeds = [seed for seed in best["seeds"] if seed in other["seeds"]]
+        ratio = paired_ratio([best["seeds"][s][name] for s in seeds], [other["seeds"][s][name] for s in seeds])
+        against.append({"arm": other["arm"], **ratio, "clear": ratio["high"] is not None and ratio["high"] < 1.0})
+    return _Ranking(best["arm"], against)
+
+
+def _ends(area: _Ranking, final: _Ranking, behind: Mapping[str, Any] | None, shown: Mapping[str, str]) -> str:
+    """What the last values say, in words that fit what was said of the areas."""
+    who = shown[final.best] if behind is not None else f"{shown[final.best]} also"
+    if final.against[0]["high"] is None:
+        return f"{who} ends lowest, on that one seed."
+    if not final.tied:
+        return f"{who} ends lowest: its last value is {_first(final, shown)}{_rest(final)}."
+    doubt = f"{who} ends lowest, but paired seeds do not tell its last value from those of {_all(final.tied, shown)}."
+    if behind is not None and behind["clear"] and area.tied:
+        return f"{doubt} It is {_interval(behind)} of {shown[area.best]}'s."
+    return doubt
+
+
+def _all(entries: Sequence[Mapping[str, Any]], shown: Mapping[str, str]) -> str:
+    return " and ".join(f"{shown[entry['arm']]}, ratio {_interval(entry)}" for entry in entries)
+
+
+def _first(ranking: _Ranking, shown: Mapping[str, str]) -> str:
+    runner_up = ranking.against[0]
+    return f"{_interval(runner_up)} of the runner-up's, {shown[runner_up['arm']]}"
+
+
+def _rest(ranking: _Ranking) -> str:
+    return ", and below every other arm's on paired seeds" if len(ranking.against) > 1 else ""
+
+
+def _interval(ratio: Mapping[str, Any]) -> str:
+    if ratio["ratio"] is None:
+        return "unknown (no pair)"
+    span = "one pair" if ratio["low"] is None else f"{ratio['low']:.3f} to {ratio['high']:.3f}"
+    return f"{ratio['ratio']:.3f} ({span})"
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
