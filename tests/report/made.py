@@ -8,6 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from topkd.compose.compare_stats import arm_summaries
+from topkd.compose.compare_verdict import verdict
+from topkd.engine.metrics import strict
+
 EDGES = [2.0**power for power in range(-4, 5)]
 NASTY = "</script><script>window.pwned=1</script><!-- <img src=x onerror=window.pwned=1> \u2028 & '\""
 RATES = {"scalar_kl": 0.2, "gjs": 0.25, "topk_pg": 0.5}
@@ -136,34 +140,52 @@ def write_run(
     return folder
 
 
-def write_comparison(folder: Path, *, seeds: int = 3, steps: int = 20) -> Path:
-    """A finished comparison of two arms, live and replayed, as ``topkd compare`` lays it out."""
-    cells = []
+def write_comparison(folder: Path, *, seeds: int = 3, steps: int = 20, finished: bool = True) -> Path:
+    """A comparison of two arms, live and replayed, as ``topkd compare`` lays it out; two scalar runs are censored."""
+    labels = {"scalar_kl": "sampled token", "topk_pg": "top-20"}
+    cells, results = [], {}
     for phase in ("live", "replay"):
-        for arm in ("scalar_kl", "topk_pg"):
+        for arm in labels:
             for seed in range(seeds):
                 name = f"{phase}-{arm}-seed{seed}"
                 write_run(folder / "cells" / name, arm, seed=seed, steps=steps, every=5, rollouts=phase == "live")
                 cell = {"id": name, "phase": phase, "arm": arm, "seed": seed, "params": {"arm": arm, "lr": 1e-3}}
                 cells.append({**cell, "run": f"cells/{name}", "status": "done"})
-    ratio = {"ratio": 0.85, "low": 0.8, "high": 0.9, "pairs": seeds}
-    row = {"area": {"mean": 0.9, "sd": 0.01}, "area_ratio": ratio, "final_ratio": ratio, "tokens_to_target": 1500.0}
-    rows = [
-        {"arm": "scalar_kl", **row, "censored": 0, "tokens_ratio": ratio, "seeds": {}},
-        {"arm": "topk_pg", **row, "censored": 0, "tokens_ratio": ratio, "seeds": {}},
-    ]
-    summary = {
-        "name": "scalar against top-K",
+                results[arm, seed] = _result(arm, seed, steps)
+    arms = [{"name": name, "label": label, "lr": 1e-3, "set": {}} for name, label in labels.items()]
+    config = {"name": "scalar against top-K", "base": "embedded", "arms": arms, "seeds": [*range(seeds)]}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if not finished:
+        return folder
+    rows = arm_summaries([*labels], results, range(seeds), "reverse_kl", 0.893)
+    said = verdict(rows, labels, "reverse_kl")
+    tuning = {"rates": [3e-4, 1e-3, 3e-3, 1e-2], "areas": [0.97, 0.93, 0.95, None], "best": 1e-3, "edge": ""}
+    summary = config | {
         "note": "Made up.",
         "metric": "reverse_kl",
-        "target": 0.9,
+        "target": 0.893,
         "reference": "scalar_kl",
-        "arms": [{"name": "scalar_kl", "label": "sampled token", "lr": 1e-3}, {"name": "topk_pg", "label": "top-20"}],
         "cells": cells,
-        "live": {"arms": rows},
-        "replay": {"arms": rows},
+        "live": {"arms": rows, "verdict": said},
+        "replay": {"arms": rows, "verdict": said},
+        "tuning": dict.fromkeys(labels, tuning),
+        "tuned": {"rates": [3e-4, 1e-3, 3e-3], "seeds": [1000], "extensions": 1},
         "refused": [],
-        "verdict": {"winner": "topk_pg", "best": "topk_pg", "text": "top-20 wins: its area is 0.850 (0.800 to 0.900)."},
+        "verdict": said,
     }
-    (folder / "compare.json").write_text(json.dumps(summary), encoding="utf-8")
+    (folder / "compare.json").write_text(json.dumps(strict(summary)), encoding="utf-8")
     return folder
+
+
+def _result(arm: str, seed: int, steps: int) -> dict[str, Any]:
+    evals = [evaluation(n, arm, seed, steps) | {"tokens": 100 * n} for n in range(0, steps + 1, 5)]
+    entries = 100 * steps * (1 if arm == "scalar_kl" else 21)
+    cost = {"teacher_calls": 4 * steps, "teacher_tokens": 100 * steps, "teacher_entries": entries}
+    return {
+        "evals": evals,
+        "tokens": 100 * steps,
+        **cost,
+        "teacher_bytes": 8 * entries,
+        "clipped": 0.01,
+        "truncated": 1,
+    }

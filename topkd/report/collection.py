@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topkd.report.diary import COMPARE, METRICS, Run, flat, read_object, read_run
+from topkd.report.cells import begun, listed
+from topkd.report.diary import COMPARE, Run, flat, read_config, read_object, read_run
 from topkd.topk.errors import DataError
 
 # Where a run keeps its things says nothing about what it does.
@@ -65,21 +66,22 @@ def gather(paths: Sequence[Path], *, waiting: bool = False) -> Collection:
     runs: list[Run] = []
     comparison: dict[str, Any] = {}
     notes: list[str] = []
+    title = ""
     for path in paths:
         if (path / COMPARE).exists():
             if comparison:
                 raise DataError("two comparisons on one page", where=str(path), hint="make one page for each")
             comparison = read_object(path / COMPARE)
-            runs += _cells(path, comparison, notes)
+            runs += listed(path, comparison, notes)
         elif (path / "cells").is_dir():
-            notes.append(f"the comparison in {path.name} is not finished: its cells so far, and no verdict of its own")
-            runs += [read_run(cell.parent) for cell in sorted((path / "cells").glob(f"*/{METRICS}"))]
+            runs += begun(path, notes) or ([read_run(path, waiting=True)] if waiting else [])
+            title = str(read_config(path).get("name") or title)
         else:
             runs.append(read_run(path, waiting=waiting))
     if not runs:
         raise DataError("nothing to report", where=", ".join(map(str, paths)), got="no run with a diary")
     _tell_apart(runs)
-    title = str(comparison.get("name") or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs"))
+    title = str(comparison.get("name") or title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs"))
     return Collection(title, runs, comparison, notes)
 
 
@@ -89,35 +91,6 @@ def differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
     missing = object()
     differing = [key for key in keys if any(one.get(key, missing) != settings[0].get(key, missing) for one in settings)]
     return sorted(differing, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
-
-
-def _cells(folder: Path, comparison: dict[str, Any], notes: list[str]) -> list[Run]:
-    runs = []
-    arms = comparison.get("arms")
-    labels = {arm.get("name"): arm.get("label") for arm in arms or () if isinstance(arm, dict)}
-    cells = comparison.get("cells")
-    if not isinstance(cells, list):
-        raise DataError(
-            "a comparison without cells", where=str(folder / COMPARE), got=type(cells).__name__, expected="a list"
-        )
-    for cell in cells:
-        name = str(cell.get("id", "?"))
-        path = folder / str(cell.get("run") or f"cells/{name}")
-        if not (path / METRICS).exists():
-            notes.append(f"cell {name} ({cell.get('status', 'not run')}) has no diary and is left out")
-            continue
-        run = read_run(path, name=name)
-        arm = cell.get("arm")
-        # An arm is a setting by itself: the rate that its tuning found is a part of it.
-        params = {"arm": labels.get(arm) or arm} if arm else cell.get("params") or {}
-        run.params = {key: value for key, value in flat(params).items() if key != "seed"}
-        run.replayed = cell.get("phase") == "replay"
-        run.seed = cell["seed"] if isinstance(cell.get("seed"), int) else run.seed
-        run.failed = cell.get("status") == "failed"
-        if run.failed:
-            notes.append(f"cell {name} failed; its curves end where it did, and it is in no verdict")
-        runs.append(run)
-    return runs
 
 
 def _labels(settings: Sequence[dict[str, Any]], collection: Collection) -> list[str]:

@@ -172,7 +172,7 @@ def read_config(path: Path) -> Record:
 def read_object(file: Path) -> Record:
     """A JSON file that holds one object."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"), parse_constant=str)  # no number that JSON cannot say
     except (OSError, ValueError) as error:
         raise DataError("unreadable JSON file", where=str(file), got=str(error)) from error
     if not isinstance(value, dict):

@@ -6,6 +6,7 @@ was pointed here) is refused. It reads the run's folder and nothing else, and ch
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -16,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
+from topkd.report import cells
 from topkd.report.collection import Collection, gather
 from topkd.report.page import fragments, render_page
 from topkd.report.payload import Page, build
@@ -31,6 +33,7 @@ class LivePage:
     def __init__(self, paths: Sequence[Path], port: int = 0, baseline: Mapping[str, Any] | None = None) -> None:
         self.paths, self.baseline = list(paths), baseline
         self._lock = threading.Lock()
+        self._cells = [cells.count(path) for path in self.paths]
         self._collection: Collection = gather(self.paths, waiting=True)
         self._page: Page | None = None
         self._version = 1
@@ -65,11 +68,7 @@ class LivePage:
             began = time.monotonic()
             if self._page is not None and began < self._rest_until:
                 return self._version, self._page
-            try:
-                changed = [run.refresh() for run in self._collection.runs]
-            except DataError:  # another run took the folder: what was read is of a diary that is gone
-                self._collection, changed = gather(self.paths, waiting=True), [True]
-            if any(changed):
+            if self._refreshed():
                 self._version += 1
                 self._page = None
             if self._page is None:
@@ -77,6 +76,17 @@ class LivePage:
                 ended = time.monotonic()
                 self._rest_until = ended + (ended - began) * (1.0 / _SHARE - 1.0)
             return self._version, self._page
+
+    def _refreshed(self) -> bool:
+        """Read on; True when there was anything new. A comparison has more runs than it had."""
+        now = [cells.count(path) for path in self.paths]
+        if now == self._cells:
+            # Another run may have taken the folder: what was read is of a diary that is gone then.
+            with contextlib.suppress(DataError):
+                changed = [run.refresh() for run in self._collection.runs]
+                return any(changed)
+        self._collection, self._cells = gather(self.paths, waiting=True), now
+        return True
 
     def close(self) -> None:
         """Stop serving."""
