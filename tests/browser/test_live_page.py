@@ -11,7 +11,7 @@ from tests.report.made import evaluation, write_run
 from topkd.report.live import serve_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
-DOTS = "document.querySelectorAll('#panel-reverse_kl circle.dot:not(.big)').length"
+DOTS = "document.querySelectorAll('#panel-reverse_kl path.dot:not(.big)').length"
 
 
 def test_new_points_and_a_new_verdict_appear_without_reloading(tmp_path, open_page):

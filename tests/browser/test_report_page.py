@@ -179,11 +179,35 @@ def test_a_setting_can_be_hidden_and_a_chart_made_larger(comparison_page, open_p
 
 def test_the_seeds_and_their_paired_differences_are_drawn(comparison_page, open_page):
     page = open_page(comparison_page).page
-    strips = page.locator("#dots svg.strip")
-    assert strips.count() == 2
-    assert strips.nth(0).locator("circle").count() == 6
-    assert strips.nth(1).locator("circle").count() == 3
-    assert "sampled token: 0.3, 95 % interval 0.3 to 0.3, 3 seeds" in strips.nth(1).get_attribute("aria-label")
+    strips = {name: page.locator(f"[data-measure={name}] svg.strip") for name in ("area", "tokens", "last")}
+    assert [strips[name].count() for name in strips] == [2, 2, 2]
+    assert strips["area"].nth(0).locator(".seed-dot").count() == 6
+    assert "sampled token: 0.921, 95 % interval 0.9203 to 0.9214" in strips["area"].nth(1).get_attribute("aria-label")
+    assert strips["last"].nth(1).locator(".seed-dot").count() == 3
+    assert "sampled token: +0.3, 95 % interval 0.3 to 0.3, 3 seeds" in strips["last"].nth(1).get_attribute("aria-label")
+    # Runs that never arrived are marked where they ended, and have no part in a mean or a ratio.
+    tokens = strips["tokens"].nth(0)
+    assert (tokens.locator(".seed-dot").count(), tokens.locator(".late").count()) == (4, 2)
+    assert tokens.locator(".late title").first.text_content() == "seed 0: not within 2,000"
+    assert "sampled token: 2 of 3 never, 3 seeds" in tokens.get_attribute("aria-label")
+    assert strips["tokens"].nth(1).locator(".seed-dot").count() == 1
+    assert "(1 of 3 pairs)" in strips["tokens"].nth(1).get_attribute("aria-label")
+
+
+def test_groups_differ_by_shape_as_well_as_by_colour(comparison_page, open_page):
+    page = open_page(comparison_page).page
+    shapes = page.locator(".legend .swatch path").evaluate_all("marks => marks.map((mark) => mark.getAttribute('d'))")
+    assert len(set(shapes)) == len(shapes) == 4
+    drawn = (
+        panel(page, "kl_k1")
+        .locator("svg.lines path.dot")
+        .evaluate_all(
+            "marks => marks.map((mark) => [mark.getAttribute('class'), mark.getAttribute('d').replace(/M[^a-z]*/, '')])"
+        )
+    )
+    by_group = {name: {shape for one, shape in drawn if one == name} for name, _ in drawn}
+    assert set(by_group) == {"dot g0", "dot g1"}
+    assert not by_group["dot g0"] & by_group["dot g1"]
 
 
 def test_the_table_is_copied_and_the_data_downloaded(comparison_page, open_page):
@@ -210,6 +234,7 @@ def test_the_table_is_copied_and_the_data_downloaded(comparison_page, open_page)
         page.get_by_role("button", name="Download all data (JSON)").click()
     whole = json.loads(Path(waiting.value.path()).read_text(encoding="utf-8"))
     assert whole["title"] == "scalar against top-K"
+    assert whole["comparison"]["live"]["arms"][1]["seeds"]["0"]["final"] == 1.5
 
 
 def test_only_settings_that_differ_are_shown_until_all_are_wanted(comparison_page, open_page):

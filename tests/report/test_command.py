@@ -60,7 +60,7 @@ def test_figures_are_written_as_png_and_as_svg_with_text(tmp_path: Path) -> None
     result = runner.invoke(app, ["report", *paths, "--out", str(tmp_path / "p.html"), "--figures", str(figures)])
     assert result.exit_code == 0
     names = {file.stem for file in figures.glob("*.svg")}
-    assert {"reverse_kl", "reverse_kl-fresh", "agreement", "kl_k1", "ratio_hist", "scored", "seeds"} <= names
+    assert {"reverse_kl", "reverse_kl-fresh", "agreement", "kl_k1", "ratio_hist", "scored", "seeds-last"} <= names
     assert {file.stem for file in figures.glob("*.png")} == names
     text = (figures / "reverse_kl.svg").read_text(encoding="utf-8")
     assert "KL(student ‖ teacher)" in text

@@ -73,18 +73,30 @@ def test_one_draw_of_each_is_not_called_a_win(tmp_path: Path) -> None:
 
 def test_a_comparisons_own_verdict_goes_first_and_replays_are_ranked_nowhere(tmp_path: Path) -> None:
     page = page_of(write_comparison(tmp_path / "cmp"))
-    assert page.verdict.headline == "top-20 wins: its area is 0.850 (0.800 to 0.900)."
+    assert page.verdict.headline.startswith("top-20 wins: its area under KL(student ‖ teacher) is 0.921 (0.920 to ")
     assert page.verdict.tone == "won"
-    assert "At the end of the runs: top-20 wins" in page.verdict.detail
+    assert page.verdict.detail.startswith("top-20 also ends lowest: its last value is 0.832 (0.830 to 0.835) of the ")
+    assert page.verdict.detail.endswith("Last values, nats a token: top-20 1.49, sampled token 1.79.")
     assert [rank.label for rank in page.verdict.ranks] == ["top-20", "sampled token"]
     assert [group["label"] for group in page.data["groups"] if group["apart"]] == [
         "sampled token, replayed",
         "top-20, replayed",
     ]
-    live, replay = page.compared
+    live, replay, tuning, prefixes, training = page.more
     assert live.title == "Compared on-policy, live"
     assert "off-policy test" in replay.title
-    assert live.rows[1][:5] == ["top-20", "the base's", "0.9 (sd 0.01)", "0.850 [0.800, 0.900]", "0.850 [0.800, 0.900]"]
+    assert replay.note.startswith("On replayed rollouts: top-20 wins: ")
+    assert live.rows[1][:5] == ["top-20", "0.001", "0.8725 (sd 0.0025)", "0.921 [0.920, 0.921]", "0.832 [0.830, 0.835]"]
+    assert live.rows[0][5] == "1,945 (2 of 3 never)"
+    assert tuning.columns == ["arm", "0.0003", "0.001", "0.003", "0.01", "taken"]
+    assert tuning.rows[0] == ["sampled token", "0.97", "0.93", "0.95", "broke", "0.001"]
+    assert (0, 2) in tuning.marked
+    assert "The grid was 0.0003, 0.001, 0.003, and grew" in tuning.note
+    assert [row[:3] for row in prefixes.rows][2] == ["fresh: the student's own", "top-20", "1.59 [1.565, 1.615]"]
+    said = dict(zip(training.columns, training.rows[0], strict=True))
+    assert said["setting"] == "top-20"
+    assert said["tokens a step"] == "100"
+    assert said["completion length"] == "25 → 25"
 
 
 def test_a_failed_cell_is_in_no_verdict_and_is_named(tmp_path: Path) -> None:

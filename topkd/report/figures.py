@@ -12,6 +12,7 @@ from topkd.topk.errors import ConfigError
 
 _COLOURS = GROUPS["light"]
 _STYLES = ("-", (0, (5, 2)), (0, (1.5, 2)))
+_MARKERS = ("o", "s", "^", "D", "v", "P")
 _RC = {
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -60,16 +61,24 @@ def _figures(page: Page) -> Iterator[tuple[str, Any]]:
             for prefixes, lines in panel["lines"].items():
                 name = panel["key"] if prefixes in ("", page.data["prefixes"][0]) else f"{panel['key']}-{prefixes}"
                 yield name, lambda axes, panel=panel, lines=lines: _panel(axes, page, panel, lines, axis)
-    if sum(len(rank.values) for rank in page.verdict.ranks) > 1:
-        yield "seeds", lambda axes: _seeds(axes, page)
+    for measure in page.data["seeds"]:
+        for name, strip in zip(("seeds", "paired"), measure["strips"], strict=False):
+            yield (
+                f"{name}-{measure['key']}",
+                lambda axes, measure=measure, strip=strip: _strip(axes, page, measure, strip),
+            )
 
 
 def _panel(axes: Any, page: Page, panel: dict[str, Any], lines: list[dict[str, Any]], axis: dict[str, Any]) -> None:
     for line in lines:
-        at, style, label = _look(page, line["g"])
+        at, style, marker, label = _look(page, line["g"])
         x, y = _known(line["x"].get(axis["key"]) or line["x"]["step"]), _known(line["y"])
         if line["role"] == "main":
-            axes.plot(x, y, color=at, linestyle=style, lw=1.4, label=label, marker="o" if len(y) < 16 else "", ms=2.4)
+            every = max(1, len(y) // 6)  # a shape as well as a colour, without burying the line
+            offset = line["g"] * every // max(1, len(page.groups))
+            axes.plot(
+                x, y, color=at, linestyle=style, lw=1.4, label=label, marker=marker, ms=3.2, markevery=(offset, every)
+            )
         else:
             axes.plot(x, y, color=at, lw=0.6, alpha=0.35)
         if "lo" in line:
@@ -82,7 +91,7 @@ def _panel(axes: Any, page: Page, panel: dict[str, Any], lines: list[dict[str, A
 def _histogram(axes: Any, page: Page, panel: dict[str, Any]) -> None:
     edges = panel["edges"]
     for line in panel["lines"]:
-        at, style, label = _look(page, line["g"])
+        at, style, _, label = _look(page, line["g"])
         closed = line["y"][1:-1] if len(line["y"]) == len(edges) + 1 else line["y"]
         shares = [100 * share for share in closed]
         axes.stairs(shares, edges[: len(shares) + 1], color=at, linestyle=style, label=label)
@@ -92,22 +101,29 @@ def _histogram(axes: Any, page: Page, panel: dict[str, Any]) -> None:
         axes.legend()
 
 
-def _seeds(axes: Any, page: Page) -> None:
-    ranks = [rank for rank in page.verdict.ranks if rank.values]
-    for row, rank in enumerate(ranks):
-        at, _, _ = _look(page, rank.group)
-        axes.hlines(row, rank.end.low, rank.end.high, color=at, lw=2, alpha=0.5)
-        axes.plot([one["value"] for one in rank.values], [row] * len(rank.values), "o", color=at, ms=3.5, alpha=0.7)
-        axes.plot([rank.end.mean], [row], "|", color=at, ms=12, mew=2)
-    axes.set_yticks(range(len(ranks)), [rank.label for rank in ranks])
-    axes.set_ylim(len(ranks) - 0.5, -0.5)
-    axes.set(title="last value by seed, mean with 95 % interval", xlabel=f"{page.verdict.metric}, nats per token")
+def _strip(axes: Any, page: Page, measure: dict[str, Any], strip: dict[str, Any]) -> None:
+    for row, one in enumerate(strip["rows"]):
+        at, _, marker, _ = _look(page, one["group"])
+        if one["low"] is not None:
+            axes.hlines(row, one["low"], one["high"], color=at, lw=2, alpha=0.5)
+        for late, shape, face in ((False, marker, at), (True, ">", "none")):  # open: ended before it arrived
+            values = [dot["value"] for dot in one["dots"] if dot["late"] is late]
+            axes.plot(values, [row] * len(values), shape, color=at, mfc=face, ms=3.5, alpha=0.7)
+        if one["mean"] is not None:
+            axes.plot([one["mean"]], [row], "|", color=at, ms=12, mew=2)
+    if strip["even"] is not None:
+        axes.axvline(strip["even"], color="#7d8590", lw=0.8)
+    axes.set_yticks(range(len(strip["rows"])), [one["label"] for one in strip["rows"]])
+    axes.set_ylim(len(strip["rows"]) - 0.5, -0.5)
+    pairs = "" if strip["even"] is None else f"\npaired {'ratio' if strip['ratio'] else 'difference'} to the best, 95 %"
+    axes.set_title(measure["title"] + pairs)
 
 
-def _look(page: Page, group: int) -> tuple[str, Any, str]:
-    """Colour, line style and label of a setting, as on the page."""
-    turn = group // len(_COLOURS) % len(_STYLES)
-    return _COLOURS[group % len(_COLOURS)], _STYLES[turn], page.groups[group].label
+def _look(page: Page, group: int) -> tuple[str, Any, str, str]:
+    """Colour, line style, marker and label of a setting, as on the page."""
+    turn = group // len(_COLOURS)
+    marker = _MARKERS[(group + turn) % len(_MARKERS)]
+    return _COLOURS[group % len(_COLOURS)], _STYLES[turn % len(_STYLES)], marker, page.groups[group].label
 
 
 def _known(values: list[float | None]) -> list[float]:

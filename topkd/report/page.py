@@ -18,7 +18,7 @@ from topkd.report.collection import Collection
 from topkd.report.palette import stylesheet
 from topkd.report.payload import Page, build
 
-SCRIPTS = ("core", "scales", "lines", "bars", "explorer", "tables", "main")
+SCRIPTS = ("core", "scales", "lines", "bars", "strips", "explorer", "tables", "main")
 
 
 def render(collection: Collection, baseline: Mapping[str, Any] | None = None) -> str:

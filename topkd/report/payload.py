@@ -12,9 +12,11 @@ from topkd.report.compared import compared
 from topkd.report.diary import last_step
 from topkd.report.explorer import Transcripts, transcripts
 from topkd.report.lines import Thinning, histogram, panel_lines, prefix_kinds
+from topkd.report.measured import by_prefixes, training
 from topkd.report.outcome import Outcome
 from topkd.report.palette import DASHES, GROUPS
 from topkd.report.panels import SECTIONS, Panel, Section
+from topkd.report.strips import measures
 from topkd.report.tables import Table, runs_table, settings, summary
 from topkd.report.verdict import Verdict, verdict
 
@@ -28,7 +30,7 @@ class Page:
     outcomes: list[list[Outcome]]
     verdict: Verdict
     summary: Table
-    compared: list[Table]
+    more: list[Table]
     runs: Table
     settings: Table
     transcripts: Transcripts
@@ -55,6 +57,8 @@ def build(collection: Collection, *, live: bool = False, baseline: Mapping[str, 
         "sections": sections,
         "metric": said.metric,
         "ranks": [rank.plain() for rank in said.ranks],
+        "seeds": [one.plain() for one in measures(collection, groups, said.ranks, said.metric)],
+        "comparison": collection.comparison,
         "rollouts": recorded.heads,
     }
     return Page(
@@ -63,13 +67,19 @@ def build(collection: Collection, *, live: bool = False, baseline: Mapping[str, 
         outcomes,
         said,
         summary(groups, outcomes, said),
-        compared(collection.comparison),
+        [*compared(collection.comparison), *_measured(groups, said)],
         runs_table(groups, outcomes),
         settings(collection, groups, baseline),
         recorded,
         data,
         notes,
     )
+
+
+def _measured(groups: Sequence[Group], said: Verdict) -> list[Table]:
+    """Tables of the settings that were run on-policy, best first."""
+    order = [rank.group for rank in said.ranks] or [i for i, group in enumerate(groups) if not group.replayed]
+    return [table for table in (by_prefixes(groups, order), training(groups, order)) if table is not None]
 
 
 def _section(section: Section, groups: Sequence[Group], account: Thinning, kinds: Sequence[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from topkd.report.collection import Collection, Group, differing_keys
 from topkd.report.diary import flat
 from topkd.report.outcome import Outcome, spread
 from topkd.report.verdict import Verdict
-from topkd.report.wording import between, number, short
+from topkd.report.wording import between, number, percent, short
 
 _METRICS = (
     ("reverse_kl", "KL(S‖T)"),
@@ -54,7 +54,7 @@ def summary(groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]], said
     paired = any(gaps.values())
     areas = any(math.isfinite(one.area) for one in flatly)
     columns = ["setting", "runs", *(name for _, name in metrics)]
-    columns += ["paired difference to the best"] * paired + ["mean KL over the run"] * areas
+    columns += ["paired difference to the best"] * paired + [f"mean {said.metric}"] * areas
     columns += [name for _, name in sums]
     rows = []
     for index in order:
@@ -117,18 +117,8 @@ def settings(collection: Collection, groups: Sequence[Group], baseline: Mapping[
 
 
 def _metric(ones: Sequence[Outcome], key: str) -> str:
-    if len(ones) == 1:
-        value = ones[0].last.get(key, math.nan)
-        if key in ("agreement", "accuracy"):
-            return f"{100 * value:.1f} %" if math.isfinite(value) else "?"
-        return number(value)
-    end = spread(ones, key)
-    if key in ("agreement", "accuracy"):
-        if not math.isfinite(end.mean):
-            return "?"
-        half = f" [{100 * end.low:.1f}, {100 * end.high:.1f}]" if math.isfinite(end.low) else ""
-        return f"{100 * end.mean:.1f}{half} %"
-    return between(end)
+    say = percent if key in ("agreement", "accuracy") else number
+    return say(ones[0].last.get(key, math.nan)) if len(ones) == 1 else between(spread(ones, key), say)
 
 
 def _total(ones: Sequence[Outcome], key: str) -> str:

@@ -1,4 +1,4 @@
-// Importance ratios as a histogram, and final values seed by seed with their paired differences.
+// Importance ratios as a histogram.
 class Histogram extends LineChart {
   chosen() {
     const { edges } = this.panel;
@@ -99,59 +99,3 @@ class Histogram extends LineChart {
 }
 
 const ratio = (log2) => String(Number((2 ** log2).toPrecision(2)));
-
-// A row a setting: each seed a dot, the mean a bar with its interval; beside it the paired difference to the best.
-function drawDots(host) {
-  const ranks = data.ranks.filter((rank) => rank.values.length);
-  host.closest('section').hidden = ranks.reduce((sum, rank) => sum + rank.values.length, 0) < 2;
-  if (host.closest('section').hidden) return;
-  const gaps = ranks.filter((rank) => rank.difference);
-  host.replaceChildren(
-    el('p', { class: 'soft', text: `Last ${data.metric}, nats a token. A dot is a seed; the bar is the mean with its 95 % interval over seeds.` }),
-    strip(host, ranks, (rank) => ({ dots: rank.values, mean: rank.mean, low: rank.low, high: rank.high }), false),
-    ...(gaps.length ? [
-      el('p', { class: 'soft', text: `Paired difference to ${ranks[0].label}, same seed against same seed, with its 95 % interval. Right of zero: worse.` }),
-      strip(host, gaps, (rank) => ({ ...rank.difference, dots: differences(rank, ranks[0]) }), true),
-    ] : []));
-}
-
-function differences(rank, best) {
-  return rank.values.flatMap((one) => {
-    const twin = best.values.find((other) => other.seed === one.seed);
-    return twin && one.seed !== null ? [{ seed: one.seed, value: one.value - twin.value }] : [];
-  });
-}
-
-function strip(host, ranks, read, zero) {
-  const width = Math.max(280, host.clientWidth || 640);
-  const row = 34;
-  const narrow = width < 520;
-  const names = narrow ? 8 : Math.min(240, Math.max(...ranks.map((rank) => textWidth(rank.label, 13))) + 18);
-  const height = ranks.length * (narrow ? row + 16 : row) + 30;
-  const rows = ranks.map((rank) => ({ rank, ...read(rank) }));
-  const values = rows.flatMap((one) => [...one.dots.map((dot) => dot.value), one.low ?? one.mean, one.high ?? one.mean]).concat(zero ? [0] : []);
-  const span = Math.max(...values) - Math.min(...values) || Math.abs(values[0]) || 1;
-  const x = scale([Math.min(...values) - 0.05 * span, Math.max(...values) + 0.05 * span], [names + 8, width - 84]);
-  const graph = svg('svg', { width, height, viewBox: `0 0 ${width} ${height}`, class: 'strip', role: 'img',
-    'aria-label': rows.map((one) => `${one.rank.label}: ${number(one.mean)}, 95 % interval ${number(one.low)} to ${number(one.high)}, ${one.dots.length} seeds`).join('; ') });
-  const bottom = height - 26;
-  const ticks = linearTicks(x.invert(names + 8), x.invert(width - 84), Math.max(2, Math.floor((width - names - 92) / 64)));
-  for (const tick of ticks) {
-    graph.append(svg('line', { x1: x(tick), x2: x(tick), y1: narrow ? 20 : 4, y2: bottom, class: zero && tick === 0 ? 'zero' : 'rule' }),
-      svg('text', { x: x(tick), y: bottom + 16, class: 'tick middle', text: tickText(tick, ticks) }));
-  }
-  rows.forEach((one, i) => {
-    const y = narrow ? i * (row + 16) + 32 : i * row + 20;
-    const g = groupClass(one.rank.group);
-    graph.append(svg('text', { x: 4, y: narrow ? y - 14 : y + 4, class: 'name', text: one.rank.label }));
-    if (one.low !== null && one.low !== undefined) {
-      graph.append(svg('line', { x1: x(one.low), x2: x(one.high), y1: y, y2: y, class: `interval stroke ${g}` }));
-    }
-    for (const dot of one.dots) {
-      graph.append(svg('circle', { cx: x(dot.value), cy: y, r: 4.5, class: `seed-dot ${g}` }, svg('title', { text: `seed ${dot.seed}: ${number(dot.value)}` })));
-    }
-    graph.append(svg('line', { x1: x(one.mean), x2: x(one.mean), y1: y - 9, y2: y + 9, class: `mean stroke ${g}` }),
-      svg('text', { x: width - 76, y: y + 4, class: 'label', text: `${zero && one.mean > 0 ? '+' : ''}${number(one.mean)}` }));
-  });
-  return graph;
-}

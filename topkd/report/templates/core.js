@@ -60,5 +60,16 @@ const hears = (listener) => listeners.push(listener);
 const tell = (what) => listeners.forEach((listener) => listener(what));
 const axis = () => data.axes.find((one) => one.key === state.x);
 const groupClass = (g) => `g${g % 18}`;
-const swatch = (g) => svg('svg', { class: `swatch ${groupClass(g)}`, viewBox: '0 0 26 8', 'aria-hidden': 'true' },
-  svg('line', { x1: 1, x2: 25, y1: 4, y2: 4, class: 'stroke' }));
+
+// A group's own shape, so that colour is never all that tells groups apart; later rounds of the colours shift the shapes.
+const SHAPES = [
+  (x, y, r) => `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0Z`,
+  (x, y, r) => `M${x - 0.9 * r} ${y - 0.9 * r}h${1.8 * r}v${1.8 * r}h${-1.8 * r}Z`,
+  (x, y, r) => `M${x} ${y - 1.25 * r}l${1.15 * r} ${2.1 * r}h${-2.3 * r}Z`,
+  (x, y, r) => `M${x} ${y - 1.35 * r}l${1.35 * r} ${1.35 * r}l${-1.35 * r} ${1.35 * r}l${-1.35 * r} ${-1.35 * r}Z`,
+  (x, y, r) => `M${x} ${y + 1.25 * r}l${1.15 * r} ${-2.1 * r}h${-2.3 * r}Z`,
+  (x, y, r) => `M${x - 0.45 * r} ${y - 1.3 * r}h${0.9 * r}v${0.85 * r}h${0.85 * r}v${0.9 * r}h${-0.85 * r}v${0.85 * r}h${-0.9 * r}v${-0.85 * r}h${-0.85 * r}v${-0.9 * r}h${0.85 * r}Z`,
+];
+const marker = (g, x, y, r, kind = 'dot') => svg('path', { d: SHAPES[(g + Math.floor(g / 6)) % 6](Number(x.toFixed(1)), Number(y.toFixed(1)), r), class: `${kind} ${groupClass(g)}` });
+const swatch = (g) => svg('svg', { class: `swatch ${groupClass(g)}`, viewBox: '0 0 26 10', 'aria-hidden': 'true' },
+  svg('line', { x1: 1, x2: 25, y1: 5, y2: 5, class: 'stroke' }), marker(g, 13, 5, 3.4));

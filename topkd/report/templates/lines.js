@@ -135,10 +135,14 @@ class LineChart {
       pen = Boolean(at); // a hole lifts the pen: nothing is drawn across it
     });
     this.svg.append(svg('path', { d: path || 'M0 0', class: `${line.role} stroke ${groupClass(line.g)}` }));
-    const few = line.role === 'main' && dots.length <= 24;
-    for (const dot of dots) {
-      if (few || dot.lone) this.svg.append(svg('circle', { cx: dot.at[0], cy: dot.at[1], r: 2.6, class: `dot ${groupClass(line.g)}` }));
-    }
+    // Where values are many, some of them carry the group's shape, each group's a little aside from the next one's.
+    const main = line.role === 'main';
+    const few = main && dots.length <= 24;
+    const every = main && data.groups.length > 1 ? Math.ceil(dots.length / 5) : Infinity;
+    const offset = Math.round(((2 * line.g + 1) * every) / (2 * data.groups.length));
+    dots.forEach((dot, i) => {
+      if (few || dot.lone || i % every === offset) this.svg.append(marker(line.g, ...dot.at, 2.9));
+    });
   }
 
   label(line) {
@@ -159,7 +163,7 @@ class LineChart {
         this.svg.append(svg('line', { x1: label.x + 3, y1: label.y, x2: this.box.right + 7, y2: label.at, class: `lead stroke ${g}` }));
       }
       this.svg.append(
-        svg('circle', { cx: this.box.right + 8, cy: label.at, r: 2.5, class: `dot ${g}` }),
+        marker(label.line.g, this.box.right + 8, label.at, 2.9),
         svg('text', { x: this.box.right + 13, y: label.at + 4, class: 'label', text: this.label(label.line) }));
     }
   }
@@ -217,7 +221,7 @@ class LineChart {
     this.cross.append(svg('line', { x1: x, x2: x, y1: this.box.top, y2: this.box.bottom, class: 'hair' }));
     for (const row of rows) {
       if (row.y === null || (this.log && row.y <= 0)) continue;
-      this.cross.append(svg('circle', { cx: this.x(row.x), cy: this.y(row.y), r: 4, class: `dot big ${groupClass(row.line.g)}` }));
+      this.cross.append(marker(row.line.g, this.x(row.x), this.y(row.y), 4.2, 'dot big'));
     }
     if (state.at.chart === this) this.table(rows, anchor, x);
   }
