@@ -1,8 +1,12 @@
 """What a finished run says on standard output, and what its bar shows."""
 
+import io
 import json
 import math
+import re
 from pathlib import Path
+
+from rich.console import Console
 
 from topkd.cli.display import Display, told
 from topkd.compose.train import RunResult
@@ -42,3 +46,31 @@ def test_a_warm_start_on_data_ends_with_its_own_measure(capsys):
     last = {key: value for key, value in STEP.items() if key != "kl_k1"} | {"sft_loss": 2.5}
     told(RunResult(Path("runs/a"), [last], []), "done", as_json=False)
     assert "last sft_loss 2.5;" in capsys.readouterr().out
+
+
+def test_in_80_columns_the_bar_gives_way_and_no_number_is_cut(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr("sys.stderr", screen := io.StringIO())
+    monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
+    display = Display()
+    assert display.live
+    display.stage("train the teacher", 1500)
+    display.record("step", {**STEP, **CLOCKS, "step": 1200, "kl_k1": 1.681, "tokens": 40_000, "lost": {"timeout": 12}})
+    page = Console(width=80, file=io.StringIO())
+    page.print(display._bars.get_renderable())
+    (line,) = page.file.getvalue().splitlines()
+    assert len(line) <= 80
+    assert re.search(
+        r"train the teacher .*1200/1500 \d:\d\d:\d\d [-:\d]{7} kl 1.681  20000 tok/s  lost 12$", line.rstrip()
+    )
+
+
+def test_away_from_a_terminal_there_are_plain_lines_and_no_escape_codes(capsys):
+    with Display() as display:
+        display.stage("distil", 2)
+        display.record("step", {**STEP, **CLOCKS, "step": 1})
+        display.record("step", {**STEP, **CLOCKS, "step": 2})
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(r"distil: 1/2 kl 0\.000  20 tok/s \(\d+ s\)\ndistil: 2/2 .*\n", said.err)

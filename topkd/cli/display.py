@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from topkd.compose.progress import Progress as Told
 
@@ -27,11 +28,12 @@ class Display(Told):
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
         self.live = self.console.is_terminal and not os.environ.get("CI")
         self._bars = Progress(
-            TextColumn("{task.description:<18}"),
-            BarColumn(bar_width=24),
+            # In 80 columns the bar gives way first, then the detail; a clock that is cut says nothing.
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16, table_column=Column(max_width=16)),
             TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
             TextColumn("{task.fields[detail]}"),
             console=self.console,
             disable=not self.live,
