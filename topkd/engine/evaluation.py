@@ -80,8 +80,8 @@ def _divergence_sums(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 def _weighted_difference(first: Tensor, second: Tensor) -> Tensor:
     """sum exp(a) (a - b), where a = -inf (an id that a model excludes) contributes exactly 0."""
-    inside = ~torch.isneginf(first)
-    return (first[inside].exp() * (first[inside] - second[inside])).sum()
+    terms = first.exp() * (first - second)
+    return torch.where(torch.isneginf(first), 0.0, terms).sum()  # picking is several times cheaper than gathering
 
 
 def _rows(batch: Sequence[Probe]) -> Tensor:
