@@ -1,5 +1,6 @@
 """Comparisons that really train, on the embedded pair."""
 
+import contextlib
 import json
 import os
 import signal
@@ -82,6 +83,15 @@ def test_the_scalar_arms_pay_for_one_logprob_a_token(whole):
     assert topk["teacher_entries"] == 21 * topk["teacher_tokens"]
 
 
+def alive(group):
+    """Whether any process of the group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_a_killed_comparison_continues_to_the_same_result(whole, tmp_path):
     config, done = whole
     (tmp_path / "config.json").write_text(config.model_dump_json())
@@ -101,9 +111,15 @@ def test_a_killed_comparison_continues_to_the_same_result(whole, tmp_path):
             assert child.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    finally:
-        os.killpg(child.pid, signal.SIGKILL)
+        child.kill()
         child.wait()
+        deadline = time.monotonic() + 30
+        while alive(child.pid):  # its workers and the keeper of their semaphores go with it
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").glob("*/result.json")}
     again = compare(config, tmp_path / "out")
     assert measured(again.out) == measured(done.out)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +25,7 @@ from topkd.compose.progress import Progress
 from topkd.engine.metrics import strict
 from topkd.topk.errors import ConfigError, TrainingError
 
-FILE = "compare.json"
+FILE, CONFIG = "compare.json", "config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +113,25 @@ class _Workers:
         if self._pool is None:
             # Threads of the linear algebra are fixed when a worker imports it, so by its environment.
             os.environ.setdefault("OMP_NUM_THREADS", str(self.threads))
-            self._pool = ProcessPoolExecutor(self.count, mp_context=multiprocessing.get_context("spawn"))
+            self._pool = ProcessPoolExecutor(
+                self.count, mp_context=multiprocessing.get_context("spawn"), initializer=_as_worker
+            )
         return self._pool.submit(run_cell, str(self.cells), cell, self.threads)
+
+
+def _as_worker() -> None:
+    """In a worker: Ctrl-C is the parent's to answer, and a parent that is gone, however it went, ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    sentinel = parent.sentinel
+
+    def follow() -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True, name="topkd-parent").start()
 
 
 def _tuned(config: CompareConfig, workers: _Workers) -> tuple[dict[str, float | None], dict[str, dict[str, Any]]]:
@@ -129,7 +149,7 @@ def _tuned(config: CompareConfig, workers: _Workers) -> tuple[dict[str, float | 
         results = workers.finish("tuning" if not extension else "tuning, wider", list(cells.values()))
         tables = {
             arm.name: _trials(
-                rates, [[results[cells[arm.name, r, s].id] for s in config.tuning.seeds] for r in rates], config
+                arm, rates, [[results[cells[arm.name, r, s].id] for s in config.tuning.seeds] for r in rates], config
             )
             for arm in config.arms
         }
@@ -142,7 +162,9 @@ def _tuned(config: CompareConfig, workers: _Workers) -> tuple[dict[str, float | 
     return {name: table["best"] for name, table in tables.items()}, tables
 
 
-def _trials(rates: Sequence[float], results: Sequence[Sequence[Mapping[str, Any]]], config: CompareConfig) -> dict[str, Any]:  # fmt: skip  # noqa: E501
+def _trials(
+    arm: Arm, rates: Sequence[float], results: Sequence[Sequence[Mapping[str, Any]]], config: CompareConfig
+) -> dict[str, Any]:
     areas = []
     for per_seed in results:
         facts = [
@@ -153,7 +175,10 @@ def _trials(rates: Sequence[float], results: Sequence[Sequence[Mapping[str, Any]
         areas.append(sum(facts) / len(facts) if None not in facts else None)  # type: ignore[arg-type]
     able = [(area, i) for i, area in enumerate(areas) if area is not None and not math.isnan(area)]
     if not able:
-        raise TrainingError("no learning rate finished", got=results[0][0]["error"], hint="lower tuning.rates")
+        raise TrainingError(
+            "no learning rate finished", where=f"arm {arm.name!r}",
+            got=results[0][0]["error"] or f"no finite {config.metric}", hint="lower tuning.rates",
+        )  # fmt: skip
     _, best = min(able)
     edge = "low" if best == 0 else "high" if best == len(rates) - 1 else ""
     return {"rates": list(rates), "areas": areas, "best": rates[best], "edge": edge}
@@ -171,24 +196,25 @@ def _cell(config: CompareConfig, arm: Arm, seed: int, lr: float | None, phase: P
 
 
 def _claim(config: CompareConfig, out: Path) -> None:
-    """The directory, for this comparison: an empty one, or the one where the same arms were begun."""
+    """The directory, for this comparison: an empty one, or the one where some of these arms were begun."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lying = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        lying = json.loads((out / CONFIG).read_text(encoding="utf-8")) if any(out.iterdir()) else None
     except FileNotFoundError:
-        if any(out.iterdir()):
-            raise ConfigError(
-                "the output folder holds something else", where=str(out), hint="choose another --out"
-            ) from None
+        lying = {}
     except (OSError, ValueError) as error:
         raise ConfigError("cannot use the output folder", where=str(out), got=str(error)) from error
-    else:
-        if (lying.get("name"), lying.get("base")) != (config.name, config.base):
+    if lying is not None:
+        if not isinstance(lying, dict) or not isinstance(lying.get("arms"), list):
+            raise ConfigError("the output folder holds something else", where=str(out), hint="choose another --out")
+        arms = [str(arm.get("name")) for arm in lying["arms"]]
+        same = (lying.get("name"), lying.get("base")) == (config.name, config.base)
+        if not same or not {arm.name for arm in config.arms} & set(arms):
             raise ConfigError(
                 "the output folder holds another comparison", where=str(out),
-                got=f"{lying.get('name')!r} on {lying.get('base')!r}", hint="choose another --out",
+                got=f"{lying.get('name')!r} on {lying.get('base')!r}: {', '.join(arms)}", hint="choose another --out",
             )  # fmt: skip
-    saved(config, out / "config.json")
+    saved(config, out / CONFIG)
 
 
 def _rounded(rate: float) -> float:

@@ -92,11 +92,11 @@ async def _embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]:
     from topkd.compose import demo
     from topkd.compose.compare_measures import Measures
     from topkd.compose.compare_rollouts import Recording, read_rollouts
+    from topkd.compose.compare_teacher import StepTeacher
     from topkd.compose.config import saved
     from topkd.compose.progress import Progress
     from topkd.compose.samplers import in_process
     from topkd.compose.train import run
-    from topkd.engine.local_teacher import LocalTeacher
     from topkd.engine.student import Student, load_tokenizer
 
     config = validated(EngineConfig, cell.values, where=f"cell {cell.id}")
@@ -105,24 +105,25 @@ async def _embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]:
     saved(config, folder / "config.json")
     rows = demo.prompt_rows(assets.training, cell.seed)
     measures = await Measures.prepared(student, teacher, assets.held_out, cell.probes)
-    recording = Recording() if cell.rollouts_of == cell.id else None
-    source = read_rollouts(cells / cell.rollouts_of, rows) if cell.phase == "replay" else None
+    scorer = StepTeacher(teacher)
+    recording = Recording(scorer.expect)
+    replayed = read_rollouts(cells / cell.rollouts_of, rows, scorer.expect) if cell.phase == "replay" else None
     result = await run(
         config,
         student=student,
         tokenizer=load_tokenizer(str(assets.student)),
         rows=rows,
-        teachers={"": LocalTeacher(teacher)},
+        teachers={"": scorer},
         out=folder,
         progress=Progress(),
         evaluate=measures,
         # No stop token: every completion has its full length, so that every arm learns from as many valid tokens.
         sampling=in_process(config, student, None),
-        wrap=None if recording is None else recording.around,
-        source=source,
+        wrap=recording.around if replayed is None else None,
+        source=replayed,
     )
     shutil.rmtree(folder / "student", ignore_errors=True)  # what is compared are the measurements
-    if recording is not None:
+    if cell.rollouts_of == cell.id:
         recording.write(folder)
     return account(result.steps, result.evals, _entries(config))
 

@@ -86,7 +86,11 @@ class CompareConfig(Frozen):
 
     @model_validator(mode="after")
     def _distinct(self) -> CompareConfig:
-        for what, values in (("arm names", [arm.name for arm in self.arms]), ("seeds", list(self.seeds))):
+        for what, values in (
+            ("arm names", [arm.name for arm in self.arms]),
+            ("arm labels", [arm.shown for arm in self.arms]),
+            ("seeds", list(self.seeds)),
+        ):
             if len(values) != len(set(values)):
                 raise ValueError(f"{what} that differ from one another")
         if self.tuning is not None and (shared := set(self.tuning.seeds) & set(self.seeds)):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -15,13 +16,18 @@ from topkd.topk.protocols import Ids, Sampler
 from topkd.topk.samples import Rollout, SamplingParams
 
 FILE = "rollouts.npz"
+Drawn: TypeAlias = Callable[[Sequence[Rollout]], None]
 
 
 class Recording:
-    """Keeps every rollout that passes, step by step; ``around`` a sampler, then ``write``."""
+    """Keeps every rollout that passes, step by step; ``around`` a sampler, then ``write``.
 
-    def __init__(self) -> None:
+    ``drawn`` is told each step's rollouts, before anybody else sees them.
+    """
+
+    def __init__(self, drawn: Drawn) -> None:
         self.steps: list[list[Rollout]] = []
+        self._drawn = drawn
         self._inner: BatchSampler | None = None
 
     def around(self, sampler: Sampler) -> Sampler:
@@ -43,6 +49,7 @@ class Recording:
             raise ConfigError("nothing to record from", hint="put the recording around a sampler first")
         drawn = await self._inner.sample_batch(prompts, n, params, k=k)
         self.steps.append([rollout for group in drawn for rollout in group])
+        self._drawn(self.steps[-1])
         return drawn
 
     def write(self, folder: Path) -> None:
@@ -59,8 +66,8 @@ class Recording:
         )
 
 
-def read_rollouts(folder: Path, rows: Sequence[PromptRow]) -> Source:
-    """The rollouts that a cell wrote, as the source of another's batches."""
+def read_rollouts(folder: Path, rows: Sequence[PromptRow], drawn: Drawn) -> Source:
+    """The rollouts that a cell wrote, as the source of another's batches; ``drawn`` is told each step's."""
     with np.load(folder / FILE) as stored:
         counts, sizes, lengths = stored["steps"], stored["prompts"], stored["lengths"]
         prompts = np.split(stored["prompt_ids"], np.cumsum(sizes)[:-1])
@@ -72,6 +79,7 @@ def read_rollouts(folder: Path, rows: Sequence[PromptRow]) -> Source:
         part = range(int(ends[step] - counts[step]), int(ends[step]))
         params = SamplingParams(max_tokens=int(lengths[part].max()))
         rollouts = [Rollout(prompts[i], ids[i], logp[i], "length", params) for i in part]
+        drawn(rollouts)
         return [row_of[rollout.prompt_ids.tobytes()] for rollout in rollouts], rollouts
 
     return source

@@ -18,9 +18,11 @@ from topkd.compose.limits import check_lengths, compared_ends
 from topkd.compose.meeting import Met, meet_teachers
 from topkd.compose.pieces import Prompts, load_prompts
 from topkd.compose.progress import Progress
+from topkd.compose.recording import cache_folder, recording
 from topkd.compose.resume import foreseen
 from topkd.compose.sampler_meeting import meet_sampler
 from topkd.engine.data import PromptRow
+from topkd.offline import ScoreStore
 from topkd.topk.errors import TopkdError
 
 # Said only where they are given: they are read for some teachers and some rows alone.
@@ -90,7 +92,9 @@ class _Notes(Progress):
             self._found.notes.append(text)
 
 
-async def dry_run(config: RunConfig, *, served: bool = True, out: Path | None = None, resume: bool = False) -> DryRun:
+async def dry_run(
+    config: RunConfig, *, served: bool = True, out: Path | None = None, resume: bool = False, cache: Path | None = None
+) -> DryRun:
     """Look at everything a run needs.
 
     Args:
@@ -98,6 +102,7 @@ async def dry_run(config: RunConfig, *, served: bool = True, out: Path | None = 
         served: False where no server is asked (a replay).
         out: The run's folder, where it is known.
         resume: The run would go on with what is there.
+        cache: Of a replay; None takes the config's.
     """
     found = DryRun(_in_force(config, served=served), config=config.model_dump(mode="json"))
     if out is not None:
@@ -116,6 +121,8 @@ async def dry_run(config: RunConfig, *, served: bool = True, out: Path | None = 
             found.notes += filter(None, [await meet_sampler(config)])
         except TopkdError as error:
             found.problems.append(str(error))
+    else:
+        _look_into(cache, config, found)
     try:
         prompts = load_prompts(config, _Notes(found))
     except TopkdError as error:
@@ -130,6 +137,18 @@ async def dry_run(config: RunConfig, *, served: bool = True, out: Path | None = 
     found.notes += compared_ends(config, prompts).notes
     _estimate(config, prompts, met, found)
     return found
+
+
+def _look_into(cache: Path | None, config: RunConfig, found: DryRun) -> None:
+    """Whether a cache has what a replay needs, and whose it is."""
+    try:
+        with ScoreStore(cache_folder(config, cache)) as store:
+            kept = recording(store, config)
+            scorers = " and ".join(repr(teacher.name) for teacher in kept.teachers.values())
+            policy = f"{kept.policy.name!r} (replay.policy = {kept.policy.revision!r})"
+            found.notes.append(f"{store.path} has rollouts of {policy}, scored by {scorers}")
+    except TopkdError as error:
+        found.problems.append(str(error))
 
 
 def settings(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:

@@ -46,12 +46,13 @@ def served_identity(store: ScoreStore, name: str, revision: str = "") -> Teacher
     return wanted if wanted in spelt or not spelt else min(spelt, key=TeacherIdentity.to_json)
 
 
-def identities_with(path: Path, kind: int) -> list[TeacherIdentity]:
-    """Whose records of a kind a cache holds."""
+def identities_with(path: Path, kind: int) -> dict[TeacherIdentity, int]:
+    """Whose records of a kind a cache holds, each with the widest K of them."""
     segments, table = read_tables(path)
     try:
-        names = teachers_of(segments, table)
-        tags = np.unique(table["tag"][table["kind"] == kind]).tolist()
-        return sorted((names[tag] for tag in tags if tag in names), key=TeacherIdentity.to_json)
+        names, rows = teachers_of(segments, table), table[table["kind"] == kind]
+        tags = [tag for tag in np.unique(rows["tag"]).tolist() if tag in names]
+        widest = {names[tag]: int(rows["asked"][rows["tag"] == tag].max()) for tag in tags}
+        return dict(sorted(widest.items(), key=lambda one: one[0].to_json()))
     finally:
         close_all(segments)
