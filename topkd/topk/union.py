@@ -8,7 +8,7 @@ would add there, one sort of ``id << bits | slot`` a row puts the two slots of a
 and the second slot of a pair becomes 1, whose logarithm is nothing. 32-bit keys with a gather by slot beat 64-bit keys
 that carry the value: the sort is the largest single cost. Masks are multiplied (``where=`` is ten times slower). Both
 lists stand in one array, so that all but the copies run over whole rows; buffers are preallocated, aligned and used
-twice; blocks are as large as the second-level cache allows, as each costs some 30 microseconds of calls.
+twice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from topkd.topk.types import Bool, Float32, Float64, Int32, TopK
 
 UInt32 = NDArray[np.uint32]
 
-BLOCK_SLOTS = 65_536  # per block: its buffers (33 bytes a slot) are about the size of the second-level cache
+BLOCK_SLOTS = 98_304  # a block costs some 30 microseconds of calls; its buffers take 33 bytes a slot
 MIN_TAIL = 1e-7  # the least mass a list leaves over: below it, 1 - mass is rounding
 _NEVER_ZERO = 1e-28  # keeps the log of a mixture of two vanishing probabilities finite; changes no sum
 _NO_LOG = np.float32(-1e4)  # stands for log 0 where it is multiplied by an exact 0
@@ -46,7 +46,7 @@ class _Side:
     @classmethod
     def of(cls, scores: TopK, weight: float, floor: float) -> _Side:
         listed, share = np.full(scores.rows, float(scores.k)), np.full(scores.rows, np.exp(floor))
-        remaining = np.exp(scores.tail_logp, dtype=np.float64)
+        remaining = np.exp(scores.tail_logp).astype(np.float64)  # no more exact than the float32 it comes from
         return cls(scores.ids, scores.logp, weight, max(weight, 1.0 - weight), floor, listed, share, remaining)
 
     def look(self, part: slice) -> None:
@@ -224,16 +224,26 @@ def _finish(teacher: _Side, student: _Side, sums: Float64, fits: Bool) -> tuple[
     for side, other, mass in ((teacher, student, teacher_mass), (student, teacher, student_mass)):
         share = side.share[:1] if (side.share == side.share[0]).all() else side.share  # one logarithm, not R
         missing = other.listed - pairs
-        remaining = np.maximum(np.where(np.isnan(side.remaining), 1.0 - mass, side.remaining), MIN_TAIL)
-        tail = remaining - share * missing
-        left |= (mass > 1.0) | (tail < 0.0)
-        tail = np.maximum(tail, 0.0)
-        total += side.weight * (missing * _x_log_x(share) + _x_log_x(tail))
-        mixture_mass += side.weight * (mass + missing * share)
+        remaining = side.remaining
+        unknown = np.isnan(remaining)
+        if unknown.any():
+            remaining = np.where(unknown, 1.0 - mass, remaining)
+        given = share * missing
+        tail = np.maximum(remaining, MIN_TAIL) - given
+        left |= mass > 1.0
+        left |= tail < 0.0
+        np.maximum(tail, 0.0, out=tail)
+        total += (side.weight * _x_log_x(share)) * missing
+        total += side.weight * _x_log_x(tail)
+        given += mass
+        mixture_mass += side.weight * given
         mixture_tail += side.weight * tail
-    total -= np.log(teacher.scale) * mixture_mass + _x_log_x(mixture_tail)
+    total -= np.log(teacher.scale) * mixture_mass
+    total -= _x_log_x(mixture_tail)
+    np.maximum(total, 0.0, out=total)
     signal = (teacher_mass > 0.0) & (student_mass > 0.0)
-    return np.where(signal & ~left, np.maximum(total, 0.0), np.nan), np.flatnonzero(left & (signal | ~fits))
+    total[left | ~signal] = np.nan
+    return total, np.flatnonzero(left & (signal | ~fits))
 
 
 def _x_log_x(x: Float64) -> Float64:
