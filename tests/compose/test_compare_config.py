@@ -4,7 +4,7 @@ import pytest
 
 from topkd.compose.compare import _tuned
 from topkd.compose.compare_cell import Cell
-from topkd.compose.compare_config import EMBEDDED, CompareConfig, from_runs, load_compare, parse_grid
+from topkd.compose.compare_config import EMBEDDED, CompareConfig, _arm, from_runs, load_compare, parse_grid
 from topkd.compose.config import RunConfig, read_toml
 from topkd.topk.errors import ConfigError
 
@@ -65,6 +65,32 @@ def test_arms_of_other_kinds_keep_the_settings_that_all_of_them_have():
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ('model = "s"', 'model = "s2"', "student.model"),
+        ('[data]\npath = "p"', '[data]\npath = "other"', "data.path"),
+        ('[eval]\npath = "p"', '[eval]\npath = "other"', "eval.path"),
+        ('teacher = "t"', 'teacher = "t2"', "eval.teacher"),
+    ],
+)
+def test_run_files_that_start_or_are_measured_otherwise_cannot_be_paired(tmp_path, old, new, key):
+    base = RUN + '[eval]\npath = "p"\nteacher = "t"\n'
+    assert old in base
+    (tmp_path / "one.toml").write_text(base)
+    (tmp_path / "two.toml").write_text(base.replace(old, new))
+    with pytest.raises(ConfigError, match=f"differ in {key} cannot be paired.*arm 'two'.*as arm 'one' has it"):
+        from_runs([tmp_path / "one.toml", tmp_path / "two.toml"], {}, [0])
+
+
+def test_an_arm_of_any_spelling_has_a_folder_of_its_own_and_keeps_its_words():
+    labels = ["kind=gjs", "model=/a b/c", "(odd)", *(f"{'x' * 80}{end}" for end in "12"), "--"]
+    arms = [_arm(label, {}) for label in labels]
+    assert [arm.shown for arm in arms] == labels
+    assert len({arm.name for arm in arms}) == len(labels)
+    assert [arm.name for arm in arms[:3]] == ["kind=gjs", "model=-a-b-c", "odd-"]
+
+
+@pytest.mark.parametrize(
     ("table", "got"),
     [
         ("", r"no \[eval\]"),
@@ -87,8 +113,9 @@ def test_only_the_embedded_pair_is_replayed(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arms": [ARMS[0], ARMS[0]]}, "arm names that differ"),
-        ({"seeds": [1, 1]}, "seeds that differ"),
+        ({"arms": [ARMS[0], ARMS[0]]}, "every arm's name once, but 'a' stands there 2 times"),
+        ({"arms": [dict(arm, label="same") for arm in ARMS]}, "every arm's label once, but 'same'"),
+        ({"seeds": [1, 1]}, "every seed once, but '1'"),
         ({"tuning": {"rates": [1e-3, 2e-3, 3e-3], "seeds": [1]}}, "tuning seeds apart"),
         ({"tuning": {"rates": [1e-3, 3e-3], "seeds": [9]}}, "at least 3"),
         ({"tuning": {"rates": [3e-3, 2e-3, 1e-3], "seeds": [9]}}, "ascending"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,12 +21,13 @@ from topkd.topk.errors import ConfigError
 
 Seed: TypeAlias = Annotated[int, Field(ge=0)]
 EMBEDDED = "embedded"
+NAME_LENGTH = 60
 
 
 class Arm(Frozen):
     """One way to train: what differs from the base, and nothing else."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.=+-]*$", max_length=60)]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.=+-]*$", max_length=NAME_LENGTH)]
     label: str = ""
     set: Annotated[dict[str, Any], Field(default_factory=dict)]
 
@@ -86,13 +89,14 @@ class CompareConfig(Frozen):
 
     @model_validator(mode="after")
     def _distinct(self) -> CompareConfig:
+        names, labels = [arm.name for arm in self.arms], [arm.shown for arm in self.arms]
         for what, values in (
-            ("arm names", [arm.name for arm in self.arms]),
-            ("arm labels", [arm.shown for arm in self.arms]),
-            ("seeds", list(self.seeds)),
+            ("arm's name", names),
+            ("arm's label", labels),
+            ("seed", [str(one) for one in self.seeds]),
         ):
-            if len(values) != len(set(values)):
-                raise ValueError(f"{what} that differ from one another")
+            if twice := sorted({value for value in values if values.count(value) > 1}):
+                raise ValueError(f"every {what} once, but {twice[0]!r} stands there {values.count(twice[0])} times")
         if self.tuning is not None and (shared := set(self.tuning.seeds) & set(self.seeds)):
             raise ValueError(f"tuning seeds apart from the comparison's own (both hold {sorted(shared)})")
         return self
@@ -114,12 +118,15 @@ class CompareConfig(Frozen):
                 "only the embedded pair's rollouts are replayed", where=self.base, got="replay = true",
                 hint="leave it out, or record the run in a [cache] and use topkd replay",
             )  # fmt: skip
+        first: RunConfig | None = None
         for arm in self.arms:
             values = self.values(arm, self.seeds[0], None)
             model = EngineConfig if self.base == EMBEDDED else RunConfig
             config = validated(model, values, where=f"arm {arm.name!r}")
             if isinstance(config, RunConfig):
                 self._check_measured(arm, config)
+                first = first or config
+                _check_alike(arm, _shared(config), self.arms[0], _shared(first))
             if config.max_staleness and not self.replay:
                 raise ConfigError(
                     "a comparison trains on-policy", where=f"arm {arm.name!r}",
@@ -145,6 +152,29 @@ class CompareConfig(Frozen):
         values = read_toml(Path(self.base))
         values.setdefault("max_staleness", 0)
         return values
+
+
+def _shared(config: RunConfig) -> dict[str, Any]:
+    """What paired runs have in common: where they start, what they are asked, how and by whom they are measured."""
+    measured = {} if config.eval is None else config.eval.model_dump(mode="json")
+    if measured.get("teacher") is None:
+        measured["teacher"] = {name: one.model for name, one in config.teacher_map().items()}
+    return {
+        "student.model": config.student.model,
+        "data.path": config.data.path,
+        "data.limit": config.data.limit,
+        **{f"eval.{key}": value for key, value in measured.items()},
+    }
+
+
+def _check_alike(arm: Arm, ours: Mapping[str, Any], first: Arm, theirs: Mapping[str, Any]) -> None:
+    if differing := [key for key in theirs if ours.get(key) != theirs[key]]:
+        key = differing[0]
+        raise ConfigError(
+            f"arms that differ in {key} cannot be paired", where=f"arm {arm.name!r}", got=repr(ours.get(key)),
+            expected=f"{theirs[key]!r}, as arm {first.name!r} has it",
+            hint="one student, one [data] path and one [eval] for all arms; or make a comparison of each",
+        )  # fmt: skip
 
 
 # The demo's pair at a size that lets many runs finish: 16 prompts x 24 tokens a step, every token valid.
@@ -201,8 +231,16 @@ def _grid_arm(point: Mapping[str, Any]) -> Arm:
     table: dict[str, Any] = {}
     for key, value in point.items():
         apply_override(table, f"{key}={json.dumps(value)}")
-    name = "+".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in point.items())
-    return Arm(name=name, set=table)
+    return _arm("+".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in point.items()), table)
+
+
+def _arm(label: str, table: dict[str, Any]) -> Arm:
+    """An arm under a name that is a folder's, shown as it was typed."""
+    name = re.sub(r"[^A-Za-z0-9_.=+-]+", "-", label).lstrip("_.=+-")
+    if not name or len(name) > NAME_LENGTH:  # the end tells arms apart, and what is cut off may have done so
+        digest = hashlib.blake2b(label.encode(), digest_size=4).hexdigest()
+        name = f"{digest}-{name[9 - NAME_LENGTH :]}".rstrip("-")
+    return Arm(name=name, label="" if name == label else label, set=table)
 
 
 def _overridden(config: CompareConfig, overrides: Sequence[str]) -> CompareConfig:
