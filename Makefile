@@ -53,7 +53,7 @@ check: ## everything CI runs, with the minutes of each part
 
 bench: bench-math bench-clients bench-offline bench-engine ## all figures; results land in benchmarks/results/
 
-bench-math: ## F1 and F6: two-list divergences, fused loss
+bench-math: ## F1 and F6: two-list divergences, fused loss (also against liger-kernel, put into .venv-liger)
 bench-clients: ## F2 to F4: decoding and end-to-end scoring, against openai-python and TRL in .venv-bench
 bench-offline: ## F7: the score cache against datasets and Parquet
 bench-engine: ## F5 and F8: overlap, estimators; how fast a report opens
@@ -62,6 +62,7 @@ bench-clients: SCRIPTS = $(wildcard benchmarks/bench_decode.py benchmarks/bench_
 bench-offline: SCRIPTS = $(wildcard benchmarks/bench_store.py)
 bench-engine: SCRIPTS = $(wildcard benchmarks/bench_overlap.py benchmarks/bench_estimators.py benchmarks/bench_report.py)
 bench-clients: BEFORE = PYTHON="$$bin/python" bash scripts/setup_bench.sh &&
+bench-math: BEFORE = "$$bin/python" -m pip install -qq --no-deps --upgrade --target .venv-liger liger-kernel==0.8.5 &&
 bench-math bench-clients bench-offline bench-engine:
 	@$(DEV) $(BEFORE) for script in $(SCRIPTS); do echo "== $$script"; "$$bin/python" "$$script" || exit 1; done
 
@@ -76,4 +77,4 @@ clean: ## what builds and tests leave behind
 	find topkd tests benchmarks examples docs scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also the environments that make made
-	rm -rf .venv .venv-vllm .venv-vllm-0.31 .venv-llama .venv-bench
+	rm -rf .venv .venv-vllm .venv-vllm-0.31 .venv-llama .venv-bench .venv-liger

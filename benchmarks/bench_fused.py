@@ -4,6 +4,10 @@ Every measurement is a process of its own (peak memory = highest resident size a
 rounds interleave the sides, and each figure is the best of its rounds. On a shared machine compare the CPU seconds:
 with one thread they are what the wall clock would show on an idle one.
 
+"liger form" is Liger's way of chunking with the loss of the other sides, at two sizes of chunk. "liger package" is
+liger-kernel's own chunked JSD with its own chunk (1,024 rows), where it is installed (``make bench-math`` puts it into
+``.venv-liger``): it knows dense teachers only, so it gets one whose head is a single column and costs next to nothing.
+
     python benchmarks/bench_fused.py                 # the full size, minutes
     python benchmarks/bench_fused.py --rows 256 --vocab 8192 --hidden 128 --rounds 1
     python benchmarks/bench_fused.py --device cuda
@@ -12,6 +16,7 @@ with one thread they are what the wall clock would show on an idle one.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -31,6 +36,7 @@ from topkd.topk.losses.sparse import bins, fused_divergence_loss
 from topkd.topk.losses.teacher import SparseTeacher
 
 BETA = 0.5
+LIGER = Path(__file__).parents[1] / ".venv-liger"
 RESULTS = Path(__file__).parent / "results" / "fused.json"
 
 
@@ -76,6 +82,16 @@ class LigerForm(torch.autograd.Function):
         return ctx.grads[0] * scale, ctx.grads[1].mul_(scale), None, None
 
 
+def liger_package(hidden: Tensor, weight: Tensor, rows: SparseTeacher) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETA, compiled=False)
+    teacher_hidden = hidden.new_ones(hidden.shape[0], 1)
+    teacher_weight = torch.linspace(-2, 2, weight.shape[0], dtype=weight.dtype, device=weight.device)[:, None]
+    labels = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
+    return loss(hidden, weight, teacher_hidden, teacher_weight, labels)
+
+
 def recompute(hidden: Tensor, weight: Tensor, rows: SparseTeacher) -> Tensor:
     return rows_loss(topk_logprobs(hidden, weight, rows.ids)[0], rows) / hidden.shape[0]
 
@@ -90,6 +106,9 @@ SIDES = {
     "liger form 16": lambda h, w, r: LigerForm.apply(h, w, r, 16),
     "liger form 256": lambda h, w, r: LigerForm.apply(h, w, r, 256),
 }
+sys.path.append(str(LIGER))
+if importlib.util.find_spec("liger_kernel"):
+    SIDES["liger package"] = liger_package
 
 
 def inputs(a: argparse.Namespace) -> tuple[Tensor, Tensor, SparseTeacher]:
