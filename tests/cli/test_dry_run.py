@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -11,7 +12,9 @@ from topkd.cli.app import app
 from topkd.cli.dry_run import show
 from topkd.compose.config import RunConfig
 from topkd.compose.dry_run import dry_run, settings
+from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.serve import ServeConfig, ServerProcess
+from topkd.topk import Rollout, SamplingParams, TopK
 
 TALK = [
     {"role": "user", "content": "1 + 1?"},
@@ -132,27 +135,68 @@ async def test_problems_end_the_page_each_in_whole(folder):
     assert all(problem in told for problem in found.problems)
 
 
-async def test_a_folder_that_the_run_could_not_have_is_a_problem_and_one_it_goes_on_in_a_note(folder, tmp_path):
+@pytest.fixture
+def kept(tmp_path_factory):
+    cache, params = tmp_path_factory.mktemp("kept") / "cache", SamplingParams(max_tokens=2, seed=1)
+    ids = np.arange(5, 10, dtype=np.int32)
+    with ScoreStore(cache, mode="a") as store:
+        scores = TopK.from_lists([[(3, -0.5), (4, -1.5)]] * 2, start=2, actual_ids=ids[3:])
+        store.put(TeacherIdentity("teacher"), ids, scores, asked=20)
+        rollout = Rollout(ids[:3], ids[3:], np.float32([-1.0, -2.0]), "stop", params)
+        store.put_rollouts(TeacherIdentity("student", revision="run-1"), ids[:3], [rollout], params)
+    return cache
+
+
+async def test_a_replay_is_told_what_the_cache_has_and_every_way_in_which_it_cannot_answer(folder, kept, tmp_path):
+    async def looked(folder_of_cache, **changes):
+        config = run_config(folder, "http://127.0.0.1:1", **changes)
+        found = await dry_run(config, served=False, cache=folder_of_cache, out=tmp_path / "run")
+        return found.problems, found.notes
+
+    problems, notes = await looked(kept)
+    assert problems == []
+    assert f"{kept} has rollouts of 'student' (replay.policy = 'run-1'), scored by 'teacher'" in notes
+    assert (await looked(None, cache={"path": str(kept)}))[0] == []
+    named = {"url": "http://127.0.0.1:1", "model": "./teacher"}
+    assert (await looked(kept, teacher=named))[0] == []
+    with ScoreStore(tmp_path / "empty", mode="a"):
+        pass
+    cases = [
+        (None, {}, "no cache to replay"),
+        (tmp_path / "nowhere", {}, "no such file or folder"),
+        (tmp_path / "empty", {}, "no scores of this teacher"),
+        (kept, {"k": 21}, "no scores as wide as this K"),
+        (kept, {"teacher": {**named, "revision": "v2"}}, "expected 'teacher' (revision 'v2')"),
+        (kept, {"replay": {"policy": "run-2"}}, "expected replay.policy = 'run-1'"),
+    ]
+    for cache, changes, words in cases:
+        (problem,), _ = await looked(cache, **changes)
+        assert words in problem
+
+
+async def test_a_folder_that_the_run_could_not_have_is_a_problem_and_one_it_goes_on_in_a_note(folder, kept, tmp_path):
     config = run_config(folder, "http://127.0.0.1:1")
     (tmp_path / "notes.txt").write_text("mine")
-    found = await dry_run(config, served=False, out=tmp_path)
+    found = await dry_run(config, served=False, cache=kept, out=tmp_path)
     (problem,) = found.problems
     assert problem.startswith(f"the output folder holds something that is no run ({tmp_path}): got notes.txt")
-    resumed = await dry_run(config, served=False, out=tmp_path, resume=True)
+    resumed = await dry_run(config, served=False, cache=kept, out=tmp_path, resume=True)
     assert resumed.problems == [f"there is no run to resume ({tmp_path}); leave out --resume"]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["notes.txt"]
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.json").write_text(config.model_dump_json())
-    assert (await dry_run(config, served=False, out=out)).problems == [], "a run that took no step makes room"
-    found = await dry_run(config, served=False, out=out, resume=True)
+    assert (await dry_run(config, served=False, cache=kept, out=out)).problems == [], (
+        "a run that took no step makes room"
+    )
+    found = await dry_run(config, served=False, cache=kept, out=out, resume=True)
     assert (found.problems, found.notes[0]) == ([], f"the run in {out} would go on from the beginning")
     other = config.model_copy(update={"seed": 9})
-    (problem,) = (await dry_run(other, served=False, out=out, resume=True)).problems
+    (problem,) = (await dry_run(other, served=False, cache=kept, out=out, resume=True)).problems
     assert "seed 0 -> 9" in problem
 
 
-def test_the_command_exits_2_on_a_problem_and_its_json_says_which(folder, tmp_path):
+def test_the_command_exits_2_on_a_problem_and_its_json_says_which(folder, kept, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(
         f"[student]\nmodel='{folder / 'student'}'\n[teacher]\nurl='http://127.0.0.1:1'\n"
@@ -166,8 +210,11 @@ def test_the_command_exits_2_on_a_problem_and_its_json_says_which(folder, tmp_pa
     assert said["config"]["objective"]["kind"] == "gjs"
     assert ["objective.kind", "gjs", True] in said["settings"]
     assert not (tmp_path / "o").exists()
-    replayed = CliRunner().invoke(app, ["replay", *arguments[1:]])
+    replayed = CliRunner().invoke(app, ["replay", *arguments[1:], "--cache", str(kept)])
     assert replayed.exit_code == 0, replayed.output  # a replay asks no server
+    lacking = CliRunner().invoke(app, ["replay", *arguments[1:], "--cache", str(kept / "nowhere")])
+    assert lacking.exit_code == 2
+    assert "no such file or folder" in json.loads(lacking.stdout)["problems"][0]
 
 
 def test_settings_say_what_was_given_and_what_is_a_default(folder):

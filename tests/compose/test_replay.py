@@ -189,12 +189,12 @@ async def test_a_shuffled_replay_goes_through_every_completion_once_an_epoch(fol
 async def test_every_miss_is_one_clear_error(folders, recorded, tmp_path):
     cache = recorded / "cache"
     cases = [
-        ({"k": 21}, CacheMissError, "K 21"),
+        ({"k": 21}, CacheMissError, "no scores as wide as this K"),
         ({"steps": 5}, CacheMissError, "no such rollouts"),
         ({"seed": 2}, CacheMissError, "no such rollouts"),
         ({"teacher": {"url": NOWHERE, "model": "nobody"}}, CacheMissError, "'nobody'"),
         ({"teacher": {"url": NOWHERE, "revision": "v2"}}, CacheMissError, "no scores of this teacher"),
-        ({"k": 21, "replay": {"order": "shuffled"}}, CacheMissError, "64 of 64 without a score at K 21"),
+        ({"k": 21, "replay": {"order": "shuffled"}}, CacheMissError, "K 20 at most, expected K 21; set k = 20"),
         ({"replay": {"policy": "run-0"}}, ConfigError, "run-0"),
     ]
     for number, (changes, error, words) in enumerate(cases):

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 _SHOWN = 1200  # characters of a prompt's beginning and of its end
 
 
-def dry_run_command(config: RunConfig, *, served: bool, out: Path, resume: bool, as_json: bool) -> None:
+def dry_run_command(
+    config: RunConfig, *, served: bool, out: Path, resume: bool, as_json: bool, cache: Path | None = None
+) -> None:
     """Show what the run would do; exit code 2 when something would end it."""
     with Console(stderr=True, quiet=as_json).status("looking", spinner="line"):
         from topkd.compose.dry_run import dry_run
 
-        found = asyncio.run(dry_run(config, served=served, out=out, resume=resume))
+        found = asyncio.run(dry_run(config, served=served, out=out, resume=resume, cache=cache))
     if as_json:
         typer.echo(json.dumps(found.as_json(), default=str))
     else:

@@ -35,7 +35,7 @@ def command(
     run_config = load_config(config, overrides or [], lambda line: typer.echo(f"note: {line}", err=True))
     needs("replay", "torch", "transformers", "safetensors", extra="train")
     if dry_run:
-        dry_run_command(run_config, served=False, out=out, resume=resume, as_json=as_json)
+        dry_run_command(run_config, served=False, out=out, resume=resume, as_json=as_json, cache=cache)
         return
     from topkd.compose.replay import replay
     from topkd.compose.stops import Stops
