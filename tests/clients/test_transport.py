@@ -9,6 +9,7 @@ import ssl
 import httpx
 import pytest
 
+from tests.clients.probing import served
 from tests.faults.server import KEY, VOCAB, FaultyServer
 from topkd.clients import ClientConfig, VllmCompletions
 from topkd.clients.endpoint import clean_url
@@ -97,6 +98,32 @@ def test_the_usual_spellings_of_a_base_url_are_one(url: str, clean: str):
 def test_what_is_no_base_url_is_refused_before_anything_is_sent(url: str):
     with pytest.raises(ConfigError, match="http"):
         clean_url(url)
+
+
+@pytest.mark.parametrize("url", ["h:8000", "127.0.0.1:8000", "localhost:8000/v1", "gpu-3.lab"])
+def test_a_url_without_its_scheme_is_told_the_whole_one(url: str):
+    with pytest.raises(ConfigError, match=f"did you mean http://{url}"):
+        clean_url(url)
+
+
+async def test_tls_asked_of_a_server_without_it_says_so():
+    with served(lambda *_: (200, {})) as url:
+        secure = url.replace("http:", "https:")
+        async with VllmCompletions(secure, model="t", config=ClientConfig(max_retries=0)) as client:
+            with pytest.raises(ServerUnreachableError, match="without TLS, at http://"):
+                await client.score(IDS, 3, 4)
+
+
+async def test_a_server_that_hangs_is_noticed_by_the_first_question_before_a_score_would_be(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("topkd.clients.dialect._FACTS_S", 0.1)
+    config = ClientConfig(max_retries=1, backoff_s=0.0)
+    async with FaultyServer() as server:
+        server.frozen = True
+        async with VllmCompletions(server.url, config=config) as client, asyncio.timeout(config.read_timeout_s):
+            with pytest.raises(ServerTimeoutError, match=r"within 0\.1 s; .*stuck.*2 tries"):
+                await client.server_info()
 
 
 def test_a_password_in_the_url_is_refused_without_showing_it():

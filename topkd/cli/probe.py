@@ -25,6 +25,7 @@ _MARKS = {
     "info": ("·", "dim"),
     "unknown": ("?", "dim"),
 }
+_VALUE = 18  # columns of a finding's value
 _PLAIN = {"✓": "+", "✗": "x", "·": "-"}
 
 
@@ -81,8 +82,8 @@ def show(report: ProbeReport, console: Console) -> None:
     table = Table(box=None, padding=(0, 1, 0, 0), show_header=False, pad_edge=False)
     table.add_column(no_wrap=True, width=1)
     table.add_column(width=24)
-    table.add_column(width=18, overflow="fold")
-    table.add_column(ratio=1, style="dim")
+    table.add_column(width=_VALUE)
+    table.add_column(ratio=1, style="dim", overflow="fold")
     group = ""
     for finding in report.findings:
         if finding.group != group:
@@ -92,10 +93,11 @@ def show(report: ProbeReport, console: Console) -> None:
             table.add_row("", Text(group.upper(), style="bold"), "", "")
         mark, style = _MARKS[finding.status]
         shown = _PLAIN.get(mark, mark) if ascii_only else mark
-        value_style = style if finding.status in {"warn", "fail"} else ""
-        table.add_row(
-            Text(shown, style=style), Text(finding.title), Text(finding.value, style=value_style), Text(finding.detail)
-        )
+        value = Text(finding.value, style=style if finding.status in {"warn", "fail"} else "not dim")
+        detail = Text(finding.detail)
+        if len(value) > _VALUE:  # a path, say, is read more easily in the wide column than in pieces
+            value, detail = Text(), Text.assemble(value, " " * bool(detail), detail)
+        table.add_row(Text(shown, style=style), Text(finding.title), value, detail)
     console.print(f"[bold]{escape(report.url)}[/bold]  [dim]{escape(report.dialect)} dialect[/dim]\n")
     console.print(table)
     if report.load is not None:

@@ -44,6 +44,7 @@ class _Version(msgspec.Struct):
     version: str = ""
 
 
+_FACTS_S = 15.0  # of a try: nothing has to be computed for a list of models, and a server that hangs is seen by it
 _MODELS = msgspec.json.Decoder(_Models)
 _VERSION = msgspec.json.Decoder(_Version)
 
@@ -136,7 +137,11 @@ class HttpClient:
         try:
             return (
                 await self.endpoint.call(
-                    "GET", "/version", decode=lambda body: typed(body, _VERSION), where=self.where()
+                    "GET",
+                    "/version",
+                    decode=lambda body: typed(body, _VERSION),
+                    where=self.where(),
+                    within_s=_FACTS_S,
                 )
             ).version
         except (RequestRefusedError, ResponseError, ServerFailedError):
@@ -148,7 +153,11 @@ class HttpClient:
 
     async def _cards(self) -> list[_Card]:
         reply = await self.endpoint.call(
-            "GET", "/v1/models", decode=lambda body: typed(body, _MODELS), where=self.where("GET /v1/models")
+            "GET",
+            "/v1/models",
+            decode=lambda body: typed(body, _MODELS),
+            where=self.where("GET /v1/models"),
+            within_s=_FACTS_S,
         )
         return reply.data
 

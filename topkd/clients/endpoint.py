@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,7 @@ from topkd.topk.errors import (
 )
 
 Result = TypeVar("Result")
+_HOST_AND_PORT = re.compile(r"[\w.-]+(:\d{1,5})?(/v1)?")
 _INLINE_BYTES = 32_768  # below this a hop to a thread costs more than the decoding
 
 
@@ -82,6 +85,7 @@ class Endpoint:
         model: str = "",
         response_retries: int = 0,
         retries: bool = True,
+        within_s: float | None = None,
     ) -> Result:
         """The decoded reply to one request.
 
@@ -97,8 +101,10 @@ class Endpoint:
             model: Model asked for, for messages.
             response_retries: Tries left after a reply that failed its checks.
             retries: False for a single try (a health probe).
+            within_s: A try takes no longer, whatever the config allows.
         """
         where = where or f"{self.url}{path}"
+        patience_s = min(self.config.try_timeout_s(tokens), within_s or math.inf)
 
         async def attempt(one: Try) -> Result:
             permit = await self.gate.enter(max(1, entries), where=where)
@@ -111,7 +117,7 @@ class Endpoint:
                     None if content is None else msgspec.json.encode(content),
                     {} if content is None else {"content-type": "application/json"},
                     self._private(),
-                    timeout_s=max(0.001, min(self.config.try_timeout_s(tokens), one.total.remaining_s)),
+                    timeout_s=max(0.001, min(patience_s, one.total.remaining_s)),
                     max_bytes=self.config.reply_bound(entries),
                     stall_s=self.config.stall_timeout_s,
                     heard=self._watchdog.heard,
@@ -210,5 +216,6 @@ def clean_url(base_url: str) -> str:
     if parts.username or parts.password:
         raise ConfigError("the base URL holds a user name or password", where=parts.hostname or "", hint="use api_key")
     if parts.scheme not in {"http", "https"} or not parts.hostname or not port_ok or parts.query or parts.fragment:
-        raise ConfigError("not a base URL", got=repr(base_url), expected="http(s)://host:port")
+        meant = f"did you mean http://{text}?" if _HOST_AND_PORT.fullmatch(text) else ""
+        raise ConfigError("not a base URL", got=repr(base_url), expected="http(s)://host:port", hint=meant)
     return text.removesuffix("/v1").rstrip("/")

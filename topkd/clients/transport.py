@@ -183,7 +183,7 @@ class HttpxTransport:
                 idle.append(client)
 
 
-_SLOW = "raise read_timeout_s or read_timeout_per_token_s if the server is only slow"
+_SLOW = "is the server stuck? raise read_timeout_s or read_timeout_per_token_s if it is only slow"
 
 
 def _connect_error(error: Exception, where: str) -> Exception:
@@ -197,7 +197,8 @@ def _connect_error(error: Exception, where: str) -> Exception:
                 hint="is it the right server? its own CA: SSL_CERT_FILE=<PEM file of the CA>",
             )
         cause = cause.__cause__ or cause.__context__
-    return ServerUnreachableError("no connection", where=where, got=str(error) or type(error).__name__, hint=_DEAD)
+    hint = "is this a server without TLS, at http://?" if "WRONG_VERSION_NUMBER" in str(error) else _DEAD
+    return ServerUnreachableError("no connection", where=where, got=str(error) or type(error).__name__, hint=hint)
 
 
 _DEAD = "is the server running, and are host and port right?"
