@@ -220,7 +220,7 @@ async def test_an_evaluation_that_cannot_measure_is_refused_before_the_first_ste
     bare.write_text('{"prompt": "x"}\n')
     for table, message in (
         ({"path": str(bare), "scorer": "exact_match"}, "needs an answer"),
-        ({"path": data, "teacher": str(tmp_path / "none")}, "cannot load"),
+        ({"path": data, "teacher": str(tmp_path / "none")}, "no such model folder"),
     ):
         with pytest.raises((ConfigError, DataError), match=message):
             await train(run_config(folder, eval=table), tmp_path / f"run{len(message)}")

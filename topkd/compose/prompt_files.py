@@ -90,7 +90,10 @@ def read_prompts(
         else:
             rows.append(row)
     if not rows:
-        raise DataError("no usable prompt", where=str(path), got=f"{len(dropped)} over-long rows dropped")
+        raise DataError(
+            "no usable prompt", where=str(path), got=f"{len(dropped)} over-long rows dropped" if dropped else "no rows",
+            hint="raise rollout.max_prompt_tokens" if dropped else "",
+        )  # fmt: skip
     return rows, dropped
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from topkd.engine.hub import check_there
 from topkd.engine.lora import has_adapter, head_rows, head_weights, with_adapter, without_wrapper
 from topkd.engine.lora_config import LoRAConfig
 from topkd.topk.errors import ConfigError
@@ -173,6 +174,7 @@ def load_causal_lm(path: str, dtype: DType = "float32") -> Any:
 
     from safetensors import SafetensorError
 
+    check_there(path)
     try:
         model, account = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), output_loading_info=True
@@ -191,6 +193,7 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
+    check_there(path)
     transformers_logging.set_verbosity_error()  # its warning of long texts stands beside our own, clearer error
     try:
         return AutoTokenizer.from_pretrained(path)

@@ -1,0 +1,43 @@
+"""A model's name that is no folder here: whether it can be looked for on the hub at all, found out in seconds."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from topkd.topk.errors import ConfigError
+
+_PATIENCE_S = 5.0
+_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json")
+
+
+def check_there(model: str) -> None:
+    """Raises for a name that is neither a folder, nor kept by the hub's library, nor to be had from a hub in reach.
+
+    The library itself would retry for half a minute before it says so.
+    """
+    if Path(model).exists():
+        return
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
+        raise ConfigError("no such model folder", where=model, hint="a path is taken from the folder you run in")
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        if any(isinstance(try_to_load_from_cache(model, name), str) for name in _FILES):
+            return
+    except HFValidationError as error:
+        raise ConfigError("neither a model folder nor a hub id", where=model) from error
+    if constants.HF_HUB_OFFLINE or any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return  # the library answers at once, or goes by a way that cannot be tried from here
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        port = hub.port or (443 if hub.scheme == "https" else 80)
+        socket.create_connection((hub.hostname or "", port), timeout=_PATIENCE_S).close()
+    except OSError as error:
+        raise ConfigError(
+            "no such model folder here, and the hub cannot be reached", where=model,
+            got=f"{hub.hostname}: {error.strerror or error}", hint="check the spelling, or download the model first",
+        ) from error  # fmt: skip
