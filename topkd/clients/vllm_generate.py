@@ -229,7 +229,7 @@ class VllmGenerate(VllmCompletions):
 
     async def _by_schema(self, schema: Schema, ids: Int32, start: int, wanted: Int32) -> Float32:
         if schema == "rows":
-            return trusted(await self._matrix(ids, start, wanted.tolist(), wanted.shape), wanted, start)
+            return await self._matrix(ids, start, wanted.tolist(), wanted)
         parts = []
         for first, last in windows(wanted, await self._shared_limit()):
             union = np.unique(wanted[first:last])
@@ -238,12 +238,12 @@ class VllmGenerate(VllmCompletions):
             values = np.full(part.shape, -np.inf, dtype=np.float32)
             if union.size:
                 # Rows behind the window are not asked for: the prompt ends where the window does.
-                shape = (last - first, union.size)
-                matrix = await self._matrix(ids[: start + last + 1], start + first, union.tolist(), shape)
+                whole = np.broadcast_to(union, (last - first, union.size))
+                matrix = await self._matrix(ids[: start + last + 1], start + first, union.tolist(), whole)
                 columns = np.searchsorted(union, np.maximum(part, union[0]))
                 values = np.where(part >= 0, np.take_along_axis(matrix, columns, axis=1), values)
             parts.append(values)
-        return trusted(np.concatenate(parts).astype(np.float32), wanted, start)
+        return np.concatenate(parts).astype(np.float32)
 
     async def _shared_limit(self) -> int:
         """Ids of one shared list: the server's limit on K, from the refusal of far too many."""
@@ -257,14 +257,14 @@ class VllmGenerate(VllmCompletions):
                 self._limit = error.limit
         return self._limit or _SHARED
 
-    async def _matrix(self, ids: Int32, start: int, asked: list[Any], shape: tuple[int, ...]) -> Float32:
+    async def _matrix(self, ids: Int32, start: int, asked: list[Any], wanted: Int32) -> Float32:
         model = await self.model_name()
-        rows, columns = shape
+        rows, columns = wanted.shape
         return await self.endpoint.call(
             "POST",
             ROUTE,
             lambda one: candidates_body(model, ids, start, asked) | _salt(one),
-            decode=partial(candidates_reply, rows=rows, columns=columns),
+            decode=lambda body: trusted(candidates_reply(body, rows=rows, columns=columns), wanted, start),
             where=self.where(f"{rows} rows, {columns} candidates"),
             tokens=int(ids.size),
             entries=rows * columns,
