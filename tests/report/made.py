@@ -46,6 +46,7 @@ def step(n: int, rng: np.random.Generator, kind: str = "topk_pg", steps: int = 6
         "lr": 1e-3,
         "sync_kl": 1e-5,
         "divergence_bucket": 0.2,
+        "sft_loss": 2.5 - 0.01 * n,
         "publish_s": 0.01,
         "ratio_hist": [0, 0, 1, 9, 80, 8, 2, 0],
         "ratio_hist_edges": EDGES,

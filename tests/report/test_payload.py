@@ -125,7 +125,7 @@ def test_gradient_noise_is_the_ratio_of_means_over_steps(tmp_path: Path) -> None
 
 
 def test_what_only_some_runs_have_is_not_missed(tmp_path: Path) -> None:
-    special = ("sync_kl", "divergence_bucket", "publish_s")
+    special = ("sync_kl", "divergence_bucket", "publish_s", "sft_loss")
     data = data_of(write_run(tmp_path / "run", drop=special))
     assert panels(data).keys() == ALL - set(special)
     assert [section["absent"] for section in data["sections"]] == [[]] * len(SECTIONS)

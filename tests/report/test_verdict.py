@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -153,3 +155,39 @@ def test_one_look_is_no_change(tmp_path: Path) -> None:
 def test_before_the_first_step_the_page_waits(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     assert build(gather([tmp_path / "run"], waiting=True)).verdict.tone == "waiting"
+
+
+def without_evals(path: Path, change=dict) -> Path:
+    """The run's diary without its evaluations, each step changed."""
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    kept = [change(record) for record in records if record["kind"] != "eval"]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    return path
+
+
+def test_a_run_on_data_alone_is_judged_by_its_training_loss_and_says_so(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "sft", drop=("kl_k1",))
+    page = page_of(without_evals(path, lambda one: one | {"sft_loss": 3.0 - one.get("step", 0) / 60}))
+    assert page.verdict.headline == "−log p of the data fell from 2.942 to 2.042 nats a token (−31 %)"
+    assert page.verdict.detail.startswith("On the data that it trained on; 60 of 60 steps")
+    assert "rests on the training loss on the data" in page.verdict.warnings[0]
+    assert "sft_loss" in {panel["key"] for section in page.data["sections"] for panel in section["panels"]}
+
+
+def test_steps_that_measure_nothing_are_not_waited_for(tmp_path: Path) -> None:
+    said = page_of(without_evals(write_run(tmp_path / "run", drop=("kl_k1", "sft_loss")))).verdict
+    assert said.headline == "Nothing in the diary says how far the student is from its teacher"
+    assert said.detail.startswith("60 steps")
+
+
+def test_an_unfinished_run_that_has_long_been_silent_is_asked_about(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", done=20)
+    assert page_of(path).verdict.warnings == []
+    hours_ago = time.time() - 3 * 3600
+    os.utime(path / "metrics.jsonl", (hours_ago, hours_ago))
+    assert page_of(path).verdict.warnings == [
+        "unfinished, and nothing was written for 3 hours: was it killed? (topkd train --resume goes on)"
+    ]
+    finished = write_run(tmp_path / "finished")
+    os.utime(finished / "metrics.jsonl", (hours_ago, hours_ago))
+    assert page_of(finished).verdict.warnings == []

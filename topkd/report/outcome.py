@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,12 @@ import numpy as np
 
 from topkd.report.collection import Group
 from topkd.report.columns import column, has, totals
-from topkd.report.diary import Record, Run, last_step
+from topkd.report.diary import METRICS, Record, Run, last_step
 from topkd.report.intervals import Interval, interval
 from topkd.report.lines import FIXED, eval_source
 from topkd.report.wording import NAMES
 
+_QUIET_S, _QUIET_STEPS = 900.0, 10.0  # of an unfinished run that is still taken to go on
 EVALUATED = ("reverse_kl", "forward_kl", "jsd", "agreement", "accuracy")
 
 
@@ -50,11 +52,14 @@ class Metric:
 
 
 EXACT = Metric("reverse_kl", NAMES["reverse_kl"], exact=True)
-ESTIMATE = Metric("kl_k1", f"estimated {EXACT.name}", exact=False)
+ESTIMATES = (
+    Metric("kl_k1", f"estimated {EXACT.name}", exact=False),
+    Metric("sft_loss", "−log p of the data", exact=False),
+)
 
 
 def main_metric(groups: Sequence[Group], wanted: Any = None) -> Metric | None:
-    """The exact held-out divergence where every run has it, else the estimate on rollouts; None before either.
+    """The exact held-out divergence where every run has it, else what its steps estimate; None before either.
 
     ``wanted`` is the one that a comparison judges by; without one, KL(student || teacher).
     """
@@ -62,9 +67,7 @@ def main_metric(groups: Sequence[Group], wanted: Any = None) -> Metric | None:
     exact = Metric(wanted, NAMES[wanted], exact=True) if wanted in NAMES else EXACT
     if runs and all(has(eval_source(run, FIXED).records, exact.key) for run in runs):
         return exact
-    if any(has(run.steps, ESTIMATE.key) for run in runs):
-        return ESTIMATE
-    return None
+    return next((one for one in ESTIMATES if any(has(run.steps, one.key) for run in runs)), None)
 
 
 def outcome(run: Run, metric: Metric) -> Outcome:
@@ -78,7 +81,7 @@ def outcome(run: Run, metric: Metric) -> Outcome:
         if known.size:
             first[key], last[key] = float(known[0]), float(known[-1])
     if not metric.exact:
-        values = column(run.steps, ESTIMATE.key)
+        values = column(run.steps, metric.key)
         known = values[np.isfinite(values)]
         if known.size:  # single steps are noisy: a tenth of the run at each end
             part = max(1, known.size // 10)
@@ -133,6 +136,9 @@ def warnings_of(one: Outcome) -> list[Warned]:
         reason = next((event.get("reason") for event in run.events if event.get("event") == "stopped"), None)
         text = f"stopped at step {last_step(run.steps)} of {run.planned or '?'} ({reason or 'no reason given'})"
         said.append(Warned("stopped", text))
+    if run.state == "running" and run.planned is not None and (quiet := silence(run)) is not None:
+        text = f"unfinished, and nothing was written for {quiet}: was it killed? (topkd train --resume goes on)"
+        said.append(Warned("silent", text))
     alarms = [event for event in run.events if event.get("event") == "alarm"]
     said += [Warned(f"alarm {_alarm(event)[1]}", _alarm(event)[0]) for event in alarms[:20]]
     if lost := one.totals.get("lost"):
@@ -147,6 +153,19 @@ def warnings_of(one: Outcome) -> list[Warned]:
         said.append(Warned("worse", text))
     alarmed = {warned.kind for warned in said}
     return said + [warned for warned in _rates(run) if f"alarm {warned.kind}" not in alarmed]
+
+
+def silence(run: Run) -> str | None:
+    """For how long an unfinished run has written nothing, where that is far longer than its steps take."""
+    try:
+        quiet_s = time.time() - (run.path / METRICS).stat().st_mtime
+    except OSError:
+        return None
+    taken = column(run.steps, "elapsed_s")
+    slowest_s = float(np.nanmax(np.diff(taken, prepend=0.0))) if np.isfinite(taken).all() and taken.size else 0.0
+    if quiet_s < max(_QUIET_S, _QUIET_STEPS * slowest_s):
+        return None
+    return f"{quiet_s / 3600:,.0f} hours" if quiet_s >= 7200 else f"{quiet_s / 60:,.0f} minutes"
 
 
 def _rates(run: Run) -> list[Warned]:

@@ -105,6 +105,8 @@ SECTIONS: Final = (
                 "kl_k1", "KL(S ‖ T) estimated on fresh rollouts", NATS, ("kl_k1",), log=True,
                 note="Mean of log s − log t over the sampled tokens of a step: unbiased, and noisy.",
             ),
+            Panel("sft_loss", "−log p of the data", NATS, ("sft_loss",), log=True, special=True,
+                  note="Of completions from the data, before each step."),
             Panel("divergence_bucket", "Divergence on the lists", NATS, ("divergence_bucket",), log=True, special=True,
                   note="Of K + 1 bins, on fresh rollouts: a lower bound of the objective's own divergence."),
         ),

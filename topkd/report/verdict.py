@@ -9,12 +9,13 @@ from typing import Any
 
 from topkd.report.collection import Collection, Group
 from topkd.report.diary import last_step
-from topkd.report.outcome import Metric, Outcome, Warned, counts, main_metric, outcome, spread, warnings_of
+from topkd.report.outcome import ESTIMATES, Metric, Outcome, Warned, counts, main_metric, outcome, spread, warnings_of
 from topkd.report.ranks import Rank, ranked
 from topkd.report.wording import between, change, number, short
 
 ENOUGH_SEEDS = 8
 _DISTANCES = (("forward_kl", "KL(teacher ‖ student)"), ("jsd", "Jensen-Shannon"))
+_BASIS = {"kl_k1": "On its own rollouts", "sft_loss": "On the data that it trained on"}
 _SHARES = (("agreement", "Same top token"), ("accuracy", "Task accuracy"))
 
 
@@ -47,7 +48,7 @@ def verdict(collection: Collection, groups: Sequence[Group]) -> tuple[Verdict, l
     """The verdict over the groups, and the outcomes it rests on, group by group."""
     metric = main_metric(groups, collection.comparison.get("metric"))
     if metric is None:
-        return Verdict("Waiting for the first step.", tone="waiting"), [[] for _ in groups]
+        return _nothing(groups), [[] for _ in groups]
     outcomes = [[outcome(run, metric) for run in group.runs] for group in groups]
     if len(groups) == 1:
         said = _one_run(outcomes[0][0], metric) if len(outcomes[0]) == 1 else _one_group(groups[0], outcomes, metric)
@@ -56,17 +57,29 @@ def verdict(collection: Collection, groups: Sequence[Group]) -> tuple[Verdict, l
     said.metric = metric.name
     _stated(said, collection.comparison)
     if not metric.exact:
-        said.warnings.insert(0, "no exact held-out KL in the diary: the verdict rests on the estimate from rollouts")
+        basis = "the estimate from rollouts" if metric is ESTIMATES[0] else "the training loss on the data"
+        said.warnings.insert(0, f"no exact held-out KL in the diary: the verdict rests on {basis}")
     said.warnings += _gathered([(one, warned) for ones in outcomes for one in ones for warned in warnings_of(one)])
     said.warnings += collection.notes
     return said, outcomes
+
+
+def _nothing(groups: Sequence[Group]) -> Verdict:
+    steps = max((last_step(run.steps) for group in groups for run in group.runs), default=0)
+    if not steps:
+        return Verdict("Waiting for the first step.", tone="waiting")
+    return Verdict(
+        "Nothing in the diary says how far the student is from its teacher",
+        f"{steps:,} steps, and neither an evaluation nor an estimate among them: the curves are below.",
+        tone="open",
+    )
 
 
 def _one_run(one: Outcome, metric: Metric) -> Verdict:
     first, last = one.first.get(metric.key, math.nan), one.last.get(metric.key, math.nan)
     steps = last_step(one.run.steps)
     way = "fell" if last < first else "rose" if last > first else "did not move"
-    where = "On held-out prefixes, exact over the whole vocabulary" if metric.exact else "On its own rollouts"
+    where = "On held-out prefixes, exact over the whole vocabulary" if metric.exact else _BASIS[metric.key]
     if one.looks < 2:
         return Verdict(
             f"{metric.name} is {number(last)} nats a token at the first look",
