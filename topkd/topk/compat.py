@@ -29,12 +29,15 @@ def compute_topk_gjs(
 ) -> list[float]:
     """GJS_alpha on the teacher's ids only: student entries that are missing get the floor, both sides renormalised.
 
-    alpha is the mixture weight of the teacher; natural log, >= 0 (GKD's divergence, arXiv:2306.13649).
-    For 0 < alpha < 1 these are the source's values:
-    blind to the mass outside the teacher's list, 0 for K = 1, and small for *disjoint* lists (every student entry is
-    the floor, and renormalises to uniform). Prefer ``topk_gjs``. Where the source returned no divergence, this does:
-    alpha = 0 is KL(T||S) and alpha = 1 is KL(S||T) on the same ids; a repeated id counts once, with its larger
-    logprob; NaN entries are dropped.
+    With t~ and s~ the two sides divided by their mass on the teacher's ids, and alpha the teacher's weight::
+
+        alpha KL(t~||m) + (1-alpha) KL(s~||m),   m = alpha t~ + (1-alpha) s~          0 < alpha < 1
+
+    Natural log, >= 0 (GKD's divergence, arXiv:2306.13649). Approximate: blind to the mass outside the teacher's list, 0
+    for K = 1, and small for *disjoint* lists (every student entry is the floor, and renormalises to uniform). Prefer
+    ``topk_gjs``. For 0 < alpha < 1 these are the source's values. Where it returned no divergence, this does: alpha = 0
+    is KL(T||S) and alpha = 1 is KL(S||T) on the same ids; a repeated id counts once, with its larger logprob; NaN
+    entries are dropped.
 
     Returns:
         One float a position; NaN where either list is empty (no signal).

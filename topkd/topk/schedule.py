@@ -20,7 +20,7 @@ class TAIDScheduler:
 
     After the first call, with float32 state: rel = (prev - loss) / prev; m = beta m + (1-beta) rel;
     delta = alpha sigmoid(m) (1 - t); target = t_start + (t_end - t_start) step / N;
-    t = min(t_end, max(target, t + delta)).
+    t = min(t_end, max(target, t + delta)). A falling loss makes rel positive and t faster.
     With ``disable_adaptive`` t = target. Call ``update_t`` once per *optimiser* step; the last linear target is
     t_start + (t_end - t_start)(N - 1)/N. The paper's schedule (arXiv:2501.16937); a loss that is not finite is skipped,
     and a previous loss within 1e-8 of 0 counts as 1e-8.
