@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import pickle
 import threading
-import time
+from bisect import bisect_left
 
 import numpy as np
 import pytest
 
 from tests.offline.samples import checked, same, scored
-from topkd.offline import ScoreStore, TeacherIdentity
+from topkd.offline import ScoreStore, TeacherIdentity, index, segments
 from topkd.offline.keys import rollout_key, score_key, token_array
 from topkd.offline.records import ROLLOUT, SCORE
 from topkd.topk import Rollout, SamplingParams, TopK
@@ -292,26 +292,39 @@ def test_scalar_and_list_runs_replay_the_same_record(tmp_path):
         assert isinstance(scalar, TopK)
 
 
-def test_reading_costs_the_same_whatever_the_number_of_records(tmp_path):
-    """Medians of interleaved reads from stores of 300 and 30,000 records, in one process."""
+def test_reading_costs_the_same_whatever_the_number_of_records(tmp_path, monkeypatch):
+    """Searches of an index, and bytes of records, for a read from a store of 300 and from one of 30,000."""
+    searches, read = [0], [0]
+
+    def bisect(*args):
+        searches[0] += 1
+        return bisect_left(*args)
+
+    def taken(segment, offset, size):
+        read[0] += size
+        return bytes_of(segment, offset, size)
+
+    bytes_of = segments.Segment._bytes
+    monkeypatch.setattr(index, "bisect_left", bisect)
+    monkeypatch.setattr(segments.Segment, "_bytes", taken)
     ids, scores = scored(11, tokens=8, k=2, vocabulary=100)
-    times: dict[int, list[float]] = {300: [], 30_000: []}
-    stores = {}
-    for records in times:
+    cost = {}
+    for records in (300, 30_000):
         root = tmp_path / str(records)
-        with ScoreStore(root, mode="a", group_bytes=1 << 30, group_records=1 << 30, segment_bytes=1 << 20) as store:
+        with ScoreStore(root, mode="a", group_bytes=1 << 30, group_records=1 << 30, segment_bytes=1 << 17) as store:
             for number in range(records):
                 changed = ids.copy()
                 changed[:2] = divmod(number, 30_000)
                 store.put(TEACHER, changed, scores)
-        stores[records] = ScoreStore(root)
-    rng = np.random.default_rng(0)
-    for turn in range(600):
-        for records, store in stores.items():
+        store, rng = ScoreStore(root), np.random.default_rng(0)
+        for turn in range(400):
+            if turn == 200:  # by then many segments have been joined
+                searches[0] = read[0] = 0
             changed = ids.copy()
             changed[:2] = divmod(int(rng.integers(records)), 30_000)
-            begin = time.perf_counter()
             assert store.get(TEACHER, changed, 5, 2) is not None
-            if turn > 200:  # by then many segments have been joined
-                times[records].append(time.perf_counter() - begin)
-    assert np.median(times[30_000]) < 2.5 * np.median(times[300])
+        cost[records] = searches[0], read[0]
+    segments_of = list(root.glob("seg-*.tkl"))
+    assert len(segments_of) > 20
+    assert cost[30_000][0] == cost[300][0] == 200, "one search a read, however many segments"
+    assert cost[30_000][1] <= 200 * 1.1 * sum(file.stat().st_size for file in segments_of) / 30_000, "the record alone"
