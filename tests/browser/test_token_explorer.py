@@ -93,6 +93,11 @@ def test_a_tap_on_a_phone_shows_the_lists_without_leaving_the_text(path, browser
     token.tap()
     assert "10 of 14" in page.locator("#token").inner_text()
     assert abs(token.bounding_box()["y"] - before) < 2
+    # Both lists beside one another, and each has room for a token's name beside its probability.
+    for name in page.locator("#token td.piece").all():
+        assert name.bounding_box()["width"] > 60
+    state, theme = page.locator("#state").bounding_box(), page.locator("#theme").bounding_box()
+    assert state["height"] < 40 > theme["height"]  # one line each
     context.close()
 
 
