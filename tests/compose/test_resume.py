@@ -1,6 +1,7 @@
 """``--resume``: the same folder, config and diary go on; what cannot go on is refused in one line."""
 
 import asyncio
+import errno
 import json
 import os
 import shutil
@@ -17,8 +18,9 @@ from topkd.compose.folders import claimed
 from topkd.compose.progress import Progress
 from topkd.compose.replay import replay
 from topkd.compose.train import train
-from topkd.engine.metrics import outcome, read_metrics
-from topkd.topk.errors import ConfigError, DataError
+from topkd.engine.metrics import MetricsLog, outcome, read_metrics
+from topkd.engine.tensor_files import save_tensors
+from topkd.topk.errors import ConfigError, DataError, TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +151,35 @@ async def test_what_cannot_be_resumed_is_one_line(folders, tmp_path):
     (out / "metrics.jsonl").write_text("")
     with pytest.raises(DataError, match="shorter than the checkpoint"):
         await train(run_config(folders, steps=3), out, resume=True)
+    (out / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match="already holds a run"):  # its checkpoints would be taken for the new run's
+        await train(run_config(folders, steps=2), out)
+
+
+async def test_a_full_disk_ends_the_run_with_one_line_and_the_run_goes_on_once_there_is_room(
+    folders, finished, tmp_path, monkeypatch
+):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out, ear = tmp_path / "run", Ear()
+    with monkeypatch.context() as full:  # while the diary is written: steps 1 and 2 are kept, nothing after step 3
+        writes = []
+        real = MetricsLog.write
+        full.setattr(
+            MetricsLog, "write", lambda *given: no_room() if len(writes) > 4 else real(*given) or writes.append(1)
+        )
+        full.setattr(
+            "topkd.engine.checkpoint.save_tensors", lambda *given: no_room() if writes[4:] else save_tensors(*given)
+        )
+        with pytest.raises(
+            TrainingError, match=r"cannot write the run's files \(.*run\): got No space left.*--resume"
+        ) as caught:
+            await train(run_config(folders), out, ear)
+    assert caught.value.exit_code == 1
+    assert any(note.startswith("the student so far could not be kept: ") for note in ear.notes)
+    await train(run_config(folders), out, resume=True)
+    assert told(out) == told(finished)
 
 
 async def test_a_replay_is_resumed_by_replay(folders, tmp_path):

@@ -1,11 +1,13 @@
 """Checkpoints are whole or not used, and a run that goes on from one is the uninterrupted run."""
 
+import errno
 import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from tests.engine.legs import leg, told
 from tests.engine.pieces import model_folder
@@ -15,9 +17,9 @@ from topkd.engine.learner import Learner
 from topkd.engine.learner_config import LearnerConfig
 from topkd.engine.metrics import read_metrics
 from topkd.engine.position import Position, Queued
-from topkd.engine.snapshots import MANIFEST, fault_of, newest_snapshot, write_snapshot
+from topkd.engine.snapshots import MANIFEST, fault_of, newest_snapshot, write_folder, write_snapshot
 from topkd.engine.student import Student
-from topkd.topk.errors import ConfigError
+from topkd.topk.errors import ConfigError, TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +180,24 @@ def test_weights_of_another_student_are_refused(folders, tmp_path):
     assert torch.equal(own.student.head.weight, before)
     shutil.rmtree(tmp_path / FOLDER)
     assert newest_checkpoint(tmp_path, pytest.fail) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), TrainingError),
+        (OSError(errno.ENOSPC, "No space left on device"), TrainingError),
+        (PermissionError(errno.EACCES, "Permission denied"), ConfigError),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_one_line_and_leaves_the_former_one(tmp_path, error, kind):
+    place = write_folder(tmp_path / "student", lambda folder: (folder / "a").write_text("first"))
+
+    def fill(folder):
+        (folder / "a").write_text("half")
+        raise error
+
+    with pytest.raises(kind, match=r"cannot write the folder \(.*student\): got .*(No space left|Permission denied)"):
+        write_folder(place, fill)
+    assert (place / "a").read_text() == "first"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["student"], "nothing half-written takes room"

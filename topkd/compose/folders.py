@@ -15,7 +15,7 @@ import topkd
 from topkd.engine.metrics import read_metrics
 from topkd.topk.errors import ConfigError
 
-DIARY, CONFIG, TOKENS, STUDENT = "metrics.jsonl", "config.json", "tokens.jsonl", "student"
+DIARY, CONFIG, TOKENS, STUDENT, CHECKPOINTS = "metrics.jsonl", "config.json", "tokens.jsonl", "student", "checkpoints"
 _PACKAGES = ("torch", "transformers", "safetensors", "peft", "tokenizers", "numpy", "httpx", "vllm")
 
 
@@ -30,16 +30,16 @@ def check_free(out: Path) -> None:
         raise ConfigError("the output folder is a file", where=str(out), hint="choose another --out")
     diary = out / DIARY
     begun = diary.exists() and diary.stat().st_size > 0
-    if begun and read_metrics(diary, "step"):
-        raise ConfigError(
-            "the output folder already holds a run", where=str(out), hint="choose another --out, or go on with --resume"
-        )
     others = sorted(entry.name for entry in out.iterdir() if entry.name != ".lock")
     if others and not begun and not _is_run_config(out / CONFIG):
         raise ConfigError(
             "the output folder holds something that is no run", where=str(out), got=", ".join(others[:3]),
             expected="a new or an empty folder", hint="choose another --out: nothing of yours is written over",
         )  # fmt: skip
+    if (begun and read_metrics(diary, "step")) or not {STUDENT, CHECKPOINTS}.isdisjoint(others):
+        raise ConfigError(
+            "the output folder already holds a run", where=str(out), hint="choose another --out, or go on with --resume"
+        )
 
 
 def fresh_folder(out: Path) -> None:

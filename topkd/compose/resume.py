@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from topkd.compose.folders import CONFIG, DIARY, STUDENT, TOKENS, check_free, cl
 from topkd.compose.progress import Progress
 from topkd.engine import EngineConfig
 from topkd.engine.metrics import read_metrics
-from topkd.topk.errors import ConfigError, DataError
+from topkd.topk.errors import ConfigError, DataError, TopkdError, TrainingError
 
 if TYPE_CHECKING:
     from topkd.engine.checkpoint import Checkpoint
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 # What may differ when a run is resumed: where its servers are, how they are asked, what is written down.
 FREE = ("client.*", "checkpoint.*", "track.*", "teacher.url*", "teachers.*.url*", "*.api_key_env", "sampler.url")
+
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ def entered(
     if not resume:
         check_free(out)  # before a lock file lies in it
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        with claimed(out, resume=resume):
+        with _written_or_told(out), claimed(out, resume=resume):
             yield opened(out, config, progress, command=command, resume=resume), None
         return
     from topkd.engine.distributed import Ranks
@@ -62,12 +65,27 @@ def entered(
     try:
         with contextlib.ExitStack() as stack:
             former = Former()
+            stack.enter_context(_written_or_told(out))
             if ranks.main:
                 stack.enter_context(claimed(out, resume=resume))
                 former = opened(out, config, progress, command=command, resume=resume)
             yield ranks.first(former), ranks
     finally:
         ranks.close()
+
+
+@contextlib.contextmanager
+def _written_or_told(out: Path) -> Iterator[None]:
+    """A file of the run that cannot be written, wherever that is noticed, ends it with one line."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, TopkdError) or error.errno not in _UNWRITABLE:
+            raise
+        raise TrainingError(
+            "cannot write the run's files", where=str(error.filename or out), got=error.strerror,
+            hint="make room, or mend the folder; then go on with --resume",
+        ) from error  # fmt: skip
 
 
 def opened(out: Path, config: EngineConfig, progress: Progress, *, command: str, resume: bool) -> Former:

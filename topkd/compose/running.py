@@ -21,6 +21,7 @@ from topkd.engine.hooks import Hooks
 from topkd.engine.loop import Source
 from topkd.engine.metrics import MetricsLog
 from topkd.engine.scoring import Context, ScoredBatch
+from topkd.topk.errors import TopkdError
 from topkd.topk.protocols import Sampler, TeacherScorer
 
 if TYPE_CHECKING:
@@ -171,7 +172,10 @@ async def run(
                 ranks=ranks,
             )
         except BaseException as error:  # an interrupt, a dead teacher: what was learnt is kept, and the diary says why
-            keeper.ended(type(error).__name__)
+            try:
+                keeper.ended(type(error).__name__)
+            except (TopkdError, OSError) as another:  # what ended the run is what is to be told
+                progress.note(f"the student so far could not be kept: {another}")
             raise
         reason = "" if learner.version == config.steps else (stops.name if stops is not None else "") or "stop"
         if not reason and account is not None:

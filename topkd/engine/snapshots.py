@@ -6,6 +6,7 @@ What is torn, altered or without a manifest is never selected; the one before it
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import xxhash
 
-from topkd.topk.errors import ConfigError
+from topkd.topk.errors import ConfigError, TopkdError, TrainingError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -29,8 +30,10 @@ def name_of(step: int) -> str:
 def write_folder(path: Path, fill: Callable[[Path], None]) -> Path:
     """Make the folder ``path`` with what ``fill`` puts into it; a killed process leaves the former one or none.
 
-    A disk that is full, or a folder that may not be written, is one ConfigError.
+    A folder that may not be written is one ConfigError, a full disk one TrainingError; what was begun is gone again.
     """
+    from safetensors import SafetensorError
+
     staging, former = (path.with_name(f".{path.name}.{state}") for state in ("partial", "former"))
     try:
         shutil.rmtree(staging, ignore_errors=True)
@@ -45,9 +48,17 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> Path:
         staging.rename(path)
         _flush(path.parent)
         shutil.rmtree(former, ignore_errors=True)
-    except OSError as error:
-        raise ConfigError("cannot write the folder", where=str(path), got=error.strerror or str(error)) from error
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise _unwritten(path, error) from error
     return path
+
+
+def _unwritten(path: Path, error: Exception) -> TopkdError:
+    reason = getattr(error, "strerror", None) or str(error)
+    if "No space left" in reason or getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT}:
+        return TrainingError("cannot write the folder", where=str(path), got=reason, hint="make room on the disk")
+    return ConfigError("cannot write the folder", where=str(path), got=reason)
 
 
 def write_snapshot(root: Path, step: int, fill: Callable[[Path], None], *, keep: int) -> Path:
