@@ -13,13 +13,16 @@ PUBLIC = ["topkd", "topkd.topk", "topkd.clients", "topkd.offline"]
 HEAVY = ["torch", "vllm", "transformers"]
 
 
-def check_contents(dist: Path) -> None:
-    """The archives hold the package and its licence, and nothing of the tests or of this machine."""
+def check_contents(dist: Path, source: Path) -> None:
+    """The archives hold the whole package and its licence, and nothing of the tests or of this machine."""
     (wheel,) = dist.glob("*.whl")
     (sdist,) = dist.glob("*.tar.gz")
     inside = zipfile.ZipFile(wheel).namelist()
     stray = [name for name in inside if not name.startswith(("topkd/", "topkd-"))]
     assert not stray, f"the wheel holds more than the package: {stray[:5]}"
+    package = (path for path in (source / "topkd").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    lacking = {path.relative_to(source).as_posix() for path in package} - set(inside)
+    assert not lacking, f"the wheel lacks {sorted(lacking)[:5]}"
     assert "topkd/py.typed" in inside, "the wheel lacks py.typed"
     assert any(name.endswith("licenses/LICENSE") for name in inside), "the wheel lacks its licence"
     assert not [name for name in inside if name.endswith((".pyc", ".so"))], "the wheel holds build leftovers"
@@ -57,7 +60,7 @@ if __name__ == "__main__":
     dist_dir, source_root = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
     present = [name for name in HEAVY if find_spec(name)]
     assert not present, f"the clean environment is not clean: {present}"
-    check_contents(dist_dir)
+    check_contents(dist_dir, source_root)
     names = check_public_names(source_root)
     check_light(sys.executable)
     version = distribution("topkd").version
