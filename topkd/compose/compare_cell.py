@@ -7,6 +7,7 @@ without one, and then the cell runs again.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import shutil
@@ -14,13 +15,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from topkd.compose.compare_config import EMBEDDED
 from topkd.compose.config import RunConfig, validated
 from topkd.engine import EngineConfig
 from topkd.engine.metrics import strict
 from topkd.topk.errors import TopkdError
+
+if TYPE_CHECKING:
+    from topkd.compose.demo import Assets
 
 Phase = Literal["tune", "live", "replay"]
 
@@ -100,7 +104,7 @@ async def _embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]:
     from topkd.engine.student import Student, load_tokenizer
 
     config = validated(EngineConfig, cell.values, where=f"cell {cell.id}")
-    assets = demo.build_assets(demo.cache_root(), Progress())
+    assets = _assets()
     student, teacher = Student.load(str(assets.student), "cpu"), Student.load(str(assets.teacher), "cpu")
     saved(config, folder / "config.json")
     rows = demo.prompt_rows(assets.training, cell.seed)
@@ -126,6 +130,15 @@ async def _embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]:
     if cell.rollouts_of == cell.id:
         recording.write(folder)
     return account(result.steps, result.evals, _entries(config))
+
+
+@functools.cache
+def _assets() -> Assets:
+    """The embedded pair, looked for once a worker: its cache is keyed by the corpus, which has to be read for that."""
+    from topkd.compose import demo
+    from topkd.compose.progress import Progress
+
+    return demo.build_assets(demo.cache_root(), Progress())
 
 
 async def _from_file(cell: Cell, _: Path, folder: Path) -> dict[str, Any]:

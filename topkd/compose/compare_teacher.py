@@ -30,8 +30,8 @@ class StepTeacher(LocalTeacher):
         self._steps: deque[_Step] = deque(maxlen=_STEPS_KEPT)
 
     def expect(self, rollouts: Sequence[Rollout]) -> None:
-        """These are the sequences of a step that will be scored."""
-        step = _Step([np.concatenate([one.prompt_ids, one.completion_ids]).astype(np.int64) for one in rollouts])
+        """These are the rollouts of a step, whose completions will be scored."""
+        step = _Step(rollouts)
         with self._lock:
             self._steps.append(step)
 
@@ -39,31 +39,38 @@ class StepTeacher(LocalTeacher):
     def _logp(self, ids: NDArray[np.int64], start: int) -> Tensor:
         key = ids.tobytes()
         with self._lock:
-            step = next((step for step in self._steps if key in step.places), None)
-            logits = None if step is None else step.logits(self.model)[step.places[key]]
-        if logits is None or not 0 <= start < ids.size - 1:
+            step = next((step for step in self._steps if key in step.rows), None)
+            found = None if step is None else step.logp(self.model, key)
+        if found is None or start != ids.size - 1 - len(found):
             return super()._logp(ids, start)
-        return torch.log_softmax(logits[start : ids.size - 1].double(), dim=-1)
+        return found
 
 
 class _Step:
-    """The sequences of one step, and their logits once somebody asks."""
+    """The sequences of one step, and what comes after each token of their completions, once somebody asks."""
 
-    def __init__(self, sequences: Sequence[NDArray[np.int64]]) -> None:
-        self.sequences = sequences
-        self.places = {ids.tobytes(): place for place, ids in enumerate(sequences)}
-        self._logits: Tensor | None = None
+    def __init__(self, rollouts: Sequence[Rollout]) -> None:
+        self.sequences = [np.concatenate([one.prompt_ids, one.completion_ids]).astype(np.int64) for one in rollouts]
+        self.firsts = [one.prompt_ids.size - 1 for one in rollouts]
+        ends = np.cumsum([one.completion_ids.size for one in rollouts])
+        self.rows = {
+            ids.tobytes(): slice(int(end) - one.completion_ids.size, int(end))
+            for ids, one, end in zip(self.sequences, rollouts, ends, strict=True)
+        }
+        self._logp: Tensor | None = None
 
-    def logits(self, model: Student) -> Tensor:
-        """float32 [B, T - 1, V] on the CPU."""
-        if self._logits is None:
+    def logp(self, model: Student, key: bytes) -> Tensor:
+        """float64 [R, V] on the CPU: the completion's rows of one sequence."""
+        if self._logp is None:
             width = max(ids.size for ids in self.sequences) - 1
             inputs = torch.zeros(len(self.sequences), width, dtype=torch.long)
             attention = torch.zeros_like(inputs)
-            for row, ids in enumerate(self.sequences):
-                inputs[row, : ids.size - 1] = torch.from_numpy(ids[:-1])
-                attention[row, : ids.size - 1] = 1
-            rows = torch.arange(inputs.numel(), device=model.device)
-            flat = model.logit_rows(inputs.to(model.device), attention.to(model.device), rows)
-            self._logits = flat.reshape(len(self.sequences), width, -1).cpu()
-        return self._logits
+            rows = []
+            for place, (ids, first) in enumerate(zip(self.sequences, self.firsts, strict=True)):
+                inputs[place, : ids.size - 1] = torch.from_numpy(ids[:-1])
+                attention[place, : ids.size - 1] = 1
+                rows.append(torch.arange(place * width + first, place * width + ids.size - 1))
+            device = model.device
+            logits = model.logit_rows(inputs.to(device), attention.to(device), torch.cat(rows).to(device))
+            self._logp = torch.log_softmax(logits.double(), dim=-1).cpu()
+        return self._logp[self.rows[key]]
