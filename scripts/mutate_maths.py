@@ -15,18 +15,32 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+
+import hypothesis  # noqa: F401 - what every test imports is imported once: the tests run in forks of this process
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", "-m", "not slow")
+PYTEST = (
+    "-q",
+    "-x",
+    "--no-header",
+    "-p",
+    "no:cacheprovider",
+    "-W",
+    "ignore::pytest.PytestAssertRewriteWarning",
+    "-m",
+    "not slow",
+)
+LONGEST_S = 600
 
 
 @dataclass(frozen=True)
@@ -65,33 +79,80 @@ def copied(target: Path) -> Path:
     return target
 
 
-def failure(folder: Path, tests: tuple[str, ...]) -> str | None:
-    """The first test that fails, None where all pass."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
-    command = [*PYTEST, *(f"tests/topk/test_{name}.py" for name in tests)]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    if done.returncode not in (0, 1):
-        raise SystemExit(f"pytest could not run {tests} (exit {done.returncode}):\n{done.stdout}{done.stderr}")
-    if done.returncode == 0:
-        return None
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return failed[0].split(" - ")[0].removeprefix("FAILED ") if failed else "?"
-
-
-def survives(folder: Path, mutation: Mutation) -> bool:
-    path = folder / mutation.file
-    source = path.read_text(encoding="utf-8")
-    start = time.perf_counter()
-    path.write_text(mutation.applied(source), encoding="utf-8")
+def _tested(folder: Path, tests: tuple[str, ...]) -> int:
+    signal.alarm(LONGEST_S)
+    with (folder / "output").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
     try:
-        by = failure(folder, mutation.tests)
+        return int(pytest.main([*PYTEST, *(f"tests/topk/test_{name}.py" for name in tests)]))
+    except BaseException:
+        traceback.print_exc()
+        raise
     finally:
-        path.write_text(source, encoding="utf-8")
-    told = f"SURVIVED {mutation.name}" if by is None else f"killed   {mutation.name}  <- {by}"
-    print(f"{time.perf_counter() - start:5.1f} s  {told}", flush=True)
-    return by is None
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The tests of one mutation (None: of no mutation) in a copy, running in a fork of this process."""
+
+    mutation: Mutation | None
+    folder: Path
+    source: str
+    pid: int
+    start: float
+
+    @classmethod
+    def of(cls, folder: Path, mutation: Mutation | None, tests: tuple[str, ...]) -> Trial:
+        source = ""
+        if mutation is not None:
+            source = (folder / mutation.file).read_text(encoding="utf-8")
+            (folder / mutation.file).write_text(mutation.applied(source), encoding="utf-8")
+        pid = os.fork()
+        if pid == 0:
+            code = 3
+            try:
+                code = _tested(folder, tests)
+            finally:
+                os._exit(code)  # nothing of the parent's is left again, its temporary folder least of all
+        return cls(mutation, folder, source, pid, time.perf_counter())
+
+    def result(self, status: int) -> str | None:
+        """The first test that failed, None where all passed; the copy is whole again."""
+        if self.mutation is not None:
+            (self.folder / self.mutation.file).write_text(self.source, encoding="utf-8")
+        said = (self.folder / "output").read_text(encoding="utf-8")
+        code = os.waitstatus_to_exitcode(status)
+        if code not in (0, 1):
+            raise SystemExit(f"pytest could not run for {self.mutation} (exit {code}):\n{said}")
+        if code == 0:
+            return None
+        failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return failed[0].split(" - ")[0].removeprefix("FAILED ") if failed else "?"
+
+
+def survivors(chosen: list[Mutation], copies: list[Path]) -> int:
+    """How many mutations their tests let pass; one copy a trial, as many trials at a time as there are copies."""
+    running: dict[int, Trial] = {}
+    survived, waiting, free = 0, chosen[::-1], list(copies)
+    while waiting or running:
+        while waiting and free:
+            mutation = waiting.pop()
+            trial = Trial.of(free.pop(), mutation, mutation.tests)
+            running[trial.pid] = trial
+        pid, status = os.wait()
+        trial = running.pop(pid)
+        by = trial.result(status)
+        free.append(trial.folder)
+        survived += by is None
+        name = "" if trial.mutation is None else trial.mutation.name
+        told = f"SURVIVED {name}" if by is None else f"killed   {name}  <- {by}"
+        print(f"{time.perf_counter() - trial.start:5.1f} s  {told}", flush=True)
+    return survived
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -106,25 +167,19 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(f"{mutation.file}: {mutation.name}" for mutation in chosen))
         return 0
-    with tempfile.TemporaryDirectory(prefix="topkd-mutants-") as name, ThreadPoolExecutor(options.jobs) as pool:
-        free: SimpleQueue[Path] = SimpleQueue()
-        for job in range(options.jobs):
-            free.put(copied(Path(name) / str(job)))
-
-        def check(mutation: Mutation) -> bool:
-            folder = free.get()  # each job breaks a copy of its own
-            try:
-                return survives(folder, mutation)
-            finally:
-                free.put(folder)
-
-        whole = copied(Path(name) / "whole")
-        tests = sorted({test for mutation in chosen for test in mutation.tests})
-        if tests and (by := failure(whole, tuple(tests))):
-            raise SystemExit(f"the tests fail without any mutation: {by}")
-        survivors = sum(pool.map(check, chosen))
-    print(f"{len(chosen) - survivors} of {len(chosen)} mutations killed")
-    return 1 if survivors else 0
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.dont_write_bytecode = True
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="topkd-mutants-") as name:
+        copies = [copied(Path(name) / str(job)) for job in range(options.jobs)]
+        tests = tuple(sorted({test for mutation in chosen for test in mutation.tests}))
+        if tests:
+            whole = Trial.of(copies[0], None, tests)
+            if by := whole.result(os.waitpid(whole.pid, 0)[1]):
+                raise SystemExit(f"the tests fail without any mutation: {by}")
+        survived = survivors(chosen, copies)
+    print(f"{len(chosen) - survived} of {len(chosen)} mutations killed")
+    return 1 if survived else 0
 
 
 if __name__ == "__main__":

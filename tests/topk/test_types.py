@@ -89,6 +89,10 @@ def test_the_ceiling_bounds_every_unlisted_probability() -> None:
         scores = topk_of(logp, k)
         unlisted = np.sort(np.exp(logp), axis=1)[:, : 50 - k].max(axis=1)
         assert (scores.ceiling() >= unlisted - 1e-6).all()
+        least = np.minimum(
+            np.sort(np.exp(logp), axis=1)[:, 50 - k], 1.0 - np.exp(logp[np.arange(30)[:, None], scores.ids]).sum(axis=1)
+        )
+        np.testing.assert_allclose(scores.ceiling(), least, rtol=1e-4, atol=1e-7)
     assert np.isnan(TopK.from_lists([[], [(1, -0.5)]]).ceiling()).tolist() == [True, False]
 
 
