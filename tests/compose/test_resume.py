@@ -18,8 +18,7 @@ from topkd.compose.folders import claimed
 from topkd.compose.progress import Progress
 from topkd.compose.replay import replay
 from topkd.compose.train import train
-from topkd.engine.metrics import MetricsLog, outcome, read_metrics
-from topkd.engine.tensor_files import save_tensors
+from topkd.engine.metrics import outcome, read_metrics
 from topkd.topk.errors import ConfigError, DataError, TrainingError
 
 
@@ -156,30 +155,39 @@ async def test_what_cannot_be_resumed_is_one_line(folders, tmp_path):
         await train(run_config(folders, steps=2), out)
 
 
-async def test_a_full_disk_ends_the_run_with_one_line_and_the_run_goes_on_once_there_is_room(
-    folders, finished, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("full", "message", "lost"),
+    [
+        (
+            "topkd.engine.metrics.MetricsLog.write",
+            r"cannot write the run's files \(.*run\): got No space.*--resume",
+            False,
+        ),
+        ("topkd.engine.checkpoint.save_tensors", r"cannot write the folder \(.*step-00000004\): got No space", True),
+    ],
+    ids=["diary", "checkpoint and student"],
+)
+async def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_once_there_is_room(
+    folders, finished, tmp_path, monkeypatch, full, message, lost
 ):
-    def no_room(*_):
+    def no_room(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     out, ear = tmp_path / "run", Ear()
-    with monkeypatch.context() as full:  # while the diary is written: steps 1 and 2 are kept, nothing after step 3
-        writes = []
-        real = MetricsLog.write
-        full.setattr(
-            MetricsLog, "write", lambda *given: no_room() if len(writes) > 4 else real(*given) or writes.append(1)
-        )
-        full.setattr(
-            "topkd.engine.checkpoint.save_tensors", lambda *given: no_room() if writes[4:] else save_tensors(*given)
-        )
-        with pytest.raises(
-            TrainingError, match=r"cannot write the run's files \(.*run\): got No space left.*--resume"
-        ) as caught:
-            await train(run_config(folders), out, ear)
-    assert caught.value.exit_code == 1
+    heard, ear.record = [], lambda kind, record: record["step"] == 3 and (heard.append(kind), fill())
+
+    def fill():
+        monkeypatch.setattr(full, no_room)
+        if lost:
+            monkeypatch.setattr("topkd.compose.keeping.save_student", no_room)
+
+    with pytest.raises(TrainingError, match=message) as caught:
+        await train(run_config(folders), out, ear)
+    assert (heard, caught.value.exit_code) == (["step"], 1)
     assert any(note.startswith("the student so far could not be kept: ") for note in ear.notes)
+    monkeypatch.undo()
     await train(run_config(folders), out, resume=True)
-    assert told(out) == told(finished)
+    assert told(out) == told(finished)[:6]
 
 
 async def test_a_replay_is_resumed_by_replay(folders, tmp_path):

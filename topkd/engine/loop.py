@@ -116,6 +116,7 @@ class _Run:
         self.records: list[Record] = [*earlier]
         self.done = start.step
         self.unwritten: deque[Record] = deque()  # steps whose weights are still on their way to the sampler
+        self.torn = False  # the diary could not be written
 
         async def drawn(step: int) -> Drawn:
             if source is None:
@@ -274,7 +275,9 @@ class _Run:
         await asyncio.to_thread(self.checkpoint)
 
     def failed(self) -> None:
-        """What was learnt is in the diary and in a checkpoint, whatever happened."""
+        """What was learnt is in the diary and in a checkpoint, unless the diary takes no more."""
+        if self.torn:  # a checkpoint would vouch for steps whose records are not there: the former one stands
+            return
         self.flush()
         if self.ranks.size == 1:  # the state of several is only had together, and one of them is gone
             self.checkpoint()
@@ -286,7 +289,11 @@ class _Run:
     def write(self, kind: str, record: Record) -> None:
         if not self.ranks.main:
             return
-        self.log.write(kind, record)
+        try:
+            self.log.write(kind, record)
+        except OSError:
+            self.torn = True
+            raise
         if self.hooks.on_record is not None:
             self.hooks.on_record(kind, record)
 
