@@ -1,0 +1,58 @@
+"""docs/defaults.md says what the configs hold."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.docs.blocks import ROOT
+from topkd.compose.config import RunConfig, validated
+
+BARE = {"student": {"model": "m"}, "teacher": {"url": "http://127.0.0.1:8000"}, "data": {"path": "p.jsonl"}}
+SERVED = {"sampler": {"kind": "server", "url": "http://127.0.0.1:8001"}}
+# Between them they have every key of an objective and of a sampler.
+VARIANTS = ({}, SERVED, *({"objective": {"kind": kind}} for kind in ("gjs", "fkl", "taid", "eopd")))
+
+
+def rows():
+    """(key, default) of each row that states one key and one plain value."""
+    page = (ROOT / "docs" / "defaults.md").read_text(encoding="utf-8")
+    for key, default in re.findall(r"^\| `([\w.]+)` \| ([^|;]+) \|", page, re.MULTILINE):
+        value = plain(default.strip())
+        if value is not ...:
+            yield key, value
+
+
+def plain(text):
+    words = {"none": None, "off": False, "on": True}
+    if re.fullmatch(r"-?\.?\d[\d.e-]*", text):
+        return float(text)
+    if re.fullmatch(r"`[\w-]+`", text):
+        return text.strip("`")
+    return words.get(text, ...)
+
+
+def defaults(key):
+    """What the key is by default: in a bare run where that has it, else in each variant that does."""
+    for variant in VARIANTS:
+        found = validated(RunConfig, BARE | variant, where="test")
+        for name in key.split("."):
+            if not hasattr(found, name):
+                break
+            found = getattr(found, name)
+        else:
+            yield found
+            if not variant:
+                return
+
+
+@pytest.mark.parametrize(("key", "value"), list(rows()), ids=str)
+def test_a_default_is_the_one_that_its_page_gives(key, value):
+    found = list(defaults(key))
+    assert found, f"no run has a {key}"
+    assert all(one == value or (value is False and one in {None, "off"}) for one in found), f"{key} is {found}"
+
+
+def test_most_rows_are_compared():
+    assert len(list(rows())) > 25
