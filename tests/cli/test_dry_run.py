@@ -185,6 +185,8 @@ async def test_a_folder_that_the_run_could_not_have_is_a_problem_and_one_it_goes
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["notes.txt"]
     out = tmp_path / "run"
     out.mkdir()
+    (out / ".config.json.partial").write_text("{")
+    assert (await dry_run(config, served=False, out=out)).problems == [], "killed while its config was written"
     (out / "config.json").write_text(config.model_dump_json())
     assert (await dry_run(config, served=False, cache=kept, out=out)).problems == [], (
         "a run that took no step makes room"

@@ -30,7 +30,8 @@ def check_free(out: Path) -> None:
         raise ConfigError("the output folder is a file", where=str(out), hint="choose another --out")
     diary = out / DIARY
     begun = diary.exists() and diary.stat().st_size > 0
-    others = sorted(entry.name for entry in out.iterdir() if entry.name != ".lock")
+    # Not what begins with a dot: a lock, or the half-written config of a run that was killed at its first moment.
+    others = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith("."))
     if others and not begun and not _is_run_config(out / CONFIG):
         raise ConfigError(
             "the output folder holds something that is no run", where=str(out), got=", ".join(others[:3]),
