@@ -159,3 +159,18 @@ def test_arguments_that_cannot_be_right_are_refused(change: dict[str, object], m
     student, teacher = pair(20)
     with pytest.raises(ConfigError, match=message):
         generalized_jsd_loss(**({"student_logits": student, "teacher_logits": teacher} | change))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_token_whose_divergence_rounds_to_zero_keeps_its_gradient(beta: float) -> None:
+    g = torch.Generator().manual_seed(11)
+    student = torch.randn(300, 30, generator=g)
+    teacher = student + 1e-4 * torch.randn(300, 30, generator=g)
+    leaves = [x.requires_grad_() for x in (student.clone(), student.double())]
+    single, double = (generalized_jsd_loss(x, teacher.to(x.dtype), beta=beta, reduction="none") for x in leaves)
+    rounded = single == 0
+    assert rounded.sum() > 20
+    assert (double > 0).all()
+    short, exact = (torch.autograd.grad(loss.sum(), x)[0] for loss, x in zip((single, double), leaves, strict=True))
+    torch.testing.assert_close(short[rounded].double(), exact[rounded], rtol=0.02, atol=3e-7)
+    assert exact[rounded].abs().amax(-1).min() > 1e-6
