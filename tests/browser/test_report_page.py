@@ -260,6 +260,37 @@ def test_the_theme_can_be_chosen_against_the_systems(run_page, open_page):
     assert page.evaluate(colour) == "rgb(15, 18, 22)"
 
 
+def test_a_page_in_the_dark_is_printed_on_white(run_page, open_page):
+    page = open_page(run_page, theme="dark").page
+    page.locator("#theme").click()
+    page.locator("#theme").click()
+    assert page.locator("#theme").text_content() == "Theme: dark"
+    page.emulate_media(media="print", color_scheme="dark")
+    colours = page.evaluate("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
+    assert colours == ["rgb(255, 255, 255)", "rgb(22, 25, 29)"]
+    assert page.locator("#controls").is_hidden()
+
+
+def test_the_page_is_walked_through_by_tab_in_the_order_it_is_read(comparison_page, open_page):
+    """Header, switches, charts, rollout, tables: and every stop shows where it is."""
+    page = open_page(comparison_page).page
+    stops = []
+    for _ in range(200):
+        page.keyboard.press("Tab")
+        stop = page.evaluate("""() => {
+            const at = document.activeElement;
+            if (at === document.body) return null;
+            const section = at.closest('header, #controls, #charts, #explorer, #summary, #settings');
+            return [section ? section.id || 'header' : at.className, getComputedStyle(at).outlineStyle];
+        }""")
+        if stop is None:
+            break
+        stops.append(stop)
+    assert {outline for _, outline in stops} == {"solid"}
+    visited = [where for i, (where, _) in enumerate(stops) if i == 0 or stops[i - 1][0] != where]
+    assert visited == ["skip", "header", "controls", "charts", "explorer", "summary", "settings"]
+
+
 def test_nothing_that_a_model_wrote_runs(run_page, open_page):
     page = open_page(run_page).page
     assert page.evaluate("window.pwned") is None

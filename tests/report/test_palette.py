@@ -68,7 +68,7 @@ def test_token_ramps_move_steadily_away_from_the_card(theme: str) -> None:
 
 def test_the_stylesheet_follows_the_system_and_the_readers_choice() -> None:
     text = stylesheet()
-    assert "@media (prefers-color-scheme: dark){:root:not([data-theme=light])" in text
+    assert "@media screen and (prefers-color-scheme: dark){:root:not([data-theme=light])" in text
     assert text.count(f"--ink:{THEMES['dark']['ink']}") == 2  # by the system, and by choice
     assert ".g17{--c:var(--g5);--dash:2 3}" in text
 

@@ -90,6 +90,7 @@ def test_a_comparisons_own_verdict_goes_first_and_replays_are_ranked_nowhere(tmp
     assert replay.note.startswith("On replayed rollouts: top-20 wins: ")
     assert live.rows[1][:5] == ["top-20", "0.001", "0.8725 (sd 0.0025)", "0.921 [0.920, 0.921]", "0.832 [0.830, 0.835]"]
     assert live.rows[0][5] == "1,945 (2 of 3 never)"
+    assert (live.rows[0][6], live.rows[1][6]) == ("reference", "0.423 (1 of 3 pairs)")
     assert tuning.columns == ["arm", "0.0003", "0.001", "0.003", "0.01", "taken"]
     assert tuning.rows[0] == ["sampled token", "0.97", "0.93", "0.95", "broke", "0.001"]
     assert (0, 2) in tuning.marked

@@ -133,7 +133,7 @@ def _ratio(row: Mapping[str, Any], key: str) -> str:
     if value.get("low") is not None and value.get("high") is not None:
         text += f" [{value['low']:.3f}, {value['high']:.3f}]"
     pairs, seeds = value.get("pairs"), len(_facts(row))
-    return f"{text} of {pairs} pairs" if isinstance(pairs, int) and pairs < seeds else text
+    return f"{text} ({pairs} of {seeds} pairs)" if isinstance(pairs, int) and pairs < seeds else text
 
 
 def _reached(row: Mapping[str, Any]) -> str:

@@ -73,12 +73,12 @@ def luminance(colour: str) -> float:
 
 
 def stylesheet() -> str:
-    """The colours as CSS custom properties: the system's theme, unless the reader chose one."""
+    """The colours as CSS custom properties: the system's theme, unless the reader chose one; paper is light."""
     light, dark = (_properties(theme) for theme in ("light", "dark"))
     return (
         f":root{{color-scheme:light;{light}}}\n"
-        f"@media (prefers-color-scheme: dark){{:root:not([data-theme=light]){{color-scheme:dark;{dark}}}}}\n"
-        f":root[data-theme=dark]{{color-scheme:dark;{dark}}}\n"
+        f"@media screen and (prefers-color-scheme: dark){{:root:not([data-theme=light]){{color-scheme:dark;{dark}}}}}\n"
+        f"@media screen{{:root[data-theme=dark]{{color-scheme:dark;{dark}}}}}\n"
         + "".join(
             f".g{i}{{--c:var(--g{i % len(GROUPS['light'])});--dash:{DASHES[i // len(GROUPS['light'])] or 'none'}}}\n"
             for i in range(len(GROUPS["light"]) * len(DASHES))
