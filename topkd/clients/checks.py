@@ -74,7 +74,11 @@ def check_vocabulary(ids: NDArray[np.integer], vocab_size: int | None) -> None:
     if ids.size and (int(ids.min()) < 0 or int(ids.max()) > top):
         at = int(np.argmax((ids < 0) | (ids > top)))
         raise ConfigError(
-            "token id outside the vocabulary", where=f"position {at}", got=int(ids[at]), expected=f"0..{top}"
+            "token id outside the vocabulary",
+            where=f"position {at}",
+            got=int(ids[at]),
+            expected=f"0..{top}",
+            hint="" if vocab_size is None else "are these another tokenizer's ids, or is vocab_size too small?",
         )
 
 
