@@ -25,5 +25,7 @@ def test_a_run_is_about_as_slow_as_its_slowest_stage(bench, slowest):
     stage = bench.STAGES[["sampling", "scoring", "learning", "syncing"].index(slowest)]
     # Here 14 steps fill and drain the pipeline; benchmarks/bench_overlap.py has 60 and reaches 0.95.
     assert pipelined[stage] > 0.7
-    assert pipelined["wall_s"] < 0.7 * sequential["wall_s"]
+    together = [sum(run[stage] for stage in bench.STAGES) for run in (sequential, pipelined)]
+    assert together[0] < 1.02, "one stage at a time"
+    assert together[1] > 1.3, "several"
     assert sequential[stage] < 0.55
