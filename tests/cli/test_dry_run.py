@@ -174,27 +174,25 @@ async def test_a_replay_is_told_what_the_cache_has_and_every_way_in_which_it_can
         assert words in problem
 
 
-async def test_a_folder_that_the_run_could_not_have_is_a_problem_and_one_it_goes_on_in_a_note(folder, kept, tmp_path):
-    config = run_config(folder, "http://127.0.0.1:1")
+async def test_a_folder_that_the_run_could_not_have_is_a_problem_and_one_it_goes_on_in_a_note(folder, tmp_path):
+    config = run_config(folder, "", teacher={"kind": "local", "model": str(folder / "student")})
     (tmp_path / "notes.txt").write_text("mine")
-    found = await dry_run(config, served=False, cache=kept, out=tmp_path)
+    found = await dry_run(config, out=tmp_path)
     (problem,) = found.problems
     assert problem.startswith(f"the output folder holds something that is no run ({tmp_path}): got notes.txt")
-    resumed = await dry_run(config, served=False, cache=kept, out=tmp_path, resume=True)
+    resumed = await dry_run(config, out=tmp_path, resume=True)
     assert resumed.problems == [f"there is no run to resume ({tmp_path}); leave out --resume"]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["notes.txt"]
     out = tmp_path / "run"
     out.mkdir()
     (out / ".config.json.partial").write_text("{")
-    assert (await dry_run(config, served=False, out=out)).problems == [], "killed while its config was written"
+    assert (await dry_run(config, out=out)).problems == [], "killed while its config was written"
     (out / "config.json").write_text(config.model_dump_json())
-    assert (await dry_run(config, served=False, cache=kept, out=out)).problems == [], (
-        "a run that took no step makes room"
-    )
-    found = await dry_run(config, served=False, cache=kept, out=out, resume=True)
+    assert (await dry_run(config, out=out)).problems == [], "a run that took no step makes room"
+    found = await dry_run(config, out=out, resume=True)
     assert (found.problems, found.notes[0]) == ([], f"the run in {out} would go on from the beginning")
     other = config.model_copy(update={"seed": 9})
-    (problem,) = (await dry_run(other, served=False, cache=kept, out=out, resume=True)).problems
+    (problem,) = (await dry_run(other, out=out, resume=True)).problems
     assert "seed 0 -> 9" in problem
 
 
