@@ -170,10 +170,11 @@ async def test_cancelling_a_request_closes_its_connection_at_the_server():
 async def test_waiting_requests_can_be_cancelled_and_the_others_still_run():
     config = QUICK.model_copy(update={"max_in_flight": 1, "window_start": 1, "read_timeout_s": 5.0})
     async with FaultyServer() as server:
-        server.delay_s = 0.1
+        server.delay_s = 0.3
         async with VllmCompletions(server.url, config=config, model="t") as client:
             tasks = [asyncio.create_task(client.score(IDS, START, K)) for _ in range(6)]
-            await asyncio.sleep(0.05)
+            while not server.scored:  # the first is under way, and holds the only place
+                await asyncio.sleep(0.01)
             for task in tasks[1:4]:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
