@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from topkd.cli.amounts import size
 from topkd.cli.display import Display
 from topkd.cli.extras import needs
 from topkd.cli.options import AsJson, option
@@ -139,7 +140,7 @@ def _table(console: Console, summary: dict[str, Any], rows: list[dict[str, Any]]
             _spread(row["final"]),
             _ratio(row["area_ratio"]) if row["arm"] != summary["reference"] else "reference",
             _reached(row),
-            _amount(next(iter(row["seeds"].values()))["teacher_bytes"]) if row["seeds"] else "-",
+            size(next(iter(row["seeds"].values()))["teacher_bytes"]) if row["seeds"] else "-",
         ]
         table.add_row(*cells)
     console.print(table)
@@ -166,11 +167,3 @@ def _reached(row: dict[str, Any]) -> str:
     mean, runs = row["tokens_to_target"], len(row["seeds"])
     late = f" ({row['censored']}/{runs} never)" if row["censored"] else ""
     return "-" + late if mean is None else f"{mean:,.0f}{late}"
-
-
-def _amount(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"

@@ -13,6 +13,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from topkd.cli.amounts import count, size
+
 if TYPE_CHECKING:
     from topkd.compose.config import RunConfig
     from topkd.compose.dry_run import DryRun, Rendered
@@ -124,7 +126,7 @@ def _data(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
     if data["with_completion"]:
         rows.append(("with an answer", f"{data['with_completion']:,}"))
     if len(data["by_teacher"]) > 1:
-        rows.append(("by teacher", ", ".join(f"{name} {count:,}" for name, count in data["by_teacher"].items())))
+        rows.append(("by teacher", ", ".join(f"{name} {number:,}" for name, number in data["by_teacher"].items())))
     return rows
 
 
@@ -132,14 +134,14 @@ def _student(found: DryRun, config: RunConfig, forecast: Forecast) -> list[tuple
     model = forecast.model
     share = 100 * model.trained / model.parameters
     trained = (
-        "all of them train" if model.trained == model.parameters else f"{_count(model.trained)} train ({share:.2g} %)"
+        "all of them train" if model.trained == model.parameters else f"{count(model.trained)} train ({share:.2g} %)"
     )
-    parts = ", ".join(f"{name} {_size(size)}" for name, size in forecast.memory.items())
-    there = f" of {_size(forecast.available)} on {found.device}" if forecast.available else ""
+    parts = ", ".join(f"{name} {size(number)}" for name, number in forecast.memory.items())
+    there = f" of {size(forecast.available)} on {found.device}" if forecast.available else ""
     return [
         ("model", config.student.model),
-        ("parameters", f"{_count(model.parameters)}; {trained}"),
-        ("memory, about", f"{_size(forecast.memory_total)}{there}: {parts}"),
+        ("parameters", f"{count(model.parameters)}; {trained}"),
+        ("memory, about", f"{size(forecast.memory_total)}{there}: {parts}"),
     ]
 
 
@@ -151,7 +153,7 @@ def _work(config: RunConfig, forecast: Forecast) -> list[tuple[str, Any]]:
             "a step",
             (
                 f"{forecast.prompts_per_step} prompts x {config.rollout.samples_per_prompt} completions, "
-                f"at most {_count(forecast.tokens_per_step)} tokens"
+                f"at most {count(forecast.tokens_per_step)} tokens"
             ),
         ),
     ]
@@ -160,13 +162,13 @@ def _work(config: RunConfig, forecast: Forecast) -> list[tuple[str, Any]]:
             (
                 "teacher, a step",
                 (
-                    f"{forecast.teacher_requests_per_step:,} requests, {_count(forecast.teacher_tokens_per_step)} "
-                    f"tokens, replies about {_size(forecast.teacher_reply_bytes_per_step)}"
+                    f"{forecast.teacher_requests_per_step:,} requests, {count(forecast.teacher_tokens_per_step)} "
+                    f"tokens, replies about {size(forecast.teacher_reply_bytes_per_step)}"
                 ),
             ),
             (
                 "teacher, all",
-                f"{totals['teacher_requests']:,} requests, {_count(totals['teacher_tokens'])} tokens at most",
+                f"{totals['teacher_requests']:,} requests, {count(totals['teacher_tokens'])} tokens at most",
             ),
         ]
     return rows
@@ -208,17 +210,3 @@ def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(_toml(entry) for entry in value)}]"
     return json.dumps(value) if isinstance(value, str) else str(value)
-
-
-def _count(number: int) -> str:
-    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**4)):
-        if number >= size:
-            return f"{number / (1000 if unit == 'k' else size):.3g} {unit}"
-    return f"{number:,}"
-
-
-def _size(number: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f} B"
