@@ -66,6 +66,8 @@ def test_figures_are_written_as_png_and_as_svg_with_text(tmp_path: Path) -> None
     assert "KL(student ‖ teacher)" in text
     assert "$x$" in text  # a name, not a formula
     assert (figures / "reverse_kl.png").read_bytes()[:4] == b"\x89PNG"
+    for drawn in figures.glob("*.svg"):
+        assert "mathdefault" not in drawn.read_text(encoding="utf-8")  # a tick is a number, not its formula
 
 
 def test_what_cannot_be_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from topkd.topk.errors import ConfigError
 
 _COLOURS = GROUPS["light"]
 _STYLES = ("-", (0, (5, 2)), (0, (1.5, 2)))
+_INSIDE = 4  # names that fit into the axes beside the lines
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _RC = {
     "font.size": 8,
@@ -43,7 +45,9 @@ def write_figures(page: Page, folder: Path) -> list[Path]:
     with mpl.rc_context(_RC):
         for name, draw in _figures(page):
             figure = Figure(figsize=(3.5, 2.5), layout="constrained")
-            draw(figure.subplots())
+            axes = figure.subplots()
+            draw(axes)
+            _legend(figure, axes)
             for suffix, options in ((".png", {"dpi": 300}), (".svg", {"metadata": {"Date": None}})):
                 path = folder / f"{name}{suffix}"
                 figure.savefig(path, **options)
@@ -70,7 +74,7 @@ def _figures(page: Page) -> Iterator[tuple[str, Any]]:
 
 
 def _panel(axes: Any, page: Page, panel: dict[str, Any], lines: list[dict[str, Any]], axis: dict[str, Any]) -> None:
-    for line in lines:
+    for line in _shown(page, lines):
         at, style, marker, label = _look(page, line["g"])
         x, y = _known(line["x"].get(axis["key"]) or line["x"]["step"]), _known(line["y"])
         if line["role"] == "main":
@@ -83,22 +87,19 @@ def _panel(axes: Any, page: Page, panel: dict[str, Any], lines: list[dict[str, A
             axes.plot(x, y, color=at, lw=0.6, alpha=0.35)
         if "lo" in line:
             axes.fill_between(x, _known(line["lo"]), _known(line["hi"]), color=at, alpha=0.15, lw=0)
-    axes.set(title=panel["title"], xlabel=axis["label"], ylabel=panel["unit"])
-    if len(page.groups) > 1:
-        axes.legend()
+    axes.set(title=_wrapped(panel["title"]), xlabel=axis["label"], ylabel=panel["unit"])
 
 
 def _histogram(axes: Any, page: Page, panel: dict[str, Any]) -> None:
     edges = panel["edges"]
-    for line in panel["lines"]:
+    for line in _shown(page, panel["lines"]):
         at, style, _, label = _look(page, line["g"])
         closed = line["y"][1:-1] if len(line["y"]) == len(edges) + 1 else line["y"]
         shares = [100 * share for share in closed]
         axes.stairs(shares, edges[: len(shares) + 1], color=at, linestyle=style, label=label)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:.3g}")  # the scale's own ticks are formulas
     axes.set(title=panel["title"], xlabel="new / rollout probability", ylabel=panel["unit"])
-    if len(page.groups) > 1:
-        axes.legend()
 
 
 def _strip(axes: Any, page: Page, measure: dict[str, Any], strip: dict[str, Any]) -> None:
@@ -113,10 +114,30 @@ def _strip(axes: Any, page: Page, measure: dict[str, Any], strip: dict[str, Any]
             axes.plot([one["mean"]], [row], "|", color=at, ms=12, mew=2)
     if strip["even"] is not None:
         axes.axvline(strip["even"], color="#7d8590", lw=0.8)
-    axes.set_yticks(range(len(strip["rows"])), [one["label"] for one in strip["rows"]])
+    axes.figure.set_figheight(max(2.5, 1.0 + 0.32 * len(strip["rows"])))
+    axes.set_yticks(range(len(strip["rows"])), [textwrap.fill(one["label"], 24) for one in strip["rows"]])
     axes.set_ylim(len(strip["rows"]) - 0.5, -0.5)
     pairs = "" if strip["even"] is None else f"\npaired {'ratio' if strip['ratio'] else 'difference'} to the best, 95 %"
-    axes.set_title(measure["title"] + pairs)
+    axes.set_title(_wrapped(measure["title"]) + pairs)
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Where there is room in the axes for a few names, in it; many stand below, in a taller figure."""
+    handles, labels = axes.get_legend_handles_labels()
+    if 1 < len(labels) <= _INSIDE:
+        axes.legend()
+    elif len(labels) > _INSIDE:
+        figure.set_figheight(figure.get_figheight() + 0.17 * len(labels))
+        figure.legend(handles, labels, loc="outside lower left")
+
+
+def _shown(page: Page, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of runs on their own rollouts; replays of others' are on the page, on demand."""
+    return [line for line in lines if not page.groups[line["g"]].replayed]
+
+
+def _wrapped(title: str) -> str:
+    return textwrap.fill(title, 44)
 
 
 def _look(page: Page, group: int) -> tuple[str, Any, str, str]:
