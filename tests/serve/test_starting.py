@@ -143,3 +143,14 @@ def test_a_key_that_was_named_and_is_not_set_starts_no_open_server(
     assert capsys.readouterr().err == (
         "topkd serve: the environment variable NOT_SET_ANYWHERE (--api-key-env) is not set\n"
     )
+
+
+def test_ctrl_c_while_the_model_loads_is_one_line(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def interrupted(_: ServeConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "load_model", interrupted)
+    assert main([str(models / "policy"), "--port", "0"]) == 130
+    assert capsys.readouterr().err == "topkd serve: stopped\n"
