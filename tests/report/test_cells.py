@@ -22,6 +22,8 @@ def test_the_cells_so_far_are_told_by_their_arms_and_replays_are_kept_apart(tmp_
         ("sampled token, replayed", 3, True),
         ("top-20, replayed", 3, True),
     ]
+    assert page.verdict.headline == "Not finished: 12 runs so far, and no verdict"
+    assert page.verdict.detail.startswith("So far: top-20 wins: KL(student ‖ teacher) lower by 0.3")
     assert any("the comparison in cmp is not finished" in warning for warning in page.verdict.warnings)
     assert [one["key"] for one in page.data["seeds"]] == ["last"]
 

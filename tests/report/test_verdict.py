@@ -66,6 +66,20 @@ def test_an_interval_that_holds_zero_names_no_winner(tmp_path: Path) -> None:
     assert said.headline == "No clear winner between topk_pg and scalar_kl"
 
 
+def test_an_arm_further_down_that_cannot_be_told_from_the_best_leaves_no_winner(tmp_path: Path) -> None:
+    paths = []
+    for kind, ends in (("topk_pg", (1.0, 1.1)), ("gjs", (1.2, 1.3)), ("scalar_kl", (1.0, 1.6))):
+        for seed, end in enumerate(ends):
+            path = write_run(tmp_path / f"{kind}{seed}", kind, seed=seed)
+            with (path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"kind": "eval", "step": 60, "reverse_kl": end}) + "\n")
+            paths.append(path)
+    said = page_of(*paths).verdict
+    assert [rank.label for rank in said.ranks] == ["topk_pg", "gjs", "scalar_kl"]
+    assert said.ranks[1].difference.low > 0.0
+    assert said.headline == "No clear winner between topk_pg and scalar_kl"
+
+
 def test_one_draw_of_each_is_not_called_a_win(tmp_path: Path) -> None:
     said = page_of(write_run(tmp_path / "a", "scalar_kl"), write_run(tmp_path / "b", "topk_pg")).verdict
     assert said.tone == "open"
@@ -100,6 +114,18 @@ def test_a_comparisons_own_verdict_goes_first_and_replays_are_ranked_nowhere(tmp
     assert said["setting"] == "top-20"
     assert said["tokens a step"] == "100"
     assert said["completion length"] == "25 → 25"
+
+
+def test_on_the_embedded_pair_a_cut_completion_is_explained_and_not_warned_about(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "cmp")
+    for diary in folder.glob("cells/*/metrics.jsonl"):
+        diary.write_text(diary.read_text().replace('"truncated": 1,', '"truncated": 4,'))
+    page = page_of(folder)
+    assert not any("cut at the length limit" in warning for warning in page.verdict.warnings)
+    assert any("no stop token" in note for note in page.notes)
+    summary = json.loads((folder / "compare.json").read_text()) | {"base": "run.toml"}
+    (folder / "compare.json").write_text(json.dumps(summary))
+    assert any("cut at the length limit" in warning for warning in page_of(folder).verdict.warnings)
 
 
 def test_a_failed_cell_is_in_no_verdict_and_is_named(tmp_path: Path) -> None:

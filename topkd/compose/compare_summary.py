@@ -51,6 +51,7 @@ def summarised(
         "note": config.note,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "topkd": topkd.__version__,
+        "base": config.base,
         "metric": config.metric,
         "target": config.target,
         "reference": config.arms[0].name,

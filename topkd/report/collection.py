@@ -33,12 +33,13 @@ class Group:
 
 @dataclass(slots=True)
 class Collection:
-    """All runs of a page, and what the comparison that made them (if one did) says itself."""
+    """All runs of a page, and what the comparison that made them (if one did and has ended) says itself."""
 
     title: str
     runs: list[Run]
     comparison: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    unfinished: bool = False
 
     def groups(self) -> list[Group]:
         """Runs by setting, in the order of their first run."""
@@ -66,7 +67,7 @@ def gather(paths: Sequence[Path], *, waiting: bool = False) -> Collection:
     runs: list[Run] = []
     comparison: dict[str, Any] = {}
     notes: list[str] = []
-    title = ""
+    title, unfinished = "", False
     for path in paths:
         if (path / COMPARE).exists():
             if comparison:
@@ -75,14 +76,14 @@ def gather(paths: Sequence[Path], *, waiting: bool = False) -> Collection:
             runs += listed(path, comparison, notes)
         elif (path / "cells").is_dir():
             runs += begun(path, notes) or ([read_run(path, waiting=True)] if waiting else [])
-            title = str(read_config(path).get("name") or title)
+            title, unfinished = str(read_config(path).get("name") or title), True
         else:
             runs.append(read_run(path, waiting=waiting))
     if not runs:
         raise DataError("nothing to report", where=", ".join(map(str, paths)), got="no run with a diary")
     _tell_apart(runs)
     title = str(comparison.get("name") or title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs"))
-    return Collection(title, runs, comparison, notes)
+    return Collection(title, runs, comparison, notes, unfinished)
 
 
 def differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:

@@ -46,7 +46,9 @@ def build(collection: Collection, *, live: bool = False, baseline: Mapping[str, 
     kinds = prefix_kinds(groups) or ["fixed"]
     sections = [_section(section, groups, account, kinds) for section in SECTIONS]
     recorded = transcripts(groups)
-    notes = [note for note in (account.sentence(), _smoothing(account), recorded.note, _colours(groups)) if note]
+    notes = [
+        note for note in (*said.notes, account.sentence(), _smoothing(account), recorded.note, _colours(groups)) if note
+    ]
     data = {
         "live": live,
         "title": collection.title,

@@ -14,6 +14,10 @@ from topkd.report.ranks import Rank, ranked
 from topkd.report.wording import between, change, number, short
 
 ENOUGH_SEEDS = 8
+EMBEDDED = "embedded"
+_CUT = (
+    "The embedded pair has no stop token: every completion is cut at its limit, so that each step has as many tokens."
+)
 _DISTANCES = (("forward_kl", "KL(teacher ‖ student)"), ("jsd", "Jensen-Shannon"))
 _BASIS = {"kl_k1": "On its own rollouts", "sft_loss": "On the data that it trained on"}
 _SHARES = (("agreement", "Same top token"), ("accuracy", "Task accuracy"))
@@ -28,20 +32,24 @@ class Verdict:
         detail: How sure it is.
         tone: "won", "open" (no clear winner), "one" (a single setting) or "waiting".
         facts: Figures beside it: label, value, remark.
+        facts_of: Whose figures they are, where that is not plain.
         warnings: What a careful reader would ask about.
         ranks: Settings from best to worst.
         metric: What the ranks are by.
         note: What the comparison says of itself.
+        notes: What to know about its runs.
     """
 
     headline: str
     detail: str = ""
     tone: str = "one"
     facts: list[tuple[str, str, str]] = field(default_factory=list)
+    facts_of: str = ""
     warnings: list[str] = field(default_factory=list)
     ranks: list[Rank] = field(default_factory=list)
     metric: str = ""
     note: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
 def verdict(collection: Collection, groups: Sequence[Group]) -> tuple[Verdict, list[list[Outcome]]]:
@@ -56,10 +64,18 @@ def verdict(collection: Collection, groups: Sequence[Group]) -> tuple[Verdict, l
         said = _several(groups, outcomes, metric)
     said.metric = metric.name
     _stated(said, collection.comparison)
+    if collection.unfinished:
+        count = sum(len(group.runs) for group in groups)
+        said.detail = f"So far: {said.headline}. {said.detail}"
+        said.headline, said.tone = f"Not finished: {count} run{'s' * (count > 1)} so far, and no verdict", "open"
     if not metric.exact:
         basis = "the estimate from rollouts" if metric is ESTIMATES[0] else "the training loss on the data"
         said.warnings.insert(0, f"no exact held-out KL in the diary: the verdict rests on {basis}")
-    said.warnings += _gathered([(one, warned) for ones in outcomes for one in ones for warned in warnings_of(one)])
+    found = [(one, warned) for ones in outcomes for one in ones for warned in warnings_of(one)]
+    if collection.comparison.get("base") == EMBEDDED:
+        said.notes.append(_CUT)
+        found = [(one, warned) for one, warned in found if not warned.kind.endswith("truncation_rate")]
+    said.warnings += _gathered(found)
     said.warnings += collection.notes
     return said, outcomes
 
@@ -102,6 +118,7 @@ def _one_group(group: Group, outcomes: Sequence[Sequence[Outcome]], metric: Metr
         f"{metric.name} went from {number(first)} to {between(end)} nats a token ({change(first, end.mean)})",
         f"Mean over {end.n} runs of {group.label} that differ in their seed, with the 95 % interval over them.",
         facts=_mean_facts(ones),
+        facts_of="means over seeds",
         ranks=ranked([group], outcomes, metric),
     )
 
@@ -111,9 +128,11 @@ def _several(groups: Sequence[Group], outcomes: list[list[Outcome]], metric: Met
     comparable = [rank for rank in ranks if math.isfinite(rank.end.mean)]
     if len(comparable) < 2:
         return Verdict("No two settings have finished runs to compare.", tone="open", ranks=ranks)
-    best, second = comparable[:2]
+    best, *others = comparable
+    # The nearest that cannot be told from it; where all can, the runner-up.
+    second = next((one for one in others if one.difference is None or one.difference.low <= 0.0), others[0])
     gap = second.difference
-    said = Verdict("", ranks=ranks, facts=_mean_facts(outcomes[best.group], f"{best.label}, mean"))
+    said = Verdict("", ranks=ranks, facts=_mean_facts(outcomes[best.group]), facts_of=f"{best.label}, means over seeds")
     ends = f"{best.label} ends at {number(best.end.mean)} nats a token, {second.label} at {number(second.end.mean)}"
     if gap is None:
         said.headline, said.tone = f"{best.label} has the lower {metric.name}, but nothing says how surely", "open"
@@ -168,12 +187,12 @@ def _facts(one: Outcome) -> list[tuple[str, str, str]]:
     return facts + _cost(one.totals)
 
 
-def _mean_facts(outcomes: Sequence[Outcome], remark: str = "mean") -> list[tuple[str, str, str]]:
+def _mean_facts(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str]]:
     facts = []
     for key, label in (*_DISTANCES, *_SHARES):
         if (end := spread(outcomes, key)).n:
             text = f"{100 * end.mean:.1f} %" if (key, label) in _SHARES else number(end.mean)
-            facts.append((label, text, remark))
+            facts.append((label, text, ""))
     mean: dict[str, float | None] = {}
     for key in outcomes[0].totals if outcomes else ():
         known = [value for one in outcomes if (value := one.totals[key]) is not None]
