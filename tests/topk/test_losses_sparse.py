@@ -108,6 +108,13 @@ def test_eopd_from_a_list_is_the_dense_one_where_the_bounds_decide() -> None:
     low, high = objectives.entropy_bounds(listed(teacher, 3, y), 8)
     assert metrics["undecided"] == ((low < tau) & (high >= tau)).sum().item() > 0
     assert metrics["gate_fraction"] == pytest.approx((low >= tau).double().mean().item())
+    # a row whose bounds do not decide has the sampled term alone
+    rows = ((low < tau) & (high >= tau)).nonzero()[:, 0]
+    shut, few = {**kwargs, "behavior_logp": behavior[rows]}, listed(teacher[rows], 3, y[rows])
+    alone, _ = sparse_eopd_loss(student[rows], few, **{**shut, "alpha": 0.0})
+    undecided, _ = sparse_eopd_loss(student[rows], few, **shut)
+    opened, _ = sparse_eopd_loss(student[rows], few, **{**shut, "tau": 0.0})
+    assert undecided.item() == alone.item() != opened.item()
 
 
 def test_rows_without_a_realised_token_or_a_list_are_masked() -> None:
