@@ -163,6 +163,10 @@ async def test_an_estimate_bounds_the_bill_and_asks_nothing(config, server, tmp_
     assert forecast.prompt_tokens == report.prompt_tokens
     assert report.completion_tokens <= forecast.completion_tokens == 12 * 3 * 6
     assert report.cost <= forecast.cost
+    again = await sample_data(config(estimate=True, price_in=1.0, price_out=4.0))
+    assert (again.sampled, again.cached, again.cost) == (0, report.rows, 0.0), "what is in the cache is not paid again"
+    more = await sample_data(config(estimate=True, n=2))
+    assert more.sampled == forecast.sampled
 
 
 async def test_rows_that_cannot_be_asked_are_named(config, tmp_path):

@@ -13,13 +13,14 @@ import pytest
 from tests.compose.test_score import keys, sent_tokens, written
 from tests.engine.pieces import model_folder
 from topkd.compose.portions import UNIT, Portion, joined
+from topkd.compose.score import score_data
 from topkd.compose.score_config import ScoreConfig, ScoreReport
 from topkd.compose.score_ray import Ledger
 from topkd.compose.selection import Verdict
 from topkd.compose.sequences import ScoreInput, read_sequences, units
 from topkd.offline import ScoreStore, verify
 from topkd.serve import ServeConfig, ServerProcess
-from topkd.topk.errors import DataError
+from topkd.topk.errors import ConfigError, DataError
 
 ROWS = [
     {"prompt_ids": [5 + i % 250, i // 250 + 5, 9], "completion_ids": [40 + j % 200 for j in range(30 + i % 9)]}
@@ -110,6 +111,15 @@ def scoring_workers(pid):
 def contents(cache):
     with ScoreStore(cache) as store:
         return {record.header.key: bytes(record.payload) for record in store.records(live=False)}
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+async def test_a_cluster_that_nobody_answers_for_is_said_at_once_and_not_waited_for(tmp_path, address):
+    pytest.importorskip("ray")
+    data = written(tmp_path / "d.jsonl", ROWS[:3])
+    with pytest.raises(ConfigError, match=rf"cannot join the Ray cluster \({address}\): got .*refused") as caught:
+        await score_data(config(data, tmp_path / "cache", runner="ray", ray_address=address))
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.slow

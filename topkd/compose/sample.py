@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -23,7 +23,8 @@ from topkd.compose.sample_config import Purse, SampleConfig, SampleReport, Sampl
 from topkd.compose.score import load_tokenizer
 from topkd.compose.sequences import count_rows, json_object, raw_rows
 from topkd.engine.waiting import first_of
-from topkd.offline import ScoreStore
+from topkd.offline import ScoreStore, TeacherIdentity
+from topkd.offline.folder import FORMAT_FILE
 from topkd.topk.errors import ConfigError, DataError, ResponseError, UnsupportedError
 from topkd.topk.protocols import Sampler
 from topkd.topk.samples import Rollout, SamplingParams
@@ -63,7 +64,7 @@ async def sample_data(config: SampleConfig, progress: Progress | None = None) ->
     report = SampleReport(str(config.out), k=config.k, estimate=config.estimate)
     began = time.monotonic()
     if config.estimate:
-        await asyncio.to_thread(_estimate, config, tokenizer, report)
+        await _estimate(config, tokenizer, report)
     else:
         client = await _opened(config)
         config = config.model_copy(update={"dialect": client.dialect})
@@ -141,7 +142,7 @@ class SampleJob:
         report = self.report
         if isinstance(prompt, tuple):
             self.troubles.refuse(*prompt)
-        elif prompt.name in self.under_way or self._is_kept(prompt):
+        elif prompt.name in self.under_way or is_kept(prompt, self.store, self.teacher, self.config.k):
             report.cached += 1
         elif isinstance(self.client, OpenAIChat) and prompt.messages is None:
             where = f"{self.config.data}:{prompt.number}"
@@ -226,15 +227,6 @@ class SampleJob:
                 if rollout.completion_ids.size]  # fmt: skip
         self.store.put_rollouts(self.policy, prompt.ids, bare, prompt.params)
 
-    def _is_kept(self, prompt: Prompt) -> bool:
-        found = self.store.get_rollouts(self.policy, prompt.ids, None, prompt.params)
-        if found is None:
-            return False
-        start = prompt.teacher_ids.size - 1
-        sequences = (np.concatenate([prompt.teacher_ids, rollout.completion_ids]) for rollout in found)
-        k = self.config.k
-        return not k or all(self.store.covers(self.teacher, ids, start, k, read=True) for ids in sequences)
-
     def account(self) -> None:
         """What the client counted; answers that could not be read, while none could, are no completions."""
         for prompt in self.unread:
@@ -251,6 +243,16 @@ class SampleJob:
         report, seconds = self.report, max(time.monotonic() - self.began, 1e-9)
         detail = f"{report.completion_tokens / seconds:.0f} tok/s  {len(self.under_way)} in flight{report.setbacks()}"
         self.progress.advance(report.sampled + report.cached + report.refused + report.failed, detail)
+
+
+def is_kept(prompt: Prompt, store: ScoreStore, teacher: TeacherIdentity, k: int) -> bool:
+    """Whether a cache has the completions of a prompt, and the teacher's lists of at least k with them."""
+    found = store.get_rollouts(sampled_policy(teacher), prompt.ids, None, prompt.params)
+    if found is None:
+        return False
+    start = prompt.teacher_ids.size - 1
+    sequences = (np.concatenate([prompt.teacher_ids, rollout.completion_ids]) for rollout in found)
+    return not k or all(store.covers(teacher, ids, start, k, read=True) for ids in sequences)
 
 
 def _prompts(config: SampleConfig, tokenizer: Any) -> Iterator[Prompt | tuple[int, DataError]]:
@@ -279,14 +281,30 @@ def _prompt(config: SampleConfig, number: int, row: Any, tokenizer: Any, where: 
     return Prompt(number, ids, seen, row.messages, params)
 
 
-def _estimate(config: SampleConfig, tokenizer: Any, report: SampleReport) -> None:
+async def _estimate(config: SampleConfig, tokenizer: Any, report: SampleReport) -> None:
+    """What a run would sample at most, from the data and the cache alone."""
+    if not (config.out / FORMAT_FILE).exists():
+        await asyncio.to_thread(_count, config, tokenizer, report, lambda _: False)
+        return
+    report.teacher = config.model or ""
+    if config.model is None:  # what of the cache counts depends on the name; asking for it is free
+        async with await _opened(config) as client:
+            report.teacher = await client.model_name()
+    with ScoreStore(config.out) as store:
+        teacher = served_identity(store, report.teacher, config.revision)
+        await asyncio.to_thread(
+            _count, config, tokenizer, report, lambda prompt: is_kept(prompt, store, teacher, config.k)
+        )
+
+
+def _count(config: SampleConfig, tokenizer: Any, report: SampleReport, held: Callable[[Prompt], bool]) -> None:
     seen: set[bytes] = set()
     for prompt in _prompts(config, tokenizer):
         report.rows += 1
         if isinstance(prompt, tuple):
             report.refused += 1
             report.blame(*prompt)
-        elif prompt.teacher_ids.tobytes() in seen:
+        elif prompt.teacher_ids.tobytes() in seen or held(prompt):
             report.cached += 1
         else:
             seen.add(prompt.teacher_ids.tobytes())

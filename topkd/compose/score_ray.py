@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import pickle
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from topkd.compose.teachers import OpenTeacher
 from topkd.offline import ScoreStore
 from topkd.topk.errors import ConfigError, TopkdError
 
+_REACH_S = 5.0  # for the head of a cluster to take a connection
 _SEALING_S = 5.0  # how long dead workers may take to let go of their segments
 
 
@@ -166,7 +168,7 @@ async def _results(config: ScoreConfig, portions: Sequence[Portion], ledger: Any
         fn_constructor_args=(config, ledger),
         batch_size=1,
         batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=config.workers),
+        compute=ray.data.ActorPoolStrategy(size=min(config.workers, len(portions))),
         num_cpus=1,
         num_gpus=config.gpus_per_worker or None,
     )
@@ -191,6 +193,7 @@ def _cluster(config: ScoreConfig) -> Iterator[Any]:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
+            _reach(address)
             ray.init(address=address, **quiet)
         else:
             ray.init(address="local", num_cpus=config.workers, include_dashboard=False, **quiet)
@@ -203,6 +206,13 @@ def _cluster(config: ScoreConfig) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where nobody answers: Ray itself would wait for ever."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():  # else it is a name that Ray resolves on this machine ("auto")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
 
 
 def _seal(config: ScoreConfig) -> None:
