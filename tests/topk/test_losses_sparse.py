@@ -91,6 +91,18 @@ def test_entropy_aware_on_a_full_list_is_the_dense_loss_and_else_between_its_bou
     assert gradcheck(lambda s: sparse_entropy_aware_loss(s, listed(teacher, 3))[0], (student,))
 
 
+def test_entropy_aware_from_a_short_list_mixes_both_kls_by_the_lower_bound() -> None:
+    student, teacher = pair(9, (6, 8))
+    rows = listed(teacher, 3)
+    low, high = objectives.entropy_bounds(rows, 8)
+    weight = low / math.log(8)
+    assert ((high - low) / math.log(8) > 0.02).all()
+    forward, reverse = (sparse_divergence_loss(student, rows, beta=beta, reduction="none") for beta in (0.0, 1.0))
+    got, told = sparse_entropy_aware_loss(student, rows, reduction="sum")
+    assert got.item() == pytest.approx((weight * forward + (1 - weight) * reverse).sum().item(), rel=1e-9)
+    assert told["w_low"] == pytest.approx(weight.mean().item())
+
+
 def test_eopd_from_a_list_is_the_dense_one_where_the_bounds_decide() -> None:
     student, teacher = pair(5, (12, 8))
     y = torch.randint(0, 8, (12,), generator=torch.Generator().manual_seed(0))
