@@ -17,6 +17,7 @@ import pytest
 from tests.offline.samples import same, scored
 from tests.offline.writer import TEACHER, item
 from topkd.offline import ScoreStore, gc, verify
+from topkd.topk import Rollout, SamplingParams
 from topkd.topk.errors import CacheError
 
 WRITER = str(Path(__file__).with_name("writer.py"))
@@ -186,6 +187,30 @@ def test_every_bit_flip_is_named_and_harms_only_the_record_it_hits(tmp_path):
             assert sum(scores is None for scores in found) <= 1
             assert all(scores is None or same(scores, data[n][1]) for n, scores in enumerate(found))
         file.write_bytes(original)
+
+
+def test_a_damaged_record_is_written_again_by_whoever_has_its_values_unread_as_it_is(tmp_path):
+    data = [scored(seed, tokens=20, k=6, start=2) for seed in range(3)]
+    params = SamplingParams(max_tokens=14, seed=1)
+    drawn = [Rollout(ids[:6], ids[6:], scores.actual_logp[3:], "stop", params) for ids, scores in data]
+
+    def keep(root):
+        with ScoreStore(root, mode="a") as store:
+            for (ids, scores), rollout in zip(data, drawn, strict=True):
+                store.put(TEACHER, ids, scores)
+                store.put_rollouts(TEACHER, ids[:6], [rollout], params)
+        with ScoreStore(root) as store:
+            return sum(1 for _ in store.records(kinds=(1, 2)))
+
+    assert keep(tmp_path) == 6
+    segment = next(tmp_path.glob("*.tkl"))
+    whole = bytearray(segment.read_bytes())
+    whole[whole.index(data[1][1].actual_logp.tobytes())] ^= 1  # in a score
+    whole[whole.rindex(drawn[2].logp.tobytes())] ^= 1  # in a rollout, which stands behind the score
+    segment.write_bytes(whole)
+    with ScoreStore(tmp_path) as store:
+        assert sum(1 for _ in store.records(kinds=(1, 2))) == 4
+    assert keep(tmp_path) == 6
 
 
 def test_a_damaged_record_is_scored_again_and_compacted_away(tmp_path):

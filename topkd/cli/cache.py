@@ -161,7 +161,10 @@ def export(
     from topkd.offline.exchange import writing
 
     if form is ExportFormat.parquet:
-        _told(export_parquet(cache, out), as_json)
+        done = export_parquet(cache, out)
+        _told(done, as_json)
+        if done.refused:
+            raise typer.Exit(1)
         return
     dataset = to_dataset(cache)
     with writing(out):

@@ -96,7 +96,7 @@ class ScoreStore:
         check_scores(array, scores)
         key, k = score_key(identity, array), max(scores.k, asked or 0)
         with self._lock:
-            if self._answers(key, SCORE, scores.start, k):
+            if self._read(key, SCORE, scores.start, k) is not None:  # a damaged record is no answer
                 return
             self._writable()
             header, payload = score_record(identity, key, array, scores, codec=self.codec, asked=k)
@@ -141,7 +141,7 @@ class ScoreStore:
         """As ``put_rollouts``, for a request whose key is known from another cache."""
         identity = identity_of(student)
         with self._lock:
-            if self._answers(key, ROLLOUT, len(rollouts), k):
+            if self._read(key, ROLLOUT, len(rollouts), k) is not None:
                 return
             self._writable()
             header, payload = rollout_record(identity, key, rollouts, codec=self.codec, asked=k)
