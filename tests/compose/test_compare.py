@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from tests.fakes.interrupts import interruptible
 from topkd.compose.compare import compare
 from topkd.compose.compare_cell import finished
 from topkd.compose.compare_config import CompareConfig
@@ -124,6 +125,30 @@ def test_a_killed_comparison_continues_to_the_same_result(whole, tmp_path):
     again = compare(config, tmp_path / "out")
     assert measured(again.out) == measured(done.out)
     assert {path: path.stat().st_mtime_ns for path in before} == before  # finished cells were read, not run
+
+
+@pytest.mark.parametrize("moment", ["config.json", "cells/*"])
+def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path, moment):
+    """While workers are being born, and while they train: the whole group gets the signal, as from a terminal."""
+    command = [sys.executable, "-m", "topkd", "compare", "--grid", "k=5,20", "--seeds", "0", "--set", "steps=200"]
+    with interruptible(
+        [*command, "--out", str(tmp_path / "out")], start_new_session=True, stderr=subprocess.PIPE
+    ) as child:
+        try:
+            deadline = time.monotonic() + 240
+            while not list((tmp_path / "out").glob(moment)):
+                assert child.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            time.sleep(2.0)  # in the middle of it
+            os.killpg(child.pid, signal.SIGINT)
+            _, told = child.communicate(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+    assert child.returncode == 130
+    assert f"topkd: stopped; the same command continues in {tmp_path / 'out'}\n" in told
+    assert "Traceback" not in told
 
 
 def test_a_cell_whose_settings_changed_is_not_taken_for_finished(whole):

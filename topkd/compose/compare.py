@@ -116,12 +116,18 @@ class _Workers:
             self._pool = ProcessPoolExecutor(
                 self.count, mp_context=multiprocessing.get_context("spawn"), initializer=_as_worker
             )
-        return self._pool.submit(run_cell, str(self.cells), cell, self.threads)
+        # A worker is born with Ctrl-C held back: it could be hit before it knows to leave that to us.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return self._pool.submit(run_cell, str(self.cells), cell, self.threads)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _as_worker() -> None:
     """In a worker: Ctrl-C is the parent's to answer, and a parent that is gone, however it went, ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     if parent is None:
         return
