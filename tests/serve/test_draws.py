@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from starlette.applications import Starlette
 
-from tests.serve.apps import NAME, complete, exact_logp, generate, make_app, post, random_ids
+from tests.serve.apps import NAME, client, complete, exact_logp, generate, make_app, post, random_ids
 
 TOLERANCE = 1e-4  # float32 against float64; these models have logits of +-30
 IDS = {"return_token_ids": True, "ignore_eos": True}
@@ -224,3 +224,25 @@ async def test_completions_and_chat_name_the_weights_of_each_token_when_asked(ap
     chat = {"model": NAME, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "ignore_eos": True}
     reply = await post(app, "/v1/chat/completions", chat | {"return_weight_versions": True})
     assert reply["choices"][0]["weight_versions"] == [{"version": "default", "start": 0, "end": 2}]
+
+
+@pytest.mark.parametrize(
+    ("n", "tokens", "words"),
+    [
+        (2**31, 1, "n must be at most 16384"),
+        (16_384, 60, "1245184 of cache, and there are 524288"),
+        (0, 1, "at least 1"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/inference/v1/generate"])
+async def test_more_completions_than_fit_are_refused_before_anything_is_made_for_them(
+    app: Starlette, path: str, n: int, tokens: int, words: str
+):
+    sampling = {"n": n, "max_tokens": tokens}
+    body = (
+        {"token_ids": [9] * 16, "sampling_params": sampling} if "generate" in path else {"prompt": [9] * 16, **sampling}
+    )
+    async with client(app) as http:
+        reply = await http.post(path, json={"model": NAME, **body})
+    assert reply.status_code == 400
+    assert words in reply.json()["error"]["message"]

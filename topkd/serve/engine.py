@@ -15,7 +15,7 @@ from topkd.serve.config import ServeConfig
 from topkd.serve.drafts import Draft, Group, draw_next
 from topkd.serve.ending import Endings
 from topkd.serve.jobs import Answer, Job
-from topkd.serve.refusal import Refusal, overloaded
+from topkd.serve.refusal import Refusal, check_sequences, overloaded
 from topkd.serve.scoring import score_prompts
 from topkd.serve.tickets import Ticket, settle
 
@@ -52,8 +52,10 @@ class Engine:
         """Every job's answer, in order. Cancelling the caller cancels the work.
 
         Raises:
-            Refusal: The queue is full (503), or the model failed on a job (500).
+            Refusal: A job is too large (400), the queue is full (503), or the model failed on a job (500).
         """
+        for job in jobs:
+            check_sequences(job, self._context, self._config.max_kv_tokens)
         loop = asyncio.get_running_loop()
         tickets = [Ticket(job, loop, loop.create_future()) for job in jobs]
         with self._wake:

@@ -8,6 +8,8 @@ from typing import Any, cast
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails
 
+from topkd.serve.jobs import Job
+
 
 class Refusal(Exception):  # noqa: N818 - not a failure of this program: an answer to the client
     """Raised anywhere below a route; the route answers with it.
@@ -55,6 +57,16 @@ def overloaded(waiting: int, limit: int) -> Refusal:
     """A 503: the queue is full. Trying again later may help."""
     message = f"The server is overloaded: {waiting} requests are waiting, at most {limit} may. Please retry later."
     return Refusal(message, status=503, kind="ServiceUnavailableError")
+
+
+def check_sequences(job: Job, context: int, room: int) -> None:
+    """Refuses more completions of one prompt than the server could ever hold at once: they share its prefill."""
+    tokens = min(len(job.ids) + job.sampling.max_tokens, context)
+    if job.n > 1 and job.n * tokens > room:
+        raise Refusal(
+            f"n = {job.n} completions of up to {tokens} tokens need {job.n * tokens} of cache, and there are {room} "
+            "(max_kv_tokens): ask for fewer, or for shorter ones"
+        )
 
 
 def not_finite() -> Refusal:

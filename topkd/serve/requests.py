@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFun
 from topkd.serve.jobs import Sampling
 from topkd.serve.refusal import Refusal, bad_parameter, restated
 
+MAX_N = 16_384  # vLLM's
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -84,6 +85,8 @@ class SamplingFields(BaseModel):
         )
         if self.n < 1:
             raise Refusal(f"n must be at least 1, got {self.n}.")
+        if self.n > MAX_N:  # before anything is made for each of them: a single request could take all memory
+            raise Refusal(f"n must be at most {MAX_N}, got {self.n}.")
         _check_ranges(chosen, self.max_temperature)
         if chosen.greedy and self.n > 1 and not self.greedy_n:
             raise Refusal(f"n must be 1 when using greedy sampling, got {self.n}.")
