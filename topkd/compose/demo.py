@@ -115,7 +115,7 @@ async def demo(
     saved(config, out / "config.json")
     with ServerProcess(serve, log_path=out / "server.log") as server:
         progress.note(f"teacher at {server.url} (process {server.pid}); K = {config.k}, objective {objective}")
-        client = await connect(server.url, model="teacher", config=ClientConfig(total_timeout_s=30.0))
+        client = await connect(server.url, model="teacher", config=ClientConfig(total_timeout_s=300.0))
         async with client:
             rows = prompt_rows(assets.training, seed)
             result = await run(
