@@ -91,7 +91,8 @@ def test_what_workers_are_sent_and_send_back_survives_pickling(tmp_path):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     model = model_folder(tmp_path_factory.mktemp("models") / "teacher", seed=2)
-    options = {"served_model_name": "teacher", "port": 0, "max_logprobs": 20, "device": "cpu"}
+    # One sequence a forward pass: how many share one depends on the moment, and with it a row's last digit.
+    options = {"served_model_name": "teacher", "port": 0, "max_logprobs": 20, "device": "cpu", "max_batch_tokens": 1}
     with ServerProcess(ServeConfig(model=str(model), **options)) as running:
         yield running
 
