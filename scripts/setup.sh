@@ -6,7 +6,7 @@
 #   scripts/setup.sh train,serve,report
 #
 # Which environment:
-#   * an active virtual environment whose Python imports torch: that one, with its torch as it is;
+#   * an active virtual environment whose Python imports torch: that one, with its torch and whatever else it has as it is;
 #   * otherwise .venv in the repository, made on first use, with the pins of constraints.txt. On Linux without an NVIDIA
 #     driver torch's CPU build is taken where one can be reached, and with CI=true nothing else is accepted.
 # A second call with unchanged pyproject.toml, constraints.txt and extras installs nothing.
@@ -94,9 +94,22 @@ use_active() {
   say "using the active environment $venv and its torch"
   local pins status=0
   pins=$(scratch)
-  sed '/^torch==/d' constraints.txt >"$pins"
-  # Holds the torch that is there: a dependency that wants another one is an error, not a silent replacement.
-  "$venv/bin/python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >>"$pins"
+  # What is there stays, within pyproject's ranges: a dependency that wants another torch is an error, not a silent
+  # replacement. What is missing comes as it was tested.
+  "$venv/bin/python" - >"$pins" <<'PY'
+from importlib.metadata import PackageNotFoundError, version
+
+for line in open("constraints.txt", encoding="utf-8"):
+    name, _, _ = line.strip().partition("==")
+    try:
+        there = version(name) if name and not name.startswith("#") else ""
+    except PackageNotFoundError:
+        there = ""
+    if name == "torch":
+        print(f"torch=={there}")
+    elif not there or name in {"import-linter", "mypy", "ruff"}:
+        print(line, end="")
+PY
   (install -c "$pins") || status=$?
   rm -f "$pins"
   [ "$status" = 0 ] || exit "$status"

@@ -32,6 +32,7 @@ from pathlib import Path
 
 META = "Metadata-Version: 2.1\\nName: topkd\\nVersion: 0.1\\n"
 META += "Provides-Extra: dev\\nRequires-Dist: torch>=2.4; extra == 'dev'\\n"
+META += "".join(f"Requires-Dist: {line}; extra == 'dev'\\n" for line in Path("more.txt").read_text().split())
 
 
 def build_editable(folder, config_settings=None, metadata_directory=None):
@@ -98,6 +99,7 @@ def clone(tmp_path: Path) -> Clone:
     shutil.copy(SCRIPT, root / "scripts" / "setup.sh")
     (root / "pyproject.toml").write_text(PYPROJECT, encoding="utf-8")
     (root / "backend.py").write_text(BACKEND, encoding="utf-8")
+    (root / "more.txt").write_text("", encoding="utf-8")  # what the dev extra wants besides torch
     (root / "constraints.txt").write_text("torch==2.13.0\n", encoding="utf-8")
     index = tmp_path / "index"
     _put_wheel(index, "torch", "2.13.0", requires="nvidia-cublas")
@@ -213,15 +215,20 @@ def test_an_active_environment_with_torch_is_used_with_its_own_torch(clone: Clon
     subprocess.run([sys.executable, "-m", "venv", mine], check=True)
     index = Path(clone.env["PIP_INDEX_URL"].removeprefix("file://"))
     _put_wheel(index, "torch", "2.9.1+mine")
-    subprocess.run(
-        [mine / "bin" / "python", "-m", "pip", "install", "-qq", "torch==2.9.1+mine"], check=True, env=clone.env
-    )
+    for release in ("1.0", "1.1", "1.2"):
+        for name in ("kept", "missing", "ruff"):
+            _put_wheel(index, name, release)
+    (clone.root / "more.txt").write_text("kept\nmissing\nruff\n", encoding="utf-8")
+    (clone.root / "constraints.txt").write_text("torch==2.13.0\nkept==1.1\nmissing==1.1\nruff==1.1\n", encoding="utf-8")
+    had = ["torch==2.9.1+mine", "kept==1.0", "ruff==1.0"]
+    subprocess.run([mine / "bin" / "python", "-m", "pip", "install", "-qq", *had], check=True, env=clone.env)
     status, out, err = clone.setup(VIRTUAL_ENV=str(mine))
     assert (status, out) == (0, str(mine / "bin")), err
-    said = subprocess.check_output(
-        [mine / "bin" / "python", "-c", "import topkd, torch; print(torch.__version__)"], text=True
+    code = "import topkd, torch, kept, missing, ruff; print([m.__version__ for m in (torch, kept, missing, ruff)])"
+    said = subprocess.check_output([mine / "bin" / "python", "-c", code], text=True)
+    assert said.strip() == str(["2.9.1+mine", "1.0", "1.1", "1.1"]), (
+        "what it had, but for the linters; the rest as pinned"
     )
-    assert said.strip() == "2.9.1+mine"
     assert not (clone.root / ".venv").exists()
 
 
