@@ -190,7 +190,7 @@ async def test_bad_rows_are_refused_with_their_line_and_the_rest_is_scored(confi
             "got 'b', expected a row that names no teacher; --teacher-id b beside --teacher",
         ),
         12: ({**good, "logp": [-1.0]}, "logp must be one log-probability"),
-        13: ({**good, "hint": "psst"}, "a hint needs a text prompt"),
+        13: ({**good, "feedback": "psst"}, "a feedback is written around the text of a prompt"),
         14: ({"prompt_ids": [1] * 5000, "completion_ids": [2]}, "longer than the server's context"),
         15: ({"prompt_ids": [1], "completion_ids": [900]}, "refuses the request"),
         16: ({"messages": [{"role": "user", "content": "a"}]}, "the last of at least two messages"),

@@ -160,7 +160,7 @@ def test_an_answer_that_ends_a_text_row_has_the_end_token(tmp_path, tokenizer):
         ({"prompt": "x", "source": "law"}, r"no teacher named 'law' \(.*:1\): expected one of \['code', 'maths'\]"),
         ({"prompt": "x"}, r"the row names no teacher in 'source' \(.*:1\)"),
         ({"prompt": "x", "source": 3}, r"source cannot be read \(.*:1\): got 3"),
-        ({"prompt_ids": [1], "hint": "x", "source": "code"}, r"a hint needs a text prompt.*teacher_prompt_ids"),
+        ({"prompt_ids": [1], "feedback": "x", "source": "code"}, r"written around the text.*teacher_prompt_ids"),
         ({"prompt": "x", "completion_ids": [1], "source": "code"}, r"completion_ids goes with prompt_ids"),
         ({"messages": [], "source": "code"}, r"at least one message"),
         ({"messages": TALK[2:3], "source": "code"}, r"a message before the first answer"),
@@ -170,6 +170,23 @@ def test_a_row_that_fits_nobody_is_named(tmp_path, tokenizer, line, message):
     side = Side(tokenizer)
     with pytest.raises(DataError, match=message):
         read(tmp_path, [line], Readers(side, {"maths": side, "code": side}, teacher_column="source"))
+
+
+def test_a_hint_beside_ids_stands_before_them_behind_their_beginning(tmp_path):
+    tokenizer = make_tokenizer(600)
+    side, prompt = Side(tokenizer), tokenizer("17 * 23 = ", add_special_tokens=False)["input_ids"]
+    (plain,), _ = read(tmp_path, [{"prompt_ids": prompt, "hint": "think"}], Readers(side))
+    (text,), _ = read(tmp_path, [{"prompt": "17 * 23 = ", "hint": "think"}], Readers(side))
+    assert plain.prompt_ids.tolist() == prompt
+    assert (
+        tokenizer.decode(plain.teacher_prompt_ids) == tokenizer.decode(text.teacher_prompt_ids) == "think\n17 * 23 = "
+    )
+    assert plain.teacher_prompt_ids[-len(prompt) :].tolist() == prompt
+    tokenizer.bos_token = "<|im_start|>"
+    begun = [tokenizer.bos_token_id, *prompt]
+    (row,), _ = read(tmp_path, [{"prompt_ids": begun, "hint": "think"}], Readers(side))
+    assert tokenizer.decode(row.teacher_prompt_ids) == "<|im_start|>think\n17 * 23 = "
+    assert row.teacher_prompt_ids[-len(prompt) :].tolist() == prompt
 
 
 def test_a_teacher_is_chosen_by_any_column(tmp_path, tokenizer):

@@ -18,8 +18,8 @@ from topkd.topk.errors import DataError
 class DataRow(BaseModel):
     """One row; columns that topkd does not use (a source, a difficulty) may stand beside these.
 
-    ``hint``, ``reference`` and ``feedback`` are for the teacher alone. ``teacher_prompt_ids`` is its whole prompt, for
-    rows of ids. ``completion`` and ``completion_ids`` are an answer that came with the row.
+    ``hint``, ``reference`` and ``feedback`` are for the teacher alone. ``teacher_prompt_ids`` is its whole prompt, in
+    their place, for rows of ids. ``completion`` and ``completion_ids`` are an answer that came with the row.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
@@ -95,12 +95,7 @@ def rendered(
         where: For error messages.
     """
     if row.prompt_ids is not None:
-        if privileged:
-            raise DataError(
-                f"a {next(iter(privileged))} needs a text prompt or messages, not prompt_ids", where=where,
-                hint="give the teacher's whole prompt as teacher_prompt_ids",
-            )  # fmt: skip
-        ids: Sequence[int] = row.prompt_ids
+        ids: Sequence[int] = _told_ids(row.prompt_ids, side, privileged, templates, where)
     elif row.prompt is not None:
         ids = side.text(_told_text(row.prompt, privileged, templates), where)
     else:
@@ -115,6 +110,27 @@ def valid_ids(ids: Sequence[int], what: str, where: str) -> list[int]:
     if max(ids) > np.iinfo(np.int32).max:
         raise DataError("a token id is out of range", where=where, got=max(ids), expected="below 2**31")
     return [int(token) for token in ids]
+
+
+def _told_ids(
+    ids: Sequence[int], side: Side, privileged: dict[str, str], templates: PrivilegedConfig, where: str
+) -> Sequence[int]:
+    """The prompt's ids as they are, what is told as text before them, behind a beginning of text that they have."""
+    before = ""
+    for name, told in privileged.items():
+        template = getattr(templates, name)
+        if "{prompt}" in template:
+            raise DataError(
+                f"a {name} is written around the text of a prompt, and this row has ids", where=where,
+                hint=f"give the teacher's whole prompt as teacher_prompt_ids, or a data.privileged.{name} "
+                "without {prompt}, which stands before the ids",
+            )  # fmt: skip
+        before = f"{_filled(template, {name: told})}\n{before}"
+    if not before:
+        return ids
+    text = side.text(before, where, special=False)
+    opening = int(bool(ids) and ids[0] == side.tokenizer.bos_token_id)
+    return [*ids[:opening], *text, *ids[opening:]]
 
 
 def _told_text(prompt: str, privileged: dict[str, str], templates: PrivilegedConfig) -> str:

@@ -265,8 +265,9 @@ def _prompts(config: SampleConfig, tokenizer: Any) -> Iterator[Prompt | tuple[in
 
 
 def _prompt(config: SampleConfig, number: int, row: Any, tokenizer: Any, where: str) -> Prompt:
-    if row.prompt_ids is None and tokenizer is None:
-        raise ConfigError("rows of text need the served model's tokenizer", where=where, hint="give --tokenizer PATH")
+    if tokenizer is None and (row.prompt_ids is None or row.hint is not None):
+        what = "rows of text" if row.prompt_ids is None else "rows with a hint"
+        raise ConfigError(f"{what} need the served model's tokenizer", where=where, hint="give --tokenizer PATH")
     if row.messages is not None and (not row.messages or row.messages[-1].get("role") == "assistant"):
         raise DataError("the messages must end before the answer that is to be drawn", where=where)
     ids = np.array(prompt_tokens(row, tokenizer, None, where), np.int32)

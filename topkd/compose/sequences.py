@@ -215,10 +215,12 @@ def _rollouts(path: Path) -> Iterator[Item]:
 
 def _sequence(number: int, raw: Any, tokenizer: Any, where: str) -> ScoreInput:
     row = _parsed(raw, where)
+    told = row.privileged and row.teacher_prompt_ids is None
+    if tokenizer is None and (row.prompt_ids is None or told):
+        what = "rows of text" if row.prompt_ids is None else f"rows with a {next(iter(row.privileged))}"
+        raise ConfigError(f"{what} need a tokenizer", where=where, hint="give --tokenizer PATH")
     if row.prompt_ids is not None:
         prompt, completion = teacher_tokens(row, tokenizer, where), row.completion_ids or []
-    elif tokenizer is None:
-        raise ConfigError("rows of text need a tokenizer", where=where, hint="give --tokenizer PATH")
     elif row.completion is not None:
         prompt = teacher_tokens(row, tokenizer, where)
         completion = tokenizer(row.completion, add_special_tokens=False)["input_ids"]

@@ -86,7 +86,7 @@ class PrivilegedConfig(Frozen):
     """How a row's ``hint``, ``reference`` and ``feedback`` columns stand in the teacher's prompt alone.
 
     A template names its own column, as in ``{hint}``. With ``{prompt}`` in it, it takes the place of the text prompt or
-    of the last user message; without, it becomes the system message, or stands before a text prompt.
+    of the last user message; without, it becomes the system message, or stands before a prompt of text or ids.
     """
 
     hint: str = "{hint}"
