@@ -74,6 +74,29 @@ def test_the_fast_kernel_stays_within_1e_6_of_float64(k: int, beta: float) -> No
         np.testing.assert_allclose(values[done[:60]], truth, rtol=0, atol=1.2e-6)
 
 
+def test_a_list_of_ids_too_improbable_for_float32_is_a_signal() -> None:
+    """Their mass rounds to 0, as that of an empty list does; a row of zeros and an empty row stay NaN."""
+    lists = [[(3, -120.0), (4, -300.0)], [(3, -120.0)], [(3, -math.inf)], [], [(3, -0.5)]]
+    teacher, student = TopK.from_lists(lists), TopK.from_lists([[(3, -0.7), (5, -1.0)]] * 5)
+    for first, second in ((teacher, student), (student, teacher)):
+        truth = [reference.union_tail(as_dict(first, r), as_dict(second, r), 0.5) for r in (0, 1, 4)]
+        values = topk_gjs(first, second, 0.5)
+        np.testing.assert_allclose(values[[0, 1, 4]], truth, rtol=0, atol=1e-6)
+        assert np.isnan(values[[2, 3]]).all()
+
+
+def test_flat_lists_of_thousands_stay_within_1e_5_of_float64() -> None:
+    """Nearly all the mass in many small numbers is where float32 rounds most."""
+    rng = np.random.default_rng(4)
+    t, s = (np.log(rng.dirichlet(np.full(3000, 50.0), size=4) * (1 - 1e-5)) for _ in range(2))
+    teacher, student = topk_of(t, 3000, tail=False), topk_of(s, 3000, tail=False)
+    apart = TopK(0, student.ids + 3000, student.logp, student.actual_ids, student.actual_logp, student.tail_logp)
+    for other in (student, apart):
+        for beta in (0.5, 0.99):
+            truth = [reference.union_tail(as_dict(teacher, r), as_dict(other, r), beta) for r in range(4)]
+            np.testing.assert_allclose(topk_gjs(teacher, other, beta), truth, rtol=0, atol=1e-5)
+
+
 def test_blocks_do_not_leak_into_one_another() -> None:
     rng = np.random.default_rng(9)
     t, s = correlated(rng, 5000, 40, 2.0)

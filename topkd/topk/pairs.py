@@ -17,7 +17,7 @@ from topkd.topk.mass import log_mass
 from topkd.topk.types import Bool, Float64, TopK
 from topkd.topk.union import MIN_TAIL, UnionTail
 
-# Where float32 keeps 1e-6 and a missing id's share is itself below that; elsewhere float64 does the work.
+# Where float32 is exact enough and a missing id's share is itself below that; elsewhere float64 does the work.
 FAST_BETA = (0.01, 0.99)
 FAST_FLOOR = (-80.0, -15.0)  # below it exp(floor) is no normal float32, and a pad's 0 would not be told from it
 Missing = Literal["union_tail", "intersection_tail", "floor", "renormalise"]
@@ -43,7 +43,8 @@ def topk_gjs(
     * ``"renormalise"``: the common ids only, each side renormalised on them; NaN where no id is common.
 
     The left-over mass is the stored ``tail_logp`` where it is known, else 1 - mass. ``union_tail`` with beta in .01 ..
-    .99 and a floor in -80 .. -15 runs in float32 with float64 sums (within 1e-6 of float64); all else in float64.
+    .99 and a floor in -80 .. -15 runs in float32 with float64 sums; all else in float64. The difference is within 2e-6
+    up to K = 200, and within 1e-5 at K in the thousands.
 
     Args:
         teacher: R rows.

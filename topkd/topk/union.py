@@ -241,7 +241,8 @@ def _finish(teacher: _Side, student: _Side, sums: Float64, fits: Bool) -> tuple[
     total -= np.log(teacher.scale) * mixture_mass
     total -= _x_log_x(mixture_tail)
     np.maximum(total, 0.0, out=total)
-    signal = (teacher_mass > 0.0) & (student_mass > 0.0)
+    # Not the mass: float32 rounds that of a list of very improbable ids to 0. The lists descend, and a pad is -inf.
+    signal = np.isfinite(teacher.logp[:, 0]) & np.isfinite(student.logp[:, 0])
     total[left | ~signal] = np.nan
     return total, np.flatnonzero(left & (signal | ~fits))
 
