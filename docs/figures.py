@@ -105,7 +105,8 @@ async def curve(objective: object, k: int, steps: int, seed: int) -> list[dict[s
     from topkd.compose.train import run
     from topkd.engine.evaluation import exact_divergences
     from topkd.engine.local_teacher import LocalTeacher
-    from topkd.engine.student import Student, load_tokenizer
+    from topkd.engine.student import Student
+    from topkd.engine.tokenizer import load_tokenizer
 
     assets = demo.build_assets(demo.cache_root(), Progress())
     tokenizer = load_tokenizer(str(assets.student))

@@ -14,7 +14,8 @@ from topkd.compose.export import export
 from topkd.engine.checkpoint import save_student
 from topkd.engine.lora_config import LoRAConfig
 from topkd.engine.metrics import MetricsLog
-from topkd.engine.student import Student, load_tokenizer
+from topkd.engine.student import Student
+from topkd.engine.tokenizer import load_tokenizer
 from topkd.topk.errors import ConfigError, TrainingError
 
 IDS = torch.tensor([[5, 9, 30, 40, 50]])

@@ -19,7 +19,7 @@ from topkd.engine.data import PromptRow
 from topkd.engine.metrics import read_metrics
 from topkd.engine.rollouts import draw
 from topkd.engine.scoring import score_rollouts
-from topkd.engine.student import load_tokenizer
+from topkd.engine.tokenizer import load_tokenizer
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk import Rollout, SamplingParams, TopK
 from topkd.topk.errors import ConfigError, KLimitError, ServerUnreachableError

@@ -12,7 +12,8 @@ from topkd.clients import connect
 from topkd.compose.export import export
 from topkd.engine.checkpoint import save_student
 from topkd.engine.local_teacher import LocalTeacher
-from topkd.engine.student import Student, load_tokenizer
+from topkd.engine.student import Student
+from topkd.engine.tokenizer import load_tokenizer
 
 
 @pytest.mark.vllm

@@ -5,15 +5,18 @@ from huggingface_hub import constants
 
 from topkd.engine import hub
 from topkd.engine.hub import check_there
-from topkd.engine.student import load_causal_lm, load_tokenizer
+from topkd.engine.student import load_causal_lm
+from topkd.engine.tokenizer import load_tokenizer
 from topkd.topk.errors import ConfigError
+
+PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 
 
 @pytest.fixture
 def out_of_reach(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+    for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -47,8 +50,10 @@ def test_what_may_be_there_is_left_to_the_library(out_of_reach, monkeypatch, tmp
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(kept / "config.json"))
     check_there("models/studnt")
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:2")
-    check_there("models/studnt")
+    for name in PROXIES:
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "http://127.0.0.1:2")
+            check_there("models/studnt")
     assert len(asked) == 1, "kept here, or to be had by another way: nothing is tried from here"
 
 

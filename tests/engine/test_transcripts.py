@@ -16,7 +16,8 @@ from tests.engine.pieces import VOCAB, model_folder, scalar_sample
 from topkd.engine.local_teacher import LocalTeacher
 from topkd.engine.objective_config import EOPD, ForwardKL, ScalarKL, TopKPolicyGradient
 from topkd.engine.scoring import ScoredBatch
-from topkd.engine.student import Student, load_tokenizer
+from topkd.engine.student import Student
+from topkd.engine.tokenizer import load_tokenizer
 from topkd.engine.transcripts import Transcripts
 from topkd.topk import SampleCore, ScalarBehavior, TopKPreparedSample, gjs
 

@@ -101,7 +101,8 @@ async def _embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]:
     from topkd.compose.progress import Progress
     from topkd.compose.samplers import in_process
     from topkd.compose.train import run
-    from topkd.engine.student import Student, load_tokenizer
+    from topkd.engine.student import Student
+    from topkd.engine.tokenizer import load_tokenizer
 
     config = validated(EngineConfig, cell.values, where=f"cell {cell.id}")
     assets = _assets()

@@ -85,7 +85,8 @@ async def demo(
     """Build (or reuse) the tiny models, serve the teacher, distil over HTTP, measure exactly, draw the curve."""
     import torch
 
-    from topkd.engine.student import Student, load_tokenizer
+    from topkd.engine.student import Student
+    from topkd.engine.tokenizer import load_tokenizer
 
     progress = progress or Progress()
     config = demo_config(objective, steps, seed)

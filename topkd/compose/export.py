@@ -131,7 +131,7 @@ def _opened(folder: Path, config: RunConfig, dtype: str, *, adapter: bool) -> An
 
 
 def _tokenizer(source: Path, config: RunConfig) -> Any:
-    from topkd.engine.student import load_tokenizer
+    from topkd.engine.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(source))
     own = Side.of(tokenizer, config.student.chat_template, {}).chat_template

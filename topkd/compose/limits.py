@@ -79,7 +79,7 @@ def position_limit(model: str) -> int | None:
 
 def compared_ends(config: RunConfig, prompts: Prompts) -> Ends:
     """Where completions end, and what does not fit together; nothing is changed in secret."""
-    from topkd.engine.student import load_tokenizer
+    from topkd.engine.tokenizer import load_tokenizer
 
     tokenizer = prompts.tokenizer
     own = tokenizer.eos_token_id

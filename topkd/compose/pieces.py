@@ -66,7 +66,7 @@ def load_pieces(config: RunConfig, progress: Progress, prompts: Prompts | None =
 
 def load_prompts(config: RunConfig, progress: Progress) -> Prompts:
     """Tokenizer and rows: all that can be known of a run before a model is opened."""
-    from topkd.engine.student import load_tokenizer
+    from topkd.engine.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.student.model)
     readers = readers_of(config, tokenizer)

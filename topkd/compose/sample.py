@@ -20,7 +20,7 @@ from topkd.compose.off_policy import sampled_policy
 from topkd.compose.progress import Progress
 from topkd.compose.prompts import checked_row, prompt_tokens
 from topkd.compose.sample_config import Purse, SampleConfig, SampleReport, SamplingDialect
-from topkd.compose.score import load_tokenizer
+from topkd.compose.score import text_tokenizer
 from topkd.compose.sequences import count_rows, json_object, raw_rows
 from topkd.engine.waiting import first_of
 from topkd.offline import ScoreStore, TeacherIdentity
@@ -60,7 +60,7 @@ async def sample_data(config: SampleConfig, progress: Progress | None = None) ->
     progress = progress or Progress()
     if not config.data.exists():
         raise DataError("no such file or folder", where=str(config.data))
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = text_tokenizer(config.tokenizer)
     report = SampleReport(str(config.out), k=config.k, estimate=config.estimate)
     began = time.monotonic()
     if config.estimate:

@@ -16,9 +16,10 @@ from topkd.compose.score_config import Asked, ScoreConfig, ScoreReport
 from topkd.compose.selection import Budget, Selection, digest_of
 from topkd.compose.sequences import BadRow
 from topkd.compose.teachers import OpenTeacher, open_teacher
+from topkd.engine.tokenizer import load_tokenizer
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.folder import FORMAT_FILE
-from topkd.topk.errors import ConfigError, DataError
+from topkd.topk.errors import DataError
 
 __all__ = ["ScoreConfig", "ScoreReport", "score_data"]
 
@@ -33,7 +34,7 @@ async def score_data(config: ScoreConfig, progress: Progress | None = None) -> S
     progress = progress or Progress()
     if not config.data.exists():
         raise DataError("no such file or folder", where=str(config.data))
-    selection = Selection(config, load_tokenizer(config.tokenizer))
+    selection = Selection(config, text_tokenizer(config.tokenizer))
     if config.estimate:
         return await _estimate(config, selection)
     began = time.monotonic()
@@ -157,15 +158,6 @@ def _count(
     report.duplicates, report.skipped = selection.duplicates, selection.skipped
 
 
-def load_tokenizer(path: str | None) -> Any:
+def text_tokenizer(path: str | None) -> Any:
     """The tokenizer for rows of text, None when none is named."""
-    if path is None:
-        return None
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ConfigError("a tokenizer needs transformers", hint='pip install "topkd[train]"') from error
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError("cannot load a tokenizer", where=path, got=str(error).splitlines()[0][:200]) from error
+    return None if path is None else load_tokenizer(path)

@@ -23,7 +23,7 @@ import numpy as np
 from topkd.compose.bulk import BulkJob
 from topkd.compose.portions import Portion, joined
 from topkd.compose.progress import Progress
-from topkd.compose.score import lanes_of, load_tokenizer, opened, summed
+from topkd.compose.score import lanes_of, opened, summed, text_tokenizer
 from topkd.compose.score_config import ScoreConfig, ScoreReport
 from topkd.compose.selection import Budget, Selection, Verdict
 from topkd.compose.sequences import units
@@ -87,7 +87,7 @@ class ScoreWorker:
 
     async def _score(self, portion: Portion, report: ScoreReport) -> None:
         if self._teachers is None:
-            self._tokenizer = load_tokenizer(self.config.tokenizer)
+            self._tokenizer = text_tokenizer(self.config.tokenizer)
             self._teachers = {name: await self._open.enter_async_context(opened(self.config, asked))
                               for name, asked in self.config.asked().items()}  # fmt: skip
             self._store = ScoreStore(self.config.out, mode="a", codec=self.config.codec)

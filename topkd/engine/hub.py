@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from topkd.topk.errors import ConfigError
 
 _PATIENCE_S = 5.0
+_PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 _FILES = ("config.json", "tokenizer_config.json", "tokenizer.json")
 
 
@@ -30,7 +31,7 @@ def check_there(model: str) -> None:
             return
     except HFValidationError as error:
         raise ConfigError("neither a model folder nor a hub id", where=model) from error
-    if constants.HF_HUB_OFFLINE or any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+    if constants.HF_HUB_OFFLINE or any(os.environ.get(name) or os.environ.get(name.lower()) for name in _PROXIES):
         return  # the library answers at once, or goes by a way that cannot be tried from here
     hub = urlsplit(constants.ENDPOINT)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from topkd.engine.hub import check_there
 from topkd.engine.lora import has_adapter, head_rows, head_weights, with_adapter, without_wrapper
 from topkd.engine.lora_config import LoRAConfig
+from topkd.engine.tokenizer import cannot_load, first_line
 from topkd.topk.errors import ConfigError
 from topkd.topk.fused import topk_logprobs
 
@@ -180,31 +180,9 @@ def load_causal_lm(path: str, dtype: DType = "float32") -> Any:
             path, dtype=getattr(torch, dtype), output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(_load_message(path, "a causal language model"), got=_first_line(error)) from error
+        raise ConfigError(cannot_load(path, "a causal language model"), got=first_line(error)) from error
     if missing := sorted(account["missing_keys"]):
         raise ConfigError(  # transformers would go on with random numbers in their place
-            _load_message(path, "a causal language model"), got=f"no weights for {missing[0]} ({len(missing)} in all)"
+            cannot_load(path, "a causal language model"), got=f"no weights for {missing[0]} ({len(missing)} in all)"
         )
     return model
-
-
-def load_tokenizer(path: str) -> Any:
-    """A Hugging Face tokenizer from a folder or an id."""
-    from transformers import AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    check_there(path)
-    transformers_logging.set_verbosity_error()  # its warning of long texts stands beside our own, clearer error
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(_load_message(path, "a tokenizer"), got=_first_line(error)) from error
-
-
-def _load_message(path: str, what: str) -> str:
-    kind = "folder" if Path(path).exists() else "no such folder here, and not loadable as a hub id"
-    return f"cannot load {what} from {path!r} ({kind})"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
