@@ -287,19 +287,6 @@ async def test_trouble_that_every_row_has_ends_the_job_at_once(config, server):
     assert sent_tokens(server) == before
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"shard": (3, 2)}, "no shard 3 of 2"),
-        ({"max_cost": 1.0}, "needs price_per_million"),
-        ({"teachers": ()}, "at least 1"),
-    ],
-)
-def test_a_config_that_cannot_be_right_is_refused(config, changes, words):
-    with pytest.raises(ValueError, match=words):
-        config(**changes)
-
-
 async def test_a_cancelled_job_keeps_what_it_has_and_says_how_to_go_on(config, tmp_path):
     said = []
 

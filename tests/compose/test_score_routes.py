@@ -85,13 +85,16 @@ def test_the_exit_code_says_whether_every_row_is_there(server, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"shard": (3, 2)}, "no shard 3 of 2"),
+        ({"max_cost": 1.0}, "needs price_per_million"),
+        ({"teachers": ()}, "at least 1"),
         ({"routes": {"a": ("http://h",)}}, "either the URLs of one teacher"),
         ({"teachers": (), "routes": {"a": ("http://h",)}, "models": {"b": "m"}}, "for .'b'., which has no URL"),
         ({"teachers": (), "routes": {"a": ("http://h",)}, "vocab_sizes": {"b": 9}}, "for .'b'., which has no URL"),
         ({"teachers": (), "routes": {"a": ("http://h",)}, "teacher_id": "a"}, "scores the rows of all of them"),
     ],
 )
-def test_routes_that_cannot_be_right_are_refused(config, changes, words):
+def test_a_config_that_cannot_be_right_is_refused(config, changes, words):
     with pytest.raises(ValueError, match=words):
         config(**changes)
 
