@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import topkd
-from topkd.engine.metrics import read_metrics
+from topkd.engine.metrics import RECORD_KINDS, read_metrics
 from topkd.topk.errors import ConfigError
 
 DIARY, CONFIG, TOKENS, STUDENT, CHECKPOINTS = "metrics.jsonl", "config.json", "tokens.jsonl", "student", "checkpoints"
@@ -24,23 +24,37 @@ def check_free(out: Path) -> None:
 
     A run that ended before its first step (a mistake found late) makes room for the next.
     """
-    if not out.exists():
+    others = _entries(out)
+    if others is None:
         return
-    if not out.is_dir():
-        raise ConfigError("the output folder is a file", where=str(out), hint="choose another --out")
     diary = out / DIARY
     begun = diary.exists() and diary.stat().st_size > 0
-    # Not what begins with a dot: a lock, or the half-written config of a run that was killed at its first moment.
-    others = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith("."))
-    if others and not begun and not _is_run_config(out / CONFIG):
+    records = read_metrics(diary) if begun else []
+    ours = all(record["kind"] in RECORD_KINDS for record in records) if records else _is_run_config(out / CONFIG)
+    if others and not ours:
         raise ConfigError(
             "the output folder holds something that is no run", where=str(out), got=", ".join(others[:3]),
             expected="a new or an empty folder", hint="choose another --out: nothing of yours is written over",
         )  # fmt: skip
-    if (begun and read_metrics(diary, "step")) or not {STUDENT, CHECKPOINTS}.isdisjoint(others):
+    if any(record["kind"] == "step" for record in records) or not {STUDENT, CHECKPOINTS}.isdisjoint(others):
         raise ConfigError(
             "the output folder already holds a run", where=str(out), hint="choose another --out, or go on with --resume"
         )
+
+
+def _entries(out: Path) -> list[str] | None:
+    """Names in a folder, in order; None where there is none yet.
+
+    Without those that begin with a dot: a lock, or the half-written config of a run killed at its first moment.
+    """
+    try:
+        if not out.exists():
+            return None
+        if not out.is_dir():
+            raise ConfigError("the output folder is a file", where=str(out), hint="choose another --out")
+        return sorted(entry.name for entry in out.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise ConfigError("the output folder cannot be read", where=str(out), got=error.strerror) from error
 
 
 def fresh_folder(out: Path) -> None:

@@ -14,10 +14,11 @@ from topkd.topk.errors import ConfigError, DataError
 
 # What a run asked of its servers: after a resume the cache answers what was asked before.
 TRAFFIC = frozenset({"requests", "retries", "failed_requests", "cache_hits", "scored_tokens", "teacher_bytes"})
+RECORD_KINDS = ("step", "eval", "event")
 
 
 class MetricsLog:
-    """Appends records to ``metrics.jsonl``. A record says its ``kind``: "step", "eval" or "event"."""
+    """Appends records to ``metrics.jsonl``. A record says its ``kind``: one of ``RECORD_KINDS``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,0 +1,52 @@
+"""Which folders a new run may have: what is not a run's own stays as it lies."""
+
+import pytest
+
+from topkd.compose.folders import fresh_folder
+from topkd.topk.errors import ConfigError, DataError
+
+STARTED = '{"kind": "event", "event": "start"}\n'
+
+
+@pytest.mark.parametrize(
+    ("lines", "error", "message"),
+    [
+        (
+            '{"kind": "train", "loss": 1.0}\n',
+            ConfigError,
+            r"that is no run .*: got metrics.jsonl, notes",
+        ),
+        (STARTED + '{"kind": "train", "loss": 1.0}\n', ConfigError, "holds something that is no run"),
+        ('{"kind": ["train"]}\n', ConfigError, "holds something that is no run"),
+        ("step,loss", ConfigError, "holds something that is no run"),
+        ('{"loss": 1.0}\n', DataError, "this is no diary of a run"),
+        ("", ConfigError, "holds something that is no run"),
+    ],
+)
+def test_a_diary_of_another_program_is_not_taken_for_a_run_that_took_no_step(tmp_path, lines, error, message):
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(error, match=message):
+        fresh_folder(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+
+
+def test_a_run_that_took_no_step_makes_room(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(STARTED)
+    fresh_folder(tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    (tmp_path / "metrics.jsonl").write_text(STARTED[:9])  # killed while it wrote its first line
+    (tmp_path / "config.json").write_text('{"rollout": {}, "learner": {}, "objective": {}}')
+    fresh_folder(tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_run_that_took_a_step_is_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(STARTED + '{"kind": "step", "step": 1}\n')
+    with pytest.raises(ConfigError, match="already holds a run"):
+        fresh_folder(tmp_path)
+
+
+def test_a_name_that_no_folder_can_have_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"the output folder cannot be read .*too long"):
+        fresh_folder(tmp_path / ("a" * 300))
