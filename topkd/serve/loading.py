@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from topkd.serve.config import ServeConfig
+from topkd.serve.quiet import quietly
 from topkd.topk.errors import ConfigError
 
 
@@ -37,7 +36,7 @@ def load_model(config: ServeConfig) -> tuple[Any, Any]:
     device = pick_device(config.device)
     dtype: Any = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     # A folder may hold anything, and every library that reads it fails in its own way: hence the bare Exceptions.
-    with _quiet():
+    with quietly():
         try:
             tokenizer = _tokenizer(config.model)
         except Exception as error:
@@ -106,7 +105,7 @@ def reload_weights(model: Any, path: str) -> None:
             "no checkpoint folder", where=f"weights_path={path}", hint="give a folder this server can read"
         )
     try:
-        with _quiet():
+        with quietly():
             fresh = _whole(folder, next(model.parameters()).dtype)
     except Exception as error:
         raise ConfigError(
@@ -127,22 +126,6 @@ def reload_weights(model: Any, path: str) -> None:
         )
     for name, tensor in old.items():
         tensor.copy_(new[name])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """A server's standard error is a log: no progress bars in it, and no reports on what is verified here anyway."""
-    from transformers.utils import logging
-
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _weights(model: Any) -> dict[str, torch.Tensor]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from topkd.serve.quiet import quietly
 from topkd.topk.errors import ConfigError
 
 _PREFIX = "base_model.model."
@@ -23,7 +22,7 @@ def load(model: Any, name: str, path: str) -> None:
         ConfigError: The model's tensors are not the folder's afterwards, or another adapter's have changed.
     """
     others = {key: value.clone() for key, value in _tensors(model).items()}
-    with _quietly(), warnings.catch_warnings():  # several adapters side by side are what a server is for
+    with quietly(), warnings.catch_warnings():  # several adapters side by side are what a server is for
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         model.load_adapter(path, adapter_name=_key(name))
     model.eval()
@@ -43,22 +42,6 @@ def switch(model: Any, name: str | None) -> None:
         model.set_adapter(_key(name))
     elif getattr(model, "peft_config", {}):
         model.disable_adapters()
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """No bars, and no report of every *other* adapter's factors as missing from the folder; ``_verify`` does that."""
-    from transformers.utils import logging
-
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _key(name: str) -> str:
