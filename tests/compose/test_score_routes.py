@@ -6,8 +6,11 @@ from tests.cli.test_cache import ran
 from tests.compose.test_score import ROWS, written
 from tests.engine.pieces import model_folder
 from topkd.clients import ClientConfig, connect
+from topkd.compose.config import RunConfig
+from topkd.compose.replay import replay
 from topkd.compose.score import ScoreConfig, score_data
 from topkd.offline import ScoreStore, TeacherIdentity
+from topkd.offline.records import ROLLOUT
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import ConfigError, DataError
 
@@ -66,6 +69,29 @@ async def test_a_teacher_told_its_size_has_every_reply_past_it_refused_and_none_
                    teachers=(), routes=routes, vocab_size=4096, vocab_sizes={"maths": 6})  # fmt: skip
     assert (await score_data(named)).failed == 1, "the teacher's own size comes first"
     assert (await score_data(config(data=data, vocab_size=4096))).scored == 2, "a refused reply is not in the cache"
+
+
+async def test_given_completions_are_kept_under_the_prompt_that_they_were_drawn_from(config, tmp_path):
+    """And not under the teacher's, which says more: a replay would not find them, or weigh them against it."""
+    rows = [
+        {**row, "teacher_prompt_ids": [7, 8, *row["prompt_ids"]], "logp": [-2.5] * len(row["completion_ids"])}
+        for row in ROWS[:12]
+    ]
+    data = written(tmp_path / "sampled.jsonl", rows)
+    assert (await score_data(config(data=data))).scored == 12
+    with ScoreStore(tmp_path / "cache") as store:
+        kept = {tuple(one.prompt_ids) for record in store.records(kinds=(ROLLOUT,)) for one in record.rollouts()}
+    assert kept == {tuple(row["prompt_ids"]) for row in rows}
+    values = {
+        "steps": 1,
+        "student": {"model": str(model_folder(tmp_path / "student", seed=1)), "device": "cpu"},
+        "teacher": {"url": "http://127.0.0.1:1"},
+        "data": {"path": str(data)},
+        "rollout": {"prompts_per_step": 12, "samples_per_prompt": 1},
+        "replay": {"order": "shuffled"},
+    }
+    result = await replay(RunConfig.model_validate(values), tmp_path / "run", cache=tmp_path / "cache")
+    assert result.steps[0]["tokens"] == sum(len(row["completion_ids"]) for row in rows)
 
 
 def test_the_exit_code_says_whether_every_row_is_there(server, tmp_path):

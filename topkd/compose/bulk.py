@@ -196,9 +196,9 @@ class BulkJob:
 
     def _keep_rollout(self, item: ScoreInput) -> None:
         """Sampled logprobs of a row go beside its scores, so that a replay can train on it off-policy."""
-        if item.logp is None:
+        if item.logp is None or item.prompt_ids is None:
             return
-        prompt, completion = item.ids[: item.start + 1], item.ids[item.start + 1 :]
+        prompt, completion = item.prompt_ids, item.ids[item.start + 1 :]
         # The request that a rollout answers is named by its seed; given rollouts are told apart by what they hold.
         seed = int.from_bytes(hashlib.blake2b(completion.tobytes(), digest_size=4).digest(), "big") >> 1
         params = SamplingParams(max_tokens=int(completion.size), seed=seed)

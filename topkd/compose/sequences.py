@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from topkd.compose.conversations import recorded
 from topkd.compose.mistakes import in_words
 from topkd.compose.portions import UNIT, Portion
-from topkd.compose.prompts import DataRow, teacher_tokens
+from topkd.compose.prompts import DataRow, teacher_tokens, valid_ids
 from topkd.compose.rendering import Side
 from topkd.offline import ScoreStore
 from topkd.offline.folder import FORMAT_FILE
@@ -52,6 +52,7 @@ class ScoreInput:
         teacher_id: Which teacher it is for.
         logp: float32 [C], what the completion was sampled with, or None.
         finish_reason: How the completion ended, as the row says.
+        prompt_ids: With ``logp``: the prompt that the completion was sampled from, without what only the teacher sees.
     """
 
     number: int
@@ -61,6 +62,7 @@ class ScoreInput:
     teacher_id: str
     logp: Float32 | None = None
     finish_reason: FinishReason = "stop"
+    prompt_ids: Int32 | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +251,8 @@ def _sequence(number: int, raw: Any, tokenizer: Any, where: str) -> ScoreInput:
             hint="give NaN where a logprob is unknown",
         )  # fmt: skip
     ids = np.array([*prompt, *completion], np.int32)
-    return ScoreInput(number, ids, len(prompt) - 1, name, row.teacher_id, logp, row.finish_reason)
+    asked = None if logp is None else np.array(valid_ids(row.prompt_ids or [], "a prompt", where), np.int32)
+    return ScoreInput(number, ids, len(prompt) - 1, name, row.teacher_id, logp, row.finish_reason, asked)
 
 
 def json_object(raw: Any, where: str) -> dict[str, Any]:
