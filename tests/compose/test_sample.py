@@ -1,5 +1,6 @@
 """A teacher's own completions: drawn once, kept with its logprobs, replayed by objectives that may learn from them."""
 
+import asyncio
 import json
 
 import numpy as np
@@ -10,13 +11,13 @@ from tests.engine.pieces import model_folder
 from topkd.compose.config import RunConfig
 from topkd.compose.off_policy import check_off_policy, off_policy, sampled_policy
 from topkd.compose.replay import replay
-from topkd.compose.sample import sample_data
+from topkd.compose.sample import SampleJob, sample_data
 from topkd.compose.sample_config import Purse, SampleConfig
 from topkd.engine.metrics import read_metrics
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.records import ROLLOUT
 from topkd.serve import ServeConfig, ServerProcess
-from topkd.topk.errors import ConfigError, ResponseError
+from topkd.topk.errors import CacheError, ConfigError, ResponseError
 
 CHATTY = TeacherIdentity("chatty")
 
@@ -93,6 +94,23 @@ async def test_what_was_drawn_is_never_drawn_again_and_another_seed_or_n_draws_a
     assert (await sample_data(config(seed=1))).sampled == 12
     assert (await sample_data(config(n=2))).sampled == 12
     assert (await sample_data(config(k=7))).sampled == 12
+
+
+async def test_a_cache_that_takes_no_commit_ends_the_job(config, monkeypatch):
+    """Else answers of hours would wait in memory for a crash."""
+
+    def refused(_):
+        raise CacheError("cannot write to the cache", got="No space left on device")
+
+    async def never(*_):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("topkd.compose.job_report._COMMIT_EVERY_S", 0.01)
+    monkeypatch.setattr(ScoreStore, "commit", refused)
+    monkeypatch.setattr(SampleJob, "_ask", never)
+    async with asyncio.timeout(60):
+        with pytest.raises(CacheError, match="No space left"):
+            await sample_data(config())
 
 
 async def test_equal_prompts_in_one_file_are_asked_once(config, server, tmp_path):

@@ -125,17 +125,22 @@ class SampleJob:
     async def run(self, prompts: Iterator[Prompt | tuple[int, DataError]], total: int) -> None:
         """To the end of the data, or to a cap."""
         self.progress.stage("sample", total)
-        saving = asyncio.create_task(committing(self.store))
         try:
             async with asyncio.TaskGroup() as group:
-                while chunk := await asyncio.to_thread(lambda: list(islice(prompts, 64))):
-                    for prompt in chunk:
-                        if not await self._begin(prompt, group):
-                            return
+                saving = group.create_task(
+                    committing(self.store)
+                )  # one that fails ends the job: its work would be lost
+                await self._all(prompts)
+                saving.cancel()
         except BaseExceptionGroup as errors:
             raise first_of(errors) from errors
-        finally:
-            saving.cancel()
+
+    async def _all(self, prompts: Iterator[Prompt | tuple[int, DataError]]) -> None:
+        async with asyncio.TaskGroup() as group:
+            while chunk := await asyncio.to_thread(lambda: list(islice(prompts, 64))):
+                for prompt in chunk:
+                    if not await self._begin(prompt, group):
+                        return
 
     async def _begin(self, prompt: Prompt | tuple[int, DataError], group: asyncio.TaskGroup) -> bool:
         """Set out for a prompt as soon as there is room; False when the purse is empty for good."""
