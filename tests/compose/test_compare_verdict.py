@@ -9,10 +9,10 @@ from topkd.compose.compare_verdict import verdict
 SHOWN = {"a": "A", "b": "B", "c": "C"}
 
 
-def said_of(curves, seeds=(0, 1, 2)):
+def said_of(curves, seeds=(0, 1, 2), controls=()):
     arms = sorted({arm for arm, _ in curves})
     rows = arm_summaries(arms, {key: result(values) for key, values in curves.items()}, seeds, "reverse_kl", 0.8)
-    return verdict(rows, SHOWN, "reverse_kl")
+    return verdict(rows, SHOWN, "reverse_kl", controls)
 
 
 def curves(**shapes):
@@ -29,6 +29,19 @@ def test_an_arm_that_is_first_on_the_way_and_at_the_end_wins_and_both_are_said()
     assert said["winner"] == "a"
     assert said["text"].startswith("A wins: its area under KL(student ‖ teacher) is 0.6")
     assert said["ends"].startswith("A also ends lowest: its last value is 0.500")
+
+
+def test_a_control_cannot_win_and_stands_beside_the_arm_that_did():
+    shapes = curves(a=[1, 0.5, 0.4], b=[1, 0.9, 0.8], c=[1, 0.2, 0.1])
+    assert said_of(shapes)["winner"] == "c"
+    said = said_of(shapes, controls={"c"})
+    assert (said["winner"], said["lowest_end"], [entry["arm"] for entry in said["against"]]) == ("a", "a", ["b"])
+    assert said["text"].startswith("A wins: its area under KL(student ‖ teacher) is 0.6")
+    assert "C" not in said["text"]
+    assert said["ends"].endswith(
+        "C, a control, has an area of 0.625 (0.625 to 0.625) of A's, and a last value of 0.250 (0.250 to 0.250)."
+    )
+    assert said_of(curves(a=[1, 0.5], c=[1, 0.2]), controls={"c"})["text"].startswith("Fewer than two arms")
 
 
 def test_an_arm_that_is_faster_and_one_that_ends_lower_are_both_named_and_nobody_wins():

@@ -116,6 +116,19 @@ def test_a_comparisons_own_verdict_goes_first_and_replays_are_ranked_nowhere(tmp
     assert said["completion length"] == "25 → 25"
 
 
+def test_a_control_stands_behind_the_arms_it_outdoes_and_no_pair_is_taken_against_it(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "cmp")
+    told = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    told["arms"][1]["control"] = True
+    (folder / "compare.json").write_text(json.dumps(told), encoding="utf-8")
+    page = page_of(folder)
+    assert [(rank.label, rank.control) for rank in page.verdict.ranks] == [("sampled token", False), ("top-20", True)]
+    assert page.verdict.ranks[1].difference.high < 0.0
+    for measure in page.data["seeds"]:
+        assert [row["label"] for row in measure["strips"][0]["rows"]] == ["sampled token", "top-20"]
+        assert [row["label"] for row in measure["strips"][1]["rows"]] == ["top-20"]
+
+
 def test_on_the_embedded_pair_a_cut_completion_is_explained_and_not_warned_about(tmp_path: Path) -> None:
     folder = write_comparison(tmp_path / "cmp")
     for diary in folder.glob("cells/*/metrics.jsonl"):

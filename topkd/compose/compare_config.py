@@ -25,11 +25,20 @@ NAME_LENGTH = 60
 
 
 class Arm(Frozen):
-    """One way to train: what differs from the base, and nothing else."""
+    """One way to train: what differs from the base, and nothing else.
+
+    Attributes:
+        name: In folders and files.
+        label: What people read; the name when left out.
+        set: What differs from the base.
+        control: A yardstick that cannot win, such as the dense gradient of a teacher that one cannot have in earnest:
+            it is trained and shown like the others, and set beside the best of them.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.=+-]*$", max_length=NAME_LENGTH)]
     label: str = ""
     set: Annotated[dict[str, Any], Field(default_factory=dict)]
+    control: bool = False
 
     @property
     def shown(self) -> str:

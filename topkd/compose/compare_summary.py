@@ -42,7 +42,7 @@ def summarised(
             if cell.phase == phase and results[cell.id]["status"] == "done"
         }
         rows = arm_summaries([arm.name for arm in config.arms], done, config.seeds, config.metric, config.target)
-        said = verdict(rows, shown, config.metric)
+        said = verdict(rows, shown, config.metric, {arm.name for arm in config.arms if arm.control})
         if refused:  # an arm that was not tuned makes every ranking that it is in worthless
             said |= {"winner": None, "text": f"No verdict: {'; '.join(refused)}. Widen tuning.rates.", "ends": ""}
         phases[phase] = {"arms": rows, "verdict": said}

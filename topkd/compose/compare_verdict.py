@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,18 @@ from topkd.compose.compare_stats import paired_ratio
 from topkd.report.wording import NAMES
 
 
-def verdict(rows: Sequence[Mapping[str, Any]], shown: Mapping[str, str], metric: str) -> dict[str, Any]:
+def verdict(
+    rows: Sequence[Mapping[str, Any]], shown: Mapping[str, str], metric: str, controls: Container[str] = ()
+) -> dict[str, Any]:
     """Which arm learnt fastest (the smallest area) and which ends lowest, as far as paired seeds tell it.
 
     ``text`` is about the area, ``ends`` about the last values. ``winner`` needs the smallest area beyond its spread,
     and no other arm that clearly ends lower: where the two disagree, ``text`` names both and nobody has won.
+    ``controls`` are ranked nowhere; ``ends`` closes with what each came to beside the best of the others.
     """
-    able = [row for row in rows if all(_known(row[name]["mean"]) for name in ("area", "final"))]
-    left = [shown[row["arm"]] for row in rows if row not in able]
+    whole = [row for row in rows if all(_known(row[name]["mean"]) for name in ("area", "final"))]
+    able = [row for row in whole if row["arm"] not in controls]
+    left = [shown[row["arm"]] for row in rows if row not in whole]
     wanting = f" Not ranked, for want of a whole curve: {', '.join(left)}." if left else ""
     if len(able) < 2:
         return {"winner": None, "text": "Fewer than two arms finished: nothing to compare." + wanting, "ends": ""}
@@ -41,7 +45,9 @@ def verdict(rows: Sequence[Mapping[str, Any]], shown: Mapping[str, str], metric:
     else:
         said["winner"] = area.best
         text = f"{best} wins: its {curve} is {_first(area, shown)}{_rest(area)}."
-    return said | {"text": text + wanting, "ends": _ends(area, final, behind, shown)}
+    first = next(row for row in able if row["arm"] == area.best)
+    yardsticks = [_beside(row, first, shown) for row in whole if row["arm"] in controls]
+    return said | {"text": text + wanting, "ends": " ".join([_ends(area, final, behind, shown), *yardsticks])}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +72,7 @@ def _ranking(rows: Sequence[Mapping[str, Any]], name: str) -> _Ranking:
     best, *others = sorted(rows, key=mean)
     against = []
     for other in others:
-        seeds = [seed for seed in best["seeds"] if seed in other["seeds"]]
-        ratio = paired_ratio([best["seeds"][s][name] for s in seeds], [other["seeds"][s][name] for s in seeds])
+        ratio = _paired(best, other, name)
         against.append({"arm": other["arm"], **ratio, "clear": ratio["high"] is not None and ratio["high"] < 1.0})
     return _Ranking(best["arm"], against)
 
@@ -83,6 +88,17 @@ def _ends(area: _Ranking, final: _Ranking, behind: Mapping[str, Any] | None, sho
     if behind is not None and behind["clear"] and area.tied:
         return f"{doubt} It is {_interval(behind)} of {shown[area.best]}'s."
     return doubt
+
+
+def _beside(control: Mapping[str, Any], best: Mapping[str, Any], shown: Mapping[str, str]) -> str:
+    area, final = (_interval(_paired(control, best, name)) for name in ("area", "final"))
+    name, other = shown[control["arm"]], shown[best["arm"]]
+    return f"{name}, a control, has an area of {area} of {other}'s, and a last value of {final}."
+
+
+def _paired(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> dict[str, Any]:
+    seeds = [seed for seed in one["seeds"] if seed in other["seeds"]]
+    return paired_ratio([one["seeds"][s][name] for s in seeds], [other["seeds"][s][name] for s in seeds])
 
 
 def _all(entries: Sequence[Mapping[str, Any]], shown: Mapping[str, str]) -> str:

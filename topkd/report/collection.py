@@ -41,6 +41,12 @@ class Collection:
     notes: list[str] = field(default_factory=list)
     unfinished: bool = False
 
+    @property
+    def controls(self) -> frozenset[str]:
+        """Arms of the comparison, by what they are called on the page, that are yardsticks and cannot win."""
+        arms = [arm for arm in self.comparison.get("arms") or () if isinstance(arm, dict) and arm.get("control")]
+        return frozenset(str(arm.get("label") or arm.get("name")) for arm in arms)
+
     def groups(self) -> list[Group]:
         """Runs by setting, in the order of their first run."""
         replays = any(run.replayed for run in self.runs)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Container, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from topkd.report.collection import Group
@@ -14,13 +14,17 @@ from topkd.report.outcome import Metric, Outcome, by_seed, counts, spread
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One setting: ``difference`` is to the best one, over the seeds that both have; None for fewer than two."""
+    """One setting: ``difference`` is to the best one, over the seeds that both have; None for fewer than two.
+
+    A ``control`` is a comparison's yardstick: it stands behind the others, whatever it came to.
+    """
 
     group: int
     label: str
     end: Interval
     values: list[dict[str, Any]]
     difference: Interval | None = None
+    control: bool = False
 
     def plain(self) -> dict[str, Any]:
         """As JSON can say it."""
@@ -29,14 +33,25 @@ class Rank:
         return {"group": self.group, "label": self.label, **values, "values": self.values, "difference": gap}
 
 
-def ranked(groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]], metric: Metric) -> list[Rank]:
+def ranked(
+    groups: Sequence[Group],
+    outcomes: Sequence[Sequence[Outcome]],
+    metric: Metric,
+    controls: Container[str] = (),
+) -> list[Rank]:
     """The settings that were run on-policy, best first; replays of other runs' rollouts are ranked nowhere."""
     rows = [
-        Rank(index, group.label, spread(ones, metric.key), _values(ones, metric.key))
+        Rank(
+            index,
+            group.label,
+            spread(ones, metric.key),
+            _values(ones, metric.key),
+            control=group.runs[0].params.get("arm") in controls,
+        )
         for index, (group, ones) in enumerate(zip(groups, outcomes, strict=True))
         if not group.replayed
     ]
-    rows.sort(key=lambda row: row.end.mean if math.isfinite(row.end.mean) else math.inf)
+    rows.sort(key=lambda row: (row.control, row.end.mean if math.isfinite(row.end.mean) else math.inf))
     if not rows:
         return []
     best = by_seed(outcomes[rows[0].group], metric.key)
@@ -45,7 +60,7 @@ def ranked(groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]], metri
 
 def _against(row: Rank, ones: Sequence[Outcome], best: dict[int, float], metric: Metric) -> Rank:
     gap = paired(by_seed(ones, metric.key), best)
-    return Rank(row.group, row.label, row.end, row.values, gap if gap.n >= 2 else None)
+    return replace(row, difference=gap if gap.n >= 2 else None)
 
 
 def _values(ones: Sequence[Outcome], key: str) -> list[dict[str, Any]]:

@@ -101,6 +101,7 @@ class _Arm:
     group: int
     label: str
     seeds: dict[int, Mapping[str, Any]]
+    control: bool = False
 
     def values(self, key: str) -> dict[int, float]:
         """Seed -> value, of the seeds that have one."""
@@ -109,7 +110,8 @@ class _Arm:
 
 def _compared(comparison: Mapping[str, Any], groups: Sequence[Group], metric: str) -> list[Measure]:
     arms = _arms(comparison, groups)
-    by_area = sorted((arm for arm in arms if arm.values("area")), key=lambda arm: _mean(arm.values("area").values()))
+    areas = (arm for arm in arms if arm.values("area"))
+    by_area = sorted(areas, key=lambda arm: (arm.control, _mean(arm.values("area").values())))
     by_tokens = sorted((arm for arm in arms if _arrivals(arm)), key=_speed)
     found = []
     if by_area:
@@ -131,9 +133,11 @@ def _arms(comparison: Mapping[str, Any], groups: Sequence[Group]) -> list[_Arm]:
     places = {group.runs[0].params.get("arm"): index for index, group in enumerate(groups) if not group.replayed}
     found = []
     for row in (live.get("arms") if isinstance(live, dict) else None) or ():
-        label = str(told.get(row.get("arm"), {}).get("label") or row.get("arm"))
+        arm = told.get(row.get("arm"), {})
+        label = str(arm.get("label") or row.get("arm"))
         if label in places and isinstance(row.get("seeds"), dict):
-            found.append(_Arm(places[label], label, {int(seed): fact for seed, fact in row["seeds"].items()}))
+            seeds = {int(seed): fact for seed, fact in row["seeds"].items()}
+            found.append(_Arm(places[label], label, seeds, control=bool(arm.get("control"))))
     return found
 
 
@@ -163,9 +167,9 @@ def _arrived(arm: _Arm) -> Row:
     return Row(arm.group, arm.label, dots, spread.mean, _known(spread.low), _known(spread.high), short(spread.mean))
 
 
-def _speed(arm: _Arm) -> tuple[int, float]:
+def _speed(arm: _Arm) -> tuple[bool, int, float]:
     dots = _arrivals(arm)
-    return sum(dot.late for dot in dots), _mean([dot.value for dot in dots])
+    return arm.control, sum(dot.late for dot in dots), _mean([dot.value for dot in dots])
 
 
 def _ratios(arms: Sequence[_Arm], key: str, what: str) -> list[Strip]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,7 @@ def verdict(collection: Collection, groups: Sequence[Group]) -> tuple[Verdict, l
     if len(groups) == 1:
         said = _one_run(outcomes[0][0], metric) if len(outcomes[0]) == 1 else _one_group(groups[0], outcomes, metric)
     else:
-        said = _several(groups, outcomes, metric)
+        said = _several(groups, outcomes, metric, collection.controls)
     said.metric = metric.name
     _stated(said, collection.comparison)
     if collection.unfinished:
@@ -123,9 +123,11 @@ def _one_group(group: Group, outcomes: Sequence[Sequence[Outcome]], metric: Metr
     )
 
 
-def _several(groups: Sequence[Group], outcomes: list[list[Outcome]], metric: Metric) -> Verdict:
-    ranks = ranked(groups, outcomes, metric)
-    comparable = [rank for rank in ranks if math.isfinite(rank.end.mean)]
+def _several(
+    groups: Sequence[Group], outcomes: list[list[Outcome]], metric: Metric, controls: Container[str]
+) -> Verdict:
+    ranks = ranked(groups, outcomes, metric, controls)
+    comparable = [rank for rank in ranks if math.isfinite(rank.end.mean) and not rank.control]
     if len(comparable) < 2:
         return Verdict("No two settings have finished runs to compare.", tone="open", ranks=ranks)
     best, *others = comparable
