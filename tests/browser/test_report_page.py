@@ -88,6 +88,18 @@ def test_no_label_of_a_chart_overlaps_another_or_leaves_it(comparison_page, run_
         assert collisions == []
 
 
+def test_a_long_name_beside_a_strip_is_cut_to_the_room_it_has(tmp_path, open_page):
+    folder = write_comparison(tmp_path / "cmp")
+    told = json.loads((folder / "compare.json").read_text())
+    told["arms"][0]["label"] = "sampled token, reverse KL, value baseline"  # by a few pixels too long on a phone
+    (folder / "compare.json").write_text(json.dumps(told))
+    (tmp_path / "page.html").write_text(render(gather([folder])), encoding="utf-8")
+    names = open_page(tmp_path / "page.html", width=360).page.locator("svg.strip text.name")
+    assert any(name.endswith("…") for name in names.all_text_contents())
+    beyond = "ts => ts.map((t) => t.getBoundingClientRect().right - t.ownerSVGElement.getBoundingClientRect().right)"
+    assert max(names.evaluate_all(beyond)) <= 0
+
+
 def test_no_two_ticks_of_an_axis_read_the_same(tmp_path, open_page):
     runs = [write_run(tmp_path / f"run{seed}", seed=seed, done=20 + 20 * seed) for seed in range(2)]
     for path, mismatch in zip(runs, (7.80e-14, 7.85e-14), strict=True):

@@ -111,8 +111,8 @@ function apart(labels, gap, low, high) {
 
 const textWidth = (() => {
   const context = document.createElement('canvas').getContext('2d');
-  return (text, size = 12) => {
-    context.font = `${size}px system-ui, sans-serif`;
+  return (text, size = 12, weight = 400) => {
+    context.font = `${weight} ${size}px system-ui, sans-serif`;
     return context.measureText(text).width;
   };
 })();

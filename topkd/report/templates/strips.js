@@ -14,7 +14,7 @@ function strip({ rows, even, ratio: ratios }, space) {
   const width = Math.max(250, space);
   const narrow = width < 620;
   const row = narrow ? 46 : 34;
-  const names = narrow ? 8 : Math.min(0.42 * width, Math.max(...rows.map((one) => textWidth(one.label, 13))) + 18);
+  const names = narrow ? 8 : Math.min(0.42 * width, Math.max(...rows.map((one) => textWidth(one.label, 13, 600))) + 18);
   const beside = Math.max(...rows.map((one) => textWidth(one.said))) + 14;
   const height = rows.length * row + 30;
   const values = rows.flatMap((one) => [...one.dots.map((dot) => dot.value), one.low, one.high, one.mean]).concat(even).filter((value) => value !== null);
@@ -55,6 +55,6 @@ function mark(g, dot, x, y) {
 // A name cut to the room it has.
 function shortened(text, room) {
   let kept = text;
-  while (kept.length > 4 && textWidth(kept === text ? kept : `${kept}…`, 13.5) > room) kept = kept.slice(0, -1);
+  while (kept.length > 4 && textWidth(kept === text ? kept : `${kept}…`, 13, 600) > room) kept = kept.slice(0, -1);
   return kept === text ? text : `${kept.trimEnd()}…`;
 }
