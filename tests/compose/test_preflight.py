@@ -77,12 +77,50 @@ async def test_a_server_is_met_once_and_not_asked_again_by_a_resume(folder, serv
     config, kept = run_config(folder, server.url), tmp_path / "teachers.json"
     met = (await meet_teachers(config, Progress(), kept))[""]
     assert (met.model, met.context, met.k, met.tokenizer) == ("t", 64, 20, "same")
-    assert json.loads(kept.read_text()) == [asdict(met)]
-    kept.write_text(json.dumps([asdict(met) | {"tokenizer": "as it was found"}]))
-    again = (await meet_teachers(config, Progress(), kept))[""]
-    assert again.tokenizer == "as it was found"  # the questions were not asked
+    (entry,) = json.loads(kept.read_text())
+    assert entry == asdict(met) | {"student": entry["student"]}
+    found = json.dumps([entry | {"tokenizer": "yes, as it was found"}])
+    kept.write_text(found)
+    again = (await meet_teachers(config, Progress(), kept, resumed=True))[""]
+    assert again.tokenizer == "yes, as it was found"  # the questions were not asked
     wider = run_config(folder, server.url, k=5)
-    assert (await meet_teachers(wider, Progress(), kept))[""].tokenizer == "same"  # another K is another question
+    assert (await meet_teachers(wider, Progress(), kept, resumed=True))[""].tokenizer == "same"  # another question
+    kept.write_text(found)
+    assert (await meet_teachers(config, Progress(), kept))[""].tokenizer == "same"  # a new run asks anew
+
+
+async def test_what_was_not_compared_is_compared_by_the_next_start_and_the_words_name_the_student(
+    folder, server, tmp_path
+):
+    notes, kept = Notes(), tmp_path / "teachers.json"
+    missing = run_config(folder, server.url, student={"model": "./nope"})
+    await meet_teachers(missing, notes, kept)
+    assert notes.said[-1].endswith("not compared with the student's: student.model './nope': no tokenizer there")
+    for resumed in (False, True):
+        await meet_teachers(missing, Progress(), kept)
+        met = await meet_teachers(run_config(folder, server.url), Progress(), kept, resumed=resumed)
+        assert met[""].tokenizer == "same"
+
+
+async def test_a_comparison_with_one_tokenizer_is_none_with_another(folder, server, tmp_path):
+    kept = tmp_path / "teachers.json"
+    await meet_teachers(run_config(folder, server.url), Progress(), kept)
+    other = run_config(folder, server.url, student={"model": str(folder / "other")})
+    with pytest.raises(ConfigError, match="cannot teach this student"):
+        await meet_teachers(other, Progress(), kept, resumed=True)
+
+
+async def test_a_corrected_command_compares_what_the_failed_start_could_not(folder, server, tmp_path):
+    missing = run_config(folder, server.url, steps=1, student={"model": str(tmp_path / "nope")})
+    with pytest.raises(ConfigError, match="nope"):
+        await train(missing, tmp_path / "run")
+    other = run_config(folder, server.url, steps=1, student={"model": str(folder / "other"), "device": "cpu"})
+    with pytest.raises(ConfigError, match="cannot teach this student"):
+        await train(other, tmp_path / "run")
+    notes = Notes()
+    await train(run_config(folder, server.url, steps=1), tmp_path / "run", notes)
+    assert not [said for said in notes.said if "not compared" in said]
+    assert json.loads((tmp_path / "run" / "teachers.json").read_text())[0]["tokenizer"] == "same"
 
 
 async def test_k_above_the_servers_limit_names_both_before_the_run_begins(folder, server, tmp_path):

@@ -20,6 +20,8 @@ from topkd.compose.tables import TeacherConfig
 from topkd.topk.errors import ConfigError
 
 _SPELLING = ("vllm", "vllm_generate")  # whose scores hold the text of each id
+_COMPARED = ("same", "yes")  # how a verdict begins that was come to
+_STUDENT = "student"  # in the file: the fingerprint of the tokenizer that was compared
 _SHORT = 8  # tokens of the score that asks for K
 
 
@@ -46,13 +48,17 @@ class Met:
     tokenizer: str
 
 
-async def meet_teachers(config: RunConfig, progress: Progress, kept: Path | None = None) -> dict[str, Met]:
+async def meet_teachers(
+    config: RunConfig, progress: Progress, kept: Path | None = None, *, resumed: bool = False
+) -> dict[str, Met]:
     """Every teacher behind a server, met; one that cannot teach this student is an error that says why.
 
     Args:
         config: Of the run.
         progress: Told whom is asked.
-        kept: What an earlier start of this run found: not asked again while the servers say the same of themselves.
+        kept: Where what was found is kept, for a resume.
+        resumed: The run goes on: a server that was compared with this very tokenizer, and says the same of itself, is
+            not asked again.
 
     Raises:
         ServerUnreachableError: within seconds, whatever the run's own patience is.
@@ -61,7 +67,7 @@ async def meet_teachers(config: RunConfig, progress: Progress, kept: Path | None
     """
     served = {name: teacher for name, teacher in _asked(config).items() if teacher.kind == "server"}
     student = _bytemap(config.student.model) if served else ""
-    known = _known(kept)
+    known = _known(kept, student) if kept is not None and resumed else {}
     met: dict[str, Met] = {}
     for name, teacher in served.items():
         for url in teacher.urls:
@@ -72,7 +78,9 @@ async def meet_teachers(config: RunConfig, progress: Progress, kept: Path | None
             if name not in met or (found.context or 0) < (met[name].context or 0):
                 met[name] = found
     if kept is not None and known:
-        await asyncio.to_thread(kept.write_text, json.dumps([asdict(one) for one in known.values()], indent=2) + "\n")
+        tokenizer = {} if isinstance(student, str) else {_STUDENT: student.fingerprint}
+        entries = [asdict(one) | tokenizer for one in known.values()]
+        await asyncio.to_thread(kept.write_text, json.dumps(entries, indent=2) + "\n")
     return met
 
 
@@ -135,14 +143,17 @@ def _bytemap(student: str) -> ByteMap | str:
     try:
         return student_bytemap(student)
     except ConfigError as error:
-        return error.what
+        return f"student.model {student!r}: {error.what}"
 
 
-def _known(kept: Path | None) -> dict[str, Met]:
-    if kept is None or not kept.exists():
+def _known(kept: Path, student: ByteMap | str) -> dict[str, Met]:
+    """What an earlier start found of servers that were compared with this very tokenizer."""
+    if isinstance(student, str):
         return {}
     try:
-        found: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
-        return {entry["url"]: Met(**entry) for entry in found}
-    except (OSError, ValueError, TypeError, KeyError):
+        entries: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
+        mine = [entry for entry in entries if entry.pop(_STUDENT, None) == student.fingerprint]
+        found = [Met(**entry) for entry in mine]
+        return {one.url: one for one in found if one.tokenizer.startswith(_COMPARED)}
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}  # then it is asked again

@@ -40,9 +40,9 @@ class Ready:
         return {"data": data, "stop_token_ids": list(self.ends.stops), "warnings": list(self.ends.notes)}
 
 
-async def ready(config: RunConfig, progress: Progress, kept: Path | None = None) -> Ready:
+async def ready(config: RunConfig, progress: Progress, kept: Path | None = None, *, resumed: bool = False) -> Ready:
     """Raises what would end the run anyway, before it has cost anything; says what is worth knowing."""
-    met = await meet_teachers(config, progress, kept)
+    met = await meet_teachers(config, progress, kept, resumed=resumed)
     if sampler := await meet_sampler(config):
         progress.note(sampler)
     prompts = load_prompts(config, progress)

@@ -61,7 +61,7 @@ async def train(
             progress = Progress()
         if former.finished:
             return RunResult.of_finished(out, former)
-        before = await ready(config, progress, kept=out / TEACHERS)
+        before = await ready(config, progress, kept=out / TEACHERS, resumed=former.resumed)
         pieces = load_pieces(config, progress, before.prompts)
         cache = stack.enter_context(LiveCache(config.cache)) if config.cache is not None else None
         teachers: dict[str, TeacherScorer] = {}
