@@ -168,7 +168,10 @@ def _work(config: RunConfig, forecast: Forecast) -> list[tuple[str, Any]]:
             ),
             (
                 "teacher, all",
-                f"{totals['teacher_requests']:,} requests, {count(totals['teacher_tokens'])} tokens at most",
+                (
+                    f"{totals['teacher_requests']:,} requests, {count(totals['teacher_tokens'])} tokens at most, "
+                    f"replies about {size(totals['teacher_reply_bytes'])}"
+                ),
             ),
         ]
     return rows

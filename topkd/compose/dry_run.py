@@ -27,7 +27,6 @@ from topkd.topk.errors import TopkdError
 
 # Said only where they are given: they are read for some teachers and some rows alone.
 _UNSAID = (".ema", ".hint", ".reference", ".feedback", ".revision")
-_ENTRY_BYTES = {"vllm": 72, "vllm_generate": 8, "sglang": 11, "fireworks": 72}  # of a listed token, as each is sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,8 +256,8 @@ def _estimate(config: RunConfig, prompts: Prompts, met: dict[str, Met], found: D
     try:
         device = pick_device(config.student.device)
         found.device = str(device)
-        entries = {name: _ENTRY_BYTES.get(teacher.dialect, 72) for name, teacher in met.items()}
-        found.forecast = forecast(config, prompts.rows, device, entries)
+        dialects = {name: teacher.dialect for name, teacher in met.items()}
+        found.forecast = forecast(config, prompts.rows, device, dialects)
     except TopkdError as error:
         found.problems.append(str(error))
         return

@@ -64,6 +64,41 @@ class Forecast:
         return sum(self.memory.values())
 
 
+@dataclass(frozen=True, slots=True)
+class ReplyShape:
+    """How large a score comes back.
+
+    Attributes:
+        row: Bytes of a position beside its list.
+        entry: Bytes of a listed token.
+        prompt: Whether the prompt's positions come back too, asked for or not.
+    """
+
+    row: float
+    entry: float
+    prompt: bool
+
+    def size(self, prompt: int, completion: int, k: int) -> float:
+        """Bytes of the reply to one request."""
+        positions = completion + max(prompt - 1, 0) * self.prompt
+        return positions * (self.row + k * self.entry)
+
+
+# As measured on the embedded server, and on a real vLLM where there is one; JSON varies with the tokens' spelling.
+_JSON = ReplyShape(70, 70, prompt=True)
+_REPLIES = {
+    "vllm": _JSON,
+    "vllm_generate": _JSON,  # the same lists: only the server's work differs
+    "sglang": ReplyShape(38, 32 / 3, prompt=False),  # eight bytes in base64
+    "fireworks": ReplyShape(70, 70, prompt=False),
+}
+
+
+def reply_shape(dialect: str) -> ReplyShape:
+    """Of a dialect's scores."""
+    return _REPLIES.get(dialect, _JSON)
+
+
 def model_shape(config: RunConfig) -> Model:
     """The student's shape from its config file; no weight is read."""
     import torch
@@ -98,14 +133,14 @@ def model_shape(config: RunConfig) -> Model:
     )
 
 
-def forecast(config: RunConfig, rows: list[PromptRow], device: Any, contexts: Mapping[str, int]) -> Forecast:
+def forecast(config: RunConfig, rows: list[PromptRow], device: Any, dialects: Mapping[str, str]) -> Forecast:
     """Estimates for a run on ``device``; completions are taken at their longest.
 
     Args:
         config: Of the run.
         rows: Its prompts.
         device: The torch device.
-        contexts: teacher_id -> bytes of a listed entry in that teacher's replies.
+        dialects: teacher_id -> how that teacher is asked, of those behind servers.
     """
     model, rollout = model_shape(config), config.rollout
     prompts = rollout.prompts_per_step
@@ -113,14 +148,18 @@ def forecast(config: RunConfig, rows: list[PromptRow], device: Any, contexts: Ma
     own = float(np.mean([row.prompt_ids.size for row in rows]))
     told = float(np.mean([row.teacher_prompt_ids.size for row in rows]))
     longest = max(row.prompt_ids.size for row in rows)
-    served = sum(row.teacher_id in contexts for row in rows) / len(rows)
+    served = sum(row.teacher_id in dialects for row in rows) / len(rows)
     asked = round(completions * served)
-    entry = max(contexts.values(), default=0)
+    longest_reply = [
+        reply_shape(dialects[row.teacher_id]).size(row.teacher_prompt_ids.size, rollout.max_completion_tokens, config.k)
+        for row in rows
+        if row.teacher_id in dialects
+    ]
     per_step = {
         "tokens": round(completions * (own + rollout.max_completion_tokens)),
         "teacher_tokens": round(asked * (told + rollout.max_completion_tokens + 1)),
         "teacher_requests": asked,
-        "teacher_reply_bytes": asked * rollout.max_completion_tokens * (config.k + 1) * entry,
+        "teacher_reply_bytes": round(asked * float(np.mean(longest_reply))) if longest_reply else 0,
     }
     return Forecast(
         model=model,
