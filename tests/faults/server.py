@@ -336,3 +336,13 @@ async def _write(writer: asyncio.StreamWriter, body: bytes, *, status: int = 200
     writer.write("\r\n".join(head).encode() + b"\r\n\r\n" + body)
     await writer.drain()
     return True
+
+
+async def assert_nothing_left(*servers: FaultyServer) -> None:
+    """No connection and no task outlives its client; the servers' own tasks are given time to see that it left."""
+    me = asyncio.current_task()
+    for _ in range(500):
+        if asyncio.all_tasks() == {me} and not any(server.open for server in servers):
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"left: connections {[server.open for server in servers]}, {asyncio.all_tasks() - {me}}")

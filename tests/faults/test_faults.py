@@ -9,7 +9,7 @@ import resource
 import numpy as np
 import pytest
 
-from tests.faults.server import VOCAB, FaultyServer, actual_logp, plus_a_hundredth, truth
+from tests.faults.server import VOCAB, FaultyServer, actual_logp, assert_nothing_left, plus_a_hundredth, truth
 from topkd.clients import ClientConfig, VllmCompletions
 from topkd.topk.errors import (
     AlignmentError,
@@ -77,17 +77,6 @@ FAULTS: dict[str, tuple[type[TopkdError], bool]] = {
     "past_vocab": (ResponseError, True),
     "huge_int": (ResponseError, True),
 }
-
-
-async def assert_nothing_left(server: FaultyServer) -> None:
-    """No connection and no task outlives its client."""
-    for _ in range(100):
-        if not server.open:
-            break
-        await asyncio.sleep(0.02)
-    assert server.open == 0, "a connection leaked"
-    left = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
-    assert not left, left
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -7,8 +7,8 @@ import asyncio
 import numpy as np
 import pytest
 
-from tests.faults.server import VOCAB, FaultyServer, actual_logp
-from tests.faults.test_faults import IDS, START, K, assert_nothing_left
+from tests.faults.server import VOCAB, FaultyServer, actual_logp, assert_nothing_left
+from tests.faults.test_faults import IDS, START, K
 from topkd.clients import ClientConfig, Fleet, VllmCompletions
 from topkd.topk.errors import ServerTimeoutError
 

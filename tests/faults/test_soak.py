@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tests.faults.server import VOCAB, FaultyServer
+from tests.faults.server import VOCAB, FaultyServer, assert_nothing_left
 from topkd.clients import ClientConfig, Fleet, Job, Stream
 
 FAULTS = [
@@ -88,13 +88,7 @@ async def soak(requests: int, monkeypatch: pytest.MonkeyPatch, *, seed: int) -> 
             metrics = fleet.metrics
             assert all(r.client.endpoint.gate.load == 0 for r in fleet.replicas)
             assert fleet.replicas[0].client.endpoint.gate.budget.used == 0
-        for _ in range(200):
-            if not (steady.open or slow.open):
-                break
-            await asyncio.sleep(0.02)
-        assert steady.open == slow.open == 0, "a connection leaked"
-        left = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
-        assert not left, left
+        await assert_nothing_left(steady, slow)
         faults = sum((s.faults for s in (steady, slow, dies)), Counter())
         return {
             "seen": seen,
