@@ -32,8 +32,8 @@ def counted(report: JobReport, done: str, ahead: str, others: Sequence[str]) -> 
 
 
 def costing(report: JobReport) -> str:
-    """What it cost, where there is a price."""
-    return "" if report.cost is None else f", cost {report.cost:.4f}"
+    """What it cost, where there is a price; the currency is known to whoever gave that."""
+    return "" if report.cost is None else f", cost {report.cost:.4f} (in the currency of the price)"
 
 
 def _setbacks(report: JobReport) -> list[str]:

@@ -189,10 +189,13 @@ def _named(given: list[str], routes: dict[str, tuple[str, ...]], flag: str) -> t
 def _lines(report: ScoreReport) -> list[str]:
     counts = counted(report, "scored", "to score", ("cached", "duplicates", "skipped", "refused", "failed"))
     verb = "to send" if report.estimate else "sent"
-    return [
+    lines = [
         f"{report.rows} rows: {counts}; {report.positions} positions at K = {report.k}",
         f"{report.tokens_sent} tokens {verb}, {report.saved_tokens} spared by the cache{costing(report)}",
     ]
+    if report.estimate and report.unbounded:
+        lines.append(f"largest id {report.largest_id}; --vocab-size N names the rows that a teacher of N ids refuses")
+    return lines
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -158,7 +158,7 @@ class BulkJob:
                 ))  # fmt: skip
             elif held:
                 report.cached += 1
-                report.saved_tokens += size
+                report.saved_tokens += size + 1
                 report.positions += size - 1 - item.start
                 self._keep_rollout(item)
             else:
@@ -173,7 +173,7 @@ class BulkJob:
             self.report.rows -= 1
             return
         self.report.cached += 1
-        self.report.saved_tokens += int(item.ids.size)
+        self.report.saved_tokens += int(item.ids.size) + 1
         self.report.positions += int(item.ids.size) - 1 - item.start
 
     async def _work(self) -> None:
@@ -211,7 +211,8 @@ class BulkJob:
         report, lives = self.report, [lane.live for lane in self.lanes.values()]
         report.scored, report.tokens_sent = sum(live.answered for live in lives), sum(live.tokens for live in lives)
         report.cached += self.answered.rows - report.scored
-        report.saved_tokens += sum(lane.scorer.metrics.saved_tokens for lane in self.lanes.values())
+        spared = [lane.scorer.metrics for lane in self.lanes.values()]
+        report.saved_tokens += sum(one.saved_tokens + one.hits + one.joined for one in spared)
 
     def _show(self) -> None:
         report, answered, seconds = self.report, self.answered, max(time.monotonic() - self.began, 1e-9)

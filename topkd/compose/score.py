@@ -14,12 +14,11 @@ from topkd.compose.identities import served_identity
 from topkd.compose.progress import Progress
 from topkd.compose.score_config import Asked, ScoreConfig, ScoreReport
 from topkd.compose.selection import Budget, Selection, digest_of
-from topkd.compose.sequences import BadRow
+from topkd.compose.sequences import BadRow, check_source
 from topkd.compose.teachers import OpenTeacher, open_teacher
 from topkd.engine.tokenizer import load_tokenizer
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.folder import FORMAT_FILE
-from topkd.topk.errors import DataError
 
 __all__ = ["ScoreConfig", "ScoreReport", "score_data"]
 
@@ -32,8 +31,7 @@ async def score_data(config: ScoreConfig, progress: Progress | None = None) -> S
         ServerError: one that every row would meet; what was scored until then is kept.
     """
     progress = progress or Progress()
-    if not config.data.exists():
-        raise DataError("no such file or folder", where=str(config.data))
+    check_source(config.data)
     selection = Selection(config, text_tokenizer(config.tokenizer))
     if config.estimate:
         return await _estimate(config, selection)
@@ -147,15 +145,17 @@ def _count(
             continue
         size, digest = int(item.ids.size), digest_of(item)
         report.positions += size - 1 - item.start
+        report.largest_id = max(report.largest_id, int(item.ids.max(initial=0)))
         held = store is not None and store.covers(who[item.teacher_id], item.ids, item.start, config.k, read=True)
         if held or digest in seen:
             report.cached += 1
-            report.saved_tokens += size
+            report.saved_tokens += size + 1
         else:
             report.scored += 1
             report.tokens_sent += size + 1
         seen.add(digest)
     report.duplicates, report.skipped = selection.duplicates, selection.skipped
+    report.unbounded = selection.unbounded
 
 
 def text_tokenizer(path: str | None) -> Any:

@@ -130,8 +130,9 @@ class ScoreReport(JobReport):
     """What became of the rows.
 
     ``tokens_sent`` counts each sequence once plus the one token that a scoring request generates; what a retry sends
-    again is not in it. ``saved_tokens`` are those that the cache answered for. ``skipped`` rows are for a teacher that
-    this job was not asked about.
+    again is not in it. ``saved_tokens`` are what would have been sent for what the cache answered. ``skipped`` rows are
+    for a teacher that this job was not asked about. An estimate also tells the ``largest_id`` of its rows, and whether
+    the size of a teacher's vocabulary is not known (``unbounded``), so that such an id may yet be refused.
     """
 
     scored: int = 0
@@ -140,6 +141,8 @@ class ScoreReport(JobReport):
     tokens_sent: int = 0
     saved_tokens: int = 0
     positions: int = 0
+    largest_id: int = 0
+    unbounded: bool = False
 
     def add(self, other: ScoreReport) -> None:
         """Count a part of the job in; the client's counters and the costs are for whoever has the whole."""

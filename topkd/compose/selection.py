@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from topkd.compose.portions import Portion
-from topkd.compose.score_config import ScoreConfig
+from topkd.compose.score_config import Asked, ScoreConfig
 from topkd.compose.sequences import BadRow, Item, ScoreInput, count_rows, read_sequences
+from topkd.compose.teachers import IN_PROCESS
 from topkd.topk.errors import DataError
 
 
@@ -29,6 +32,7 @@ class Selection:
         self.config, self.tokenizer, self.portion = config, tokenizer, portion
         self.duplicates = self.skipped = 0
         self._teachers = config.asked()
+        self._sizes = {name: _vocabulary(asked) for name, asked in self._teachers.items()}
 
     def __iter__(self) -> Iterator[Item]:
         config, seen = self.config, set[bytes]()
@@ -61,9 +65,14 @@ class Selection:
         rows = rows if self.config.limit is None else min(rows, self.config.limit)
         return -(-rows // self.config.shard[1])
 
+    @property
+    def unbounded(self) -> bool:
+        """Whether a teacher's vocabulary is not known, so that no id can be told to be outside."""
+        return None in self._sizes.values()
+
     def _within_vocabulary(self, item: ScoreInput) -> Item:
         """The row, or why its teacher cannot be asked about it."""
-        size, top = self._teachers[item.teacher_id].vocab_size, int(item.ids.max(initial=0))
+        size, top = self._sizes[item.teacher_id], int(item.ids.max(initial=0))
         if size is None or top < size:
             return item
         return BadRow(item.number, DataError(
@@ -84,6 +93,18 @@ class Selection:
             got=repr(name) if name else "none",
             expected="one of " + ", ".join(map(repr, routes)) if routes else "a row that names no teacher", hint=hint,
         ))  # fmt: skip
+
+
+def _vocabulary(asked: Asked) -> int | None:
+    """Ids that a teacher has: as it was told, or as the config of a model that is to be loaded here says."""
+    if asked.vocab_size is not None or not asked.urls[0].startswith(IN_PROCESS):
+        return asked.vocab_size
+    try:
+        config = json.loads((Path(asked.urls[0].removeprefix(IN_PROCESS)) / "config.json").read_text(encoding="utf-8"))
+        size = config.get("text_config", config).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        return None  # loading it says what is wrong with it
+    return size if isinstance(size, int) and size > 0 else None
 
 
 class Verdict(Enum):

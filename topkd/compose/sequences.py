@@ -96,6 +96,17 @@ def read_sequences(path: Path, tokenizer: Any = None, portion: Portion | None = 
             yield BadRow(number, error)
 
 
+def check_source(path: Path) -> None:
+    """Raises DataError for what is not there, and for a cache in which no rollouts wait to be scored."""
+    if not path.exists():
+        raise DataError("no such file or folder", where=str(path))
+    if path.is_dir() and (path / FORMAT_FILE).exists() and next(_rollouts(path), None) is None:
+        raise DataError(
+            "the cache holds no rollouts to score", where=str(path), expected="what a run with [cache] recorded",
+            hint="a data file goes in its place",
+        )  # fmt: skip
+
+
 def count_rows(path: Path) -> int:
     """How many rows there are, for a forecast; 0 when that is not known beforehand."""
     if path.is_dir():
