@@ -23,6 +23,12 @@ def test_completions_that_grow_until_they_are_cut_sound_once_each():
     assert sounded(run(length_mean=lengths, truncation_rate=cut)) == [(12, "truncation_rate"), (12, "length_mean")]
 
 
+def test_a_share_of_cut_completions_is_judged_over_five_steps_and_not_over_the_first_ones():
+    assert sounded(run(truncation_rate=[1.0] * 4)) == []
+    assert sounded(run(truncation_rate=[1.0] * 20)) == [(4, "truncation_rate")]
+    assert sounded(run(truncation_rate=[1.0, 1.0, 0.0, 0.0, 0.0] + [0.0] * 5)) == []
+
+
 def test_an_end_of_text_that_fades_sounds_and_sounds_again_after_it_came_back():
     fading = [0.05] * 10 + [0.0001] * 5 + [0.05] * 6 + [0.0001] * 5
     assert [name for _, name in sounded(run(eos_probability=fading))] == ["eos_probability"] * 2

@@ -177,13 +177,32 @@ def test_what_a_careful_reader_would_ask_is_warned_about(tmp_path: Path) -> None
     text = "\n".join(page_of(path).verdict.warnings)
     for expected in (
         "stopped at step 11 of 60 (KeyboardInterrupt)",
-        "step 11: mismatch_kl was 0.5, beyond its limit of 0.02",
+        "step 11: KL(sampler ‖ trainer) of the same weights was 0.5, beyond its limit of 0.02 (mismatch_kl): sample in",
         "3 of 44 samples were lost",
         "1 of 11 steps changed no weight",
         "7 tokens (0.64 %) had no teacher logprob",
         "it was better before",
     ):
         assert expected in text
+
+
+@pytest.mark.parametrize(("limit", "meant"), [(32, True), (1024, False)])
+def test_a_short_limit_that_cuts_is_a_note_and_a_long_one_a_warning_with_what_helps(
+    tmp_path: Path, limit: int, meant: bool
+) -> None:
+    path = write_run(tmp_path / "run")
+    config = json.loads((path / "config.json").read_text()) | {"rollout": {"max_completion_tokens": limit}}
+    (path / "config.json").write_text(json.dumps(config))
+    diary = path / "metrics.jsonl"
+    alarm = {"kind": "event", "event": "alarm", "alarm": "truncation_rate", "step": 5, "value": 1.0, "limit": 0.5}
+    diary.write_text(diary.read_text().replace('"truncated": 1,', '"truncated": 4,') + json.dumps(alarm) + "\n")
+    page = page_of(path)
+    warned = [warning for warning in page.verdict.warnings if "cut at" in warning]
+    noted = [note for note in page.notes if "max_completion_tokens = 32" in note]
+    assert (len(warned), len(noted)) == ((0, 1) if meant else (1, 0))
+    if not meant:
+        assert warned[0].startswith("step 5: the share of completions cut at their limit was 1, beyond")
+        assert "raise rollout.max_completion_tokens" in warned[0]
 
 
 def test_one_look_is_no_change(tmp_path: Path) -> None:

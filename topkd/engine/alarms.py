@@ -30,7 +30,7 @@ def _standing(records: Sequence[Record]) -> list[dict[str, Any]]:
     if mismatch is not None and mismatch > MISMATCH_NATS:
         found.append({"alarm": "mismatch_kl", "value": mismatch, "limit": MISMATCH_NATS})
     cut = _mean(records[-WINDOW:], "truncation_rate")
-    if cut is not None and cut >= TRUNCATED:
+    if len(records) >= WINDOW and cut is not None and cut >= TRUNCATED:
         found.append({"alarm": "truncation_rate", "value": cut, "limit": TRUNCATED})
     if len(records) < 2 * WINDOW:  # too short a run to have changed
         return found

@@ -7,9 +7,10 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from topkd.report.cautions import Warned, cut_on_purpose, warnings_of
 from topkd.report.collection import Collection, Group
 from topkd.report.diary import last_step
-from topkd.report.outcome import ESTIMATES, Metric, Outcome, Warned, counts, main_metric, outcome, spread, warnings_of
+from topkd.report.outcome import ESTIMATES, Metric, Outcome, counts, main_metric, outcome, spread
 from topkd.report.ranks import Rank, ranked
 from topkd.report.wording import between, change, number, short
 
@@ -75,6 +76,8 @@ def verdict(collection: Collection, groups: Sequence[Group]) -> tuple[Verdict, l
     if collection.comparison.get("base") == EMBEDDED:
         said.notes.append(_CUT)
         found = [(one, warned) for one, warned in found if not warned.kind.endswith("truncation_rate")]
+    else:
+        said.notes += dict.fromkeys(filter(None, (cut_on_purpose(one.run) for ones in outcomes for one in ones)))
     said.warnings += _gathered(found)
     said.warnings += collection.notes
     return said, outcomes
