@@ -56,8 +56,29 @@ def test_stats_count_what_is_there(cache):
     expected = sum(np.exp([-0.5, -1.5, -2.5]))
     assert found["profile"]["mass"][3] == pytest.approx(expected, rel=2e-3)
     text = ran("cache", "stats", cache)
-    assert "40 scores and 1 rollouts, 242 tokens" in text
+    assert "40 scores, 1 rollout, 242 tokens" in text
     assert "run-1" in text
+
+
+def test_stats_and_verify_say_the_same_of_records_and_bytes_and_a_name_has_the_room_there_is(tmp_path):
+    path, params = tmp_path / "cache", SamplingParams(max_tokens=2, seed=1)
+    name = "runs/demo-topk_pg-seed0/first-run/teacher"
+    with ScoreStore(path, mode="a") as store:
+        for first in range(3):
+            drawn = [Rollout(np.array([first, 2]), np.array([8, 9 + i]), np.float32([-1.0, -2.0]), "stop", params)
+                     for i in range(4)]  # fmt: skip
+            store.put_rollouts(TeacherIdentity(name, revision="v1"), [first, 2], drawn, params)
+    fill(path, [7], rows=8)
+    text = ran("cache", "stats", path)
+    assert "1 score, 12 rollouts in 3 records, 32 tokens" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert name in text
+    assert "all 8" in text, "every score has 8 positions: none of them has fewer"
+    size = sum(file.stat().st_size for pattern in ("*.tkl", "*.idx") for file in path.glob(pattern))
+    assert f"{size:,} bytes" in text
+    checked = ran("cache", "verify", path)
+    assert "4 records in" in checked
+    assert f"{size:,} bytes, 0 superfluous: whole" in checked
 
 
 def test_the_pictures_show_shares_of_k_lengths_mass_and_entropy_in_80_columns(tmp_path):
@@ -66,7 +87,11 @@ def test_the_pictures_show_shares_of_k_lengths_mass_and_entropy_in_80_columns(tm
     assert max(map(len, lines)) <= 80
     (k,) = [line for line in lines if line.lstrip().startswith("3 █")]
     assert "100 %" in k
-    lengths = [line[42:].split() for line in lines if line[42:].lstrip()[:1].isdigit() and "to" not in line[:38]]
+    lengths = [
+        line[42:].split()
+        for line in lines
+        if line[42:].lstrip()[:1].isdigit() and "%" in line[42:] and "to" not in line[:38]
+    ]
     assert ["4", "to", "7", *lengths[0][3:]] == lengths[0]
     assert lengths[0][-2:] == ["75", "%"]
     assert any(line[42:].split()[-2:] == ["25", "%"] and "64 and up" in line[42:] for line in lines)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from topkd.cli.options import AsJson, flag, option
-from topkd.cli.stats import described
+from topkd.cli.stats import described, numbered
 from topkd.topk.errors import ConfigError, DataError
 
 app = typer.Typer(help="Look into a cache, check it, tidy it, bring scores in and out.", no_args_is_help=True)
@@ -79,8 +79,8 @@ def verify(cache: Folder, as_json: AsJson = False) -> None:
             typer.echo(f"{'damage' if item.fatal else 'left by a crash'}: {item.what} ({place})")
         word = "whole" if found.ok else "DAMAGED: score again what it held (topkd cache gc drops the rest of it)"
         typer.echo(
-            f"{cache}: {found.records} records in {found.segments} segments, {found.bytes} bytes, "
-            f"{found.duplicates} superfluous: {word}"
+            f"{cache}: {numbered(found.records, 'record')} in {numbered(found.segments, 'segment')}, "
+            f"{found.bytes:,} bytes, {found.duplicates:,} superfluous: {word}"
         )
     if not found.ok:
         raise typer.Exit(1)

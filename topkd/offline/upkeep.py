@@ -66,7 +66,7 @@ class Verification:
     records: int
     duplicates: int  # records that another one makes superfluous; harmless, and gone after a compaction
     tokens: int  # as in ``CacheStats``, of records that hold
-    bytes: int
+    bytes: int  # of segments and indexes, as in ``CacheStats``
     bytes_per_token: float | None  # as in ``CacheStats``
     damage: list[Damage] = field(default_factory=list)
 
@@ -125,10 +125,9 @@ def verify(path: str | os.PathLike[str]) -> Verification:
     open_folder(root, create=False)
     damage: list[Damage] = []
     rows: list[np.ndarray[Any, Any]] = []
-    size = count = 0
+    count = 0
     for position, file in enumerate(segment_paths(root)):
         with contextlib.closing(Segment(file)) as segment:
-            size += segment.size
             count += 1
             scan = segment.scan(payloads=True)
             if segment.index is not None:
@@ -145,10 +144,10 @@ def verify(path: str | os.PathLike[str]) -> Verification:
             rows.append(header_rows(position, scan.found))
     told = answers(joined(rows))
     live = told[live_rows(told)]
-    tokens = int(live["rows"].sum(dtype=np.int64))
+    tokens, size = int(live["rows"].sum(dtype=np.int64)), folder_bytes(root)
     return Verification(
         path=str(root), segments=count, records=len(told), duplicates=len(told) - len(live), tokens=tokens, bytes=size,
-        bytes_per_token=folder_bytes(root) / tokens if tokens else None, damage=damage,
+        bytes_per_token=size / tokens if tokens else None, damage=damage,
     )  # fmt: skip
 
 
