@@ -189,6 +189,24 @@ def test_captures_of_other_tools_need_a_teachers_name_and_bring_their_rows(cache
     assert done["refused"][0].startswith(f"{source}, row 1: a row without input_ids")
 
 
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("form", ["parquet", "dataset", "axolotl", "distillkit"])
+def test_an_import_that_cannot_be_read_leaves_no_empty_cache(cache, tmp_path, form, there):
+    pytest.importorskip("datasets")
+    source, target = tmp_path / "junk", tmp_path / "target"
+    source.write_text("junk\n")
+    if there:
+        target.mkdir()
+    with pytest.raises((DataError, ConfigError)):
+        ran("cache", "import", target, source, "--format", form, "--teacher", "t")
+    assert target.exists() == there
+    assert not there or not list(target.iterdir())
+    held = {path: path.read_bytes() for path in cache.iterdir()}
+    with pytest.raises((DataError, ConfigError)):
+        ran("cache", "import", cache, source, "--format", form, "--teacher", "t")
+    assert {path: path.read_bytes() for path in cache.iterdir()} == held, "what was there stays"
+
+
 @pytest.mark.parametrize(
     ("args", "error", "words"),
     [

@@ -190,10 +190,11 @@ def import_(
     """
     from topkd.offline import ScoreStore, TeacherIdentity, from_dataset, import_axolotl, import_distillkit
     from topkd.offline import import_parquet as parquet
+    from topkd.offline.folder import begun
 
     if not source.exists():
         raise DataError("no such file or folder", where=str(source), expected="something to import")
-    with ScoreStore(cache, mode="a", codec=codec.value) as store:
+    with begun(cache), ScoreStore(cache, mode="a", codec=codec.value) as store:
         if form is ImportFormat.parquet:
             done = parquet(source, store)
         elif form is ImportFormat.dataset:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from topkd.offline.segments import segment_paths
@@ -49,6 +51,21 @@ def open_folder(path: Path, *, create: bool) -> None:
             expected=f"at most {FORMAT_VERSION}",
             hint="upgrade topkd",
         )
+
+
+@contextlib.contextmanager
+def begun(path: Path) -> Iterator[None]:
+    """Around what may begin a cache in ``path``: one that an error leaves without a record is taken away again."""
+    there, was_cache = path.exists(), (path / FORMAT_FILE).exists()
+    try:
+        yield
+    except BaseException:
+        if not was_cache and path.is_dir() and not segment_paths(path):
+            with contextlib.suppress(OSError):  # what stands there besides is not ours, and stays
+                (path / FORMAT_FILE).unlink(missing_ok=True)
+                if not there:
+                    path.rmdir()
+        raise
 
 
 def refused_by_disk(what: str, path: Path, error: OSError) -> CacheError:
