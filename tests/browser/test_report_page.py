@@ -100,6 +100,27 @@ def test_a_long_name_beside_a_strip_is_cut_to_the_room_it_has(tmp_path, open_pag
     assert max(names.evaluate_all(beyond)) <= 0
 
 
+def test_an_axis_that_does_not_begin_at_zero_says_so_and_shows_it(run_page, open_page):
+    page = open_page(run_page).page
+    cuts = 0
+    for chart in page.locator("svg.lines").all():
+        said = "does not begin at zero" in chart.get_attribute("aria-label")
+        ticks = chart.locator("text.tick.end").all_text_contents()
+        assert said == (chart.locator("path.cut").count() == 1)
+        assert not (said and "0" in ticks), ticks
+        cuts += said
+    assert cuts > 0
+
+
+def test_no_mark_of_a_chart_stands_beyond_its_last_value(run_page, open_page):
+    page = open_page(run_page).page
+    middle = "e => { const b = e.getBBox(); return b.x + b.width / 2; }"
+    for chart in page.locator("svg.lines").all():
+        end = chart.locator("line.axis").first.evaluate("e => e.x2.baseVal.value")
+        beyond = [dot.evaluate(middle) - end for dot in chart.locator(".dot").all()]
+        assert max(beyond, default=0.0) < 0.1
+
+
 def test_no_two_ticks_of_an_axis_read_the_same(tmp_path, open_page):
     runs = [write_run(tmp_path / f"run{seed}", seed=seed, done=20 + 20 * seed) for seed in range(2)]
     for path, mismatch in zip(runs, (7.80e-14, 7.85e-14), strict=True):

@@ -194,3 +194,19 @@ def test_an_unfinished_comparison_shows_its_cells_so_far(tmp_path: Path) -> None
     page = build(gather([folder]))
     assert len(page.runs.rows) == 4
     assert any("not finished" in warning for warning in page.verdict.warnings)
+
+
+@pytest.mark.parametrize(("low", "zero"), [(0.3, True), (1.2, False)])
+def test_the_exact_divergences_begin_at_zero_all_of_them_or_none(tmp_path: Path, low: float, zero: bool) -> None:
+    """Side by side, a line at the floor of one must not be a line at zero in the next."""
+    path = write_run(tmp_path / "run")
+    diary = path / "metrics.jsonl"
+    records = [json.loads(line) for line in diary.read_text().splitlines()]
+    evals = [record for record in records if record["kind"] == "eval"]
+    for record in evals:
+        record |= {"reverse_kl": 1.5, "forward_kl": 1.5, "jsd": 1.5}
+    evals[-1]["reverse_kl"] = low
+    diary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    panels = {panel["key"]: panel for panel in build(gather([path])).data["sections"][0]["panels"]}
+    assert [panels[key]["zero"] for key in ("reverse_kl", "forward_kl", "jsd")] == [zero] * 3
+    assert panels["kl_k1"]["zero"] is None

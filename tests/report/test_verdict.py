@@ -12,6 +12,7 @@ import pytest
 
 from tests.report.made import write_comparison, write_run
 from topkd.report.collection import gather
+from topkd.report.page import render_page
 from topkd.report.payload import build
 
 
@@ -250,3 +251,20 @@ def test_an_unfinished_run_that_has_long_been_silent_is_asked_about(tmp_path: Pa
     finished = write_run(tmp_path / "finished")
     os.utime(finished / "metrics.jsonl", (hours_ago, hours_ago))
     assert page_of(finished).verdict.warnings == []
+
+
+def test_a_small_untuned_comparison_says_so_under_its_headline(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "cmp", seeds=2)
+    told = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    assert page_of(folder).verdict.caveat == "A first look, not a result: 2 seeds a setting, 20 steps a run."
+    told["tuned"] = None
+    for arm in told["arms"]:
+        arm["lr"] = None
+    (folder / "compare.json").write_text(json.dumps(told), encoding="utf-8")
+    page = page_of(folder)
+    assert page.verdict.caveat == (
+        "A first look, not a result: 2 seeds a setting, one learning rate for all, tuned for none, 20 steps a run."
+    )
+    html = render_page(page)
+    assert html.index('class="headline"') < html.index(page.verdict.caveat) < html.index('class="detail"')
+    assert page_of(write_comparison(tmp_path / "more", seeds=4)).verdict.caveat == ""

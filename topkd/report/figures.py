@@ -88,6 +88,8 @@ def _panel(axes: Any, page: Page, panel: dict[str, Any], lines: list[dict[str, A
         if "lo" in line:
             axes.fill_between(x, _known(line["lo"]), _known(line["hi"]), color=at, alpha=0.15, lw=0)
     axes.set(title=_wrapped(panel["title"]), xlabel=axis["label"], ylabel=panel["unit"])
+    if panel["zero"]:
+        axes.set_ylim(bottom=0.0)
 
 
 def _histogram(axes: Any, page: Page, panel: dict[str, Any]) -> None:

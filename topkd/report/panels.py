@@ -90,11 +90,14 @@ class Section:
 NATS: Final = "nats per token"
 _KL_NOTE = "Exact on held-out prefixes, over the whole vocabulary."
 
+EXACT_DIVERGENCES: Final = ("reverse_kl", "forward_kl", "jsd")
+
 SECTIONS: Final = (
     Section(
         "distance",
         "Distance to the teacher",
-        "Lower is better for divergences, higher for agreement and accuracy.",
+        "Lower is better for divergences, higher for agreement and accuracy. A zigzag at an axis: it does not begin at "
+        "zero.",
         (
             Panel("reverse_kl", "KL(student ‖ teacher)", NATS, ("reverse_kl",), "eval", _KL_NOTE, log=True),
             Panel("forward_kl", "KL(teacher ‖ student)", NATS, ("forward_kl",), "eval", _KL_NOTE, log=True),

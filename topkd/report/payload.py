@@ -15,7 +15,7 @@ from topkd.report.lines import Thinning, histogram, panel_lines, prefix_kinds
 from topkd.report.measured import by_prefixes, training
 from topkd.report.outcome import Outcome
 from topkd.report.palette import DASHES, GROUPS
-from topkd.report.panels import SECTIONS, Panel, Section
+from topkd.report.panels import EXACT_DIVERGENCES, SECTIONS, Panel, Section
 from topkd.report.strips import measures
 from topkd.report.tables import Table, runs_table, settings, summary
 from topkd.report.verdict import Verdict, verdict
@@ -97,6 +97,7 @@ def _section(section: Section, groups: Sequence[Group], account: Thinning, kinds
             drawn.append({**_head(panel), "kind": "line", "lines": lines})
         elif not panel.special:
             absent.append(f"{panel.title} ({' or '.join(panel.fields)})")
+    _alike(drawn, groups)
     if section.key == "offpolicy":
         if (bins := histogram(groups)) is not None:
             drawn.insert(0, _RATIOS | bins)
@@ -105,6 +106,20 @@ def _section(section: Section, groups: Sequence[Group], account: Thinning, kinds
     return {"key": section.key, "title": section.title, "text": section.text, "panels": drawn, "absent": absent}
 
 
+def _alike(drawn: Sequence[dict[str, Any]], groups: Sequence[Group]) -> None:
+    """Whether the exact divergences begin at zero: all of them, as soon as one comes near it, or none."""
+    exact = [panel for panel in drawn if panel["key"] in EXACT_DIVERGENCES]
+    ends = [
+        (min(known), max(known))
+        for panel in exact
+        for lines in panel["lines"].values()
+        if (known := [y for line in lines if not groups[line["g"]].replayed for y in line["y"] if y is not None])
+    ]
+    for panel in exact:
+        panel["zero"] = any(low < _NEAR_ZERO * high for low, high in ends)
+
+
+_NEAR_ZERO = 0.6  # as scales.js has it: of the highest value, where the lowest is so far below that zero is shown, too
 _RATIOS = {
     "key": "ratio_hist",
     "kind": "hist",
@@ -112,11 +127,19 @@ _RATIOS = {
     "unit": "% of tokens, all steps",
     "note": "New over rollout probability of each sampled token; 1 is on-policy. Bins of equal width in log₂.",
     "log": False,
+    "zero": True,
 }
 
 
 def _head(panel: Panel) -> dict[str, Any]:
-    return {"key": panel.key, "title": panel.title, "unit": panel.unit, "note": panel.note, "log": panel.log}
+    return {
+        "key": panel.key,
+        "title": panel.title,
+        "unit": panel.unit,
+        "note": panel.note,
+        "log": panel.log,
+        "zero": None,
+    }
 
 
 def _axes(groups: Sequence[Group]) -> list[dict[str, Any]]:

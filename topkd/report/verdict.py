@@ -15,6 +15,7 @@ from topkd.report.ranks import Rank, ranked
 from topkd.report.wording import between, change, number, short
 
 ENOUGH_SEEDS = 8
+FEW_SEEDS = 4  # below it a comparison is a first look, whatever its intervals say
 EMBEDDED = "embedded"
 _CUT = (
     "The embedded pair has no stop token: every completion is cut at its limit, so that each step has as many tokens."
@@ -30,6 +31,7 @@ class Verdict:
 
     Attributes:
         headline: The result in one sentence.
+        caveat: Why a comparison is a first look only; "" when it is more.
         detail: How sure it is.
         tone: "won", "open" (no clear winner), "one" (a single setting) or "waiting".
         facts: Figures beside it: label, value, remark.
@@ -42,6 +44,7 @@ class Verdict:
     """
 
     headline: str
+    caveat: str = ""
     detail: str = ""
     tone: str = "one"
     facts: list[tuple[str, str, str]] = field(default_factory=list)
@@ -63,6 +66,7 @@ def verdict(collection: Collection, groups: Sequence[Group]) -> tuple[Verdict, l
         said = _one_run(outcomes[0][0], metric) if len(outcomes[0]) == 1 else _one_group(groups[0], outcomes, metric)
     else:
         said = _several(groups, outcomes, metric, collection.controls)
+        said.caveat = _caveat(collection, groups, said.ranks)
     said.metric = metric.name
     _stated(said, collection.comparison)
     if collection.unfinished:
@@ -89,7 +93,7 @@ def _nothing(groups: Sequence[Group]) -> Verdict:
         return Verdict("Waiting for the first step.", tone="waiting")
     return Verdict(
         "Nothing in the diary says how far the student is from its teacher",
-        f"{steps:,} steps, and neither an evaluation nor an estimate among them: the curves are below.",
+        detail=f"{steps:,} steps, and neither an evaluation nor an estimate among them: the curves are below.",
         tone="open",
     )
 
@@ -102,12 +106,12 @@ def _one_run(one: Outcome, metric: Metric) -> Verdict:
     if one.looks < 2:
         return Verdict(
             f"{metric.name} is {number(last)} nats a token at the first look",
-            f"{where}; {steps:,} of {one.run.planned or steps:,} steps, {one.run.state}.",
+            detail=f"{where}; {steps:,} of {one.run.planned or steps:,} steps, {one.run.state}.",
             facts=_facts(one),
         )
     return Verdict(
         f"{metric.name} {way} from {number(first)} to {number(last)} nats a token ({change(first, last)})",
-        f"{where}; {steps:,} of {one.run.planned or steps:,} steps, {one.run.state}.",
+        detail=f"{where}; {steps:,} of {one.run.planned or steps:,} steps, {one.run.state}.",
         facts=_facts(one),
     )
 
@@ -119,7 +123,7 @@ def _one_group(group: Group, outcomes: Sequence[Sequence[Outcome]], metric: Metr
     first = sum(start) / len(start) if start else math.nan
     return Verdict(
         f"{metric.name} went from {number(first)} to {between(end)} nats a token ({change(first, end.mean)})",
-        f"Mean over {end.n} runs of {group.label} that differ in their seed, with the 95 % interval over them.",
+        detail=f"Mean over {end.n} runs of {group.label} that differ in their seed, with the 95 % interval over them.",
         facts=_mean_facts(ones),
         facts_of="means over seeds",
         ranks=ranked([group], outcomes, metric),
@@ -165,6 +169,20 @@ def _doubts(ranks: Sequence[Rank], outcomes: Sequence[Sequence[Outcome]]) -> lis
     if known and max(known) > 1.05 * min(known):
         said.append(f"runs trained on {min(known):,.0f} to {max(known):,.0f} tokens: compare at equal tokens, below")
     return said
+
+
+def _caveat(collection: Collection, groups: Sequence[Group], ranks: Sequence[Rank]) -> str:
+    """What makes a comparison a first look, under its headline: a reader of that alone must not take it for more."""
+    seeds = min((rank.end.n for rank in ranks if rank.end.n and not rank.control), default=0)
+    arms = [arm for arm in collection.comparison.get("arms") or () if isinstance(arm, dict)]
+    given = any(arm.get("lr") is not None or "learner" in (arm.get("set") or ()) for arm in arms)
+    few = [f"{seeds} seed{'s' * (seeds > 1)} a setting"] if 0 < seeds < FEW_SEEDS else []
+    if arms and not given and not collection.comparison.get("tuned"):
+        few.append("one learning rate for all, tuned for none")
+    if not few:
+        return ""
+    steps = max((last_step(run.steps) for group in groups for run in group.runs), default=0)
+    return f"A first look, not a result: {', '.join([*few, f'{steps:,} steps a run'])}."
 
 
 def _stated(said: Verdict, comparison: dict[str, Any]) -> None:

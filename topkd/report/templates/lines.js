@@ -85,7 +85,8 @@ class LineChart {
     this.named = data.groups.length > 1;
     this.named = this.named && room() <= this.width * 0.36; // names that do not fit all stand in the legend alone
     const right = mains.length <= 6 ? room() : 8;
-    this.domain = yDomain(Math.min(...shown), Math.max(...shown), this.log, this.panel.unit.startsWith('%'));
+    this.domain = yDomain(Math.min(...shown), Math.max(...shown), this.log, this.panel.unit.startsWith('%'), this.panel.zero);
+    this.cut = !this.log && this.domain[0] > 0; // said and drawn: a line at the floor is not one at zero
     const rows = Math.max(2, Math.floor(this.height / 38));
     this.yTicks = this.log ? logTicks(...this.domain, rows) : linearTicks(...this.domain, rows);
     const left = Math.max(...this.yTicks.map((tick) => textWidth(tickText(tick, this.yTicks), 11))) + 12;
@@ -106,6 +107,12 @@ class LineChart {
         svg('text', { x: left - 7, y: y + 4, class: 'tick end', text: tickText(tick, this.yTicks) }));
     }
     this.svg.append(svg('line', { x1: left, x2: right, y1: bottom, y2: bottom, class: 'axis' }));
+    if (this.cut) {
+      const zigzag = `M${left} ${this.box.top}V${bottom - 14}l4 2l-8 4l8 4l-4 2V${bottom}`;
+      const mark = svg('path', { d: zigzag, class: 'cut' });
+      mark.append(svg('title', { text: 'this axis does not begin at zero' }));
+      this.svg.append(mark);
+    }
     for (const tick of this.xTicks) {
       const x = this.x(tick);
       this.svg.append(
@@ -160,11 +167,12 @@ class LineChart {
     for (const label of apart(labels, 15, this.box.top, this.box.bottom)) {
       const g = groupClass(label.line.g);
       if (Math.abs(label.at - label.y) > 4 || this.box.right - label.x > 12) {
-        this.svg.append(svg('line', { x1: label.x + 3, y1: label.y, x2: this.box.right + 7, y2: label.at, class: `lead stroke ${g}` }));
+        this.svg.append(svg('line', { x1: label.x + 3, y1: label.y, x2: this.box.right + 9, y2: label.at, class: `lead stroke ${g}` }));
       }
+      // A mark beside the name would read as one more value, beyond the axis: the last value itself carries it.
       this.svg.append(
-        marker(label.line.g, this.box.right + 8, label.at, 2.9),
-        svg('text', { x: this.box.right + 13, y: label.at + 4, class: 'label', text: this.label(label.line) }));
+        marker(label.line.g, label.x, label.y, 2.9),
+        svg('text', { x: this.box.right + 11, y: label.at + 4, class: 'label', text: this.label(label.line) }));
     }
   }
 
@@ -173,7 +181,7 @@ class LineChart {
       const known = line.y.filter((value) => value !== null);
       return `${data.groups[line.g].label} from ${number(known[0])} to ${number(known.at(-1))}`;
     });
-    return `${this.panel.title}, ${this.panel.unit}, against ${axis().label}: ${parts.join('; ')}. Arrow keys read single values.`;
+    return `${this.panel.title}, ${this.panel.unit}, against ${axis().label}${this.cut ? ', on an axis that does not begin at zero' : ''}: ${parts.join('; ')}. Arrow keys read single values.`;
   }
 
   point(event) {

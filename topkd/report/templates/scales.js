@@ -42,7 +42,8 @@ function tickText(tick, ticks) {
 }
 
 // The ends of y: zero is shown when the values are not far from it; a flat line gets room above and below.
-function yDomain(low, high, log, shares) {
+// ``zero`` true or false settles it for panels that are read side by side.
+function yDomain(low, high, log, shares, zero = null) {
   if (shares && !log && low >= 0 && high <= 100) {
     const [bottom, top] = yDomain(low, high, false, false);
     return low === high ? [Math.max(0, low - 5), Math.min(100, low + 5)] : [Math.max(0, bottom), Math.min(100, top)];
@@ -56,7 +57,7 @@ function yDomain(low, high, log, shares) {
     return low === 0 ? [0, 1] : [Math.min(low - pad, low > 0 ? Math.max(0, low - pad) : low - pad), high + pad];
   }
   const span = high - low;
-  const bottom = low >= 0 && low < 0.6 * high ? 0 : low - 0.06 * span;
+  const bottom = low >= 0 && (zero ?? low < 0.6 * high) ? 0 : low - 0.06 * span;
   const top = high <= 0 && -high < 0.6 * -low ? 0 : high + 0.06 * span;
   return [bottom, top];
 }
