@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -268,3 +269,22 @@ def test_a_small_untuned_comparison_says_so_under_its_headline(tmp_path: Path) -
     html = render_page(page)
     assert html.index('class="headline"') < html.index(page.verdict.caveat) < html.index('class="detail"')
     assert page_of(write_comparison(tmp_path / "more", seeds=4)).verdict.caveat == ""
+
+
+def test_runs_of_one_seed_are_no_interval_over_seeds_and_stopped_ones_are_in_no_mean(tmp_path: Path) -> None:
+    whole, stopped = write_run(tmp_path / "a"), write_run(tmp_path / "b", done=20)
+    with (stopped / "metrics.jsonl").open("a") as file:
+        file.write(
+            json.dumps({"kind": "event", "event": "stopped", "version": 20, "reason": "KeyboardInterrupt"}) + "\n"
+        )
+    said = page_of(whole, stopped).verdict
+    assert said.headline == page_of(whole).verdict.headline
+    assert said.detail.endswith("60 of 60 steps, finished. 1 other run did not end as planned and counts nowhere.")
+    assert said.facts_of == "a"
+    twice = page_of(whole, write_run(tmp_path / "c")).verdict
+    assert twice.detail.startswith("Mean over 2 runs of topk_pg of which some share a seed: ")
+    assert twice.facts_of == "means over runs"
+    seeds = page_of(whole, write_run(tmp_path / "d", seed=1)).verdict
+    assert seeds.detail == "Mean over 2 runs of topk_pg that differ in their seed, with the 95 % interval over them."
+    copy = shutil.copytree(stopped, tmp_path / "e")
+    assert page_of(stopped, copy).verdict.headline == "No run of topk_pg has ended as planned"

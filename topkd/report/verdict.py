@@ -117,15 +117,31 @@ def _one_run(one: Outcome, metric: Metric) -> Verdict:
 
 
 def _one_group(group: Group, outcomes: Sequence[Sequence[Outcome]], metric: Metric) -> Verdict:
-    (ones,) = outcomes
-    end = spread(ones, metric.key)
-    start = [one.first[metric.key] for one in ones if metric.key in one.first]
-    first = sum(start) / len(start) if start else math.nan
+    ended = [one for one in outcomes[0] if counts(one.run) and metric.key in one.last]
+    left = len(outcomes[0]) - len(ended)
+    aside = (
+        f" {left} other run{'s' * (left > 1)} did not end as planned and count{'s' * (left == 1)} nowhere."
+        if left
+        else ""
+    )
+    if not ended:
+        return Verdict(f"No run of {group.label} has ended as planned", tone="open")
+    if len(ended) == 1:
+        said = _one_run(ended[0], metric)
+        said.detail, said.facts_of = f"{said.detail}{aside}", ended[0].run.name
+        return said
+    end = spread(ended, metric.key)
+    start = [one.first[metric.key] for one in ended]
+    first = sum(start) / len(start)
+    seeds = {one.run.seed for one in ended}
+    differ = "that differ in their seed, with the 95 % interval over them."
+    if None in seeds or len(seeds) < len(ended):
+        differ = "of which some share a seed: the interval over them says how they repeat, not how seeds vary."
     return Verdict(
         f"{metric.name} went from {number(first)} to {between(end)} nats a token ({change(first, end.mean)})",
-        detail=f"Mean over {end.n} runs of {group.label} that differ in their seed, with the 95 % interval over them.",
-        facts=_mean_facts(ones),
-        facts_of="means over seeds",
+        detail=f"Mean over {end.n} runs of {group.label} {differ}{aside}",
+        facts=_mean_facts(ended),
+        facts_of="means over seeds" if len(seeds) == len(ended) else "means over runs",
         ranks=ranked([group], outcomes, metric),
     )
 
