@@ -93,16 +93,39 @@ async def test_a_reload_from_a_checkpoint_with_a_hole_changes_nothing(
         ("no/such/folder", "no such folder (model=no/such/folder)"),
         ("./none", "no such folder (model=./none)"),
         (__file__, "this is no folder"),
+        ("runs/nope", "no such folder (model=runs/nope)"),
         ("surely-not-there", "no such folder, nor such an id in the local Hugging Face cache"),
+        ("a--b..c", "no such folder"),
     ],
 )
-def test_what_is_no_folder_is_refused_without_asking_the_internet(
+def test_what_is_no_folder_is_refused_before_anything_is_loaded_or_the_internet_asked(
     model: str, words: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("nobody else is to be asked"))
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("nothing is to be loaded"))
     with pytest.raises(ConfigError) as caught:
         run.serve(ServeConfig(model=model, port=0, device="cpu"))
     assert words in str(caught.value)
+    assert ("download" in str(caught.value)) == (model == "surely-not-there" or model == "a--b..c")
+
+
+def test_an_id_in_the_local_cache_goes_on_to_be_loaded(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "0123"
+    shutil.copytree(models / "policy", snapshot)
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+    reached: list[ServeConfig] = []
+
+    def stop(config: ServeConfig) -> object:
+        reached.append(config)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(loading, "load_model", stop)
+    with pytest.raises(ConfigError, match="far enough"):
+        run.serve(ServeConfig(model="some/model", port=0, device="cpu"))
+    assert [config.model for config in reached] == ["some/model"]
 
 
 def test_a_folder_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -76,8 +76,26 @@ def _looks_like_a_model(model: str) -> None:
             raise ConfigError("this is no folder", where=where, expected=f"one with {expected}")
         elif not _HUB_ID.fullmatch(model):
             raise ConfigError("no such folder", where=where, expected=f"one with {expected}")
+        elif not _is_cached(model):
+            if "/" in model:  # far more often a mistyped path than an id that nobody has fetched yet
+                raise ConfigError(
+                    "no such folder", where=where,
+                    expected=f"one with {expected}, or an id that is in the local Hugging Face cache",
+                )  # fmt: skip
+            hint = f"hf download {model} brings an id there"
+            raise ConfigError("no such folder, nor such an id in the local Hugging Face cache", where=where, hint=hint)
     except OSError as error:
         raise ConfigError("the model's folder cannot be read", where=where, got=str(error)) from error
+
+
+def _is_cached(model: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(model, "config.json"), str)
+    except HFValidationError:
+        return False
 
 
 def listen(host: str, port: int) -> socket.socket:
