@@ -118,3 +118,33 @@ def test_the_command_that_goes_on_is_the_one_that_was_given(tmp_path):
         "topkd", "replay", "a b.toml", "--cache", "c", "--out", str(tmp_path), "--set", "objective.kind=gjs",
         "--set", "data.path=my rows", "--resume",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("student.model=./nope", "error: no such model folder (./nope)"),
+        ("data.path=nope.jsonl", "error: cannot read the data file (nope.jsonl)"),
+    ],
+)
+def test_a_mistyped_path_of_a_run_is_told_before_torch_is_imported(tmp_path, wrong, words):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "data.jsonl").write_text('{"prompt_ids": [1, 2]}\n')
+    run = tmp_path / "run.toml"
+    run.write_text(
+        f'student = {{ model = "{tmp_path}/student" }}\nteacher = {{ url = "http://127.0.0.1:1" }}\n'
+        f'data = {{ path = "{tmp_path}/data.jsonl" }}\n'
+    )
+    script = (
+        "import atexit, sys\nfrom topkd.cli import main\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\nmain()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "train", str(run), "--out", str(tmp_path / "out"), "--set", wrong],
+        capture_output=True, check=False, text=True, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout.split() == ["False"]
+    assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ from topkd.engine.scoring import score_rollouts
 from topkd.engine.tokenizer import load_tokenizer
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk import Rollout, SamplingParams, TopK
-from topkd.topk.errors import ConfigError, KLimitError, ServerUnreachableError
+from topkd.topk.errors import ConfigError, DataError, KLimitError, ServerUnreachableError
 
 ASK = [{"role": "user", "content": "1 + 1?"}]
 
@@ -67,10 +67,39 @@ def run_config(folder, url, **changes):
     return RunConfig.model_validate(values)
 
 
-async def test_a_dead_server_is_told_before_a_model_is_looked_for_whatever_the_runs_patience(folder, tmp_path):
-    config = run_config(folder, "http://127.0.0.1:1", student={"model": "/no/such/model"})
+async def test_a_dead_server_is_told_before_a_model_is_opened_whatever_the_runs_patience(folder, tmp_path):
+    (tmp_path / "student").mkdir()  # there, and no model
+    config = run_config(folder, "http://127.0.0.1:1", student={"model": str(tmp_path / "student")})
     with pytest.raises(ServerUnreachableError, match=r"127.0.0.1:1.*gave up after 4 tries"):
         await train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"student": {"model": "./nope"}}, r"no such model folder \(./nope\)"),
+        ({"data": {"path": "nope.jsonl"}}, r"cannot read the data file \(nope.jsonl\): got no such file or folder"),
+        ({"data": {"path": "{tmp}/empty.jsonl"}}, r"no usable prompt \(.*empty.jsonl\): got no rows"),
+        ({"data": {"path": "{tmp}/broken.jsonl"}}, r"not a JSON object \(.*broken.jsonl:1\)"),
+        ({"data": {"path": "{tmp}/broken.parquet"}}, r"cannot read the Parquet file \(.*broken.parquet\)"),
+        ({"data": {"path": "{tmp}"}}, "neither a saved dataset nor a cache"),
+        ({"eval": {"path": "nope.jsonl"}}, r"cannot read the data file \(nope.jsonl\)"),
+        ({"eval": {"path": "{data}", "teacher": "./nope"}}, r"no such model folder \(./nope\)"),
+    ],
+)
+async def test_a_mistyped_path_is_told_before_the_teacher_is_asked(folder, tmp_path, wrong, words):
+    pytest.importorskip("datasets")
+    (tmp_path / "empty.jsonl").touch()
+    for name in ("broken.jsonl", "broken.parquet"):
+        (tmp_path / name).write_text("{")
+    names = {"tmp": str(tmp_path), "data": str(folder / "data.jsonl")}
+    filled = {key: {name: value.format(**names) for name, value in table.items()} for key, table in wrong.items()}
+    notes = Notes()
+    with pytest.raises((ConfigError, DataError), match=words) as told:
+        await train(run_config(folder, "http://127.0.0.1:1", **filled), tmp_path / "run", notes)
+    assert "\n" not in str(told.value)
+    assert told.value.exit_code == 2
+    assert notes.said == []
 
 
 async def test_a_server_is_met_once_and_not_asked_again_by_a_resume(folder, server, tmp_path):

@@ -37,6 +37,10 @@ def command(
     if dry_run:
         dry_run_command(run_config, served=True, out=out, resume=resume, as_json=as_json)
         return
+    if not resume:  # a run that is finished needs nothing of it any more
+        from topkd.compose.preflight import check_here
+
+        check_here(run_config)  # before torch is imported, which takes seconds
     from topkd.compose.stops import Stops
     from topkd.compose.train import train
 

@@ -1,7 +1,8 @@
-"""Everything that can be found out before a model is opened: teachers first, then prompts, lengths and ends."""
+"""Everything that can be found out before a model is opened: what is here, then teachers, prompts, lengths, ends."""
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from topkd.compose.limits import Ends, check_lengths, compared_ends
 from topkd.compose.meeting import Met, meet_teachers
 from topkd.compose.pieces import Prompts, load_prompts
 from topkd.compose.progress import Progress
+from topkd.compose.prompt_files import check_opens
 from topkd.compose.sampler_meeting import meet_sampler
+from topkd.engine.hub import check_there
 
 TEACHERS = "teachers.json"  # in a run's folder: what its teachers said at the start
 
@@ -42,6 +45,7 @@ class Ready:
 
 async def ready(config: RunConfig, progress: Progress, kept: Path | None = None, *, resumed: bool = False) -> Ready:
     """Raises what would end the run anyway, before it has cost anything; says what is worth knowing."""
+    await asyncio.to_thread(check_here, config)
     met = await meet_teachers(config, progress, kept, resumed=resumed)
     if sampler := await meet_sampler(config):
         progress.note(sampler)
@@ -51,3 +55,13 @@ async def ready(config: RunConfig, progress: Progress, kept: Path | None = None,
     for note in ends.notes:
         progress.note(f"note: {note}")
     return Ready(prompts, met, ends)
+
+
+def check_here(config: RunConfig) -> None:
+    """Raises for a model or a data file that this machine lacks: a mistyped path is told before anyone is asked."""
+    check_there(config.student.model)
+    check_opens(Path(config.data.path))
+    if config.eval is not None:
+        check_opens(Path(config.eval.path))
+        if config.eval.teacher is not None:
+            check_there(config.eval.teacher)

@@ -97,6 +97,12 @@ def read_prompts(
     return rows, dropped
 
 
+def check_opens(path: Path) -> None:
+    """Raises DataError for a data file that is not there, cannot be opened or holds nothing: its first row is read."""
+    if next(_objects(path), None) is None:
+        raise DataError("no usable prompt", where=str(path), got="no rows")
+
+
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not path.exists():
         raise DataError("cannot read the data file", where=str(path), got="no such file or folder")
