@@ -114,6 +114,35 @@ async def test_every_problem_is_told_not_only_the_first(folder):
     assert "/no/such/file" in found.problems[1]
 
 
+async def test_a_missing_student_is_one_problem_and_its_teacher_is_looked_at_all_the_same(folder, server, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    found = await dry_run(run_config(folder, server.url, student={"model": "./nope"}))
+    assert len(found.problems) == 1
+    assert "no such model folder (./nope)" in found.problems[0]
+    assert not any("tokenizer" in note for note in found.notes)
+    assert found.endpoints[0].can_teach
+
+
+async def test_in_a_file_what_was_given_is_starred_and_no_path_or_number_is_cut(folder, server, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    data = tmp_path / ("a-folder-with-a-long-name-" * 4) / "prompts.jsonl"
+    data.parent.mkdir()
+    data.write_text((folder / "data.jsonl").read_text())
+    table = {"path": str(data), "turns": "all"}
+    config = run_config(folder, server.url, data=table, k=21, steps=3210)
+    console = Console(width=80, record=True, force_terminal=False)
+    with console.capture() as captured:
+        show(await dry_run(config), config, console)
+    page = captured.get()
+    assert "SETTINGS  (*: given" in page
+    assert "*steps 3210" in page
+    assert " seed 0" in page
+    assert page.replace("\n", "").replace(" ", "").count(str(data)) >= 2
+    assert "…" not in page
+    assert "e+0" not in page
+    assert "K = 21 is above its limit; it can teach: K <= 20" in " ".join(page.split())
+
+
 async def test_k_above_the_servers_limit_is_a_problem_with_both_numbers(folder, server, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     found = await dry_run(run_config(folder, server.url, k=21))

@@ -145,7 +145,8 @@ def _table(console: Console, summary: dict[str, Any], rows: list[dict[str, Any]]
         table.add_row(*cells)
     console.print(table)
     console.print(
-        f"final: held-out {summary['metric']}; area: mean of it over tokens; teacher: logprob bytes per run",
+        f"final: held-out {summary['metric']}, mean ± standard deviation over seeds; area: mean of it over tokens; "
+        "teacher: logprob bytes per run",
         style="dim", soft_wrap=True,
     )  # fmt: skip
 

@@ -41,7 +41,9 @@ def dry_run_command(
 
 def show(found: DryRun, config: RunConfig, console: Console) -> None:
     """Everything as sections of one page: what is looked up first, what is decided upon last, where the eye ends."""
-    _section(console, "SETTINGS  (bold: given; the others are defaults, docs/defaults.md)", _settings(found))
+    mark = "" if console.is_terminal else "*"  # bold is lost in a file
+    title = f"SETTINGS  ({mark or 'bold'}: given; the others are defaults, docs/defaults.md)"
+    _section(console, title, _settings(found, mark=mark))
     for rendered in found.prompts:
         _section(console, f"FIRST PROMPT, {rendered.side.upper()} ({rendered.tokens} tokens)", _prompt(rendered))
     if any(rendered.parts[1:] for rendered in found.prompts):
@@ -80,7 +82,8 @@ def _endpoints(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
         fine = one.can_teach and (one.k is None or one.k < 0 or one.k >= config.k)
         mark = Text("✓ " if fine else "✗ ", style="green" if fine else "bold red")
         facts = ", ".join(part for part in (one.model, one.dialect) if part)
-        about = f"{one.verdict} ({facts}; asked for K = {config.k})" if facts else one.verdict
+        said = one.verdict if fine or not one.can_teach else f"K = {config.k} is above its limit; it {one.verdict}"
+        about = f"{said} ({facts}; asked for K = {config.k})" if facts else said
         rows.append((one.teacher or "teacher", Group(Text(one.url), mark + Text(about))))
     return rows
 
@@ -93,7 +96,7 @@ def _section(console: Console, title: str, body: Any) -> None:
 def _pairs(rows: list[tuple[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
-    table.add_column(ratio=1)
+    table.add_column(ratio=1, overflow="fold")
     for name, value in rows:
         table.add_row(Text(name), value if not isinstance(value, str) else Text(value))
     return table
@@ -148,7 +151,7 @@ def _student(found: DryRun, config: RunConfig, forecast: Forecast) -> list[tuple
 def _work(config: RunConfig, forecast: Forecast) -> list[tuple[str, Any]]:
     totals = forecast.totals
     rows = [
-        ("epochs", f"{forecast.epochs:.2g} of the rows in {config.steps} steps"),
+        ("epochs", f"{_few(forecast.epochs)} of the rows in {config.steps:,} step{'s' * (config.steps > 1)}"),
         (
             "a step",
             (
@@ -177,6 +180,11 @@ def _work(config: RunConfig, forecast: Forecast) -> list[tuple[str, Any]]:
     return rows
 
 
+def _few(number: float) -> str:
+    """Two digits of a small number, a large one in whole."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
 def _prompt(rendered: Rendered) -> Text:
     text = Text()
     for place, (part, trains) in enumerate(rendered.parts):
@@ -188,7 +196,8 @@ def _prompt(rendered: Rendered) -> Text:
     return text
 
 
-def _settings(found: DryRun) -> Table:
+def _settings(found: DryRun, *, mark: str) -> Table:
+    """The settings in force, by table; those that were given in bold, with ``mark`` before them."""
     tables: dict[str, Text] = {}
     quiet = 0  # how a server is asked has many settings, and most runs change none
     for key, value, given in found.settings:
@@ -199,7 +208,7 @@ def _settings(found: DryRun) -> Table:
         text = tables.setdefault(table if dot else "run", Text())
         if text:
             text.append(", ", style="dim")
-        text.append(f"{name if dot else key} ", style="dim")
+        text.append(f"{mark if given else ''}{name if dot else key} ", style="dim")
         text.append(_toml(value), style="bold" if given else "")
     if quiet:
         text = tables.setdefault("client", Text())

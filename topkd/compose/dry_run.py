@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -22,6 +23,7 @@ from topkd.compose.recording import cache_folder, recording
 from topkd.compose.resume import foreseen
 from topkd.compose.sampler_meeting import meet_sampler
 from topkd.engine.data import PromptRow
+from topkd.engine.hub import check_there
 from topkd.offline import ScoreStore
 from topkd.topk.errors import TopkdError
 
@@ -110,18 +112,23 @@ async def dry_run(
         except TopkdError as error:
             found.problems.append(str(error))
     met: dict[str, Met] = {}
+    missing = await asyncio.to_thread(_missing, config)
+    if missing:  # what else would fail for it is the same problem
+        found.problems.append(missing)
     if served:
         try:
-            met = await meet_teachers(config, _Notes(found))
+            met = {} if missing else await meet_teachers(config, _Notes(found))
         except TopkdError as error:
             found.problems.append(str(error))
-        await _probe_all(config, found)
+        await _probe_all(config, found, student=None if missing else config.student.model)
         try:
             found.notes += filter(None, [await meet_sampler(config)])
         except TopkdError as error:
             found.problems.append(str(error))
     else:
         _look_into(cache, config, found)
+    if missing:
+        return found
     try:
         prompts = load_prompts(config, _Notes(found))
     except TopkdError as error:
@@ -179,12 +186,21 @@ def _in_force(config: RunConfig, *, served: bool) -> list[tuple[str, Any, bool]]
     return found
 
 
-async def _probe_all(config: RunConfig, found: DryRun) -> None:
+def _missing(config: RunConfig) -> str:
+    """The problem with a student that is not here; "" when it is."""
+    try:
+        check_there(config.student.model)
+    except TopkdError as error:
+        return str(error)
+    return ""
+
+
+async def _probe_all(config: RunConfig, found: DryRun, *, student: str | None) -> None:
     for name, teacher in config.teacher_map().items():
         for url in teacher.urls:
             try:
                 report = await probe(
-                    url, model=teacher.model, api_key=teacher.api_key(), student=config.student.model,
+                    url, model=teacher.model, api_key=teacher.api_key(), student=student,
                     dialect=teacher.dialect, cached=True,
                 )  # fmt: skip
             except TopkdError as error:
