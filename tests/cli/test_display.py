@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from topkd.cli.display import Display, told
+from topkd.cli.display import Display, left, told
 from topkd.compose.train import RunResult
 
 STEP = {"step": 3, "kl_k1": 0.0, "grad_norm": math.nan, "tokens": 40, "lost": {}}
@@ -28,7 +28,14 @@ def test_json_of_a_run_is_strict_whatever_its_numbers(capsys):
 
 def test_a_finished_run_says_where_it_lies(capsys):
     told(RunResult(Path("runs/a"), [STEP], []), "replayed", as_json=False)
-    assert capsys.readouterr().out.startswith("3 steps replayed; last kl_k1 0.0; student: runs/a/student, ")
+    assert capsys.readouterr().out.startswith("3 steps replayed; last kl_k1 0 nats; student: runs/a/student, ")
+    first = {**STEP, "step": 1, "kl_k1": 0.7989920601175624}
+    told(RunResult(Path("runs/my run"), [first], []), "done", as_json=False)
+    out = capsys.readouterr().out
+    assert out.startswith("1 step done; last kl_k1 0.799 nats; student: runs/my run/student, ")
+    assert out.splitlines()[-1] == "its page: topkd report 'runs/my run'"
+    told(RunResult(Path("runs/a"), [{**STEP, "kl_k1": None}], []), "done", as_json=False)
+    assert "3 steps done; no signal in the last step; student" in capsys.readouterr().out
 
 
 def test_a_kl_of_exactly_zero_is_shown_as_zero_and_an_absent_one_as_what_there_is_instead(monkeypatch):
@@ -45,7 +52,7 @@ def test_a_kl_of_exactly_zero_is_shown_as_zero_and_an_absent_one_as_what_there_i
 def test_a_warm_start_on_data_ends_with_its_own_measure(capsys):
     last = {key: value for key, value in STEP.items() if key != "kl_k1"} | {"sft_loss": 2.5}
     told(RunResult(Path("runs/a"), [last], []), "done", as_json=False)
-    assert "last sft_loss 2.5;" in capsys.readouterr().out
+    assert "last sft_loss 2.5 nats;" in capsys.readouterr().out
 
 
 def test_in_80_columns_the_bar_gives_way_and_no_number_is_cut(monkeypatch):
@@ -74,3 +81,20 @@ def test_away_from_a_terminal_there_are_plain_lines_and_no_escape_codes(capsys):
     said = capsys.readouterr()
     assert said.out == ""
     assert re.fullmatch(r"distil: 1/2 kl 0\.000  20 tok/s \(\d+ s\)\ndistil: 2/2 .*\n", said.err)
+
+
+def test_plain_lines_say_how_long_a_stage_still_takes_at_its_own_pace(capsys, monkeypatch):
+    monkeypatch.setenv("CI", "true")
+    clock = iter([0.0, 100.0, 112.0, 124.0, 600.0])
+    monkeypatch.setattr("topkd.cli.display.time.monotonic", lambda: next(clock))
+    display = Display()
+    display.stage("train the teacher", 600)
+    for done in (100, 130, 160, 600):  # the first call tells no pace: a resumed stage begins in its middle
+        display.advance(done, "loss 5.4")
+    assert capsys.readouterr().err.splitlines() == [
+        "train the teacher: 100/600 loss 5.4 (100 s)",
+        "train the teacher: 130/600 loss 5.4 (112 s, about 3 min left)",
+        "train the teacher: 160/600 loss 5.4 (124 s, about 3 min left)",
+        "train the teacher: 600/600 loss 5.4 (600 s)",
+    ]
+    assert left(0, 0.0, 44, 88, 50.0) == ", about 50 s left"

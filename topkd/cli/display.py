@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -40,6 +41,7 @@ class Display(Told):
         )
         self._task: TaskID | None = None
         self._name, self._total, self._said_at, self._began = "", 0, 0.0, time.monotonic()
+        self._first: tuple[int, float] | None = None  # of the stage: units and time when it was first told of
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -56,16 +58,19 @@ class Display(Told):
 
     def stage(self, name: str, total: int) -> None:
         """Work of ``total`` units begins."""
-        self._name, self._total, self._said_at = name, total, 0.0
+        self._name, self._total, self._said_at, self._first = name, total, 0.0, None
         self._task = self._bars.add_task(name, total=total, detail="")
 
     def advance(self, done: int, detail: str = "") -> None:
         """``done`` units of the present stage are finished."""
+        now = time.monotonic()
+        self._first = self._first or (done, now)
         if self.live and self._task is not None:
             self._bars.update(self._task, completed=done, detail=detail)
-        elif done == self._total or time.monotonic() - self._said_at > _PLAIN_EVERY_S:
-            self._said_at = time.monotonic()
-            self.note(f"{self._name}: {done}/{self._total} {detail} ({time.monotonic() - self._began:.0f} s)")
+        elif done == self._total or now - self._said_at > _PLAIN_EVERY_S:
+            self._said_at = now
+            clock = f"{now - self._began:.0f} s{left(*self._first, done, self._total, now)}"
+            self.note(f"{self._name}: {done}/{self._total} {detail} ({clock})")
 
     def record(self, kind: str, record: dict[str, Any]) -> None:
         """A step moves the bar; an evaluation gets a line of its own."""
@@ -77,6 +82,14 @@ class Display(Told):
         if record["lost"]:
             detail += f"  lost {sum(record['lost'].values())}"
         self.advance(record["step"], detail)
+
+
+def left(first: int, since: float, done: int, total: int, now: float) -> str:
+    """How long the rest of a stage takes at the pace so far; nothing while there is no pace, or no rest."""
+    if done <= first or done >= total:
+        return ""
+    seconds = (now - since) / (done - first) * (total - done)
+    return f", about {seconds:.0f} s left" if seconds < 120 else f", about {seconds / 60:.0f} min left"
 
 
 def learnt(record: dict[str, Any]) -> str:
@@ -107,10 +120,12 @@ def told(result: RunResult, verb: str, *, as_json: bool) -> None:
 
     last = result.steps[-1]
     measure = "kl_k1" if "sft_loss" not in last or last.get("kl_k1") is not None else "sft_loss"
+    value = last.get(measure)
+    ended = "no signal in the last step" if value is None else f"last {measure} {value:.4g} nats"
     if as_json:
         typer.echo(json.dumps(strict({"out": str(result.out), "last_step": last, "evals": result.evals})))
         return
     typer.echo(
-        f"{last['step']} steps {verb}; last {measure} {last.get(measure)}; student: {result.out / 'student'}, "
-        f"diary: {result.out / 'metrics.jsonl'}"
+        f"{last['step']} step{'s' * (last['step'] != 1)} {verb}; {ended}; student: {result.out / 'student'}, "
+        f"diary: {result.out / 'metrics.jsonl'}\nits page: topkd report {shlex.quote(str(result.out))}"
     )
