@@ -1,12 +1,18 @@
 """The demo with its sizes turned down: every part of it, from corpus to curve, on one run."""
 
+import asyncio
 import json
+import os
+import signal
+import threading
 
 import pytest
 
 from topkd.compose import corpus, demo
 from topkd.compose.config import load_config
+from topkd.compose.demo_places import own_folder, scratch
 from topkd.compose.progress import Progress
+from topkd.compose.stops import Stops
 from topkd.compose.train import train
 from topkd.engine.metrics import read_metrics
 from topkd.serve import ServeConfig, ServerProcess
@@ -79,10 +85,87 @@ def test_encoding_and_decoding_lose_nothing(tmp_path):
     assert tokenizer.decode(ids) == texts[0] + end + texts[1] + end
 
 
-async def test_a_folder_that_is_not_a_demos_is_left_alone(small, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ConfigError, match="holds something that is no run"):
+@pytest.mark.parametrize("name", ["metrics.jsonl", "demo.json", ".hidden"])
+async def test_a_folder_that_holds_anything_is_refused_before_the_work_and_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=r"not empty.*choose another"):
         await demo.demo("gjs", steps=1, out=tmp_path, cache=tmp_path / "cache")
+    with pytest.raises(ConfigError, match="is no folder"):
+        await demo.demo("gjs", steps=1, out=tmp_path / name, cache=tmp_path / "cache")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_second_demo_goes_beside_the_first_and_says_so(tmp_path):
+    usual, told = tmp_path / "runs" / "demo", Told()
+    with own_folder(None, usual, told) as first:
+        pass
+    (first / "run.toml").write_text("mine")
+    with own_folder(None, usual, told) as second, own_folder(None, usual, told) as third:
+        pass
+    assert [path.name for path in (first, second, third)] == ["demo", "demo-2", "demo-3"]
+    assert [note.split(": ")[1] for note in told.notes] == [f"this demo goes to {path}" for path in (second, third)]
+    assert (first / "run.toml").read_text() == "mine"
+
+
+def test_what_ends_before_the_run_leaves_no_folder_and_keeps_an_empty_one(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for out in (None, mine):
+        with pytest.raises(KeyboardInterrupt), own_folder(out, tmp_path / "runs" / "demo", Told()):
+            raise KeyboardInterrupt
+    assert list(mine.iterdir()) == list((tmp_path / "runs").iterdir()) == []
+
+
+def test_scratch_of_the_dead_is_cleaned_and_of_the_living_is_waited_for(tmp_path):
+    models, dead, told = tmp_path / "demo" / "abc", tmp_path / "demo" / ".abc-killed", Told()
+    dead.mkdir(parents=True)
+    (dead / "tokenizer").write_text("half")
+    release = threading.Event()
+
+    def second():
+        with scratch(models, told) as staging:
+            release.set()
+            assert staging.is_dir()
+
+    with scratch(models, Told()) as staging:
+        assert not dead.exists()
+        other = threading.Thread(target=second)
+        other.start()
+        assert not release.wait(0.3)
+        assert staging.is_dir()
+    other.join()
+    assert told.notes == ["waiting for another process that makes the same models"]
+    assert [path.name for path in models.parent.iterdir()] == [".lock"]
+
+
+async def test_a_demo_that_is_stopped_keeps_what_it_learnt_and_says_no_class_of_python(small, tmp_path):
+    class Impatient(Told):
+        def record(self, kind, record):
+            if kind == "step":
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with Stops() as stops:
+        result = await demo.demo(
+            "gjs", steps=50, out=tmp_path / "a", cache=tmp_path / "cache", progress=Impatient(), stops=stops
+        )
+    assert (result.stopped, result.out) == ("SIGINT", tmp_path / "a")
+    assert 1 <= len(result.steps) < 50
+    assert (tmp_path / "a" / "student" / "model.safetensors").exists()
+    cancelled = asyncio.create_task(
+        demo.demo("gjs", steps=50, out=tmp_path / "b", cache=tmp_path / "cache", progress=Told())
+    )
+    while not read_steps(tmp_path / "b" / "metrics.jsonl"):
+        await asyncio.sleep(0.01)
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    reasons = [read_metrics(tmp_path / name / "metrics.jsonl", "event")[-1]["reason"] for name in "ab"]
+    assert reasons == ["SIGINT", "interrupted"]
+
+
+def read_steps(diary):
+    return diary.exists() and b'{"kind": "step"' in diary.read_bytes()
 
 
 @pytest.mark.slow

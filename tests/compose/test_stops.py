@@ -1,6 +1,7 @@
 """What a signal does: asked once, a run ends in order; asked twice, at once; outside of it there is nothing to keep."""
 
 import asyncio
+import contextlib
 import os
 import signal
 
@@ -25,6 +26,18 @@ def test_before_the_run_a_signal_leaves_at_once(number, leaves):
         os.kill(os.getpid(), number)
     assert stops.name == ""
     assert getattr(caught.value, "code", 0) == 0
+
+
+@pytest.mark.parametrize(("number", "leaves"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+async def test_a_signal_whose_exception_was_lost_is_obeyed_at_the_next_step(number, leaves):
+    with Stops() as stops:
+        stops.obey()
+        with contextlib.suppress(leaves):  # as Python does in a __del__
+            os.kill(os.getpid(), number)
+        with pytest.raises(leaves):
+            stops.obey()
+        with pytest.raises(leaves), stops.listening():
+            pass
 
 
 def test_the_former_handlers_are_back_afterwards():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import shlex
 import shutil
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -20,6 +21,10 @@ from rich.text import Text
 from topkd.cli.display import Display
 from topkd.cli.extras import needs
 from topkd.cli.options import AsJson, option
+from topkd.cli.outcomes import CODES
+
+if TYPE_CHECKING:
+    from topkd.compose.running import RunResult
 
 
 class ObjectiveName(StrEnum):
@@ -37,7 +42,8 @@ def command(
     steps: Annotated[int, option("Optimiser steps.", "N", min=1)] = 150,
     seed: Annotated[int, option("Seeds prompts and rollouts.", "N", min=0)] = 0,
     out: Annotated[
-        Path | None, option("Where the run goes; runs/demo-OBJECTIVE-seedSEED when left out.", "FOLDER")
+        Path | None,
+        option("A new or empty folder; runs/demo-OBJECTIVE-seedSEED, or one beside it, when left out.", "FOLDER"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -46,10 +52,13 @@ def command(
     Example: topkd demo --objective gjs --seed 1
     """
     needs("demo", "torch", "transformers", "starlette", "uvicorn", "matplotlib", extra="train,serve,report")
-    from topkd.compose.demo import demo
+    from topkd.compose.demo import DemoResult, demo
+    from topkd.compose.stops import Stops
 
-    with Display() as display:
-        result = asyncio.run(demo(objective.value, steps=steps, seed=seed, out=out, progress=display))
+    with Stops() as stops, Display() as display:
+        result = asyncio.run(demo(objective.value, steps=steps, seed=seed, out=out, progress=display, stops=stops))
+    if not isinstance(result, DemoResult):
+        stopped(result)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result), default=str))
         return
@@ -76,10 +85,9 @@ def command(
         highlight=False,
         soft_wrap=True,
     )
-    own = _shown(result.run_file)
-    console.print(Text("\nThe same pair as a run of your own, in two terminals:", style="bold"))
-    for line in (f"serve {own.with_name('teacher')} --port 8000", f"train {own} --out runs/first"):
-        console.print(f"  {_topkd()} {line}", highlight=False, soft_wrap=True)
+    console.print()
+    for line in own_run(_shown(result.run_file)):
+        console.print(Text(line, style="" if line.startswith(" ") else "bold"), soft_wrap=True)
 
 
 def _shown(path: Path) -> Path:
@@ -87,7 +95,37 @@ def _shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _topkd() -> str:
-    """The command as this reader can type it: ``make demo`` runs in an environment that need not be active."""
-    script = Path(sys.executable).with_name("topkd")
-    return "topkd" if shutil.which("topkd") or not script.exists() else str(_shown(script))
+def own_run(run_file: Path) -> list[str]:
+    """What this reader types next, in order, indented below what it is for.
+
+    ``make demo`` runs in an environment that need not be active: each terminal then begins with that.
+    """
+    from topkd.compose.demo_places import free_place
+    from topkd.compose.first_run import PORT
+
+    script, out = Path(sys.executable).with_name("topkd"), free_place(Path("runs/first"))
+    activate, topkd = _shown(script.with_name("activate")), "topkd"
+    first: list[str] = []
+    if shutil.which("topkd") is None and script.exists():
+        if activate.exists():
+            first = [f"  source {shlex.quote(str(activate))}"]
+        else:
+            topkd = shlex.quote(str(_shown(script)))
+    return [
+        'The same pair as a run of your own. In one terminal, until it says "ready":',
+        *first,
+        f"  {topkd} serve {shlex.quote(str(run_file.with_name('teacher')))} --port {PORT}",
+        "In another:",
+        *first,
+        f"  {topkd} train {shlex.quote(str(run_file))} --out {out}",
+        f"  {topkd} report {out}",
+        f"Then open {out / 'report.html'} in a browser.",
+    ]
+
+
+def stopped(result: RunResult) -> NoReturn:
+    """Say what a demo that was stopped has left, and leave as signals do."""
+    out, steps = _shown(result.out), len(result.steps)
+    kept = f"the diary and the student so far lie in {out} (topkd report {out})" if steps else f"{out} holds no step"
+    typer.echo(f"topkd: {result.stopped}: stopped after step {steps}; {kept}", err=True)
+    raise typer.Exit(CODES[result.stopped])

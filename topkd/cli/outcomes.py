@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from topkd.compose.running import RunResult
 
 # A service manager's SIGTERM was obeyed: success. Ctrl-C is what shells expect of it.
-_CODES = {"SIGTERM": 0, "SIGINT": 130}
+CODES = {"SIGTERM": 0, "SIGINT": 130}
 
 
 def first_process() -> bool:
@@ -41,7 +41,7 @@ def ended(result: RunResult, verb: str, *, again: str, as_json: bool) -> None:
         as_json: The result as strict JSON.
     """
     if not first_process():
-        raise typer.Exit(_CODES.get(result.stopped, 0))
+        raise typer.Exit(CODES.get(result.stopped, 0))
     if result.already:
         typer.echo(f"{result.out} is finished: {len(result.steps)} steps; nothing to resume", err=True)
     if result.stopped:
@@ -49,4 +49,4 @@ def ended(result: RunResult, verb: str, *, again: str, as_json: bool) -> None:
     if result.steps and (as_json or not result.stopped):
         told(result, verb, as_json=as_json)
     if result.stopped:
-        raise typer.Exit(_CODES.get(result.stopped, 1))
+        raise typer.Exit(CODES.get(result.stopped, 1))

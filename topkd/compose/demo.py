@@ -7,12 +7,13 @@ teacher's weights are opened here too, but only to *measure* the exact divergenc
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,16 +25,16 @@ import topkd
 from topkd.clients import ClientConfig, connect
 from topkd.compose import corpus
 from topkd.compose.config import saved
+from topkd.compose.demo_places import SUMMARY, own_folder, scratch
 from topkd.compose.first_run import FOLDER, leave
-from topkd.compose.folders import fresh_folder
 from topkd.compose.progress import Progress
+from topkd.compose.stops import Stops
 from topkd.compose.train import RunResult, run
 from topkd.engine import EngineConfig, LearnerConfig, RolloutConfig
 from topkd.engine.data import PromptRow
 from topkd.engine.objective_config import GJS, Objective, ScalarKL, TopKPolicyGradient
 from topkd.report.curves import write_demo_curve
 from topkd.serve import ServeConfig, ServerProcess
-from topkd.topk.errors import ConfigError
 
 ObjectiveName = Literal["scalar_kl", "gjs", "topk_pg"]
 
@@ -81,8 +82,19 @@ async def demo(
     out: Path | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
-) -> DemoResult:
-    """Build (or reuse) the tiny models, serve the teacher, distil over HTTP, measure exactly, draw the curve."""
+    stops: Stops | None = None,
+) -> DemoResult | RunResult:
+    """Build (or reuse) the tiny models, serve the teacher, distil over HTTP, measure exactly, draw the curve.
+
+    Args:
+        objective: What the student minimises.
+        steps: How often it is updated.
+        seed: Of prompts and rollouts.
+        out: A new or an empty folder; when left out, a free one in ``runs``.
+        cache: Where the models are kept; the user's cache when left out.
+        progress: Told what goes on.
+        stops: Signals that end the run in order: what it had come to then is the result.
+    """
     import torch
 
     from topkd.engine.student import Student
@@ -90,10 +102,9 @@ async def demo(
 
     progress = progress or Progress()
     config = demo_config(objective, steps, seed)
-    out = out or Path("runs") / f"demo-{objective}-seed{seed}"
-    _replace_demo(out)
-    began = time.perf_counter()
-    assets = build_assets(cache or cache_root(), progress)
+    began, usual = time.perf_counter(), Path("runs") / f"demo-{objective}-seed{seed}"
+    with _told_if_stopped(progress, "nothing was kept"), own_folder(out, usual, progress) as folder:
+        assets = build_assets(cache or cache_root(), progress, stops)
     assets_s = time.perf_counter() - began
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))  # the other half belongs to the server
 
@@ -113,8 +124,10 @@ async def demo(
         model=str(assets.teacher), served_model_name="teacher", port=0, max_logprobs=config.k, max_batch_tokens=1
     )
     began = time.perf_counter()
-    saved(config, out / "config.json")
-    with ServerProcess(serve, log_path=out / "server.log") as server:
+    saved(config, folder / "config.json")
+    with contextlib.ExitStack() as stack:
+        with _told_if_stopped(progress, "the models are kept for the next demo"):
+            server = stack.enter_context(ServerProcess(serve, log_path=folder / "server.log"))
         progress.note(f"teacher at {server.url} (process {server.pid}); K = {config.k}, objective {objective}")
         client = await connect(server.url, model="teacher", config=ClientConfig(total_timeout_s=300.0))
         async with client:
@@ -125,10 +138,13 @@ async def demo(
                 tokenizer=tokenizer,
                 rows=rows,
                 teachers={"": client},
-                out=out,
+                out=folder,
                 progress=progress,
                 evaluate=evaluate,
+                stops=stops,
             )
+    if result.stopped:
+        return result
     seconds = {"assets": assets_s, "distil": time.perf_counter() - began}
     samples = {
         "prompt": tokenizer.decode(probes[0].ids[: probes[0].prompt_len]),
@@ -137,7 +153,7 @@ async def demo(
         "teacher": await _completion(judge, probes[0].ids[: probes[0].prompt_len], tokenizer),
     }
     run_file = leave(
-        out / FOLDER,
+        folder / FOLDER,
         config,
         teacher=assets.teacher,
         student=assets.student,
@@ -173,7 +189,7 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "topkd"
 
 
-def build_assets(cache: Path, progress: Progress) -> Assets:
+def build_assets(cache: Path, progress: Progress, stops: Stops | None = None) -> Assets:
     """Tokenizer, teacher and student from the cache, or trained now; the key is everything they depend on."""
     files = corpus.standard_library_files(CORPUS_BYTES)
     texts = corpus.read_texts(files)
@@ -183,20 +199,22 @@ def build_assets(cache: Path, progress: Progress) -> Assets:
         digest.update(hashlib.blake2b(text.encode()).digest())
     folder = cache / "demo" / digest.hexdigest()
     if not (folder / "stream.npy").exists():
-        _train_assets(texts, folder, progress)
+        _train_assets(texts, folder, progress, stops)
     stream = np.load(folder / "stream.npy")
     return Assets(folder / "teacher", folder / "student", stream[:-HELD_OUT_TOKENS], stream[-HELD_OUT_TOKENS:])
 
 
-def _train_assets(texts: list[str], folder: Path, progress: Progress) -> None:
+def _train_assets(texts: list[str], folder: Path, progress: Progress, stops: Stops | None) -> None:
     from topkd.compose import tiny
 
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise ConfigError("cannot write to the cache", where=str(folder.parent), got=error.strerror) from error
-    try:
+    def learnt(step: int, loss: float) -> None:
+        progress.advance(step, f"loss {loss:.2f}")
+        if stops is not None:
+            stops.obey()
+
+    with scratch(folder, progress) as staging:
+        if (folder / "stream.npy").exists():  # made by another demo meanwhile
+            return
         progress.note("training a byte-level BPE on the Python standard library's sources")
         corpus.train_tokenizer(texts[: len(texts) // 2], VOCAB, staging / "tokenizer")
         stream = corpus.encode(texts, staging / "tokenizer")
@@ -204,19 +222,12 @@ def _train_assets(texts: list[str], folder: Path, progress: Progress) -> None:
             spec = tiny.TinyModel(vocab_size=VOCAB, **shape)
             model = tiny.build(spec)
             progress.stage(f"train the {name}", spec.steps)
-            tiny.train(
-                model,
-                spec,
-                stream[:-HELD_OUT_TOKENS],
-                lambda step, loss: progress.advance(step, f"loss {loss:.2f}"),
-            )
+            tiny.train(model, spec, stream[:-HELD_OUT_TOKENS], learnt)
             tiny.save(model, staging / name)
             shutil.copytree(staging / "tokenizer", staging / name, dirs_exist_ok=True)
         np.save(staging / "stream.npy", stream)
-        if not folder.exists():  # another demo may have finished first; its folder is as good
+        if not folder.exists():  # where files have no locks another demo may have finished first: as good
             staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def prompt_rows(training: NDArray[np.int32], seed: int) -> list[PromptRow]:
@@ -253,12 +264,14 @@ async def _sampled(model: Any, prompts: list[NDArray[np.int32]], tokenizer: Any,
     return [rollouts[0] for rollouts in drawn]
 
 
-def _replace_demo(out: Path) -> None:
-    """A former demo in ``out`` makes room for this one; anything else that lies there stays, and is an error."""
-    if (out / "demo.json").exists():
-        shutil.rmtree(out)
-    fresh_folder(out)
-    (out / "demo.json").write_text("{}\n", encoding="utf-8")
+@contextlib.contextmanager
+def _told_if_stopped(progress: Progress, kept: str) -> Iterator[None]:
+    """Says what is left of a demo that a signal ends before its run begins."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        progress.note(f"stopped before the first step: {kept}")
+        raise
 
 
 def _finish(
@@ -278,5 +291,5 @@ def _finish(
         seconds,
     )
     summary = {"before": done.before, "after": done.after, "tokens": done.tokens, "seconds": seconds, **samples}
-    (result.out / "demo.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (result.out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return done

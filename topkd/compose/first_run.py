@@ -16,6 +16,7 @@ _RUN = """\
 #     topkd serve {teacher} --port {port}
 # In another:
 #     topkd train {run} --out runs/first
+#     topkd report runs/first
 steps = {steps}
 seed = {seed}
 k = {k}                       # entries of the teacher's list

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import threading
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from topkd.engine.distributed import Ranks
     from topkd.engine.objective_config import Objective
     from topkd.engine.view import TokenLoss
+
+_INTERRUPTS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)  # somebody's wish, no error of the run
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +176,7 @@ async def run(
             )
         except BaseException as error:  # an interrupt, a dead teacher: what was learnt is kept, and the diary says why
             try:
-                keeper.ended(type(error).__name__)
+                keeper.ended("interrupted" if isinstance(error, _INTERRUPTS) else type(error).__name__)
             except (TopkdError, OSError) as another:  # what ended the run is what is to be told
                 progress.note(f"the student so far could not be kept: {another}")
             raise

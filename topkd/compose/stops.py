@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -26,6 +26,7 @@ class Stops:
 
     def __init__(self) -> None:
         self.name = ""
+        self._left: signal.Signals | None = None  # the signal that was to end what came before the run
         self._loop: asyncio.AbstractEventLoop | None = None
         self._event: asyncio.Event | None = None
         self._former: dict[signal.Signals, Any] = {}
@@ -45,17 +46,32 @@ class Stops:
     @contextlib.contextmanager
     def listening(self) -> Iterator[asyncio.Event]:
         """Gives the event that a signal sets; within the running loop."""
+        self.obey()
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
         try:
             yield self._event
         finally:
             self._loop = self._event = None
 
+    def obey(self) -> None:
+        """Leave now, where a signal was to end what comes before the run and did not.
+
+        What a handler raises is lost where Python happens to be in a ``__del__``: long work asks between its steps.
+        """
+        if self._left is not None:
+            self._leave(self._left)
+
+    def _leave(self, number: signal.Signals) -> NoReturn:
+        self._left = number
+        if number == signal.SIGTERM:
+            sys.exit(0)
+        raise KeyboardInterrupt
+
     def _asked(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - how Python calls handlers
         if self._loop is not None and self._event is not None and not self.name:
             self.name = signal.Signals(number).name
             self._loop.call_soon_threadsafe(self._event.set)
-        elif number == signal.SIGTERM and self._loop is None:
-            sys.exit(0)
+        elif self._loop is None:
+            self._leave(signal.Signals(number))
         else:
             raise KeyboardInterrupt

@@ -1,0 +1,99 @@
+"""Where a demo's things lie: a run's folder that nothing else has, and a scratch folder while its models are made."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from topkd.compose.progress import Progress
+from topkd.topk.errors import ConfigError
+
+SUMMARY = "demo.json"  # in a demo's folder: what it has to show, empty until it ends
+
+
+def free_place(usual: Path) -> Path:
+    """``usual``, or the first of ``usual-2``, ``usual-3``, ... where nothing lies yet."""
+    names = itertools.chain([usual], (usual.with_name(f"{usual.name}-{number}") for number in itertools.count(2)))
+    return next(path for path in names if _free(path))
+
+
+@contextlib.contextmanager
+def own_folder(out: Path | None, usual: Path, progress: Progress) -> Iterator[Path]:
+    """A folder that holds nothing but this demo's summary; what raises within leaves it as it was.
+
+    Args:
+        out: Where the user wants it; it must be new or empty.
+        usual: Where it goes otherwise, or beside it when something lies there: nothing is ever written over.
+        progress: Told when that is so.
+    """
+    while True:
+        folder = out or free_place(usual)
+        if out is not None and not _free(out):
+            raise ConfigError(
+                "the demo's --out is " + ("not empty" if out.is_dir() else "no folder"), where=str(out),
+                expected="a new or an empty folder", hint="choose another: the demo writes over nothing",
+            )  # fmt: skip
+        there = folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SUMMARY).open("x", encoding="utf-8").close()
+        except FileExistsError:  # another demo came first: look again
+            continue
+        except OSError as error:
+            raise ConfigError("cannot make the output folder", where=str(folder), got=error.strerror) from error
+        break
+    if folder not in (out, usual):
+        progress.note(f"{usual} is there already and stays as it is: this demo goes to {folder}")
+    try:
+        yield folder
+    except BaseException:
+        (folder / SUMMARY).unlink(missing_ok=True)
+        if not there:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def scratch(beside: Path, progress: Progress) -> Iterator[Path]:
+    """A folder to make ``beside`` in, for one process at a time; gone afterwards, with those of dead processes."""
+    prefix = f".{beside.name}-"
+    with contextlib.ExitStack() as stack:
+        try:
+            beside.parent.mkdir(parents=True, exist_ok=True)
+            if _locked(stack.enter_context((beside.parent / ".lock").open("a")), progress):
+                for left in beside.parent.glob(f"{prefix}*"):
+                    shutil.rmtree(left, ignore_errors=True)
+            staging = Path(tempfile.mkdtemp(prefix=prefix, dir=beside.parent))
+        except OSError as error:
+            raise ConfigError("cannot write to the cache", where=str(beside.parent), got=error.strerror) from error
+        stack.callback(shutil.rmtree, staging, ignore_errors=True)
+        yield staging
+
+
+def _locked(file: TextIO, progress: Progress) -> bool:
+    """Takes the lock, waiting for whoever has it; False where files have no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        progress.note("waiting for another process that makes the same models")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:  # a network's file system without locks
+        return False
+    return True
+
+
+def _free(path: Path) -> bool:
+    try:
+        return not path.is_symlink() and (not path.exists() or (path.is_dir() and not any(path.iterdir())))
+    except OSError:
+        return False
