@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,33 @@ def again(command: str, config: Path, out: Path, overrides: list[str], *, cache:
     for pair in overrides:
         words += ["--set", pair]
     return shlex.join([*words, "--resume"])
+
+
+@contextlib.contextmanager
+def resumable(out: Path, again: str) -> Iterator[None]:
+    """Around a run: where it fails after it has written here, and a checkpoint lies here, it is said how to go on.
+
+    Args:
+        out: Its folder.
+        again: The command that goes on with it.
+    """
+    from topkd.compose.folders import CHECKPOINTS, DIARY
+
+    before = _written(out / DIARY)
+    try:
+        yield
+    except BaseException:
+        if first_process() and _written(out / DIARY) != before and any((out / CHECKPOINTS).glob("step-*")):
+            typer.echo(f"once that is mended, go on with: {again}", err=True)
+        raise
+
+
+def _written(file: Path) -> int | None:
+    """When a file was last written to; None where there is none."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def ended(result: RunResult, verb: str, *, again: str, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from topkd.cli.display import Display
 from topkd.cli.dry_run import dry_run_command
 from topkd.cli.extras import needs
 from topkd.cli.options import AsJson, DryRun, Overrides, Resume, RunFile, RunFolder, Watch, option
-from topkd.cli.outcomes import again, ended, first_process
+from topkd.cli.outcomes import again, ended, first_process, resumable
 from topkd.cli.watch import watched
 
 
@@ -40,10 +40,12 @@ def command(
     from topkd.compose.replay import replay
     from topkd.compose.stops import Stops
 
+    onwards = again("replay", config, out, overrides or [], cache=cache)
     with (
         Stops() as stops,
         Display(quiet=not first_process()) as display,
         watched(out, display, wanted=watch and first_process()),
+        resumable(out, onwards),
     ):
         result = asyncio.run(replay(run_config, out, display, cache=cache, resume=resume, stops=stops))
-    ended(result, "replayed", again=again("replay", config, out, overrides or [], cache=cache), as_json=as_json)
+    ended(result, "replayed", again=onwards, as_json=as_json)

@@ -10,7 +10,7 @@ from topkd.cli.display import Display
 from topkd.cli.dry_run import dry_run_command
 from topkd.cli.extras import needs
 from topkd.cli.options import AsJson, DryRun, Overrides, Resume, RunFile, RunFolder, Watch
-from topkd.cli.outcomes import again, ended, first_process
+from topkd.cli.outcomes import again, ended, first_process, resumable
 from topkd.cli.watch import watched
 
 
@@ -44,10 +44,12 @@ def command(
     from topkd.compose.stops import Stops
     from topkd.compose.train import train
 
+    onwards = again("train", config, out, overrides or [])
     with (
         Stops() as stops,
         Display(quiet=not first_process()) as display,
         watched(out, display, wanted=watch and first_process()),
+        resumable(out, onwards),
     ):
         result = asyncio.run(train(run_config, out, display, resume=resume, stops=stops))
-    ended(result, "done", again=again("train", config, out, overrides or []), as_json=as_json)
+    ended(result, "done", again=onwards, as_json=as_json)
