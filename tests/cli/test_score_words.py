@@ -43,6 +43,10 @@ def test_an_estimate_foretells_ids_that_a_teacher_of_known_size_cannot_have(data
     job = ("score", data, "--out", tmp_path / "cache", "--estimate")
     text = ran(*job, "--teacher", DEAD)
     assert "largest id 11; --vocab-size N" in text
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    assert "largest id" not in ran(
+        "score", tmp_path / "bad.jsonl", "--out", tmp_path / "cache", "--estimate", "--teacher", DEAD
+    ), "no row has an id"
     text = ran(*job, "--teacher", DEAD, "--vocab-size", "10")
     assert "6 to score, 2 refused" in text
     assert "data.jsonl:7): got 10, expected below 10" in text

@@ -193,7 +193,7 @@ def _lines(report: ScoreReport) -> list[str]:
         f"{report.rows} rows: {counts}; {report.positions} positions at K = {report.k}",
         f"{report.tokens_sent} tokens {verb}, {report.saved_tokens} spared by the cache{costing(report)}",
     ]
-    if report.estimate and report.unbounded:
+    if report.estimate and report.unbounded and report.positions:
         lines.append(f"largest id {report.largest_id}; --vocab-size N names the rows that a teacher of N ids refuses")
     return lines
 
