@@ -210,3 +210,27 @@ def test_the_exact_divergences_begin_at_zero_all_of_them_or_none(tmp_path: Path,
     panels = {panel["key"]: panel for panel in build(gather([path])).data["sections"][0]["panels"]}
     assert [panels[key]["zero"] for key in ("reverse_kl", "forward_kl", "jsd")] == [zero] * 3
     assert panels["kl_k1"]["zero"] is None
+
+
+def test_a_schedule_and_a_single_wait_are_drawn_as_they_were(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    diary = path / "metrics.jsonl"
+    records = [json.loads(line) for line in diary.read_text().splitlines()]
+    steps = [record for record in records if record["kind"] == "step"]
+    for at, record in enumerate(steps):
+        record |= {"lr": 1e-3 * min(1.0, (at + 1) / 5), "score_wait_s": 1.5 if at == 30 else 0.0}
+    diary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    panels = {one["key"]: one for section in data_of(path)["sections"] for one in section["panels"]}
+    for key, drawn in (("lr", "lr"), ("wait_s", "score_wait_s")):
+        (line,) = panels[key]["lines"][""]
+        assert line["y"] == pytest.approx([record[drawn] for record in steps])
+    assert len(panels["grad_norm"]["lines"][""]) == 2  # noisy: its values and their mean
+
+
+def test_on_the_embedded_pair_accuracy_is_said_to_be_of_no_task(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "cmp")
+    page = build(gather([folder]))
+    assert "Next token of real text" in [label for label, *_ in page.verdict.facts]
+    assert "Task accuracy" not in json.dumps(page.data["sections"])
+    run = build(gather([write_run(tmp_path / "run")]))
+    assert "Task accuracy" in [label for label, *_ in run.verdict.facts]

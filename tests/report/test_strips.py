@@ -27,6 +27,7 @@ def test_the_paired_ratio_is_the_t_interval_of_the_log_ratio_to_the_best(tmp_pat
     assert [row["label"] for row in values["rows"]] == ["top-20", "sampled token"]
     assert values["rows"][0]["mean"] == pytest.approx(areas["topk_pg"].mean())
     (row,) = ratios["rows"]
+    assert row["label"] == "against sampled token"  # the value is the best one's share of it
     expected = stats.ttest_rel(np.log(areas["topk_pg"]), np.log(areas["scalar_kl"])).confidence_interval(0.95)
     assert (row["low"], row["high"]) == pytest.approx((math.exp(expected.low), math.exp(expected.high)), rel=1e-5)
     assert [dot["value"] for dot in row["dots"]] == pytest.approx(areas["topk_pg"] / areas["scalar_kl"])
@@ -60,3 +61,16 @@ def test_arms_without_seeds_draw_nothing_rather_than_fail(tmp_path: Path) -> Non
         row["seeds"] = {}
     (folder / "compare.json").write_text(json.dumps(summary))
     assert list(strips_of(folder)) == ["last"]
+
+
+def test_arms_that_never_arrive_stand_in_the_order_of_their_areas(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "cmp")
+    summary = json.loads((folder / "compare.json").read_text())
+    for row in summary["live"]["arms"]:
+        for fact in row["seeds"].values():
+            fact["tokens_to_target"] = None
+    (folder / "compare.json").write_text(json.dumps(summary))
+    strips = strips_of(folder)
+    assert [row["said"] for row in strips["tokens"][0]["rows"]] == ["3 of 3 never"] * 2
+    assert [row["label"] for row in strips["tokens"][0]["rows"]] == ["top-20", "sampled token"]
+    assert [row["label"] for row in strips["area"][0]["rows"]] == ["top-20", "sampled token"]

@@ -32,6 +32,7 @@ class Panel:
         per: Field to divide by (a count that becomes a rate).
         per_fields: The names among ``fields`` that are divided; the others are rates already.
         over: Numerator and denominator whose means over steps are divided, where one step's ratio says little.
+        smooth: Whether a rolling mean says more than the values: not of a schedule, nor where one step's wait counts.
         special: Only some runs have it: not missed where it is absent.
     """
 
@@ -47,6 +48,7 @@ class Panel:
     per: str = ""
     per_fields: tuple[str, ...] = ()
     over: tuple[str, str] | None = None
+    smooth: bool = True
     special: bool = False
 
     def values(self, records: Sequence[Record]) -> Floats | None:
@@ -72,7 +74,7 @@ class Panel:
 
     def window(self, size: int) -> int:
         """How many steps a smoothed value is of; 1 for what is not smoothed."""
-        if self.source == "eval" or self.total:
+        if self.source == "eval" or self.total or not self.smooth:
             return 1
         return window_of(size) if self.over is None else max(9, window_of(size))
 
@@ -128,7 +130,7 @@ SECTIONS: Final = (
                   note="The batch at which noise and signal are equal: mean noise over mean signal of many steps."),
             Panel("grad_norm", "Gradient norm", "before clipping", ("grad_norm",), log=True),
             Panel("advantage", "Mean |advantage|", "nats", ("advantage_abs_mean",)),
-            Panel("lr", "Learning rate", "", ("lr",), log=True),
+            Panel("lr", "Learning rate", "", ("lr",), log=True, smooth=False),
         ),
     ),
     Section(
@@ -141,11 +143,12 @@ SECTIONS: Final = (
             Panel("clip_fraction", "Ratios clipped or truncated", "% of tokens", ("clip_fraction", "ratio_capped"),
                   share=True),
             Panel("ratio_max", "Largest importance ratio", "", ("ratio_max",), log=True),
-            Panel("staleness", "Staleness", "weight versions", ("staleness",),
+            Panel("staleness", "Staleness", "weight versions", ("staleness",), smooth=False,
                   note="Versions between the policy that sampled a batch and the one that learnt from it."),
             Panel("behavior_kl", "KL(rollout policy ‖ current)", NATS, ("behavior_kl_k3",), log=True),
-            Panel("mismatch_kl", "KL(sampler ‖ trainer), same weights", NATS, ("mismatch_kl",), log=True,
-                  note="Above rounding, the two compute different probabilities from the same weights."),
+            Panel("mismatch_kl", "KL(sampler ‖ trainer), same weights", NATS, ("mismatch_kl",), log=True, smooth=False,
+                  note="Above rounding, the two compute different probabilities from the same weights. Of steps on "
+                  "rollouts of those very weights: the first alone, where sampling runs ahead."),
             Panel("sync_kl", "KL after the weights were pushed", NATS, ("sync_kl",), log=True, special=True),
         ),
     ),
@@ -187,10 +190,11 @@ SECTIONS: Final = (
             Panel("retries", "Retries", "requests", ("retries",), total=True),
             Panel("cache_hits", "Cache hits", "scores", ("cache_hits",), total=True),
             Panel("bytes", "Bytes received", "bytes", ("teacher_bytes",), total=True),
-            Panel("sample_s", "Seconds sampling, a step", "s", ("sample_s",)),
-            Panel("learn_s", "Seconds learning, a step", "s", ("learn_s",)),
-            Panel("wait_s", "Seconds waiting for scores, a step", "s", ("score_wait_s",)),
-            Panel("publish_s", "Seconds bringing weights to the sampler", "s", ("publish_s",), special=True),
+            Panel("sample_s", "Seconds sampling, a step", "s", ("sample_s",), smooth=False),
+            Panel("learn_s", "Seconds learning, a step", "s", ("learn_s",), smooth=False),
+            Panel("wait_s", "Seconds waiting for scores, a step", "s", ("score_wait_s",), smooth=False),
+            Panel("publish_s", "Seconds bringing weights to the sampler", "s", ("publish_s",), smooth=False,
+                  special=True),
         ),
     ),
 )  # fmt: skip

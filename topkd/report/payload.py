@@ -18,7 +18,7 @@ from topkd.report.palette import DASHES, GROUPS
 from topkd.report.panels import EXACT_DIVERGENCES, SECTIONS, Panel, Section
 from topkd.report.strips import measures
 from topkd.report.tables import Table, runs_table, settings, summary
-from topkd.report.verdict import Verdict, verdict
+from topkd.report.verdict import EMBEDDED, OF_TEXT, Verdict, verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,9 @@ def build(collection: Collection, *, live: bool = False, baseline: Mapping[str, 
     account = Thinning()
     kinds = prefix_kinds(groups) or ["fixed"]
     sections = [_section(section, groups, account, kinds) for section in SECTIONS]
+    if collection.comparison.get("base") == EMBEDDED:
+        for panel in (panel for section in sections for panel in section["panels"] if panel["key"] == "accuracy"):
+            panel |= {"title": OF_TEXT, "unit": "% of tokens", "note": "Held-out text's own, as the first choice."}
     recorded = transcripts(groups)
     notes = [
         note for note in (*said.notes, account.sentence(), _smoothing(account), recorded.note, _colours(groups)) if note

@@ -112,7 +112,8 @@ def _compared(comparison: Mapping[str, Any], groups: Sequence[Group], metric: st
     arms = _arms(comparison, groups)
     areas = (arm for arm in arms if arm.values("area"))
     by_area = sorted(areas, key=lambda arm: (arm.control, _mean(arm.values("area").values())))
-    by_tokens = sorted((arm for arm in arms if _arrivals(arm)), key=_speed)
+    rest = [arm for arm in arms if arm not in by_area]
+    by_tokens = sorted(filter(_arrivals, [*by_area, *rest]), key=_speed)  # where all are alike, as by their areas
     found = []
     if by_area:
         note = f"Mean over the tokens trained on, as a share of the first value: 1 learnt nothing. {_DOTS}"
@@ -186,7 +187,7 @@ def _ratios(arms: Sequence[_Arm], key: str, what: str) -> list[Strip]:
         mean, low, high = (_exp(end) for end in (spread.mean, spread.low, spread.high))
         said = f"{math.exp(spread.mean):.3f}" + (f" ({spread.n} of {len(mine)} pairs)" if spread.n < len(mine) else "")
         dots = [Dot(seed, math.exp(log)) for seed, log in logs.items()]
-        rows.append(Row(arm.group, arm.label, dots, mean, low, high, said))
+        rows.append(Row(arm.group, f"against {arm.label}", dots, mean, low, high, said))
     if not rows:
         return []
     note = f"{best.label}'s {what} as a share of each other's, same seed against same seed, with the 95 % interval."

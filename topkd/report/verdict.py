@@ -17,6 +17,7 @@ from topkd.report.wording import between, change, number, short
 ENOUGH_SEEDS = 8
 FEW_SEEDS = 4  # below it a comparison is a first look, whatever its intervals say
 EMBEDDED = "embedded"
+OF_TEXT = "Next token of real text"  # what accuracy is on the embedded pair, which has no task
 _CUT = (
     "The embedded pair has no stop token: every completion is cut at its limit, so that each step has as many tokens."
 )
@@ -79,6 +80,9 @@ def verdict(collection: Collection, groups: Sequence[Group]) -> tuple[Verdict, l
     found = [(one, warned) for ones in outcomes for one in ones for warned in warnings_of(one)]
     if collection.comparison.get("base") == EMBEDDED:
         said.notes.append(_CUT)
+        said.facts = [
+            (OF_TEXT if label == _SHARES[1][1] else label, value, remark) for label, value, remark in said.facts
+        ]
         found = [(one, warned) for one, warned in found if not warned.kind.endswith("truncation_rate")]
     else:
         said.notes += dict.fromkeys(filter(None, (cut_on_purpose(one.run) for ones in outcomes for one in ones)))

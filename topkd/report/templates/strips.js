@@ -27,11 +27,14 @@ function strip({ rows, even, ratio: ratios }, space) {
   const bottom = height - 26;
   const wanted = Math.max(2, Math.floor((width - names - beside) / 64));
   const ticks = (ratios ? logTicks(...ends, wanted) : linearTicks(...ends, wanted));
+  // On a narrow strip the names stand above their rows, and a rule through one would strike it out.
+  const rule = (value, kind) => (narrow ? rows.map((_, i) => [i * row + 22, Math.min(bottom, i * row + 46)]) : [[4, bottom]])
+    .map(([y1, y2]) => svg('line', { x1: x(value), x2: x(value), y1, y2, class: kind }));
   for (const tick of ticks) {
-    graph.append(svg('line', { x1: x(tick), x2: x(tick), y1: 4, y2: bottom, class: tick === even ? 'zero' : 'rule' }),
+    graph.append(...rule(tick, tick === even ? 'zero' : 'rule'),
       svg('text', { x: x(tick), y: bottom + 16, class: 'tick middle', text: tickText(tick, ticks) }));
   }
-  if (even !== null && !ticks.includes(even)) graph.append(svg('line', { x1: x(even), x2: x(even), y1: 4, y2: bottom, class: 'zero' }));
+  if (even !== null && !ticks.includes(even)) graph.append(...rule(even, 'zero'));
   rows.forEach((one, i) => {
     const y = narrow ? i * row + 32 : i * row + 20;
     const g = groupClass(one.group);
