@@ -189,6 +189,7 @@ def test_a_toml_block_with_an_unknown_run_key_is_an_error(tmp_path: Path) -> Non
 
 
 def test_every_toml_file_of_the_repository_loads() -> None:
+    assert ROOT / "examples" / "compare_scalar_gjs.toml" in TOML_FILES, "the search finds files at all"
     for path in TOML_FILES:
         load_toml(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT)))
 
