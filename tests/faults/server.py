@@ -163,11 +163,13 @@ class FaultyServer:
     async def stop(self) -> None:
         """Dies: no new connection, and the open ones are cut."""
         if self._server is not None:
-            self._server.close()
-            self._server = None
+            server, self._server = self._server, None
+            for sock in server.sockets:  # a close between a connection's accept and its transport leaks its socket
+                asyncio.get_running_loop().remove_reader(sock.fileno())
+            await asyncio.sleep(0)
+            server.close()
         for _ in range(5):  # what was accepted just before only becomes a task in the loop's next turns
-            tasks = list(self._tasks)
-            for task in tasks:
+            for task in (tasks := list(self._tasks)):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.sleep(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import resource
+import socket
 
 import numpy as np
 import pytest
@@ -172,3 +173,14 @@ async def test_waiting_requests_can_be_cancelled_and_the_others_still_run():
             assert client.endpoint.gate.budget.used == 0
         await assert_nothing_left(server)
         gc.collect()
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_server_that_dies_while_it_accepts_leaves_no_socket(turns: int):
+    async with FaultyServer() as server:
+        with socket.create_connection(("127.0.0.1", server.port)):
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await server.stop()
+            assert server.open == 0
+    gc.collect()  # an unclosed socket warns here, and a warning fails a test
