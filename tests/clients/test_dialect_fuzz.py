@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.clients.test_fireworks import position
+from tests.clients.test_sglang import TOY as SGLANG_TOY
 from tests.clients.test_sglang import meta
 from tests.clients.test_vllm_generate import generated
 from tests.clients.toy import VOCAB, Toy, npy
@@ -157,10 +158,26 @@ def _count(name: str, count: int) -> dict[str, int]:
     return ends
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_unchanged_reply_is_accepted(name: str):
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("generate score", "sglang", "fire"))])
+def test_the_unchanged_score_gives_the_teachers_own_numbers(name: str):
     reply, parse = CASES[name]
-    parse(json.dumps(reply).encode())
+    got, rows = parse(json.dumps(reply).encode()), (SGLANG_TOY if "sglang" in name else TOY).rows(IDS)[2:8]
+    best = np.argsort(-rows, axis=1)[:, :5]
+    np.testing.assert_array_equal(got.ids, best)
+    np.testing.assert_allclose(got.logp, np.take_along_axis(rows, best, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(got.actual_logp, rows[np.arange(6), IDS[3:]], rtol=1e-6)
+
+
+def test_the_unchanged_candidates_and_draws_give_what_the_reply_holds():
+    candidates, draw, chat = (CASES[name] for name in ("generate candidates", "generate draw", "chat"))
+    np.testing.assert_allclose(candidates[1](json.dumps(candidates[0]).encode()), TOY.rows(IDS)[:, :4], rtol=1e-6)
+    (drawn,) = draw[1](json.dumps(draw[0]).encode())
+    assert drawn.completion_ids.tolist() == draw[0]["choices"][0]["token_ids"]
+    said = [entry["logprob"] for entry in draw[0]["choices"][0]["logprobs"]["content"]]
+    np.testing.assert_allclose(drawn.logp, said, rtol=1e-6)
+    (answer,) = chat[1](json.dumps(chat[0]).encode()).rollouts
+    assert (answer.completion_ids.tolist(), answer.logp.tolist()) == ([3] * 4, [-0.5] * 4)
+    assert answer.topk.ids[:, :2].tolist() == [[3, 4]] * 4
 
 
 @pytest.mark.parametrize("name", CASES)

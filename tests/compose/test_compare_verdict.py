@@ -41,7 +41,29 @@ def test_a_control_cannot_win_and_stands_beside_the_arm_that_did():
     assert said["ends"].endswith(
         "C, a control, has an area of 0.625 (0.625 to 0.625) of A's, and a last value of 0.250 (0.250 to 0.250)."
     )
-    assert said_of(curves(a=[1, 0.5], c=[1, 0.2]), controls={"c"})["text"].startswith("Fewer than two arms")
+
+
+def test_an_arm_alone_beside_a_control_wins_nothing_and_is_set_against_it():
+    said = said_of(curves(a=[1, 0.5], c=[1, 0.2]), controls={"c"})
+    assert said["winner"] is None
+    assert said["text"] == "Controls aside, fewer than two arms finished: nothing to compare."
+    assert said["ends"].startswith(
+        "C, a control, has an area of 0.800 (0.800 to 0.800) of A's, and a last value of 0.400"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seed", "text", "ends"),
+    [
+        (0, "on the one seed there is: a single pair shows no spread.", "A also ends lowest, on that one seed."),
+        (1, "but no seed in common with B: nothing pairs them.", "A also ends lowest, unpaired as well."),
+    ],
+)
+def test_one_pair_and_no_pair_are_not_the_same_want(seed, text, ends):
+    said = said_of({("a", 0): [1, 0.5], ("b", seed): [1, 0.6]})
+    assert (said["winner"], said["ends"]) == (None, ends)
+    assert said["text"].startswith("A has the smallest area under KL(student ‖ teacher)")
+    assert said["text"].endswith(text)
 
 
 def test_an_arm_that_is_faster_and_one_that_ends_lower_are_both_named_and_nobody_wins():

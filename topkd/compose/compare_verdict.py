@@ -27,12 +27,20 @@ def verdict(
     left = [shown[row["arm"]] for row in rows if row not in whole]
     wanting = f" Not ranked, for want of a whole curve: {', '.join(left)}." if left else ""
     if len(able) < 2:
-        return {"winner": None, "text": "Fewer than two arms finished: nothing to compare." + wanting, "ends": ""}
+        beside = [_beside(row, able[0], shown) for row in whole if row["arm"] in controls] if able else []
+        few = "Controls aside, fewer" if any(row["arm"] in controls for row in rows) else "Fewer"
+        text = f"{few} than two arms finished: nothing to compare.{wanting}"
+        return {"winner": None, "text": text, "ends": " ".join(beside)}
     area, final = _ranking(able, "area"), _ranking(able, "final")
     said: dict[str, Any] = {"winner": None, "best": area.best, "against": area.against, "lowest_end": final.best}
     best, end, curve = shown[area.best], shown[final.best], f"area under {NAMES.get(metric, metric)}"
     behind = next((entry for entry in final.against if entry["arm"] == area.best), None)
-    if area.against[0]["high"] is None:
+    nearest = area.against[0]
+    if not nearest["pairs"]:
+        text = (
+            f"{best} has the smallest {curve}, but no seed in common with {shown[nearest['arm']]}: nothing pairs them."
+        )
+    elif nearest["high"] is None:
         text = f"{best} has the smallest {curve} on the one seed there is: a single pair shows no spread."
     elif area.tied:
         tied = _all(area.tied, shown)
@@ -81,7 +89,7 @@ def _ends(area: _Ranking, final: _Ranking, behind: Mapping[str, Any] | None, sho
     """What the last values say, in words that fit what was said of the areas."""
     who = shown[final.best] if behind is not None else f"{shown[final.best]} also"
     if final.against[0]["high"] is None:
-        return f"{who} ends lowest, on that one seed."
+        return f"{who} ends lowest, {'on that one seed' if final.against[0]['pairs'] else 'unpaired as well'}."
     if not final.tied:
         return f"{who} ends lowest: its last value is {_first(final, shown)}{_rest(final)}."
     doubt = f"{who} ends lowest, but paired seeds do not tell its last value from those of {_all(final.tied, shown)}."
