@@ -68,6 +68,18 @@ def test_a_cache_without_rollouts_is_no_source(tmp_path, more):
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("command", [("score",), ("score", "--estimate"), ("sample",)])
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_data_without_a_row_is_a_mistake_and_no_job_that_is_done(tmp_path, command, text):
+    data = tmp_path / "cut.jsonl"
+    data.write_text(text)
+    with pytest.raises(DataError, match="the data holds no row") as refused:
+        ran(*command, data, "--teacher", DEAD, "--out", tmp_path / "cache")
+    assert refused.value.exit_code == 2
+    assert str(data) in str(refused.value)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_the_walk_throughs_ids_are_ids_of_the_demos_teacher():
     from topkd.compose.demo import VOCAB
 

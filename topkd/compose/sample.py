@@ -21,7 +21,7 @@ from topkd.compose.progress import Progress
 from topkd.compose.prompts import checked_row, prompt_tokens
 from topkd.compose.sample_config import Purse, SampleConfig, SampleReport, SamplingDialect
 from topkd.compose.score import text_tokenizer
-from topkd.compose.sequences import count_rows, json_object, raw_rows
+from topkd.compose.sequences import check_rows, count_rows, json_object, raw_rows
 from topkd.engine.waiting import first_of
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.folder import FORMAT_FILE
@@ -58,8 +58,7 @@ async def sample_data(config: SampleConfig, progress: Progress | None = None) ->
         ServerError: one that every row would meet; what was drawn until then is kept.
     """
     progress = progress or Progress()
-    if not config.data.exists():
-        raise DataError("no such file or folder", where=str(config.data))
+    check_rows(config.data)
     tokenizer = text_tokenizer(config.tokenizer)
     report = SampleReport(str(config.out), k=config.k, estimate=config.estimate)
     began = time.monotonic()

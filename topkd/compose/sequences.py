@@ -97,14 +97,22 @@ def read_sequences(path: Path, tokenizer: Any = None, portion: Portion | None = 
 
 
 def check_source(path: Path) -> None:
-    """Raises DataError for what is not there, and for a cache in which no rollouts wait to be scored."""
-    if not path.exists():
-        raise DataError("no such file or folder", where=str(path))
-    if path.is_dir() and (path / FORMAT_FILE).exists() and next(_rollouts(path), None) is None:
+    """Raises DataError for what is not there, for no rows, and for a cache where no rollouts wait to be scored."""
+    if not (path.is_dir() and (path / FORMAT_FILE).exists()):
+        check_rows(path)
+    elif next(_rollouts(path), None) is None:
         raise DataError(
             "the cache holds no rollouts to score", where=str(path), expected="what a run with [cache] recorded",
             hint="a data file goes in its place",
         )  # fmt: skip
+
+
+def check_rows(path: Path) -> None:
+    """Raises DataError for data that is not there, and for data without a row: a job of nothing is a mistake."""
+    if not path.exists():
+        raise DataError("no such file or folder", where=str(path))
+    if next(raw_rows(path), None) is None:
+        raise DataError("the data holds no row", where=str(path), hint="was whatever wrote it cut short?")
 
 
 def count_rows(path: Path) -> int:
