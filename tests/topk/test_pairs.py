@@ -1,6 +1,8 @@
 """GJS of two lists that name different ids."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from tests.topk import reference
 from tests.topk.lists import as_dict, random_logp, topk_of
 from topkd.topk import TopK, gjs, topk_gjs
 from topkd.topk.errors import AlignmentError, ConfigError
+from topkd.topk.pairs import _exact
 from topkd.topk.union import BLOCK_SLOTS, UnionTail
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -106,6 +109,44 @@ def test_blocks_do_not_leak_into_one_another() -> None:
     for start in (0, edge - 1, edge, edge + 1, 4990):
         part = slice(start, start + 7)
         np.testing.assert_allclose(topk_gjs(teacher.slice(part), student.slice(part), 0.5), whole[part], atol=3e-7)
+
+
+def test_calls_with_other_lists_and_in_other_threads_share_no_buffers() -> None:
+    """Buffers are kept from call to call; the same number of slots can be divided otherwise."""
+    rng = np.random.default_rng(10)
+    t, s = correlated(rng, 400, 60, 2.0)
+    for row, kept in ((7, 10), (11, 5)):  # zeros after them: it matters which slot is the last of which list
+        t[row] = np.where(np.arange(60) < kept, np.log(0.9 / kept), -np.inf)
+    pairs = [(topk_of(t, k), topk_of(s, other)) for k, other in ((20, 20), (8, 32), (32, 8), (20, 20), (5, 5))]
+    alone = [_exact(*pair, 0.4, "union_tail", -20.0) for pair in pairs]
+    assert len({float(values[3]) for values in alone}) == 4
+
+    def repeated(which: int) -> list[np.ndarray]:
+        return [topk_gjs(*pairs[which], 0.4) for _ in range(15)]
+
+    for which in range(5):
+        np.testing.assert_allclose(topk_gjs(*pairs[which], 0.4), alone[which], atol=1e-6)
+    with ThreadPoolExecutor(5) as pool:
+        for which, results in enumerate(pool.map(repeated, range(5))):
+            for values in results:
+                np.testing.assert_allclose(values, alone[which], atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [2, 20, 64])
+def test_the_largest_id_that_fits_into_a_key_and_the_next_are_both_right(k: int) -> None:
+    rng = np.random.default_rng(k)
+    t, s = correlated(rng, 8, 2 * k, 2.0)
+    teacher, student = topk_of(t, k), topk_of(s, k)
+    common = topk_gjs(teacher, student, 0.5)
+    largest, limit = max(teacher.ids.max(), student.ids.max()), UnionTail(teacher, student, 0.5, -20.0).max_id
+    for top, redone in ((limit, False), (limit + 1, True), (2 * limit, True)):
+        shifted = [
+            replace(side, ids=np.where(side.ids < k, side.ids, side.ids + (top - largest)).astype(np.int32))
+            for side in (teacher, student)
+        ]
+        assert max(side.ids.max() for side in shifted) == top
+        assert bool(UnionTail(*shifted, 0.5, -20.0)()[1].size) == redone
+        np.testing.assert_allclose(topk_gjs(*shifted, 0.5), common, atol=1e-6)
 
 
 def test_neighbouring_rows_that_share_ids_are_not_pairs() -> None:

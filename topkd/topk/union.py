@@ -5,15 +5,15 @@ would add there, one sort of ``id << bits | slot`` a row puts the two slots of a
 
     sum_U m log m = sum over slots of M log M,   M = E + (following E - both shares) at the first slot of a pair,
 
-and the second slot of a pair becomes 1, whose logarithm is nothing. 32-bit keys with a gather by slot beat 64-bit keys
-that carry the value: the sort is the largest single cost. Masks are multiplied (``where=`` is ten times slower). Both
-lists stand in one array, so that all but the copies run over whole rows; buffers are preallocated, aligned and used
-twice.
+and the second slot of a pair becomes 1, whose logarithm is nothing. Keys have 31 bits: a gather by slot beats 64-bit
+keys that carry the value (the sort is the largest single cost), and the sign of a difference tells a pair. Masks are
+multiplied (``where=`` is ten times slower). Both lists stand in one array, so that all but the copies run over whole
+rows; buffers are aligned, used twice and kept for the next call, for fresh pages cost as much as a pass.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,13 @@ from topkd.topk.types import Bool, Float32, Float64, Int32, TopK
 
 UInt32 = NDArray[np.uint32]
 
-BLOCK_SLOTS = 98_304  # a block costs some 30 microseconds of calls; its buffers take 33 bytes a slot
+KEY_BITS = 31
+BLOCK_SLOTS = 131_072  # a block costs some 25 microseconds of calls; its buffers take 32 bytes a slot
 MIN_TAIL = 1e-7  # the least mass a list leaves over: below it, 1 - mass is rounding
 _NEVER_ZERO = 1e-28  # keeps the log of a mixture of two vanishing probabilities finite; changes no sum
 _NO_LOG = np.float32(-1e4)  # stands for log 0 where it is multiplied by an exact 0
+_ONE = np.float32(1.0).view(np.uint32)  # its bits
+_A_HAIR_LESS = np.float32(1 - 1e-6)  # than both shares is taken off, so that rounding makes no mixture negative
 _CACHE_LINE = 64
 
 
@@ -67,40 +70,44 @@ class _Side:
 
 
 class UnionTail:
-    """Lists of K_T and K_S entries for the same rows, and the buffers that compare them a block of rows at a time."""
+    """Lists of K_T and K_S entries for the same rows, which are compared a block of rows at a time."""
 
     def __init__(self, teacher: TopK, student: TopK, beta: float, floor: float) -> None:
         self.sides = _Side.of(teacher, beta, floor), _Side.of(student, 1.0 - beta, floor)
         self.rows, self.width = teacher.rows, teacher.k + student.k
         self.empty = not (teacher.rows and teacher.k and student.k)
         self.columns = slice(0, teacher.k), slice(teacher.k, self.width)
-        self.bits = max(self.width - 1, 1).bit_length()
+        bits = max(self.width - 1, 1).bit_length()
         self.block_rows = max(1, min(BLOCK_SLOTS // max(self.width, 1), self.rows))
-        self.max_id = 2 ** (32 - self.bits) - 1 - self.width
-        slot = np.arange(self.width, dtype=np.uint32)
+        self.max_id = 2 ** (KEY_BITS - bits) - 1 - self.width
+        self.floor, self.bits, self.pair = floor, np.uint32(bits), np.uint32(1 << bits)
+        self.slot_bits = self.pair - np.uint32(1)
         # Pads take the top ids, one a slot, so that no two of them look like a pair.
-        self.pad = (np.uint32(2 ** (32 - self.bits) - 1) - slot).astype(np.uint32)
+        pad = 2 ** (KEY_BITS - bits) - 1 - np.arange(self.width)
+        self.pad = pad.astype(np.uint32) << self.bits
         self.ones = np.ones(self.width, dtype=np.float32)
         self.side_of = np.zeros((self.width, 2), dtype=np.float32)
         for side, columns in enumerate(self.columns):
             self.side_of[columns, side] = 1.0
-        self.shares = [side.scaled(np.exp(floor)) for side in self.sides]
+        shares = [side.scaled(np.exp(floor)) for side in self.sides]
+        self.taken = (shares[0] + shares[1]) * _A_HAIR_LESS
         self.scale = self._wide([np.float32(side.weight / side.scale) for side in self.sides])
-        self.added = self._wide(self.shares[::-1])  # a side's slots carry the other side's share
+        self.added = self._wide(shares[::-1])  # a side's slots carry the other side's share
 
     def __call__(self) -> tuple[Float64, NDArray[np.intp]]:
         """GJS a row, float64 [R], NaN = no signal; and the rows whose value is not final (float64 must redo them).
 
         Left over are rows whose mass is above 1 or whose missing ids do not fit into the left-over mass, and the blocks
-        that hold an id too large for a 32-bit key.
+        that hold an id too large for a short key.
         """
         if self.empty:
             return np.full(self.rows, np.nan), np.empty(0, dtype=np.intp)
         sums, fits = np.zeros((5, self.rows)), np.ones(self.rows, dtype=np.bool_)
-        whole = _Block.of(self.block_rows, self.width)
+        whole = _Block.ready(self.block_rows, self.columns)
         for start in range(0, self.rows, self.block_rows):
             part = slice(start, min(start + self.block_rows, self.rows))
             fits[part] = self._block(whole.head(part.stop - start), part, sums[:, part])
+        _IDLE.append(whole)
         return _finish(*self.sides, sums, fits)
 
     def _wide(self, each: list[Any]) -> Float32:
@@ -114,93 +121,105 @@ class UnionTail:
 
     def _block(self, block: _Block, part: slice, sums: Float64) -> bool:
         """Fills ``sums`` of the block's rows; False where an id does not fit into a key."""
-        value, logp, key, ids = block.value, block.mixed, block.key, block.key.view(np.int32)
-        np.concatenate([side.ids[part] for side in self.sides], axis=1, out=ids)
-        if ids.max() > self.max_id:
+        value, logp, key = block.value, block.mixed, block.key
+        np.concatenate([side.ids[part] for side in self.sides], axis=1, out=block.ids)
+        if np.maximum.reduce(block.ids, axis=None) > self.max_id:
             return False
-        np.left_shift(key, np.uint32(self.bits), out=key)
+        np.left_shift(key, self.bits, out=key)
         np.concatenate([side.logp[part] for side in self.sides], axis=1, out=logp)
         np.exp(logp, out=value)
         sums[:2] = (value @ self.side_of).T
-        pads = [self._pads(block, side, columns, part) for side, columns in zip(self.sides, self.columns, strict=True)]
+        usual = np.minimum.reduce(block.ends, axis=None) >= self.floor  # the lists descend, and a pad is -inf
+        pads = None if usual else [self._pads(block, side, part) for side in (0, 1)]
         if self.scale.ndim or self.scale != 1.0:
             value *= self.scale[: len(value)] if self.scale.ndim else self.scale
         sums[2] = _dots(value, logp)
-        shares = self.shares
-        if pads[0] is None and pads[1] is None:
+        taken = self.taken
+        if pads is None:
             value += self.added[: len(value)] if self.added.ndim else self.added
         else:
             shares = [side.scaled(side.share[part, None]) for side in self.sides]
+            taken = (shares[0] + shares[1]) * _A_HAIR_LESS
             for pad, columns, added in zip(pads, self.columns, shares[::-1], strict=True):
                 value[:, columns] += added
                 if pad is not None:  # 1 log 1 = 0: a pad adds nothing at all
                     np.copyto(value[:, columns], np.float32(1.0), where=pad)
         np.bitwise_or(key, block.slot, out=key)
         key.sort(axis=1)
-        sums[3], sums[4] = self._mixture(block, shares[0] + shares[1])
+        sums[3], sums[4] = self._mixture(block, taken)
         return True
 
-    def _pads(self, block: _Block, side: _Side, columns: slice, part: slice) -> Bool | None:
-        """None for a usual block; where a row reaches below the floor, the side is put right and its pads are told."""
-        logp = block.mixed[:, columns]
-        if logp[:, -1].min() >= side.floor:  # the lists descend, and a pad is -inf
+    def _pads(self, block: _Block, which: int, part: slice) -> Bool | None:
+        """None where the side is a usual one; where a row reaches below the floor, it is put right, its pads told."""
+        side, columns = self.sides[which], self.columns[which]
+        if block.ends[:, which].min() >= self.floor:
             return None
         side.look(part)
         pads = np.asarray(side.ids[part] < 0)
+        logp = block.mixed[:, columns]
         np.maximum(logp, _NO_LOG, out=logp)
-        np.copyto(block.key[:, columns], self.pad[columns] << np.uint32(self.bits), where=pads)
+        np.copyto(block.key[:, columns], self.pad[columns], where=pads)
         return pads
 
-    def _mixture(self, block: _Block, shares: Float32) -> tuple[Float32, Float32]:
+    def _mixture(self, block: _Block, taken: Float32) -> tuple[Float32, Float32]:
         """Pairs a row, and the sum of M log M a row."""
-        key, mixed, second, same = block.key, block.mixed, block.value, block.same
-        flat = key.reshape(-1)
-        np.bitwise_xor(flat[1:], flat[:-1], out=block.step.reshape(-1)[1:])
-        np.less(block.step, np.uint32(1 << self.bits), out=block.equal)
-        block.equal[:, 0] = False  # equal[i]: slot i is the second of a pair; no pair spans two rows
-        np.copyto(same, block.equal)
-        np.bitwise_and(key, np.uint32((1 << self.bits) - 1), out=key)
+        key, mixed, second, step, same = block.key, block.mixed, block.value, block.step, block.same
+        np.bitwise_xor(*block.neighbours, out=block.after)
+        np.subtract(step, self.pair, out=step)
+        np.right_shift(block.sign, 31, out=block.sign)  # all bits where it was below 0, else none
+        np.bitwise_and(step, _ONE, out=step)
+        same[:, 0] = 0.0  # same[i]: slot i is the second of a pair; no pair spans two rows
+        np.bitwise_and(key, self.slot_bits, out=key)
         np.add(key, block.base, out=key)
         np.copyto(block.index, key)  # by hand: take would allocate its own copy of the indices for every block
-        np.take(block.value.reshape(-1), block.index, out=mixed, mode="wrap")
-        # A hair less than both shares is taken off, so that rounding never makes a mixture negative.
-        np.subtract(mixed, shares * np.float32(1 - 1e-6), out=second)
+        block.values.take(block.index, out=mixed, mode="wrap")
+        np.subtract(mixed, taken, out=second)
         np.multiply(second, same, out=second)
         np.maximum(mixed, same, out=mixed)  # no E is above 1 by more than a share: FAST_FLOOR keeps that small
-        mixed.reshape(-1)[:-1] += second.reshape(-1)[1:]
+        np.add(block.before, block.values[1:], out=block.before)
         np.log(mixed, out=second)
         return same @ self.ones, _dots(mixed, second)
 
 
-@dataclass(frozen=True, slots=True)
 class _Block:
-    """The buffers of some rows, [n, W] each. ``mixed`` holds the logprobs first; ``same`` is ``step`` in float32."""
+    """The buffers of some rows, [n, W] each, and the views that a block of work needs.
 
-    value: Float32
-    mixed: Float32
-    key: UInt32
-    step: UInt32
-    same: Float32
-    slot: UInt32
-    base: UInt32
-    index: NDArray[np.intp]
-    equal: Bool
+    ``mixed`` holds the logprobs first, and ``value`` what follows each slot last. ``same`` is ``step`` in float32.
+    """
+
+    def __init__(self, columns: tuple[slice, slice], arrays: tuple[NDArray[Any], ...]) -> None:
+        self.columns, self.arrays = columns, arrays
+        self.value, self.mixed, self.key, self.step, self.slot, self.base, self.index = arrays
+        self.ids, self.same, self.sign = (
+            self.key.view(np.int32), self.step.view(np.float32), self.step.view(np.int32),
+        )  # fmt: skip
+        self.ends = self.mixed[:, columns[0].stop - 1 :: columns[1].stop - columns[1].start]  # last of either list
+        self.values, keys = self.value.reshape(-1), self.key.reshape(-1)
+        self.neighbours = keys[1:], keys[:-1]
+        self.after, self.before = self.step.reshape(-1)[1:], self.mixed.reshape(-1)[:-1]
 
     @classmethod
-    def of(cls, rows: int, width: int) -> _Block:
-        shape = rows, width
-        value, mixed = _aligned(shape, np.float32), _aligned(shape, np.float32)
-        key, step, slot, base = (_aligned(shape, np.uint32) for _ in range(4))
+    def ready(cls, rows: int, columns: tuple[slice, slice]) -> _Block:
+        """An idle block of that many rows or more, or a new one."""
+        try:
+            idle = _IDLE.pop()
+        except IndexError:
+            idle = None
+        if idle is not None and idle.columns == columns and len(idle.key) >= rows:
+            return idle
+        width = columns[1].stop
+        value, mixed = (_aligned((rows, width), np.float32) for _ in range(2))
+        key, step, slot, base = (_aligned((rows, width), np.uint32) for _ in range(4))
         slot[:] = np.arange(width, dtype=np.uint32)
         base[:] = np.arange(rows, dtype=np.uint32)[:, None] * np.uint32(width)
-        index, equal = _aligned(shape, np.intp), _aligned(shape, np.bool_)
-        return cls(value, mixed, key, step, step.view(np.float32), slot, base, index, equal)
+        return cls(columns, (value, mixed, key, step, slot, base, _aligned((rows, width), np.intp)))
 
     def head(self, rows: int) -> _Block:
         """The buffers of the first ``rows`` rows."""
-        if rows == len(self.key):
-            return self
-        return _Block(*(getattr(self, field.name)[:rows] for field in fields(self)))
+        return self if rows == len(self.key) else _Block(self.columns, tuple(array[:rows] for array in self.arrays))
+
+
+_IDLE: list[_Block] = []  # at most as many as there were calls at once; pop and append are atomic
 
 
 def _aligned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -213,6 +232,8 @@ def _aligned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
 
 def _dots(left: Float32, right: Float32) -> Float32:
     """Dot products of the rows."""
+    if hasattr(np, "vecdot"):  # NumPy 2
+        return np.asarray(np.vecdot(left, right))
     return np.asarray(np.matmul(left[:, None, :], right[:, :, None])[:, 0, 0])
 
 
@@ -241,10 +262,14 @@ def _finish(teacher: _Side, student: _Side, sums: Float64, fits: Bool) -> tuple[
     total -= np.log(teacher.scale) * mixture_mass
     total -= _x_log_x(mixture_tail)
     np.maximum(total, 0.0, out=total)
-    # Not the mass: float32 rounds that of a list of very improbable ids to 0. The lists descend, and a pad is -inf.
-    signal = np.isfinite(teacher.logp[:, 0]) & np.isfinite(student.logp[:, 0])
-    total[left | ~signal] = np.nan
-    return total, np.flatnonzero(left & (signal | ~fits))
+    total[left] = np.nan
+    # float32 also rounds the mass of very improbable ids to 0. The lists descend, and a pad is -inf.
+    for side, mass in ((teacher, teacher_mass), (student, student_mass)):
+        silent = np.flatnonzero(mass == 0.0)
+        silent = silent[np.isneginf(side.logp[silent, 0])]
+        total[silent] = np.nan
+        left[silent] = ~fits[silent]
+    return total, np.flatnonzero(left)
 
 
 def _x_log_x(x: Float64) -> Float64:
