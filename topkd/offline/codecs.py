@@ -206,9 +206,8 @@ def _from_half(bits: NDArray[np.uint16], *, plain: bool) -> Float32:
     wide <<= np.uint32(13)
     wide += np.uint32(0xA8000000)
     logp: Float32 = wide.view(np.float32)
-    small = bits < _ONE_LEADING
-    if small.any():
-        at = np.flatnonzero(small)
+    if bits.size and np.minimum.reduce(bits) < _ONE_LEADING:  # half the time of looking for them
+        at = np.flatnonzero(bits < _ONE_LEADING)
         logp[at] = (bits[at] & np.uint16(0x3FF)) * np.float32(-(2.0**-24))
     return logp
 
