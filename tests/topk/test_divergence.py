@@ -55,6 +55,17 @@ def test_impossible_tokens_cost_nothing_inside_and_infinity_at_the_kl_they_break
     assert gjs(teacher, teacher, 0.0) == 0.0
 
 
+def test_a_token_too_improbable_for_a_double_still_breaks_the_kl() -> None:
+    """exp(-1e4) is 0.0, and 0 * inf would be nan: no signal, where there is one."""
+    masked, never = np.array([*np.log([0.5, 0.5]), -1e4]), np.array([*np.log([0.5, 0.5]), -np.inf])
+    for tail in TAILS:
+        assert shared_support_gjs(masked, never, 0.0, tail) == math.inf
+        assert shared_support_gjs(never, masked, 0.0, tail) == pytest.approx(0.0, abs=1e-15)
+    assert gjs(never, masked, 1.0) == math.inf
+    assert gjs(never, masked, 0.5) == pytest.approx(0.0, abs=1e-15)
+    assert np.isnan(shared_support_gjs(np.array([np.nan, -0.1]), np.array([-np.inf, -0.1]), 0.0, "partial"))
+
+
 @pytest.mark.parametrize("beta", [0.01, 0.3, 0.5, 0.99])
 def test_the_interior_integrand_is_never_negative(beta: float) -> None:
     rng = np.random.default_rng(2)

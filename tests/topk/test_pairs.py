@@ -88,6 +88,18 @@ def test_a_list_of_ids_too_improbable_for_float32_is_a_signal() -> None:
         assert np.isnan(values[[2, 3]]).all()
 
 
+def test_a_share_below_the_smallest_double_is_no_exact_zero() -> None:
+    """A missing id gets the smallest listed probability: exp(-800) is 0.0, and a KL against that would be infinite."""
+    teacher = TopK.from_lists([[(1, -9.0), (2, -800.0)]])
+    student = TopK.from_lists([[(3, math.log(0.5)), (2, -1.0)]])
+    p = math.exp(-1.0)
+    rest = p * (-1.0 + 800.0) + 0.5 * (math.log(0.5) + 800.0)  # of the ids; the missing one and the tail bin follow
+    left = 0.5 - p
+    tail = (left - math.exp(-20.0)) * (math.log(left - math.exp(-20.0)) - math.log1p(-math.exp(-9.0)))
+    missing = math.exp(-20.0) * (-20.0 + 9.0)
+    assert topk_gjs(teacher, student, 1.0)[0] == pytest.approx(rest + missing + tail, rel=1e-6)
+
+
 def test_flat_lists_of_thousands_stay_within_1e_5_of_float64() -> None:
     """Nearly all the mass in many small numbers is where float32 rounds most."""
     rng = np.random.default_rng(4)

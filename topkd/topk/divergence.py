@@ -118,8 +118,9 @@ def log_mixture(teacher: Float64, student: Float64, beta: float) -> Float64:
 def kl_terms(logp: Float64, logq: Float64) -> Float64:
     """p (log p - log q) at each id: 0 where p = 0, +inf where p > 0 = q, NaN where either is NaN."""
     empty = np.isneginf(logp) & ~np.isnan(logq)
+    broken = np.isneginf(logq) & (logp > -np.inf)  # also where exp(logp) is 0 by rounding: 0 * inf would be nan
     with np.errstate(invalid="ignore"):
-        return np.where(empty, 0.0, np.exp(logp) * (logp - logq))
+        return np.where(empty, 0.0, np.where(broken, np.inf, np.exp(logp) * (logp - logq)))
 
 
 def _rows(teacher_logp: ArrayLike, student_logp: ArrayLike) -> tuple[Float64, Float64]:

@@ -43,8 +43,8 @@ def topk_gjs(
     * ``"renormalise"``: the common ids only, each side renormalised on them; NaN where no id is common.
 
     The left-over mass is the stored ``tail_logp`` where it is known, else 1 - mass. ``union_tail`` with beta in .01 ..
-    .99 and a floor in -80 .. -15 runs in float32 with float64 sums; all else in float64. The difference is within 2e-6
-    up to K = 200, and within 1e-5 at K in the thousands.
+    .99 and a floor in -80 .. -15 runs in float32 with float64 sums; all else in float64. The difference is within 4e-6
+    up to K = 200, and within 4e-5 at K in the thousands; half of it where ``tail_logp`` is known.
 
     Args:
         teacher: R rows.
@@ -108,12 +108,14 @@ def _with_tail(logp: Float64, listed: Bool, union: Bool, tail: Float64, floor: f
     logp = logp - np.log(np.maximum(mass, 1.0))[:, None]
     absent = union & ~listed
     count = absent.sum(axis=1)
-    smallest = np.exp(np.where(np.isfinite(logp), logp, np.inf).min(axis=1, initial=np.inf))
-    share = np.minimum(np.minimum(np.exp(floor), smallest), remaining / np.maximum(count, 1))
+    smallest = np.where(np.isfinite(logp), logp, np.inf).min(axis=1, initial=np.inf)
+    # in logs: a share below the smallest double would be an exact zero, and infinity at a KL end
+    filler = np.minimum(np.minimum(floor, smallest), np.log(remaining / np.maximum(count, 1)))
+    share = np.exp(filler)
     # where the missing ids take all that is left, the difference is rounding: at a KL end it would decide over infinity
     spent = share * count >= remaining * (1.0 - 1e-12)
     with np.errstate(divide="ignore"):
-        rest, filler = np.log(np.where(spent, 0.0, remaining - share * count)), np.log(share)
+        rest = np.log(np.where(spent, 0.0, remaining - share * count))
     return np.concatenate([np.where(absent, filler[:, None], logp), rest[:, None]], axis=1)
 
 
