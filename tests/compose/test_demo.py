@@ -43,14 +43,14 @@ def small(monkeypatch):
 
 
 async def test_the_demo_runs_from_corpus_to_curve_and_reuses_what_it_trained(small, tmp_path):
-    told = Told()
-    first = await demo.demo("gjs", steps=3, seed=1, out=tmp_path / "a", cache=tmp_path / "cache", progress=told)
+    told, out = Told(), tmp_path / 'a "b" \U0001f680'  # as a run file quotes it, too
+    first = await demo.demo("gjs", steps=3, seed=1, out=out, cache=tmp_path / "cache", progress=told)
     assert told.stages == [("train the teacher", 12), ("train the student", 2), ("distil", 3)]
     assert told.kinds.count("step") == 3
     assert first.figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert first.tokens == sum(record["tokens"] for record in read_metrics(tmp_path / "a" / "metrics.jsonl", "step"))
-    assert (tmp_path / "a" / "student" / "model.safetensors").exists()
-    summary = json.loads((tmp_path / "a" / "demo.json").read_text())
+    assert first.tokens == sum(record["tokens"] for record in read_metrics(out / "metrics.jsonl", "step"))
+    assert (out / "student" / "model.safetensors").exists()
+    summary = json.loads((out / "demo.json").read_text())
     assert summary["before"]["reverse_kl"] == first.before["reverse_kl"] > 0
     folder = first.run_file.parent
     config = load_config(first.run_file, ["steps=2", "eval.every=1", "student.device=cpu"])
@@ -115,6 +115,18 @@ def test_what_ends_before_the_run_leaves_no_folder_and_keeps_an_empty_one(tmp_pa
         with pytest.raises(KeyboardInterrupt), own_folder(out, tmp_path / "runs" / "demo", Told()):
             raise KeyboardInterrupt
     assert list(mine.iterdir()) == list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_place_that_can_never_be_had_is_an_error_and_no_search_without_end(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "unplugged")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for out, usual, where in (
+        (None, tmp_path / "runs" / "demo", r"runs.demo\): got File exists"),
+        (tmp_path / "runs" / "mine", tmp_path / "demo", r"runs.mine\): got File exists"),
+        (None, tmp_path / "loop" / "demo", r"loop.demo\): got Too many levels of symbolic links"),
+    ):
+        with pytest.raises(ConfigError, match=where), own_folder(out, usual, Told()):
+            pass
 
 
 def test_scratch_of_the_dead_is_cleaned_and_of_the_living_is_waited_for(tmp_path):

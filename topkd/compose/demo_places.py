@@ -42,11 +42,11 @@ def own_folder(out: Path | None, usual: Path, progress: Progress) -> Iterator[Pa
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / SUMMARY).open("x", encoding="utf-8").close()
-        except FileExistsError:  # another demo came first: look again
-            continue
+            break
         except OSError as error:
+            if isinstance(error, FileExistsError) and not _free(folder):
+                continue  # another demo came first: look again
             raise ConfigError("cannot make the output folder", where=str(folder), got=error.strerror) from error
-        break
     if folder not in (out, usual):
         progress.note(f"{usual} is there already and stays as it is: this demo goes to {folder}")
     try:
@@ -95,5 +95,5 @@ def _locked(file: TextIO, progress: Progress) -> bool:
 def _free(path: Path) -> bool:
     try:
         return not path.is_symlink() and (not path.exists() or (path.is_dir() and not any(path.iterdir())))
-    except OSError:
-        return False
+    except OSError as error:
+        raise ConfigError("cannot look into the output folder", where=str(path), got=error.strerror) from error

@@ -79,6 +79,7 @@ def leave(
         "warmup_steps": config.learner.warmup_steps, "eval_every": config.eval_every,
         **config.rollout.model_dump(include={"prompts_per_step", "samples_per_prompt", "max_completion_tokens"}),
     }  # fmt: skip
-    quoted = {f"{name}_q": json.dumps(str(path)) for name, path in paths.items()}
+    # A JSON string is TOML's too, but for characters beyond the basic plane where they are escaped as surrogates.
+    quoted = {f"{name}_q": json.dumps(str(path), ensure_ascii=False) for name, path in paths.items()}
     run.write_text(_RUN.format(run=run, teacher=paths["teacher"], **settings, **quoted), encoding="utf-8")
     return run
