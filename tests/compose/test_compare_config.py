@@ -36,6 +36,16 @@ def test_a_grid_is_the_product_of_its_axes():
     ]
 
 
+def test_a_grids_values_reach_its_arms_as_they_were_typed(tmp_path):
+    (tmp_path / "run.toml").write_text(RUN + '[eval]\npath = "p"\nteacher = "t"\n')
+    made = from_runs([tmp_path / "run.toml"], parse_grid(["teacher.model=\U0001f680,'a \"b\"'"]), [0])
+    assert [arm.set["teacher"]["model"] for arm in made.arms] == ["\U0001f680", 'a "b"']
+    with pytest.raises(ConfigError, match=r"config key 'steps' \(arm 'steps=2020-01-01'\)"):
+        from_runs([], parse_grid(["steps=2020-01-01,3"]), [0])
+    with pytest.raises(ConfigError, match=r"config key 'objective.beta' .*got inf"):
+        from_runs([], parse_grid(["objective.beta=inf,0.5"]), [0])
+
+
 RUN = 'steps = 3\nmax_staleness = 0\n[student]\nmodel = "s"\n[data]\npath = "p"\n[teacher]\nurl = "http://t"\n'
 
 
@@ -45,6 +55,19 @@ def test_run_files_become_arms_that_differ_from_the_first(tmp_path):
     (tmp_path / "two.toml").write_text("k = 7\n" + base)
     made = from_runs([tmp_path / "one.toml", tmp_path / "two.toml"], {}, [0])
     assert [arm.set for arm in made.arms] == [{}, {"k": 7}]
+
+
+def test_run_files_may_be_called_anything_and_one_file_twice_is_no_comparison(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    names = ["my first try.toml", "ü.toml", "a/run.toml", "run.toml"]
+    for place, name in enumerate(names):
+        (tmp_path / name).write_text(f'k = {place + 1}\n{RUN}[eval]\npath = "p"\nteacher = "t"\n')
+    monkeypatch.chdir(tmp_path / "a")
+    made = from_runs([*(tmp_path / name for name in names[:2]), Path("run.toml"), Path("../run.toml")], {}, [0])
+    assert [arm.shown for arm in made.arms] == ["my first try", "ü", "a-run", f"{tmp_path.name}-run"]
+    assert [made.values(arm, 0, None)["k"] for arm in made.arms] == [1, 2, 3, 4]
+    with pytest.raises(ConfigError, match="every arm's name once"):
+        from_runs([Path("run.toml"), Path("../a/run.toml")], {}, [0])
 
 
 def test_each_run_file_trains_as_it_would_alone_whatever_the_first_one_says(tmp_path):

@@ -86,6 +86,10 @@ def test_another_kind_keeps_the_keys_that_it_shares_and_says_which_it_leaves_out
         (GOOD, ["steps.deep=1"], r"steps is a value, not a table"),
         (GOOD, ["steps=many"], r"config key 'steps'.*got 'many', expected a whole number"),
         ("steps = ", [], r"not TOML"),
+        ("steps = " + "[" * 5000, [], r"cannot be read .*nested too deeply"),
+        ("steps = " + "9" * 5000, [], r"cannot be read .*thousands of digits"),
+        (GOOD, ["steps=" + "[" * 5000], r"config key 'steps'.*expected a whole number"),
+        (GOOD, [f"steps={10**20}"], r"config key 'steps'.*less than or equal to 1000000000"),
         (GOOD, ["seed=-1"], r"config key 'seed'.*got -1"),
         (GOOD, ["learner.lr=inf"], r"config key 'learner.lr'.*finite"),
         (GOOD, ["learner.weight_decay=inf"], r"config key 'learner.weight_decay'.*finite"),
@@ -144,6 +148,12 @@ def test_what_makes_no_sense_together_is_refused_with_the_reason(teacher, change
     values = {"student": {"model": "m"}, "data": {"path": "p"}, "teacher": teacher, **changes}
     with pytest.raises(ConfigError, match=message):
         validated(RunConfig, values, where="run.toml")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(GOOD, encoding="utf-8-sig")
+    assert load_config(path).steps == 7
 
 
 def test_a_missing_file_says_so(tmp_path):

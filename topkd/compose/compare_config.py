@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
-import json
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from topkd.compose.config import RunConfig, read_toml, validated
-from topkd.compose.overrides import apply_override, merged
+from topkd.compose.overrides import apply_override, merged, parsed, put
 from topkd.engine import EngineConfig
 from topkd.engine.frozen import Frozen
 from topkd.topk.errors import ConfigError
@@ -215,7 +214,7 @@ def from_runs(
         raise ConfigError("a grid takes one base file", got=f"{len(paths)} files", hint="give one, or drop --grid")
     if len(paths) > 1:
         base = read_toml(paths[0])
-        arms = [Arm(name=_unique(path, paths), set=_difference(base, path)) for path in paths]
+        arms = [_arm(_unique(path, paths), _difference(base, path)) for path in paths]
         values: dict[str, Any] = {"base": str(paths[0]), "name": " against ".join(arm.name for arm in arms)}
     else:
         arms = [_grid_arm(dict(zip(grid, point, strict=True))) for point in itertools.product(*grid.values())]
@@ -232,14 +231,14 @@ def parse_grid(entries: Sequence[str]) -> dict[str, list[Any]]:
         parts = [part.strip() for part in text.split(",") if part.strip()]
         if not separator or not key.strip() or not parts:
             raise ConfigError("--grid takes key=value,value", got=entry, hint="as in --grid objective.kind=gjs,topk_pg")
-        grid[key.strip()] = [_value(part) for part in parts]
+        grid[key.strip()] = [parsed(part) for part in parts]
     return grid
 
 
 def _grid_arm(point: Mapping[str, Any]) -> Arm:
     table: dict[str, Any] = {}
     for key, value in point.items():
-        apply_override(table, f"{key}={json.dumps(value)}")
+        put(table, key, value, said="--grid")
     return _arm("+".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in point.items()), table)
 
 
@@ -253,7 +252,7 @@ def _arm(label: str, table: dict[str, Any]) -> Arm:
 
 
 def _overridden(config: CompareConfig, overrides: Sequence[str]) -> CompareConfig:
-    table = json.loads(json.dumps(config.overrides))
+    table = copy.deepcopy(config.overrides)
     for override in overrides:
         apply_override(table, override)
     return config.model_copy(update={"overrides": table})
@@ -281,11 +280,4 @@ def _explicit(value: Any, former: Any, whole: Any) -> Any:
 
 def _unique(path: Path, paths: Sequence[Path]) -> str:
     same = [other for other in paths if other.stem == path.stem]
-    return path.stem if len(same) == 1 else f"{path.parent.name}-{path.stem}"
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+    return path.stem if len(same) == 1 else f"{path.resolve().parent.name}-{path.stem}"

@@ -71,7 +71,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), told: Callable[[str],
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file; what cannot be read is one clear error."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError("cannot read the config", where=str(path), got=reason) from error
@@ -79,6 +79,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError("the config is not TOML", where=str(path), got=str(error)) from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else "a number of thousands of digits"
+        raise ConfigError("the config cannot be read", where=str(path), got=reason) from error
 
 
 def validated(model: type[M], values: Mapping[str, Any], *, where: str, overrides: Sequence[str] = ()) -> M:

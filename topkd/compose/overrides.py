@@ -20,7 +20,7 @@ def overridden(values: dict[str, Any], overrides: Sequence[str], model: type[Bas
     for override in sorted(overrides, key=lambda given: not _key(given).endswith(".kind")):
         table, _, name = _key(override).rpartition(".")
         if name == "kind" and isinstance(values.get(table), Mapping):
-            kind = _parsed(override.partition("=")[2].strip())
+            kind = parsed(override.partition("=")[2].strip())
             kept, dropped = switched(values[table], table, kind, model)
             if dropped:
                 stays = ", ".join(f"{key} = {value!r}" for key, value in kept.items() if key != "kind")
@@ -38,13 +38,18 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError("--set takes key=value", got=override, hint="for instance --set objective.kind=gjs")
-    *path, last = key.strip().split(".")
+    put(values, key.strip(), parsed(text.strip()), said=f"--set {override}")
+
+
+def put(values: dict[str, Any], key: str, value: Any, *, said: str) -> None:
+    """Lay a value over plain ones, at a dotted key; ``said`` is how the user wrote it."""
+    *path, last = key.split(".")
     table = values
     for part in path:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {key}: {part} is a value, not a table", got=override)
-    table[last] = _parsed(text.strip())
+            raise ConfigError(f"{part} is a value, not a table", where=said)
+    table[last] = value
 
 
 def merged(base: Mapping[str, Any], change: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
@@ -100,8 +105,9 @@ def _key(override: str) -> str:
     return override.partition("=")[0].strip()
 
 
-def _parsed(text: str) -> Any:
+def parsed(text: str) -> Any:
+    """A value as it is typed: TOML, or else a word that needs no quotes, as in --set objective.kind=gjs."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text  # a bare word is a string, so that --set objective.kind=gjs needs no quotes
+    except (ValueError, RecursionError):  # no TOML, or a number or nesting that Python does not read
+        return text

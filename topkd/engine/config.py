@@ -41,7 +41,7 @@ class CheckpointConfig(Frozen):
 class EngineConfig(Frozen):
     """The loop: how long, how stale, towards what."""
 
-    steps: PositiveInt = 100
+    steps: Annotated[PositiveInt, Field(le=10**9)] = 100
     seed: Annotated[int, Field(ge=0)] = 0
     k: PositiveInt = 20
     max_staleness: Annotated[int, Field(ge=0)] = 1
