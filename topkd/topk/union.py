@@ -27,33 +27,36 @@ KEY_BITS = 31
 BLOCK_SLOTS = 131_072  # a block costs some 25 microseconds of calls; its buffers take 32 bytes a slot
 MIN_TAIL = 1e-7  # the least mass a list leaves over: below it, 1 - mass is rounding
 _NEVER_ZERO = 1e-28  # keeps the log of a mixture of two vanishing probabilities finite; changes no sum
+_TINY = np.finfo(np.float64).tiny
 _NO_LOG = np.float32(-1e4)  # stands for log 0 where it is multiplied by an exact 0
 _ONE = np.float32(1.0).view(np.uint32)  # its bits
 _A_HAIR_LESS = np.float32(1 - 1e-6)  # than both shares is taken off, so that rounding makes no mixture negative
 _CACHE_LINE = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Side:
-    """One side of the pair; a block with an uncommon row puts ``listed`` and ``share`` right."""
+    """One side of the pair. ``listed`` and ``share`` are one number until a row needs its own."""
 
     ids: Int32
     logp: Float32
     weight: float  # of this side in the mixture
     scale: float  # the larger of both sides' weights, which the blocks divide by
     floor: float
-    listed: Float64  # [R] entries that are not pads
-    share: Float64  # [R] probability of a missing id, before the cap by the left-over mass
+    listed: Float64  # [] or [R] entries that are not pads
+    share: Float64  # [] or [R] probability of a missing id, before the cap by the left-over mass
     remaining: Float64  # [R] stored tail mass, NaN = unknown
 
     @classmethod
     def of(cls, scores: TopK, weight: float, floor: float) -> _Side:
-        listed, share = np.full(scores.rows, float(scores.k)), np.full(scores.rows, np.exp(floor))
+        listed, share = np.asarray(float(scores.k)), np.asarray(np.exp(floor))
         remaining = np.exp(scores.tail_logp).astype(np.float64)  # no more exact than the float32 it comes from
         return cls(scores.ids, scores.logp, weight, max(weight, 1.0 - weight), floor, listed, share, remaining)
 
     def look(self, part: slice) -> None:
         """Sets ``listed`` and ``share`` of the rows that hold a pad, a zero or an entry below the floor."""
+        if not self.share.ndim:
+            self.listed, self.share = (np.full(len(self.logp), number) for number in (self.listed, self.share))
         ids, logp = self.ids[part], self.logp[part]
         lowest = logp[:, -1].astype(np.float64)
         ragged = np.flatnonzero(np.isneginf(lowest))
@@ -64,8 +67,9 @@ class _Side:
             self.listed[part][ragged] = (ids[ragged] >= 0).sum(axis=1)
         self.share[part] = np.exp(np.minimum(lowest, self.floor))
 
-    def scaled(self, share: Float64 | np.float64) -> Float32:
-        """What a missing id of this side puts into the mixture, in units of the larger weight."""
+    def scaled(self, part: slice) -> Float32:
+        """What a missing id of this side puts into the mixture, in units of the larger weight: [] or [n, 1]."""
+        share = self.share[part, None] if self.share.ndim else self.share
         return np.asarray(np.maximum(share * (self.weight / self.scale), _NEVER_ZERO), dtype=np.float32)
 
 
@@ -89,7 +93,7 @@ class UnionTail:
         self.side_of = np.zeros((self.width, 2), dtype=np.float32)
         for side, columns in enumerate(self.columns):
             self.side_of[columns, side] = 1.0
-        shares = [side.scaled(np.exp(floor)) for side in self.sides]
+        shares = [side.scaled(slice(0)) for side in self.sides]
         self.taken = (shares[0] + shares[1]) * _A_HAIR_LESS
         self.scale = self._wide([np.float32(side.weight / side.scale) for side in self.sides])
         self.added = self._wide(shares[::-1])  # a side's slots carry the other side's share
@@ -138,7 +142,7 @@ class UnionTail:
         if pads is None:
             value += self.added[: len(value)] if self.added.ndim else self.added
         else:
-            shares = [side.scaled(side.share[part, None]) for side in self.sides]
+            shares = [side.scaled(part) for side in self.sides]
             taken = (shares[0] + shares[1]) * _A_HAIR_LESS
             for pad, columns, added in zip(pads, self.columns, shares[::-1], strict=True):
                 value[:, columns] += added
@@ -240,27 +244,27 @@ def _dots(left: Float32, right: Float32) -> Float32:
 def _finish(teacher: _Side, student: _Side, sums: Float64, fits: Bool) -> tuple[Float64, NDArray[np.intp]]:
     teacher_mass, student_mass, p_log_p, pairs, mixture = sums
     total = teacher.scale * (p_log_p - mixture)
-    mixture_mass, mixture_tail = np.zeros_like(mixture), np.zeros_like(mixture)
+    mixture_tail, log_scale = np.zeros_like(mixture), np.log(teacher.scale)
     left = ~fits
     for side, other, mass in ((teacher, student, teacher_mass), (student, teacher, student_mass)):
-        share = side.share[:1] if (side.share == side.share[0]).all() else side.share  # one logarithm, not R
         missing = other.listed - pairs
-        remaining = side.remaining
-        unknown = np.isnan(remaining)
+        tail = side.remaining
+        unknown = np.isnan(tail)
         if unknown.any():
-            remaining = np.where(unknown, 1.0 - mass, remaining)
-        given = share * missing
-        tail = np.maximum(remaining, MIN_TAIL) - given
+            tail = np.where(unknown, 1.0 - mass, tail)
+        tail = np.maximum(tail, MIN_TAIL)
+        tail -= side.share * missing
         left |= mass > 1.0
         left |= tail < 0.0
-        np.maximum(tail, 0.0, out=tail)
-        total += (side.weight * _x_log_x(share)) * missing
-        total += side.weight * _x_log_x(tail)
-        given += mass
-        mixture_mass += side.weight * given
-        mixture_tail += side.weight * tail
-    total -= np.log(teacher.scale) * mixture_mass
-    total -= _x_log_x(mixture_tail)
+        tail *= side.weight
+        np.maximum(tail, _TINY, out=tail)
+        mixture_tail += tail
+        # The mixture was summed in units of the scale: its mass, times the scale's logarithm, is still to be taken off.
+        total -= (side.weight * log_scale) * mass
+        missing *= side.weight * side.share * (np.log(np.maximum(side.share, _TINY)) - log_scale)
+        total += missing
+        total += tail * np.log(tail) - np.log(side.weight) * tail
+    total -= mixture_tail * np.log(mixture_tail)
     np.maximum(total, 0.0, out=total)
     total[left] = np.nan
     # float32 also rounds the mass of very improbable ids to 0. The lists descend, and a pad is -inf.
@@ -270,7 +274,3 @@ def _finish(teacher: _Side, student: _Side, sums: Float64, fits: Bool) -> tuple[
         total[silent] = np.nan
         left[silent] = ~fits[silent]
     return total, np.flatnonzero(left)
-
-
-def _x_log_x(x: Float64) -> Float64:
-    return np.asarray(x * np.log(np.maximum(x, np.finfo(np.float64).tiny)))
