@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.test_cache import fill
 from tests.fakes.interrupts import interruptible
 from topkd.cli.outcomes import again
 
@@ -45,6 +46,7 @@ BAD = [
     (["train", "broken.toml", "--out", "o"], "the config is not TOML"),
     (["train", "unknown.toml", "--out", "o"], "unknown config key 'stepz' (unknown.toml); did you mean 'steps'?"),
     (["serve", "no/such/model"], "no/such/model"),
+    (["score", "x" * 5000, "--teacher", "http://127.0.0.1:1", "--out", "o"], "xxx...): got File name too long"),
     (["serve", "m", "--api-key-env", "NOT_SET_ANYWHERE"], "NOT_SET_ANYWHERE (--api-key-env) is not set"),
 ]
 
@@ -69,6 +71,13 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, args, mess
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert last.startswith("topkd: error: ")
+
+
+def test_a_name_that_the_terminal_cannot_show_is_shown_escaped(tmp_path):
+    cache = fill(tmp_path / "\u2603", range(2))
+    done = topkd("cache", "verify", cache, PYTHONIOENCODING="latin-1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u2603: 2 records" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ import pytest
 from tests.cli.test_cache import fill, ran, told
 from tests.docs.blocks import ROOT
 from tests.engine.pieces import model_folder
+from topkd.compose.score_config import ScoreConfig
+from topkd.compose.selection import Budget
 from topkd.serve import ServeConfig, ServerProcess
-from topkd.topk.errors import DataError
+from topkd.topk.errors import ConfigError, DataError
 
 DEAD = "http://127.0.0.1:1"
 
@@ -56,6 +58,27 @@ def test_an_estimate_foretells_ids_that_a_teacher_of_known_size_cannot_have(data
     (folder / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 11}}))
     assert told(*job, "--teacher", f"vllm:{folder}")["refused"] == 1
     assert told(*job, "--teacher", f"vllm:{tmp_path / 'elsewhere'}")["refused"] == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--limit", 10**30, "'limit'.*less than or equal to"),
+        ("--in-flight", 10**11, "'in_flight'.*less than or equal to 10000"),
+        ("--max-cost", "inf", "'max_cost'.*a finite number"),
+        ("--price-per-million", "inf", "'price_per_million'.*a finite number"),
+    ],
+)
+def test_a_number_beyond_all_bounds_is_a_mistake_and_no_job_that_hangs(data, tmp_path, option, value, message):
+    with pytest.raises(ConfigError, match=message):
+        ran("score", data, "--teacher", DEAD, "--out", tmp_path / "cache", option, value)
+
+
+def test_a_cap_that_no_number_of_tokens_reaches_caps_nothing(data, tmp_path):
+    job = ("score", data, "--teacher", DEAD, "--out", tmp_path / "cache", "--estimate", "--price-per-million", "1e-300")
+    assert told(*job, "--max-cost", "1e308")["scored"] == 8
+    values = {"data": data, "out": tmp_path, "teachers": (DEAD,), "price_per_million": 1e-300, "max_cost": 1e308}
+    assert Budget(ScoreConfig.model_validate(values)).take(10**12)
 
 
 @pytest.mark.parametrize("more", [(), ("--estimate",)])

@@ -50,3 +50,9 @@ def test_a_run_that_took_a_step_is_kept(tmp_path):
 def test_a_name_that_no_folder_can_have_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"the output folder cannot be read .*too long"):
         fresh_folder(tmp_path / ("a" * 300))
+
+
+def test_a_name_of_bytes_that_are_no_text_is_refused_before_any_weight_is_lost(tmp_path):
+    with pytest.raises(ConfigError, match="the output folder's name is not UTF-8"):
+        fresh_folder(tmp_path / "run\udcff")
+    assert not list(tmp_path.iterdir())

@@ -80,7 +80,7 @@ async def test_a_dead_server_is_told_before_a_model_is_opened_whatever_the_runs_
         ({"student": {"model": "./nope"}}, r"no such model folder \(./nope\)"),
         ({"data": {"path": "nope.jsonl"}}, r"cannot read the data file \(nope.jsonl\): got no such file or folder"),
         ({"data": {"path": "{tmp}/empty.jsonl"}}, r"no usable prompt \(.*empty.jsonl\): got no rows"),
-        ({"data": {"path": "{tmp}/broken.jsonl"}}, r"not a JSON object \(.*broken.jsonl:1\)"),
+        ({"data": {"path": "{tmp}/broken.jsonl"}}, r"not a JSON object \(.*broken.jsonl:1.*\)"),
         ({"data": {"path": "{tmp}/broken.parquet"}}, r"cannot read the Parquet file \(.*broken.parquet\)"),
         ({"data": {"path": "{tmp}"}}, "neither a saved dataset nor a cache"),
         ({"eval": {"path": "nope.jsonl"}}, r"cannot read the data file \(nope.jsonl\)"),

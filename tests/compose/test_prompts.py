@@ -50,7 +50,10 @@ def test_a_hint_is_seen_by_the_teacher_only(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{not json", r"not a JSON object \(.*data.jsonl:2\)"),
+        ("{not json", r"not a JSON object \(.*data.jsonl:2, column 2\): got 'not json', expected property name"),
+        ("[" * 100_000, r"not a JSON object \(.*:2\): got nested too deeply"),
+        ('{"prompt_ids": [' + "9" * 5000 + "]}", r"not a JSON object \(.*:2\): got a number of thousands of digits"),
+        ({"prompt": "a \ud83d"}, r"prompt cannot be read \(.*:2\): expected whole characters, not half of one as at 2"),
         ({"text": "x"}, r"exactly one of prompt_ids, prompt, messages \(.*:2\): got none"),
         ({"prompt": "x", "prompt_ids": [1]}, r"exactly one of.*:2\)"),
         ({"prompt_ids": ["1"]}, r"prompt_ids.0 cannot be read \(.*:2\)"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 import traceback
@@ -17,6 +19,9 @@ from topkd.topk.errors import TopkdError
 
 # What typer raises for a command line that does not fit: click's class, or its own copy of it, as its version has it.
 _Misuse: type[Exception] = next(one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException")
+
+_NAME = 120  # characters of a file's name that are repeated
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # no mistake of whoever typed the command
 
 # What the parser says of a value, as a person would.
 _WORDS = {
@@ -80,6 +85,8 @@ def options(
 
 def main() -> None:
     """Entry point of the ``topkd`` script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end what is done
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(prog_name="topkd", standalone_mode=False)
     except TopkdError as error:
@@ -93,6 +100,11 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:  # noqa: BLE001 - the last resort: a traceback is for --debug
+        if isinstance(error, OSError) and error.filename is not None:  # a name that is too long, a link to itself
+            name = str(error.filename)
+            name = name if len(name) < _NAME else f"{name[:_NAME]}..."
+            what = f"error: a file or folder cannot be used ({name}): got {error.strerror}"
+            _fail(what, 1 if error.errno in _FULL else 2)
         _fail(f"internal error: {type(error).__name__}: {error} (topkd --debug shows where)", 1)
 
     sys.exit(code if isinstance(code, int) else 0)

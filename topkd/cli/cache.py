@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from itertools import islice
@@ -96,7 +97,7 @@ def ls(
 
     Example: topkd cache ls cache --limit 5
     """
-    for number, row in enumerate(islice(_listed(cache), limit + 1)):
+    for number, row in enumerate(islice(_listed(cache), min(limit + 1, sys.maxsize))):
         if number == limit:
             if not as_json:
                 typer.echo("... (--limit shows more)")
@@ -206,6 +207,8 @@ def import_(
             done = import_axolotl(_plain_rows(source), store, named, where=str(source))
         else:
             done = import_distillkit(source, store, TeacherIdentity(teacher, revision=revision))
+        if not (done.records or done.refused):
+            raise DataError("nothing to import", where=str(source), got="no rows")
     _told(done, as_json)
     if done.refused:
         raise typer.Exit(1)

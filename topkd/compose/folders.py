@@ -24,6 +24,12 @@ def check_free(out: Path) -> None:
 
     A run that ended before its first step (a mistake found late) makes room for the next.
     """
+    try:
+        str(out.absolute()).encode()
+    except UnicodeEncodeError as error:  # found out when the first weights are written, otherwise
+        raise ConfigError(
+            "the output folder's name is not UTF-8", where=str(out), hint="choose another --out"
+        ) from error
     others = _entries(out)
     if others is None:
         return

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import Field
 
 from topkd.offline import ScoreStore
 from topkd.topk.errors import (
@@ -17,6 +20,11 @@ from topkd.topk.errors import (
     RetryableServerError,
     TopkdError,
 )
+
+Price: TypeAlias = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Cost: TypeAlias = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Rows: TypeAlias = Annotated[int, Field(gt=0, le=sys.maxsize)]
+InFlight: TypeAlias = Annotated[int, Field(gt=0, le=10_000)]  # each is a task and, while it waits, a connection
 
 KEPT_REFUSALS = 1000  # of a report; all are counted
 GIVE_UP_AFTER = 32  # rows in a row that the server does not answer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from topkd.compose.conversations import recorded
 from topkd.compose.prompts import DataRow, checked_row, rendered, valid_ids
 from topkd.compose.rendering import Side
-from topkd.compose.sequences import raw_rows
+from topkd.compose.sequences import json_object, raw_rows
 from topkd.compose.tables import PrivilegedConfig
 from topkd.engine.data import PromptRow
 from topkd.topk.errors import DataError
@@ -107,16 +106,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not path.exists():
         raise DataError("cannot read the data file", where=str(path), got="no such file or folder")
     for number, raw in raw_rows(path):
-        where = f"{path}:{number}"
-        if isinstance(raw, bytes):
-            try:
-                raw = json.loads(raw)  # noqa: PLW2901 - the same row, read
-            except ValueError as error:
-                shown = raw.decode("utf-8", "replace").strip()[:60]
-                raise DataError("not a JSON object", where=where, got=shown) from error
-        if not isinstance(raw, dict):
-            raise DataError("not a JSON object", where=where, got=type(raw).__name__)
-        yield number, raw
+        yield number, json_object(raw, f"{path}:{number}")
 
 
 def _prompt_row(raw: dict[str, Any], number: int, readers: Readers, where: str) -> PromptRow:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from topkd.compose.mistakes import in_words
 from topkd.compose.rendering import Side
@@ -35,6 +35,16 @@ class DataRow(BaseModel):
     hint: str | None = None
     reference: str | None = None
     feedback: str | None = None
+
+    @field_validator("prompt", "completion", "id", "teacher_id", *PRIVILEGED)
+    @classmethod
+    def _is_unicode(cls, value: Any) -> Any:
+        """JSON can say half of a character (a lone surrogate), and nothing that reads text takes it."""
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"whole characters, not half of one as at {error.start}") from None
+        return value
 
     @property
     def privileged(self) -> dict[str, str]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, SecretStr, model_validator
 
 from topkd.clients import ClientConfig
-from topkd.compose.job_report import JobReport
+from topkd.compose.job_report import Cost, InFlight, JobReport, Price, Rows
 
 SamplingDialect: TypeAlias = Literal["auto", "openai", "vllm", "vllm_generate", "sglang"]
 
@@ -59,15 +59,15 @@ class SampleConfig(BaseModel):
     max_new_tokens: PositiveInt = 512
     seed: Annotated[int, Field(ge=0)] = 0
     revision: str = ""
-    limit: PositiveInt | None = None
+    limit: Rows | None = None
     max_tokens: PositiveInt | None = None
-    max_cost: PositiveFloat | None = None
-    price_in: Annotated[float, Field(ge=0.0)] | None = None
-    price_out: Annotated[float, Field(ge=0.0)] | None = None
+    max_cost: Cost | None = None
+    price_in: Price | None = None
+    price_out: Price | None = None
     estimate: bool = False
     strict: bool = False
     codec: Literal["packed", "raw", "cold"] = "packed"
-    in_flight: PositiveInt = 16
+    in_flight: InFlight = 16
     client: ClientConfig = ClientConfig()
 
     @model_validator(mode="after")

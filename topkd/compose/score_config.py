@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, SecretStr, model_validator
 
 from topkd.clients import ClientConfig
-from topkd.compose.job_report import KEPT_REFUSALS, JobReport
+from topkd.compose.job_report import KEPT_REFUSALS, Cost, InFlight, JobReport, Rows
 from topkd.compose.tables import ScoringDialect
 
 
@@ -69,16 +69,16 @@ class ScoreConfig(BaseModel):
     vocab_size: PositiveInt | None = None
     vocab_sizes: Annotated[dict[str, PositiveInt], Field(default_factory=dict)]
     teacher_id: str = ""
-    limit: PositiveInt | None = None
+    limit: Rows | None = None
     shard: tuple[PositiveInt, PositiveInt] = (1, 1)
     dedupe: bool = False
     max_tokens: PositiveInt | None = None
-    max_cost: PositiveFloat | None = None
-    price_per_million: PositiveFloat | None = None
+    max_cost: Cost | None = None
+    price_per_million: Cost | None = None
     estimate: bool = False
     strict: bool = False
     codec: Literal["packed", "raw", "cold"] = "packed"
-    in_flight: PositiveInt = 128
+    in_flight: InFlight = 128
     client: ClientConfig = ClientConfig()
     runner: Literal["local", "ray"] = "local"
     workers: PositiveInt = 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from itertools import islice
@@ -123,7 +124,7 @@ class Budget:
         if config.max_tokens is not None:
             caps.append((config.max_tokens, f"max_tokens = {config.max_tokens}"))
         if config.max_cost is not None and config.price_per_million is not None:
-            tokens = int(config.max_cost / config.price_per_million * 1e6)
+            tokens = int(min(config.max_cost / config.price_per_million * 1e6, sys.maxsize))
             caps.append((tokens, f"max_cost = {config.max_cost:g} ({tokens} tokens)"))
         self.left: int | None
         self.left, self.reached = min(caps) if caps else (None, "")

@@ -285,8 +285,10 @@ def json_object(raw: Any, where: str) -> dict[str, Any]:
             if what.startswith("Expecting "):
                 raise DataError("not a JSON object", where=at, got=got, expected=what[10:]) from error
             raise DataError(f"not a JSON object, {what[:1].lower()}{what[1:]}", where=at, got=got) from error
-        except (UnicodeDecodeError, RecursionError) as error:
-            reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "nested too deeply"
+        except UnicodeDecodeError as error:
+            raise DataError("not a JSON object", where=where, got="not UTF-8 text") from error
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else "a number of thousands of digits"
             raise DataError("not a JSON object", where=where, got=reason) from error
     if not isinstance(raw, dict):
         raise DataError("not a JSON object", where=where, got=_JSON_NAMES.get(type(raw), type(raw).__name__))
