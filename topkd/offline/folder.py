@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from topkd.topk.errors import CacheError
 
 FORMAT_FILE = "topkd-store.json"
 FORMAT_VERSION = 1
+_BEGUN = f".{FORMAT_FILE}."
 
 
 def open_folder(path: Path, *, create: bool) -> None:
@@ -22,8 +23,8 @@ def open_folder(path: Path, *, create: bool) -> None:
     if create:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if not marker.exists() and (segment_paths(path) or not any(path.iterdir())):
-                temporary = path / f".{FORMAT_FILE}.{os.getpid()}.tmp"
+            if not marker.exists() and (segment_paths(path) or _nothing_in(path)):
+                temporary = path / f"{_BEGUN}{uuid.uuid4().hex[:8]}.tmp"
                 temporary.write_text(json.dumps({"format": "topkd-store", "version": FORMAT_VERSION}) + "\n")
                 temporary.replace(marker)  # several writers may do this at once, with the same content
         except OSError as error:
@@ -51,6 +52,11 @@ def open_folder(path: Path, *, create: bool) -> None:
             expected=f"at most {FORMAT_VERSION}",
             hint="upgrade topkd",
         )
+
+
+def _nothing_in(path: Path) -> bool:
+    """Whether a cache may begin here; another writer's beginning, or what is left of one, does not stand in the way."""
+    return all(entry.name.startswith(_BEGUN) and entry.name.endswith(".tmp") for entry in path.iterdir())
 
 
 @contextlib.contextmanager
