@@ -46,6 +46,17 @@ def test_a_run_that_never_arrived_is_marked_where_it_ended_and_no_mean_is_taken(
     assert row["low"] is None  # one pair shows no spread
 
 
+def test_pairs_are_counted_of_all_seeds_also_where_the_best_arm_itself_was_late(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "cmp")
+    summary = json.loads((folder / "compare.json").read_text())
+    for row in summary["live"]["arms"]:
+        for seed, fact in row["seeds"].items():
+            fact["tokens_to_target"] = None if seed == "0" else {"topk_pg": 500.0, "scalar_kl": 1000.0}[row["arm"]]
+    (folder / "compare.json").write_text(json.dumps(summary))
+    _, ratios = strips_of(folder)["tokens"]
+    assert ratios["rows"][0]["said"] == "0.500 (2 of 3 pairs)"
+
+
 def test_runs_outside_a_comparison_have_their_last_values_alone(tmp_path: Path) -> None:
     paths = [write_run(tmp_path / f"{kind}{seed}", kind, seed=seed) for kind in ("gjs", "topk_pg") for seed in (0, 1)]
     strips = strips_of(*paths)

@@ -54,7 +54,7 @@ def training(groups: Sequence[Group], order: Sequence[int]) -> Table | None:
     rows = [
         [groups[index].label, *(say(runs) for say in _SAID.values())]
         for index in order
-        if (runs := [run for run in groups[index].runs if run.steps])
+        if (runs := [run for run in groups[index].runs if run.steps and (counts(run) or len(groups[index].runs) == 1)])
     ]
     kept = [place for place in range(1, len(_SAID) + 1) if any(row[place] != "—" for row in rows)]
     if not kept:

@@ -113,6 +113,11 @@ def counts(run: Run) -> bool:
     return run.state in ("finished", "running")
 
 
+def counted(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Those of a group's runs that its means are over; the only run of a group speaks for itself."""
+    return [one for one in outcomes if counts(one.run) or len(outcomes) == 1]
+
+
 def spread(outcomes: Sequence[Outcome], key: str) -> Interval:
     """The last values of a group's runs, with their interval over seeds."""
     return interval([one.last[key] for one in outcomes if key in one.last and counts(one.run)])

@@ -185,7 +185,8 @@ def _ratios(arms: Sequence[_Arm], key: str, what: str) -> list[Strip]:
             continue
         spread = interval([*logs.values()])
         mean, low, high = (_exp(end) for end in (spread.mean, spread.low, spread.high))
-        said = f"{math.exp(spread.mean):.3f}" + (f" ({spread.n} of {len(mine)} pairs)" if spread.n < len(mine) else "")
+        pairs = max(len(best.seeds), len(arm.seeds))
+        said = f"{math.exp(spread.mean):.3f}" + (f" ({spread.n} of {pairs} pairs)" if spread.n < pairs else "")
         dots = [Dot(seed, math.exp(log)) for seed, log in logs.items()]
         rows.append(Row(arm.group, f"against {arm.label}", dots, mean, low, high, said))
     if not rows:

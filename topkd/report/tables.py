@@ -10,7 +10,7 @@ from typing import Any
 
 from topkd.report.collection import Collection, Group, differing_keys
 from topkd.report.diary import flat
-from topkd.report.outcome import Outcome, spread
+from topkd.report.outcome import Outcome, counted, spread
 from topkd.report.verdict import Verdict
 from topkd.report.wording import between, number, percent, short
 
@@ -60,14 +60,15 @@ def summary(groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]], said
     rows = []
     for index in order:
         ones = outcomes[index]
-        row = [groups[index].label, str(len(groups[index].runs))]
+        meant = counted(ones)
+        row = [groups[index].label, str(len(ones)) if len(meant) == len(ones) else f"{len(meant)} of {len(ones)}"]
         row += [_metric(ones, key) for key, _ in metrics]
         if paired:
             gap = gaps.get(index)
             row.append(between(gap) if gap else "best" if index == order[0] else "—")
         if areas:
-            row.append(number(_mean([one.area for one in ones])))
-        row += [_total(ones, key) for key, _ in sums]
+            row.append(number(_mean([one.area for one in meant])))
+        row += [_total(meant, key) for key, _ in sums]
         rows.append(row)
     note = "Means over seeds with 95 % Student-t intervals in brackets." if any(len(g.runs) > 1 for g in groups) else ""
     return Table(columns, rows, [False, *[True] * (len(columns) - 1)], note=note)

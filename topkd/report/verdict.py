@@ -10,7 +10,7 @@ from typing import Any
 from topkd.report.cautions import Warned, cut_on_purpose, warnings_of
 from topkd.report.collection import Collection, Group
 from topkd.report.diary import last_step
-from topkd.report.outcome import ESTIMATES, Metric, Outcome, counts, main_metric, outcome, spread
+from topkd.report.outcome import ESTIMATES, Metric, Outcome, counted, counts, main_metric, outcome, spread
 from topkd.report.ranks import Rank, ranked
 from topkd.report.wording import between, change, number, short
 
@@ -86,7 +86,7 @@ def verdict(collection: Collection, groups: Sequence[Group]) -> tuple[Verdict, l
         found = [(one, warned) for one, warned in found if not warned.kind.endswith("truncation_rate")]
     else:
         said.notes += dict.fromkeys(filter(None, (cut_on_purpose(one.run) for ones in outcomes for one in ones)))
-    said.warnings += _gathered(found)
+    said.warnings += _gathered(found, sum(map(len, outcomes)))
     said.warnings += collection.notes
     return said, outcomes
 
@@ -174,7 +174,10 @@ def _several(
             said.detail = f"95 % interval of the paired difference to {second.label}: {span}. {ends}."
         else:
             said.headline, said.tone = f"No clear winner between {best.label} and {second.label}", "open"
-            said.detail = f"The 95 % interval of their paired difference, {span}, holds zero. {ends}."
+            holds = (
+                "holds zero" if gap.high >= 0.0 else f"is below zero: where both have a seed, {second.label} is ahead"
+            )
+            said.detail = f"The 95 % interval of their paired difference, {span}, {holds}. {ends}."
     said.warnings += _doubts(comparable, outcomes)
     return said
 
@@ -184,6 +187,10 @@ def _doubts(ranks: Sequence[Rank], outcomes: Sequence[Sequence[Outcome]]) -> lis
     seeds = min(rank.end.n for rank in ranks)
     if seeds < ENOUGH_SEEDS:
         said.append(f"{seeds} seed{'s' * (seeds > 1)} a setting: intervals from fewer than {ENOUGH_SEEDS} are rough")
+    if any(len({dot["seed"] for dot in rank.values}) < len(rank.values) for rank in ranks):
+        said.append(
+            "runs of one setting share a seed, or have none: their interval says how they repeat, not how seeds vary"
+        )
     tokens = [one.totals["tokens"] for ones in outcomes for one in ones if counts(one.run)]
     known = [count for count in tokens if count]
     if known and max(known) > 1.05 * min(known):
@@ -238,7 +245,7 @@ def _mean_facts(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str]]:
             facts.append((label, text, ""))
     mean: dict[str, float | None] = {}
     for key in outcomes[0].totals if outcomes else ():
-        known = [value for one in outcomes if (value := one.totals[key]) is not None]
+        known = [value for one in counted(outcomes) if (value := one.totals[key]) is not None]
         mean[key] = sum(known) / len(known) if known else None
     return facts + _cost(mean)
 
@@ -256,9 +263,8 @@ def _cost(totals: dict[str, float | None]) -> list[tuple[str, str, str]]:
     return said
 
 
-def _gathered(found: Sequence[tuple[Outcome, Warned]]) -> list[str]:
-    """Warnings of all runs; one that many share is said once, with their number."""
-    runs = len({id(one) for one, _ in found})
+def _gathered(found: Sequence[tuple[Outcome, Warned]], runs: int) -> list[str]:
+    """Warnings of all ``runs``; one that many share is said once, with their number."""
     by_kind: dict[str, list[tuple[Outcome, Warned]]] = {}
     for one, warned in found:
         by_kind.setdefault(warned.kind, []).append((one, warned))
