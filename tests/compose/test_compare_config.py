@@ -36,6 +36,12 @@ def test_a_grid_is_the_product_of_its_axes():
     ]
 
 
+def test_a_key_given_twice_has_all_its_values_and_a_single_value_is_nothing_to_compare():
+    assert parse_grid(["k=5,20", "k=7"]) == {"k": [5, 20, 7]}
+    with pytest.raises(ConfigError, match=r"one arm is nothing to compare \(--grid\): got kind=gjs"):
+        from_runs([], parse_grid(["objective.kind=gjs"]), [0, 1])
+
+
 def test_a_grids_values_reach_its_arms_as_they_were_typed(tmp_path):
     (tmp_path / "run.toml").write_text(RUN + '[eval]\npath = "p"\nteacher = "t"\n')
     made = from_runs([tmp_path / "run.toml"], parse_grid(["teacher.model=\U0001f680,'a \"b\"'"]), [0])

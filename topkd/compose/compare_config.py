@@ -218,6 +218,13 @@ def from_runs(
         values: dict[str, Any] = {"base": str(paths[0]), "name": " against ".join(arm.name for arm in arms)}
     else:
         arms = [_grid_arm(dict(zip(grid, point, strict=True))) for point in itertools.product(*grid.values())]
+        if len(arms) < 2:
+            raise ConfigError(
+                "one arm is nothing to compare",
+                where="--grid",
+                got=arms[0].shown,
+                hint="as in objective.kind=gjs,topk_pg",
+            )
         values = {"base": str(paths[0]) if paths else EMBEDDED, "name": "grid over " + ", ".join(grid)}
     values |= {"arms": [arm.model_dump() for arm in arms], "seeds": list(seeds)}
     return _overridden(validated(CompareConfig, values, where="the command line"), overrides).checked()
@@ -231,7 +238,7 @@ def parse_grid(entries: Sequence[str]) -> dict[str, list[Any]]:
         parts = [part.strip() for part in text.split(",") if part.strip()]
         if not separator or not key.strip() or not parts:
             raise ConfigError("--grid takes key=value,value", got=entry, hint="as in --grid objective.kind=gjs,topk_pg")
-        grid[key.strip()] = [parsed(part) for part in parts]
+        grid.setdefault(key.strip(), []).extend(parsed(part) for part in parts)
     return grid
 
 
