@@ -1,11 +1,13 @@
+import json
 from pathlib import Path
 
 import pytest
 
-from topkd.compose.compare import _tuned
-from topkd.compose.compare_cell import Cell
+from topkd.compose.compare import _cell, _tuned, compare
+from topkd.compose.compare_cell import FORMER, Cell, _make_room, finished, superseded
 from topkd.compose.compare_config import EMBEDDED, CompareConfig, _arm, from_runs, load_compare, parse_grid
 from topkd.compose.config import RunConfig, read_toml
+from topkd.compose.folders import claimed
 from topkd.topk.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -171,6 +173,46 @@ def test_a_changed_setting_makes_another_cell():
 
     assert cell(5).digest == cell(5).digest
     assert cell(5).digest != cell(6).digest
+
+
+def test_a_replay_of_other_rollouts_is_another_cell_though_its_own_arm_is_as_it_was():
+    def replays(**changes):
+        told = config(replay=True, arms=[{**ARMS[0], "set": {**ARMS[0]["set"], **changes}}, ARMS[1]])
+        live = _cell(told, told.arms[0], 0, None, "live")
+        return [_cell(told, arm, 0, None, "replay", drawn={live.id: live.digest}) for arm in told.arms]
+
+    (_, before), (_, same), (_, after) = replays(), replays(), replays(seed=1, steps=9)
+    assert (before.values, before.digest) == (after.values, same.digest)
+    assert before.digest != after.digest
+
+
+def finish(cells, cell, text):
+    """A cell that ended, as a worker leaves it."""
+    folder = _make_room(cells, cell)
+    result = {"id": cell.id, "digest": cell.digest, "status": "done", "said": text}
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def test_a_finished_cell_whose_place_is_taken_is_kept_and_an_unfinished_one_begins_again(tmp_path):
+    cells = tmp_path / "cells"
+    old, new = (Cell("live-a-seed0", "live", "a", 0, None, EMBEDDED, {"steps": steps}, 4) for steps in (200, 20))
+    finish(cells, old, "a night's work")
+    assert (superseded(cells, new), superseded(cells, old)) == (True, False)
+    (_make_room(cells, new) / "metrics.jsonl").write_text("half")
+    kept = json.loads((tmp_path / FORMER / f"{old.id}-{old.digest}" / "result.json").read_text())
+    assert kept["said"] == "a night's work"
+    assert not superseded(cells, old)
+    finish(cells, new, "done")
+    assert [path.name for path in (cells / new.id).iterdir()] == ["result.json"]
+    assert finished(cells, new)["said"] == "done"
+    assert [path.name for path in (tmp_path / FORMER).iterdir()] == [f"{old.id}-{old.digest}"]
+
+
+def test_one_comparison_has_its_folder_for_itself(tmp_path):
+    told, out = config(), tmp_path / "out"
+    with claimed(out), pytest.raises(ConfigError, match="another process is at work"):
+        compare(told, out)
+    assert [path.name for path in out.iterdir()] == [".lock"]
 
 
 class PlantedRuns:

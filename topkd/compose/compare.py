@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from topkd.compose.compare_cell import Cell, Phase, finished, run_cell
+from topkd.compose.compare_cell import FORMER, Cell, Phase, finished, run_cell, superseded
 from topkd.compose.compare_config import EMBEDDED, Arm, CompareConfig
 from topkd.compose.compare_stats import curve_facts
 from topkd.compose.compare_summary import summarised
 from topkd.compose.config import saved
+from topkd.compose.folders import claimed
 from topkd.compose.progress import Progress
 from topkd.engine.metrics import strict
 from topkd.topk.errors import ConfigError, TrainingError
@@ -44,7 +45,13 @@ class Comparison:
 def compare(config: CompareConfig, out: Path, progress: Progress | None = None) -> Comparison:
     """Run what is missing of a comparison; a second call continues where the first one stopped."""
     progress = progress or Progress()
-    _claim(config, out)
+    _check_free(config, out)
+    with claimed(out):
+        saved(config, out / CONFIG)
+        return _compared(config, out, progress)
+
+
+def _compared(config: CompareConfig, out: Path, progress: Progress) -> Comparison:
     if config.base == EMBEDDED:
         from topkd.compose import demo
 
@@ -55,8 +62,11 @@ def compare(config: CompareConfig, out: Path, progress: Progress | None = None) 
         results = workers.finish("live runs", live)
         replayed = []
         if config.replay:
+            drawn = {cell.id: cell.digest for cell in live}
             replayed = [
-                _cell(config, arm, seed, tuned[arm.name], "replay") for arm in config.arms for seed in config.seeds
+                _cell(config, arm, seed, tuned[arm.name], "replay", drawn=drawn)
+                for arm in config.arms
+                for seed in config.seeds
             ]
             results |= workers.finish("matched replays", replayed)
     summary = summarised(config, tables, [*live, *replayed], results)
@@ -91,6 +101,10 @@ class _Workers:
         self.progress.stage(stage, len(cells))
         if results:
             self.progress.advance(len(results), "found finished")
+        if former := sum(superseded(self.cells, cell) for cell in cells):
+            self.progress.note(
+                f"{former} finished cell{'s' * (former > 1)} of other settings kept in {self.cells.with_name(FORMER)}"
+            )
         waiting: dict[Future[dict[str, Any]], Cell] = {
             self._submit(cell): cell for cell in cells if cell.id not in results
         }
@@ -190,7 +204,16 @@ def _trials(
     return {"rates": list(rates), "areas": areas, "best": rates[best], "edge": edge}
 
 
-def _cell(config: CompareConfig, arm: Arm, seed: int, lr: float | None, phase: Phase) -> Cell:
+def _cell(
+    config: CompareConfig,
+    arm: Arm,
+    seed: int,
+    lr: float | None,
+    phase: Phase,
+    *,
+    drawn: Mapping[str, str] | None = None,
+) -> Cell:
+    """``drawn``: for a replay, the live cells' digests by their ids."""
     rate = "" if lr is None else f"-lr{lr:g}"
     rollouts = ""
     if config.replay and phase != "tune":
@@ -198,14 +221,15 @@ def _cell(config: CompareConfig, arm: Arm, seed: int, lr: float | None, phase: P
         if phase == "replay" or arm.name == reference:
             rollouts = f"live-{reference}-seed{seed}"
     name = f"{phase}-{arm.name}{rate if phase == 'tune' else ''}-seed{seed}"
-    return Cell(name, phase, arm.name, seed, lr, config.base, config.values(arm, seed, lr), config.probes, rollouts)
+    values, by = config.values(arm, seed, lr), "" if drawn is None else drawn[rollouts]
+    return Cell(name, phase, arm.name, seed, lr, config.base, values, config.probes, rollouts, by)
 
 
-def _claim(config: CompareConfig, out: Path) -> None:
-    """The directory, for this comparison: an empty one, or the one where some of these arms were begun."""
+def _check_free(config: CompareConfig, out: Path) -> None:
+    """Raises unless the folder is new or empty, or the one where some of these arms were begun."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lying = json.loads((out / CONFIG).read_text(encoding="utf-8")) if any(out.iterdir()) else None
+        begun = out.exists() and not all(entry.name.startswith(".") for entry in out.iterdir())
+        lying = json.loads((out / CONFIG).read_text(encoding="utf-8")) if begun else None
     except FileNotFoundError:
         lying = {}
     except (OSError, ValueError) as error:
@@ -213,14 +237,13 @@ def _claim(config: CompareConfig, out: Path) -> None:
     if lying is not None:
         if not isinstance(lying, dict) or not isinstance(lying.get("arms"), list):
             raise ConfigError("the output folder holds something else", where=str(out), hint="choose another --out")
-        arms = [str(arm.get("name")) for arm in lying["arms"]]
+        arms = [str(arm.get("name")) for arm in lying["arms"] if isinstance(arm, dict)]
         same = (lying.get("name"), lying.get("base")) == (config.name, config.base)
         if not same or not {arm.name for arm in config.arms} & set(arms):
             raise ConfigError(
                 "the output folder holds another comparison", where=str(out),
                 got=f"{lying.get('name')!r} on {lying.get('base')!r}: {', '.join(arms)}", hint="choose another --out",
             )  # fmt: skip
-    saved(config, out / CONFIG)
 
 
 def _rounded(rate: float) -> float:

@@ -26,6 +26,7 @@ from topkd.topk.errors import TopkdError
 if TYPE_CHECKING:
     from topkd.compose.demo import Assets
 
+FORMER = "former"  # of a comparison's folder: finished cells whose places were taken by cells of other settings
 Phase = Literal["tune", "live", "replay"]
 
 
@@ -43,6 +44,7 @@ class Cell:
         values: The full settings.
         probes: Sequences of each kind to measure on (embedded).
         rollouts_of: For a replay, the cell whose rollouts are taken; for a live cell that keeps its own, its own id.
+        drawn_by: For a replay, the digest of that cell: other rollouts make another replay.
     """
 
     id: str
@@ -54,20 +56,47 @@ class Cell:
     values: Mapping[str, Any]
     probes: int
     rollouts_of: str = ""
+    drawn_by: str = ""
 
     @property
     def digest(self) -> str:
         """Of everything that shapes the result: a cell whose settings changed is another cell."""
-        return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=12).hexdigest()
+        shaping = asdict(self) if self.drawn_by else {k: v for k, v in asdict(self).items() if k != "drawn_by"}
+        return hashlib.blake2b(json.dumps(shaping, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 def finished(folder: Path, cell: Cell) -> dict[str, Any] | None:
     """The result that lies in the cell's folder, when it is of exactly these settings and did not fail."""
+    result = _done(folder / cell.id)
+    return result if result is not None and result.get("digest") == cell.digest else None
+
+
+def _done(folder: Path) -> dict[str, Any] | None:
+    """The result of a cell that ended well, whatever its settings."""
     try:
-        result = json.loads((folder / cell.id / "result.json").read_text(encoding="utf-8"))
+        result: Any = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return result if result.get("digest") == cell.digest and result["status"] == "done" else None
+    return result if isinstance(result, dict) and result.get("status") == "done" else None
+
+
+def superseded(folder: Path, cell: Cell) -> bool:
+    """Whether a finished cell of other settings lies where this one goes: it moves to ``FORMER``, beside the cells."""
+    return _done(folder / cell.id) is not None and finished(folder, cell) is None
+
+
+def _make_room(cells: Path, cell: Cell) -> Path:
+    """The cell's folder, new; what was finished there is kept, what was not is begun again."""
+    folder = cells / cell.id
+    former = _done(folder)
+    if former is not None:
+        kept = cells.with_name(FORMER) / f"{cell.id}-{former.get('digest', 'unknown')}"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(kept, ignore_errors=True)  # the same settings, finished before: the same numbers
+        folder.rename(kept)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def run_cell(cells: str, cell: Cell, threads: int) -> dict[str, Any]:
@@ -75,9 +104,7 @@ def run_cell(cells: str, cell: Cell, threads: int) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(threads)
-    folder = Path(cells) / cell.id
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder = _make_room(Path(cells), cell)
     began = time.perf_counter()
     result: dict[str, Any] = {"id": cell.id, "digest": cell.digest, "status": "done", "error": ""}
     try:
