@@ -1,11 +1,11 @@
 """Positions per second of ``topk_gjs(missing="union_tail")``, against pure Python and against its exp/log bound.
 
-One process, one thread, the same lists for every side, sides interleaved; CPU seconds, best of the rounds. The bound is
-what the formula costs without any matching of ids: 2K exponentials and 2K logarithms a position in float32, as one
-``np.log(np.exp(logp))`` on the batch. The targets (.1 / .18 / .18) are held against that. "In cache" is the stricter
-form, reported beside it: the same work in blocks that stay in the second-level cache, with preallocated output.
+One process, one thread, the same lists for every side, sides interleaved; CPU seconds, best of the rounds. The batch is
+that of a training step, 64 sequences of 512 tokens. The bound is what the formula costs without any matching of ids: 2K
+exponentials and 2K logarithms a position in float32, into memory that is there already. It is taken in two ways, on the
+whole batch and in blocks that stay in the second-level cache; the targets (.1 / .18 / .18) are held against the faster.
 
-    python benchmarks/bench_pairs.py [--positions 8192] [--rounds 25]
+    python benchmarks/bench_pairs.py [--positions 32768] [--rounds 25]
 """
 
 from __future__ import annotations
@@ -91,8 +91,9 @@ def as_dicts(scores: TopK, rows: int) -> list[dict[int, float]]:
     ]
 
 
-def whole_bound(logp: np.ndarray) -> None:
-    np.log(np.exp(logp))
+def whole_bound(logp: np.ndarray, buffer: np.ndarray) -> None:
+    np.exp(logp, out=buffer)
+    np.log(buffer, out=buffer)
 
 
 def blocked_bound(logp: np.ndarray, buffer: np.ndarray, block: int = 256) -> None:
@@ -114,7 +115,7 @@ def measure(k: int, positions: int, rounds: int) -> dict[str, float]:
     few = max(200, positions * 20 // (k * 20))
     teacher_dicts, student_dicts = as_dicts(teacher, few), as_dicts(student, few)
     logp = np.concatenate([teacher.logp, student.logp], axis=1)
-    buffer = np.empty((256, 2 * k), dtype=np.float32)
+    whole, buffer = np.empty_like(logp), np.empty((256, 2 * k), dtype=np.float32)
     got = topk_gjs(teacher, student, BETA)
     error = float(np.abs(got[:few] - python_batch(teacher_dicts, student_dicts, BETA)).max())
 
@@ -122,7 +123,7 @@ def measure(k: int, positions: int, rounds: int) -> dict[str, float]:
         "python": (lambda: python_batch(teacher_dicts, student_dicts, BETA), few),
         "topk_gjs": (lambda: topk_gjs(teacher, student, BETA), positions),
         "topk_gjs_beta_0.3": (lambda: topk_gjs(teacher, student, 0.3), positions),
-        "bound_whole": (lambda: whole_bound(logp), positions),
+        "bound_whole": (lambda: whole_bound(logp, whole), positions),
         "bound_blocked": (lambda: blocked_bound(logp, buffer), positions),
     }
     best = dict.fromkeys(sides, math.inf)
@@ -136,6 +137,7 @@ def measure(k: int, positions: int, rounds: int) -> dict[str, float]:
         "times_python": rates["topk_gjs"] / rates["python"],
         "of_bound_whole": rates["topk_gjs"] / rates["bound_whole"],
         "of_bound_blocked": rates["topk_gjs"] / rates["bound_blocked"],
+        "of_bound": rates["topk_gjs"] / max(rates["bound_whole"], rates["bound_blocked"]),
         "max_abs_error": error,
     }
 
@@ -159,7 +161,7 @@ def machine() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--positions", type=int, default=8_192)
+    parser.add_argument("--positions", type=int, default=32_768)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pairs.json")
     args = parser.parse_args()
@@ -167,7 +169,7 @@ def main() -> None:
     where = machine()
     print(f"union_tail GJS, positions/s, one thread, {where['cpu']}, NumPy {where['numpy']}")
     print(
-        f"{'K':>4} {'python':>10} {'topk_gjs':>11} {'x':>6} {'beta .3':>11} {'of bound':>9} {'in cache':>8} "
+        f"{'K':>4} {'python':>10} {'topk_gjs':>11} {'x':>6} {'beta .3':>11} {'of whole':>9} {'in cache':>8} "
         f"{'error':>8}"
     )
     for row in rows:
@@ -177,7 +179,7 @@ def main() -> None:
             f"{row['max_abs_error']:>8.1e}"
         )
         times, share = TARGETS[int(row["k"])]
-        if row["times_python"] < times or row["of_bound_whole"] < share:
+        if row["times_python"] < times or row["of_bound"] < share:
             print(f"     below the target of {times:g}x Python and {share:g} of the bound")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"machine": where, "positions": args.positions, "rows": rows}, indent=2) + "\n")
