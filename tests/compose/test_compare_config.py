@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import pytest
 from topkd.compose.compare import _cell, _tuned, compare
 from topkd.compose.compare_cell import FORMER, Cell, _make_room, finished, superseded
 from topkd.compose.compare_config import EMBEDDED, CompareConfig, _arm, from_runs, load_compare, parse_grid
-from topkd.compose.config import RunConfig, read_toml
+from topkd.compose.config import RunConfig, read_toml, validated
 from topkd.compose.folders import claimed
 from topkd.topk.errors import ConfigError
 
@@ -139,6 +140,21 @@ def test_only_the_embedded_pair_is_replayed(tmp_path):
     (tmp_path / "run.toml").write_text(RUN + '[eval]\npath = "p"\nteacher = "t"\n')
     with pytest.raises(ConfigError, match="only the embedded pair's rollouts are replayed"):
         config(base=str(tmp_path / "run.toml"), replay=True).checked()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": []}, r"'arms' .*got \[\], expected at least 1 of them$"),
+        ({"tuning": {"rates": [1e-3, 3e-3], "seeds": [9]}}, r"'tuning.rates' .*expected at least 3 of them$"),
+        ({"tuning": {"rates": [1, 2, math.inf], "seeds": [9]}}, r"'tuning.rates.2' .*expected a finite number$"),
+        ({"arms": [{"name": "a/b"}]}, r"'arms.0.name' .*expected text of the form \^\[A-Za-z0-9\]"),
+        ({"arms": [{"name": ""}]}, r"'arms.0.name' .*got '', expected text of the form"),
+    ],
+)
+def test_what_is_no_list_name_or_rate_is_told_in_plain_words(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        validated(CompareConfig, {"arms": ARMS, "seeds": [0], **changes}, where="a.toml")
 
 
 @pytest.mark.parametrize(

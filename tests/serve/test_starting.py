@@ -177,3 +177,8 @@ def test_ctrl_c_while_the_model_loads_is_one_line(
     monkeypatch.setattr(loading, "load_model", interrupted)
     assert main([str(models / "policy"), "--port", "0"]) == 130
     assert capsys.readouterr().err == "topkd serve: stopped\n"
+
+
+def test_an_empty_name_is_refused_and_not_taken_for_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path), "--served-model-name", ""]) == 2
+    assert "served_model_name" in capsys.readouterr().err

@@ -52,7 +52,7 @@ class Tuning(Frozen):
     ``extensions`` times; if it is still at the edge, no verdict is given.
     """
 
-    rates: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=3)]
+    rates: Annotated[tuple[Annotated[float, Field(gt=0.0, allow_inf_nan=False)], ...], Field(min_length=3)]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     extensions: Annotated[int, Field(ge=0)] = 2
 

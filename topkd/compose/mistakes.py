@@ -37,6 +37,13 @@ def in_words(problem: Mapping[str, Any]) -> str:
     """What was expected, from one of pydantic's errors."""
     if (kind := str(problem["type"])) in _WORDS:
         return _WORDS[kind]
+    bounds = problem.get("ctx", {})
+    if kind == "too_short":
+        return f"at least {bounds['min_length']} of them"
+    if kind == "string_too_short":
+        return "text that is not empty"
+    if kind == "string_pattern_mismatch":
+        return f"text of the form {bounds['pattern']}"
     message = str(problem["msg"])
     for prefix in ("Value error, ", "Input should be ", "Assertion failed, "):
         message = message.removeprefix(prefix)
