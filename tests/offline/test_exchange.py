@@ -97,6 +97,42 @@ def test_rows_that_do_not_fit_are_named_and_the_rest_goes_in(filled, tmp_path):
         assert len(store) == 2
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("k", 2**40), ("k", -1), ("k", 6.5), ("start", 2**40), ("ids", 2**40), ("ids", 1.5), ("topk_ids", 2**40),
+        ("topk_ids", 1.5), ("actual_ids", 2**40), ("actual_ids", 1.5),
+    ],
+)  # fmt: skip
+def test_a_number_that_is_no_id_or_fits_nowhere_is_its_rows_fault_alone_and_never_cut(filled, tmp_path, column, value):
+    cache, _ = filled
+    rows = to_dataset(cache).to_list()
+    inner = rows[1][column]
+    while isinstance(inner, list) and isinstance(inner[0], list):
+        inner = inner[5]  # of a row that has a list
+    if isinstance(inner, list):
+        inner[0] = value
+    else:
+        rows[1][column] = value
+    with ScoreStore(tmp_path / "back", mode="a") as store:
+        done = from_dataset(rows, store)
+        assert (done.records, len(store)) == (4, 4)
+    assert [text.split(":")[0] for text in done.refused] == ["dataset, row 1"]
+
+
+@pytest.mark.parametrize("token", [2**32 + 5, 1.5])
+def test_a_captured_id_that_is_none_is_refused_and_not_wrapped_or_rounded(tmp_path, token):
+    ids, top, logp = captured(2)
+    lists = top.tolist()
+    lists[10][0] = token
+    row = {"input_ids": ids.tolist(), "vllm": logp.tolist(), "target_token_ids": lists}
+    good = {**row, "target_token_ids": top.tolist()}
+    with ScoreStore(tmp_path, mode="a") as store:
+        done = import_axolotl([good, row], store, TEACHER, logprobs_field="vllm")
+    assert done.records == 1
+    assert [text.split(":")[0] for text in done.refused] == ["row 1"]
+
+
 def test_a_file_without_the_columns_is_refused(tmp_path):
     import pyarrow as pa
 

@@ -62,3 +62,25 @@ def test_rollout_rows_that_do_not_fit_are_named_and_the_rest_goes_in(tmp_path):
         assert len(store) == 1
     assert (done, tokens) == (1, 1)
     assert [text.split(":")[0] for text in refused] == [f"f, row {number}" for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("finish_reason", None), ("finish_reason", "eos"), ("version", None), ("version", 3), ("k", 2**40),
+        ("prompt_ids", [2**40]), ("prompt_ids", [1.5]), ("completion_ids", [2**40]), ("completion_ids", [1.5]),
+    ],
+)  # fmt: skip
+def test_a_rollout_that_no_policy_can_have_drawn_is_refused_unrounded(tmp_path, column, value):
+    params = SamplingParams(max_tokens=4, seed=1)
+    rollout = Rollout(np.array([1]), np.array([3]), np.float32([-1.0]), "stop", params)
+    with ScoreStore(tmp_path / "cache", mode="a") as store:
+        for seed in range(2):
+            store.put_rollouts(TeacherIdentity("s"), [1], [rollout], params, version=str(seed))
+    export_parquet(tmp_path / "cache", tmp_path / "out")
+    rows = pq.read_table(tmp_path / "out" / "rollouts.parquet").to_pylist()
+    rows[0][column] = value
+    with ScoreStore(tmp_path / "back", mode="a") as store:
+        done, _, refused = import_rollouts(rows, store, where="f")
+        assert done == len(store) == 1
+    assert [text.split(":")[0] for text in refused] == ["f, row 0"]

@@ -154,7 +154,7 @@ def import_rows(
         except TopkdError as error:
             refused.append(f"{where}, row {number}: {error}")
             continue
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             refused.append(f"{where}, row {number}: not a score row ({type(error).__name__}: {error})")
             continue
         done += 1
@@ -174,7 +174,7 @@ def _row_scores(row: dict[str, Any]) -> TopK:
         row["start"],
         ids,
         logp,
-        np.asarray(actual_ids, np.int32),
+        np.asarray(actual_ids),
         unknown if actual is None else np.asarray(actual, np.float32),
         unknown if tail is None else np.asarray(tail, np.float32),
     )

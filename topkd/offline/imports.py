@@ -151,7 +151,7 @@ def _bring(
             raise  # no fault of the row
         except TopkdError as error:
             refused.append(f"{place}: {error}")
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             refused.append(f"{place}: not a captured row ({type(error).__name__}: {error})")
         else:
             done += 1
@@ -166,7 +166,7 @@ def _check_alignment(head: list[Mapping[str, Any]], read: Callable[[Mapping[str,
     for row in head:
         try:
             lists = read(row)
-        except (TopkdError, KeyError, TypeError, ValueError, IndexError):
+        except (TopkdError, KeyError, TypeError, ValueError, IndexError, OverflowError):
             continue  # named when its turn comes
         rows = len(lists.top)
         for place, shift in enumerate((-1, 0, 1)):
@@ -193,7 +193,7 @@ def _trailing(captured: Any, structured: Any, ids: Int32) -> _Lists:
         if entry is None:
             rows.append([])
         elif named is not None:
-            rows.append([(int(t), float(v)) for t, v in zip(named[number], entry, strict=True)])
+            rows.append([(_id(t), float(v)) for t, v in zip(named[number], entry, strict=True)])
         else:
             rows.append([(int(str(each["token"]).removeprefix("token_id:")), float(each["logprob"])) for each in entry])
     top, logp = _rectangle(rows)
@@ -208,7 +208,7 @@ def _prepared(row: Mapping[str, Any], ids: Int32, *, shifted: bool) -> _Lists:
     used = range(ids.size - 1) if shifted else range(1, ids.size)
     rows = [
         [
-            (int(token), float(value))
+            (_id(token), float(value))
             for column, (token, value) in enumerate(zip(tokens[at], lists[at], strict=True))
             if mask is None or mask[at][column]
         ]
@@ -216,6 +216,13 @@ def _prepared(row: Mapping[str, Any], ids: Int32, *, shifted: bool) -> _Lists:
     ]
     top, logp = _rectangle(rows)
     return _Lists(ids, 0, top, logp, exact=False)
+
+
+def _id(token: Any) -> int:
+    number = int(token)
+    if not isinstance(token, str) and number != token:  # 1.5 must not become 1
+        raise ValueError(f"token id {token} is no integer")
+    return number
 
 
 def _rectangle(rows: list[list[tuple[int, float]]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -245,7 +252,7 @@ def _scores(lists: _Lists) -> TopK:
     unknown: Float32 = np.full(len(top), np.nan, np.float32)
     return TopK(
         lists.start,
-        np.where(np.isneginf(logp), PAD_ID, top).astype(np.int32),
+        np.where(np.isneginf(logp), PAD_ID, top),
         logp.astype(np.float32),
         lists.ids[lists.start + 1 :],
         unknown,

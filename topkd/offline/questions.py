@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from topkd.topk.errors import AlignmentError, ConfigError
+from topkd.topk.scalars import whole
 from topkd.topk.types import Int32, TopK
+
+_LARGEST_K = 2**31 - 1
 
 
 def check_request(tokens: int, start: int, k: int) -> None:
@@ -14,6 +17,14 @@ def check_request(tokens: int, start: int, k: int) -> None:
         raise ConfigError("score request: start out of range", got=start, expected=f"0..{tokens - 1}")
     if k < 0:
         raise ConfigError("score request: k is negative", got=k)
+
+
+def check_asked(asked: object) -> int:
+    """The K that was asked for; None is 0, what the rows themselves hold."""
+    number = 0 if asked is None else whole("the K that was asked for", asked)
+    if not 0 <= number <= _LARGEST_K:
+        raise ConfigError("the K that was asked for is out of range", got=number, expected=f"0..{_LARGEST_K}")
+    return number
 
 
 def check_scores(ids: Int32, scores: TopK) -> None:

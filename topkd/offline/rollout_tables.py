@@ -6,16 +6,19 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import groupby
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from topkd.offline.keys import KEY_BYTES, TeacherIdentity
+from topkd.offline.questions import check_asked
 from topkd.offline.records import Record
 from topkd.offline.store import ScoreStore
 from topkd.topk.errors import CacheError, DataError, TopkdError
 from topkd.topk.samples import Rollout, SamplingParams
-from topkd.topk.types import PAD_ID, Float32, Int32, TopK
+from topkd.topk.types import PAD_ID, Float32, TopK
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -64,13 +67,13 @@ def import_rollouts(rows: Iterable[dict[str, Any]], store: ScoreStore, *, where:
             if len(key) != KEY_BYTES:
                 raise DataError("a request is a key of 32 hex digits", got=request)
             rollouts = [_rollout(row) for row in given]
-            store.keep_rollouts(identity, key, rollouts, k=given[0].get("k") or 0)
+            store.keep_rollouts(identity, key, rollouts, k=check_asked(given[0].get("k")))
         except CacheError:
             raise  # no fault of the rows
         except TopkdError as error:
             refused.append(f"{where}, row {first}: {error}")
             continue
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             refused.append(f"{where}, row {first}: not a rollout row ({error})")
             continue
         done += 1
@@ -82,27 +85,27 @@ def import_rollouts(rows: Iterable[dict[str, Any]], store: ScoreStore, *, where:
 def _rollout(row: dict[str, Any]) -> Rollout:
     sampling = json.loads(row["sampling"])
     params = SamplingParams(**{**sampling, "stop_token_ids": tuple(sampling["stop_token_ids"])})
-    prompt, completion = np.array(row["prompt_ids"], np.int32), np.array(row["completion_ids"], np.int32)
+    prompt, completion = np.asarray(row["prompt_ids"]), np.asarray(row["completion_ids"])  # their checks see any float
     topk = None
     if row.get("topk_ids") is not None:
         ids, logp = listed(row)
         exact = (np.array(row[f"topk_{name}_logp"], np.float32) for name in ("actual", "tail"))
-        topk = TopK(prompt.size - 1, ids, logp, np.array(row["topk_actual_ids"], np.int32), *exact)
+        topk = TopK(prompt.size - 1, ids, logp, np.asarray(row["topk_actual_ids"]), *exact)
     return Rollout(
         prompt, completion, np.array(row["logp"], np.float32), row["finish_reason"], params, topk, row["version"]
     )
 
 
-def listed(row: dict[str, Any]) -> tuple[Int32, Float32]:
+def listed(row: dict[str, Any]) -> tuple[NDArray[Any], Float32]:
     """The lists of a row, padded to one width."""
     lists, logps = row["topk_ids"], row["topk_logp"]
     if len(lists) != len(logps) or any(len(a) != len(b) for a, b in zip(lists, logps, strict=True)):
         raise DataError("topk_ids and topk_logp differ in shape")
     width = max((len(entries) for entries in lists), default=0)
-    ids = np.full((len(lists), width), PAD_ID, np.int32)
+    ids = np.full((len(lists), width), PAD_ID, np.int64)
     logp = np.full((len(lists), width), -np.inf, np.float32)
     for r, (tokens, values) in enumerate(zip(lists, logps, strict=True)):
-        ids[r, : len(tokens)], logp[r, : len(tokens)] = tokens, values
+        ids[r, : len(tokens)], logp[r, : len(tokens)] = [index(token) for token in tokens], values
     return ids, logp
 
 

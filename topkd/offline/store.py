@@ -18,7 +18,7 @@ from topkd.offline.folder import open_folder
 from topkd.offline.index import Place, place_at
 from topkd.offline.keys import Teacher, TeacherIdentity, identity_of, rollout_key, score_key, token_array
 from topkd.offline.places import Places
-from topkd.offline.questions import check_request, check_scores
+from topkd.offline.questions import check_asked, check_request, check_scores
 from topkd.offline.records import ALIGN, ROLLOUT, SCORE, Header, Record, rollout_record, score_record
 from topkd.offline.segments import Segment, segment_paths
 from topkd.offline.upkeep import CacheStats, Verification, stats, verify
@@ -94,7 +94,7 @@ class ScoreStore:
         """
         identity, array = identity_of(teacher), token_array(ids)
         check_scores(array, scores)
-        key, k = score_key(identity, array), max(scores.k, asked or 0)
+        key, k = score_key(identity, array), max(scores.k, check_asked(asked))
         with self._lock:
             if self._read(key, SCORE, scores.start, k) is not None:  # a damaged record is no answer
                 return
@@ -139,7 +139,7 @@ class ScoreStore:
 
     def keep_rollouts(self, student: Teacher, key: bytes, rollouts: Sequence[Rollout], *, k: int = 0) -> None:
         """As ``put_rollouts``, for a request whose key is known from another cache."""
-        identity = identity_of(student)
+        identity, k = identity_of(student), check_asked(k)
         with self._lock:
             if self._read(key, ROLLOUT, len(rollouts), k) is not None:
                 return

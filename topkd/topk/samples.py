@@ -13,7 +13,7 @@ Variants are discriminated unions on ``kind``; match them exhaustively::
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -100,6 +100,14 @@ class Rollout:
     def __post_init__(self) -> None:
         _freeze(self, prompt_ids=np.int32, completion_ids=np.int32, logp=np.float32)
         _length("Rollout.logp", self.logp, self.completion_ids.size)
+        if self.finish_reason not in get_args(FinishReason):
+            raise ConfigError(
+                "Rollout.finish_reason: unknown",
+                got=repr(self.finish_reason),
+                expected=" or ".join(get_args(FinishReason)),
+            )
+        if not isinstance(self.version, str):
+            raise ConfigError("Rollout.version must be text", got=repr(self.version))
         if self.prompt_ids.size < 1:
             raise AlignmentError("a rollout needs at least one prompt token: row 0 has nothing to condition on")
         if self.topk is not None:
