@@ -11,6 +11,7 @@ import pytest
 
 from tests.report.made import write_comparison, write_run
 from topkd.report.collection import gather
+from topkd.report.columns import column
 from topkd.report.lines import POINTS
 from topkd.report.panels import SECTIONS
 from topkd.report.payload import build
@@ -83,6 +84,11 @@ def test_a_group_is_drawn_as_the_mean_of_its_seeds_where_all_of_them_have_a_valu
     assert sum(line["role"] == "seed" for line in lines) == 3
     (span,) = panels(data)["kl_k1"]["lines"][""]
     assert all(low <= value <= high for low, value, high in zip(span["lo"], span["y"], span["hi"], strict=True))
+
+
+def test_a_number_beyond_a_float_is_a_hole_too(tmp_path: Path) -> None:
+    assert np.isnan(column([{"ess": 10**400}, {"ess": None}, {"ess": True}], "ess")).all()
+    assert column([{"ess": 10**300}], "ess").tolist() == [1e300]
 
 
 def test_null_in_a_diary_is_a_hole_in_the_curve(tmp_path: Path) -> None:

@@ -114,4 +114,7 @@ def _known(value: float) -> float | None:
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return float("nan")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # JSON has whole numbers of any size
+        return float("nan")
