@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.report.made import evaluation, write_run
+from topkd.compose.folders import claimed
 from topkd.report import live
 from topkd.report.live import LivePage, serve_run
 from topkd.report.payload import build
@@ -72,6 +73,19 @@ def test_a_run_that_has_not_begun_is_waited_for(tmp_path: Path) -> None:
         news = news_of(page, news["version"])
         assert "KL(student ‖ teacher) fell" in news["html"]["verdict"]
         assert news["data"]["state"]["text"] == "running, step 10 of 60"
+
+
+def test_a_run_that_is_killed_and_one_that_goes_on_are_told_without_a_new_record(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", done=20)
+    with serve_run(path) as page:
+        with claimed(path):
+            news = news_of(page)
+            assert news["data"]["state"]["text"] == "running, step 20 of 60"
+        news = news_of(page, news["version"])
+        assert news["data"]["state"]["text"] == "unfinished, step 20 of 60"
+        assert "no process of this machine is at work on it" in news["html"]["verdict"]
+        with claimed(path, resume=True):
+            assert news_of(page, news["version"])["data"]["state"]["text"] == "running, step 20 of 60"
 
 
 def test_rollouts_are_given_one_by_one_and_nothing_else_is(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.report.made import write_comparison, write_run
+from topkd.compose.folders import claimed
 from topkd.report.collection import gather
 from topkd.report.page import render_page
 from topkd.report.payload import build
@@ -252,6 +253,24 @@ def test_an_unfinished_run_that_has_long_been_silent_is_asked_about(tmp_path: Pa
     finished = write_run(tmp_path / "finished")
     os.utime(finished / "metrics.jsonl", (hours_ago, hours_ago))
     assert page_of(finished).verdict.warnings == []
+
+
+def test_a_run_whose_process_is_gone_is_unfinished_at_once_and_counts_beside_no_other(tmp_path: Path) -> None:
+    path, whole = write_run(tmp_path / "run", done=20), write_run(tmp_path / "whole", seed=1)
+    with claimed(path):
+        assert page_of(path).data["state"]["text"] == "running, step 20 of 60"
+    page = page_of(path)
+    assert page.data["state"] == {"running": 0, "text": "unfinished, step 20 of 60"}
+    assert page.verdict.detail.endswith("20 of 60 steps, unfinished.")
+    (warned,) = page.verdict.warnings
+    assert warned == (
+        "ended at step 20 of 60 without a word, and no process of this machine is at work on it: was it killed? "
+        "(--resume goes on from its last checkpoint)"
+    )
+    assert "1 other run did not end as planned" in page_of(path, whole).verdict.detail
+    with claimed(whole):
+        pass
+    assert page_of(whole).data["state"]["text"] == "finished, step 60 of 60"
 
 
 def test_a_small_untuned_comparison_says_so_under_its_headline(tmp_path: Path) -> None:

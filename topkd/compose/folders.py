@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from topkd.engine.metrics import RECORD_KINDS, read_metrics
 from topkd.topk.errors import ConfigError
 
 DIARY, CONFIG, TOKENS, STUDENT, CHECKPOINTS = "metrics.jsonl", "config.json", "tokens.jsonl", "student", "checkpoints"
+_TRIES = 5  # to have a run's folder
 _PACKAGES = ("torch", "transformers", "safetensors", "peft", "tokenizers", "numpy", "httpx", "vllm")
 
 
@@ -97,10 +99,14 @@ def claimed(out: Path, *, resume: bool = False) -> Iterator[None]:
     except OSError as error:
         raise ConfigError("cannot make the output folder", where=str(out), got=error.strerror) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError("another process is at work on this run", where=str(out)) from None
+        for left in reversed(range(_TRIES)):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if not left:
+                    raise ConfigError("another process is at work on this run", where=str(out)) from None
+                time.sleep(0.02)  # a page that asks whether anybody is at work holds it for a moment
         yield
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from topkd.report.presence import deserted
 from topkd.topk.errors import DataError
 
 METRICS, CONFIG, TOKENS, COMPARE = "metrics.jsonl", "config.json", "tokens.jsonl", "compare.json"
@@ -76,6 +77,7 @@ class Run:
         params: What a comparison varied ({} outside one).
         seed: Pairs runs of different settings; None when unknown.
         failed: A comparison says that the run did not finish.
+        left: Nobody is at work on it any more (known of runs of this machine).
         replayed: A comparison trained it on another run's rollouts: a test of estimators, not of what wins on-policy.
         derived: What others worked out from the records; forgotten when there are new ones.
     """
@@ -86,6 +88,7 @@ class Run:
     params: Record = field(default_factory=dict)
     seed: int | None = None
     failed: bool = False
+    left: bool = False
     replayed: bool = False
     steps: list[Record] = field(default_factory=list)
     evals: list[Record] = field(default_factory=list)
@@ -96,7 +99,8 @@ class Run:
     _tokens: Lines | None = None
 
     def refresh(self) -> bool:
-        """Read what was written since the last time; True when there was anything."""
+        """Read what was written since the last time; True when there was anything, or its process is gone or back."""
+        was_left, self.left = self.left, deserted(self.path)  # before reading: what it wrote last is read all the same
         if not self.config:
             self.config = read_config(self.path)
             self.seed = self.seed if self.seed is not None else _seed(self.config)
@@ -115,7 +119,7 @@ class Run:
         self.rollouts += [rollout for rollout in rollouts if isinstance(rollout.get("tokens"), list)]
         if records or rollouts:
             self.derived.clear()
-        return bool(records or rollouts)
+        return bool(records or rollouts) or self.left != was_left
 
     @property
     def planned(self) -> int | None:
@@ -125,14 +129,16 @@ class Run:
 
     @property
     def state(self) -> str:
-        """One of failed, stopped, finished, running (also: ended without a word)."""
+        """One of failed, stopped, finished, unfinished (its process is gone), running (or nobody knows better)."""
         if self.failed:
             return "failed"
         turns = [event["event"] for event in self.events if event.get("event") in ("start", "resumed", "stopped")]
         if turns and turns[-1] == "stopped":
             return "stopped"
         last = last_step(self.steps)
-        return "finished" if self.planned is not None and last >= self.planned else "running"
+        if self.planned is not None and last >= self.planned:
+            return "finished"
+        return "unfinished" if self.left else "running"
 
 
 def evaluations(record: Record) -> list[Record]:

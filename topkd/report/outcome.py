@@ -109,7 +109,7 @@ def by_seed(outcomes: Sequence[Outcome], key: str) -> dict[int, float]:
 
 
 def counts(run: Run) -> bool:
-    """A failed or stopped run is in no verdict."""
+    """A run that failed, was stopped or was killed is in no verdict."""
     return run.state in ("finished", "running")
 
 
