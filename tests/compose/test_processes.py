@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.engine.pieces import model_folder
 from topkd.engine.metrics import outcome, read_metrics
+from topkd.serve import ServeConfig, ServerProcess
 
 STEPS = 6
 
@@ -104,3 +105,13 @@ def test_processes_stop_together_and_go_on_together(files):
     done(topkd(files, "--out", "parts", *more, "--resume", processes=2))
     assert diary(parts, "event")[-1]["step"] == stopped["version"]
     assert json.dumps(diary(parts)) == json.dumps(diary(whole))
+
+
+@pytest.mark.slow
+def test_what_a_step_asked_its_teacher_is_counted_over_all_processes(files):
+    with ServerProcess(ServeConfig(model=str(files / "teacher"), served_model_name="teacher", port=0)) as server:
+        served = ["--set", "steps=3", "--set", "teacher.kind=server", "--set", f"teacher.url={server.url}"]
+        done(topkd(files, "--out", "served", *served, "--set", "teacher.model=teacher", processes=2))
+    steps = read_metrics(files / "served" / "metrics.jsonl", "step")
+    assert sum(step["scored_tokens"] for step in steps) == sum(step["completion_tokens"] for step in steps)
+    assert sum(step["requests"] for step in steps) == sum(step["samples"] for step in steps) == 3 * 14

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from topkd.engine.distributed import Ranks
 
 # Fields that depend on the network and on what a cache held, not on what was learnt: a run that is repeated or resumed
 # may differ in these and in timings, and in nothing else.
@@ -47,13 +51,17 @@ class Traffic:
         return found
 
     def joining(
-        self, publish: Callable[[int], Awaitable[dict[str, Any] | None]]
+        self, publish: Callable[[int], Awaitable[dict[str, Any] | None]], ranks: Ranks | None = None
     ) -> Callable[[int], Awaitable[dict[str, Any] | None]]:
-        """``publish``, with the step's traffic in what joins the record."""
+        """``publish``, with the step's traffic in what joins the record: that of all processes, which all publish."""
 
         async def published(version: int) -> dict[str, Any]:
             record = await publish(version) or {}
-            return record | self.since_last()
+            found = self.since_last()
+            if ranks is not None:
+                every = await asyncio.to_thread(ranks.gather, found)
+                found = {name: sum(one[name] for one in every) for name in FIELDS}
+            return record | found
 
         return published
 

@@ -126,7 +126,7 @@ async def train(
             evaluate=watch.evaluate,
             on_record=watch.heard,
             context=feedback_context(config, before.prompts),
-            sampling=replace(sampling, publish=following(traffic.joining(sampling.publish), local)),
+            sampling=replace(sampling, publish=following(traffic.joining(sampling.publish, ranks), local)),
             wrap=None if cache is None else cache.recorder(config, pieces.student, pieces.rows, loss),
             account=None if cache is None else cache.account,
             notes={"teachers": fingerprints, **before.notes()},
