@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from topkd.offline import (
 )
 from topkd.offline.distillkit import Layout
 from topkd.topk import Rollout, SamplingParams
-from topkd.topk.errors import AlignmentError, ConfigError, DataError
+from topkd.topk.errors import AlignmentError, CacheError, ConfigError, DataError
 
 pq = pytest.importorskip("pyarrow.parquet")
 
@@ -65,6 +66,27 @@ def test_parquet_has_the_documented_columns_and_gives_everything_back(filled, tm
     assert [r["version"] for r in rollouts] == ["v1", "v1"]
     assert np.array(rollouts[0]["logp"], np.float32).tobytes() == data[0][1].actual_logp.tobytes()
     assert json.loads(rollouts[0]["sampling"])["seed"] == 2
+
+
+def test_an_export_leaves_nothing_of_an_earlier_one_and_nothing_half_written(filled, tmp_path, monkeypatch):
+    cache, data = filled
+    export_parquet(cache, tmp_path / "out")
+    with ScoreStore(tmp_path / "other", mode="a") as store:
+        store.put(TEACHER, *data[1])
+    export_parquet(tmp_path / "other", tmp_path / "out")
+    with ScoreStore(tmp_path / "back", mode="a") as store:
+        assert import_parquet(tmp_path / "out", store).records == 1, "no rollout of the first"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = (tmp_path / "out" / "scores.parquet").read_bytes()
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    with pytest.raises(CacheError, match=r"cannot export there.*No space left") as caught:
+        export_parquet(cache, tmp_path / "out")
+    assert caught.value.exit_code == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["scores.parquet"]
+    assert (tmp_path / "out" / "scores.parquet").read_bytes() == before
 
 
 def test_a_dataset_round_trips(filled, tmp_path):

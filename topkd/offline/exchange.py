@@ -43,7 +43,7 @@ class Exchange:
 
 
 def export_parquet(cache: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Exchange:
-    """Writes ``scores.parquet`` and, when there are any, ``rollouts.parquet`` to a folder.
+    """Writes ``scores.parquet`` and, when there are any, ``rollouts.parquet`` to a folder, in place of former ones.
 
     Values are float32 as the store returns them. Holes are empty lists, an unknown logprob is NaN, an exact zero -inf.
     """
@@ -55,17 +55,22 @@ def export_parquet(cache: str | os.PathLike[str], folder: str | os.PathLike[str]
         for kind, name, rows in ((SCORE, SCORES_FILE, _score_rows), (ROLLOUT, ROLLOUTS_FILE, rollout_rows)):
             temporary, writer = target / f".{name}.tmp", None
             try:
-                for batch in _batched(store.records(kinds=(kind,))):
-                    table = rows(batch, names)
-                    writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
-                    writer.write_table(table)
-                    done += len(batch)
-                    tokens += sum(record.header.rows for record in batch)
-            finally:
+                try:
+                    for batch in _batched(store.records(kinds=(kind,))):
+                        table = rows(batch, names)
+                        writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
+                        writer.write_table(table)
+                        done += len(batch)
+                        tokens += sum(record.header.rows for record in batch)
+                finally:
+                    if writer is not None:
+                        writer.close()
                 if writer is not None:
-                    writer.close()
-            if writer is not None:
-                temporary.replace(target / name)
+                    temporary.replace(target / name)
+                else:  # an earlier export's: an import of the folder would take it for this cache's
+                    (target / name).unlink(missing_ok=True)
+            finally:
+                temporary.unlink(missing_ok=True)
         return Exchange(done, tokens, list(store.damage))
 
 
