@@ -29,6 +29,7 @@ def out_of_reach(monkeypatch):
         ("models/tiny/studnt", r"no such model folder"),
         ("models/studnt", r"no such model folder here, and the hub cannot be reached \(models/studnt\): got 127.0.0.1"),
         ("we ird", r"neither a model folder nor a hub id \(we ird\)"),
+        ("x" * 300, r"neither a model folder nor a hub id \(xxx"),
     ],
 )
 def test_a_name_that_is_nowhere_is_one_line_and_no_retry(out_of_reach, load, name, message):
