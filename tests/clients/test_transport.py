@@ -13,7 +13,7 @@ from tests.clients.probing import served
 from tests.faults.server import KEY, VOCAB, FaultyServer
 from topkd.clients import ClientConfig, VllmCompletions
 from topkd.clients.endpoint import clean_url
-from topkd.clients.transport import HttpxTransport, Request
+from topkd.clients.transport import HttpxTransport, Request, _connect_error
 from topkd.topk.errors import (
     ConfigError,
     FinalServerError,
@@ -112,6 +112,14 @@ async def test_tls_asked_of_a_server_without_it_says_so():
         async with VllmCompletions(secure, model="t", config=ClientConfig(max_retries=0)) as client:
             with pytest.raises(ServerUnreachableError, match="without TLS, at http://"):
                 await client.score(IDS, 3, 4)
+
+
+def test_a_reply_in_the_clear_is_seen_whatever_openssl_calls_it():
+    """3.0 says "wrong version number", 3.2 and later may say "record layer failure"."""
+    error = httpx.ConnectError("[SSL] record layer failure (_ssl.c:1000)")
+    error.__cause__ = ssl.SSLError(1, "[SSL] record layer failure (_ssl.c:1000)")
+    assert "without TLS, at http://" in str(_connect_error(error, "GET https://h"))
+    assert "is the server running" in str(_connect_error(httpx.ConnectError("refused"), "GET https://h"))
 
 
 async def test_a_server_that_hangs_is_noticed_by_the_first_question_before_a_score_would_be(

@@ -188,6 +188,7 @@ _SLOW = "is the server stuck? raise read_timeout_s or read_timeout_per_token_s i
 
 def _connect_error(error: Exception, where: str) -> Exception:
     cause: BaseException | None = error
+    hint = _DEAD
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return FinalServerError(
@@ -196,8 +197,9 @@ def _connect_error(error: Exception, where: str) -> Exception:
                 got=getattr(cause, "verify_message", str(cause)),
                 hint="is it the right server? its own CA: SSL_CERT_FILE=<PEM file of the CA>",
             )
+        if isinstance(cause, ssl.SSLError):  # its words for a reply in the clear differ between OpenSSL's versions
+            hint = "is this a server without TLS, at http://?"
         cause = cause.__cause__ or cause.__context__
-    hint = "is this a server without TLS, at http://?" if "WRONG_VERSION_NUMBER" in str(error) else _DEAD
     return ServerUnreachableError("no connection", where=where, got=str(error) or type(error).__name__, hint=hint)
 
 
