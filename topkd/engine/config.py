@@ -11,6 +11,7 @@ from topkd.engine.frozen import Frozen
 from topkd.engine.learner_config import LearnerConfig
 from topkd.engine.objective_config import Objective, TopKPolicyGradient, conflict
 
+COMPLETIONS = 1_000_000  # of a step: all of them are in memory at once
 DEFAULT_KIND = TopKPolicyGradient().kind
 
 
@@ -26,6 +27,12 @@ class RolloutConfig(Frozen):
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()  # beside the tokenizer's own end of text
     batch_size: PositiveInt = 64
     shards: Annotated[int, Field(ge=0)] = 0  # independent draws of a step, shared by processes; 0: one a process
+
+    @model_validator(mode="after")
+    def _fits_a_machine(self) -> RolloutConfig:
+        if (completions := self.prompts_per_step * self.samples_per_prompt) > COMPLETIONS:
+            raise ValueError(f"at most {COMPLETIONS:,} completions a step (prompts x samples), not {completions:,}")
+        return self
 
 
 class CheckpointConfig(Frozen):

@@ -37,7 +37,7 @@ class LearnerConfig(Frozen):
     ``strategy`` says how several processes under torchrun hold the weights: whole on each, or sharded over all.
     """
 
-    lr: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    lr: Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)] | None = None
     warmup_steps: Annotated[int, Field(ge=0)] = 10
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     final_lr_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
