@@ -129,6 +129,16 @@ def test_the_command_that_goes_on_is_the_one_that_was_given(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_run_under_torchrun_goes_on_with_as_many_processes(tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert again("train", Path("run.toml"), Path("out"), []) == (
+        "torchrun --nproc-per-node 4 -m topkd train run.toml --out out --resume"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert again("train", Path("run.toml"), Path("out"), []).startswith("torchrun --nnodes 2 --nproc-per-node 4 -m ")
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +116,36 @@ def test_what_a_step_asked_its_teacher_is_counted_over_all_processes(files):
     steps = read_metrics(files / "served" / "metrics.jsonl", "step")
     assert sum(step["scored_tokens"] for step in steps) == sum(step["completion_tokens"] for step in steps)
     assert sum(step["requests"] for step in steps) == sum(step["samples"] for step in steps) == 3 * 14
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_a_process_that_is_killed_ends_the_run_with_one_line_and_the_command_that_goes_on(files):
+    launched = topkd(files, "--out", "killed", "--set", "steps=100000", processes=2)
+    diary_file, deadline = files / "killed" / "metrics.jsonl", time.monotonic() + 120
+    while not diary_file.exists() or len(read_metrics(diary_file, "step")) < 5:
+        assert time.monotonic() < deadline
+        assert launched.poll() is None, launched.communicate()
+        time.sleep(0.02)
+    children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children")
+    environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes() for pid in children.read_text().split()}
+    [second] = [pid for pid, environment in environments.items() if b"\0RANK=1\0" in environment]
+    os.kill(second, signal.SIGKILL)
+    _, err = launched.communicate(timeout=100)
+    assert launched.returncode == 1
+    assert "internal error" not in err
+    assert "topkd: error: another process of this run is gone, or does not answer (process 0 of 2)" in err
+    again = "torchrun --nproc-per-node 2 -m topkd train run.toml --out killed --set steps=100000 --resume"
+    assert f"once that is mended, go on with: {again}" in err
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_with_another_number_of_processes_is_told_what_that_changes(files):
+    more = ("--out", "fewer", "--set", "rollout.shards=0", "--set", "steps=2")
+    done(topkd(files, *more))
+    _, err = done(topkd(files, *more[:-1], "steps=3", "--resume"))
+    assert "processes before" not in err
+    diary_file = files / "fewer" / "metrics.jsonl"
+    diary_file.write_text(diary_file.read_text().replace('"processes": 1', '"processes": 2'))
+    _, err = done(topkd(files, *more[:-1], "steps=4", "--resume"))
+    assert "careful: 2 of torchrun's processes before, 1 now: completions are drawn from other seeds" in err

@@ -27,10 +27,19 @@ def first_process() -> bool:
 
 def again(command: str, config: Path, out: Path, overrides: list[str], *, cache: Path | None = None) -> str:
     """The command line that goes on with a run: as it was called, since a resumed run must be the same one."""
-    words = ["topkd", command, str(config), *(["--cache", str(cache)] if cache else []), "--out", str(out)]
+    words = [*_launched(), command, str(config), *(["--cache", str(cache)] if cache else []), "--out", str(out)]
     for pair in overrides:
         words += ["--set", pair]
     return shlex.join([*words, "--resume"])
+
+
+def _launched() -> list[str]:
+    """``topkd``, or what starts it as often as it runs now: fewer processes would draw other completions."""
+    size, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if "RANK" not in os.environ or size == "1":
+        return ["topkd"]
+    nodes = [] if size == here else ["--nnodes", os.environ.get("GROUP_WORLD_SIZE", str(int(size) // int(here)))]
+    return ["torchrun", *nodes, "--nproc-per-node", here, "-m", "topkd"]
 
 
 @contextlib.contextmanager

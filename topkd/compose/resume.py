@@ -59,7 +59,7 @@ def entered(
         with _written_or_told(out), claimed(out, resume=resume):
             yield opened(out, config, progress, command=command, resume=resume), None
         return
-    from topkd.engine.distributed import Ranks
+    from topkd.engine.distributed import Ranks, broken
 
     ranks = Ranks.from_environment()
     try:
@@ -70,6 +70,13 @@ def entered(
                 stack.enter_context(claimed(out, resume=resume))
                 former = opened(out, config, progress, command=command, resume=resume)
             yield ranks.first(former), ranks
+    except RuntimeError as error:
+        if not broken(error):
+            raise
+        raise TrainingError(
+            "another process of this run is gone, or does not answer", where=f"process {ranks.rank} of {ranks.size}",
+            got=str(error).partition("\n")[0][:200], hint="what it said last is why; then go on with --resume",
+        ) from error  # fmt: skip
     finally:
         ranks.close()
 

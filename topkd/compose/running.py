@@ -20,7 +20,7 @@ from topkd.engine import EngineConfig
 from topkd.engine.data import PromptRow
 from topkd.engine.hooks import Hooks
 from topkd.engine.loop import Source
-from topkd.engine.metrics import MetricsLog
+from topkd.engine.metrics import MetricsLog, read_metrics
 from topkd.engine.scoring import Context, ScoredBatch
 from topkd.topk.errors import TopkdError
 from topkd.topk.protocols import Sampler, TeacherScorer
@@ -148,7 +148,12 @@ async def run(
         keeper = Keeper(out, config, learner, tokenizer, log, remembered, stateful, progress)
         stop = None if stops is None else stack.enter_context(stops.listening())
         event = {"event": "resumed", "step": start.step} if former.resumed else {"event": "start"}
-        log.write("event", {**event, "command": command, **provenance(student), **(notes or {})})
+        if former.resumed and not config.rollout.shards and (said := _other_processes(out, learner.ranks.size)):
+            progress.note(said)
+        log.write(
+            "event",
+            {**event, "command": command, "processes": learner.ranks.size, **provenance(student), **(notes or {})},
+        )
         try:
             steps = await distil(
                 config,
@@ -185,6 +190,17 @@ async def run(
             log.write("event", account())
         keeper.ended(reason)
     return RunResult(out, former.steps + steps, evals, stopped=reason)
+
+
+def _other_processes(out: Path, size: int) -> str:
+    """What a run that goes on with more or fewer processes than before is told; "" for any other."""
+    former = [event["processes"] for event in read_metrics(out / DIARY, "event") if "processes" in event]
+    if not former or former[-1] == size:
+        return ""
+    return (
+        f"careful: {former[-1]} of torchrun's processes before, {size} now: completions are drawn from other seeds "
+        "from here on, since rollout.shards is 0 (one a process)"
+    )
 
 
 def _transcripts(

@@ -107,6 +107,11 @@ class Ranks:
             dist.destroy_process_group()
 
 
+def broken(error: BaseException) -> bool:
+    """Whether this is what a rank is told when another one is gone: gloo has no class for it."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
 def _sum_flat(gradients: list[Tensor]) -> None:
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(flat)
