@@ -172,6 +172,11 @@ def _shift(reply: Any) -> None:
     lists.token_ids, lists.logprobs = np.roll(lists.token_ids, 1, axis=0), np.roll(lists.logprobs, 1, axis=0)
 
 
+def _widen(reply: Any, more: int) -> None:
+    lists = reply.topk_prompt_logprobs_np
+    lists.token_ids = lists.token_ids.astype(np.int64) + more
+
+
 def _set(name: str, value: Any) -> Any:
     return lambda reply: setattr(reply, name, value)
 
@@ -187,6 +192,7 @@ def _set(name: str, value: Any) -> Any:
         lambda reply: setattr(reply, "prompt_logprobs_np", reply.prompt_logprobs_np[1:]),
         _shift,
         lambda reply: reply.topk_prompt_logprobs_np.token_ids.__setitem__((6, 1), VOCAB),
+        lambda reply: _widen(reply, 2**32),  # would wrap to the right ids
     ],
 )
 async def test_a_reply_that_cannot_be_right_is_refused(sdk: Sampling, spoil: Any):

@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import SecretStr
 
 from topkd.clients.bytemap import ByteMap, load_bytemap
+from topkd.clients.checks import check_vocabulary
 from topkd.clients.config import ClientConfig
 from topkd.clients.dialect import HttpClient
 from topkd.clients.limits import Budget
@@ -149,9 +150,12 @@ class OpenAIChat(HttpClient):
             )
             error.limit = MAX_K
             raise error
-        prompt = np.asarray(prompt_ids, dtype=np.int32)
-        if prompt.ndim != 1 or prompt.size < 1 or n < 1 or k < 0:
-            raise ConfigError("chat needs prompt_ids, n >= 1 and k >= 0", got=f"{prompt.shape}, n = {n}, k = {k}")
+        prompt = np.asarray(prompt_ids)
+        if prompt.ndim != 1 or prompt.size < 1 or prompt.dtype.kind not in "iu" or n < 1 or k < 0:
+            got = f"{prompt.dtype} {prompt.shape}, n = {n}, k = {k}"
+            raise ConfigError("chat needs prompt_ids (token ids), n >= 1 and k >= 0", got=got)
+        check_vocabulary(prompt, None)
+        prompt = prompt.astype(np.int32)
         if self._strict and (params.top_k or params.min_p or params.repetition_penalty != 1.0 or params.stop_token_ids):
             raise ConfigError(
                 "this server knows no top_k, min_p, repetition_penalty or stop_token_ids", where=self.where()

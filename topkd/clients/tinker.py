@@ -231,7 +231,7 @@ def _rows(
         raise ResponseError("the reply has no top-k logprobs")
     ids, values = np.asarray(lists.token_ids), np.asarray(lists.logprobs, dtype=np.float64)
     check_rows(int(ids.shape[0]), length)
-    ids, values = ids[first:, :want].astype(np.int32), values[first:, :want]
+    ids, values = ids[first:, :want], values[first:, :want]
     if ids.shape != (actual.size, want) or values.shape != ids.shape:
         raise ResponseError("wrong number of entries", got=ids.shape, expected=(actual.size, want))
     empty = (values <= _EMPTY) & (ids == 0)
@@ -240,9 +240,9 @@ def _rows(
         raise ResponseError("wrong number of entries", where=f"row {row}", got=int((~empty[row]).sum()), expected=want)
     if np.isnan(values).any() or (values > 1e-3).any():
         raise ResponseError("a logprob is NaN or above 0")
-    if (ids < 0).any() or (vocab_size is not None and (ids >= vocab_size).any()):
+    if (ids < 0).any() or (ids >= (2**31 if vocab_size is None else vocab_size)).any():
         raise ResponseError("id outside the vocabulary", got=f"{ids.min()}..{ids.max()}")
-    return beside(ids, values, start=start, k=want, actual_ids=actual, actual_logp=logp)
+    return beside(ids.astype(np.int32), values, start=start, k=want, actual_ids=actual, actual_logp=logp)
 
 
 _STATUS: dict[int, tuple[type[TopkdError], str]] = {
