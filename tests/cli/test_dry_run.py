@@ -203,6 +203,19 @@ async def test_a_replay_is_told_what_the_cache_has_and_every_way_in_which_it_can
         assert words in problem
 
 
+async def test_a_shuffled_replay_is_told_whether_the_completions_are_of_its_prompts(folder, kept, tmp_path):
+    async def looked(prompt_ids, **replay):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt_ids": prompt_ids}) + "\n")
+        more = {"data": {"path": str(tmp_path / "rows.jsonl")}, "replay": {"order": "shuffled", **replay}}
+        return await dry_run(run_config(folder, "http://127.0.0.1:1", **more), served=False, cache=kept)
+
+    fits, strange = await looked([5, 6, 7]), await looked([5, 6])
+    assert fits.problems == []
+    assert "1 recorded completions to draw from" in fits.notes
+    (problem,) = strange.problems
+    assert problem.startswith(f"no recorded completion has one of these prompts ({kept}, policy 'run-1'): got 1 compl")
+
+
 async def test_a_folder_that_the_run_could_not_have_is_a_problem_and_one_it_goes_on_in_a_note(folder, tmp_path):
     config = run_config(folder, "", teacher={"kind": "local", "model": str(folder / "student")})
     (tmp_path / "notes.txt").write_text("mine")

@@ -19,12 +19,13 @@ from topkd.compose.limits import check_lengths, compared_ends
 from topkd.compose.meeting import Met, meet_teachers
 from topkd.compose.pieces import Prompts, load_prompts
 from topkd.compose.progress import Progress
-from topkd.compose.recording import cache_folder, recording
+from topkd.compose.recording import as_replayed, cache_folder, recording
 from topkd.compose.resume import foreseen
 from topkd.compose.sampler_meeting import meet_sampler
+from topkd.compose.shuffled import ShuffledRollouts
 from topkd.engine.data import PromptRow
 from topkd.engine.hub import check_there
-from topkd.offline import ScoreStore
+from topkd.offline import ReplayScorer, ScoreStore
 from topkd.topk.errors import TopkdError
 
 # Said only where they are given: they are read for some teachers and some rows alone.
@@ -125,8 +126,7 @@ async def dry_run(
             found.notes += filter(None, [await meet_sampler(config)])
         except TopkdError as error:
             found.problems.append(str(error))
-    else:
-        _look_into(cache, config, found)
+    answers = not served and _look_into(cache, config, found)
     if missing:
         return found
     try:
@@ -140,19 +140,36 @@ async def dry_run(
         check_lengths(config, prompts, met)
     except TopkdError as error:
         found.problems.append(str(error))
+    if answers and config.replay.order == "shuffled":
+        await asyncio.to_thread(_draw, cache, config, prompts, found)
     found.notes += compared_ends(config, prompts).notes
     _estimate(config, prompts, met, found)
     return found
 
 
-def _look_into(cache: Path | None, config: RunConfig, found: DryRun) -> None:
-    """Whether a cache has what a replay needs, and whose it is."""
+def _look_into(cache: Path | None, config: RunConfig, found: DryRun) -> bool:
+    """Whether a cache has what a replay needs; whose it is becomes a note."""
     try:
         with ScoreStore(cache_folder(config, cache)) as store:
             kept = recording(store, config)
             scorers = " and ".join(repr(teacher.name) for teacher in kept.teachers.values())
             policy = f"{kept.policy.name!r} (replay.policy = {kept.policy.revision!r})"
             found.notes.append(f"{store.path} has rollouts of {policy}, scored by {scorers}")
+    except TopkdError as error:
+        found.problems.append(str(error))
+        return False
+    return True
+
+
+def _draw(cache: Path | None, config: RunConfig, prompts: Prompts, found: DryRun) -> None:
+    """Whether a cache's completions are of these prompts, and scored: what a shuffled replay draws from."""
+    try:
+        with ScoreStore(cache_folder(config, cache)) as store:
+            kept = recording(store, config)
+            teachers = {name: ReplayScorer(store, who) for name, who in kept.teachers.items()}
+            ShuffledRollouts(
+                store, kept.policy, prompts.rows, teachers=teachers, config=as_replayed(config), progress=_Notes(found)
+            )
     except TopkdError as error:
         found.problems.append(str(error))
 

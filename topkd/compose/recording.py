@@ -37,6 +37,11 @@ def cache_folder(config: RunConfig, given: Path | None) -> Path:
     return Path(config.cache.path)
 
 
+def as_replayed(config: RunConfig) -> RunConfig:
+    """The run's settings for a replay: one that may lack nothing loses no sample."""
+    return config.model_copy(update={"max_lost_fraction": 0.0}) if config.replay.missing == "error" else config
+
+
 def recording(store: ScoreStore, config: RunConfig) -> Recording:
     """What the cache has for this run file.
 

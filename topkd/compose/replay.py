@@ -10,7 +10,7 @@ from topkd.compose.feedback import feedback_context
 from topkd.compose.pieces import load_pieces, load_prompts
 from topkd.compose.progress import Progress
 from topkd.compose.recorded import RecordedSampler, policy_identity
-from topkd.compose.recording import cache_folder, recording
+from topkd.compose.recording import as_replayed, cache_folder, recording
 from topkd.compose.resume import entered
 from topkd.compose.running import RunResult, run
 from topkd.compose.shuffled import ShuffledRollouts
@@ -43,9 +43,7 @@ async def replay(
         stops: Signals that end it in order, to be resumed.
     """
     progress = progress or Progress()
-    path = cache_folder(config, cache)
-    if config.replay.missing == "error":
-        config = config.model_copy(update={"max_lost_fraction": 0.0})
+    path, config = cache_folder(config, cache), as_replayed(config)
     with ScoreStore(path) as store, contextlib.ExitStack() as stack:
         found = recording(store, config)
         teachers, policy = {name: ReplayScorer(store, who) for name, who in found.teachers.items()}, found.policy
