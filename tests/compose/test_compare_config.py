@@ -31,6 +31,15 @@ def test_arm_settings_lie_over_the_base_and_another_kind_replaces_the_whole_obje
     assert (values["seed"], values["learner"]["lr"]) == (7, 3e-3)
 
 
+def test_seeds_of_the_command_line_take_the_place_of_the_files_and_are_checked_as_they_are(tmp_path):
+    shipped = ROOT / "examples" / "compare_scalar_gjs.toml"
+    assert load_compare(shipped, (), [7, 8]).seeds == (7, 8)
+    with pytest.raises(ConfigError, match=r"tuning seeds apart .*both hold \[1000\]"):
+        load_compare(shipped, (), [0, 1000])
+    (tmp_path / "short.toml").write_text('[[arms]]\nname = "a"\n[[arms]]\nname = "b"\nset = { k = 5 }\n')
+    assert load_compare(tmp_path / "short.toml").seeds == (0, 1, 2)
+
+
 def test_a_grid_is_the_product_of_its_axes():
     made = from_runs([], parse_grid(["objective.kind=gjs,topk_pg", "k=5,20"]), [0])
     assert made.base == EMBEDDED

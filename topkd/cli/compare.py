@@ -80,7 +80,7 @@ def _page(out: Path) -> str:
 
 
 def _config(files: list[Path], grid: list[str], seeds: str | None, overrides: list[str]) -> CompareConfig:
-    from topkd.compose.compare_config import from_runs, load_compare, parse_grid
+    from topkd.compose.compare_config import SEEDS, from_runs, load_compare, parse_grid
     from topkd.compose.config import read_toml
 
     wanted = _seeds(seeds)
@@ -90,11 +90,10 @@ def _config(files: list[Path], grid: list[str], seeds: str | None, overrides: li
                 "one run file is nothing to compare", where=str(files[0]),
                 hint="give a second one, --grid key=value,value, or a comparison file with [[arms]]",
             )  # fmt: skip
-        config = load_compare(files[0], overrides)
-        return config if wanted is None else config.model_validate({**config.model_dump(), "seeds": wanted})
+        return load_compare(files[0], overrides, wanted)
     if not files and not grid:
         raise ConfigError("nothing to compare", hint="give a comparison file, run files, or --grid key=value,value")
-    return from_runs(files, parse_grid(grid), wanted or [0, 1, 2], overrides)
+    return from_runs(files, parse_grid(grid), wanted or SEEDS, overrides)
 
 
 def _seeds(text: str | None) -> list[int] | None:

@@ -21,6 +21,7 @@ from topkd.topk.errors import ConfigError
 Seed: TypeAlias = Annotated[int, Field(ge=0)]
 EMBEDDED = "embedded"
 NAME_LENGTH = 60
+SEEDS = [0, 1, 2]  # when nothing says so
 
 
 class Arm(Frozen):
@@ -197,9 +198,14 @@ EMBEDDED_VALUES: dict[str, Any] = {
 }
 
 
-def load_compare(path: Path, overrides: Sequence[str] = ()) -> CompareConfig:
-    """A comparison file; a relative ``base`` is taken from beside it, ``overrides`` apply to every arm."""
-    values = read_toml(path)
+def load_compare(path: Path, overrides: Sequence[str] = (), seeds: Sequence[int] | None = None) -> CompareConfig:
+    """A comparison file; a relative ``base`` is taken from beside it, ``overrides`` apply to every arm.
+
+    ``seeds`` take the place of the file's.
+    """
+    values = {"seeds": SEEDS, **read_toml(path)}
+    if seeds is not None:
+        values["seeds"] = list(seeds)
     if isinstance(base := values.get("base"), str) and base != EMBEDDED:
         values["base"] = str(path.parent / base)
     config = validated(CompareConfig, values, where=str(path))
