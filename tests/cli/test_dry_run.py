@@ -12,9 +12,12 @@ from topkd.cli.app import app
 from topkd.cli.dry_run import show
 from topkd.compose.config import RunConfig
 from topkd.compose.dry_run import dry_run, settings
+from topkd.compose.pieces import load_pieces, load_prompts
+from topkd.compose.progress import Progress
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk import Rollout, SamplingParams, TopK
+from topkd.topk.errors import TopkdError
 
 TALK = [
     {"role": "user", "content": "1 + 1?"},
@@ -112,6 +115,28 @@ async def test_every_problem_is_told_not_only_the_first(folder):
     assert len(found.problems) == 2
     assert "http://127.0.0.1:1" in found.problems[0]
     assert "/no/such/file" in found.problems[1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "rollout", "words"),
+    [
+        ([{"prompt_ids": [5]}, {"prompt_ids": [5, 99_999]}], {}, "other.jsonl, line 2): got 99999"),
+        ([{"prompt_ids": [5], "completion_ids": [7, 99_999]}], {}, "other.jsonl, line 1): got 99999"),
+        ([{"prompt_ids": [5]}], {"stop_token_ids": [99_999]}, "rollout.stop_token_ids holds an id that the student"),
+    ],
+)
+async def test_an_id_that_the_student_does_not_have_is_a_problem_here_as_in_the_run(
+    folder, tmp_path, rows, rollout, words
+):
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teacher = {"kind": "local", "model": str(folder / "student")}
+    config = run_config(folder, "", teacher=teacher, data={"path": str(tmp_path / "other.jsonl")}, rollout=rollout)
+    (problem,) = (await dry_run(config)).problems
+    assert words in problem
+    assert load_prompts(config, Progress()).rows, "nothing but the id is wrong"
+    with pytest.raises(TopkdError) as caught:
+        load_pieces(config, Progress())
+    assert str(caught.value) == problem
 
 
 async def test_a_missing_student_is_one_problem_and_its_teacher_is_looked_at_all_the_same(folder, server, monkeypatch):

@@ -15,9 +15,9 @@ from pydantic import BaseModel
 from topkd.clients.probe import probe
 from topkd.compose.config import RunConfig
 from topkd.compose.forecast import Forecast, forecast
-from topkd.compose.limits import check_lengths, compared_ends
+from topkd.compose.limits import check_lengths, compared_ends, vocabulary
 from topkd.compose.meeting import Met, meet_teachers
-from topkd.compose.pieces import Prompts, load_prompts
+from topkd.compose.pieces import Prompts, check_ids, load_prompts
 from topkd.compose.progress import Progress
 from topkd.compose.recording import as_replayed, cache_folder, recording
 from topkd.compose.resume import foreseen
@@ -136,15 +136,26 @@ async def dry_run(
         return found
     found.data = _data(prompts)
     found.prompts = _rendered(prompts)
-    try:
-        check_lengths(config, prompts, met)
-    except TopkdError as error:
-        found.problems.append(str(error))
+    found.problems += _unfit(config, prompts, met)
     if answers and config.replay.order == "shuffled":
         await asyncio.to_thread(_draw, cache, config, prompts, found)
     found.notes += compared_ends(config, prompts).notes
     _estimate(config, prompts, met, found)
     return found
+
+
+def _unfit(config: RunConfig, prompts: Prompts, met: dict[str, Met]) -> Iterator[str]:
+    """What of the rows does not fit the student or its teachers: ids, and lengths."""
+    size = vocabulary(config.student.model)
+    try:
+        if size is not None:
+            check_ids(config, prompts.rows, size)
+    except TopkdError as error:
+        yield str(error)
+    try:
+        check_lengths(config, prompts, met)
+    except TopkdError as error:
+        yield str(error)
 
 
 def _look_into(cache: Path | None, config: RunConfig, found: DryRun) -> bool:

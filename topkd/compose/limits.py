@@ -66,6 +66,15 @@ def _answer(row: PromptRow, room: int) -> int:
 
 def position_limit(model: str) -> int | None:
     """Positions that a model folder's config states; None when it states none."""
+    return _stated(model, "max_position_embeddings")
+
+
+def vocabulary(model: str) -> int | None:
+    """Ids that a model folder's config states; None when it states none."""
+    return _stated(model, "vocab_size")
+
+
+def _stated(model: str, name: str) -> int | None:
     from transformers import AutoConfig
 
     try:
@@ -73,7 +82,7 @@ def position_limit(model: str) -> int | None:
     except (OSError, ValueError):
         return None  # opening the model itself says what is wrong with it
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = getattr(text, "max_position_embeddings", None)
+    found = getattr(text, name, None)
     return int(found) if isinstance(found, int) and found > 0 else None
 
 

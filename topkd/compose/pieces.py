@@ -48,20 +48,25 @@ def load_pieces(config: RunConfig, progress: Progress, prompts: Prompts | None =
     prompts = prompts or load_prompts(config, progress)
     model = config.student
     student = Student.load(model.model, model.device, model.dtype, lora=model.lora, seed=config.seed)
+    check_ids(config, prompts.rows, student.vocab_size)
+    return Pieces(prompts.tokenizer, student, prompts.rows, prompts.dropped)
+
+
+def check_ids(config: RunConfig, rows: list[PromptRow], vocab_size: int) -> None:
+    """Raises where the config or a row holds an id that a student of so many ids does not have."""
     for stop in config.rollout.stop_token_ids:
-        if stop >= student.vocab_size:
+        if stop >= vocab_size:
             raise ConfigError(
                 "rollout.stop_token_ids holds an id that the student does not have", got=stop,
-                expected=f"below {student.vocab_size}",
+                expected=f"below {vocab_size}",
             )  # fmt: skip
-    for row in prompts.rows:
+    for row in rows:
         top = max(int(ids.max()) for ids in (row.prompt_ids, row.completion_ids) if ids is not None)
-        if top >= student.vocab_size:
+        if top >= vocab_size:
             raise DataError(
                 "a row holds an id that the student does not have", where=f"{config.data.path}, {row.sample_id}",
-                got=top, expected=f"below {student.vocab_size}", hint="was the file made with another tokenizer?",
+                got=top, expected=f"below {vocab_size}", hint="was the file made with another tokenizer?",
             )  # fmt: skip
-    return Pieces(prompts.tokenizer, student, prompts.rows, prompts.dropped)
 
 
 def load_prompts(config: RunConfig, progress: Progress) -> Prompts:
