@@ -67,9 +67,12 @@ def test_an_estimate_foretells_ids_that_a_teacher_of_known_size_cannot_have(data
         ("--in-flight", 10**11, "'in_flight'.*less than or equal to 10000"),
         ("--max-cost", "inf", "'max_cost'.*a finite number"),
         ("--price-per-million", "inf", "'price_per_million'.*a finite number"),
+        ("--engine", "dtype=bfloat16", "engine settings are for a teacher that is loaded here"),
+        ("--ray-address", "127.0.0.1:6379", "ray_address and gpus_per_worker need runner = ray"),
+        ("--gpus-per-worker", 1, "ray_address and gpus_per_worker need runner = ray"),
     ],
 )
-def test_a_number_beyond_all_bounds_is_a_mistake_and_no_job_that_hangs(data, tmp_path, option, value, message):
+def test_what_cannot_be_meant_is_a_mistake_and_neither_hangs_nor_is_passed_over(data, tmp_path, option, value, message):
     with pytest.raises(ConfigError, match=message):
         ran("score", data, "--teacher", DEAD, "--out", tmp_path / "cache", option, value)
 

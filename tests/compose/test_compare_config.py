@@ -187,6 +187,22 @@ def test_a_stale_arm_is_refused_because_staleness_weighs_differently_on_estimato
         config(overrides={"max_staleness": 1}).checked()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"overrides": {"seed": 5}}, r"a seed for an arm, .* \(overrides\): got seed = 5"),
+        ({"arms": [ARMS[0], {"name": "b", "set": {"seed": 5}}]}, r"a seed for an arm, .* \(arm 'b'\): got seed = 5"),
+        ({"overrides": {"learner": {"lr": 0.1}}}, r"beside \[tuning\].* \(overrides\): got learner.lr = 0.1"),
+    ],
+)
+def test_a_setting_that_the_comparison_gives_itself_is_refused_and_not_left_out(changes, message):
+    tuning = {"rates": [1e-3, 2e-3, 3e-3], "seeds": [9]}
+    with pytest.raises(ConfigError, match=message):
+        config(tuning=tuning, **changes).checked()
+    if "learner" in changes.get("overrides", {}):
+        config(**changes).checked()
+
+
 def test_a_wrong_key_in_an_arm_names_the_arm():
     with pytest.raises(ConfigError, match="arm 'b'"):
         config(arms=[ARMS[0], {"name": "b", "set": {"kk": 5}}]).checked()

@@ -127,6 +127,7 @@ class CompareConfig(Frozen):
                 "only the embedded pair's rollouts are replayed", where=self.base, got="replay = true",
                 hint="leave it out, or record the run in a [cache] and use topkd replay",
             )  # fmt: skip
+        self._check_own()
         first: RunConfig | None = None
         for arm in self.arms:
             values = self.values(arm, self.seeds[0], None)
@@ -154,6 +155,22 @@ class CompareConfig(Frozen):
                 got="no [eval]" if table is None else f"eval.teacher {table.teacher!r}, prefixes {[*table.prefixes]}",
                 expected='an [eval] with "fixed" among its prefixes, and the teacher\'s folder as eval.teacher',
             )  # fmt: skip
+
+    def _check_own(self) -> None:
+        """What the comparison gives every arm itself cannot be set beside it: it would be left out unsaid."""
+        said = [("overrides", self.overrides), *((f"arm {arm.name!r}", arm.set) for arm in self.arms)]
+        for where, table in said:
+            if "seed" in table:
+                raise ConfigError(
+                    "a seed for an arm, where every arm is trained on every seed", where=where,
+                    got=f"seed = {table['seed']!r}", hint="name the seeds as seeds = [0, 1], or with --seeds 0,1",
+                )  # fmt: skip
+            learner = table.get("learner")
+            if self.tuning is not None and isinstance(learner, Mapping) and "lr" in learner:
+                raise ConfigError(
+                    "a learning rate beside [tuning], which finds one for every arm", where=where,
+                    got=f"learner.lr = {learner['lr']!r}", hint="leave one of the two out",
+                )  # fmt: skip
 
     def _base_values(self) -> dict[str, Any]:
         if self.base == EMBEDDED:

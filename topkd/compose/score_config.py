@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, SecretStr, model
 from topkd.clients import ClientConfig
 from topkd.compose.job_report import KEPT_REFUSALS, Cost, InFlight, JobReport, Rows
 from topkd.compose.tables import ScoringDialect
+from topkd.compose.teachers import IN_PROCESS
 
 
 class ScoreConfig(BaseModel):
@@ -95,6 +96,13 @@ class ScoreConfig(BaseModel):
             raise ValueError("give either the URLs of one teacher, or URLs for each teacher_id (at least 1)")
         if self.routes and self.teacher_id:
             raise ValueError("a job with a URL for each teacher_id scores the rows of all of them")
+        urls = [*self.teachers, *(url for replicas in self.routes.values() for url in replicas)]
+        if self.engine and not any(url.startswith(IN_PROCESS) for url in urls):
+            raise ValueError(
+                f"engine settings are for a teacher that is loaded here ({IN_PROCESS}FOLDER), not for a server"
+            )
+        if self.runner != "ray" and (self.ray_address is not None or self.gpus_per_worker):
+            raise ValueError("ray_address and gpus_per_worker need runner = ray")
         for named in (self.models, self.revisions, self.vocab_sizes):
             if strange := sorted(set(named) - set(self.routes)):
                 raise ValueError(f"a model, revision or vocabulary size for {strange}, which has no URL")
