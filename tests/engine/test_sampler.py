@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.pieces import model_folder
+from tests.engine.pieces import VOCAB, model_folder
+from topkd.engine.local_teacher import LocalTeacher
 from topkd.engine.sampler import InProcessSampler
 from topkd.engine.student import Student
 from topkd.topk import SamplingParams
@@ -115,6 +116,28 @@ async def test_a_truncating_or_tempered_sampler_is_refused(student, params):
 async def test_an_empty_prompt_is_refused(student):
     with pytest.raises(ConfigError, match="at least one token"):
         await InProcessSampler(student).sample([], 1, SamplingParams(max_tokens=2))
+
+
+@pytest.mark.parametrize("ids", [[1.5, 2.0], [5, VOCAB], [5, -1], [2**40], ["1"]], ids=repr)
+async def test_ids_that_the_model_does_not_have_are_refused_by_sampler_and_teacher(student, ids):
+    with pytest.raises(ConfigError, match=r"token ids must be integers|does not have.*another tokenizer's"):
+        await InProcessSampler(student).sample(ids, 1, SamplingParams(max_tokens=2))
+    teacher = LocalTeacher(student)
+    for sequence in ([*ids, 5], [5, *ids]):  # the last one is only looked up
+        with pytest.raises(ConfigError, match=r"token ids must be integers|does not have.*another tokenizer's"):
+            await teacher.score(sequence, 0, 3)
+    with pytest.raises(ConfigError, match="does not have"):
+        await teacher.score_candidates([5, 6], 0, np.array([[3, VOCAB]], np.int32))
+    padded = await teacher.score_candidates([5, 6], 0, np.array([[3, -1]], np.int32))
+    assert np.isneginf(padded[0]).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(("n", "k"), [(0, 0), (1, -1)])
+async def test_counts_that_ask_for_nothing_are_refused(student, n, k):
+    with pytest.raises(ConfigError, match="at least"):
+        await InProcessSampler(student).sample([5], n, SamplingParams(max_tokens=2), k=k)
+    with pytest.raises(ConfigError, match="at least 0"):
+        await LocalTeacher(student).score([5, 6], 0, -1)
 
 
 async def test_a_batch_that_is_given_up_stops_at_its_next_token(student):

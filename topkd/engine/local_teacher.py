@@ -23,15 +23,17 @@ class LocalTeacher:
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
         """See ``topkd.topk.protocols.TeacherScorer``."""
-        return await asyncio.to_thread(self._score, np.asarray(ids, dtype=np.int64), start, k)
+        if k < 0:
+            raise ConfigError("k must be at least 0", got=k)
+        return await asyncio.to_thread(self._score, self.model.known(ids), start, k)
 
     async def score_candidates(self, ids: Ids, start: int, candidates: Int32) -> Float32:
         """See ``topkd.topk.protocols.CandidateScorer``."""
 
         def look_up() -> Float32:
-            wanted = torch.from_numpy(candidates.astype(np.int64))
-            logp = self._logp(np.asarray(ids, dtype=np.int64), start)
-            found = logp.gather(1, wanted.clamp_min(0)).numpy().astype(np.float32)
+            wanted = torch.from_numpy(self.model.known(np.maximum(candidates, 0)))
+            logp = self._logp(self.model.known(ids), start)
+            found = logp.gather(1, wanted).numpy().astype(np.float32)
             return np.where(candidates >= 0, found, np.float32(-np.inf))
 
         return await asyncio.to_thread(look_up)

@@ -74,7 +74,9 @@ class InProcessSampler:
     ) -> list[list[Rollout]]:
         given_up = given_up or threading.Event()
         self._check(params)
-        arrays = [np.asarray(prompt, dtype=np.int32) for prompt in prompts for _ in range(n)]
+        if n < 1 or k < 0:
+            raise ConfigError("n must be at least 1 and k at least 0", got=f"n = {n}, k = {k}")
+        arrays = [array for prompt in prompts for array in [self.student.known(prompt).astype(np.int32)] * n]
         if any(array.size < 1 for array in arrays):
             raise ConfigError("a prompt needs at least one token", hint="add a BOS token or a first character")
         generator = torch.Generator()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from topkd.engine.hub import check_there
@@ -101,6 +103,21 @@ class Student:
     def head_parameters(self) -> tuple[Tensor, Tensor | None]:
         """The output head as (weight [V, H], bias [V] or None), for losses that never build N x V logits."""
         return head_weights(self.head)
+
+    def known(self, ids: ArrayLike) -> NDArray[np.int64]:
+        """Token ids as int64; ConfigError where one is no integer, or none of this model's.
+
+        Unchecked they would be an index error, on a GPU the end of the process, and -1 the last id's logprob.
+        """
+        array = np.asarray(ids)
+        if array.size and array.dtype.kind not in "iu":
+            raise ConfigError("token ids must be integers", got=array.dtype)
+        if array.size and not 0 <= int(array.min()) <= int(array.max()) < self.vocab_size:
+            raise ConfigError(
+                "a token id that the model does not have", got=f"{array.min()}..{array.max()}",
+                expected=f"0..{self.vocab_size - 1}", hint="are these another tokenizer's ids?",
+            )  # fmt: skip
+        return array.astype(np.int64)
 
     @property
     def vocab_size(self) -> int:
