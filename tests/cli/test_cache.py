@@ -193,6 +193,13 @@ def test_captures_of_other_tools_need_a_teachers_name_and_bring_their_rows(cache
     assert not (tmp_path / "new").exists()
 
 
+def test_an_export_goes_into_no_cache(cache):
+    held = sorted(path.name for path in cache.iterdir())
+    with pytest.raises(ConfigError, match="the folder to export to is a cache"):
+        ran("cache", "export", cache, cache)
+    assert sorted(path.name for path in cache.iterdir()) == held
+
+
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("form", ["parquet", "dataset", "axolotl", "distillkit"])
 def test_an_import_that_cannot_be_read_leaves_no_empty_cache(cache, tmp_path, form, there):

@@ -160,7 +160,10 @@ def export(
     """
     from topkd.offline import export_parquet, to_dataset
     from topkd.offline.exchange import writing
+    from topkd.offline.folder import FORMAT_FILE
 
+    if (out / FORMAT_FILE).exists():
+        raise ConfigError("the folder to export to is a cache", where=str(out), hint="choose another one")
     if form is ExportFormat.parquet:
         done = export_parquet(cache, out)
         _told(done, as_json)

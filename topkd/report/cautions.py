@@ -52,14 +52,15 @@ def warnings_of(one: Outcome) -> list[Warned]:
         reason = next((event.get("reason") for event in run.events if event.get("event") == "stopped"), None)
         text = f"stopped at step {last_step(run.steps)} of {run.planned or '?'} ({reason or 'no reason given'})"
         said.append(Warned("stopped", text))
+    onwards = "the same topkd compare goes on" if "arm" in run.params else "--resume goes on from its last checkpoint"
     if run.state == "unfinished":
         text = (
             f"ended at step {last_step(run.steps)} of {run.planned or '?'} without a word, and no process of this "
-            "machine is at work on it: was it killed? (--resume goes on from its last checkpoint)"
+            f"machine is at work on it: was it killed? ({onwards})"
         )
         said.append(Warned("silent", text))
     if run.state == "running" and run.planned is not None and (quiet := silence(run)) is not None:
-        text = f"unfinished, and nothing was written for {quiet}: was it killed? (topkd train --resume goes on)"
+        text = f"unfinished, and nothing was written for {quiet}: was it killed? ({onwards})"
         said.append(Warned("silent", text))
     meant = cut_on_purpose(run)
     alarms = [event for event in run.events if event.get("event") == "alarm"]
