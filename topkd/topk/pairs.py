@@ -51,7 +51,8 @@ def topk_gjs(
         student: R rows for the same positions (K may differ).
         beta: Mixture weight of the teacher, in [0, 1]: 0 forward KL(T||S), 1 reverse KL(S||T).
         missing: The variant.
-        floor: Natural-log probability below which a missing id is put (``union_tail`` and ``floor`` only).
+        floor: Natural-log probability below which a missing id is put (``union_tail`` and ``floor`` only); one that is
+            below every float (under -745) gives it none in ``union_tail``.
 
     Returns:
         float64 [R].
@@ -109,7 +110,8 @@ def _with_tail(logp: Float64, listed: Bool, union: Bool, tail: Float64, floor: f
     absent = union & ~listed
     count = absent.sum(axis=1)
     smallest = np.where(np.isfinite(logp), logp, np.inf).min(axis=1, initial=np.inf)
-    # in logs: a share below the smallest double would be an exact zero, and infinity at a KL end
+    # in logs: a listed probability below the smallest double is none the less one, and no infinity at a KL end
+    floor = floor if np.exp(floor) > 0.0 else -np.inf  # who gives such a floor asks for none
     filler = np.minimum(np.minimum(floor, smallest), np.log(remaining / np.maximum(count, 1)))
     share = np.exp(filler)
     # where the missing ids take all that is left, the difference is rounding: at a KL end it would decide over infinity
