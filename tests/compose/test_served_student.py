@@ -1,9 +1,11 @@
 """The student sampled from a server: what was pushed is what is sampled from, step by step, or the run ends."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
+import torch
 
 from tests.engine.pieces import model_folder
 from tests.faults.server import FaultyServer
@@ -12,6 +14,7 @@ from topkd.clients.sync import VllmWeightSink
 from topkd.compose.config import RunConfig
 from topkd.compose.sampler_meeting import meet_sampler
 from topkd.compose.train import train
+from topkd.engine import sync
 from topkd.engine.local_teacher import LocalTeacher
 from topkd.engine.metrics import read_metrics
 from topkd.engine.student import Student
@@ -157,6 +160,26 @@ async def test_a_sampler_synced_every_other_step_is_as_stale_as_the_diary_says(f
     events = read_metrics(tmp_path / "run" / "metrics.jsonl", "event")
     sounded = [(event["step"], event["value"] < 1e-6) for event in events if event.get("alarm") == "sync_kl"]
     assert sounded == [(0, True)], "rounding is above such a limit at every push, and the alarm sounds once"
+
+
+async def test_a_server_that_keeps_its_old_head_is_told_within_two_pushes_though_it_is_near(
+    folders, teacher, sampler, tmp_path, monkeypatch
+):
+    """vLLM on CPU does so with tied embeddings: the head's packed copy is not made anew by a reload."""
+    heads, real = [], sync.merged
+
+    def with_the_first_head(model):
+        whole = copy.deepcopy(real(model))
+        heads.append(whole.lm_head.weight.detach().clone())
+        whole.lm_head.weight = torch.nn.Parameter(heads[0])
+        return whole
+
+    monkeypatch.setattr(sync, "merged", with_the_first_head)
+    await train(run_config(folders, teacher, sampler), tmp_path / "run")
+    events = read_metrics(tmp_path / "run" / "metrics.jsonl", "event")
+    [alarm] = [event for event in events if event.get("alarm") == "sync_kl"]
+    assert (alarm["step"] <= 2, alarm["limit"]) == (True, 1e-5)
+    assert 1e-5 < alarm["value"] < 0.02, "below what bfloat16 is allowed"
 
 
 @pytest.mark.slow

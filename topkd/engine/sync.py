@@ -104,6 +104,7 @@ class SyncedSampler:
         self._sampler: Sampler | None = None
         self._base: Version | None = None
         self._alarmed = False
+        self._first_nats: float | None = None
         self._turn = asyncio.Lock()
 
     def capture(self, version: int) -> None:
@@ -139,7 +140,10 @@ class SyncedSampler:
                     )  # fmt: skip
                 self._sampler, self.version = self.destination.sampler(update), version
                 params = SamplingParams(max_tokens=1, seed=derived_seed(0, "probe", version))
-                found = await self.probe.compare(self._sampler, rows, params, self.destination.where)
+                found = await self.probe.compare(
+                    self._sampler, rows, params, self.destination.where, first_nats=self._first_nats
+                )
+                self._first_nats = found["sync_kl"] if self._first_nats is None else self._first_nats
             sounded, self._alarmed = self._alarmed, "alarms" in found
             if sounded:  # once, when it begins
                 found.pop("alarms", None)
