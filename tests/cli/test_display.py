@@ -98,3 +98,14 @@ def test_plain_lines_say_how_long_a_stage_still_takes_at_its_own_pace(capsys, mo
         "train the teacher: 600/600 loss 5.4 (600 s)",
     ]
     assert left(0, 0.0, 44, 88, 50.0) == ", about 50 s left"
+
+
+def test_brackets_in_what_a_stage_tells_are_no_markup():
+    display = Display()
+    display.live = True
+    display.stage("live runs", 2)
+    display.advance(1, "live-a-seed0: no file there ([/data]): got [red]")
+    console = Console(width=160)
+    with console.capture() as shown:
+        console.print(display._bars.get_renderable())
+    assert "no file there ([/data]): got [red]" in shown.get()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from topkd.cli.amounts import size
 from topkd.cli.display import Display
@@ -132,20 +133,20 @@ def _table(console: Console, summary: dict[str, Any], rows: list[dict[str, Any]]
     table.add_column(f"tokens to {summary['target']:g}", justify="right")
     table.add_column("teacher", justify="right")
     for row in rows:
-        cells = [labels[row["arm"]]]
+        cells: list[str | Text] = [Text(labels[row["arm"]])]  # brackets in a name are no markup
         if any(rates.values()):
             cells.append(f"{rates[row['arm']]:.2g}")
         cells += [
             _spread(row["final"]),
             _ratio(row["area_ratio"]) if row["arm"] != summary["reference"] else "reference",
             _reached(row),
-            size(next(iter(row["seeds"].values()))["teacher_bytes"]) if row["seeds"] else "-",
+            _bill(row),
         ]
         table.add_row(*cells)
     console.print(table)
     console.print(
         f"final: held-out {summary['metric']}, mean ± standard deviation over seeds; area: mean of it over tokens; "
-        "teacher: logprob bytes per run",
+        "teacher: logprob bytes of a run, mean over seeds",
         style="dim", soft_wrap=True,
     )  # fmt: skip
 
@@ -161,6 +162,11 @@ def _ratio(ratio: dict[str, Any]) -> str:
         return "-"
     spread = "" if ratio["low"] is None else f" ({ratio['low']:.2f}-{ratio['high']:.2f})"
     return f"{ratio['ratio']:.3f}{spread}"
+
+
+def _bill(row: dict[str, Any]) -> str:
+    known = [fact["teacher_bytes"] for fact in row["seeds"].values()]
+    return size(sum(known) / len(known)) if known else "-"
 
 
 def _reached(row: dict[str, Any]) -> str:

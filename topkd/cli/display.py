@@ -35,7 +35,7 @@ class Display(Told):
             TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
             TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),  # an error's words may hold brackets
             console=self.console,
             disable=not self.live,
         )
