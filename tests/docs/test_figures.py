@@ -64,13 +64,17 @@ def scoring():
 
 def fused():
     rows = {(row["dtype"], row["side"]): row for row in result("fused")["results"]}
-    scratch, cpu = (
-        {dtype: rows[dtype, "topkd fused"][key] / rows[dtype, "naive dense"][key] for dtype in ("bfloat16", "float32")}
-        for key in ("scratch_mb", "cpu_seconds")
-    )
-    bf16, f32 = (f"{100 * scratch[dtype]:.1f} %" for dtype in ("bfloat16", "float32"))
-    yield f"{bf16} of its scratch memory in bf16, {f32} in float32"
-    yield f"{share(cpu['float32'])} of its CPU time in float32"
+
+    def of(side, key):
+        return [rows[dtype, "topkd fused"][key] / rows[dtype, side][key] for dtype in ("bfloat16", "float32")]
+
+    bf16, f32 = of("naive dense", "scratch_mb")
+    yield f"{100 * bf16:.1f} % of its scratch memory in bf16, {100 * f32:.1f} % in float32"
+    bf16, f32 = of("naive dense", "cpu_seconds")
+    yield f"{share(f32)} of its CPU time in float32 ({share(bf16)} in bf16)"
+    for name, side in (("Liger's form at 256 rows", "liger form 256"), ("liger-kernel's own JSD", "liger package")):
+        scratch = " and ".join(f"{100 * ratio:.0f} %" for ratio in of(side, "scratch_mb"))
+        yield f"of {name} {scratch}, {' and '.join(share(ratio) for ratio in of(side, 'cpu_seconds'))} of the time"
 
 
 def store():
