@@ -31,6 +31,18 @@ def test_a_run_gets_its_page_beside_it_and_the_verdict_on_the_terminal(tmp_path:
     assert "report.html (" in result.stdout
 
 
+def test_a_page_is_written_over_a_page_and_over_nothing_else(tmp_path: Path) -> None:
+    path, diary = write_run(tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
+    held = diary.read_bytes()
+    with pytest.raises(ConfigError, match=r"the file is no page .*metrics.jsonl\); choose another --out"):
+        runner.invoke(app, ["report", str(path), "--out", str(diary)], catch_exceptions=False)
+    assert diary.read_bytes() == held
+    (tmp_path / "empty.html").touch()
+    for out in (tmp_path / "empty.html", tmp_path / "empty.html", tmp_path / "new.html"):
+        assert runner.invoke(app, ["report", str(path), "--out", str(out)], catch_exceptions=False).exit_code == 0
+        assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
 def test_json_holds_the_verdict_and_the_results(tmp_path: Path) -> None:
     folder = write_comparison(tmp_path / "cmp")
     result = runner.invoke(app, ["report", str(folder), "--json", "--out", str(tmp_path / "p.html")])

@@ -11,6 +11,8 @@ from topkd.report.page import render_page
 from topkd.report.payload import Page, build
 from topkd.topk.errors import ConfigError
 
+_BEGINNING = b"<!doctype html"
+
 
 def write_page(runs: Sequence[Path], out: Path | None = None) -> tuple[Page, Path, int]:
     """One HTML page of runs or a comparison; returns it, where it lies and its size in bytes.
@@ -24,7 +26,16 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> tuple[Page, Pat
     text = render_page(page).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and path.stat().st_size and not _is_page(path):
+            raise ConfigError(
+                "the file is no page", where=str(path), hint="choose another --out: it is not written over"
+            )
         path.write_bytes(text)
     except OSError as error:
         raise ConfigError("cannot write the page", where=str(path), got=error.strerror) from error
     return page, path, len(text)
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_BEGINNING)).lower() == _BEGINNING
