@@ -57,7 +57,10 @@ def refusal(reply: Reply, *, where: str, k: int = 0, model: str = "") -> ServerE
     said = _words(reply)
     status = f"HTTP {reply.status}"
     if reply.status in {401, 403}:
-        return AuthError(f"the server refuses the API key: {said}", where=where, got=status, hint="check api_key")
+        return AuthError(
+            f"the server refuses the API key: {said}", where=where, got=status,
+            hint="check api_key, and that one was given (api_key_env, --api-key-env: the variable that holds it)",
+        )  # fmt: skip
     limit = _K_LIMIT.search(said)
     if limit:
         error = KLimitError(
