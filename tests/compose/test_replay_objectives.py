@@ -9,12 +9,15 @@ import pytest
 
 from tests.compose.test_replay import NOWHERE, run_config, same, steps_of
 from tests.engine.pieces import model_folder
+from topkd.compose.dry_run import dry_run
 from topkd.compose.replay import replay
 from topkd.compose.train import train
 from topkd.engine.metrics import read_metrics
 from topkd.engine.objective_config import Objective
+from topkd.offline import ScoreStore
+from topkd.offline.records import ROLLOUT
 from topkd.serve import ServeConfig, ServerProcess
-from topkd.topk.errors import ConfigError
+from topkd.topk.errors import CacheMissError, ConfigError, TopkdError
 
 KINDS = sorted(member.model_fields["kind"].default for member in get_args(get_args(Objective)[0]))
 FROM_A_TEACHER = [kind for kind in KINDS if kind != "sft"]
@@ -90,6 +93,33 @@ async def test_a_mixture_with_the_datas_completions_replays_as_itself(folders, s
     await train(run_config(folders, server.url, tmp_path / "cache", **changes), tmp_path / "live")
     await replay(run_config(folders, NOWHERE, **changes), tmp_path / "again", cache=tmp_path / "cache")
     same(steps_of(tmp_path / "live"), steps_of(tmp_path / "again"))
+
+
+async def test_scores_of_the_datas_completions_alone_are_replayed_without_a_rollout_in_the_cache(
+    folders, server, tmp_path
+):
+    """What ``topkd cache import`` leaves: it has nobody's rollouts to bring."""
+    changes = {"objective": {"kind": "kd"}, "on_policy_fraction": 0.0, "data_loss": "objective", "steps": 3}
+    await train(run_config(folders, server.url, tmp_path / "cache", **changes), tmp_path / "live")
+    with ScoreStore(tmp_path / "cache") as store:
+        assert not [*store.records(kinds=(ROLLOUT,))]
+    offline = run_config(folders, NOWHERE, **changes)
+    await replay(offline, tmp_path / "again", cache=tmp_path / "cache")
+    same(steps_of(tmp_path / "live"), steps_of(tmp_path / "again"))
+    found = await dry_run(offline, served=False, cache=tmp_path / "cache")
+    assert found.problems == []
+    assert any("has scores, for the completions of" in note for note in found.notes)
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"prompt_ids": [5, 9], "completion_ids": [3, 4, 5]}) + "\n")
+    with pytest.raises(TopkdError, match="cannot answer"):
+        await replay(
+            offline.model_copy(update={"data": offline.data.model_copy(update={"path": str(other)})}),
+            tmp_path / "none", cache=tmp_path / "cache",
+        )  # fmt: skip
+    with pytest.raises(CacheMissError, match=r"holds no rollouts .*on_policy_fraction = 0, data_loss"):
+        await replay(
+            offline.model_copy(update={"on_policy_fraction": 1.0}), tmp_path / "none", cache=tmp_path / "cache"
+        )
 
 
 async def test_evaluation_with_a_scorer_goes_on_without_a_server(folders, cache, tmp_path):

@@ -25,6 +25,7 @@ from topkd.compose.sampler_meeting import meet_sampler
 from topkd.compose.shuffled import ShuffledRollouts
 from topkd.engine.data import PromptRow
 from topkd.engine.hub import check_there
+from topkd.engine.mixing import on_policy_prompts
 from topkd.offline import ReplayScorer, ScoreStore
 from topkd.topk.errors import TopkdError
 
@@ -164,8 +165,9 @@ def _look_into(cache: Path | None, config: RunConfig, found: DryRun) -> bool:
         with ScoreStore(cache_folder(config, cache)) as store:
             kept = recording(store, config)
             scorers = " and ".join(repr(teacher.name) for teacher in kept.teachers.values())
-            policy = f"{kept.policy.name!r} (replay.policy = {kept.policy.revision!r})"
-            found.notes.append(f"{store.path} has rollouts of {policy}, scored by {scorers}")
+            policy = f"rollouts of {kept.policy.name!r} (replay.policy = {kept.policy.revision!r})"
+            given = f"scores, for the completions of {config.data.path}" if not on_policy_prompts(config) else policy
+            found.notes.append(f"{store.path} has {given}, scored by {scorers}")
     except TopkdError as error:
         found.problems.append(str(error))
         return False

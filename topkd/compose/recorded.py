@@ -155,7 +155,10 @@ def chosen_policy(path: Path, revision: str | None) -> TeacherIdentity:
     chosen = [policy for policy in found if revision is None or policy.revision == revision]
     if not found:
         raise CacheMissError(
-            "the cache holds no rollouts", where=str(path), hint="record a run with [cache], or score rows with logp"
+            "the cache holds no rollouts",
+            where=str(path),
+            hint="record a run with [cache], or score rows with logp; scores of the data's own completions alone are "
+            'replayed with on_policy_fraction = 0, data_loss = "objective" and a direct objective such as kd',
         )
     if len(chosen) != 1:
         raise ConfigError(

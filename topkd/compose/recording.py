@@ -7,9 +7,10 @@ from pathlib import Path
 
 from topkd.compose.config import RunConfig
 from topkd.compose.identities import identities_with, served_identity
-from topkd.compose.off_policy import check_off_policy, off_policy
+from topkd.compose.off_policy import GIVEN, check_off_policy, off_policy
 from topkd.compose.recorded import chosen_policy
 from topkd.compose.tables import TeacherConfig
+from topkd.engine.mixing import on_policy_prompts
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.records import SCORE
 from topkd.topk.errors import CacheMissError, ConfigError
@@ -50,6 +51,9 @@ def recording(store: ScoreStore, config: RunConfig) -> Recording:
         ConfigError: It is not clear which are meant, or the objective cannot learn from them.
     """
     teachers = {name: _teacher(store, name, teacher, config) for name, teacher in config.teacher_map().items()}
+    if not on_policy_prompts(config) and config.replay.policy is None and config.replay.order == "recorded":
+        # Every completion comes with the data, in the order of the data: scores are all that is asked of the cache.
+        return Recording(TeacherIdentity(GIVEN, revision=Path(config.data.path).stem), teachers)
     policy = chosen_policy(store.path, config.replay.policy)
     if off_policy(policy):
         if config.replay.order == "recorded":
