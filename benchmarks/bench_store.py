@@ -402,7 +402,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
-        "--scale", type=int, default=0, help="largest number of records of the scaling table; 0 leaves it out"
+        "--scale", type=int, default=1_000_000, help="largest number of records of the scaling table; 0 leaves it out"
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "bench_store.json")
     options = parser.parse_args()
