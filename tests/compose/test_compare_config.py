@@ -216,6 +216,30 @@ def test_a_changed_setting_makes_another_cell():
     assert cell(5).digest != cell(6).digest
 
 
+def test_other_prompts_or_weights_under_the_same_names_make_another_cell(tmp_path):
+    data, student = tmp_path / "prompts.jsonl", tmp_path / "student"
+    student.mkdir()
+    base = tmp_path / "run.toml"
+    base.write_text(f"""
+        [student]
+        model = {str(student)!r}
+        [teacher]
+        url = "http://127.0.0.1:1"
+        [data]
+        path = {str(data)!r}
+    """)
+
+    def digest(prompts, weights):
+        data.write_text(prompts)
+        (student / "model.safetensors").write_bytes(weights)
+        told = config(base=str(base))
+        return _cell(told, told.arms[0], 0, None, "live").digest
+
+    before = digest("{}", b"one")
+    assert digest("{}", b"one") == before
+    assert len({before, digest("{ }", b"one"), digest("{}", b"two")}) == 3
+
+
 def test_a_replay_of_other_rollouts_is_another_cell_though_its_own_arm_is_as_it_was():
     def replays(**changes):
         told = config(replay=True, arms=[{**ARMS[0], "set": {**ARMS[0]["set"], **changes}}, ARMS[1]])

@@ -14,6 +14,7 @@ import pytest
 
 from tests.engine.pieces import model_folder
 from topkd.compose.config import RunConfig
+from topkd.compose.dry_run import dry_run
 from topkd.compose.folders import claimed
 from topkd.compose.progress import Progress
 from topkd.compose.replay import replay
@@ -95,6 +96,28 @@ async def test_a_changed_config_is_refused_by_its_keys(folders, tmp_path, change
         await train(run_config(folders, **changes), tmp_path, resume=True)
     assert all(word in str(caught.value) for word in words), caught.value
     assert "\n" not in str(caught.value)
+
+
+async def test_a_run_does_not_go_on_with_other_prompts_under_the_same_name(folders, tmp_path):
+    """A word more in one row, and rows in another order, are other prompts; the former file back is none."""
+    data, out = tmp_path / "prompts.jsonl", tmp_path / "run"
+    lines = folders[2].read_text().splitlines()
+    data.write_text("\n".join(lines))
+    config = run_config((*folders[:2], data), steps=4)
+    await train(run_config((*folders[:2], data), steps=2), out)
+    for changed in (lines[:-1], lines[::-1], [lines[0].replace('"id": 0', '"id": 0, "hint": "so"'), *lines[1:]]):
+        data.write_text("\n".join(changed))
+        with pytest.raises(
+            DataError, match=r"not those that the run began with.*got \d+ rows.*expected 24 rows"
+        ) as told_:
+            await train(config, out, resume=True)
+        assert "\n" not in str(told_.value)
+        found = await dry_run(config, out=out, resume=True)
+        assert any("not those that the run began with" in problem for problem in found.problems)
+    data.write_text("\n".join(lines) + "\n\n")
+    assert not (await dry_run(config, out=out, resume=True)).problems
+    await train(config, out, resume=True)
+    assert [record["step"] for record in told(out)] == [1, 2, 3, 4]
 
 
 async def test_where_servers_are_and_how_they_are_asked_may_change(folders, tmp_path):

@@ -21,6 +21,7 @@ from topkd.compose.compare_config import EMBEDDED, Arm, CompareConfig
 from topkd.compose.compare_stats import curve_facts
 from topkd.compose.compare_summary import summarised
 from topkd.compose.config import saved
+from topkd.compose.contents import content_digest
 from topkd.compose.folders import claimed
 from topkd.compose.progress import Progress
 from topkd.engine.metrics import strict
@@ -222,7 +223,15 @@ def _cell(
             rollouts = f"live-{reference}-seed{seed}"
     name = f"{phase}-{arm.name}{rate if phase == 'tune' else ''}-seed{seed}"
     values, by = config.values(arm, seed, lr), "" if drawn is None else drawn[rollouts]
-    return Cell(name, phase, arm.name, seed, lr, config.base, values, config.probes, rollouts, by)
+    given = "" if config.base == EMBEDDED else _given(values)
+    return Cell(name, phase, arm.name, seed, lr, config.base, values, config.probes, rollouts, by, given)
+
+
+def _given(values: Mapping[str, Any]) -> str:
+    """Digests of the prompts, the held-out prompts and the student that a cell's settings name."""
+    named = (("data", "path"), ("eval", "path"), ("student", "model"))
+    paths = [(values.get(table) or {}).get(key) for table, key in named]
+    return " ".join(content_digest(Path(path)) if path else "" for path in paths)
 
 
 def _check_free(config: CompareConfig, out: Path) -> None:

@@ -45,6 +45,7 @@ class Cell:
         probes: Sequences of each kind to measure on (embedded).
         rollouts_of: For a replay, the cell whose rollouts are taken; for a live cell that keeps its own, its own id.
         drawn_by: For a replay, the digest of that cell: other rollouts make another replay.
+        given: By content, the files that a base file names; "" for the embedded pair.
     """
 
     id: str
@@ -57,11 +58,12 @@ class Cell:
     probes: int
     rollouts_of: str = ""
     drawn_by: str = ""
+    given: str = ""
 
     @property
     def digest(self) -> str:
         """Of everything that shapes the result: a cell whose settings changed is another cell."""
-        shaping = asdict(self) if self.drawn_by else {k: v for k, v in asdict(self).items() if k != "drawn_by"}
+        shaping = {key: value for key, value in asdict(self).items() if value or key not in {"drawn_by", "given"}}
         return hashlib.blake2b(json.dumps(shaping, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 

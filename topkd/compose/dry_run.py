@@ -14,6 +14,8 @@ from pydantic import BaseModel
 
 from topkd.clients.probe import probe
 from topkd.compose.config import RunConfig
+from topkd.compose.contents import check_same_rows, rows_note
+from topkd.compose.folders import CHECKPOINTS
 from topkd.compose.forecast import Forecast, forecast
 from topkd.compose.limits import check_lengths, compared_ends, vocabulary
 from topkd.compose.meeting import Met, meet_teachers
@@ -138,6 +140,11 @@ async def dry_run(
     found.data = _data(prompts)
     found.prompts = _rendered(prompts)
     found.problems += _unfit(config, prompts, met)
+    if resume and out is not None and any((out / CHECKPOINTS).glob("step-*")):
+        try:
+            check_same_rows(out, rows_note(prompts.rows), where=str(out))
+        except TopkdError as error:
+            found.problems.append(str(error))
     if answers and config.replay.order == "shuffled":
         await asyncio.to_thread(_draw, cache, config, prompts, found)
     found.notes += compared_ends(config, prompts).notes

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from topkd.compose.contents import check_same_rows, rows_note
 from topkd.compose.folders import DIARY, provenance
 from topkd.compose.progress import Progress
 from topkd.compose.resume import Former
@@ -115,7 +116,9 @@ async def run(
     from topkd.engine.learner import Learner
     from topkd.engine.loop import distil
 
-    former = former or Former()
+    former, prompts = former or Former(), rows_note(rows)
+    if former.checkpoint is not None:
+        check_same_rows(out, prompts, where=str(out))
     sampling = sampling or in_process(config, student, tokenizer)
     bring_weights(former, student)
     objective = loss or config.objective
@@ -152,8 +155,11 @@ async def run(
             progress.note(said)
         log.write(
             "event",
-            {**event, "command": command, "processes": learner.ranks.size, **provenance(student), **(notes or {})},
-        )
+            {
+                **event, "command": command, "processes": learner.ranks.size, "prompts": prompts,
+                **provenance(student), **(notes or {}),
+            },
+        )  # fmt: skip
         try:
             steps = await distil(
                 config,

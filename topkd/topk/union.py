@@ -21,7 +21,6 @@ from numpy.typing import DTypeLike, NDArray
 
 from topkd.topk.types import Bool, Float32, Float64, Int32, TopK
 
-
 KEY_BITS = 31
 BLOCK_SLOTS = 131_072  # a block costs some 25 microseconds of calls; its buffers take 32 bytes a slot
 MIN_TAIL = 1e-7  # the least mass a list leaves over: below it, 1 - mass is rounding
