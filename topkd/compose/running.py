@@ -200,7 +200,8 @@ async def run(
 
 def _other_processes(out: Path, size: int) -> str:
     """What a run that goes on with more or fewer processes than before is told; "" for any other."""
-    former = [event["processes"] for event in read_metrics(out / DIARY, "event") if "processes" in event]
+    events = read_metrics(out / DIARY, "event") if (out / DIARY).exists() else []  # one machine of several has it
+    former = [event["processes"] for event in events if "processes" in event]
     if not former or former[-1] == size:
         return ""
     return (
