@@ -7,6 +7,7 @@ import pytest
 
 from tests.fakes.tinymodels import make_tokenizer
 from topkd.compose.prompt_files import Readers, read_prompts
+from topkd.compose.prompts import checked_row
 from topkd.compose.rendering import Side
 from topkd.compose.sequences import BadRow, read_sequences
 from topkd.topk.errors import DataError
@@ -54,6 +55,10 @@ def test_a_hint_is_seen_by_the_teacher_only(tmp_path, tokenizer):
         ("[" * 100_000, r"not a JSON object \(.*:2\): got nested too deeply"),
         ('{"prompt_ids": [' + "9" * 5000 + "]}", r"not a JSON object \(.*:2\): got a number of thousands of digits"),
         ({"prompt": "a \ud83d"}, r"prompt cannot be read \(.*:2\): expected whole characters, not half of one as at 2"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ud83d"}]},
+            r"messages cannot be read \(.*:2\): expected whole characters, not half of one",
+        ),
         ({"text": "x"}, r"exactly one of prompt_ids, prompt, messages \(.*:2\): got none"),
         ({"prompt": "x", "prompt_ids": [1]}, r"exactly one of.*:2\)"),
         ({"prompt_ids": ["1"]}, r"prompt_ids.0 cannot be read \(.*:2\)"),
@@ -66,6 +71,14 @@ def test_a_hint_is_seen_by_the_teacher_only(tmp_path, tokenizer):
 def test_a_bad_row_is_named_by_its_line(tmp_path, line, message):
     with pytest.raises(DataError, match=message):
         rows_of(tmp_path, [{"prompt_ids": [1]}, line])
+
+
+def test_a_message_nested_as_deeply_as_python_goes_is_a_bad_row():
+    content = []
+    for _ in range(5000):
+        content = [content]
+    with pytest.raises(DataError, match=r"messages cannot be read \(x:1\): expected something nested less deeply"):
+        checked_row({"messages": [{"role": "user", "content": content}]}, "x:1")
 
 
 def test_overlong_rows_are_dropped_and_counted_when_asked(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -36,14 +37,17 @@ class DataRow(BaseModel):
     reference: str | None = None
     feedback: str | None = None
 
-    @field_validator("prompt", "completion", "id", "teacher_id", *PRIVILEGED)
+    @field_validator("prompt", "messages", "completion", "id", "teacher_id", *PRIVILEGED)
     @classmethod
     def _is_unicode(cls, value: Any) -> Any:
         """JSON can say half of a character (a lone surrogate), and nothing that reads text takes it."""
         try:
-            str(value).encode()
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"whole characters, not half of one as at {error.start}") from None
+        except RecursionError:
+            raise ValueError("something nested less deeply") from None
         return value
 
     @property
