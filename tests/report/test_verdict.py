@@ -273,6 +273,9 @@ def test_a_run_whose_process_is_gone_is_unfinished_at_once_and_counts_beside_no_
         "(--resume goes on from its last checkpoint)"
     )
     assert "1 other run did not end as planned" in page_of(path, whole).verdict.detail
+    for elsewhere in ("another.example", ""):  # copied while it runs there, or of a shared disk without locks
+        (path / ".lock").write_text(elsewhere)
+        assert page_of(path).data["state"]["text"] == "running, step 20 of 60"
     with claimed(whole):
         pass
     assert page_of(whole).data["state"]["text"] == "finished, step 60 of 60"

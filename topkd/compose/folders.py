@@ -14,6 +14,7 @@ from typing import Any
 
 import topkd
 from topkd.engine.metrics import RECORD_KINDS, read_metrics
+from topkd.report.presence import LOCK, this_machine
 from topkd.topk.errors import ConfigError
 
 DIARY, CONFIG, TOKENS, STUDENT, CHECKPOINTS = "metrics.jsonl", "config.json", "tokens.jsonl", "student", "checkpoints"
@@ -95,7 +96,7 @@ def claimed(out: Path, *, resume: bool = False) -> Iterator[None]:
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("a")
+        file = (out / LOCK).open("ab", buffering=0)
     except OSError as error:
         raise ConfigError("cannot make the output folder", where=str(out), got=error.strerror) from error
     with file:
@@ -107,6 +108,9 @@ def claimed(out: Path, *, resume: bool = False) -> Iterator[None]:
                 if not left:
                     raise ConfigError("another process is at work on this run", where=str(out)) from None
                 time.sleep(0.02)  # a page that asks whether anybody is at work holds it for a moment
+        with contextlib.suppress(OSError):  # a full disk: then nobody knows whose lock it is
+            file.truncate(0)
+            file.write(this_machine())
         yield
 
 
