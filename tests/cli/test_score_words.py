@@ -1,6 +1,7 @@
 """What ``topkd score`` says of tokens, costs, ids and sources that hold nothing."""
 
 import json
+import os
 import re
 
 import pytest
@@ -113,3 +114,15 @@ def test_the_walk_throughs_ids_are_ids_of_the_demos_teacher():
     bounds = [int(bound) for bound in re.findall(r"randrange\(3, (\d+)\)", page)]
     assert len(bounds) == 2
     assert max(bounds) <= VOCAB
+
+
+@pytest.mark.parametrize("command", ["score", "sample"])
+def test_a_pipe_is_refused_as_its_rows_can_be_read_but_once(tmp_path, command):
+    end, begin = os.pipe()
+    os.write(begin, b'{"prompt_ids": [1, 2], "completion_ids": [3]}\n')
+    os.close(begin)
+    try:
+        with pytest.raises(DataError, match="neither a file nor a folder .*a pipe is read once"):
+            ran(command, f"/dev/fd/{end}", "--teacher", DEAD, "--out", tmp_path / "cache", "--estimate")
+    finally:
+        os.close(end)

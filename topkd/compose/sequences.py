@@ -111,6 +111,8 @@ def check_rows(path: Path) -> None:
     """Raises DataError for data that is not there, and for data without a row: a job of nothing is a mistake."""
     if not path.exists():
         raise DataError("no such file or folder", where=str(path))
+    if not (path.is_file() or path.is_dir()):
+        raise DataError("neither a file nor a folder", where=str(path), hint="a pipe is read once: save its rows first")
     if next(raw_rows(path), None) is None:
         raise DataError("the data holds no row", where=str(path), hint="was whatever wrote it cut short?")
 
