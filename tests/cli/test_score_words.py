@@ -122,7 +122,7 @@ def test_a_pipe_is_refused_as_its_rows_can_be_read_but_once(tmp_path, command):
     os.write(begin, b'{"prompt_ids": [1, 2], "completion_ids": [3]}\n')
     os.close(begin)
     try:
-        with pytest.raises(DataError, match="neither a file nor a folder .*a pipe is read once"):
+        with pytest.raises(DataError, match=r"neither a file nor a folder .*a pipe is read once"):
             ran(command, f"/dev/fd/{end}", "--teacher", DEAD, "--out", tmp_path / "cache", "--estimate")
     finally:
         os.close(end)
