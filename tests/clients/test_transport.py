@@ -122,6 +122,15 @@ def test_a_reply_in_the_clear_is_seen_whatever_openssl_calls_it():
     assert "is the server running" in str(_connect_error(httpx.ConnectError("refused"), "GET https://h"))
 
 
+def test_a_server_that_speaks_tls_and_refuses_the_handshake_is_not_called_one_without():
+    """One that wants a client's certificate, or no cipher or version of ours, sends an alert."""
+    error = httpx.ConnectError("[SSL: SSLV3_ALERT_HANDSHAKE_FAILURE] sslv3 alert handshake failure (_ssl.c:1006)")
+    error.__cause__ = ssl.SSLError(1, str(error))
+    said = str(_connect_error(error, "GET https://h"))
+    assert "want a client's certificate, or another version of TLS?" in said
+    assert "without TLS" not in said
+
+
 async def test_a_server_that_hangs_is_noticed_by_the_first_question_before_a_score_would_be(
     monkeypatch: pytest.MonkeyPatch,
 ):

@@ -198,11 +198,13 @@ def _connect_error(error: Exception, where: str) -> Exception:
                 hint="is it the right server? its own CA: SSL_CERT_FILE=<PEM file of the CA>",
             )
         if isinstance(cause, ssl.SSLError):  # its words for a reply in the clear differ between OpenSSL's versions
-            hint = "is this a server without TLS, at http://?"
+            alert = "alert" in str(cause).lower()  # only a server that speaks TLS sends one
+            hint = _REFUSED if alert else "is this a server without TLS, at http://?"
         cause = cause.__cause__ or cause.__context__
     return ServerUnreachableError("no connection", where=where, got=str(error) or type(error).__name__, hint=hint)
 
 
+_REFUSED = "does the server want a client's certificate, or another version of TLS?"
 _DEAD = "is the server running, and are host and port right?"
 
 
