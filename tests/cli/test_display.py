@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from topkd.cli.display import Display, left, told
@@ -53,6 +54,15 @@ def test_a_warm_start_on_data_ends_with_its_own_measure(capsys):
     last = {key: value for key, value in STEP.items() if key != "kl_k1"} | {"sft_loss": 2.5}
     told(RunResult(Path("runs/a"), [last], []), "done", as_json=False)
     assert "last sft_loss 2.5 nats;" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("mass", "shown"), [(0.7, "last loss 5.25 nats;"), (math.nan, "no signal"), (None, "no signal")]
+)
+def test_a_replay_of_imported_lists_is_judged_by_its_loss_unless_they_list_nothing(capsys, mass, shown):
+    last = STEP | {"kl_k1": None, "loss": 5.25, "teacher_mass": mass}
+    told(RunResult(Path("runs/a"), [last], []), "replayed", as_json=False)
+    assert shown in capsys.readouterr().out
 
 
 def test_in_80_columns_the_bar_gives_way_and_no_number_is_cut(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import time
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from topkd.compose.train import RunResult
 
 _PLAIN_EVERY_S = 10.0
+_MEASURES = {"kl_k1": "kl", "sft_loss": "-log p", "loss": "loss"}  # of a step, and how its line calls each
 
 
 class Display(Told):
@@ -93,10 +95,18 @@ def left(first: int, since: float, done: int, total: int, now: float) -> str:
 
 
 def learnt(record: dict[str, Any]) -> str:
-    """What a step is judged by: the sampled KL, or the likelihood of the data where nothing was sampled."""
-    if record.get("kl_k1") is not None:
-        return f"kl {record['kl_k1']:.3f}"
-    return f"-log p {record['sft_loss']:.3f}" if record.get("sft_loss") is not None else "no signal"
+    """What a step is judged by, in a few words."""
+    measure = _measure(record)
+    return "no signal" if measure is None else f"{_MEASURES[measure]} {record[measure]:.3f}"
+
+
+def _measure(record: dict[str, Any]) -> str | None:
+    """The sampled KL; where nothing was sampled the likelihood of the data, or the loss on the teacher's lists for it.
+
+    Lists that were imported say nothing of a token that is in none of them, so that there is no KL of the data's own.
+    """
+    listed = not math.isnan(record.get("teacher_mass") or math.nan)
+    return next((name for name in _MEASURES if record.get(name) is not None and (name != "loss" or listed)), None)
 
 
 def evaluated(record: dict[str, Any]) -> str:
@@ -119,9 +129,8 @@ def told(result: RunResult, verb: str, *, as_json: bool) -> None:
     from topkd.engine.metrics import strict
 
     last = result.steps[-1]
-    measure = "kl_k1" if "sft_loss" not in last or last.get("kl_k1") is not None else "sft_loss"
-    value = last.get(measure)
-    ended = "no signal in the last step" if value is None else f"last {measure} {value:.4g} nats"
+    measure = _measure(last)
+    ended = "no signal in the last step" if measure is None else f"last {measure} {last[measure]:.4g} nats"
     if as_json:
         typer.echo(json.dumps(strict({"out": str(result.out), "last_step": last, "evals": result.evals})))
         return
