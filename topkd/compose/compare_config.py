@@ -163,7 +163,8 @@ class CompareConfig(Frozen):
             if "seed" in table:
                 raise ConfigError(
                     "a seed for an arm, where every arm is trained on every seed", where=where,
-                    got=f"seed = {table['seed']!r}", hint="leave it out; the seeds are named as seeds = [0, 1], or with --seeds 0,1",
+                    got=f"seed = {table['seed']!r}",
+                    hint="leave it out; the seeds are named as seeds = [0, 1], or with --seeds 0,1",
                 )  # fmt: skip
             learner = table.get("learner")
             if self.tuning is not None and isinstance(learner, Mapping) and "lr" in learner:
