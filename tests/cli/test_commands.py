@@ -167,3 +167,18 @@ def test_a_mistyped_path_of_a_run_is_told_before_torch_is_imported(tmp_path, wro
     assert len(done.stderr.splitlines()) == 1
     assert done.stdout.split() == ["False"]
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_in_code_run_from_text_is_exit_code_130_under_python_m_too(tmp_path):
+    """A dataclass is made by such code, and Python itself dies of an interrupt there, caught or not."""
+    (tmp_path / "asked.py").write_text(
+        "import os, signal\n"
+        "from topkd.cli import app\n"
+        "app.app = lambda **_: exec('os.kill(os.getpid(), signal.SIGINT)\\nfor _ in range(10**6): pass')\n"
+        "app.main()\n"
+    )
+    with interruptible(
+        [sys.executable, "-m", "asked"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        out, said = process.communicate(timeout=60)
+    assert (process.returncode, out, said) == (130, "", "topkd: stopped\n")

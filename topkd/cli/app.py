@@ -85,6 +85,15 @@ def options(
 
 def main() -> None:
     """Entry point of the ``topkd`` script."""
+    try:
+        _main()
+    finally:
+        # Python takes an interrupt that hit code run from text (a dataclass of a module being loaded, say) for one that
+        # nobody caught, and under ``python -m`` dies of it whatever the exit code; what is run from text next undoes it.
+        exec("")  # noqa: S102
+
+
+def _main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end what is done
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
