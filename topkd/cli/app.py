@@ -88,8 +88,8 @@ def main() -> None:
     try:
         _main()
     finally:
-        # Python takes an interrupt that hit code run from text (a dataclass of a module being loaded, say) for one that
-        # nobody caught, and under ``python -m`` dies of it whatever the exit code; what is run from text next undoes it.
+        # Python takes an interrupt that hit code run from text (a dataclass of a module being loaded) for one that
+        # nobody caught, and under ``python -m`` dies of it whatever the exit code; the next such code undoes that.
         exec("")  # noqa: S102
 
 
