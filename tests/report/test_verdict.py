@@ -208,6 +208,25 @@ def test_a_short_limit_that_cuts_is_a_note_and_a_long_one_a_warning_with_what_he
         assert "raise rollout.max_completion_tokens" in warned[0]
 
 
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ((-1.448, -1.315), "rose from −1.448 to −1.315 nats a token"),
+        ((5.6e-09, -6.0e-07), "fell from 5.6e−09 to −6e−07 nats a token"),
+        ((0.0, 0.5), "rose from 0 to 0.5 nats a token"),
+        ((2.0, 3.0), "rose from 2 to 3 nats a token (+50 %)"),
+    ],
+)
+def test_a_change_from_or_to_what_is_not_above_zero_has_no_percentage(
+    tmp_path: Path, ends: tuple[float, float], said: str
+) -> None:
+    path = write_run(tmp_path / "run")
+    evals = [{"kind": "eval", "step": step, "reverse_kl": kl} for step, kl in zip((0, 60), ends, strict=True)]
+    with without_evals(path).joinpath("metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in evals)
+    assert page_of(path).verdict.headline == f"KL(student ‖ teacher) {said}"
+
+
 def test_one_look_is_no_change(tmp_path: Path) -> None:
     said = page_of(write_run(tmp_path / "run", done=5)).verdict
     assert said.headline == "KL(student ‖ teacher) is 2 nats a token at the first look"

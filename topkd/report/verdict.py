@@ -114,7 +114,7 @@ def _one_run(one: Outcome, metric: Metric) -> Verdict:
             facts=_facts(one),
         )
     return Verdict(
-        f"{metric.name} {way} from {number(first)} to {number(last)} nats a token ({change(first, last)})",
+        f"{metric.name} {way} from {number(first)} to {number(last)} nats a token{change(first, last)}",
         detail=f"{where}; {steps:,} of {one.run.planned or steps:,} steps, {one.run.state}.",
         facts=_facts(one),
     )
@@ -142,7 +142,7 @@ def _one_group(group: Group, outcomes: Sequence[Sequence[Outcome]], metric: Metr
     if None in seeds or len(seeds) < len(ended):
         differ = "of which some share a seed: the interval over them says how they repeat, not how seeds vary."
     return Verdict(
-        f"{metric.name} went from {number(first)} to {between(end)} nats a token ({change(first, end.mean)})",
+        f"{metric.name} went from {number(first)} to {between(end)} nats a token{change(first, end.mean)}",
         detail=f"Mean over {end.n} runs of {group.label} {differ}{aside}",
         facts=_mean_facts(ended),
         facts_of="means over seeds" if len(seeds) == len(ended) else "means over runs",

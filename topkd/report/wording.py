@@ -19,10 +19,10 @@ def number(value: float | None) -> str:
 
 
 def change(first: float, last: float) -> str:
-    """The change in per cent."""
-    if not (math.isfinite(first) and math.isfinite(last)) or first == 0.0:
-        return "change unknown"
-    return f"{100 * (last / first - 1):+.0f} %".replace("-", "−")
+    """The change in per cent, to stand behind the two; "" where a share of the first says nothing: not both above 0."""
+    if not (0.0 < first < math.inf and 0.0 < last < math.inf):
+        return ""
+    return f" ({100 * (last / first - 1):+.0f} %)".replace("-", "−")
 
 
 def between(end: Interval, say: Callable[[float], str] = number) -> str:
