@@ -76,8 +76,16 @@ def test_another_kind_keeps_the_keys_that_it_shares_and_says_which_it_leaves_out
         (GOOD.replace("steps", "stesp"), [], r"unknown config key 'stesp' \(.*run.toml\); did you mean 'steps'\?"),
         (GOOD.replace("beta = 0.3", "beta = 1.5"), [], r"config key 'objective.beta'.*got 1.5.*less than or equal"),
         (GOOD.replace('"gjs"', '"jsd"'), [], r"config key 'objective.kind'.*jsd.*scalar_kl.*gjs.*topk_pg"),
-        (GOOD.replace('"gjs"', '"topk_pg"') + "lamda = 1\n", [], r"kind 'topk_pg' has no key 'lamda'.*mean 'lam'\?"),
-        (GOOD.replace('kind = "gjs"', "lamda = 1"), [], r"objective kind 'topk_pg' has no key 'lamda'.*mean 'lam'\?"),
+        (
+            GOOD.replace('"gjs"', '"topk_pg"') + "lamda = 1\n",
+            [],
+            r"'topk_pg' has no key 'lamda'.*'objective.lam'\?",
+        ),
+        (
+            GOOD.replace('kind = "gjs"', "lamda = 1"),
+            [],
+            r"objective kind 'topk_pg' has no key 'lamda'.*'objective.lam'\?",
+        ),
         (GOOD.replace('kind = "gjs"', "lam = 2"), [], r"config key 'objective.lam'.*got 2"),
         (GOOD + "lam = 0.3\n", [], r"objective kind 'gjs' has no key 'lam' \(.*run.toml\); remove objective.lam"),
         (GOOD.replace("[teacher]", "[teachr]"), [], r"teachr"),

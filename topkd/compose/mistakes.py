@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from topkd.compose.overrides import kinds_of
+from topkd.compose.near_keys import in_a_hint, near_keys
 from topkd.engine.config import DEFAULT_KIND
 from topkd.topk.errors import ConfigError
 
@@ -31,6 +30,7 @@ _WORDS = {
     "none_required": "nothing",
 }
 _SECRET = re.compile(r"(?:^|_)(?:key|secret|password|token)(?:_env)?$")  # keys whose values are not shown
+_NAMED = 3  # other problems that a line has room for
 
 
 def in_words(problem: Mapping[str, Any]) -> str:
@@ -58,11 +58,15 @@ def config_error(
     where: str,
     overrides: Sequence[str] = (),
 ) -> ConfigError:
-    """The first problem as one line; one that ``--set`` brought in is blamed on it, not on the file."""
-    problem = error.errors(include_url=False)[0]
+    """The first problem as one line; one that ``--set`` brought in is blamed on it, not on the file.
+
+    Unknown keys come first: what is missing is often there under a name that was not meant.
+    """
+    problems = sorted(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
+    problem = problems[0]
     path, kind = _path(problem["loc"], values)
     key = ".".join(path) or "(top level)"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    more = _more(problems, values, key)
     secret = bool(_SECRET.search(path[-1])) if path else False
     given = next((given for given in reversed(overrides) if _about(given, path)), None)
     if given is not None:
@@ -79,16 +83,12 @@ def config_error(
                 f"config key {key + '.kind'!r} is missing{more}", where=where, hint="say which kind it is"
             )
         case "extra_forbidden" if kind is not None:
-            table, name = ".".join(path[:-1]), path[-1]
-            known = kinds_of(model, table)[0].get(kind)
-            near = [] if known is None else difflib.get_close_matches(name, known.model_fields, n=1)
             return ConfigError(
-                f"{table} kind {kind!r} has no key {name!r}{more}", where=where,
-                hint=f"did you mean {near[0]!r}?" if near else f"remove {key}",
+                f"{'.'.join(path[:-1])} kind {kind!r} has no key {path[-1]!r}{more}", where=where,
+                hint=in_a_hint(near_keys(model, path, values)) or f"remove {key}",
             )  # fmt: skip
         case "extra_forbidden":
-            close = difflib.get_close_matches(path[-1], _known_keys(model), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "remove it or check the spelling"
+            hint = in_a_hint(near_keys(model, path, values)) or "remove it or check the spelling"
             if secret:
                 hint = "a key never stands in a config: api_key_env names the environment variable that holds it"
             return ConfigError(f"unknown config key {key!r}{more}", where=where, hint=hint)
@@ -103,6 +103,19 @@ def config_error(
             )  # fmt: skip
 
 
+def _more(problems: Sequence[Mapping[str, Any]], values: Mapping[str, Any], key: str) -> str:
+    """What else is wrong, by key where that is short."""
+    state = {"missing": " is missing", "extra_forbidden": " is unknown"}
+    others: dict[str, str] = {}  # one key that could have been several things is one problem
+    for one in problems[1:]:
+        other = ".".join(_path(one["loc"], values)[0])
+        if other != key:
+            others.setdefault(other, f"{other!r}{state.get(str(one['type']), '')}")
+    if not others:
+        return ""
+    return f" (and {len(others)} more{': ' + ', '.join(others.values()) if len(others) <= _NAMED else ''})"
+
+
 def _path(loc: Sequence[int | str], values: Mapping[str, Any]) -> tuple[list[str], str | None]:
     """The key as its file has it: pydantic puts the kind of a table between the table and its key."""
     path: list[str] = []
@@ -112,6 +125,8 @@ def _path(loc: Sequence[int | str], values: Mapping[str, Any]) -> tuple[list[str
         if isinstance(here, Mapping) and part not in here and here.get("kind", DEFAULT_KIND) == part:
             kind = str(part)
             continue
+        if isinstance(here, str | int | float) or (isinstance(here, list) and isinstance(part, str)):
+            continue  # which of several types a value was taken for
         path.append(str(part))
         try:
             here = here[part]
@@ -123,17 +138,6 @@ def _path(loc: Sequence[int | str], values: Mapping[str, Any]) -> tuple[list[str
 def _about(override: str, path: Sequence[str]) -> bool:
     given = override.partition("=")[0].strip().split(".")
     return given == list(path[: len(given)]) or list(path) == given[: len(path)] != []
-
-
-def _known_keys(model: type[BaseModel], depth: int = 3) -> set[str]:
-    keys: set[str] = set()
-    for name, field in model.model_fields.items():
-        keys.add(name)
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        for inner in candidates:
-            if depth and isinstance(inner, type) and issubclass(inner, BaseModel):
-                keys |= _known_keys(inner, depth - 1)
-    return keys
 
 
 def _shown(value: object) -> str:
