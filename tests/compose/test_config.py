@@ -152,6 +152,11 @@ def test_a_mistake_on_the_command_line_is_blamed_on_its_set_in_plain_words(tmp_p
         ({"url": "http://x"}, {"eval": {"path": "p", "best": "accuracy"}}, "a scorer"),
         ({"url": "http://x"}, {"eval": {"path": "p", "samples": 4}}, "temperature above 0"),
         ({"url": "http://x"}, {"eval": {"path": "p", "every": 4}, "eval_every": 5}, "not two different numbers"),
+        (
+            {"url": "http://x"},
+            {"eval_every": 5},
+            r"^eval_every measures nothing without \[eval\]: give \[eval\] with path",
+        ),
     ],
 )
 def test_what_makes_no_sense_together_is_refused_with_the_reason(teacher, changes, message):

@@ -43,6 +43,10 @@ class RunConfig(EngineConfig):
             raise ValueError("give either [teacher] or [teachers.NAME] tables, not both and not neither")
         if self.eval is not None and self.eval_every and self.eval.every not in {0, self.eval_every}:
             raise ValueError("eval.every or eval_every, not two different numbers")
+        if self.eval is None and self.eval_every:
+            raise ValueError(
+                "eval_every measures nothing without [eval]: give [eval] with path and every, or leave it out"
+            )
         moving = [teacher for teacher in self.teacher_map().values() if teacher.kind == "self" and teacher.ema < 1.0]
         if moving and self.max_staleness:
             raise ValueError("max_staleness = 0 for a self teacher that moves: else its scores depend on timing")
