@@ -30,6 +30,11 @@ class Group:
         """Trained on other runs' rollouts: shown beside the others, ranked apart."""
         return self.runs[0].replayed
 
+    @property
+    def foreign(self) -> bool:
+        """Trained on completions that its students did not draw."""
+        return any(run.foreign for run in self.runs)
+
 
 @dataclass(slots=True)
 class Collection:
@@ -49,11 +54,11 @@ class Collection:
 
     def groups(self) -> list[Group]:
         """Runs by setting, in the order of their first run."""
-        replays = any(run.replayed for run in self.runs)
+        given = [run.replayed or run.foreign for run in self.runs]
         settings = [
             (dict(run.params) or flat(run.config))
-            | ({"rollouts": "replay" if run.replayed else "live"} if replays else {})
-            for run in self.runs
+            | ({"rollouts": "replay" if replays else "live"} if any(given) else {})
+            for run, replays in zip(self.runs, given, strict=True)
         ]
         differing = [key for key in differing_keys(settings) if not key.startswith(_PLACES)]
         # What a comparison varied counts even where it took one value only; a lone group needs no distinction.

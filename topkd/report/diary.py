@@ -128,6 +128,15 @@ class Run:
         return steps if isinstance(steps, int) else None
 
     @property
+    def foreign(self) -> bool:
+        """Its completions are of another policy than the student that learns: log s - log t on them estimates no KL.
+
+        A run on its own rollouts knows how many versions behind they are; a replay of others' says that it cannot.
+        """
+        sampled = next((step for step in self.steps if step.get("kl_k1") is not None), {})
+        return "staleness" in sampled and sampled["staleness"] is None
+
+    @property
     def state(self) -> str:
         """One of failed, stopped, finished, unfinished (its process is gone), running (or nobody knows better)."""
         if self.failed:

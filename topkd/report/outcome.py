@@ -50,14 +50,14 @@ class Metric:
 
 
 EXACT = Metric("reverse_kl", NAMES["reverse_kl"], exact=True)
-ESTIMATES = (
-    Metric("kl_k1", f"estimated {EXACT.name}", exact=False),
-    Metric("sft_loss", "−log p of the data", exact=False),
-)
+SAMPLED = Metric("kl_k1", f"estimated {EXACT.name}", exact=False)
+ESTIMATES = (SAMPLED, Metric("sft_loss", "−log p of the data", exact=False))
+# What the same field of the diary is where the student did not draw the completions: a number, and no distance.
+LOG_RATIO = Metric("log_ratio", "log student/teacher ratio on the completions it replays", exact=False)
 
 
 def main_metric(groups: Sequence[Group], wanted: Any = None) -> Metric | None:
-    """The exact held-out divergence where every run has it, else what its steps estimate; None before either.
+    """The exact held-out divergence where every run has it, else what steps estimate or tell; None before any.
 
     ``wanted`` is the one that a comparison judges by; without one, KL(student || teacher).
     """
@@ -65,7 +65,10 @@ def main_metric(groups: Sequence[Group], wanted: Any = None) -> Metric | None:
     exact = Metric(wanted, NAMES[wanted], exact=True) if wanted in NAMES else EXACT
     if runs and all(has(eval_source(run, FIXED).records, exact.key) for run in runs):
         return exact
-    return next((one for one in ESTIMATES if any(has(run.steps, one.key) for run in runs)), None)
+    told = (
+        one for one in ESTIMATES if any(has(run.steps, one.key) for run in runs if one != SAMPLED or not run.foreign)
+    )
+    return next(told, LOG_RATIO if any(run.foreign for run in runs) else None)
 
 
 def outcome(run: Run, metric: Metric) -> Outcome:
@@ -79,12 +82,15 @@ def outcome(run: Run, metric: Metric) -> Outcome:
         if known.size:
             first[key], last[key] = float(known[0]), float(known[-1])
     if not metric.exact:
-        values = column(run.steps, metric.key)
+        values = column(run.steps, SAMPLED.key if metric is LOG_RATIO else metric.key)
         known = values[np.isfinite(values)]
+        own = metric
+        if metric in (SAMPLED, LOG_RATIO):
+            own = LOG_RATIO if run.foreign else SAMPLED
         if known.size:  # single steps are noisy: a tenth of the run at each end
             part = max(1, known.size // 10)
-            first[metric.key], last[metric.key] = float(known[:part].mean()), float(known[-part:].mean())
-        x, y = column(run.steps, "step"), values
+            first[own.key], last[own.key] = float(known[:part].mean()), float(known[-part:].mean())
+        x, y = column(run.steps, "step"), values if own is metric else np.full_like(values, np.nan)
     else:
         y = column(evals.records, metric.key)
         x = evals.axes.get("tokens", evals.axes["step"])

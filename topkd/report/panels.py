@@ -113,7 +113,7 @@ SECTIONS: Final = (
             Panel("sft_loss", "−log p of the data", NATS, ("sft_loss",), log=True, special=True,
                   note="Of completions from the data, before each step."),
             Panel("divergence_bucket", "Divergence on the lists", NATS, ("divergence_bucket",), log=True, special=True,
-                  note="Of K + 1 bins, on fresh rollouts: a lower bound of the objective's own divergence."),
+                  note="Of K + 1 bins, on a step's completions: a lower bound of the objective's own divergence."),
         ),
     ),
     Section(

@@ -48,6 +48,7 @@ def build(collection: Collection, *, live: bool = False, baseline: Mapping[str, 
     if collection.comparison.get("base") == EMBEDDED:
         for panel in (panel for section in sections for panel in section["panels"] if panel["key"] == "accuracy"):
             panel |= {"title": OF_TEXT, "unit": "% of tokens", "note": "Held-out text's own, as the first choice."}
+    _relabelled(sections, [group for group in groups if not group.replayed])
     recorded = transcripts(groups)
     notes = [
         note for note in (*said.notes, account.sentence(), _smoothing(account), recorded.note, _colours(groups)) if note
@@ -107,6 +108,20 @@ def _section(section: Section, groups: Sequence[Group], account: Thinning, kinds
         else:
             absent.insert(0, "Importance ratios (ratio_hist)")
     return {"key": section.key, "title": section.title, "text": section.text, "panels": drawn, "absent": absent}
+
+
+def _relabelled(sections: Sequence[dict[str, Any]], groups: Sequence[Group]) -> None:
+    """Says of log s - log t what it is where a student learnt from completions that it did not draw."""
+    foreign = [group.label for group in groups if group.foreign]
+    for panel in (panel for section in sections for panel in section["panels"] if panel["key"] == "kl_k1" and foreign):
+        panel["title"] = "Mean log S/T on the completions of a step"
+        if len(foreign) == len(groups):
+            panel["note"] = f"{_UNDRAWN} no estimate of KL(S ‖ T)."
+        else:
+            panel["note"] = f"On fresh rollouts an estimate of KL(S ‖ T). {_UNDRAWN} none: {', '.join(foreign)}."
+
+
+_UNDRAWN = "On replayed completions, which the learning student did not draw,"
 
 
 def _alike(drawn: Sequence[dict[str, Any]], groups: Sequence[Group]) -> None:

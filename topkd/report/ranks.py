@@ -9,7 +9,7 @@ from typing import Any
 
 from topkd.report.collection import Group
 from topkd.report.intervals import Interval, paired
-from topkd.report.outcome import Metric, Outcome, by_seed, counts, spread
+from topkd.report.outcome import SAMPLED, Metric, Outcome, by_seed, counts, spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,10 @@ def ranked(
     metric: Metric,
     controls: Container[str] = (),
 ) -> list[Rank]:
-    """The settings that were run on-policy, best first; replays of other runs' rollouts are ranked nowhere."""
+    """The settings that were run on-policy, best first; replays of other runs' rollouts are ranked nowhere.
+
+    Nor is, by an estimate from rollouts, what trained on completions that the student did not draw.
+    """
     rows = [
         Rank(
             index,
@@ -49,7 +52,7 @@ def ranked(
             control=group.runs[0].params.get("arm") in controls,
         )
         for index, (group, ones) in enumerate(zip(groups, outcomes, strict=True))
-        if not group.replayed
+        if not group.replayed and not (metric is SAMPLED and group.foreign)
     ]
     rows.sort(key=lambda row: (row.control, row.end.mean if math.isfinite(row.end.mean) else math.inf))
     if not rows:

@@ -19,6 +19,7 @@ _METRICS = (
     ("forward_kl", "KL(T‖S)"),
     ("jsd", "JSD"),
     ("kl_k1", "KL(S‖T), estimate"),
+    ("log_ratio", "log(S/T), replayed"),
     ("sft_loss", "−log p of the data"),
     ("agreement", "same top token"),
     ("accuracy", "accuracy"),

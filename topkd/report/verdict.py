@@ -10,7 +10,7 @@ from typing import Any
 from topkd.report.cautions import Warned, cut_on_purpose, warnings_of
 from topkd.report.collection import Collection, Group
 from topkd.report.diary import last_step
-from topkd.report.outcome import ESTIMATES, Metric, Outcome, counted, counts, main_metric, outcome, spread
+from topkd.report.outcome import LOG_RATIO, SAMPLED, Metric, Outcome, counted, counts, main_metric, outcome, spread
 from topkd.report.ranks import Rank, ranked
 from topkd.report.wording import between, change, number, short
 
@@ -22,7 +22,21 @@ _CUT = (
     "The embedded pair has no stop token: every completion is cut at its limit, so that each step has as many tokens."
 )
 _DISTANCES = (("forward_kl", "KL(teacher ‖ student)"), ("jsd", "Jensen-Shannon"))
-_BASIS = {"kl_k1": "On its own rollouts", "sft_loss": "On the data that it trained on"}
+_UNDRAWN = (
+    "completions that the learning student did not draw: log s − log t on them is no estimate of "
+    "KL(student ‖ teacher), and neither way is better by itself"
+)
+_BASIS = {
+    "kl_k1": "On its own rollouts",
+    "sft_loss": "On the data that it trained on",
+    "log_ratio": f"On {_UNDRAWN}",
+}
+_RESTS = {
+    "kl_k1": ": the verdict rests on the estimate from rollouts",
+    "sft_loss": ": the verdict rests on the training loss on the data",
+    "log_ratio": ", and no estimate of it: [eval] in the run file measures how far student and teacher are apart",
+}
+_UNDECIDED = "No winner: these diaries hold no KL by which the settings could be compared"
 _SHARES = (("agreement", "Same top token"), ("accuracy", "Task accuracy"))
 
 
@@ -70,13 +84,13 @@ def verdict(collection: Collection, groups: Sequence[Group]) -> tuple[Verdict, l
         said.caveat = _caveat(collection, groups, said.ranks)
     said.metric = metric.name
     _stated(said, collection.comparison)
+    if not metric.exact:
+        rests = _RESTS[(LOG_RATIO if said.headline == _UNDECIDED else metric).key]
+        said.warnings.insert(0, f"no exact held-out KL in the diary{rests}")
     if collection.unfinished:
         count = sum(len(group.runs) for group in groups)
         said.detail = f"So far: {said.headline}. {said.detail}"
         said.headline, said.tone = f"Not finished: {count} run{'s' * (count > 1)} so far, and no verdict", "open"
-    if not metric.exact:
-        basis = "the estimate from rollouts" if metric is ESTIMATES[0] else "the training loss on the data"
-        said.warnings.insert(0, f"no exact held-out KL in the diary: the verdict rests on {basis}")
     found = [(one, warned) for ones in outcomes for one in ones for warned in warnings_of(one)]
     if collection.comparison.get("base") == EMBEDDED:
         said.notes.append(_CUT)
@@ -113,8 +127,9 @@ def _one_run(one: Outcome, metric: Metric) -> Verdict:
             detail=f"{where}; {steps:,} of {one.run.planned or steps:,} steps, {one.run.state}.",
             facts=_facts(one),
         )
+    share = "" if metric is LOG_RATIO else change(first, last)
     return Verdict(
-        f"{metric.name} {way} from {number(first)} to {number(last)} nats a token{change(first, last)}",
+        f"{metric.name} {way} from {number(first)} to {number(last)} nats a token{share}",
         detail=f"{where}; {steps:,} of {one.run.planned or steps:,} steps, {one.run.state}.",
         facts=_facts(one),
     )
@@ -141,8 +156,11 @@ def _one_group(group: Group, outcomes: Sequence[Sequence[Outcome]], metric: Metr
     differ = "that differ in their seed, with the 95 % interval over them."
     if None in seeds or len(seeds) < len(ended):
         differ = "of which some share a seed: the interval over them says how they repeat, not how seeds vary."
+    share = "" if metric is LOG_RATIO else change(first, end.mean)
+    if metric is LOG_RATIO:
+        differ += f" {_BASIS[metric.key]}."
     return Verdict(
-        f"{metric.name} went from {number(first)} to {between(end)} nats a token{change(first, end.mean)}",
+        f"{metric.name} went from {number(first)} to {between(end)} nats a token{share}",
         detail=f"Mean over {end.n} runs of {group.label} {differ}{aside}",
         facts=_mean_facts(ended),
         facts_of="means over seeds" if len(seeds) == len(ended) else "means over runs",
@@ -153,8 +171,12 @@ def _one_group(group: Group, outcomes: Sequence[Sequence[Outcome]], metric: Metr
 def _several(
     groups: Sequence[Group], outcomes: list[list[Outcome]], metric: Metric, controls: Container[str]
 ) -> Verdict:
-    ranks = ranked(groups, outcomes, metric, controls)
+    undrawn = [group.label for group in groups if group.foreign] if metric in (SAMPLED, LOG_RATIO) else []
+    aside = f"{', '.join(undrawn)}: trained on {_UNDRAWN}; not ranked by it" if undrawn else ""
+    ranks = [] if metric is LOG_RATIO else ranked(groups, outcomes, metric, controls)
     comparable = [rank for rank in ranks if math.isfinite(rank.end.mean) and not rank.control]
+    if len(comparable) < 2 and undrawn:
+        return Verdict(_UNDECIDED, detail=f"{aside}.", tone="open")
     if len(comparable) < 2:
         return Verdict("No two settings have finished runs to compare.", tone="open", ranks=ranks)
     best, *others = comparable
@@ -178,7 +200,7 @@ def _several(
                 "holds zero" if gap.high >= 0.0 else f"is below zero: where both have a seed, {second.label} is ahead"
             )
             said.detail = f"The 95 % interval of their paired difference, {span}, {holds}. {ends}."
-    said.warnings += _doubts(comparable, outcomes)
+    said.warnings += [*filter(None, [aside]), *_doubts(comparable, outcomes)]
     return said
 
 
