@@ -84,7 +84,24 @@ def load_prompts(config: RunConfig, progress: Progress) -> Prompts:
     )
     if dropped:
         progress.note(f"{len(dropped)} prompts longer than {config.rollout.max_prompt_tokens} tokens were dropped")
+    _check_told(config, rows)
     return Prompts(tokenizer, readers, rows, dropped)
+
+
+def _check_told(config: RunConfig, rows: list[PromptRow]) -> None:
+    """Raises where the config has templates for what only the teacher sees, and no row has any of it to tell."""
+    data = config.data
+    named = data.privileged.given()
+    if not named or (data.feedback is not None and "feedback" in named):  # told once a completion is there
+        return
+    if not any(row.columns.get(name) is not None for row in rows for name in named):
+        there = {str(name) for row in rows for name in row.columns}
+        there |= {"prompt_ids" for row in rows if not row.columns.keys() & {"prompt", "messages"}}
+        raise DataError(
+            f"no row has a column {' or '.join(map(repr, named))} for its template in [data.privileged]",
+            where=data.path, got=f"columns {', '.join(sorted(there))}",
+            hint="without one the teacher is told no more than the student: name the column so, or leave the table out",
+        )  # fmt: skip
 
 
 def readers_of(config: RunConfig, tokenizer: Any) -> Readers:

@@ -100,6 +100,13 @@ class PrivilegedConfig(Frozen):
                 raise ValueError(f"{{{name}}} in the template of {name}")
         return self
 
+    def given(self) -> list[str]:
+        """The columns whose templates were asked for; of a config that was saved whole, those unlike the defaults."""
+        given = [name for name in PRIVILEGED if name in self.model_fields_set]
+        if len(given) < len(PRIVILEGED):
+            return given
+        return [name for name in given if getattr(self, name) != type(self).model_fields[name].default]
+
 
 class DataConfig(Frozen):
     """Where prompts come from: JSONL, Parquet or a saved dataset with ``prompt_ids``, ``prompt`` or ``messages``.
