@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.report.made import write_comparison, write_run
+from topkd.engine import EngineConfig, LearnerConfig
 from topkd.report.collection import gather
 from topkd.report.columns import column
 from topkd.report.lines import POINTS
@@ -192,6 +193,14 @@ def test_a_diary_that_was_cut_back_is_read_anew(tmp_path: Path) -> None:
     assert run.refresh()
     assert len(run.steps) == 7
     assert not run.refresh()
+
+
+def test_a_rate_that_is_left_to_the_kind_of_run_is_shown_with_its_values(tmp_path: Path) -> None:
+    page = build(gather([write_run(tmp_path / "run")]), baseline=EngineConfig().model_dump(mode="json"))
+    (row,) = (row for row in page.settings.rows if row[0] == "learner.lr")
+    rates = [LearnerConfig().learning_rate(lora=lora) for lora in (False, True)]
+    assert row[1:] == ["0.001", "2e-6; 1e-4 where only an adapter trains"]
+    assert [float(part.split()[0]) for part in row[2].split(";")] == rates
 
 
 def test_an_unfinished_comparison_shows_its_cells_so_far(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ _TOTALS = (
     ("cache_hits", "cache hits"),
     ("seconds", "seconds"),
 )
+# What a setting is that was left to the kind of run: the configuration has null.
+_LEFT_OUT = {"learner.lr": "2e-6; 1e-4 where only an adapter trains"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,5 +139,5 @@ def _mean(values: Sequence[float]) -> float:
 def _said(config: Mapping[str, Any], key: str) -> str:
     if key not in config:
         return "—"
-    value = config[key]
+    value = _LEFT_OUT.get(key) if config[key] is None else config[key]
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
