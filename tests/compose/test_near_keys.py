@@ -36,6 +36,7 @@ def refused(tmp_path, text, *overrides):
         ("learner.learning_rate", ["learner.lr"]),
         ("rollout.lr", ["learner.lr"]),
         ("rollout.max_new_tokens", ["rollout.max_completion_tokens"]),
+        ("rollout.max_completion_token", ["rollout.max_completion_tokens"]),
         ("teacher.ulr", ["teacher.url"]),
         ("teachers.maths.ulr", ["teachers.maths.url"]),
         ("learner.importance.capp", ["learner.importance.cap"]),

@@ -29,7 +29,7 @@ _WORDS = {
     "path_type": "a path",
     "none_required": "nothing",
 }
-_SECRET = re.compile(r"(?:^|_)(?:key|secret|password|token)(?:_env)?$")  # keys whose values are not shown
+_SECRET = re.compile(r"^(?!max_)(?:.*_)?(?:key|secret|password|token)(?:_env)?$")  # keys whose values are not shown
 _NAMED = 3  # other problems that a line has room for
 
 
