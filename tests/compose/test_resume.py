@@ -105,6 +105,7 @@ async def test_a_run_does_not_go_on_with_other_prompts_under_the_same_name(folde
     data.write_text("\n".join(lines))
     config = run_config((*folders[:2], data), steps=4)
     await train(run_config((*folders[:2], data), steps=2), out)
+    left = {name: (out / name).read_bytes() for name in ("metrics.jsonl", "config.json", "tokens.jsonl")}
     for changed in (lines[:-1], lines[::-1], [lines[0].replace('"id": 0', '"id": 0, "hint": "so"'), *lines[1:]]):
         data.write_text("\n".join(changed))
         with pytest.raises(
@@ -114,6 +115,7 @@ async def test_a_run_does_not_go_on_with_other_prompts_under_the_same_name(folde
         assert "\n" not in str(told_.value)
         found = await dry_run(config, out=out, resume=True)
         assert any("not those that the run began with" in problem for problem in found.problems)
+        assert {name: (out / name).read_bytes() for name in left} == left, "a refusal costs nothing"
     data.write_text("\n".join(lines) + "\n\n")
     assert not (await dry_run(config, out=out, resume=True)).problems
     await train(config, out, resume=True)

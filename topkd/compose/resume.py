@@ -39,6 +39,7 @@ class Former:
         evals: Its evaluations up to there.
         finished: There is nothing left to do.
         resumed: The folder held a run.
+        config: What the run goes on with.
     """
 
     checkpoint: Checkpoint | None = None
@@ -46,6 +47,7 @@ class Former:
     evals: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
     resumed: bool = False
+    config: EngineConfig | None = None
 
 
 @contextlib.contextmanager
@@ -96,7 +98,7 @@ def _written_or_told(out: Path) -> Iterator[None]:
 
 
 def opened(out: Path, config: EngineConfig, progress: Progress, *, command: str, resume: bool) -> Former:
-    """The run's folder, ready: empty but for its config, or (``resume``) cut back to the newest checkpoint."""
+    """The run's folder: empty but for its config, or (``resume``) as it was left, until ``taken_up`` cuts it back."""
     if not resume:
         fresh_folder(out)
         saved(config, out / CONFIG)
@@ -112,11 +114,17 @@ def opened(out: Path, config: EngineConfig, progress: Progress, *, command: str,
     step = 0 if checkpoint is None else checkpoint.position.step
     if step > config.steps:
         raise ConfigError("the run has gone further", where=str(out), got=f"steps = {config.steps}", expected=step)
-    _cut(out, checkpoint, step)
+    length = _kept(out, checkpoint)
     progress.note(f"resuming after step {step}" if step else "no checkpoint yet: starting from the beginning")
-    saved(config, out / CONFIG)
-    records = read_metrics(out / DIARY) if (out / DIARY).exists() else []
-    return Former(checkpoint, _of(records, "step"), _of(records, "eval"), resumed=True)
+    records = read_metrics(out / DIARY, end=length) if length else []
+    return Former(checkpoint, _of(records, "step"), _of(records, "eval"), resumed=True, config=config)
+
+
+def taken_up(out: Path, former: Former) -> None:
+    """Cut a resumed run's folder back to its checkpoint, once all is there to go on: a refusal costs nothing."""
+    if former.resumed and former.config is not None:
+        _cut(out, former.checkpoint)
+        saved(former.config, out / CONFIG)
 
 
 def foreseen(out: Path, config: EngineConfig, *, command: str, resume: bool) -> str:
@@ -178,8 +186,8 @@ def _done(out: Path) -> int:
         return 0
 
 
-def _cut(out: Path, checkpoint: Checkpoint | None, step: int) -> None:
-    """Take back what was written after the checkpoint: it will be written again."""
+def _kept(out: Path, checkpoint: Checkpoint | None) -> int:
+    """How many bytes of the diary stand: those before the checkpoint."""
     diary, length = out / DIARY, 0 if checkpoint is None else checkpoint.diary_bytes
     there = diary.stat().st_size if diary.exists() else 0
     if there < length:
@@ -187,8 +195,14 @@ def _cut(out: Path, checkpoint: Checkpoint | None, step: int) -> None:
             "the diary is shorter than the checkpoint says", where=str(diary), got=f"{there} bytes",
             expected=f"at least {length}", hint="was it edited? restore it, or start a new run",
         )  # fmt: skip
-    if there:
-        os.truncate(diary, length)
+    return length
+
+
+def _cut(out: Path, checkpoint: Checkpoint | None) -> None:
+    """Take back what was written after the checkpoint: it will be written again."""
+    length, step = _kept(out, checkpoint), 0 if checkpoint is None else checkpoint.position.step
+    if (out / DIARY).exists():
+        os.truncate(out / DIARY, length)
     tokens = out / TOKENS
     if tokens.exists():
         kept = [line for line in tokens.read_bytes().splitlines(keepends=True) if _within(line, step)]

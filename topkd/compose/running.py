@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from topkd.compose.contents import check_same_rows, rows_note
 from topkd.compose.folders import DIARY, provenance
 from topkd.compose.progress import Progress
-from topkd.compose.resume import Former
+from topkd.compose.resume import Former, taken_up
 from topkd.compose.samplers import Sampling, in_process, stop_ids
 from topkd.compose.stops import Stops
 from topkd.engine import EngineConfig
@@ -132,6 +132,8 @@ async def run(
         stop_ids=[*stop_ids(tokenizer), *config.rollout.stop_token_ids],
     )
     start = bring_state(former, learner, stateful)
+    if learner.ranks.main:
+        taken_up(out, former)
     transcripts = _transcripts(objective, config, out, student, tokenizer, lock=sampling.lock, note=progress.note)
     evals = [*former.evals]
 

@@ -48,10 +48,13 @@ class MetricsLog:
         self._file.close()
 
 
-def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Records of a diary; a torn last line (a killed run) is left out, any other unreadable line is an error."""
+def read_metrics(path: Path, kind: str | None = None, *, end: int | None = None) -> list[dict[str, Any]]:
+    """Records of a diary, or of its first ``end`` bytes.
+
+    A torn last line (a killed run) is left out, any other unreadable line is an error.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes()[:end].decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else "not UTF-8 text"
         raise DataError("cannot read the diary", where=str(path), got=reason.lower()) from error
