@@ -14,6 +14,7 @@ import xxhash
 from topkd.compose.folders import DIARY
 from topkd.engine.data import PromptRow
 from topkd.engine.metrics import read_metrics
+from topkd.engine.snapshots import file_entry
 from topkd.topk.errors import DataError
 
 
@@ -67,8 +68,4 @@ def content_digest(path: Path) -> str:
 
 @cache  # of every file: a bounded one that a folder overflows would read all of it again for each cell
 def _file_digest(file: Path, _size: int, _changed: int) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as data:
-        while part := data.read(1 << 22):
-            digest.update(part)
-    return digest.hexdigest()
+    return str(file_entry(file)["xxh3_128"])

@@ -66,7 +66,7 @@ def write_snapshot(root: Path, step: int, fill: Callable[[Path], None], *, keep:
 
     def whole(folder: Path) -> None:
         fill(folder)
-        files = {file.name: _entry(file) for file in sorted(folder.iterdir())}
+        files = {file.name: file_entry(file) for file in sorted(folder.iterdir())}
         for file in folder.iterdir():
             _flush(file)  # before the manifest vouches for them
         text = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=2)
@@ -103,7 +103,7 @@ def fault_of(path: Path) -> str | None:
         return f"it has format {form}, this topkd reads {FORMAT}"
     for name, expected in files.items():
         try:
-            found = _entry(path / name)
+            found = file_entry(path / name)
         except OSError:
             return f"{name} is missing"
         if found != expected:
@@ -116,7 +116,8 @@ def _candidates(root: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name[len(_PREFIX) :]), reverse=True)
 
 
-def _entry(file: Path) -> dict[str, int | str]:
+def file_entry(file: Path) -> dict[str, int | str]:
+    """Size and checksum of a file."""
     digest = xxhash.xxh3_128()
     with file.open("rb") as data:
         while part := data.read(1 << 22):
