@@ -50,6 +50,8 @@ PROMPTS, TOKENS = 4, 8
 class Clock:
     """When each stage was busy: the union of its calls."""
 
+    sleep = staticmethod(time.sleep)
+
     def __init__(self) -> None:
         self.busy = dict.fromkeys(STAGES, 0.0)
         self._under_way = dict.fromkeys(STAGES, 0)
@@ -76,8 +78,8 @@ class Stages:
 
     objective = EngineConfig().objective
 
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds, self.clock = seconds, Clock()
+    def __init__(self, seconds: dict[str, float], clock: Clock) -> None:
+        self.seconds, self.clock = seconds, clock
         self.version, self.published, self.captured = 0, -1, -1
         self.stale: list[int] = []
 
@@ -101,7 +103,7 @@ class Stages:
 
     def step(self, samples, *more):
         with self.clock.on("learn"):
-            time.sleep(self.seconds["learn"])
+            self.clock.sleep(self.seconds["learn"])
         self.version += 1
         return {"tokens": TOKENS * len(samples)}
 
@@ -115,31 +117,34 @@ class Stages:
         self.published = version
 
 
-def one_run(mix: tuple[float, ...], unit: float, steps: int, staleness: int) -> dict[str, float]:
-    """Wall seconds of a run, and each stage's share of them."""
-    stages = Stages({name: part * unit for name, part in zip(STAGES, mix, strict=True)})
+async def run(stages: Stages, steps: int, staleness: int) -> None:
+    """The engine's loop over these stages; its schedule is checked."""
     config = EngineConfig(
         steps=steps, max_staleness=staleness, checkpoint=CheckpointConfig(every=0),
         rollout=RolloutConfig(prompts_per_step=PROMPTS, samples_per_prompt=1, max_completion_tokens=TOKENS),
     )  # fmt: skip
     hooks = Hooks(publish=stages.publish, capture=stages.capture, beside=True)
     with tempfile.TemporaryDirectory() as folder, MetricsLog(Path(folder) / "metrics.jsonl") as log:
-        began = time.perf_counter()
-        records = asyncio.run(
-            distil(
-                config,
-                rows=[PromptRow([1, 2, i], [1, 2, i]) for i in range(8)],
-                sampler=stages,
-                teachers={"": stages},
-                learner=stages,
-                log=log,
-                hooks=hooks,
-            )
+        records = await distil(
+            config,
+            rows=[PromptRow([1, 2, i], [1, 2, i]) for i in range(8)],
+            sampler=stages,
+            teachers={"": stages},
+            learner=stages,
+            log=log,
+            hooks=hooks,
         )
-        wall = time.perf_counter() - began
     expected = [min(step, staleness) for step in range(steps)]
     assert [record["staleness"] for record in records] == expected, "the schedule was not kept"
     assert [record["rollout_versions"] for record in records] == [[str(s - d)] for s, d in enumerate(expected)]
+
+
+def one_run(mix: tuple[float, ...], unit: float, steps: int, staleness: int) -> dict[str, float]:
+    """Wall seconds of a run, and each stage's share of them."""
+    stages = Stages({name: part * unit for name, part in zip(STAGES, mix, strict=True)}, Clock())
+    began = time.perf_counter()
+    asyncio.run(run(stages, steps, staleness))
+    wall = time.perf_counter() - began
     return {"wall_s": wall, **{name: busy / wall for name, busy in stages.clock.busy.items()}}
 
 
