@@ -26,9 +26,11 @@ import msgspec
 import numpy as np
 from replies import machine, score_reply
 
-from topkd.clients import decode, decode_numba, decode_numpy
-from topkd.clients.decode_binary import flat_lists, npy_matrix
-from topkd.clients.decode_json import prompt_rows, scored_choice
+from topkd.clients.decoding import vllm as decode
+from topkd.clients.decoding import vllm_numba as decode_numba
+from topkd.clients.decoding import vllm_numpy as decode_numpy
+from topkd.clients.decoding.binary import flat_lists, npy_matrix
+from topkd.clients.decoding.vllm_typed import prompt_rows, scored_choice
 
 RESULTS = Path(__file__).parent / "results" / "bench_decode.json"
 BENCH_PYTHON = str(Path(__file__).parents[1] / ".venv-bench" / "bin" / "python")

@@ -21,7 +21,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from topkd.compose.compare import Comparison, compare
-from topkd.compose.compare_config import CompareConfig
+from topkd.compose.comparison.config import CompareConfig
 from topkd.compose.progress import Progress
 
 ARMS = [

@@ -1,6 +1,6 @@
 """How busy the slowest stage of a run is: sampling, scoring, learning and syncing slowed on purpose (F5).
 
-The engine's own loop (``topkd.engine.loop.distil``) over stages that sleep: a sampler with weights of its own, a
+The engine's own loop (``topkd.engine.loop.loop.distil``) over stages that sleep: a sampler with weights of its own, a
 teacher, a learner, a sync. A stage is busy while at least one of its calls is under way; its share is that time over
 the run's wall time, the pipeline's filling and draining included. Each mix runs one after the other (staleness 0) and
 pipelined (staleness 3) in one process, in turns; the median of the rounds counts.
@@ -26,11 +26,11 @@ from pathlib import Path
 
 import numpy as np
 
-from topkd.engine.config import CheckpointConfig, EngineConfig, RolloutConfig
-from topkd.engine.data import PromptRow
-from topkd.engine.hooks import Hooks
-from topkd.engine.loop import distil
-from topkd.engine.metrics import MetricsLog
+from topkd.engine.config.engine_config import CheckpointConfig, EngineConfig, RolloutConfig
+from topkd.engine.loop.hooks import Hooks
+from topkd.engine.loop.loop import distil
+from topkd.engine.loop.metrics import MetricsLog
+from topkd.engine.loop.prompts import PromptRow
 from topkd.topk import Rollout, TopK
 
 STAGES = ("sample", "score", "learn", "sync")

@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.report.made import rollout, token, write_run  # noqa: E402
-from topkd.report.collection import gather  # noqa: E402
-from topkd.report.page import render  # noqa: E402
+from topkd.report.load.collection import gather  # noqa: E402
+from topkd.report.page.html import render  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "report.json"
 EMPTY = "<!doctype html><html lang=en data-ready=true><title>empty</title><body>"

@@ -158,7 +158,7 @@ def run_side(side: str, url: str, positions: int, k: int) -> None:
 
 
 def available(python: str, side: str) -> bool:
-    module = {"topkd": "topkd.clients.vllm", "openai": "openai", "trl": "trl.generation.vllm_client"}[side]
+    module = {"topkd": "topkd.clients.dialects.vllm", "openai": "openai", "trl": "trl.generation.vllm_client"}[side]
     return subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
 
 

@@ -74,7 +74,7 @@ def draw_bias() -> None:
 
 def draw_curves(steps: int, seed: int) -> None:
     """Exact held-out divergence of the demo's student under each estimator: same seed, batch and learning rate."""
-    from topkd.engine.objective_config import GJS, ScalarKL, TopKPolicyGradient
+    from topkd.engine.config.objectives import GJS, ScalarKL, TopKPolicyGradient
 
     runs = {
         "scalar reverse KL": (ScalarKL(), 20),
@@ -103,10 +103,10 @@ async def curve(objective: object, k: int, steps: int, seed: int) -> list[dict[s
     from topkd.compose import demo
     from topkd.compose.progress import Progress
     from topkd.compose.train import run
-    from topkd.engine.evaluation import exact_divergences
-    from topkd.engine.local_teacher import LocalTeacher
-    from topkd.engine.student import Student
-    from topkd.engine.tokenizer import load_tokenizer
+    from topkd.engine.models.divergences import exact_divergences
+    from topkd.engine.models.local_teacher import LocalTeacher
+    from topkd.engine.models.student import Student
+    from topkd.engine.models.tokenizer import load_tokenizer
 
     assets = demo.build_assets(demo.cache_root(), Progress())
     tokenizer = load_tokenizer(str(assets.student))

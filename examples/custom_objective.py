@@ -12,9 +12,9 @@ import asyncio
 import torch
 from made_here import folder_of, rows, student, teacher, told
 
-from topkd.compose.config import RunConfig
+from topkd.compose.config.run_config import RunConfig
 from topkd.compose.train import train
-from topkd.engine.view import TokenView
+from topkd.engine.learner.token_view import TokenView
 
 
 def skewed_kl(view: TokenView, alpha: float = 0.1) -> torch.Tensor:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from topkd.compose import corpus, tiny
-from topkd.engine.metrics import read_metrics
+from topkd.compose.demo_assets import corpus
+from topkd.compose.demo_assets import tiny_models as tiny
+from topkd.engine.loop.metrics import read_metrics
 
 LETTERS = string.ascii_letters
 _PAD = -1

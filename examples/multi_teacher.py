@@ -12,7 +12,7 @@ import asyncio
 
 from made_here import folder_of, rows, student, teacher, told
 
-from topkd.compose.config import RunConfig
+from topkd.compose.config.run_config import RunConfig
 from topkd.compose.train import train
 
 

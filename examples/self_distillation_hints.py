@@ -10,7 +10,7 @@ import asyncio
 
 from made_here import folder_of, rows, student, told
 
-from topkd.compose.config import RunConfig
+from topkd.compose.config.run_config import RunConfig
 from topkd.compose.train import train
 
 

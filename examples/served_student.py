@@ -16,9 +16,9 @@ import sys
 
 from made_here import folder_of, rows, student, teacher, told
 
-from topkd.compose.config import RunConfig
+from topkd.compose.config.run_config import RunConfig
 from topkd.compose.train import train
-from topkd.engine.metrics import read_metrics
+from topkd.engine.loop.metrics import read_metrics
 from topkd.serve import ServeConfig, ServerProcess
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.browser.waiting import until
 from tests.report.made import evaluation, write_run
-from topkd.report.live import serve_run
+from topkd.report.page.live_server import serve_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 DOTS = "document.querySelectorAll('#panel-reverse_kl path.dot:not(.big)').length"

@@ -13,8 +13,8 @@ import pytest
 
 from tests.browser.waiting import until
 from tests.report.made import NASTY, write_comparison, write_run
-from topkd.report.collection import gather
-from topkd.report.page import render
+from topkd.report.load.collection import gather
+from topkd.report.page.html import render
 
 COLLISIONS = """() => [...document.querySelectorAll('svg.lines, svg.strip')].flatMap((chart) => {
     const frame = chart.getBoundingClientRect();

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.report.made import write_run
-from topkd.report.collection import gather
-from topkd.report.page import render
-from topkd.report.palette import ramp
+from topkd.report.load.collection import gather
+from topkd.report.page.html import render
+from topkd.report.page.palette import ramp
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 

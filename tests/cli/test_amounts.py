@@ -2,7 +2,7 @@
 
 import pytest
 
-from topkd.cli.amounts import count, size
+from topkd.cli.output.formatting import count, size
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from tests.cli.test_cache import fill
 from tests.fakes.interrupts import interruptible
-from topkd.cli.outcomes import again
+from topkd.cli.output.run_summary import again
 
 
 def topkd(*args, **env):

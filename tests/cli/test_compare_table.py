@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from topkd.cli.compare import _table
+from topkd.cli.commands.compare import _table
 
 
 def fact(final, size):

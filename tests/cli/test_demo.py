@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from topkd.cli.demo import own_run, stopped
+from topkd.cli.commands.demo import own_run, stopped
 from topkd.compose.train import RunResult
 
 RUN = Path("runs/demo/first-run/run.toml")
@@ -77,10 +77,10 @@ def test_a_stopped_demo_says_what_was_kept_and_where(capsys, name, code, steps, 
 SMALL = """
 import sys
 from topkd.cli.app import main
-from topkd.compose import demo
+from topkd.compose.demo_assets import assets
 
-demo.CORPUS_BYTES, demo.HELD_OUT_TOKENS = 200_000, 5_000
-demo.TEACHER = {"hidden": 16, "layers": 1, "heads": 1, "steps": 1_000_000, "batch": 2}
+assets.CORPUS_BYTES, assets.HELD_OUT_TOKENS = 200_000, 5_000
+assets.TEACHER = {"hidden": 16, "layers": 1, "heads": 1, "steps": 1_000_000, "batch": 2}
 sys.argv = ["topkd", "demo"]
 main()
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from topkd.cli.display import Display, left, told
+from topkd.cli.output.progress import Display, left, told
 from topkd.compose.train import RunResult
 
 STEP = {"step": 3, "kl_k1": 0.0, "grad_norm": math.nan, "tokens": 40, "lost": {}}
@@ -96,7 +96,7 @@ def test_away_from_a_terminal_there_are_plain_lines_and_no_escape_codes(capsys):
 def test_plain_lines_say_how_long_a_stage_still_takes_at_its_own_pace(capsys, monkeypatch):
     monkeypatch.setenv("CI", "true")
     clock = iter([0.0, 100.0, 112.0, 124.0, 600.0])
-    monkeypatch.setattr("topkd.cli.display.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("topkd.cli.output.progress.time.monotonic", lambda: next(clock))
     display = Display()
     display.stage("train the teacher", 600)
     for done in (100, 130, 160, 600):  # the first call tells no pace: a resumed stage begins in its middle

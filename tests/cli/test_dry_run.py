@@ -9,11 +9,12 @@ from typer.testing import CliRunner
 
 from tests.engine.pieces import model_folder
 from topkd.cli.app import app
-from topkd.cli.dry_run import show
-from topkd.compose.config import RunConfig
+from topkd.cli.output.dry_run_page import show
+from topkd.compose.config.run_config import RunConfig
+from topkd.compose.data.run_prompts import load_prompts
 from topkd.compose.dry_run import dry_run, settings
-from topkd.compose.pieces import load_pieces, load_prompts
 from topkd.compose.progress import Progress
+from topkd.compose.run.student import load_pieces
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk import Rollout, SamplingParams, TopK
@@ -77,7 +78,7 @@ async def test_a_sound_run_is_told_in_whole_and_changes_nothing(folder, server, 
     assert "add them up" not in found.prompts[0].parts[0][0]
     trains = "".join(text for text, trains in found.prompts[0].parts if trains)
     assert trains == "two<|im_end|>four<|im_end|>"
-    from topkd.engine.student import Student
+    from topkd.engine.models.student import Student
 
     weights = sum(one.numel() for one in Student.load(str(folder / "student"), "cpu").model.parameters())
     assert found.forecast.model.parameters == found.forecast.model.trained == weights

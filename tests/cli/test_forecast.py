@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.engine.pieces import model_folder
-from topkd.compose.config import RunConfig
+from topkd.compose.config.run_config import RunConfig
 from topkd.compose.dry_run import dry_run
 from topkd.compose.train import train
 from topkd.serve import ServeConfig, ServerProcess

@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from topkd.cli import app as commands
-from topkd.cli import probe, sample, score
+from topkd.cli.commands import probe, sample, score
 from topkd.cli.options import CODECS
 
 
@@ -75,9 +75,9 @@ def test_paragraphs_of_a_help_page_break_where_the_terminal_ends_and_nowhere_els
 
 
 def test_what_shells_complete_is_what_the_configs_accept():
-    from topkd.clients.probe_dialect import DIALECTS
-    from topkd.compose.sample_config import SampleConfig
-    from topkd.compose.score_config import ScoreConfig
+    from topkd.clients.connection import DIALECTS
+    from topkd.compose.bulk.sample_config import SampleConfig
+    from topkd.compose.bulk.score_config import ScoreConfig
 
     assert set(score.DIALECTS) == set(get_args(ScoreConfig.model_fields["dialect"].annotation))
     assert set(sample.DIALECTS) == set(get_args(SampleConfig.model_fields["dialect"].annotation))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.engine.pieces import model_folder
-from topkd.cli import train
-from topkd.cli.outcomes import resumable
+from topkd.cli.commands import train
+from topkd.cli.output.run_summary import resumable
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import ConfigError, ServerUnreachableError
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from tests.clients.probing import served
 from tests.clients.vllm_toy import VllmToy
 from topkd.cli.app import app
-from topkd.cli.probe import show
-from topkd.clients.probe_findings import Capabilities, Finding, Load, LoadLevel, ProbeReport
+from topkd.cli.commands.probe import show
+from topkd.clients.probe.findings import Capabilities, Finding, Load, LoadLevel, ProbeReport
 
 MODEL = "/somewhere/deep/in/a/home/checkpoints/step-00012000/teacher"
 

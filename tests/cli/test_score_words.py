@@ -9,8 +9,8 @@ import pytest
 from tests.cli.test_cache import fill, ran, told
 from tests.docs.blocks import ROOT
 from tests.engine.pieces import model_folder
-from topkd.compose.score_config import ScoreConfig
-from topkd.compose.selection import Budget
+from topkd.compose.bulk.score_config import ScoreConfig
+from topkd.compose.bulk.selection import Budget
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import ConfigError, DataError
 
@@ -108,7 +108,7 @@ def test_data_without_a_row_is_a_mistake_and_no_job_that_is_done(tmp_path, comma
 
 
 def test_the_walk_throughs_ids_are_ids_of_the_demos_teacher():
-    from topkd.compose.demo import VOCAB
+    from topkd.compose.demo_assets.assets import VOCAB
 
     page = (ROOT / "docs" / "offline.md").read_text(encoding="utf-8")
     bounds = [int(bound) for bound in re.findall(r"randrange\(3, (\d+)\)", page)]

@@ -6,8 +6,8 @@ import urllib.request
 
 import pytest
 
-from topkd.cli.display import Display
-from topkd.cli.watch import watched
+from topkd.cli.output.progress import Display
+from topkd.cli.output.run_summary import watched
 
 OPEN = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 

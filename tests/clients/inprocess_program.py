@@ -14,7 +14,7 @@ async def main(root: str, folder: str, updated: str, request_path: str) -> dict[
     sys.path.insert(0, root)
     import numpy as np
 
-    from topkd.clients.vllm_inprocess import VllmInProcess
+    from topkd.clients.dialects.vllm_inprocess import VllmInProcess
     from topkd.topk.errors import TopkdError
     from topkd.topk.protocols import WeightUpdate
     from topkd.topk.samples import SamplingParams

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from topkd.clients.probe import probe
-from topkd.clients.probe_findings import ProbeReport
+from topkd.clients.probe.findings import ProbeReport
+from topkd.clients.probe.probe import probe
 
 
 @contextmanager

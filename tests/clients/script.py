@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from topkd.clients.transport import Reply, Request
+from topkd.clients.http.transport import Reply, Request
 
 
 class Script:

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.clients.replies import score_body, score_reply, score_rows
-from topkd.clients import decode, decode_numba, decode_numpy
-from topkd.clients.checks import ranked, scored
-from topkd.clients.decode_json import prompt_rows, scored_choice
+from topkd.clients.decoding import vllm as decode
+from topkd.clients.decoding import vllm_numba as decode_numba
+from topkd.clients.decoding import vllm_numpy as decode_numpy
+from topkd.clients.decoding.checks import ranked, scored
+from topkd.clients.decoding.vllm_typed import prompt_rows, scored_choice
 from topkd.topk.errors import AlignmentError, ResponseError
 from topkd.topk.types import TopK
 

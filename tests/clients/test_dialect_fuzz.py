@@ -16,8 +16,11 @@ from tests.clients.test_sglang import meta
 from tests.clients.test_vllm_generate import generated
 from tests.clients.toy import VOCAB, Toy, npy
 from tests.clients.vllm_toy import VllmToy
-from topkd.clients import fireworks, openai_replies, sglang_replies, vllm_generate, vllm_generate_sampled
-from topkd.clients.sampled import Asked
+from topkd.clients.decoding import generate_sampled as vllm_generate_sampled
+from topkd.clients.decoding import openai as openai_replies
+from topkd.clients.decoding import sglang as sglang_replies
+from topkd.clients.decoding.sampled import Asked
+from topkd.clients.dialects import fireworks, vllm_generate
 from topkd.topk.errors import TopkdError
 from topkd.topk.samples import SamplingParams
 

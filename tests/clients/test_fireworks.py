@@ -9,7 +9,7 @@ import pytest
 
 from tests.clients.toy import VOCAB, Toy, Wire
 from topkd.clients.config import ClientConfig
-from topkd.clients.fireworks import ROUTE, FireworksEcho
+from topkd.clients.dialects.fireworks import ROUTE, FireworksEcho
 from topkd.topk.errors import AlignmentError, ConfigError, KLimitError, ResponseError
 from topkd.topk.samples import SamplingParams
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.server import VOCAB, FaultyServer, actual_logp, body_of, plus_a_hundredth
 from topkd.clients import ClientConfig, Fleet, Job, Stream, TeacherRouter, VllmCompletions
-from topkd.clients.breaker import Breaker
+from topkd.clients.fleet.circuit_breaker import Breaker
 from topkd.topk.errors import ConfigError, KLimitError, ResponseError, ServerUnreachableError, TopkdError
 from topkd.topk.protocols import Sampler, TeacherScorer
 

@@ -15,8 +15,8 @@ from tests.clients.probing import served
 from tests.clients.toy import VOCAB, Toy, Wire
 from tests.clients.vllm_toy import VllmToy
 from topkd.clients import ClientConfig, Fleet, Sglang, VllmCompletions, VllmGenerate, connect
-from topkd.clients.fireworks import FireworksEcho
-from topkd.clients.transport import Reply, Request
+from topkd.clients.dialects.fireworks import FireworksEcho
+from topkd.clients.http.transport import Reply, Request
 from topkd.topk.errors import ConfigError, ResponseError, ServerUnreachableError, UnsupportedError
 from topkd.topk.protocols import CandidateScorer, Sampler, TeacherScorer
 from topkd.topk.samples import SamplingParams

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from tests.clients.test_fleet import IDS, QUICK, prompts
 from tests.faults.server import FaultyServer, actual_logp, body_of
 from topkd.clients import ClientConfig, Fleet
-from topkd.clients.hedging import Hedging
+from topkd.clients.fleet.hedging import Hedging
 from topkd.topk.errors import KLimitError
 
 HEDGED = QUICK.model_copy(update={"read_timeout_s": 60.0, "hedge_share": 0.05, "total_timeout_s": 120.0})

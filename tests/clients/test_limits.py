@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from topkd.clients.config import ClientConfig
-from topkd.clients.limits import Budget, Gate, Window
-from topkd.clients.metrics import Metrics
+from topkd.clients.http.admission import Budget, Gate, Window
+from topkd.clients.http.metrics import Metrics
 from topkd.topk.errors import ConfigError
 
 

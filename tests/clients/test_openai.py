@@ -11,9 +11,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.clients.toy import scripted
-from topkd.clients.bytemap import ByteMap, bytemap_of, load_bytemap
 from topkd.clients.config import ClientConfig
-from topkd.clients.openai import ROUTE, OpenAIChat
+from topkd.clients.decoding.byte_map import ByteMap, bytemap_of, load_bytemap
+from topkd.clients.dialects.openai import ROUTE, OpenAIChat
 from topkd.topk.errors import AlignmentError, ConfigError, KLimitError, ResponseError, UnsupportedError
 from topkd.topk.samples import SamplingParams
 

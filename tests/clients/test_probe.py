@@ -12,12 +12,12 @@ import pytest
 
 from tests.clients.probing import probed, served
 from tests.clients.vllm_toy import VllmToy
-from topkd.clients import probe_load
-from topkd.clients.bytemap import ByteMap
 from topkd.clients.config import ClientConfig
-from topkd.clients.probe import CONFIG, probe
-from topkd.clients.probe_dialect import open_client
-from topkd.clients.probe_findings import LoadLevel, ProbeReport
+from topkd.clients.connection import open_client
+from topkd.clients.decoding.byte_map import ByteMap
+from topkd.clients.probe import load as probe_load
+from topkd.clients.probe.findings import LoadLevel, ProbeReport
+from topkd.clients.probe.probe import CONFIG, probe
 from topkd.topk.errors import AuthError, ConfigError, ModelNotFoundError, ServerUnreachableError
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from tests.clients.probing import probed
 from topkd.clients.config import ClientConfig
-from topkd.clients.probe_alignment import alignment
-from topkd.clients.probe_openai import echo_alignment
+from topkd.clients.probe.alignment import alignment
+from topkd.clients.probe.openai import echo_alignment
 from topkd.topk.types import TopK
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llama-cpp"

@@ -15,8 +15,8 @@ import pytest
 
 from tests.clients.probing import served
 from tests.clients.vllm_toy import VllmToy
-from topkd.clients.probe import probe
-from topkd.compose.bytemaps import student_bytemap
+from topkd.clients.probe.probe import probe
+from topkd.compose.data.byte_maps import student_bytemap
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +106,8 @@ def test_a_question_that_cannot_be_right_is_one_line_and_exit_code_2(arguments: 
 async def test_a_real_vllm_can_teach_and_both_dialects_say_the_same(model: Path, tmp_path: Path):
     from tests.contract.conftest import need_vllm
     from tests.contract.servers import vllm_server
-    from topkd.clients.vllm import VllmCompletions
-    from topkd.clients.vllm_generate import VllmGenerate
+    from topkd.clients.dialects.vllm import VllmCompletions
+    from topkd.clients.dialects.vllm_generate import VllmGenerate
     from topkd.topk.samples import SamplingParams
 
     need_vllm()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from topkd.clients.config import ClientConfig
-from topkd.clients.metrics import Metrics
-from topkd.clients.refusals import refusal, repeating, repeats, retry_after_s
-from topkd.clients.retry import with_retries
-from topkd.clients.transport import Reply
+from topkd.clients.http.metrics import Metrics
+from topkd.clients.http.retry import with_retries
+from topkd.clients.http.status_errors import refusal, repeating, repeats, retry_after_s
+from topkd.clients.http.transport import Reply
 from topkd.topk.errors import (
     AlignmentError,
     AuthError,
@@ -91,12 +91,12 @@ async def test_tries_are_bounded_and_counted_in_the_message():
 
 
 async def test_pauses_double_under_a_ceiling_with_full_jitter(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("topkd.clients.retry.random.uniform", lambda low, high: (low, high)[1])
+    monkeypatch.setattr("topkd.clients.http.retry.random.uniform", lambda low, high: (low, high)[1])
     config = ClientConfig(max_retries=6, backoff_s=0.5, backoff_max_s=4.0)
     _, sleeper, _ = await run([ServerFailedError("x")] * 9, config)
     assert sleeper.pauses == [0.5, 1.0, 2.0, 4.0, 4.0, 4.0]
     low = []
-    monkeypatch.setattr("topkd.clients.retry.random.uniform", lambda low_, high: low.append(low_) or 0.0)
+    monkeypatch.setattr("topkd.clients.http.retry.random.uniform", lambda low_, high: low.append(low_) or 0.0)
     await run([ServerFailedError("x")] * 9, config)
     assert set(low) == {0.0}, "full jitter starts at zero"
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.clients.toy import VOCAB, Toy, Wire
 from topkd.clients.config import ClientConfig
-from topkd.clients.sglang import ROUTE, Sglang
+from topkd.clients.dialects.sglang import ROUTE, Sglang
 from topkd.topk.errors import AlignmentError, ResponseError, ServerBusyError, UnsupportedError
 from topkd.topk.samples import SamplingParams
 
@@ -98,7 +98,7 @@ async def test_candidates_of_every_row_come_from_one_shared_list():
 
 
 async def test_candidates_that_would_make_a_reply_of_gigabytes_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("topkd.clients.sglang._UNION_CELLS", 100)
+    monkeypatch.setattr("topkd.clients.dialects.sglang._UNION_CELLS", 100)
     asked = np.arange(40, dtype=np.int32).reshape(10, 4)
     with pytest.raises(UnsupportedError, match="10 rows x 40"):
         await client(server()).score_candidates(IDS, 3, asked)
@@ -223,8 +223,8 @@ async def test_the_embedded_server_and_the_client_agree_with_float64(served: Any
 
 
 async def test_the_probe_of_the_embedded_sglang_finds_what_it_can_do(served: Any):
-    from topkd.clients.bytemap import load_bytemap
-    from topkd.clients.probe import probe
+    from topkd.clients.decoding.byte_map import load_bytemap
+    from topkd.clients.probe.probe import probe
 
     url, folder = served
     report = await probe(url, student=load_bytemap(folder))

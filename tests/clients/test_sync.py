@@ -10,8 +10,8 @@ import torch
 from tests.contract.adapters import make_adapter
 from tests.fakes.tinymodels import make_tiny_model
 from topkd.clients import ClientConfig, Sglang, VllmCompletions
-from topkd.clients.sync import FleetWeightSink, SglangWeightSink, VllmWeightSink
-from topkd.clients.transport import Reply
+from topkd.clients.http.transport import Reply
+from topkd.clients.weights.sinks import FleetWeightSink, SglangWeightSink, VllmWeightSink
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk import SamplingParams
 from topkd.topk.errors import ConfigError, ServerUnreachableError, SyncError
@@ -176,7 +176,7 @@ async def test_the_order_is_pause_reload_reset_version_check_resume_generate(mod
     ids=["wrong version", "reload fails", "cache held", "generation dead"],
 )
 async def test_whatever_fails_the_server_is_resumed_and_the_push_is_not_confirmed(models, change, message, monkeypatch):
-    monkeypatch.setattr("topkd.clients.sync._RESET_PAUSE_S", 0.0)
+    monkeypatch.setattr("topkd.clients.weights.sinks._RESET_PAUSE_S", 0.0)
     error, asked = await pushed(GOOD | change, models)
     assert isinstance(error, SyncError)
     assert "/resume" in asked

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.clients.toy import VOCAB, Toy
-from topkd.clients.tinker import TinkerClient
+from topkd.clients.dialects.tinker import TinkerClient
 from topkd.topk.errors import (
     AuthError,
     ConfigError,

@@ -12,8 +12,8 @@ import pytest
 from tests.clients.probing import served
 from tests.faults.server import KEY, VOCAB, FaultyServer
 from topkd.clients import ClientConfig, VllmCompletions
-from topkd.clients.endpoint import clean_url
-from topkd.clients.transport import HttpxTransport, Request, _connect_error
+from topkd.clients.http.endpoint import clean_url
+from topkd.clients.http.transport import HttpxTransport, Request, _connect_error
 from topkd.topk.errors import (
     ConfigError,
     FinalServerError,
@@ -134,7 +134,7 @@ def test_a_server_that_speaks_tls_and_refuses_the_handshake_is_not_called_one_wi
 async def test_a_server_that_hangs_is_noticed_by_the_first_question_before_a_score_would_be(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("topkd.clients.dialect._FACTS_S", 0.1)
+    monkeypatch.setattr("topkd.clients.dialects.base._FACTS_S", 0.1)
     config = ClientConfig(max_retries=1, backoff_s=0.0)
     async with FaultyServer() as server:
         server.frozen = True

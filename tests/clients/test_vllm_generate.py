@@ -11,7 +11,7 @@ import pytest
 
 from tests.clients.toy import VOCAB, Toy, Wire, npy, refused, scripted
 from topkd.clients.config import ClientConfig
-from topkd.clients.vllm_generate import ROUTE, VllmGenerate, candidates_reply, score_reply, windows
+from topkd.clients.dialects.vllm_generate import ROUTE, VllmGenerate, candidates_reply, score_reply, windows
 from topkd.topk.errors import (
     AlignmentError,
     ConfigError,

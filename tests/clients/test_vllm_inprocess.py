@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.clients.toy import VOCAB, Toy
-from topkd.clients.vllm_inprocess import VllmInProcess, flat_rows
+from topkd.clients.dialects.vllm_inprocess import VllmInProcess, flat_rows
 from topkd.topk.errors import (
     AlignmentError,
     ConfigError,

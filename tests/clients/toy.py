@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from topkd.clients.transport import Reply, Request
+from topkd.clients.http.transport import Reply, Request
 
 VOCAB = 120
 

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 import transformers  # noqa: F401 - imported once, before the forks
 
-from topkd.clients.vllm import VllmCompletions
-from topkd.compose.config import RunConfig
+from topkd.clients.dialects.vllm import VllmCompletions
+from topkd.compose.config.run_config import RunConfig
 from topkd.compose.progress import Progress
 from topkd.compose.train import train
-from topkd.engine.snapshots import fault_of
+from topkd.engine.checkpoint.snapshots import fault_of
 from topkd.offline import ScoreStore
 
 EARLY = 0.2  # share of the kills that come at any moment since the process began, also before its first step

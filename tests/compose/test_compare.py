@@ -12,9 +12,9 @@ import pytest
 
 from tests.fakes.interrupts import interruptible
 from topkd.compose.compare import compare
-from topkd.compose.compare_cell import finished
-from topkd.compose.compare_config import CompareConfig
-from topkd.compose.demo import build_assets, cache_root
+from topkd.compose.comparison.cell import finished
+from topkd.compose.comparison.config import CompareConfig
+from topkd.compose.demo_assets.assets import build_assets, cache_root
 from topkd.compose.progress import Progress
 from topkd.topk.errors import ConfigError
 
@@ -99,7 +99,7 @@ def test_a_killed_comparison_continues_to_the_same_result(whole, tmp_path):
     code = (
         "from pathlib import Path\n"
         "from topkd.compose.compare import compare\n"
-        "from topkd.compose.compare_config import CompareConfig\n"
+        "from topkd.compose.comparison.config import CompareConfig\n"
         "if __name__ == '__main__':\n"
         f"    compare(CompareConfig.model_validate_json(Path({str(tmp_path / 'config.json')!r}).read_text()),"
         f" Path({str(tmp_path / 'out')!r}))\n"

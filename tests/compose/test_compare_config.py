@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from topkd.compose.compare import _cell, _tuned, compare
-from topkd.compose.compare_cell import FORMER, Cell, _make_room, finished, superseded
-from topkd.compose.compare_config import EMBEDDED, CompareConfig, _arm, from_runs, load_compare, parse_grid
-from topkd.compose.config import RunConfig, read_toml, validated
-from topkd.compose.folders import claimed
+from topkd.compose.comparison.cell import FORMER, Cell, _make_room, finished, superseded
+from topkd.compose.comparison.config import EMBEDDED, CompareConfig, _arm, from_runs, load_compare, parse_grid
+from topkd.compose.config.run_config import RunConfig, read_toml, validated
+from topkd.compose.run.folder import claimed
 from topkd.topk.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -6,11 +6,11 @@ import pytest
 
 from tests.fakes.tinymodels import make_tiny_model
 from topkd.compose.compare import compare
-from topkd.compose.compare_cell import _entries, by_moment
-from topkd.compose.compare_config import from_runs, parse_grid
-from topkd.compose.compare_stats import curve_facts
+from topkd.compose.comparison.cell import _entries, by_moment
+from topkd.compose.comparison.config import from_runs, parse_grid
+from topkd.compose.comparison.statistics import curve_facts
 from topkd.engine import EngineConfig
-from topkd.engine.metrics import read_metrics
+from topkd.engine.loop.metrics import read_metrics
 
 
 def test_evaluations_on_other_prefixes_are_no_points_of_the_curve():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from topkd.compose.compare_stats import arm_summaries, curve_facts, paired_ratio
-from topkd.compose.compare_verdict import verdict
+from topkd.compose.comparison.statistics import arm_summaries, curve_facts, paired_ratio
+from topkd.compose.comparison.summary import verdict
 
 
 def evals(values, step=100):

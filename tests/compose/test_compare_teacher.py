@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tests.fakes.tinymodels import make_tiny_model
-from topkd.compose.compare_teacher import StepTeacher
-from topkd.engine.local_teacher import LocalTeacher
-from topkd.engine.student import Student
+from topkd.compose.comparison.embedded import StepTeacher
+from topkd.engine.models.local_teacher import LocalTeacher
+from topkd.engine.models.student import Student
 from topkd.topk.errors import ConfigError
 from topkd.topk.samples import Rollout, SamplingParams
 

@@ -3,8 +3,8 @@
 import pytest
 
 from tests.compose.test_compare_stats import result
-from topkd.compose.compare_stats import arm_summaries
-from topkd.compose.compare_verdict import verdict
+from topkd.compose.comparison.statistics import arm_summaries
+from topkd.compose.comparison.summary import verdict
 
 SHOWN = {"a": "A", "b": "B", "c": "C"}
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from topkd.compose.api_keys import api_key
-from topkd.compose.config import RunConfig, load_config, validated
+from topkd.compose.config.api_keys import api_key
+from topkd.compose.config.run_config import RunConfig, load_config, validated
 from topkd.topk.errors import ConfigError
 
 GOOD = """

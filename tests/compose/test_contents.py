@@ -2,10 +2,11 @@ import json
 
 import pytest
 
-from topkd.compose import contents
-from topkd.compose.contents import check_same_rows, content_digest, rows_note
-from topkd.compose.folders import DIARY
-from topkd.engine.data import PromptRow
+from topkd.compose.data import digests as contents
+from topkd.compose.data.digests import content_digest, rows_note
+from topkd.compose.run.folder import DIARY
+from topkd.compose.run.resume import check_same_rows
+from topkd.engine.loop.prompts import PromptRow
 from topkd.topk.errors import DataError
 
 

@@ -8,13 +8,14 @@ import threading
 
 import pytest
 
-from topkd.compose import corpus, demo
-from topkd.compose.config import load_config
-from topkd.compose.demo_places import own_folder, scratch
+from topkd.compose import demo
+from topkd.compose.config.run_config import load_config
+from topkd.compose.demo_assets import corpus
+from topkd.compose.demo_assets.folders import own_folder, scratch
 from topkd.compose.progress import Progress
-from topkd.compose.stops import Stops
+from topkd.compose.run.signals import Stops
 from topkd.compose.train import train
-from topkd.engine.metrics import read_metrics
+from topkd.engine.loop.metrics import read_metrics
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import ConfigError
 

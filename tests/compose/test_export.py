@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 from tests.engine.pieces import model_folder
 from topkd.cli.app import app
 from topkd.compose.export import export
-from topkd.engine.checkpoint import save_student
-from topkd.engine.lora_config import LoRAConfig
-from topkd.engine.metrics import MetricsLog
-from topkd.engine.student import Student
-from topkd.engine.tokenizer import load_tokenizer
+from topkd.engine.checkpoint.checkpoint import save_student
+from topkd.engine.config.learner import LoRAConfig
+from topkd.engine.loop.metrics import MetricsLog
+from topkd.engine.models.student import Student
+from topkd.engine.models.tokenizer import load_tokenizer
 from topkd.topk.errors import ConfigError, TrainingError
 
 IDS = torch.tensor([[5, 9, 30, 40, 50]])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from topkd.compose.folders import fresh_folder
+from topkd.compose.run.folder import fresh_folder
 from topkd.topk.errors import ConfigError, DataError
 
 STARTED = '{"kind": "event", "event": "start"}\n'

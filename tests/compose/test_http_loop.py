@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from tests.engine.pieces import model_folder
-from topkd.compose.config import RunConfig
+from topkd.compose.config.run_config import RunConfig
 from topkd.compose.train import train
-from topkd.engine.evaluation import Probe, exact_divergences
-from topkd.engine.metrics import read_metrics
-from topkd.engine.student import Student
+from topkd.engine.loop.metrics import read_metrics
+from topkd.engine.models.divergences import Probe, exact_divergences
+from topkd.engine.models.student import Student
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import (
     AuthError,
@@ -121,7 +121,7 @@ def test_killing_the_teacher_in_mid_run_ends_it_with_one_error_within_its_time_o
         path.write_text(json.dumps(values))
         program = (
             "import asyncio, json, sys\nfrom pathlib import Path\nfrom topkd.cli.app import main\n"
-            "from topkd.compose.config import RunConfig\nfrom topkd.compose.train import train\n"
+            "from topkd.compose.config.run_config import RunConfig\nfrom topkd.compose.train import train\n"
             "import topkd.cli.app as cli\n"
             "cli.app = lambda **_: asyncio.run(train(RunConfig.model_validate_json(Path(sys.argv[1]).read_text()), "
             "Path(sys.argv[2])))\nmain()\n"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.fakes.in_process import InProcessTeacher, lists
-from topkd.compose.identities import served_identity, served_name
+from topkd.compose.cache.identity import served_identity, served_name
 from topkd.compose.score import ScoreConfig, score_data
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.serve import ServeConfig
@@ -74,7 +74,7 @@ def test_beside_a_name_in_its_own_spelling_another_one_is_not_chosen(tmp_path):
 
 
 async def test_scores_under_one_spelling_cost_nothing_under_another(tmp_path, monkeypatch):
-    monkeypatch.setattr("topkd.compose.teachers.VllmInProcess", InProcessTeacher)
+    monkeypatch.setattr("topkd.compose.teachers.served.VllmInProcess", InProcessTeacher)
     InProcessTeacher.asked.clear()
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt_ids": [1, 2], "completion_ids": [3, i]}) + "\n" for i in range(9)))

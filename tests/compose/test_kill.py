@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.engine.pieces import model_folder
-from topkd.compose.config import RunConfig
+from topkd.compose.config.run_config import RunConfig
 from topkd.compose.train import train
-from topkd.engine.metrics import outcome, read_metrics
+from topkd.engine.loop.metrics import outcome, read_metrics
 from topkd.serve import ServeConfig, ServerProcess
 
 KILLS, STEPS = 30, 110

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from topkd.compose.compare_config import CompareConfig
-from topkd.compose.config import load_config, validated
+from topkd.compose.comparison.config import CompareConfig
+from topkd.compose.config.run_config import load_config, validated
 from topkd.topk.errors import ConfigError
 
 GOOD = """

@@ -3,9 +3,9 @@
 import json
 
 from tests.engine.pieces import model_folder
-from topkd.compose.config import RunConfig
+from topkd.compose.config.run_config import RunConfig
 from topkd.compose.train import train
-from topkd.engine.metrics import read_metrics
+from topkd.engine.loop.metrics import read_metrics
 
 
 def likelihood(view):

@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 
 from tests.engine.pieces import model_folder
-from topkd.compose.config import RunConfig
-from topkd.compose.limits import check_lengths, compared_ends
-from topkd.compose.local_teachers import same_ids
-from topkd.compose.meeting import Met, meet_teachers
-from topkd.compose.pieces import load_prompts
-from topkd.compose.preflight import ready
+from topkd.compose.config.run_config import RunConfig
+from topkd.compose.data.run_prompts import load_prompts
+from topkd.compose.preflight.lengths import check_lengths, compared_ends
+from topkd.compose.preflight.preflight import ready
+from topkd.compose.preflight.teachers import Met, meet_teachers
 from topkd.compose.progress import Progress
+from topkd.compose.teachers.local import same_ids
 from topkd.compose.train import train
-from topkd.engine.data import PromptRow
-from topkd.engine.metrics import read_metrics
-from topkd.engine.rollouts import draw
-from topkd.engine.scoring import score_rollouts
-from topkd.engine.tokenizer import load_tokenizer
+from topkd.engine.loop.metrics import read_metrics
+from topkd.engine.loop.prompts import PromptRow
+from topkd.engine.loop.rollouts import draw
+from topkd.engine.loop.scoring import score_rollouts
+from topkd.engine.models.tokenizer import load_tokenizer
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk import Rollout, SamplingParams, TopK
 from topkd.topk.errors import ConfigError, DataError, KLimitError, ServerUnreachableError
@@ -215,8 +215,8 @@ def test_a_base_student_of_an_instruct_teacher_is_told_which_end_it_lacks(folder
 
 
 async def test_a_stop_id_of_the_config_ends_a_completion_and_stays_in_it(folder):
-    from topkd.engine.sampler import InProcessSampler
-    from topkd.engine.student import Student
+    from topkd.engine.models.sampler import InProcessSampler
+    from topkd.engine.models.student import Student
 
     stops = tuple(range(150))
     config = run_config(

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.engine.pieces import model_folder
-from topkd.engine.metrics import outcome, read_metrics
+from topkd.engine.loop.metrics import outcome, read_metrics
 from topkd.serve import ServeConfig, ServerProcess
 
 STEPS = 6

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tests.fakes.tinymodels import make_tokenizer
-from topkd.compose.prompt_files import Readers, read_prompts
-from topkd.compose.prompts import checked_row
-from topkd.compose.rendering import Side
-from topkd.compose.sequences import BadRow, read_sequences
+from topkd.compose.data.chat_templates import Side
+from topkd.compose.data.prompts import Readers, read_prompts
+from topkd.compose.data.rows import checked_row
+from topkd.compose.data.sequences import BadRow, read_sequences
 from topkd.topk.errors import DataError
 
 

@@ -11,16 +11,16 @@ import torch
 from safetensors.numpy import load_file
 
 from tests.engine.pieces import model_folder
-from topkd.compose.config import RunConfig
-from topkd.compose.identities import identities_with
-from topkd.compose.pieces import load_pieces
+from topkd.compose.cache.identity import identities_with
+from topkd.compose.cache.rollouts import RecordedSampler, policy_identity
+from topkd.compose.config.run_config import RunConfig
 from topkd.compose.progress import Progress
-from topkd.compose.recorded import RecordedSampler, policy_identity
 from topkd.compose.replay import replay
-from topkd.compose.traffic import FIELDS as TRAFFIC
+from topkd.compose.run.student import load_pieces
+from topkd.compose.teachers.usage import FIELDS as TRAFFIC
 from topkd.compose.train import train
-from topkd.engine.data import PromptRow
-from topkd.engine.metrics import outcome, read_metrics
+from topkd.engine.loop.metrics import outcome, read_metrics
+from topkd.engine.loop.prompts import PromptRow
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.records import ROLLOUT
 from topkd.serve import ServeConfig, ServerProcess

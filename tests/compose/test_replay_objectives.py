@@ -12,8 +12,8 @@ from tests.engine.pieces import model_folder
 from topkd.compose.dry_run import dry_run
 from topkd.compose.replay import replay
 from topkd.compose.train import train
-from topkd.engine.metrics import read_metrics
-from topkd.engine.objective_config import Objective
+from topkd.engine.config.objectives import Objective
+from topkd.engine.loop.metrics import read_metrics
 from topkd.offline import ScoreStore
 from topkd.offline.records import ROLLOUT
 from topkd.serve import ServeConfig, ServerProcess

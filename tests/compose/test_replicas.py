@@ -6,10 +6,10 @@ import json
 import pytest
 
 from tests.engine.pieces import model_folder
-from topkd.compose.config import RunConfig
-from topkd.compose.traffic import FIELDS, Traffic
+from topkd.compose.config.run_config import RunConfig
+from topkd.compose.teachers.usage import FIELDS, Traffic
 from topkd.compose.train import train
-from topkd.engine.metrics import read_metrics
+from topkd.engine.loop.metrics import read_metrics
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import ResponseError
 

@@ -13,13 +13,13 @@ import time
 import pytest
 
 from tests.engine.pieces import model_folder
-from topkd.compose.config import RunConfig
+from topkd.compose.config.run_config import RunConfig
 from topkd.compose.dry_run import dry_run
-from topkd.compose.folders import claimed
 from topkd.compose.progress import Progress
 from topkd.compose.replay import replay
+from topkd.compose.run.folder import claimed
 from topkd.compose.train import train
-from topkd.engine.metrics import outcome, read_metrics
+from topkd.engine.loop.metrics import outcome, read_metrics
 from topkd.topk.errors import ConfigError, DataError, TrainingError
 
 
@@ -184,11 +184,15 @@ async def test_what_cannot_be_resumed_is_one_line(folders, tmp_path):
     ("full", "message", "lost"),
     [
         (
-            "topkd.engine.metrics.MetricsLog.write",
+            "topkd.engine.loop.metrics.MetricsLog.write",
             r"cannot write the run's files \(.*run\): got No space.*--resume",
             False,
         ),
-        ("topkd.engine.checkpoint.save_tensors", r"cannot write the folder \(.*step-00000004\): got No space", True),
+        (
+            "topkd.engine.checkpoint.checkpoint.save_tensors",
+            r"cannot write the folder \(.*step-00000004\): got No space",
+            True,
+        ),
     ],
     ids=["diary", "checkpoint and student"],
 )
@@ -204,7 +208,7 @@ async def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_once_there_
     def fill():
         monkeypatch.setattr(full, no_room)
         if lost:
-            monkeypatch.setattr("topkd.compose.keeping.save_student", no_room)
+            monkeypatch.setattr("topkd.compose.run.saving.save_student", no_room)
 
     with pytest.raises(TrainingError, match=message) as caught:
         await train(run_config(folders), out, ear)

@@ -8,12 +8,12 @@ import pytest
 
 from tests.compose.chat_server import AMBIGUOUS, LOGP, ChatServer
 from tests.engine.pieces import model_folder
-from topkd.compose.config import RunConfig
-from topkd.compose.off_policy import check_off_policy, off_policy, sampled_policy
+from topkd.compose.bulk.sample_config import Purse, SampleConfig
+from topkd.compose.cache.identity import check_off_policy, off_policy, sampled_policy
+from topkd.compose.config.run_config import RunConfig
 from topkd.compose.replay import replay
 from topkd.compose.sample import SampleJob, sample_data
-from topkd.compose.sample_config import Purse, SampleConfig
-from topkd.engine.metrics import read_metrics
+from topkd.engine.loop.metrics import read_metrics
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.records import ROLLOUT
 from topkd.serve import ServeConfig, ServerProcess
@@ -105,7 +105,7 @@ async def test_a_cache_that_takes_no_commit_ends_the_job(config, monkeypatch):
     async def never(*_):
         await asyncio.Event().wait()
 
-    monkeypatch.setattr("topkd.compose.job_report._COMMIT_EVERY_S", 0.01)
+    monkeypatch.setattr("topkd.compose.bulk.report._COMMIT_EVERY_S", 0.01)
     monkeypatch.setattr(ScoreStore, "commit", refused)
     monkeypatch.setattr(SampleJob, "_ask", never)
     async with asyncio.timeout(60):

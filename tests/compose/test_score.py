@@ -14,12 +14,12 @@ import pytest
 from tests.engine.pieces import model_folder
 from tests.fakes.interrupts import interruptible
 from topkd.clients import connect
-from topkd.compose.config import RunConfig
+from topkd.compose.config.run_config import RunConfig
+from topkd.compose.data.sequences import read_sequences
 from topkd.compose.progress import Progress
 from topkd.compose.replay import replay
 from topkd.compose.score import ScoreConfig, score_data
-from topkd.compose.sequences import read_sequences
-from topkd.engine.metrics import read_metrics
+from topkd.engine.loop.metrics import read_metrics
 from topkd.offline import ScoreStore, TeacherIdentity, merge, verify
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import ConfigError, DataError, KLimitError, ServerUnreachableError

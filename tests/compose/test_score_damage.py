@@ -13,7 +13,7 @@ ROWS = 12
 
 @pytest.fixture
 def score(tmp_path, monkeypatch):
-    monkeypatch.setattr("topkd.compose.teachers.VllmInProcess", InProcessTeacher)
+    monkeypatch.setattr("topkd.compose.teachers.served.VllmInProcess", InProcessTeacher)
     data = tmp_path / "data.jsonl"
     rows = [{"prompt_ids": [1, 2], "completion_ids": [30 + i, 60 + i, 90 + i]} for i in range(ROWS)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -12,12 +12,12 @@ import pytest
 
 from tests.compose.test_score import keys, sent_tokens, written
 from tests.engine.pieces import model_folder
-from topkd.compose.portions import UNIT, Portion, joined
+from topkd.compose.bulk.ray_runner import Ledger
+from topkd.compose.bulk.score_config import ScoreConfig, ScoreReport
+from topkd.compose.bulk.selection import Verdict
+from topkd.compose.data.files import UNIT, Portion, joined
+from topkd.compose.data.sequences import ScoreInput, read_sequences, units
 from topkd.compose.score import score_data
-from topkd.compose.score_config import ScoreConfig, ScoreReport
-from topkd.compose.score_ray import Ledger
-from topkd.compose.selection import Verdict
-from topkd.compose.sequences import ScoreInput, read_sequences, units
 from topkd.offline import ScoreStore, verify
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import ConfigError, DataError

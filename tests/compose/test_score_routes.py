@@ -6,7 +6,7 @@ from tests.cli.test_cache import ran
 from tests.compose.test_score import ROWS, written
 from tests.engine.pieces import model_folder
 from topkd.clients import ClientConfig, connect
-from topkd.compose.config import RunConfig
+from topkd.compose.config.run_config import RunConfig
 from topkd.compose.replay import replay
 from topkd.compose.score import ScoreConfig, score_data
 from topkd.offline import ScoreStore, TeacherIdentity
@@ -144,7 +144,7 @@ async def test_a_model_in_this_process_scores_in_place_of_a_server(server, confi
         async def score(self, ids, start, k):
             return await self.client.score(ids, start, k)
 
-    monkeypatch.setattr("topkd.compose.teachers.VllmInProcess", Loaded)
+    monkeypatch.setattr("topkd.compose.teachers.served.VllmInProcess", Loaded)
     data = written(tmp_path / "data.jsonl", ROWS[:10])
     report = await score_data(
         config(data=data, teachers=("vllm:models/teacher",), k=7, vocab_size=4096, engine={"seed": 3})

@@ -10,14 +10,14 @@ import torch
 from tests.engine.pieces import model_folder
 from tests.faults.server import FaultyServer
 from topkd.clients import VllmGenerate
-from topkd.clients.sync import VllmWeightSink
-from topkd.compose.config import RunConfig
-from topkd.compose.sampler_meeting import meet_sampler
+from topkd.clients.weights.sinks import VllmWeightSink
+from topkd.compose.config.run_config import RunConfig
+from topkd.compose.preflight.sampler import meet_sampler
 from topkd.compose.train import train
-from topkd.engine import sync
-from topkd.engine.local_teacher import LocalTeacher
-from topkd.engine.metrics import read_metrics
-from topkd.engine.student import Student
+from topkd.engine.loop.metrics import read_metrics
+from topkd.engine.models.local_teacher import LocalTeacher
+from topkd.engine.models.student import Student
+from topkd.engine.weight_sync import sync
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import (
     ConfigError,

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from tests.fakes.tinymodels import make_tokenizer
-from topkd.compose.conversations import Conversation
-from topkd.compose.prompt_files import Readers, read_prompts
-from topkd.compose.rendering import Side
-from topkd.compose.sequences import read_sequences
-from topkd.compose.tables import PrivilegedConfig
+from topkd.compose.config.tables import PrivilegedConfig
+from topkd.compose.data.chat_templates import Side
+from topkd.compose.data.conversations import Conversation
+from topkd.compose.data.prompts import Readers, read_prompts
+from topkd.compose.data.sequences import read_sequences
 from topkd.topk.errors import ConfigError, DataError
 
 THINKING = (

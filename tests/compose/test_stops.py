@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from topkd.compose.stops import Stops
+from topkd.compose.run.signals import Stops
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

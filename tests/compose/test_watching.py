@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from tests.engine.pieces import model_folder
-from topkd.compose.answer_scorers import answer_scorer, exact_match, numeric_match
-from topkd.compose.config import RunConfig
-from topkd.compose.evaluating import Evaluation
-from topkd.compose.feedback import feedback_context
-from topkd.compose.pieces import load_prompts
+from topkd.compose.config.run_config import RunConfig
+from topkd.compose.data.run_prompts import load_prompts
 from topkd.compose.progress import Progress
-from topkd.compose.tracking import numbers
+from topkd.compose.run.answer_scorers import answer_scorer, exact_match, numeric_match
+from topkd.compose.run.evaluation import Evaluation
+from topkd.compose.run.observers import numbers
+from topkd.compose.teachers.feedback import feedback_context
 from topkd.compose.train import train
-from topkd.engine.evaluation import Probe, exact_divergences
-from topkd.engine.metrics import read_metrics
-from topkd.engine.self_teacher import SelfTeacher
-from topkd.engine.student import Student
+from topkd.engine.loop.metrics import read_metrics
+from topkd.engine.models.divergences import Probe, exact_divergences
+from topkd.engine.models.local_teacher import SelfTeacher
+from topkd.engine.models.student import Student
 from topkd.topk import Rollout, SamplingParams
 from topkd.topk.errors import ConfigError, DataError
 

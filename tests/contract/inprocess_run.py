@@ -15,7 +15,7 @@ async def main(root: str, extra: str, config_path: str, out: str) -> None:
     sys.path.append(extra)
     from pathlib import Path
 
-    from topkd.compose.config import RunConfig
+    from topkd.compose.config.run_config import RunConfig
     from topkd.compose.train import train
 
     await train(RunConfig.model_validate(json.loads(Path(config_path).read_text())), Path(out))

@@ -15,7 +15,7 @@ from tests.contract.reference import logp_rows
 from tests.contract.servers import OLDER_VLLM_PYTHON, Endpoint, vllm_server
 from tests.contract.wire import array, generate, get, refused, token_ids
 from topkd.clients import ClientConfig
-from topkd.clients.vllm_generate import VllmGenerate
+from topkd.clients.dialects.vllm_generate import VllmGenerate
 
 pytestmark = [
     pytest.mark.vllm,

@@ -11,7 +11,7 @@ from tests.contract.reference import logp_rows
 from tests.contract.servers import Endpoint
 from tests.contract.wire import token_ids
 from topkd.clients import ClientConfig, VllmCompletions
-from topkd.clients.vllm_generate import VllmGenerate
+from topkd.clients.dialects.vllm_generate import VllmGenerate
 from topkd.topk.errors import (
     AuthError,
     ContextLimitError,

@@ -10,10 +10,10 @@ from tests.contract.servers import vllm_server
 from tests.fakes.tinymodels import make_tiny_model
 from topkd.clients import connect
 from topkd.compose.export import export
-from topkd.engine.checkpoint import save_student
-from topkd.engine.local_teacher import LocalTeacher
-from topkd.engine.student import Student
-from topkd.engine.tokenizer import load_tokenizer
+from topkd.engine.checkpoint.checkpoint import save_student
+from topkd.engine.models.local_teacher import LocalTeacher
+from topkd.engine.models.student import Student
+from topkd.engine.models.tokenizer import load_tokenizer
 
 
 @pytest.mark.vllm

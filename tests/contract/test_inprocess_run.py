@@ -14,7 +14,7 @@ import pytest
 from tests.contract.conftest import Models, need_vllm
 from tests.contract.servers import ROOT, VLLM_PYTHON, Endpoint, embedded_server, vllm_env
 from tests.contract.wire import token_ids
-from topkd.engine.metrics import read_metrics
+from topkd.engine.loop.metrics import read_metrics
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

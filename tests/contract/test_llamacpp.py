@@ -16,7 +16,7 @@ from tests.contract.reference import logp_rows
 from tests.contract.servers import LLAMA_PYTHON, Endpoint, free_port, running
 from tests.contract.wire import complete, get, post, token_ids
 from topkd.clients import ClientConfig, VllmCompletions
-from topkd.clients.probe import probe
+from topkd.clients.probe.probe import probe
 from topkd.topk.errors import ResponseError, UnsupportedError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

@@ -6,8 +6,8 @@ import pytest
 
 from tests.contract.conftest import API_KEY
 from tests.contract.servers import Endpoint
-from topkd.clients.probe import probe
-from topkd.compose.bytemaps import student_bytemap
+from topkd.clients.probe.probe import probe
+from topkd.compose.data.byte_maps import student_bytemap
 
 
 async def test_the_probe_finds_the_servers_limits_and_passes_it_as_a_teacher(server: Endpoint):

@@ -16,9 +16,9 @@ from tests.contract.servers import Endpoint
 from tests.contract.wire import get, post, token_ids
 from tests.fakes.tinymodels import make_tiny_model
 from topkd.clients import ClientConfig
-from topkd.clients.sync import VllmWeightSink
-from topkd.clients.vllm import VllmCompletions
-from topkd.clients.vllm_generate import VllmGenerate
+from topkd.clients.dialects.vllm import VllmCompletions
+from topkd.clients.dialects.vllm_generate import VllmGenerate
+from topkd.clients.weights.sinks import VllmWeightSink
 from topkd.topk.errors import TopkdError
 from topkd.topk.protocols import WeightUpdate
 from topkd.topk.samples import SamplingParams

@@ -17,10 +17,10 @@ from tests.contract.reference import logp_rows
 from tests.contract.servers import Endpoint, embedded_server, vllm_server
 from tests.contract.wire import get, token_ids
 from topkd.clients import VllmCompletions, VllmGenerate
-from topkd.clients.sync import VllmWeightSink
-from topkd.compose.config import RunConfig
+from topkd.clients.weights.sinks import VllmWeightSink
+from topkd.compose.config.run_config import RunConfig
 from topkd.compose.train import train
-from topkd.engine.metrics import read_metrics
+from topkd.engine.loop.metrics import read_metrics
 from topkd.topk.protocols import WeightUpdate
 from topkd.topk.samples import SamplingParams
 

@@ -42,7 +42,7 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[]
         @cache
         def start() -> str:
             from tests.fakes.tinymodels import make_tiny_model
-            from topkd.compose import corpus
+            from topkd.compose.demo_assets import corpus
             from topkd.serve import ServeConfig, ServerProcess
 
             folder = tmp_path_factory.mktemp("server")
@@ -92,8 +92,8 @@ def _typed(block: Block) -> str:
 def load_toml(text: str, where: str) -> None:
     """Parses; what sets anything of a run is validated as a run config, a fragment after completion."""
     tables = tomllib.loads(text)
-    from topkd.compose.compare_config import CompareConfig
-    from topkd.compose.config import RunConfig, validated
+    from topkd.compose.comparison.config import CompareConfig
+    from topkd.compose.config.run_config import RunConfig, validated
 
     if "arms" in tables:
         validated(CompareConfig, tables, where=where)

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.docs.blocks import ROOT
-from topkd.compose.config import RunConfig, validated
+from topkd.compose.config.run_config import RunConfig, validated
 
 BARE = {"student": {"model": "m"}, "teacher": {"url": "http://127.0.0.1:8000"}, "data": {"path": "p.jsonl"}}
 SERVED = {"sampler": {"kind": "server", "url": "http://127.0.0.1:8001"}}

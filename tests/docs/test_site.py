@@ -80,7 +80,7 @@ def test_a_message_that_only_a_docstring_or_a_name_holds_counts_as_unsaid():
 
 
 def test_the_options_that_migration_pages_name_exist():
-    from topkd.compose.config import RunConfig
+    from topkd.compose.config.run_config import RunConfig
 
     def keys(model, depth=4):
         found = set(model.model_fields)

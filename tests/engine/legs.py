@@ -4,18 +4,18 @@ import asyncio
 
 import pytest
 
-from topkd.engine.checkpoint import newest_checkpoint, restore, save_checkpoint
-from topkd.engine.config import CheckpointConfig, EngineConfig, RolloutConfig
-from topkd.engine.data import PromptRow
-from topkd.engine.hooks import Hooks
-from topkd.engine.learner import Learner
-from topkd.engine.learner_config import LearnerConfig
-from topkd.engine.local_teacher import LocalTeacher
-from topkd.engine.loop import distil
-from topkd.engine.metrics import MetricsLog, outcome, read_metrics
-from topkd.engine.position import Position
-from topkd.engine.sampler import InProcessSampler
-from topkd.engine.student import Student
+from topkd.engine.checkpoint.checkpoint import newest_checkpoint, restore, save_checkpoint
+from topkd.engine.config.engine_config import CheckpointConfig, EngineConfig, RolloutConfig
+from topkd.engine.config.learner import LearnerConfig
+from topkd.engine.learner.learner import Learner
+from topkd.engine.loop.hooks import Hooks
+from topkd.engine.loop.loop import distil
+from topkd.engine.loop.metrics import MetricsLog, outcome, read_metrics
+from topkd.engine.loop.position import Position
+from topkd.engine.loop.prompts import PromptRow
+from topkd.engine.models.local_teacher import LocalTeacher
+from topkd.engine.models.sampler import InProcessSampler
+from topkd.engine.models.student import Student
 
 ROWS = [PromptRow([5 + i, 9], [5 + i, 9], "", f"row{i}") for i in range(12)]
 

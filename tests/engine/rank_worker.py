@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from tests.engine.pieces import VOCAB, topk_sample
-from topkd.engine.distributed import Ranks
-from topkd.engine.learner import Learner
-from topkd.engine.learner_config import LearnerConfig
-from topkd.engine.mixing import TextSample
-from topkd.engine.objective_config import TAID, Objective, TopKPolicyGradient
-from topkd.engine.student import Student
+from topkd.engine.config.learner import LearnerConfig
+from topkd.engine.config.objectives import TAID, Objective, TopKPolicyGradient
+from topkd.engine.learner.batching import TextSample
+from topkd.engine.learner.distributed import Ranks
+from topkd.engine.learner.learner import Learner
+from topkd.engine.models.student import Student
 
 STEPS = 3
 

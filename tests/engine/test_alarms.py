@@ -1,6 +1,6 @@
 """Alarms sound once, when something begins to go wrong, and never for a steady run."""
 
-from topkd.engine.alarms import alarms
+from topkd.engine.loop.alarms import alarms
 
 
 def run(**series):

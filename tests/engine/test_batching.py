@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from tests.engine.pieces import scalar_sample
-from topkd.engine.batching import micro_batches
+from topkd.engine.learner.batching import micro_batches
 
 CPU = torch.device("cpu")
 

@@ -5,18 +5,18 @@ import pytest
 import torch
 
 from tests.engine.pieces import model_folder
-from topkd.engine.candidates import check_support, on_support, supported
-from topkd.engine.config import EngineConfig, RolloutConfig
-from topkd.engine.data import PromptRow
-from topkd.engine.evaluation import Probe, exact_divergences
-from topkd.engine.learner import Learner
-from topkd.engine.learner_config import LearnerConfig
-from topkd.engine.local_teacher import LocalTeacher
-from topkd.engine.loop import distil
-from topkd.engine.metrics import MetricsLog
-from topkd.engine.objective_config import TopKPolicyGradient
-from topkd.engine.sampler import InProcessSampler
-from topkd.engine.student import Student
+from topkd.engine.config.engine_config import EngineConfig, RolloutConfig
+from topkd.engine.config.learner import LearnerConfig
+from topkd.engine.config.objectives import TopKPolicyGradient
+from topkd.engine.learner.learner import Learner
+from topkd.engine.loop.candidates import check_support, on_support, supported
+from topkd.engine.loop.loop import distil
+from topkd.engine.loop.metrics import MetricsLog
+from topkd.engine.loop.prompts import PromptRow
+from topkd.engine.models.divergences import Probe, exact_divergences
+from topkd.engine.models.local_teacher import LocalTeacher
+from topkd.engine.models.sampler import InProcessSampler
+from topkd.engine.models.student import Student
 from topkd.topk import SamplingParams, TopK
 from topkd.topk.errors import ConfigError
 

@@ -11,14 +11,14 @@ from safetensors import SafetensorError
 
 from tests.engine.legs import leg, told
 from tests.engine.pieces import model_folder
-from topkd.engine.checkpoint import FOLDER, newest_checkpoint, restore, save_checkpoint
-from topkd.engine.config import EngineConfig
-from topkd.engine.learner import Learner
-from topkd.engine.learner_config import LearnerConfig
-from topkd.engine.metrics import read_metrics
-from topkd.engine.position import Position, Queued
-from topkd.engine.snapshots import MANIFEST, fault_of, newest_snapshot, write_folder, write_snapshot
-from topkd.engine.student import Student
+from topkd.engine.checkpoint.checkpoint import FOLDER, newest_checkpoint, restore, save_checkpoint
+from topkd.engine.checkpoint.snapshots import MANIFEST, fault_of, newest_snapshot, write_folder, write_snapshot
+from topkd.engine.config.engine_config import EngineConfig
+from topkd.engine.config.learner import LearnerConfig
+from topkd.engine.learner.learner import Learner
+from topkd.engine.loop.metrics import read_metrics
+from topkd.engine.loop.position import Position, Queued
+from topkd.engine.models.student import Student
 from topkd.topk.errors import ConfigError, TrainingError
 
 

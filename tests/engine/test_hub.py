@@ -3,10 +3,10 @@
 import pytest
 from huggingface_hub import constants
 
-from topkd.engine import hub
-from topkd.engine.hub import check_there
-from topkd.engine.student import load_causal_lm
-from topkd.engine.tokenizer import load_tokenizer
+from topkd.engine.models import hub
+from topkd.engine.models.hub import check_there
+from topkd.engine.models.student import load_causal_lm
+from topkd.engine.models.tokenizer import load_tokenizer
 from topkd.topk.errors import ConfigError
 
 PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")

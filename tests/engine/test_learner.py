@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.engine.pieces import VOCAB, model_folder, scalar_sample, topk_sample
-from topkd.engine.learner import Learner
-from topkd.engine.learner_config import ImportanceSampling, LearnerConfig
-from topkd.engine.objective_config import GJS, ForwardKL, ScalarKL, TopKPolicyGradient
-from topkd.engine.student import Student
+from topkd.engine.config.learner import ImportanceSampling, LearnerConfig
+from topkd.engine.config.objectives import GJS, ForwardKL, ScalarKL, TopKPolicyGradient
+from topkd.engine.learner.learner import Learner
+from topkd.engine.models.student import Student
 from topkd.topk.errors import ConfigError, TrainingError
 
 BIG = 1e9  # a clip norm that never clips

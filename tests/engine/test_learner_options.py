@@ -9,14 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.engine.pieces import VOCAB, model_folder, topk_sample
-from topkd.engine.learner import Learner
-from topkd.engine.learner_config import LearnerConfig
-from topkd.engine.lora import merged
-from topkd.engine.lora_config import LoRAConfig
-from topkd.engine.mixing import TextSample
-from topkd.engine.objective_config import SFT, TAID, DirectGJS, TopKPolicyGradient
-from topkd.engine.sampler import InProcessSampler
-from topkd.engine.student import Precision, Student
+from topkd.engine.config.learner import LearnerConfig, LoRAConfig
+from topkd.engine.config.objectives import SFT, TAID, DirectGJS, TopKPolicyGradient
+from topkd.engine.learner.batching import TextSample
+from topkd.engine.learner.learner import Learner
+from topkd.engine.models.lora import merged
+from topkd.engine.models.sampler import InProcessSampler
+from topkd.engine.models.student import Precision, Student
 from topkd.topk import SamplingParams
 from topkd.topk.errors import ConfigError
 

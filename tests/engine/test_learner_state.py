@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.engine.pieces import model_folder, topk_sample
-from topkd.engine.learner import Learner, LearnerState
-from topkd.engine.learner_config import LearnerConfig
-from topkd.engine.objective_config import TopKPolicyGradient
-from topkd.engine.student import Student
+from topkd.engine.config.learner import LearnerConfig
+from topkd.engine.config.objectives import TopKPolicyGradient
+from topkd.engine.learner.learner import Learner, LearnerState
+from topkd.engine.models.student import Student
 from topkd.topk.errors import ConfigError
 
 

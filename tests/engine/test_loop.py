@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 from tests.engine.pieces import VOCAB, model_folder
-from topkd.engine.config import EngineConfig, RolloutConfig
-from topkd.engine.data import PromptRow, step_indices
-from topkd.engine.evaluation import Probe, exact_divergences
-from topkd.engine.hooks import Hooks
-from topkd.engine.learner import Learner
-from topkd.engine.learner_config import LearnerConfig
-from topkd.engine.local_teacher import LocalTeacher
-from topkd.engine.loop import distil
-from topkd.engine.metrics import MetricsLog, outcome, read_metrics, strict
-from topkd.engine.objective_config import GJS, ScalarKL, TopKPolicyGradient
-from topkd.engine.sampler import InProcessSampler
-from topkd.engine.student import Student
+from topkd.engine.config.engine_config import EngineConfig, RolloutConfig
+from topkd.engine.config.learner import LearnerConfig
+from topkd.engine.config.objectives import GJS, ScalarKL, TopKPolicyGradient
+from topkd.engine.learner.learner import Learner
+from topkd.engine.loop.hooks import Hooks
+from topkd.engine.loop.loop import distil
+from topkd.engine.loop.metrics import MetricsLog, outcome, read_metrics, strict
+from topkd.engine.loop.prompts import PromptRow, step_indices
+from topkd.engine.models.divergences import Probe, exact_divergences
+from topkd.engine.models.local_teacher import LocalTeacher
+from topkd.engine.models.sampler import InProcessSampler
+from topkd.engine.models.student import Student
 from topkd.topk import TopK
 from topkd.topk.errors import AuthError, ConfigError, ResponseError, ServerUnreachableError, TrainingError
 

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 
 from tests.engine.pieces import model_folder
-from topkd.engine.config import EngineConfig
-from topkd.engine.data import PromptRow
-from topkd.engine.hooks import Hooks
-from topkd.engine.learner import Learner
-from topkd.engine.local_teacher import LocalTeacher
-from topkd.engine.loop import distil
-from topkd.engine.metrics import MetricsLog
-from topkd.engine.mixing import data_rollouts, data_rows, data_texts, on_policy_prompts
-from topkd.engine.sampler import InProcessSampler
-from topkd.engine.student import Student
+from topkd.engine.config.engine_config import EngineConfig
+from topkd.engine.learner.learner import Learner
+from topkd.engine.loop.data_mixing import data_rollouts, data_rows, data_texts, on_policy_prompts
+from topkd.engine.loop.hooks import Hooks
+from topkd.engine.loop.loop import distil
+from topkd.engine.loop.metrics import MetricsLog
+from topkd.engine.loop.prompts import PromptRow
+from topkd.engine.models.local_teacher import LocalTeacher
+from topkd.engine.models.sampler import InProcessSampler
+from topkd.engine.models.student import Student
 from topkd.topk.errors import ConfigError
 
 KINDS = ["scalar_kl", "gjs", "topk_pg", "fkl", "rkl", "gjs_direct", "taid", "entropy_aware", "eopd", "kd", "sft"]

@@ -9,10 +9,9 @@ import torch
 from pydantic import ValidationError
 
 from tests.engine.pieces import VOCAB, model_folder, scalar_sample, topk_sample
-from topkd.engine.config import EngineConfig
-from topkd.engine.learner import Learner
-from topkd.engine.learner_config import ImportanceSampling, LearnerConfig
-from topkd.engine.objective_config import (
+from topkd.engine.config.engine_config import EngineConfig
+from topkd.engine.config.learner import ImportanceSampling, LearnerConfig
+from topkd.engine.config.objectives import (
     EOPD,
     GJS,
     KD,
@@ -25,8 +24,9 @@ from topkd.engine.objective_config import (
     ScalarKL,
     TopKPolicyGradient,
 )
-from topkd.engine.sampled_objectives import mean_advantage
-from topkd.engine.student import Student
+from topkd.engine.learner.learner import Learner
+from topkd.engine.learner.policy_gradients import mean_advantage
+from topkd.engine.models.student import Student
 from topkd.topk.errors import ConfigError
 from topkd.topk.losses import KDLoss, SparseTeacher
 

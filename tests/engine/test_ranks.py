@@ -12,7 +12,7 @@ import torch
 
 from tests.engine.pieces import model_folder
 from tests.engine.rank_worker import run
-from topkd.engine.distributed import Ranks
+from topkd.engine.learner.distributed import Ranks
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.engine.pieces import VOCAB, model_folder
-from topkd.engine.local_teacher import LocalTeacher
-from topkd.engine.sampler import InProcessSampler
-from topkd.engine.student import Student
+from topkd.engine.models.local_teacher import LocalTeacher
+from topkd.engine.models.sampler import InProcessSampler
+from topkd.engine.models.student import Student
 from topkd.topk import SamplingParams
 from topkd.topk.errors import ConfigError
 

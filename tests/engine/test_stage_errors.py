@@ -7,8 +7,8 @@ import torch
 
 from tests.engine.legs import leg, told
 from tests.engine.pieces import model_folder
-from topkd.engine.checkpoint import newest_checkpoint
-from topkd.engine.metrics import read_metrics
+from topkd.engine.checkpoint.checkpoint import newest_checkpoint
+from topkd.engine.loop.metrics import read_metrics
 from topkd.topk.errors import AuthError, ConfigError, SyncError, TrainingError
 
 # Which call fails, and how many steps are in the diary and the checkpoint then.

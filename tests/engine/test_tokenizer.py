@@ -5,8 +5,8 @@ import shutil
 import pytest
 
 from tests.engine.pieces import model_folder
-from topkd.compose.score import text_tokenizer
-from topkd.engine.tokenizer import load_tokenizer
+from topkd.compose.bulk.job import text_tokenizer
+from topkd.engine.models.tokenizer import load_tokenizer
 from topkd.topk.errors import ConfigError
 
 

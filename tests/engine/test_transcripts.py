@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from tests.engine.pieces import VOCAB, model_folder, scalar_sample
-from topkd.engine.local_teacher import LocalTeacher
-from topkd.engine.objective_config import EOPD, ForwardKL, ScalarKL, TopKPolicyGradient
-from topkd.engine.scoring import ScoredBatch
-from topkd.engine.student import Student
-from topkd.engine.tokenizer import load_tokenizer
-from topkd.engine.transcripts import Transcripts
+from topkd.engine.config.objectives import EOPD, ForwardKL, ScalarKL, TopKPolicyGradient
+from topkd.engine.loop.scoring import ScoredBatch
+from topkd.engine.loop.transcripts import Transcripts
+from topkd.engine.models.local_teacher import LocalTeacher
+from topkd.engine.models.student import Student
+from topkd.engine.models.tokenizer import load_tokenizer
 from topkd.topk import SampleCore, ScalarBehavior, TopKPreparedSample, gjs
 
 PROMPT, COMPLETION = [5, 17, 40], [61, 8, 203, 99, 7]

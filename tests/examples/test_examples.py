@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from topkd.engine.metrics import read_metrics
+from topkd.engine.loop.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted(

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 
 from tests.clients.replies import score_body, score_rows
-from topkd.clients import decode, decode_numba, decode_numpy
-from topkd.clients.decode_binary import flat_lists, npy_matrix
-from topkd.clients.refusals import refusal
-from topkd.clients.sampled import Asked, rollouts
-from topkd.clients.transport import Reply
+from topkd.clients.decoding import vllm as decode
+from topkd.clients.decoding import vllm_numba as decode_numba
+from topkd.clients.decoding import vllm_numpy as decode_numpy
+from topkd.clients.decoding.binary import flat_lists, npy_matrix
+from topkd.clients.decoding.sampled import Asked, rollouts
+from topkd.clients.http.status_errors import refusal
+from topkd.clients.http.transport import Reply
 from topkd.topk.errors import ServerBusyError, ServerError, TopkdError
 from topkd.topk.samples import SamplingParams
 from topkd.topk.types import MASS_TOLERANCE

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from tests.fakes.tinymodels import make_tiny_model
 from tests.faults.server import VOCAB, FaultyServer
 from tests.faults.test_soak import FAULTS
-from topkd.compose.config import RunConfig
-from topkd.compose.traffic import FIELDS as TRAFFIC
+from topkd.compose.config.run_config import RunConfig
+from topkd.compose.teachers.usage import FIELDS as TRAFFIC
 from topkd.compose.train import train
-from topkd.engine.metrics import read_metrics
+from topkd.engine.loop.metrics import read_metrics
 
 STEPS, PROMPTS, SAMPLES = 12, 6, 4
 TIMINGS = {"sample_s", "score_wait_s", "learn_s", "publish_s", "elapsed_s", *TRAFFIC}

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.offline.samples import scored
-from topkd.compose.sequences import read_sequences
+from topkd.compose.data.sequences import read_sequences
 from topkd.offline import ScoreStore, TeacherIdentity, export_parquet, import_parquet
 from topkd.topk.errors import CacheError, DataError
 

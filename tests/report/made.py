@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from topkd.compose.compare_stats import arm_summaries
-from topkd.compose.compare_verdict import verdict
-from topkd.engine.metrics import strict
+from topkd.compose.comparison.statistics import arm_summaries
+from topkd.compose.comparison.summary import verdict
+from topkd.engine.loop.metrics import strict
 
 EDGES = [2.0**power for power in range(-4, 5)]
 NASTY = "</script><script>window.pwned=1</script><!-- <img src=x onerror=window.pwned=1> \u2028 & '\""

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tests.report.made import write_comparison, write_run
 from tests.report.test_live import get, news_of
-from topkd.report.collection import gather
-from topkd.report.live import LivePage
-from topkd.report.payload import build
+from topkd.report.load.collection import gather
+from topkd.report.page.content import build
+from topkd.report.page.live_server import LivePage
 
 
 def test_the_cells_so_far_are_told_by_their_arms_and_replays_are_kept_apart(tmp_path: Path) -> None:

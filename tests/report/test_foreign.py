@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 from tests.report.made import write_run
-from topkd.report.collection import gather
-from topkd.report.outcome import SAMPLED
-from topkd.report.payload import Page, build
-from topkd.report.wording import number
+from topkd.report.analysis.formatting import number
+from topkd.report.analysis.outcome import SAMPLED
+from topkd.report.load.collection import gather
+from topkd.report.page.content import Page, build
 
 
 def written(folder: Path, kind: str = "gjs", *, foreign: bool, shift: float = 0.0, seed: int = 0) -> Path:

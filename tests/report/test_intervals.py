@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from topkd.report.intervals import interval, paired, t95
+from topkd.report.analysis.intervals import interval, paired, t95
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 7, 30, 31, 60, 500])

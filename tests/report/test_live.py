@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from tests.report.made import evaluation, write_run
-from topkd.compose.folders import claimed
-from topkd.report import live
-from topkd.report.live import LivePage, serve_run
-from topkd.report.payload import build
+from topkd.compose.run.folder import claimed
+from topkd.report.page import live_server as live
+from topkd.report.page.content import build
+from topkd.report.page.live_server import LivePage, serve_run
 from topkd.topk.errors import ConfigError
 
 

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from tests.report.made import write_comparison, write_run
-from topkd.report.collection import gather
-from topkd.report.payload import build
+from topkd.report.load.collection import gather
+from topkd.report.page.content import build
 
 
 def page_of(*paths: Path):

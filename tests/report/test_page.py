@@ -11,9 +11,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from tests.report.made import NASTY, write_comparison, write_run
-from topkd.report.collection import gather
-from topkd.report.explorer import transcripts
-from topkd.report.page import embeddable, render
+from topkd.report.load.collection import gather
+from topkd.report.page.html import embeddable, render
+from topkd.report.page.token_explorer import transcripts
 
 
 class Elements(HTMLParser):

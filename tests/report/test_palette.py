@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from topkd.report.palette import GROUPS, RAMP_ENDS, RAMP_STEPS, THEMES, contrast, ramp, stylesheet
+from topkd.report.page.palette import GROUPS, RAMP_ENDS, RAMP_STEPS, THEMES, contrast, ramp, stylesheet
 
 BOTH = pytest.mark.parametrize("theme", ["light", "dark"])
 # Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.

@@ -11,11 +11,11 @@ import pytest
 
 from tests.report.made import write_comparison, write_run
 from topkd.engine import EngineConfig, LearnerConfig
-from topkd.report.collection import gather
-from topkd.report.columns import column
-from topkd.report.lines import POINTS
-from topkd.report.panels import SECTIONS
-from topkd.report.payload import build
+from topkd.report.load.collection import gather
+from topkd.report.load.columns import column
+from topkd.report.page.content import build
+from topkd.report.page.panels import SECTIONS
+from topkd.report.page.series import POINTS
 from topkd.topk.errors import DataError
 
 ALL = {panel.key for section in SECTIONS for panel in section.panels} | {"ratio_hist"}

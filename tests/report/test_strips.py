@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 
 from tests.report.made import write_comparison, write_run
-from topkd.report.collection import gather
-from topkd.report.payload import build
+from topkd.report.load.collection import gather
+from topkd.report.page.content import build
 
 
 def strips_of(*paths: Path):

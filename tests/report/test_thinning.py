@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topkd.report.thinning import evenly, extremes, rolling_mean, window_of
+from topkd.report.page.downsampling import evenly, extremes, rolling_mean, window_of
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from tests.report.made import write_comparison, write_run
-from topkd.compose.folders import claimed
-from topkd.report.collection import gather
-from topkd.report.page import render_page
-from topkd.report.payload import build
+from topkd.compose.run.folder import claimed
+from topkd.report.load.collection import gather
+from topkd.report.page.content import build
+from topkd.report.page.html import render_page
 
 
 def page_of(*paths: Path):

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 import topkd
-from topkd.cli import cache, compare, demo, export, probe, replay, report, sample, score, serve, train
+from topkd.cli.commands import cache, compare, demo, export, probe, replay, report, sample, score, serve, train
 from topkd.cli.options import flag, paragraphs
 from topkd.topk.errors import TopkdError
 

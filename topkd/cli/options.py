@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from topkd.topk.errors import ConfigError
 
 
 def paragraphs(command: Callable[..., None]) -> str:
@@ -61,3 +64,12 @@ InFlight = Annotated[int, option("Requests at once at most.", "N", min=1)]
 Limit = Annotated[int | None, option("Read this many rows at most.", "N", min=1)]
 MaxCost = Annotated[float | None, option("Stop before more is spent.", "X", panel=COST)]
 Strict = Annotated[bool, flag("--strict", "Stop at the first row that is refused.")]
+
+
+def needs(command: str, *modules: str, extra: str) -> None:
+    """Raise one clear line when a module of the extra is not installed."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise ConfigError(
+            f"topkd {command} needs {', '.join(missing)}", hint=f"install them with: pip install 'topkd[{extra}]'"
+        )

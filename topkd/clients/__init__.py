@@ -11,37 +11,37 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from topkd.clients.config import ClientConfig
     from topkd.clients.connection import connect
-    from topkd.clients.dialect import ServerInfo
-    from topkd.clients.fireworks import FireworksEcho
-    from topkd.clients.fleet import Fleet
-    from topkd.clients.openai import OpenAIChat
+    from topkd.clients.dialects.base import ServerInfo
+    from topkd.clients.dialects.fireworks import FireworksEcho
+    from topkd.clients.dialects.openai import OpenAIChat
+    from topkd.clients.dialects.sglang import Sglang
+    from topkd.clients.dialects.tinker import TinkerClient
+    from topkd.clients.dialects.vllm import VllmCompletions
+    from topkd.clients.dialects.vllm_generate import VllmGenerate
+    from topkd.clients.dialects.vllm_inprocess import VllmInProcess
+    from topkd.clients.fleet.fleet import Fleet
     from topkd.clients.router import TeacherRouter
-    from topkd.clients.sglang import Sglang
     from topkd.clients.stream import Done, Job, Stream
-    from topkd.clients.sync import FleetWeightSink, SglangWeightSink, VllmWeightSink
-    from topkd.clients.tinker import TinkerClient
-    from topkd.clients.vllm import VllmCompletions
-    from topkd.clients.vllm_generate import VllmGenerate
-    from topkd.clients.vllm_inprocess import VllmInProcess
+    from topkd.clients.weights.sinks import FleetWeightSink, SglangWeightSink, VllmWeightSink
 
 _HOMES = {
     "ClientConfig": "config",
     "Done": "stream",
-    "FireworksEcho": "fireworks",
-    "Fleet": "fleet",
-    "FleetWeightSink": "sync",
+    "FireworksEcho": "dialects.fireworks",
+    "Fleet": "fleet.fleet",
+    "FleetWeightSink": "weights.sinks",
     "Job": "stream",
-    "OpenAIChat": "openai",
-    "ServerInfo": "dialect",
-    "Sglang": "sglang",
-    "SglangWeightSink": "sync",
+    "OpenAIChat": "dialects.openai",
+    "ServerInfo": "dialects.base",
+    "Sglang": "dialects.sglang",
+    "SglangWeightSink": "weights.sinks",
     "Stream": "stream",
     "TeacherRouter": "router",
-    "TinkerClient": "tinker",
-    "VllmCompletions": "vllm",
-    "VllmGenerate": "vllm_generate",
-    "VllmInProcess": "vllm_inprocess",
-    "VllmWeightSink": "sync",
+    "TinkerClient": "dialects.tinker",
+    "VllmCompletions": "dialects.vllm",
+    "VllmGenerate": "dialects.vllm_generate",
+    "VllmInProcess": "dialects.vllm_inprocess",
+    "VllmWeightSink": "weights.sinks",
     "connect": "connection",
 }
 __all__ = [

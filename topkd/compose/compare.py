@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from topkd.compose.compare_cell import FORMER, Cell, Phase, finished, run_cell, superseded
-from topkd.compose.compare_config import EMBEDDED, Arm, CompareConfig
-from topkd.compose.compare_stats import curve_facts
-from topkd.compose.compare_summary import summarised
-from topkd.compose.config import saved
-from topkd.compose.contents import content_digest
-from topkd.compose.folders import claimed
+from topkd.compose.comparison.cell import FORMER, Cell, Phase, finished, run_cell, superseded
+from topkd.compose.comparison.config import EMBEDDED, Arm, CompareConfig
+from topkd.compose.comparison.statistics import curve_facts
+from topkd.compose.comparison.summary import summarised
+from topkd.compose.config.run_config import saved
+from topkd.compose.data.digests import content_digest
 from topkd.compose.progress import Progress
-from topkd.engine.metrics import strict
+from topkd.compose.run.folder import claimed
+from topkd.engine.loop.metrics import strict
 from topkd.topk.errors import ConfigError, TrainingError
 
 FILE, CONFIG = "compare.json", "config.json"
@@ -54,9 +54,9 @@ def compare(config: CompareConfig, out: Path, progress: Progress | None = None) 
 
 def _compared(config: CompareConfig, out: Path, progress: Progress) -> Comparison:
     if config.base == EMBEDDED:
-        from topkd.compose import demo
+        from topkd.compose.demo_assets.assets import build_assets, cache_root
 
-        demo.build_assets(demo.cache_root(), progress)  # once, before workers would all train the same models
+        build_assets(cache_root(), progress)  # once, before workers would all train the same models
     with _Workers(config, out / "cells", progress) as workers:
         tuned, tables = _tuned(config, workers)
         live = [_cell(config, arm, seed, tuned[arm.name], "live") for arm in config.arms for seed in config.seeds]

@@ -8,10 +8,8 @@ teacher's weights are opened here too, but only to *measure* the exact divergenc
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,36 +21,29 @@ from numpy.typing import NDArray
 
 import topkd
 from topkd.clients import ClientConfig, connect
-from topkd.compose import corpus
-from topkd.compose.config import saved
-from topkd.compose.demo_places import SUMMARY, own_folder, scratch
-from topkd.compose.first_run import FOLDER, leave
+from topkd.compose.config.run_config import saved
+from topkd.compose.demo_assets.assets import PROMPT_TOKENS, build_assets, cache_root, prompt_rows
+from topkd.compose.demo_assets.first_run import FOLDER, leave
+from topkd.compose.demo_assets.folders import SUMMARY, own_folder
 from topkd.compose.progress import Progress
-from topkd.compose.stops import Stops
-from topkd.compose.train import RunResult, run
+from topkd.compose.run.runner import RunResult, run
+from topkd.compose.run.signals import Stops
 from topkd.engine import EngineConfig, LearnerConfig, RolloutConfig
-from topkd.engine.data import PromptRow
-from topkd.engine.objective_config import GJS, Objective, ScalarKL, TopKPolicyGradient
-from topkd.report.curves import write_demo_curve
+from topkd.engine.config.objectives import GJS, Objective, ScalarKL, TopKPolicyGradient
+from topkd.report.page.demo_figure import write_demo_curve
 from topkd.serve import ServeConfig, ServerProcess
 
 ObjectiveName = Literal["scalar_kl", "gjs", "topk_pg"]
 
-CORPUS_BYTES = 4_000_000
-HELD_OUT_TOKENS = 150_000
-VOCAB = 1024
-PROMPT_TOKENS = 24
 COMPLETION_TOKENS = 32
 PROBES = 96
 PROBE_TOKENS = 48
-TEACHER = {"hidden": 160, "layers": 3, "heads": 4, "steps": 600}
-STUDENT = {"hidden": 96, "layers": 2, "heads": 2, "steps": 120, "seed": 1}
 LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """What the demo has to show, and the run file it leaves (``topkd.compose.first_run``)."""
+    """What the demo has to show, and the run file it leaves (``topkd.compose.demo_assets.first_run``)."""
 
     out: Path
     figure: Path
@@ -62,16 +53,6 @@ class DemoResult:
     samples: dict[str, str]
     tokens: int
     seconds: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Assets:
-    """The cached folders and the token stream behind the demo."""
-
-    teacher: Path
-    student: Path
-    training: NDArray[np.int32]
-    held_out: NDArray[np.int32]
 
 
 async def demo(
@@ -97,14 +78,14 @@ async def demo(
     """
     import torch
 
-    from topkd.engine.student import Student
-    from topkd.engine.tokenizer import load_tokenizer
+    from topkd.engine.models.student import Student
+    from topkd.engine.models.tokenizer import load_tokenizer
 
     progress = progress or Progress()
     config = demo_config(objective, steps, seed)
     began, usual = time.perf_counter(), Path("runs") / f"demo-{objective}-seed{seed}"
     with _told_if_stopped(progress, "nothing was kept"), own_folder(out, usual, progress) as folder:
-        assets = build_assets(cache or cache_root(), progress, stops)
+        assets = build_assets(cache or cache_root(), progress, None if stops is None else stops.obey)
     assets_s = time.perf_counter() - began
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))  # the other half belongs to the server
 
@@ -114,7 +95,7 @@ async def demo(
     text_before = await _completion(student, probes[0].ids[: probes[0].prompt_len], tokenizer)
 
     def evaluate() -> dict[str, Any]:
-        from topkd.engine.evaluation import exact_divergences
+        from topkd.engine.models.divergences import exact_divergences
 
         return exact_divergences(student, judge, probes)
 
@@ -184,62 +165,9 @@ def demo_config(objective: ObjectiveName, steps: int, seed: int) -> EngineConfig
     )
 
 
-def cache_root() -> Path:
-    """Where trained demo models are kept: $XDG_CACHE_HOME/topkd or ~/.cache/topkd."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "topkd"
-
-
-def build_assets(cache: Path, progress: Progress, stops: Stops | None = None) -> Assets:
-    """Tokenizer, teacher and student from the cache, or trained now; the key is everything they depend on."""
-    files = corpus.standard_library_files(CORPUS_BYTES)
-    texts = corpus.read_texts(files)
-    recipe = json.dumps({"vocab": VOCAB, "teacher": TEACHER, "student": STUDENT, "held_out": HELD_OUT_TOKENS})
-    digest = hashlib.blake2b(recipe.encode(), digest_size=8)
-    for text in texts:
-        digest.update(hashlib.blake2b(text.encode()).digest())
-    folder = cache / "demo" / digest.hexdigest()
-    if not (folder / "stream.npy").exists():
-        _train_assets(texts, folder, progress, stops)
-    stream = np.load(folder / "stream.npy")
-    return Assets(folder / "teacher", folder / "student", stream[:-HELD_OUT_TOKENS], stream[-HELD_OUT_TOKENS:])
-
-
-def _train_assets(texts: list[str], folder: Path, progress: Progress, stops: Stops | None) -> None:
-    from topkd.compose import tiny
-
-    def learnt(step: int, loss: float) -> None:
-        progress.advance(step, f"loss {loss:.2f}")
-        if stops is not None:
-            stops.obey()
-
-    with scratch(folder, progress) as staging:
-        if (folder / "stream.npy").exists():  # made by another demo meanwhile
-            return
-        progress.note("training a byte-level BPE on the Python standard library's sources")
-        corpus.train_tokenizer(texts[: len(texts) // 2], VOCAB, staging / "tokenizer")
-        stream = corpus.encode(texts, staging / "tokenizer")
-        for name, shape in (("teacher", TEACHER), ("student", STUDENT)):
-            spec = tiny.TinyModel(vocab_size=VOCAB, **shape)
-            model = tiny.build(spec)
-            progress.stage(f"train the {name}", spec.steps)
-            tiny.train(model, spec, stream[:-HELD_OUT_TOKENS], learnt)
-            tiny.save(model, staging / name)
-            shutil.copytree(staging / "tokenizer", staging / name, dirs_exist_ok=True)
-        np.save(staging / "stream.npy", stream)
-        if not folder.exists():  # where files have no locks another demo may have finished first: as good
-            staging.rename(folder)
-
-
-def prompt_rows(training: NDArray[np.int32], seed: int) -> list[PromptRow]:
-    """Random windows of the training stream, 4,096 of them, chosen by the seed."""
-    starts = np.random.default_rng([seed, 1]).integers(0, len(training) - PROMPT_TOKENS, size=4096)
-    windows = [training[start : start + PROMPT_TOKENS] for start in starts]
-    return [PromptRow(window, window, "", f"window {start}") for window, start in zip(windows, starts, strict=True)]
-
-
 async def held_out_probes(student: Any, held_out: NDArray[np.int32], tokenizer: Any) -> list[Any]:
     """Held-out prompts, each continued by the untrained student: fixed prefixes to measure on, whatever the seed."""
-    from topkd.engine.evaluation import Probe
+    from topkd.engine.models.divergences import Probe
 
     starts = np.random.default_rng(0).integers(0, len(held_out) - PROMPT_TOKENS, size=PROBES)
     prompts = [held_out[start : start + PROMPT_TOKENS] for start in starts]
@@ -256,7 +184,7 @@ async def _completion(model: Any, prompt: NDArray[np.int32], tokenizer: Any) -> 
 
 
 async def _sampled(model: Any, prompts: list[NDArray[np.int32]], tokenizer: Any, tokens: int) -> list[Any]:
-    from topkd.engine.sampler import InProcessSampler
+    from topkd.engine.models.sampler import InProcessSampler
     from topkd.topk import SamplingParams
 
     sampler = InProcessSampler(model, stop_ids=[tokenizer.eos_token_id])

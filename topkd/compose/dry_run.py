@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from topkd.clients.probe import probe
-from topkd.compose.config import RunConfig
-from topkd.compose.contents import check_same_rows, rows_note
-from topkd.compose.folders import CHECKPOINTS
-from topkd.compose.forecast import Forecast, forecast
-from topkd.compose.limits import check_lengths, compared_ends, vocabulary
-from topkd.compose.meeting import Met, meet_teachers
-from topkd.compose.pieces import Prompts, check_ids, load_prompts
+from topkd.clients.probe.probe import probe
+from topkd.compose.cache.contents import as_replayed, cache_folder, recording
+from topkd.compose.cache.shuffled import ShuffledRollouts
+from topkd.compose.config.run_config import RunConfig
+from topkd.compose.data.digests import rows_note
+from topkd.compose.data.run_prompts import Prompts, load_prompts
+from topkd.compose.preflight.forecast import Forecast, forecast
+from topkd.compose.preflight.lengths import check_ids, check_lengths, compared_ends, vocabulary
+from topkd.compose.preflight.sampler import meet_sampler
+from topkd.compose.preflight.teachers import Met, meet_teachers
 from topkd.compose.progress import Progress
-from topkd.compose.recording import as_replayed, cache_folder, recording
-from topkd.compose.resume import foreseen
-from topkd.compose.sampler_meeting import meet_sampler
-from topkd.compose.shuffled import ShuffledRollouts
-from topkd.engine.data import PromptRow
-from topkd.engine.hub import check_there
-from topkd.engine.mixing import on_policy_prompts
+from topkd.compose.run.folder import CHECKPOINTS
+from topkd.compose.run.resume import check_same_rows, foreseen
+from topkd.engine.loop.data_mixing import on_policy_prompts
+from topkd.engine.loop.prompts import PromptRow
+from topkd.engine.models.hub import check_there
 from topkd.offline import ReplayScorer, ScoreStore
 from topkd.topk.errors import TopkdError
 
@@ -304,7 +304,7 @@ def _completion_parts(row: PromptRow, tokenizer: Any) -> Iterator[tuple[str, boo
 
 
 def _estimate(config: RunConfig, prompts: Prompts, met: dict[str, Met], found: DryRun) -> None:
-    from topkd.engine.student import pick_device
+    from topkd.engine.models.student import pick_device
 
     try:
         device = pick_device(config.student.device)

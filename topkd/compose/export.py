@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import topkd
-from topkd.compose.config import RunConfig, validated
-from topkd.compose.folders import CONFIG, DIARY, STUDENT
-from topkd.compose.rendering import Side
-from topkd.engine.metrics import read_metrics
-from topkd.engine.snapshots import write_folder
+from topkd.compose.config.run_config import RunConfig, validated
+from topkd.compose.data.chat_templates import Side
+from topkd.compose.run.folder import CONFIG, DIARY, STUDENT
+from topkd.engine.checkpoint.snapshots import write_folder
+from topkd.engine.loop.metrics import read_metrics
 from topkd.topk.errors import ConfigError, TrainingError
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -117,7 +117,7 @@ def _config(run: Path) -> RunConfig:
 
 
 def _opened(folder: Path, config: RunConfig, dtype: str, *, adapter: bool) -> Any:
-    from topkd.engine.student import load_causal_lm
+    from topkd.engine.models.student import load_causal_lm
 
     if not adapter:
         return load_causal_lm(str(folder), dtype).eval()  # type: ignore[arg-type]
@@ -131,7 +131,7 @@ def _opened(folder: Path, config: RunConfig, dtype: str, *, adapter: bool) -> An
 
 
 def _tokenizer(source: Path, config: RunConfig) -> Any:
-    from topkd.engine.tokenizer import load_tokenizer
+    from topkd.engine.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(source))
     own = Side.of(tokenizer, config.student.chat_template, {}).chat_template

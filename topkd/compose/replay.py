@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from topkd.compose.config import RunConfig
-from topkd.compose.feedback import feedback_context
-from topkd.compose.pieces import load_pieces, load_prompts
+from topkd.compose.cache.contents import as_replayed, cache_folder, recording
+from topkd.compose.cache.rollouts import RecordedSampler, policy_identity
+from topkd.compose.cache.shuffled import ShuffledRollouts
+from topkd.compose.config.run_config import RunConfig
+from topkd.compose.data.run_prompts import load_prompts
 from topkd.compose.progress import Progress
-from topkd.compose.recorded import RecordedSampler, policy_identity
-from topkd.compose.recording import as_replayed, cache_folder, recording
-from topkd.compose.resume import entered
-from topkd.compose.running import RunResult, run
-from topkd.compose.shuffled import ShuffledRollouts
-from topkd.compose.stops import Stops
-from topkd.compose.watching import watching
+from topkd.compose.run.observers import watching
+from topkd.compose.run.resume import entered
+from topkd.compose.run.runner import RunResult, run
+from topkd.compose.run.signals import Stops
+from topkd.compose.run.student import load_pieces
+from topkd.compose.teachers.feedback import feedback_context
 from topkd.offline import ReplayScorer, ScoreStore
 
 

@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 
 from topkd.clients import OpenAIChat
-from topkd.clients.probe_dialect import open_client
-from topkd.compose.identities import served_identity
-from topkd.compose.job_report import GIVE_UP_AFTER, JOB_TROUBLE, ROW_TROUBLE, Troubles, committing
-from topkd.compose.off_policy import sampled_policy
+from topkd.clients.connection import open_client
+from topkd.compose.bulk.job import text_tokenizer
+from topkd.compose.bulk.report import GIVE_UP_AFTER, JOB_TROUBLE, ROW_TROUBLE, Troubles, committing
+from topkd.compose.bulk.sample_config import Purse, SampleConfig, SampleReport, SamplingDialect
+from topkd.compose.cache.identity import sampled_policy, served_identity
+from topkd.compose.data.files import check_rows, count_rows, json_object, raw_rows
+from topkd.compose.data.rows import checked_row, prompt_tokens
 from topkd.compose.progress import Progress
-from topkd.compose.prompts import checked_row, prompt_tokens
-from topkd.compose.sample_config import Purse, SampleConfig, SampleReport, SamplingDialect
-from topkd.compose.score import text_tokenizer
-from topkd.compose.sequences import check_rows, count_rows, json_object, raw_rows
-from topkd.engine.waiting import first_of
+from topkd.engine.loop.waiting import first_of
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.folder import FORMAT_FILE
 from topkd.topk.errors import ConfigError, DataError, ResponseError, UnsupportedError

@@ -5,18 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractAsyncContextManager
-from typing import Any
+from collections.abc import Mapping
 
-from topkd.compose.bulk import BulkJob, Lane
-from topkd.compose.identities import served_identity
+from topkd.compose.bulk.job import BulkJob, lanes_of, opened, summed, text_tokenizer
+from topkd.compose.bulk.score_config import ScoreConfig, ScoreReport
+from topkd.compose.bulk.selection import Budget, Selection, digest_of
+from topkd.compose.cache.identity import served_identity
+from topkd.compose.data.sequences import BadRow, check_source
 from topkd.compose.progress import Progress
-from topkd.compose.score_config import Asked, ScoreConfig, ScoreReport
-from topkd.compose.selection import Budget, Selection, digest_of
-from topkd.compose.sequences import BadRow, check_source
-from topkd.compose.teachers import OpenTeacher, open_teacher
-from topkd.engine.tokenizer import load_tokenizer
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.folder import FORMAT_FILE
 
@@ -37,7 +33,7 @@ async def score_data(config: ScoreConfig, progress: Progress | None = None) -> S
         return await _estimate(config, selection)
     began = time.monotonic()
     if config.runner == "ray":
-        from topkd.compose.score_ray import score_on_ray
+        from topkd.compose.bulk.ray_runner import score_on_ray
 
         report = await score_on_ray(config, progress)
     else:
@@ -70,36 +66,6 @@ async def _score_here(config: ScoreConfig, selection: Selection, progress: Progr
                 job.account()
                 report.client = summed(teacher.metrics() for teacher in teachers.values())
     return report
-
-
-def lanes_of(config: ScoreConfig, teachers: Mapping[str, OpenTeacher], store: ScoreStore) -> dict[str, Lane]:
-    """Each open teacher with the cache before it, by the teacher_id of its rows."""
-    revisions = {name: asked.revision for name, asked in config.asked().items()}
-    return {name: Lane(teacher, store, served_identity(store, teacher.name, revisions[name]))
-            for name, teacher in teachers.items()}  # fmt: skip
-
-
-def summed(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Counters of several clients as one's."""
-    total: dict[str, float] = {}
-    for one in counters:
-        for name, number in one.items():
-            total[name] = total.get(name, 0.0) + number
-    return total
-
-
-def opened(config: ScoreConfig, asked: Asked) -> AbstractAsyncContextManager[OpenTeacher]:
-    """One of the job's teachers, met when the context is entered."""
-    return open_teacher(
-        asked.urls,
-        dialect=config.dialect,
-        model=asked.model,
-        api_key=config.api_key,
-        config=config.client,
-        vocab_size=asked.vocab_size,
-        k=config.k,
-        engine=config.engine,
-    )
 
 
 async def _estimate(config: ScoreConfig, selection: Selection) -> ScoreReport:
@@ -156,8 +122,3 @@ def _count(
         seen.add(digest)
     report.duplicates, report.skipped = selection.duplicates, selection.skipped
     report.unbounded = selection.unbounded
-
-
-def text_tokenizer(path: str | None) -> Any:
-    """The tokenizer for rows of text, None when none is named."""
-    return None if path is None else load_tokenizer(path)

@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from topkd.compose.config import RunConfig
-from topkd.compose.feedback import feedback_context
-from topkd.compose.live_cache import LiveCache
-from topkd.compose.local_teachers import LocalModel, following, open_local
-from topkd.compose.pieces import load_pieces
-from topkd.compose.preflight import TEACHERS, ready
+from topkd.compose.cache.live import LiveCache
+from topkd.compose.config.run_config import RunConfig
+from topkd.compose.preflight.preflight import TEACHERS, ready
 from topkd.compose.progress import Progress
-from topkd.compose.remote_sampling import open_sampling
-from topkd.compose.resume import entered
-from topkd.compose.running import RunResult, run
-from topkd.compose.stops import Stops
-from topkd.compose.teachers import open_teacher
-from topkd.compose.traffic import Traffic
-from topkd.compose.watching import watching
+from topkd.compose.run.observers import watching
+from topkd.compose.run.resume import entered
+from topkd.compose.run.runner import RunResult, run
+from topkd.compose.run.sampler import open_sampling
+from topkd.compose.run.signals import Stops
+from topkd.compose.run.student import load_pieces
+from topkd.compose.teachers.feedback import feedback_context
+from topkd.compose.teachers.local import LocalModel, following, open_local
+from topkd.compose.teachers.served import open_teacher
+from topkd.compose.teachers.usage import Traffic
 from topkd.topk.errors import ConfigError
 from topkd.topk.protocols import TeacherScorer
 
 if TYPE_CHECKING:
-    from topkd.engine.view import TokenLoss
+    from topkd.engine.learner.token_view import TokenLoss
 
 __all__ = ["RunResult", "run", "train"]
 

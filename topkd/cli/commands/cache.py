@@ -1,0 +1,276 @@
+"""``topkd cache``: look into a cache, check it, tidy it, and bring scores in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from topkd.cli.options import AsJson, flag, option
+from topkd.cli.output.cache_stats import described, numbered
+from topkd.topk.errors import ConfigError, DataError
+
+app = typer.Typer(help="Look into a cache, check it, tidy it, bring scores in and out.", no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Argument(help="Folder of the cache.", metavar="CACHE")]
+
+
+class Codec(StrEnum):
+    """How records are written."""
+
+    packed = "packed"
+    raw = "raw"
+    cold = "cold"
+
+
+class ExportFormat(StrEnum):
+    """What a cache can be written as."""
+
+    parquet = "parquet"
+    dataset = "dataset"
+
+
+class ImportFormat(StrEnum):
+    """What can be brought into a cache."""
+
+    parquet = "parquet"
+    dataset = "dataset"
+    axolotl = "axolotl"
+    distillkit = "distillkit"
+
+
+@app.command("stats")
+def stats(cache: Folder, as_json: AsJson = False) -> None:
+    """What a cache holds, with pictures of K, captured mass, entropy and lengths.
+
+    Example: topkd cache stats cache --json
+    """
+    from topkd.offline import profile
+    from topkd.offline import stats as counted
+
+    found, shapes = counted(cache).as_dict(), profile(cache)
+    if as_json:
+        typer.echo(json.dumps(found | {"profile": shapes}))
+        return
+    for line in described(found, shapes):
+        typer.echo(line)
+
+
+@app.command("verify")
+def verify(cache: Folder, as_json: AsJson = False) -> None:
+    """Read every byte; exit code 1 when something that was acknowledged may be lost, each piece of it named.
+
+    Example: topkd cache verify cache
+    """
+    from topkd.offline import verify as verified
+
+    found = verified(cache)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict()))
+    else:
+        for item in found.damage:
+            place = f"{item.segment} at byte {item.offset}, {item.size} bytes"
+            typer.echo(f"{'damage' if item.fatal else 'left by a crash'}: {item.what} ({place})")
+        word = "whole" if found.ok else "DAMAGED: score again what it held (topkd cache gc drops the rest of it)"
+        typer.echo(
+            f"{cache}: {numbered(found.records, 'record')} in {numbered(found.segments, 'segment')}, "
+            f"{found.bytes:,} bytes, {found.duplicates:,} superfluous: {word}"
+        )
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command("ls")
+def ls(
+    cache: Folder,
+    limit: Annotated[int, option("Records at most.", "N", min=1)] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """List records: what was scored or sampled, by whom, how widely. With --json one object a line.
+
+    Example: topkd cache ls cache --limit 5
+    """
+    for number, row in enumerate(islice(_listed(cache), min(limit + 1, sys.maxsize))):
+        if number == limit:
+            if not as_json:
+                typer.echo("... (--limit shows more)")
+            return
+        if as_json:
+            typer.echo(json.dumps(row))
+        else:
+            first = " ".join(map(str, row["first_ids"]))
+            typer.echo(
+                f"{row['kind']:<8} {row['teacher']:<20} K {row['k']:<4} {row['tokens']:>6} tokens "
+                f"from {row['start']:<5} {row['codec']:<7} {first} .."
+            )
+
+
+@app.command("gc")
+def gc(
+    cache: Folder,
+    codec: Annotated[Codec | None, option("Write the records anew as packed, raw or cold.", "NAME")] = None,
+    foreign: Annotated[
+        bool, flag("--foreign", "Also what crashed writers on other machines left; nobody may write.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rewrite a cache with live records only.
+
+    Example: topkd cache gc cache --codec cold
+    """
+    from topkd.offline import gc as compact
+
+    _told(compact(cache, codec=None if codec is None else codec.value, foreign=foreign), as_json)
+
+
+@app.command("merge")
+def merge(
+    sources: Annotated[list[Path], typer.Argument(help="Caches to copy from.", metavar="CACHE")],
+    out: Annotated[Path, option("The cache that gains what it lacks.", "CACHE")],
+    as_json: AsJson = False,
+) -> None:
+    """Bring several caches together, byte for byte.
+
+    Example: topkd cache merge shard-1 shard-2 --out cache
+    """
+    from topkd.offline import merge as joined
+
+    _told(joined(sources, out), as_json)
+
+
+@app.command("export")
+def export(
+    cache: Folder,
+    out: Annotated[Path, typer.Argument(help="Folder for the files.", metavar="FOLDER")],
+    form: Annotated[
+        ExportFormat, option("What to write: parquet or dataset.", "NAME", "--format")
+    ] = ExportFormat.parquet,
+    as_json: AsJson = False,
+) -> None:
+    """Write scores and rollouts as Parquet, or the scores as a Hugging Face dataset.
+
+    Example: topkd cache export cache exported --format parquet
+    """
+    from topkd.offline import export_parquet, to_dataset
+    from topkd.offline.exchange import writing
+    from topkd.offline.folder import FORMAT_FILE
+
+    if (out / FORMAT_FILE).exists():
+        raise ConfigError("the folder to export to is a cache", where=str(out), hint="choose another one")
+    if form is ExportFormat.parquet:
+        done = export_parquet(cache, out)
+        _told(done, as_json)
+        if done.refused:
+            raise typer.Exit(1)
+        return
+    dataset = to_dataset(cache)
+    with writing(out):
+        dataset.save_to_disk(str(out))
+    typer.echo(json.dumps({"records": len(dataset)}) if as_json else f"{len(dataset)} scores in {out}")
+
+
+@app.command("import")
+def import_(
+    cache: Folder,
+    source: Annotated[Path, typer.Argument(help="File or folder with scores.", metavar="SOURCE")],
+    form: Annotated[
+        ImportFormat, option("What it is: parquet, dataset, axolotl or distillkit.", "NAME", "--format")
+    ] = ImportFormat.parquet,
+    teacher: Annotated[str | None, option("Name of the teacher, where the source has none.", "NAME")] = None,
+    revision: Annotated[str, option("Fingerprint of that teacher's weights.", "TEXT")] = "",
+    codec: Annotated[Codec, option("How to write the records: packed, raw or cold.", "NAME")] = Codec.packed,
+    as_json: AsJson = False,
+) -> None:
+    """Bring scores into a cache; rows that do not fit are named, and the exit code is 1.
+
+    Example: topkd cache import cache captured --format distillkit --teacher NAME
+    """
+    from topkd.offline import ScoreStore, TeacherIdentity, from_dataset, import_axolotl, import_distillkit
+    from topkd.offline import import_parquet as parquet
+    from topkd.offline.folder import begun
+
+    if not source.exists():
+        raise DataError("no such file or folder", where=str(source), expected="something to import")
+    with begun(cache), ScoreStore(cache, mode="a", codec=codec.value) as store:
+        if form is ImportFormat.parquet:
+            done = parquet(source, store)
+        elif form is ImportFormat.dataset:
+            done = from_dataset(_dataset(source), store)
+        elif teacher is None:
+            raise ConfigError(f"--format {form.value} needs --teacher", hint="the source does not say who scored it")
+        elif form is ImportFormat.axolotl:
+            named = TeacherIdentity(teacher, revision=revision)
+            done = import_axolotl(_plain_rows(source), store, named, where=str(source))
+        else:
+            done = import_distillkit(source, store, TeacherIdentity(teacher, revision=revision))
+        if not (done.records or done.refused):
+            raise DataError("nothing to import", where=str(source), got="no rows")
+    _told(done, as_json)
+    if done.refused:
+        raise typer.Exit(1)
+
+
+def _told(result: Any, as_json: bool) -> None:
+    values = dataclasses.asdict(result)
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    named = {key: value for key, value in values.items() if isinstance(value, list)}
+    typer.echo(", ".join(f"{key} {value}" for key, value in values.items() if key not in named))
+    for key, items in named.items():
+        for item in items[:20]:
+            typer.echo(f"  {key}: {item}")
+        if len(items) > 20:
+            typer.echo(f"  {key}: {len(items) - 20} more (--json lists them)")
+
+
+def _listed(cache: Path) -> Iterator[dict[str, Any]]:
+    from topkd.offline import ScoreStore
+    from topkd.offline.codecs import CODEC_NAMES
+    from topkd.offline.records import KIND_NAMES, ROLLOUT, SCORE
+    from topkd.offline.tables import identities
+
+    names = identities(cache)
+    with ScoreStore(cache) as store:
+        for record in store.records(kinds=(SCORE, ROLLOUT)):
+            header = record.header
+            who = names.get(header.tag)
+            if header.kind == ROLLOUT and not header.start:
+                continue  # a request whose answers could not be read back as ids
+            ids = record.score()[0] if header.kind == SCORE else record.rollouts()[0].prompt_ids
+            yield {
+                "kind": KIND_NAMES[header.kind],
+                "teacher": "?" if who is None else who.name,
+                "revision": "" if who is None else who.revision,
+                "k": header.asked,
+                "start": header.start if header.kind == SCORE else int(ids.size) - 1,
+                "tokens": header.rows,
+                "codec": CODEC_NAMES[header.codec],
+                "key": header.key.hex(),
+                "first_ids": ids[:6].tolist(),
+            }
+
+
+def _dataset(path: Path) -> Any:
+    try:
+        from datasets import load_from_disk
+    except ImportError as error:
+        raise ConfigError("a dataset folder needs datasets", hint='pip install "topkd[data]"') from error
+    try:
+        return load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise DataError("not a saved dataset", where=str(path), got=str(error).splitlines()[0]) from error
+
+
+def _plain_rows(path: Path) -> Iterator[dict[str, Any]]:
+    from topkd.compose.data.files import json_object, raw_rows
+
+    for number, raw in raw_rows(path):
+        yield json_object(raw, f"{path}:{number}")

@@ -1,0 +1,130 @@
+"""``topkd demo``."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import shlex
+import shutil
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from topkd.cli.options import AsJson, needs, option
+from topkd.cli.output.progress import Display
+from topkd.cli.output.run_summary import CODES
+
+if TYPE_CHECKING:
+    from topkd.compose.run.runner import RunResult
+
+
+class ObjectiveName(StrEnum):
+    """What the demo can minimise."""
+
+    topk_pg = "topk_pg"
+    gjs = "gjs"
+    scalar_kl = "scalar_kl"
+
+
+def command(
+    objective: Annotated[
+        ObjectiveName, option("What the student minimises: topk_pg, gjs or scalar_kl.", "KIND")
+    ] = ObjectiveName.topk_pg,
+    steps: Annotated[int, option("Optimiser steps.", "N", min=1)] = 150,
+    seed: Annotated[int, option("Seeds prompts and rollouts.", "N", min=0)] = 0,
+    out: Annotated[
+        Path | None,
+        option("A new or empty folder; runs/demo-OBJECTIVE-seedSEED, or one beside it, when left out.", "FOLDER"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Distil a tiny teacher over real HTTP, on this machine alone, and show what it did.
+
+    Example: topkd demo --objective gjs --seed 1
+    """
+    needs("demo", "torch", "transformers", "starlette", "uvicorn", "matplotlib", extra="train,serve,report")
+    from topkd.compose.demo import DemoResult, demo
+    from topkd.compose.run.signals import Stops
+
+    with Stops() as stops, Display() as display:
+        result = asyncio.run(demo(objective.value, steps=steps, seed=seed, out=out, progress=display, stops=stops))
+    if not isinstance(result, DemoResult):
+        stopped(result)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(result), default=str))
+        return
+    console = Console()
+    table = Table(title=f"held-out, exact over the whole vocabulary ({result.before['eval_tokens']} positions)")
+    for column in ("", "before", "after", "after / before"):
+        table.add_column(column, justify="left" if not column else "right")
+    for key, name in (
+        ("reverse_kl", "KL(student || teacher)"),
+        ("forward_kl", "KL(teacher || student)"),
+        ("jsd", "JSD"),
+    ):
+        before, after = result.before[key], result.after[key]
+        table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after / before:.3f}")
+    agree = [100 * record["agreement"] for record in (result.before, result.after)]
+    table.add_row("same top token", f"{agree[0]:.1f} %", f"{agree[1]:.1f} %", f"{agree[1] / agree[0]:.2f}")
+    console.print(table)
+    for who, text in result.samples.items():
+        console.print(Text(who, style="bold"))
+        console.print(Padding(Text(text.rstrip("\n") or "(nothing)"), (0, 0, 1, 2)))
+    console.print(
+        f"{result.tokens} tokens learnt from in {result.seconds['distil']:.0f} s; curve: {result.figure}, "
+        f"diary: {result.out / 'metrics.jsonl'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print()
+    for line in own_run(_shown(result.run_file)):
+        console.print(Text(line, style="" if line.startswith(" ") else "bold"), soft_wrap=True)
+
+
+def _shown(path: Path) -> Path:
+    """Relative to the working folder where it lies in it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def own_run(run_file: Path) -> list[str]:
+    """What this reader types next, in order, indented below what it is for.
+
+    ``make demo`` runs in an environment that need not be active: each terminal then begins with that.
+    """
+    from topkd.compose.demo_assets.first_run import PORT
+    from topkd.compose.demo_assets.folders import free_place
+
+    script, out = Path(sys.executable).with_name("topkd"), free_place(Path("runs/first"))
+    activate, topkd = _shown(script.with_name("activate")), "topkd"
+    first: list[str] = []
+    if shutil.which("topkd") is None and script.exists():
+        if activate.exists():
+            first = [f"  source {shlex.quote(str(activate))}"]
+        else:
+            topkd = shlex.quote(str(_shown(script)))
+    return [
+        'The same pair as a run of your own. In one terminal, until it says "ready":',
+        *first,
+        f"  {topkd} serve {shlex.quote(str(run_file.with_name('teacher')))} --port {PORT}",
+        "In another:",
+        *first,
+        f"  {topkd} train {shlex.quote(str(run_file))} --out {out}",
+        f"  {topkd} report {out}",
+        f"Then open {out / 'report.html'} in a browser.",
+    ]
+
+
+def stopped(result: RunResult) -> NoReturn:
+    """Say what a demo that was stopped has left, and leave as signals do."""
+    out, steps = _shown(result.out), len(result.steps)
+    kept = f"the diary and the student so far lie in {out} (topkd report {out})" if steps else f"{out} holds no step"
+    typer.echo(f"topkd: {result.stopped}: stopped after step {steps}; {kept}", err=True)
+    raise typer.Exit(CODES[result.stopped])

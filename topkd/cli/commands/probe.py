@@ -1,0 +1,132 @@
+"""``topkd probe``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from topkd.cli.options import ApiKeyEnv, AsJson, flag, option
+from topkd.clients.probe.findings import Load, ProbeReport
+from topkd.compose.config.api_keys import api_key
+
+DIALECTS = ("auto", "vllm", "vllm_generate", "sglang", "fireworks", "openai")
+_MARKS = {
+    "ok": ("✓", "green"),
+    "warn": ("!", "yellow"),
+    "fail": ("✗", "bold red"),
+    "info": ("·", "dim"),
+    "unknown": ("?", "dim"),
+}
+_VALUE = 18  # columns of a finding's value
+_PLAIN = {"✓": "+", "✗": "x", "·": "-"}
+
+
+def command(
+    url: Annotated[str, typer.Argument(help="Base URL of the server, as in http://127.0.0.1:8000.", metavar="URL")],
+    model: Annotated[str | None, option("Served name; the server's only one when left out.", "NAME")] = None,
+    student: Annotated[
+        str | None,
+        option("The student's tokenizer (folder, tokenizer.json or cached id): compare the ids.", "MODEL"),
+    ] = None,
+    dialect: Annotated[str, option("auto, or the dialect to speak.", "NAME", one_of=DIALECTS)] = "auto",
+    api_key_env: ApiKeyEnv = None,
+    load: Annotated[bool, flag("--load", "Measure scoring under rising concurrency.")] = False,
+    batch: Annotated[int, option("Sequences of one step, for the forecast of --load.", "N", min=1)] = 256,
+    tokens: Annotated[int, option("Tokens of each request of --load.", "N", min=16)] = 2048,
+    cached: Annotated[bool, flag("--cached", "A report of the last hour will do, if the server is the same.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find out what an endpoint can do, from real requests on a handful of tokens.
+
+    Exit code 0: it can teach. 1: it cannot, or does not answer. 2: the question cannot be right.
+
+    Example: topkd probe http://127.0.0.1:8000 --student ./models/student
+    """
+    from topkd.clients.probe.probe import probe
+    from topkd.compose.data.byte_maps import student_bytemap
+
+    console = Console(highlight=False)
+    with Console(stderr=True, quiet=as_json).status("asking", spinner="line"):
+        report = asyncio.run(
+            probe(
+                url,
+                model=model,
+                student=None if student is None else student_bytemap(student),
+                dialect=dialect,
+                api_key=api_key(api_key_env, said="--api-key-env"),
+                load=load,
+                batch=batch,
+                load_tokens=tokens,
+                cached=cached,
+            )
+        )
+    if as_json:
+        typer.echo(json.dumps(report.as_json(), allow_nan=False))
+    else:
+        show(report, console)
+    if not report.can_teach:
+        sys.exit(1)
+
+
+def show(report: ProbeReport, console: Console) -> None:
+    """The findings as a table, and the verdict as its last line."""
+    ascii_only = (console.encoding or "").lower().replace("-", "") not in {"utf8", "utf16", "utf32"}
+    table = Table(box=None, padding=(0, 1, 0, 0), show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True, width=1)
+    table.add_column(width=24)
+    table.add_column(width=_VALUE)
+    table.add_column(ratio=1, style="dim", overflow="fold")
+    group = ""
+    for finding in report.findings:
+        if finding.group != group:
+            if group:
+                table.add_row("", "", "", "")
+            group = finding.group
+            table.add_row("", Text(group.upper(), style="bold"), "", "")
+        mark, style = _MARKS[finding.status]
+        shown = _PLAIN.get(mark, mark) if ascii_only else mark
+        value = Text(finding.value, style=style if finding.status in {"warn", "fail"} else "not dim")
+        detail = Text(finding.detail)
+        if len(value) > _VALUE:  # a path, say, is read more easily in the wide column than in pieces
+            value, detail = Text(), Text.assemble(value, " " * bool(detail), detail)
+        table.add_row(Text(shown, style=style), Text(finding.title), value, detail)
+    console.print(f"[bold]{escape(report.url)}[/bold]  [dim]{escape(report.dialect)} dialect[/dim]\n")
+    console.print(table)
+    if report.load is not None:
+        _show_load(report.load, console)
+    for line in report.advice:
+        console.print(Text(f"advice: {line}", style="dim"))
+    console.print(f"\n[dim]{report.requests} requests, {report.seconds:.1f} s[/dim]")
+    console.print(Text(report.verdict, style="bold green" if report.can_teach else "bold red"), soft_wrap=True)
+
+
+def _show_load(load: Load, console: Console) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title_justify="left", header_style="dim")
+    for name in ("in flight", "tokens/s", "p50", "p95", "failed"):
+        table.add_column(name, justify="right")
+    for level in load.levels:
+        style = "bold" if level.concurrency == load.best else ""
+        table.add_row(
+            str(level.concurrency),
+            f"{level.tokens_per_s:,.0f}",
+            f"{level.p50_s:.2f} s",
+            f"{level.p95_s:.2f} s",
+            str(level.failed or ""),
+            style=style,
+        )
+    console.print(Text(f"\nSCORING UNDER LOAD  {load.prompt_tokens:,} tokens a request, K = {load.k}", style="bold"))
+    console.print(table)
+    end = "saturated" if load.saturated else "not saturated: it may do more"
+    console.print(
+        f"best at {load.best} in flight: {load.tokens_per_s:,.0f} tokens/s ({end}); "
+        f"a step of {load.batch} x {load.prompt_tokens:,} tokens takes {3600 / load.steps_per_hour:.1f} s, "
+        f"{load.steps_per_hour:,.0f} steps per hour when scoring is the limit"
+    )

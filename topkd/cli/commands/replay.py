@@ -1,0 +1,49 @@
+"""``topkd replay``."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from topkd.cli.options import AsJson, DryRun, Overrides, Resume, RunFile, RunFolder, Watch, needs, option
+from topkd.cli.output.dry_run_page import dry_run_command
+from topkd.cli.output.progress import Display
+from topkd.cli.output.run_summary import again, ended, first_process, resumable, watched
+
+
+def command(
+    config: RunFile,
+    out: RunFolder,
+    cache: Annotated[Path | None, option("The cache; cache.path of the run's file when left out.", "FOLDER")] = None,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    watch: Watch = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train from a cache, with no server: the recorded run again, or its completions shuffled, under any objective.
+
+    Example: topkd replay run.toml --cache cache --out runs/again
+    """
+    from topkd.compose.config.run_config import load_config
+
+    run_config = load_config(config, overrides or [], lambda line: typer.echo(f"note: {line}", err=True))
+    needs("replay", "torch", "transformers", "safetensors", extra="train")
+    if dry_run:
+        dry_run_command(run_config, served=False, out=out, resume=resume, as_json=as_json, cache=cache)
+        return
+    from topkd.compose.replay import replay
+    from topkd.compose.run.signals import Stops
+
+    onwards = again("replay", config, out, overrides or [], cache=cache)
+    with (
+        Stops() as stops,
+        Display(quiet=not first_process()) as display,
+        watched(out, display, wanted=watch and first_process()),
+        resumable(out, onwards),
+    ):
+        result = asyncio.run(replay(run_config, out, display, cache=cache, resume=resume, stops=stops))
+    ended(result, "replayed", again=onwards, as_json=as_json)

@@ -1,0 +1,92 @@
+"""``topkd report``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from topkd.cli.options import AsJson, flag, needs, option
+from topkd.topk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from topkd.report.page.content import Page
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of one comparison.", metavar="RUN")],
+    out: Annotated[
+        Path | None, option("The page; RUN/report.html when left out, report.html for several.", "FILE")
+    ] = None,
+    figures: Annotated[Path | None, option("Also draw every panel as PNG and SVG into this folder.", "FOLDER")] = None,
+    follow: Annotated[bool, flag("--follow", "Serve the page on this machine while the run goes on.")] = False,
+    port: Annotated[int, option("Of --follow; 0 takes a free one.", "N", min=0, max=65535)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Make one self-contained HTML page from runs or a comparison: the verdict first, then everything behind it.
+
+    Example: topkd report runs/first
+
+    Example: topkd report runs/scalar-gjs --figures paper/figures
+
+    Example: topkd report --follow runs/first
+    """
+    needs("report", "jinja2", *(["matplotlib"] if figures else []), extra="report")
+    if follow:
+        if out or figures:
+            raise ConfigError(
+                "--follow serves the page; --out and --figures write files", hint="call it without --follow"
+            )
+        _follow(runs, port, as_json=as_json)
+        return
+    from topkd.compose.report import write_page
+
+    page, path, size = write_page(runs, out)
+    drawn = []
+    if figures is not None:
+        from topkd.report.page.figures import write_figures
+
+        drawn = write_figures(page, figures)
+    if as_json:
+        typer.echo(json.dumps(_told(page, path, drawn), ensure_ascii=False))
+        return
+    typer.echo(page.verdict.headline)
+    if page.verdict.detail:
+        typer.echo(page.verdict.detail)
+    for warning in page.verdict.warnings:
+        typer.echo(f"careful: {warning}")
+    typer.echo(f"{path} ({size / 1e3:,.0f} kB, complete in itself)")
+    if drawn:
+        typer.echo(f"{len(drawn)} figures in {figures}")
+
+
+def _follow(runs: list[Path], port: int, *, as_json: bool) -> None:
+    from topkd.engine import EngineConfig
+    from topkd.report.page.live_server import LivePage
+
+    for run in runs:
+        if not run.is_dir():
+            raise ConfigError("no run to follow", where=str(run), got="no such folder", expected="a run's --out folder")
+    with contextlib.suppress(KeyboardInterrupt), LivePage(runs, port, EngineConfig().model_dump(mode="json")) as page:
+        typer.echo(json.dumps({"url": page.url}) if as_json else f"{page.url} follows the run; Ctrl-C ends the page")
+        while True:
+            time.sleep(3600)
+
+
+def _told(page: Page, path: Path, drawn: list[Path]) -> dict[str, Any]:
+    said = page.verdict
+    return {
+        "out": str(path),
+        "headline": said.headline,
+        "detail": said.detail,
+        "metric": said.metric,
+        "ranks": [rank.plain() for rank in said.ranks],
+        "results": [dict(zip(page.summary.columns, row, strict=True)) for row in page.summary.rows],
+        "warnings": said.warnings,
+        "notes": page.notes,
+        "figures": [str(file) for file in drawn],
+    }

@@ -1,0 +1,105 @@
+"""``topkd sample``."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from topkd.cli.options import (
+    COST,
+    ApiKeyEnv,
+    AsJson,
+    CacheOut,
+    CodecName,
+    InFlight,
+    Limit,
+    MaxCost,
+    Strict,
+    flag,
+    option,
+)
+from topkd.cli.output.job_summary import costing, counted, finished
+from topkd.cli.output.progress import Display
+from topkd.compose.config.api_keys import api_key
+
+DIALECTS = ("auto", "openai", "vllm", "vllm_generate", "sglang")
+
+if TYPE_CHECKING:
+    from topkd.compose.bulk.sample_config import SampleReport
+
+
+def command(
+    data: Annotated[Path, typer.Argument(help="JSONL, Parquet or a datasets folder of prompts.", metavar="PROMPTS")],
+    teacher: Annotated[str, option("Base URL of the teacher.", "URL")],
+    out: CacheOut,
+    tokenizer: Annotated[
+        str | None, option("The served model's tokenizer (folder or id); needed unless rows hold ids.", "MODEL")
+    ] = None,
+    model: Annotated[str | None, option("Served name; the server's only one when left out.", "NAME")] = None,
+    dialect: Annotated[
+        str, option("auto, openai (chat completions), vllm, vllm_generate or sglang.", "NAME", one_of=DIALECTS)
+    ] = "auto",
+    k: Annotated[int, option("Entries of each position; 0 for completions alone.", "K", "--k", min=0)] = 20,
+    n: Annotated[int, option("Completions of each prompt.", "N", "-n", "--n", min=1)] = 1,
+    max_new_tokens: Annotated[int, option("Tokens of one completion at most.", "N", min=1)] = 512,
+    seed: Annotated[int, option("Another seed draws other completions.", "N", min=0)] = 0,
+    revision: Annotated[str, option("Fingerprint of the teacher's weights, if its name may change.", "TEXT")] = "",
+    api_key_env: ApiKeyEnv = None,
+    limit: Limit = None,
+    max_tokens: Annotated[
+        int | None,
+        option("Stop before more tokens, prompts and completions, are paid for.", "N", min=1, panel=COST),
+    ] = None,
+    max_cost: MaxCost = None,
+    price_in: Annotated[float | None, option("Price of a million prompt tokens.", "X", panel=COST)] = None,
+    price_out: Annotated[float | None, option("Price of a million sampled tokens.", "X", panel=COST)] = None,
+    estimate: Annotated[bool, flag("--estimate", "Count tokens and cost; sample nothing.", panel=COST)] = False,
+    codec: CodecName = "packed",
+    in_flight: InFlight = 16,
+    strict: Strict = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let the teacher write completions into a cache, with its logprobs: for servers that sample but cannot score.
+
+    Replay them off-policy: --set replay.order=shuffled, with a direct objective (gjs_direct, fkl, ...), or with gjs,
+    scalar_kl or topk_pg, whose importance weights start from the teacher's own logprobs.
+
+    Exit code 0: every prompt has its completions. 1: rows were refused or not answered (each is named), or a cap
+    stopped the job; everything else is in the cache. 2: the question cannot be right, and nothing was asked.
+
+    Example: topkd sample rows.jsonl --teacher URL --tokenizer MODEL --out cache
+    """
+    from topkd.compose.bulk.sample_config import SampleConfig
+    from topkd.compose.config.run_config import validated
+    from topkd.compose.sample import sample_data
+
+    values = {
+        "data": data, "out": out, "teacher": teacher, "model": model, "dialect": dialect, "tokenizer": tokenizer,
+        "k": k, "n": n, "max_new_tokens": max_new_tokens, "seed": seed, "revision": revision,
+        "api_key": api_key(api_key_env, said="--api-key-env"),
+        "limit": limit, "max_tokens": max_tokens, "max_cost": max_cost,
+        "price_in": price_in, "price_out": price_out, "estimate": estimate, "codec": codec, "in_flight": in_flight,
+        "strict": strict,
+    }  # fmt: skip
+    config = validated(SampleConfig, values, where="topkd sample")
+    with Display() as display:
+        report = asyncio.run(sample_data(config, display))
+    finished(report, lambda: _lines(report), as_json=as_json)
+
+
+def _lines(report: SampleReport) -> list[str]:
+    lines = [f"{report.rows} prompts: {counted(report, 'sampled', 'to sample', ('cached', 'refused', 'failed'))}"]
+    paid = f"{report.prompt_tokens} prompt tokens, "
+    if report.estimate:
+        return [*lines, f"{paid}at most {report.completion_tokens} sampled{costing(report)}"]
+    paid += f"{report.completion_tokens} sampled{costing(report)}"
+    lines.append(f"{report.completions} completions kept with K = {report.k}; {paid}")
+    if report.ambiguous_completions:
+        lines.append(f"{report.ambiguous_completions} completions dropped: bytes in them name no single token id")
+    if report.ambiguous_entries:
+        of = f"of {report.listed_entries} list entries"
+        lines.append(f"{report.ambiguous_entries} {of} name no single id: their lists end before")
+    return lines

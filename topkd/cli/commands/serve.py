@@ -1,0 +1,53 @@
+"""``topkd serve``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from topkd.cli.options import ApiKeyEnv, needs, option
+from topkd.compose.config.api_keys import api_key
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(help="Model folder, or a Hugging Face id that is in the local cache.", metavar="MODEL")
+    ],
+    host: Annotated[str, option("Address to listen on.", "ADDRESS")] = "127.0.0.1",
+    port: Annotated[int, option("Port; 0 takes a free one.", "N", min=0, max=65535)] = 8000,
+    served_model_name: Annotated[str | None, option("Name that clients use.", "NAME")] = None,
+    api_key_env: ApiKeyEnv = None,
+    max_logprobs: Annotated[int, option("Largest K; -1 for the whole vocabulary.", "K", min=-1)] = 20,
+    max_model_len: Annotated[int | None, option("Context; the model's own when left out.", "N", min=2)] = None,
+    dialect: Annotated[
+        str,
+        option("Native routes beside the OpenAI ones: vllm or sglang.", "NAME", one_of=("vllm", "sglang")),
+    ] = "vllm",
+    dtype: Annotated[
+        str,
+        option("float32, bfloat16, float16 or auto.", "TYPE", one_of=("float32", "bfloat16", "float16", "auto")),
+    ] = "float32",
+    device: Annotated[str, option("auto, cpu, cuda or mps.", "NAME", one_of=("auto", "cpu", "cuda", "mps"))] = "auto",
+) -> None:
+    """Put a Hugging Face causal LM behind vLLM's dialects, or SGLang's.
+
+    Example: topkd serve ./models/teacher --port 8011 --max-logprobs 64
+    """
+    needs("serve", "torch", "transformers", "starlette", "uvicorn", extra="serve")
+    from topkd.compose.config.run_config import validated
+    from topkd.serve import ServeConfig, serve
+
+    values: dict[str, Any] = {
+        "model": model,
+        "host": host,
+        "port": port,
+        "served_model_name": served_model_name,
+        "api_key": api_key(api_key_env, said="--api-key-env"),
+        "max_logprobs": max_logprobs,
+        "max_model_len": max_model_len,
+        "dialect": dialect,
+        "dtype": dtype,
+        "device": device,
+    }
+    serve(validated(ServeConfig, values, where="topkd serve"))

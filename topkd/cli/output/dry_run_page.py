@@ -1,0 +1,224 @@
+"""``--dry-run`` of train and replay: what would happen, on one page."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from topkd.cli.output.formatting import count, size
+
+if TYPE_CHECKING:
+    from topkd.compose.config.run_config import RunConfig
+    from topkd.compose.dry_run import DryRun, Rendered
+    from topkd.compose.preflight.forecast import Forecast
+
+_SHOWN = 1200  # characters of a prompt's beginning and of its end
+
+
+def dry_run_command(
+    config: RunConfig, *, served: bool, out: Path, resume: bool, as_json: bool, cache: Path | None = None
+) -> None:
+    """Show what the run would do; exit code 2 when something would end it."""
+    with Console(stderr=True, quiet=as_json).status("looking", spinner="line"):
+        from topkd.compose.dry_run import dry_run
+
+        found = asyncio.run(dry_run(config, served=served, out=out, resume=resume, cache=cache))
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), default=str))
+    else:
+        show(found, config, Console(highlight=False))
+    if found.problems:
+        raise typer.Exit(2)
+
+
+def show(found: DryRun, config: RunConfig, console: Console) -> None:
+    """Everything as sections of one page: what is looked up first, what is decided upon last, where the eye ends."""
+    mark = "" if console.is_terminal else "*"  # bold is lost in a file
+    title = f"SETTINGS  ({mark or 'bold'}: given; the others are defaults, docs/defaults.md)"
+    _section(console, title, _settings(found, mark=mark))
+    for rendered in found.prompts:
+        _section(console, f"FIRST PROMPT, {rendered.side.upper()} ({rendered.tokens} tokens)", _prompt(rendered))
+    if any(rendered.parts[1:] for rendered in found.prompts):
+        legend = Text.assemble("  ", ("prompt", "dim"), "  ", ("trains", "bold green"), "  ", ("masked", "yellow"))
+        console.print(legend, Text(""), sep="\n")
+    if found.data:
+        _section(console, "DATA", _pairs(_data(found, config)))
+    if found.forecast is not None:
+        _section(console, "STUDENT", _pairs(_student(found, config, found.forecast)))
+        _section(console, "WORK", _pairs(_work(config, found.forecast)))
+    _section(console, "RUN", _pairs(_run(found, config)))
+    if found.endpoints:
+        _section(console, "ENDPOINTS", _pairs(_endpoints(found, config)))
+    for note in found.notes:
+        console.print(_pointed("note", "yellow", note))
+    for problem in found.problems:
+        console.print(_pointed("problem", "bold red", problem))
+    if found.problems:
+        count = "1 problem stands" if len(found.problems) == 1 else f"{len(found.problems)} problems stand"
+        console.print(Text(f"{count} in the way of this run", style="bold red"))
+    else:
+        console.print(Text("nothing stands in the way of this run", style="green"))
+
+
+def _pointed(word: str, style: str, text: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1, overflow="fold")
+    table.add_row(Text(word, style=style), Text(text))
+    return table
+
+
+def _endpoints(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for one in found.endpoints:
+        fine = one.can_teach and (one.k is None or one.k < 0 or one.k >= config.k)
+        mark = Text("✓ " if fine else "✗ ", style="green" if fine else "bold red")
+        facts = ", ".join(part for part in (one.model, one.dialect) if part)
+        said = one.verdict if fine or not one.can_teach else f"K = {config.k} is above its limit; it {one.verdict}"
+        about = f"{said} ({facts}; asked for K = {config.k})" if facts else said
+        rows.append((one.teacher or "teacher", Group(Text(one.url), mark + Text(about))))
+    return rows
+
+
+def _section(console: Console, title: str, body: Any) -> None:
+    console.print(Text(title, style="bold"))
+    console.print(Padding(body, (0, 0, 1, 2)))
+
+
+def _pairs(rows: list[tuple[str, Any]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(ratio=1, overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(name), value if not isinstance(value, str) else Text(value))
+    return table
+
+
+def _run(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
+    objective = ", ".join(f"{key} {value}" for key, value in config.objective.model_dump().items() if key != "kind")
+    rows = [
+        ("objective", f"{config.objective.kind}{f' ({objective})' if objective else ''}"),
+        ("steps", f"{config.steps}, seed {config.seed}, staleness at most {config.max_staleness}"),
+    ]
+    if found.device:
+        autocast = "" if config.learner.autocast == "off" else f", autocast {config.learner.autocast}"
+        rows.append(("device", f"{found.device}, weights {config.student.dtype}{autocast}"))
+    return rows
+
+
+def _data(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
+    data = found.data
+    own, told = data["prompt_tokens"], data["teacher_prompt_tokens"]
+    rows = [
+        ("file", config.data.path),
+        ("rows", f"{data['rows']:,}, {data['dropped_overlong']:,} over-long dropped"),
+        ("prompt tokens", f"median {own['median']}, longest {own['longest']} of {config.rollout.max_prompt_tokens}"),
+    ]
+    if data["privileged"]:
+        rows.append(
+            ("teacher's", f"median {told['median']}, longest {told['longest']}; {data['privileged']:,} rows differ")
+        )
+    if data["with_completion"]:
+        rows.append(("with an answer", f"{data['with_completion']:,}"))
+    if len(data["by_teacher"]) > 1:
+        rows.append(("by teacher", ", ".join(f"{name} {number:,}" for name, number in data["by_teacher"].items())))
+    return rows
+
+
+def _student(found: DryRun, config: RunConfig, forecast: Forecast) -> list[tuple[str, Any]]:
+    model = forecast.model
+    share = 100 * model.trained / model.parameters
+    trained = (
+        "all of them train" if model.trained == model.parameters else f"{count(model.trained)} train ({share:.2g} %)"
+    )
+    parts = ", ".join(f"{name} {size(number)}" for name, number in forecast.memory.items())
+    there = f" of {size(forecast.available)} on {found.device}" if forecast.available else ""
+    return [
+        ("model", config.student.model),
+        ("parameters", f"{count(model.parameters)}; {trained}"),
+        ("memory, about", f"{size(forecast.memory_total)}{there}: {parts}"),
+    ]
+
+
+def _work(config: RunConfig, forecast: Forecast) -> list[tuple[str, Any]]:
+    totals = forecast.totals
+    rows = [
+        ("epochs", f"{_few(forecast.epochs)} of the rows in {config.steps:,} step{'s' * (config.steps > 1)}"),
+        (
+            "a step",
+            (
+                f"{forecast.prompts_per_step} prompts x {config.rollout.samples_per_prompt} completions, "
+                f"at most {count(forecast.tokens_per_step)} tokens"
+            ),
+        ),
+    ]
+    if forecast.teacher_requests_per_step:
+        rows += [
+            (
+                "teacher, a step",
+                (
+                    f"{forecast.teacher_requests_per_step:,} requests, {count(forecast.teacher_tokens_per_step)} "
+                    f"tokens, replies about {size(forecast.teacher_reply_bytes_per_step)}"
+                ),
+            ),
+            (
+                "teacher, all",
+                (
+                    f"{totals['teacher_requests']:,} requests, {count(totals['teacher_tokens'])} tokens at most, "
+                    f"replies about {size(totals['teacher_reply_bytes'])}"
+                ),
+            ),
+        ]
+    return rows
+
+
+def _few(number: float) -> str:
+    """Two digits of a small number, a large one in whole."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def _prompt(rendered: Rendered) -> Text:
+    text = Text()
+    for place, (part, trains) in enumerate(rendered.parts):
+        style = "dim" if place == 0 else "bold green" if trains else "yellow"
+        if len(part) > 2 * _SHOWN:
+            left_out = len(part) - 2 * _SHOWN
+            part = f"{part[:_SHOWN]}\n... {left_out:,} characters ...\n{part[-_SHOWN:]}"  # noqa: PLW2901
+        text.append(part, style=style)
+    return text
+
+
+def _settings(found: DryRun, *, mark: str) -> Table:
+    """The settings in force, by table; those that were given in bold, with ``mark`` before them."""
+    tables: dict[str, Text] = {}
+    quiet = 0  # how a server is asked has many settings, and most runs change none
+    for key, value, given in found.settings:
+        table, dot, name = key.partition(".")
+        if table == "client" and not given:
+            quiet += 1
+            continue
+        text = tables.setdefault(table if dot else "run", Text())
+        if text:
+            text.append(", ", style="dim")
+        text.append(f"{mark if given else ''}{name if dot else key} ", style="dim")
+        text.append(_toml(value), style="bold" if given else "")
+    if quiet:
+        text = tables.setdefault("client", Text())
+        text.append(f"{', ' if text else ''}{quiet} {'others ' if text else ''}at their defaults", style="dim")
+    return _pairs(list(tables.items()))
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml(entry) for entry in value)}]"
+    return json.dumps(value) if isinstance(value, str) else str(value)

@@ -1,0 +1,48 @@
+"""How the jobs ``score`` and ``sample`` tell what became of their rows, and what they then return."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from topkd.compose.bulk.report import JobReport
+
+_SHOWN = 10  # refused rows that are named on a terminal
+
+
+def finished(report: JobReport, lines: Callable[[], Sequence[str]], *, as_json: bool) -> None:
+    """Prints the report, as its own ``lines`` and what is common to all jobs or as JSON; exit code 1 if rows lack."""
+    if as_json:
+        typer.echo(json.dumps(report.as_dict()))
+    else:
+        for line in (*lines(), *_setbacks(report)):
+            typer.echo(line)
+    if not report.complete or (report.refused and not report.estimate):
+        raise typer.Exit(1)
+
+
+def counted(report: JobReport, done: str, ahead: str, others: Sequence[str]) -> str:
+    """The count called ``done`` (``ahead``, where it is an estimate), and the others that are not zero."""
+    told = [f"{getattr(report, done)} {ahead if report.estimate else done}"]
+    return ", ".join(told + [f"{count} {name}" for name in others if (count := getattr(report, name))])
+
+
+def costing(report: JobReport) -> str:
+    """What it cost, where there is a price; the currency is known to whoever gave that."""
+    return "" if report.cost is None else f", cost {report.cost:.4f} (in the currency of the price)"
+
+
+def _setbacks(report: JobReport) -> list[str]:
+    lines = [f"  {number} x {what}" for what, number in report.reasons.items()]
+    lines += [f"  row {refusal['row']}: {refusal['reason']}" for refusal in report.refusals[:_SHOWN]]
+    if len(report.refusals) > _SHOWN:
+        lines.append("  ... (--json lists the first 1,000)")
+    if report.stopped:
+        lines.append(f"stopped at {report.stopped}; raise it and run the same command again to go on")
+    if report.failed:
+        lines.append("the server did not answer for some rows; run the same command again for those")
+    return lines

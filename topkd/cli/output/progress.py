@@ -1,0 +1,140 @@
+"""Progress on a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+
+from topkd.compose.progress import Progress as Told
+
+if TYPE_CHECKING:
+    from topkd.compose.train import RunResult
+
+_PLAIN_EVERY_S = 10.0
+_MEASURES = {"kl_k1": "kl", "sft_loss": "-log p", "loss": "loss"}  # of a step, and how its line calls each
+
+
+class Display(Told):
+    """Shows what ``compose`` tells: a live bar on a terminal, at most a line every ten seconds elsewhere."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.live = self.console.is_terminal and not os.environ.get("CI")
+        self._bars = Progress(
+            # In 80 columns the bar gives way first, then the detail; a clock that is cut says nothing.
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16, table_column=Column(max_width=16)),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TextColumn("{task.fields[detail]}", markup=False),  # an error's words may hold brackets
+            console=self.console,
+            disable=not self.live,
+        )
+        self._task: TaskID | None = None
+        self._name, self._total, self._said_at, self._began = "", 0, 0.0, time.monotonic()
+        self._first: tuple[int, float] | None = None  # of the stage: units and time when it was first told of
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def note(self, text: str) -> None:
+        """A line worth reading once."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def stage(self, name: str, total: int) -> None:
+        """Work of ``total`` units begins."""
+        self._name, self._total, self._said_at, self._first = name, total, 0.0, None
+        self._task = self._bars.add_task(name, total=total, detail="")
+
+    def advance(self, done: int, detail: str = "") -> None:
+        """``done`` units of the present stage are finished."""
+        now = time.monotonic()
+        self._first = self._first or (done, now)
+        if self.live and self._task is not None:
+            self._bars.update(self._task, completed=done, detail=detail)
+        elif done == self._total or now - self._said_at > _PLAIN_EVERY_S:
+            self._said_at = now
+            clock = f"{now - self._began:.0f} s{left(*self._first, done, self._total, now)}"
+            self.note(f"{self._name}: {done}/{self._total} {detail} ({clock})")
+
+    def record(self, kind: str, record: dict[str, Any]) -> None:
+        """A step moves the bar; an evaluation gets a line of its own."""
+        if kind == "eval":
+            self.note(f"step {record['step']:>4}: {evaluated(record)}")
+            return
+        seconds = record["sample_s"] + record["score_wait_s"] + record["learn_s"]
+        detail = f"{learnt(record)}  {record['tokens'] / max(seconds, 1e-9):.0f} tok/s"
+        if record["lost"]:
+            detail += f"  lost {sum(record['lost'].values())}"
+        self.advance(record["step"], detail)
+
+
+def left(first: int, since: float, done: int, total: int, now: float) -> str:
+    """How long the rest of a stage takes at the pace so far; nothing while there is no pace, or no rest."""
+    if done <= first or done >= total:
+        return ""
+    seconds = (now - since) / (done - first) * (total - done)
+    return f", about {seconds:.0f} s left" if seconds < 120 else f", about {seconds / 60:.0f} min left"
+
+
+def learnt(record: dict[str, Any]) -> str:
+    """What a step is judged by, in a few words."""
+    measure = _measure(record)
+    return "no signal" if measure is None else f"{_MEASURES[measure]} {record[measure]:.3f}"
+
+
+def _measure(record: dict[str, Any]) -> str | None:
+    """The sampled KL; where nothing was sampled the likelihood of the data, or the loss on the teacher's lists for it.
+
+    Lists that were imported say nothing of a token that is in none of them, so that there is no KL of the data's own.
+    """
+    listed = not math.isnan(record.get("teacher_mass") or math.nan)
+    return next((name for name in _MEASURES if record.get(name) is not None and (name != "loss" or listed)), None)
+
+
+def evaluated(record: dict[str, Any]) -> str:
+    """An evaluation in one line: what was measured, and on which prefixes where there are several kinds."""
+    parts = []
+    if "accuracy" in record:
+        ceiling = f" (teacher {100 * record['teacher_accuracy']:.1f} %)" if "teacher_accuracy" in record else ""
+        parts.append(f"accuracy {100 * record['accuracy']:.1f} %{ceiling}")
+    if "reverse_kl" in record:
+        where = {"fresh": "fresh", "teacher": "teacher's"}.get(record.get("prefixes", "fixed"), "held-out")
+        parts.append(
+            f"{where} KL(S||T) {record['reverse_kl']:.4f}  KL(T||S) {record['forward_kl']:.4f}  "
+            f"agreement {100 * record['agreement']:.1f} %"
+        )
+    return "  ".join(parts)
+
+
+def told(result: RunResult, verb: str, *, as_json: bool) -> None:
+    """A finished run on standard output: where it lies and how it ended, as a sentence or as strict JSON."""
+    from topkd.engine.loop.metrics import strict
+
+    last = result.steps[-1]
+    measure = _measure(last)
+    ended = "no signal in the last step" if measure is None else f"last {measure} {last[measure]:.4g} nats"
+    if as_json:
+        typer.echo(json.dumps(strict({"out": str(result.out), "last_step": last, "evals": result.evals})))
+        return
+    typer.echo(
+        f"{last['step']} step{'s' * (last['step'] != 1)} {verb}; {ended}; student: {result.out / 'student'}, "
+        f"diary: {result.out / 'metrics.jsonl'}\nits page: topkd report {shlex.quote(str(result.out))}"
+    )

@@ -1,0 +1,106 @@
+"""How a run that was told to stop, or had nothing left to do, is said; and what the command then returns."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from topkd.cli.options import needs
+from topkd.cli.output.progress import Display, told
+
+if TYPE_CHECKING:
+    from topkd.compose.run.runner import RunResult
+
+# A service manager's SIGTERM was obeyed: success. Ctrl-C is what shells expect of it.
+CODES = {"SIGTERM": 0, "SIGINT": 130}
+
+
+def first_process() -> bool:
+    """Whether this process speaks: the only one, or torchrun's first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def again(command: str, config: Path, out: Path, overrides: list[str], *, cache: Path | None = None) -> str:
+    """The command line that goes on with a run: as it was called, since a resumed run must be the same one."""
+    words = [*_launched(), command, str(config), *(["--cache", str(cache)] if cache else []), "--out", str(out)]
+    for pair in overrides:
+        words += ["--set", pair]
+    return shlex.join([*words, "--resume"])
+
+
+def _launched() -> list[str]:
+    """``topkd``, or what starts it as often as it runs now: fewer processes would draw other completions."""
+    size, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if "RANK" not in os.environ or size == "1":
+        return ["topkd"]
+    nodes = [] if size == here else ["--nnodes", os.environ.get("GROUP_WORLD_SIZE", str(int(size) // int(here)))]
+    return ["torchrun", *nodes, "--nproc-per-node", here, "-m", "topkd"]
+
+
+@contextlib.contextmanager
+def resumable(out: Path, again: str) -> Iterator[None]:
+    """Around a run: where it fails after it has written here, and a checkpoint lies here, it is said how to go on.
+
+    Args:
+        out: Its folder.
+        again: The command that goes on with it.
+    """
+    from topkd.compose.run.folder import CHECKPOINTS, DIARY
+
+    before = _written(out / DIARY)
+    try:
+        yield
+    except BaseException:
+        if first_process() and _written(out / DIARY) != before and any((out / CHECKPOINTS).glob("step-*")):
+            typer.echo(f"once that is mended, go on with: {again}", err=True)
+        raise
+
+
+def _written(file: Path) -> int | None:
+    """When a file was last written to; None where there is none."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def ended(result: RunResult, verb: str, *, again: str, as_json: bool) -> None:
+    """Say how the run ended on standard output (standard error for what is not its result), and exit accordingly.
+
+    Args:
+        result: The run.
+        verb: What was done.
+        again: The command that goes on with it.
+        as_json: The result as strict JSON.
+    """
+    if not first_process():
+        raise typer.Exit(CODES.get(result.stopped, 0))
+    if result.already:
+        typer.echo(f"{result.out} is finished: {len(result.steps)} steps; nothing to resume", err=True)
+    if result.stopped:
+        typer.echo(f"{result.stopped}: stopped after step {len(result.steps)}; go on with: {again}", err=True)
+    if result.steps and (as_json or not result.stopped):
+        told(result, verb, as_json=as_json)
+    if result.stopped:
+        raise typer.Exit(CODES.get(result.stopped, 1))
+
+
+@contextlib.contextmanager
+def watched(out: Path, display: Display, *, wanted: bool) -> Iterator[None]:
+    """Serve the page of the run in ``out`` until it ends, and say where; nothing unless ``wanted``."""
+    if not wanted:
+        yield
+        return
+    needs("--watch", "jinja2", extra="report")
+    from topkd.engine import EngineConfig
+    from topkd.report.page.live_server import serve_run
+
+    with serve_run(out, baseline=EngineConfig().model_dump(mode="json")) as page:
+        display.note(f"follow the run at {page.url}")
+        yield

@@ -1,0 +1,217 @@
+"""SGLang's ``/generate`` replies to arrays: flat base64 where it is there, nested lists otherwise. Pure.
+
+Lists start at token ``logprob_start_len``; their entry 0 is null whatever the start, because nothing predicts it. K
+entries a row, ranked; the realised token stands beside them. JSON null is -inf or NaN (orjson writes both so): in a
+list it is read as probability zero, for a realised token it cannot be told and is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+
+from topkd.clients.decoding.binary import flat_lists
+from topkd.clients.decoding.checks import check_rows
+from topkd.clients.decoding.listed import beside
+from topkd.clients.decoding.sampled import Asked
+from topkd.clients.decoding.vllm_typed import as_ids, typed
+from topkd.topk.errors import AlignmentError, ResponseError, ServerBusyError
+from topkd.topk.samples import FinishReason, Rollout
+from topkd.topk.types import Float32, Float64, Int32, TopK
+
+_LOWEST = -1e30  # generated -inf is written as -3.4e38
+Triple = tuple[float | None, int, str | None]
+
+
+class _Finish(msgspec.Struct):
+    type: str
+    message: str | None = None
+
+
+class _Meta(msgspec.Struct):
+    input_token_logprobs: list[Triple] | None = None
+    input_top_logprobs: list[list[Triple] | None] | None = None
+    input_top_logprobs_val_flat_b64: bytes | None = None
+    input_top_logprobs_idx_flat_b64: bytes | None = None
+    input_top_logprobs_shape: list[int] | None = None
+    input_top_logprobs_null_prefix: int | None = None
+    input_token_ids_logprobs: list[list[Triple] | None] | None = None
+    output_token_logprobs: list[Triple] | None = None
+    output_top_logprobs: list[list[Triple] | None] | None = None
+    finish_reason: _Finish | str | None = None
+    weight_version: str | int | None = None
+
+
+class _Reply(msgspec.Struct):
+    meta_info: _Meta
+    output_ids: list[int] | None = None
+
+
+_ONE = msgspec.json.Decoder(_Reply)
+_MANY = msgspec.json.Decoder(list[_Reply] | _Reply)
+
+
+def scored_rows(
+    body: bytes, *, ids: Int32, start: int, k: int, vocab_size: int | None = None
+) -> tuple[TopK, int, bool]:
+    """Checked rows ``start ..``, how many zero-probability entries they held, and whether the arrays came flat."""
+    meta = typed(body, _ONE).meta_info
+    _refuse_abort(meta)
+    actual_logp = _realised(meta, ids, start)
+    rows = actual_logp.size
+    want = k if vocab_size is None else min(k, vocab_size)
+    flat = meta.input_top_logprobs_val_flat_b64 is not None
+    if k == 0:
+        listed, logp = np.empty((rows, 0), np.int32), np.empty((rows, 0))
+    elif flat:
+        listed, logp = _flat(meta, rows, want)
+    else:
+        listed, logp = _nested(meta.input_top_logprobs, rows, want, "input_top_logprobs")
+    if vocab_size is not None and listed.size and int(listed.max()) >= vocab_size:
+        raise ResponseError("id outside the vocabulary", got=int(listed.max()), expected=f"below {vocab_size}")
+    zero = logp <= _LOWEST
+    logp = np.where(zero, -np.inf, logp)
+    actual = ids[start + 1 :]
+    topk = beside(listed, logp, start=start, k=want, actual_ids=actual, actual_logp=actual_logp)
+    return topk, int(np.count_nonzero(zero)), flat
+
+
+def candidate_rows(body: bytes, *, ids: Int32, start: int, union: Int32) -> Float32:
+    """float32 [R, U] logprobs of the shared list ``union`` at rows ``start ..``, in its order."""
+    meta = typed(body, _ONE).meta_info
+    _refuse_abort(meta)
+    rows = _realised(meta, ids, start).size
+    if meta.input_token_ids_logprobs is None:
+        raise ResponseError("the reply has no input_token_ids_logprobs", hint="the server ignored token_ids_logprob")
+    found, logp = _nested(meta.input_token_ids_logprobs, rows, int(union.size), "input_token_ids_logprobs")
+    order = np.argsort(found, axis=1)
+    found, logp = np.take_along_axis(found, order, axis=1), np.take_along_axis(logp, order, axis=1)
+    wrong = (found != union).any(axis=1)
+    if wrong.any():
+        raise AlignmentError(
+            "a row scores other candidates",
+            where=f"row {int(np.argmax(wrong))}",
+            got=found[np.argmax(wrong)][:4].tolist(),
+            expected=union[:4].tolist(),
+        )
+    if (np.exp(logp).sum(axis=1) > 1 + 1e-3).any():
+        raise ResponseError("candidates hold more than all probability")
+    return np.where(logp <= _LOWEST, -np.inf, logp).astype(np.float32)
+
+
+def sampled_rollouts(body: bytes, *, asked: Asked) -> list[Rollout]:
+    """The n rollouts of a reply (an object for one, a list for more)."""
+    reply = typed(body, _MANY)
+    replies = reply if isinstance(reply, list) else [reply]
+    if len(replies) != asked.n:
+        raise ResponseError("wrong number of completions", got=len(replies), expected=asked.n)
+    return [_rollout(one, asked, index) for index, one in enumerate(replies)]
+
+
+def _rollout(reply: _Reply, asked: Asked, index: int) -> Rollout:
+    meta, where = reply.meta_info, f"completion {index}"
+    _refuse_abort(meta)
+    reason = meta.finish_reason.type if isinstance(meta.finish_reason, _Finish) else meta.finish_reason
+    if reason not in {"stop", "length"}:
+        raise ResponseError("unknown finish_reason", where=where, got=reason, expected="stop or length")
+    if meta.output_token_logprobs is None:
+        raise ResponseError("the reply has no output_token_logprobs", where=where)
+    ids = as_ids([entry[1] for entry in meta.output_token_logprobs], where)
+    if reply.output_ids is not None and reply.output_ids != ids.tolist():
+        raise AlignmentError(
+            "output_ids and output_token_logprobs disagree",
+            where=where,
+            got=f"{len(reply.output_ids)} ids",
+            expected=ids.size,
+        )
+    if not 1 <= ids.size <= asked.params.max_tokens:
+        raise ResponseError(
+            "wrong number of tokens", where=where, got=ids.size, expected=f"1..{asked.params.max_tokens}"
+        )
+    if asked.vocab_size is not None and int(ids.max()) >= asked.vocab_size:
+        raise ResponseError("id outside the vocabulary", where=where, got=int(ids.max()))
+    logp = _numbers([entry[0] for entry in meta.output_token_logprobs], where)
+    topk = None
+    if asked.k:
+        want = asked.k if asked.vocab_size is None else min(asked.k, asked.vocab_size)
+        listed, values = _nested(meta.output_top_logprobs, ids.size, want, "output_top_logprobs", first_null=False)
+        values = np.where(values <= _LOWEST, -np.inf, values)
+        start = int(asked.prompt.size) - 1
+        topk = beside(listed, values, start=start, k=want, actual_ids=ids, actual_logp=logp)
+    return Rollout(
+        prompt_ids=asked.prompt,
+        completion_ids=ids,
+        logp=(logp if asked.exact else np.full(ids.size, np.nan)).astype(np.float32),
+        finish_reason=cast("FinishReason", reason),
+        sampling=asked.params,
+        topk=topk,
+        version="" if meta.weight_version is None else str(meta.weight_version),
+    )
+
+
+def _refuse_abort(meta: _Meta) -> None:
+    if isinstance(meta.finish_reason, _Finish) and meta.finish_reason.type == "abort":
+        raise ServerBusyError("the server aborted the request", got=meta.finish_reason.message)
+
+
+def _realised(meta: _Meta, ids: Int32, start: int) -> Float64:
+    entries = meta.input_token_logprobs
+    if entries is None:
+        raise ResponseError("the reply has no input_token_logprobs", hint="the server ignored return_logprob")
+    check_rows(len(entries), int(ids.size) - start)
+    got = [entry[1] for entry in entries]
+    if got != ids[start:].tolist():
+        at = next(i for i, (a, b) in enumerate(zip(got, ids[start:].tolist(), strict=True)) if a != b)
+        raise AlignmentError(
+            "the server scored another prompt",
+            where=f"position {start + at}",
+            got=got[at],
+            expected=int(ids[start + at]),
+        )
+    return _numbers([entry[0] for entry in entries[1:]], "input_token_logprobs")
+
+
+def _numbers(values: list[float | None], where: str) -> Float64:
+    logp = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    if np.isnan(logp).any():
+        row = int(np.argmax(np.isnan(logp)))
+        raise ResponseError("a realised token's logprob is null", where=f"{where}, row {row}", expected="a number")
+    return np.where(logp <= _LOWEST, -np.inf, logp)
+
+
+def _flat(meta: _Meta, rows: int, k: int) -> tuple[Int32, Float64]:
+    values, indices, shape = (
+        meta.input_top_logprobs_val_flat_b64,
+        meta.input_top_logprobs_idx_flat_b64,
+        meta.input_top_logprobs_shape,
+    )
+    if values is None or indices is None or shape is None or len(shape) != 2:
+        raise ResponseError("a flat list without its indices or its shape", got=shape)
+    # The null prefix is counted, not stored; a server that stores it as rows shows them in the shape.
+    skipped = shape[0] - rows
+    if shape[1] != k or skipped not in {0, 1}:
+        raise AlignmentError("flat top-K: another shape", got=shape, expected=[rows, k])
+    ids, logp = flat_lists(values[skipped * k * 4 :], indices[skipped * k * 4 :], rows=rows, k=k)
+    return ids, logp.astype(np.float64)
+
+
+def _nested(
+    lists: list[list[Triple] | None] | None, rows: int, k: int, what: str, *, first_null: bool = True
+) -> tuple[Int32, Float64]:
+    if lists is None:
+        raise ResponseError(f"the reply has no {what}")
+    kept: list[Any] = lists[1:] if first_null else lists
+    check_rows(len(kept), rows)
+    short = next((row for row, entries in enumerate(kept) if entries is None or len(entries) != k), None)
+    if short is not None:
+        got = None if kept[short] is None else len(kept[short])
+        raise ResponseError("wrong number of entries", where=f"{what}, row {short}", got=got, expected=k)
+    flat = [entry for entries in kept for entry in entries]
+    ids = as_ids([entry[1] for entry in flat], what).reshape(rows, k)
+    # null stands for a value JSON cannot hold; the mass and order checks of the row see whether it was NaN's neighbour.
+    logp = np.array([-np.inf if entry[0] is None else entry[0] for entry in flat], dtype=np.float64).reshape(rows, k)
+    if logp.size and float(logp.max()) > 1e-3:
+        raise ResponseError(f"{what}: a logprob is above 0", got=float(logp.max()), expected="<= 0")
+    return ids, logp

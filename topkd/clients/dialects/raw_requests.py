@@ -1,0 +1,103 @@
+"""Single questions to a server, outside any dialect: raw bodies in, plain values out, and which routes are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from topkd.clients.decoding.vllm_typed import typed
+from topkd.clients.dialects.base import HttpClient
+from topkd.topk.errors import (
+    AuthError,
+    FinalServerError,
+    RequestRefusedError,
+    ResponseError,
+    ServerFailedError,
+    TopkdError,
+)
+
+_ANY = msgspec.json.Decoder(Any)
+
+
+class Wire:
+    """Asks one server. ``requests`` counts what was asked."""
+
+    def __init__(self, client: HttpClient) -> None:
+        self.client = client
+
+    @property
+    def requests(self) -> int:
+        """HTTP exchanges so far, retries included."""
+        return int(self.client.metrics_["tries"])
+
+    async def post(
+        self, path: str, body: Mapping[str, Any], *, entries: int = 4096, tokens: int = 64, k: int = 0
+    ) -> dict[str, Any]:
+        """The JSON object of a 200.
+
+        Raises:
+            ServerError: any other status, in the server's words.
+            ResponseError: not a JSON object.
+        """
+        value = await self.client.endpoint.call(
+            "POST",
+            path,
+            dict(body),
+            decode=lambda reply: typed(reply, _ANY),
+            where=self.client.where(f"POST {path}"),
+            tokens=tokens,
+            entries=entries,
+            k=k,
+        )
+        if not isinstance(value, dict):
+            raise ResponseError("the reply is not a JSON object", where=self.client.where(f"POST {path}"))
+        return value
+
+    async def get(self, path: str) -> dict[str, Any] | None:
+        """The JSON object of ``GET path``; None where there is no such thing."""
+        try:
+            value = await self.client.endpoint.call(
+                "GET", path, decode=lambda reply: typed(reply, _ANY), where=self.client.where(f"GET {path}")
+            )
+        except AuthError:
+            raise
+        except (FinalServerError, ResponseError, ServerFailedError):
+            return None
+        return value if isinstance(value, dict) else None
+
+    async def text(self, path: str) -> str:
+        """The body of ``GET path``, "" where there is no such route."""
+        try:
+            return await self.client.endpoint.call(
+                "GET",
+                path,
+                decode=lambda reply: reply.decode("utf-8", "replace"),
+                where=self.client.where(f"GET {path}"),
+                entries=2**14,
+            )
+        except AuthError:
+            raise
+        except (FinalServerError, ResponseError, ServerFailedError):
+            return ""
+
+    async def mounted(self, path: str) -> bool:
+        """Whether a POST-only route is there: it answers a GET with 405, and a route that is not there with 404.
+
+        Nothing is changed on the server, whatever the route does.
+        """
+        try:
+            await self.client.endpoint.call("GET", path, decode=lambda _: None, where=self.client.where(f"GET {path}"))
+        except RequestRefusedError as error:
+            return error.got == "HTTP 405"
+        except AuthError:
+            return True
+        except (FinalServerError, ResponseError, ServerFailedError):
+            return False
+        return True
+
+
+def plain(error: TopkdError) -> str:
+    """What an error says, without endpoint and advice."""
+    return error.what if error.got is None else f"{error.what}: {error.got}"

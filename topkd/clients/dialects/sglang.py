@@ -1,0 +1,213 @@
+"""SGLang's ``/generate``: scores as flat base64 arrays, samples, and scores shared lists of candidates.
+
+Written from SGLang 0.5's source and documents and tried on ``topkd serve``; no reply of a real SGLang was recorded.
+Sampled logprobs follow the temperature there (scores never do), so a draw is exact at temperature 1 only.
+"""
+
+from __future__ import annotations
+
+import secrets
+from functools import partial
+from typing import Any
+
+import numpy as np
+from pydantic import SecretStr
+
+from topkd.clients.config import ClientConfig
+from topkd.clients.decoding.checks import check_vocabulary, request_ids
+from topkd.clients.decoding.sampled import Asked, sent
+from topkd.clients.decoding.sglang import candidate_rows, sampled_rollouts, scored_rows
+from topkd.clients.dialects.base import HttpClient, ServerInfo
+from topkd.clients.dialects.raw_requests import Wire
+from topkd.clients.http.admission import Budget
+from topkd.clients.http.metrics import Metrics
+from topkd.clients.http.transport import Transport
+from topkd.topk.errors import ConfigError, UnsupportedError
+from topkd.topk.protocols import Ids
+from topkd.topk.samples import Rollout, SamplingParams
+from topkd.topk.types import Float32, Int32, TopK
+
+ROUTE = "/generate"
+_UNION_CELLS = 4_000_000  # rows x distinct ids of one request: nested JSON of about 40 bytes each
+
+
+def score_body(ids: Int32, start: int, k: int) -> dict[str, Any]:
+    """A request that scores rows ``start ..``; nothing is generated. Entry 0 of the reply is null by design."""
+    return {
+        "input_ids": ids.tolist(),
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": start,
+        "top_logprobs_num": k,
+        "return_flat_raw_top_logprobs": True,
+        "return_flat_raw_top_logprobs_b64": True,
+        "return_text_in_logprobs": False,
+    }
+
+
+def candidates_body(ids: Int32, start: int, candidates: Int32) -> dict[str, Any]:
+    """A request that scores the same ``candidates`` at every row ``start ..``."""
+    return score_body(ids, start, 0) | {"token_ids_logprob": candidates.tolist()}
+
+
+def sample_body(prompt: Int32, params: SamplingParams, n: int, k: int) -> dict[str, Any]:
+    """A sampling request with every parameter said."""
+    return {
+        "input_ids": prompt.tolist(),
+        "sampling_params": {
+            "n": n,
+            "max_new_tokens": params.max_tokens,
+            "min_new_tokens": 0,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k or -1,
+            "min_p": params.min_p,
+            "repetition_penalty": params.repetition_penalty,
+            "presence_penalty": params.presence_penalty,
+            "frequency_penalty": params.frequency_penalty,
+            "stop_token_ids": list(params.stop_token_ids),
+            "ignore_eos": False,
+            "no_stop_trim": True,
+            "skip_special_tokens": False,
+            "sampling_seed": params.seed,
+        },
+        "return_logprob": True,
+        "logprob_start_len": -1,
+        "top_logprobs_num": k,
+        "return_text_in_logprobs": False,
+    }
+
+
+class Sglang(HttpClient):
+    """Teacher, shared-list candidate scorer and sampler over ``/generate``.
+
+    Args:
+        base_url: ``http(s)://host:port``.
+        model: Served name; None takes the only one (``/generate`` itself needs none).
+        api_key: ``"env:NAME"``, ``"file:PATH"``, a key, or None.
+        config: Time-outs, retries and bounds.
+        vocab_size: Ids outside it are refused, in requests and replies.
+        budget: Shared with other clients.
+        metrics: Shared likewise.
+        transport: In place of httpx.
+    """
+
+    dialect = "sglang"
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        model: str | None = None,
+        api_key: str | SecretStr | None = None,
+        config: ClientConfig | None = None,
+        vocab_size: int | None = None,
+        budget: Budget | None = None,
+        metrics: Metrics | None = None,
+        transport: Transport | None = None,
+    ) -> None:
+        super().__init__(
+            base_url, model=model, api_key=api_key, config=config, budget=budget, metrics=metrics, transport=transport
+        )
+        self.vocab_size = vocab_size
+
+    async def server_info(self) -> ServerInfo:
+        """As the base class, with the version that ``/server_info`` states."""
+        info = await super().server_info()
+        said = await Wire(self).get("/server_info") or await Wire(self).get("/get_server_info") or {}
+        length = info.max_model_len
+        if length is None and isinstance(said.get("max_total_num_tokens"), int):
+            length = said.get("context_length") if isinstance(said.get("context_length"), int) else None
+        return ServerInfo(info.model, length, str(said.get("version") or info.version), info.models)
+
+    async def score(self, ids: Ids, start: int, k: int) -> TopK:
+        """As ``TeacherScorer``: only rows ``start .. len(ids) - 2`` are sent, a cached prefix is used up to there."""
+        array = request_ids(ids, start, k, self.vocab_size)
+        rows = int(array.size) - 1 - start
+        topk, zeros, flat = await self.endpoint.call(
+            "POST",
+            ROUTE,
+            score_body(array, start, k),
+            decode=partial(scored_rows, ids=array, start=start, k=k, vocab_size=self.vocab_size),
+            where=self.where(f"{array.size} tokens, K = {k}"),
+            tokens=int(array.size),
+            entries=rows * (k + 1),
+            k=k,
+            response_retries=self.endpoint.config.response_retries,
+        )
+        self._note(topk, zeros)
+        self.metrics_.add("decoded_flat" if flat else "decoded_nested")
+        return topk
+
+    async def score_candidates(self, ids: Ids, start: int, candidates: Int32) -> Float32:
+        """float32 [R, K] at ``candidates`` [R, K] (-1 pads give -inf), through one list that all rows share.
+
+        Raises:
+            UnsupportedError: rows times distinct candidates is more than one reply should hold.
+        """
+        array = request_ids(ids, start, 0, self.vocab_size)
+        rows = int(array.size) - 1 - start
+        wanted = np.asarray(candidates)
+        if wanted.ndim != 2 or wanted.shape[0] != rows or wanted.shape[1] < 1 or wanted.dtype.kind not in "iu":
+            raise ConfigError(
+                "candidates of the wrong shape", got=f"{wanted.dtype} {wanted.shape}", expected=f"[{rows}, K]"
+            )
+        check_vocabulary(np.where(wanted == -1, 0, wanted).ravel(), self.vocab_size)
+        union = np.unique(wanted[wanted >= 0]).astype(np.int32)
+        if not union.size:
+            return np.full(wanted.shape, -np.inf, dtype=np.float32)
+        if rows * union.size > _UNION_CELLS:
+            raise UnsupportedError(
+                "SGLang takes one list of candidates for all rows, and these rows share too few",
+                where=self.where(),
+                got=f"{rows} rows x {union.size} distinct ids",
+                expected=f"at most {_UNION_CELLS:,} values",
+                hint="score shorter completions, or use the teacher's own top K",
+            )
+        matrix = await self.endpoint.call(
+            "POST",
+            ROUTE,
+            candidates_body(array, start, union),
+            decode=partial(candidate_rows, ids=array, start=start, union=union),
+            where=self.where(f"{rows} rows, {union.size} candidates"),
+            tokens=int(array.size),
+            entries=rows * (int(union.size) + 1),
+            k=int(union.size),
+            response_retries=self.endpoint.config.response_retries,
+        )
+        columns = np.searchsorted(union, np.maximum(wanted, union[0]))
+        values = np.take_along_axis(matrix, columns, axis=1)
+        return np.where(wanted >= 0, values, -np.inf).astype(np.float32)
+
+    async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
+        """n completions with the logprobs they were sampled with, the stop token kept.
+
+        Served logprobs follow the temperature but no truncation or penalty: with those ``Rollout.logp`` is NaN.
+        """
+        prompt = np.asarray(prompt_ids)
+        if prompt.ndim != 1 or prompt.size < 1 or prompt.dtype.kind not in "iu":
+            raise ConfigError(
+                "a prompt must be a flat, non-empty sequence of token ids", got=f"{prompt.dtype} {prompt.shape}"
+            )
+        if n < 1 or k < 0:
+            raise ConfigError("n must be at least 1 and k at least 0", got=f"n = {n}, k = {k}")
+        check_vocabulary(prompt, self.vocab_size)
+        prompt = prompt.astype(np.int32)
+        params = params if params.seed is not None else sent(params, secrets.randbelow(2**31))
+        tempered = SamplingParams(params.max_tokens, stop_token_ids=params.stop_token_ids, seed=params.seed)
+        # A tempered draw's own logprob is what SGLang serves; whether it is depends on a server flag, so only
+        # temperature 1, where both readings agree, counts as exact.
+        asked = Asked(prompt, n, params, k, self.vocab_size, params == tempered)
+        result = await self.endpoint.call(
+            "POST",
+            ROUTE,
+            sample_body(prompt, params, n, k),
+            decode=partial(sampled_rollouts, asked=asked),
+            where=self.where(f"{n} x {params.max_tokens} tokens"),
+            tokens=int(prompt.size) + params.max_tokens,
+            entries=n * params.max_tokens * (k + 2) + int(prompt.size),
+            k=k,
+        )
+        self.metrics_.add("sampled_requests")
+        self.metrics_.add("sampled_tokens", sum(rollout.completion_ids.size for rollout in result))
+        return result

@@ -1,0 +1,330 @@
+"""vLLM's ``/inference/v1/generate``: token ids in and out, cheaper scores, and the only route that scores candidates.
+
+With ``detokenize: false`` the server neither decodes nor escapes a string for each entry: the same scores as
+``/v1/completions`` in about a third of its time. Mounted by vLLM with ``--enable-scale-out``, and by ``topkd serve``.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from functools import partial
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from topkd.clients.decoding.binary import npy_matrix
+from topkd.clients.decoding.checks import check_vocabulary, ranked, request_ids, scored
+from topkd.clients.decoding.generate_sampled import rollouts
+from topkd.clients.decoding.listed import trusted
+from topkd.clients.decoding.sampled import Asked, sent
+from topkd.clients.decoding.vllm import check_prompt, fast_reader
+from topkd.clients.decoding.vllm_typed import Row, ScoredChoice, prompt_rows, typed
+from topkd.clients.dialects.vllm import VllmCompletions
+from topkd.clients.http.retry import Try
+from topkd.clients.http.status_errors import repeats
+from topkd.topk.errors import ConfigError, KLimitError, RequestRefusedError, ResponseError, UnsupportedError
+from topkd.topk.protocols import Ids
+from topkd.topk.samples import Rollout, SamplingParams
+from topkd.topk.types import PAD_ID, Float32, Int32, TopK
+
+ROUTE = "/inference/v1/generate"
+Schema = Literal["rows", "shared"]
+_COMPLETE = (0, 33)  # from here on generated lists are whole; before, the sampled token takes a place in them
+_ROWS = (0, 32)
+_WORTH_IT = 16_384
+_MAX_WINDOWS = 16
+_SHARED = 1024  # ids of a shared list on a server without a limit
+
+
+class _Scored(msgspec.Struct):
+    prompt_logprobs: list[Row | None] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class _Candidates(msgspec.Struct):
+    prompt_token_id_logprobs: bytes | None = None  # msgspec decodes the base64
+
+
+_SCORED = msgspec.json.Decoder(_Scored)
+_CANDIDATES = msgspec.json.Decoder(_Candidates)
+
+
+def score_body(model: str, ids: Int32, k: int) -> dict[str, Any]:
+    """A request that scores every position of ``ids`` without a string in the reply."""
+    sampling = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": k, "detokenize": False}
+    return {"model": model, "token_ids": ids.tolist(), "sampling_params": sampling, "return_token_ids": True}
+
+
+def sample_body(model: str, prompt: Int32, n: int, params: SamplingParams, logprobs: int) -> dict[str, Any]:
+    """A sampling request with every parameter said."""
+    sampling = {
+        "n": n,
+        "max_tokens": params.max_tokens,
+        "min_tokens": 0,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "min_p": params.min_p,
+        "repetition_penalty": params.repetition_penalty,
+        "presence_penalty": params.presence_penalty,
+        "frequency_penalty": params.frequency_penalty,
+        "stop_token_ids": list(params.stop_token_ids),
+        "ignore_eos": bool(params.stop_token_ids),  # else a generation_config adds ends of its own
+        "seed": params.seed,
+        "logprobs": logprobs,
+        "detokenize": False,
+    }
+    return {"model": model, "token_ids": prompt.tolist(), "sampling_params": sampling}
+
+
+def candidates_body(model: str, ids: Int32, start: int, candidates: list[Any]) -> dict[str, Any]:
+    """A request that scores ``candidates`` (a list a row, or one for all) at rows ``start ..``."""
+    sampling = {
+        "max_tokens": 1,
+        "temperature": 0,
+        "prompt_logprob_token_ids": candidates,
+        "prompt_logprob_start": start,
+        "detokenize": False,
+    }
+    return {"model": model, "token_ids": ids.tolist(), "sampling_params": sampling}
+
+
+def score_reply(
+    body: bytes, *, ids: Int32, start: int, k: int, vocab_size: int | None = None
+) -> tuple[TopK, int, bool]:
+    """Bytes to checked rows, as ``decode.score_reply`` does for completions."""
+    fast = fast_reader()(body, ids, start, k) if len(body) >= _WORTH_IT else None
+    if fast is None:
+        reply = typed(body, _SCORED)
+        check_prompt(reply.prompt_token_ids, ids)
+        rows = prompt_rows(ScoredChoice(prompt_logprobs=reply.prompt_logprobs), ids, start)
+        return *scored(rows, ids, start, k, vocab_size), False
+    found, envelope = fast
+    check_prompt(typed(envelope, _SCORED).prompt_token_ids, ids)
+    return *ranked(found, ids, start, vocab_size), True
+
+
+def candidates_reply(body: bytes, *, rows: int, columns: int) -> Float32:
+    """float32 [rows, columns], in the order asked; a 200 without the field is an error.
+
+    Raises:
+        ResponseError: the field is null, or values that are no logprobs.
+        AlignmentError: another shape: the server read the request in another schema.
+    """
+    raw = typed(body, _CANDIDATES).prompt_token_id_logprobs
+    if raw is None:
+        raise ResponseError(
+            "the reply has no prompt_token_id_logprobs",
+            got="null",
+            expected=f"a matrix of {rows} x {columns}",
+            hint="the server ignored the field, or began behind its start because of a cached prefix",
+        )
+    return npy_matrix(raw, rows=rows, k=columns, what="prompt_token_id_logprobs")
+
+
+class VllmGenerate(VllmCompletions):
+    """Teacher, candidate scorer and sampler over ``/inference/v1/generate``; arguments as ``VllmCompletions``."""
+
+    dialect = "vllm_generate"
+    _version: tuple[int, ...] | None = None
+    _schema: Schema | None = None
+    _limit: int | None = None
+
+    async def version(self) -> tuple[int, ...]:
+        """Major and minor number of the server; () when it does not say."""
+        if self._version is None:
+            said = re.match(r"v?(\d+)\.(\d+)", await self.server_version())
+            self._version = (int(said[1]), int(said[2])) if said else ()
+        return self._version
+
+    async def score(self, ids: Ids, start: int, k: int) -> TopK:
+        """As ``TeacherScorer``: rows ``start .. len(ids) - 2``."""
+        array = request_ids(ids, start, k, self.vocab_size)
+        model = await self.model_name()
+        try:
+            topk, zeros, fast = await self.endpoint.call(
+                "POST",
+                ROUTE,
+                lambda one: score_body(model, array, k) | _salt(one),
+                decode=partial(score_reply, ids=array, start=start, k=k, vocab_size=self.vocab_size),
+                where=self.where(f"{array.size} tokens, K = {k}"),
+                tokens=int(array.size),
+                entries=int(array.size) * (k + 1),
+                k=k,
+                model=model,
+                response_retries=self.endpoint.config.response_retries,
+            )
+        except RequestRefusedError as error:
+            raise _explained(error) from error
+        self._note(topk, zeros)
+        self.metrics_.add("decoded_fast" if fast else "decoded_typed")
+        return topk
+
+    async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
+        """As ``VllmCompletions.sample``. Before vLLM 0.33 a list of K costs K + 1, which the server's limit caps."""
+        prompt = np.asarray(prompt_ids)
+        if prompt.ndim != 1 or prompt.size < 1 or prompt.dtype.kind not in "iu":
+            raise ConfigError(
+                "a prompt must be a flat, non-empty sequence of token ids", got=f"{prompt.dtype} {prompt.shape}"
+            )
+        if n < 1 or k < 0:
+            raise ConfigError("n must be at least 1 and k at least 0", got=f"n = {n}, k = {k}")
+        check_vocabulary(prompt, self.vocab_size)
+        prompt = prompt.astype(np.int32)
+        model = await self.model_name()
+        params = params if params.seed is not None else sent(params, secrets.randbelow(2**31))
+        processed = self.logprobs_mode == "processed_logprobs" and params.temperature > 0
+        asked = Asked(prompt, n, params, k, self.vocab_size, params.exact or processed)
+        wide = k if k == 0 or await self.version() >= _COMPLETE else k + 1
+        try:
+            result = await self._versioned(
+                model,
+                self.endpoint.call(
+                    "POST",
+                    ROUTE,
+                    lambda one: sample_body(model, prompt, n, params, wide) | _salt(one),
+                    decode=lambda body: rollouts(body, asked=asked),
+                    where=self.where(f"{n} x {params.max_tokens} tokens"),
+                    tokens=int(prompt.size) + params.max_tokens,
+                    entries=n * params.max_tokens * (k + 2) + int(prompt.size),
+                    k=wide,
+                    model=model,
+                ),
+            )
+        except RequestRefusedError as error:
+            raise _explained(error) from error
+        self.metrics_.add("sampled_requests")
+        self.metrics_.add("sampled_tokens", sum(rollout.completion_ids.size for rollout in result))
+        if not asked.exact:
+            self.metrics_.add("inexact_rollouts", n)
+        return result
+
+    async def score_candidates(self, ids: Ids, start: int, candidates: Int32) -> Float32:
+        """float32 [R, K] logprobs of ``candidates`` [R, K] at rows ``start ..``; -1 pads give -inf.
+
+        The schema is chosen by the server's version, changed when the server refuses it, and the reply's shape proves
+        it. vLLM 0.31 takes one list for all rows: the rows are then cut into windows whose union it serves.
+
+        Raises:
+            UnsupportedError: the server scores no candidates, or the rows share too few of them for its schema.
+        """
+        array = request_ids(ids, start, 0, self.vocab_size)
+        wanted = _candidates(candidates, array.size - 1 - start, self.vocab_size)
+        if self._schema is None:
+            version = await self.version()
+            self._schema = "shared" if () < version < _ROWS else "rows"
+        try:
+            return await self._by_schema(self._schema, array, start, wanted)
+        except RequestRefusedError as error:
+            if not _other_schema(error):
+                raise _explained(error) from error
+        self._schema = "shared" if self._schema == "rows" else "rows"
+        try:
+            return await self._by_schema(self._schema, array, start, wanted)
+        except RequestRefusedError as error:
+            raise _explained(error) from error
+
+    async def _by_schema(self, schema: Schema, ids: Int32, start: int, wanted: Int32) -> Float32:
+        if schema == "rows":
+            return await self._matrix(ids, start, wanted.tolist(), wanted)
+        parts = []
+        for first, last in windows(wanted, await self._shared_limit()):
+            union = np.unique(wanted[first:last])
+            union = union[union >= 0]
+            part = wanted[first:last]
+            values = np.full(part.shape, -np.inf, dtype=np.float32)
+            if union.size:
+                # Rows behind the window are not asked for: the prompt ends where the window does.
+                whole = np.broadcast_to(union, (last - first, union.size))
+                matrix = await self._matrix(ids[: start + last + 1], start + first, union.tolist(), whole)
+                columns = np.searchsorted(union, np.maximum(part, union[0]))
+                values = np.where(part >= 0, np.take_along_axis(matrix, columns, axis=1), values)
+            parts.append(values)
+        return np.concatenate(parts).astype(np.float32)
+
+    async def _shared_limit(self) -> int:
+        """Ids of one shared list: the server's limit on K, from the refusal of far too many."""
+        if self._limit is None:
+            body = score_body(await self.model_name(), np.array([1, 1], dtype=np.int32), 10_000_000)
+            try:
+                await self.endpoint.call(
+                    "POST", ROUTE, body, decode=lambda _: None, where=self.where(), entries=300_000
+                )
+            except KLimitError as error:
+                self._limit = error.limit
+        return self._limit or _SHARED
+
+    async def _matrix(self, ids: Int32, start: int, asked: list[Any], wanted: Int32) -> Float32:
+        model = await self.model_name()
+        rows, columns = wanted.shape
+        return await self.endpoint.call(
+            "POST",
+            ROUTE,
+            lambda one: candidates_body(model, ids, start, asked) | _salt(one),
+            decode=lambda body: trusted(candidates_reply(body, rows=rows, columns=columns), wanted, start),
+            where=self.where(f"{rows} rows, {columns} candidates"),
+            tokens=int(ids.size),
+            entries=rows * columns,
+            k=columns,
+            model=model,
+            response_retries=self.endpoint.config.response_retries,
+        )
+
+
+def windows(wanted: Int32, limit: int) -> list[tuple[int, int]]:
+    """Row ranges, as long as possible, whose distinct candidates are at most ``limit``.
+
+    Raises:
+        UnsupportedError: a row alone has more, or too many windows would be needed (each is a whole prefill).
+    """
+    ranges: list[tuple[int, int]] = []
+    first, union = 0, set[int]()
+    for row, ids in enumerate(wanted.tolist()):
+        mine = {token for token in ids if token >= 0}
+        if len(mine) > limit:
+            raise UnsupportedError("more candidates in a row than the server takes", got=len(mine), expected=limit)
+        if len(union | mine) > limit:
+            ranges.append((first, row))
+            first, union = row, set()
+        union |= mine
+    ranges.append((first, len(wanted)))
+    if len(ranges) > _MAX_WINDOWS:
+        raise UnsupportedError(
+            "this server takes one list of candidates for all rows, and these rows share too few",
+            got=f"{len(ranges)} requests for {len(wanted)} rows",
+            expected=f"at most {_MAX_WINDOWS}",
+            hint="vLLM 0.32 takes a list a row; or raise --max-logprobs; or use the teacher's own top K",
+        )
+    return ranges
+
+
+def _candidates(candidates: Int32, rows: int, vocab_size: int | None) -> Int32:
+    wanted: NDArray[np.integer[Any]] = np.asarray(candidates)
+    if wanted.ndim != 2 or wanted.shape[0] != rows or wanted.shape[1] < 1 or wanted.dtype.kind not in "iu":
+        raise ConfigError(
+            "candidates of the wrong shape", got=f"{wanted.dtype} {wanted.shape}", expected=f"[{rows}, K]"
+        )
+    check_vocabulary(np.where(wanted == PAD_ID, 0, wanted).ravel(), vocab_size)
+    return wanted.astype(np.int32)
+
+
+def _salt(one: Try) -> dict[str, str]:
+    return {"cache_salt": f"retry-{one.number}"} if one.failure is not None and repeats(one.failure) else {}
+
+
+def _other_schema(error: RequestRefusedError) -> bool:
+    text = str(error)
+    return "prompt_logprob_token_ids" in text and any(sign in text for sign in ("_type", "valid list", "valid integer"))
+
+
+def _explained(error: RequestRefusedError) -> Exception:
+    """The refusal as the error class it means on this route."""
+    text = str(error)
+    if error.got == "HTTP 404" and "no such route" in text:
+        return UnsupportedError(
+            f"the server has no {ROUTE}", where=error.where, got=error.got, hint="start vLLM with --enable-scale-out"
+        )
+    return error

@@ -1,0 +1,4 @@
+"""Sending requests: pools, retries, admission, deadlines, secrets.
+
+Knows: httpx and tenacity. Does not know: dialects.
+"""

@@ -1,0 +1,221 @@
+"""One server address: admission, tries, status and decoding, in this order, for every dialect."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+from pydantic import SecretStr
+
+from topkd.clients.config import ClientConfig
+from topkd.clients.http.admission import Budget, Gate, Permit
+from topkd.clients.http.metrics import Metrics
+from topkd.clients.http.retry import Total, Try, with_retries
+from topkd.clients.http.secrets import load_key
+from topkd.clients.http.status_errors import refusal
+from topkd.clients.http.transport import HttpxTransport, Reply, Request, Transport
+from topkd.clients.http.watchdog import Watchdog
+from topkd.topk.errors import (
+    ConfigError,
+    ResponseError,
+    RetryableServerError,
+    ServerBusyError,
+    ServerTimeoutError,
+)
+
+Result = TypeVar("Result")
+_HOST_AND_PORT = re.compile(r"[\w.-]+(:\d{1,5})?(/v1)?")
+_INLINE_BYTES = 32_768  # below this a hop to a thread costs more than the decoding
+
+
+class Endpoint:
+    """Sends requests to one base URL and turns replies into values, or into one of our errors.
+
+    Args:
+        base_url: ``http(s)://host:port``; a trailing ``/v1`` is cut off.
+        api_key: As for ``load_key``.
+        config: Bounds and time-outs.
+        budget: Shared with the other replicas of a fleet.
+        metrics: Shared likewise.
+        transport: In place of httpx.
+        key_header: Header that carries the key; ``authorization`` as a bearer token.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | SecretStr | None = None,
+        config: ClientConfig | None = None,
+        budget: Budget | None = None,
+        metrics: Metrics | None = None,
+        transport: Transport | None = None,
+        key_header: str = "authorization",
+    ) -> None:
+        self.url = clean_url(base_url)
+        self.config = config or ClientConfig()
+        self.metrics = metrics or Metrics()
+        self.gate = Gate(self.config, self.metrics, budget)
+        self._key, self._key_header = load_key(api_key, where=self.url), key_header
+        self._transport = transport or HttpxTransport(self.config)
+        self._threads: ThreadPoolExecutor | None = None
+        self._watchdog = Watchdog(self.config.watchdog_s, self.answers, self.metrics)
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.url!r})"
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: Callable[[Try], object] | object | None = None,
+        *,
+        decode: Callable[[bytes], Result],
+        where: str = "",
+        tokens: int = 0,
+        entries: int = 0,
+        k: int = 0,
+        model: str = "",
+        response_retries: int = 0,
+        retries: bool = True,
+        within_s: float | None = None,
+    ) -> Result:
+        """The decoded reply to one request.
+
+        Args:
+            method: HTTP method.
+            path: Route, with its leading slash.
+            body: What goes as JSON, or a function of the try that builds it (a retry may have to differ).
+            decode: Pure; bytes to a checked value. Runs in a thread when the reply is large.
+            where: Endpoint, model and request for error messages.
+            tokens: Prompt tokens plus tokens to generate: the time-out grows with them.
+            entries: (token, logprob) pairs expected in the reply: its size is bounded by them, admission counts them.
+            k: K asked for, for messages.
+            model: Model asked for, for messages.
+            response_retries: Tries left after a reply that failed its checks.
+            retries: False for a single try (a health probe).
+            within_s: A try takes no longer, whatever the config allows.
+        """
+        where = where or f"{self.url}{path}"
+        patience_s = min(self.config.try_timeout_s(tokens), within_s or math.inf)
+
+        async def attempt(one: Try) -> Result:
+            permit = await self.gate.enter(max(1, entries), where=where)
+            try:
+                one.total.start()
+                content = body(one) if callable(body) else body
+                request = Request(
+                    method,
+                    self.url + path,
+                    None if content is None else msgspec.json.encode(content),
+                    {} if content is None else {"content-type": "application/json"},
+                    self._private(),
+                    timeout_s=max(0.001, min(patience_s, one.total.remaining_s)),
+                    max_bytes=self.config.reply_bound(entries),
+                    stall_s=self.config.stall_timeout_s,
+                    heard=self._watchdog.heard,
+                )
+                return await self._once(request, decode, permit, where=where, k=k, model=model)
+            finally:
+                permit.release()
+
+        if not retries or self.config.max_retries == 0:
+            return await attempt(Try(0, Total(self.config.total_timeout_s)))
+        return await with_retries(attempt, self.config, self.metrics, response_retries=response_retries)
+
+    async def ping(self, path: str, *, timeout_s: float = 5.0) -> bool:
+        """One short GET past the gate: a replica whose places are all taken by stuck requests can still be probed."""
+        return await self._status(path, timeout_s) == 200
+
+    async def answers(self) -> bool:
+        """Whether anything but a failure comes back from ``GET /health``: a server without that route lives too."""
+        return 0 < await self._status("/health", min(5.0, self.config.watchdog_s or 5.0)) < 500
+
+    async def _status(self, path: str, timeout_s: float) -> int:
+        """The status of one short GET past the gate; 0 when there is none."""
+        request = Request("GET", self.url + path, private=self._private(), timeout_s=timeout_s, max_bytes=65_536)
+        try:
+            return (await self._transport.send(request)).status
+        except (OSError, ResponseError):
+            return 0
+
+    async def aclose(self) -> None:
+        """Closes connections and decoding threads."""
+        self.gate.close()
+        await self._watchdog.aclose()
+        await self._transport.aclose()
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads = None
+
+    async def _once(
+        self, request: Request, decode: Callable[[bytes], Result], permit: Permit, *, where: str, k: int, model: str
+    ) -> Result:
+        self.metrics.add("tries")
+        try:
+            async with self._watchdog.over(where):
+                reply = await self._transport.send(request)
+        except RetryableServerError as error:
+            # A slow server is no more helped by the same number of requests than an absent one.
+            permit.replied(overload=True)
+            self.metrics.add("timeouts" if isinstance(error, ServerTimeoutError) else "transport_errors")
+            raise
+        self.metrics.add("reply_bytes", len(reply.body))
+        if reply.status != 200:
+            failed = refusal(reply, where=where, k=k, model=model)
+            permit.replied(overload=isinstance(failed, ServerBusyError), neutral=True)
+            self.metrics.add(f"http_{reply.status}")
+            raise failed
+        permit.replied()
+        return await self._decode(reply, decode, where)
+
+    async def _decode(self, reply: Reply, decode: Callable[[bytes], Result], where: str) -> Result:
+        started = time.perf_counter()
+        try:
+            if len(reply.body) <= _INLINE_BYTES:
+                return decode(reply.body)
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(self.config.decode_workers, thread_name_prefix="topkd-decode")
+            return await asyncio.get_running_loop().run_in_executor(self._threads, decode, reply.body)
+        except ResponseError as error:
+            self.metrics.add("bad_replies")
+            raise located(error, where) from error
+        finally:
+            self.metrics.add("decode_s", time.perf_counter() - started)
+
+    def _private(self) -> Mapping[str, str]:
+        if self._key is None:
+            return {}
+        value = self._key.get_secret_value()
+        return {self._key_header: f"Bearer {value}" if self._key_header == "authorization" else value}
+
+
+def located(error: ResponseError, where: str) -> ResponseError:
+    """The same error, saying which endpoint, model and request it is about."""
+    if where in error.where:
+        return error
+    place = f"{where}, {error.where}" if error.where else where
+    return type(error)(error.what, where=place, got=error.got, expected=error.expected, hint=error.hint)
+
+
+def clean_url(base_url: str) -> str:
+    """``scheme://host[:port][/prefix]`` without a trailing slash or ``/v1``; a ConfigError when it is no such thing."""
+    text = base_url.strip().rstrip("/")
+    try:
+        parts = urlsplit(text)
+        port_ok = parts.port is None or parts.port > 0
+    except ValueError:
+        parts, port_ok = urlsplit(""), False
+    if parts.username or parts.password:
+        raise ConfigError("the base URL holds a user name or password", where=parts.hostname or "", hint="use api_key")
+    if parts.scheme not in {"http", "https"} or not parts.hostname or not port_ok or parts.query or parts.fragment:
+        meant = f"did you mean http://{text}?" if _HOST_AND_PORT.fullmatch(text) else ""
+        raise ConfigError("not a base URL", got=repr(base_url), expected="http(s)://host:port", hint=meant)
+    return text.removesuffix("/v1").rstrip("/")

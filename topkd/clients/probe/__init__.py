@@ -1,0 +1,4 @@
+"""What can this endpoint do: about forty small requests and a verdict.
+
+Knows: every dialect. Does not know: training.
+"""

@@ -1,0 +1,46 @@
+"""Questions in SGLang's words: shared candidates, and routes for new weights."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from topkd.clients.dialects.sglang import Sglang
+from topkd.clients.probe.session import OPERATION, SCORING, Session
+
+_SYNC = {
+    "disk": ("disk reload", ("/update_weights_from_disk", "/pause_generation", "/continue_generation")),
+    "distributed": ("NCCL", ("/init_weights_update_group", "/update_weights_from_distributed")),
+    "lora": ("LoRA adapters", ("/load_lora_adapter",)),
+}
+
+
+async def candidates(session: Session) -> None:
+    """Chosen ids at every position through one shared list; the values must be the scores'."""
+    if not isinstance(session.client, Sglang):
+        return
+    ids = session.prompt[:6]
+    truth = await session.teacher.score(ids, 0, 1)
+    got = await session.client.score_candidates(ids, 0, ids[1:, None])
+    off = float(np.abs(got[:, 0] - truth.actual_logp).max())
+    right = off < 0.02
+    if right:
+        session.know(candidates="shared", candidates_k=-1)
+    session.add(
+        "candidates",
+        SCORING,
+        "candidate scoring",
+        "ok" if right else "warn",
+        "shared" if right else "wrong values",
+        "one list for all positions" if right else f"{off:.2g} nats from the scores",
+    )
+
+
+async def sync_routes(session: Session) -> None:
+    """Ways for new weights, by which routes are mounted; nothing is called."""
+    found = [
+        kind for kind, (_, routes) in _SYNC.items() if all([await session.wire.mounted(route) for route in routes])
+    ]
+    session.know(sync=tuple(found))
+    words = ", ".join(_SYNC[kind][0] for kind in found)
+    value = f"{len(found)} way{'s' if len(found) > 1 else ''}" if found else "no route"
+    session.add("sync", OPERATION, "new weights", "info", value, f"mounted, not called: {words}" if found else "")

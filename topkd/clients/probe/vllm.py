@@ -1,0 +1,285 @@
+"""Questions in vLLM's words: the limit on K, temperatures, sentinels, candidates, routes, speculative decoding."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from typing import Any
+
+import numpy as np
+
+from topkd.clients.decoding.binary import npy_matrix
+from topkd.clients.decoding.vllm import score_reply
+from topkd.clients.dialects.vllm import score_body
+from topkd.clients.probe.session import OPERATION, SCORING, SERVER, Session
+from topkd.topk.errors import (
+    ContextLimitError,
+    FinalServerError,
+    KLimitError,
+    RequestRefusedError,
+    ResponseError,
+    UnsupportedError,
+)
+from topkd.topk.types import Int32, TopK
+
+ROUTE, GENERATE = "/v1/completions", "/inference/v1/generate"
+_HUGE = 10_000_000  # above any vocabulary
+_CONFIRMED = 1024
+_ASKED = re.compile(r"logprobs of (\d+)")
+_SAME = 2e-2
+_TITLE_K = "largest K"
+
+
+async def score_limit(session: Session) -> None:
+    """K_max: from the words of a refusal, then confirmed by a score of that width."""
+    limit = await _stated_limit(session)
+    confirmed = min(_CONFIRMED, limit if limit >= 0 else session.capabilities.vocab_size or _CONFIRMED)
+    if limit == 0:
+        session.add("k_max", SCORING, _TITLE_K, "fail", "0", "the server scores no list (max_logprobs 0)")
+        return
+    scores = await session.teacher.score(session.prompt, 0, confirmed)
+    session.seen_ids.update(scores.ids[scores.listed].tolist())
+    session.know(score_k=limit)
+    small = 0 < limit < 20
+    session.add(
+        "k_max",
+        SCORING,
+        _TITLE_K,
+        "warn" if small else "ok",
+        "no limit" if limit < 0 else str(limit),
+        ("below the default K = 20: serve with --max-logprobs 20 or more; " if small else "")
+        + f"confirmed on {scores.rows} rows"
+        if confirmed >= limit > 0
+        else f"K = {scores.k} confirmed",
+    )
+    mass = float(scores.mass().mean())
+    session.add(
+        "mass",
+        SCORING,
+        f"mass inside the top {min(session.k, scores.k)}",
+        "info",
+        f"{100 * float(scores.slice(k=min(session.k, scores.k)).mass().mean()):.1f} %",
+        f"{100 * mass:.1f} % at K = {scores.k}" if scores.k > session.k else "",
+    )
+
+
+async def _stated_limit(session: Session) -> int:
+    """The server's own limit (-1 = none), learnt by asking for far too many; the vocabulary by asking for all."""
+    body = score_body(session.info.model, session.prompt[:2], _HUGE)
+    try:
+        reply = await session.wire.post(ROUTE, body, entries=300_000, k=_HUGE)
+    except KLimitError as error:
+        limit = error.limit if error.limit is not None else 0
+        try:
+            whole = await session.wire.post(ROUTE, body | {"prompt_logprobs": -1}, entries=max(limit, 0), k=-1)
+        except KLimitError as refused:
+            asked = _ASKED.search(str(refused.got))
+            if asked:
+                session.know(vocab_size=int(asked[1]))
+            return limit
+        except (FinalServerError, ResponseError):
+            return limit
+        width = len(_rows(whole)[1] or {})
+        session.know(vocab_size=width)
+        return -1 if limit >= width else limit
+    rows = _rows(reply)
+    width = len(rows[1] or {})
+    session.know(vocab_size=width)
+    return -1
+
+
+def _rows(reply: dict[str, Any]) -> list[dict[str, Any] | None]:
+    """``prompt_logprobs`` of a reply; a server that ignored the field says so here."""
+    try:
+        rows = reply["choices"][0]["prompt_logprobs"]
+    except (KeyError, IndexError, TypeError):
+        rows = None
+    if not isinstance(rows, list) or len(rows) < 2 or not isinstance(rows[1], dict):
+        raise ResponseError(
+            "it answers 200 to prompt_logprobs but leaves the scores out: it generates, it does not score"
+        )
+    return rows
+
+
+async def score_temperature(session: Session) -> None:
+    """Scores must not follow the sampling parameters of their request."""
+    plain, heated = [await _scored(session, fields) for fields in ({}, {"temperature": 2.0})]
+    difference = float(np.abs(plain.actual_logp - heated.actual_logp).max())
+    same = difference < _SAME
+    if same:
+        session.know(score_temp="none")
+    session.add(
+        "score_temperature",
+        SCORING,
+        "sampling temperature",
+        "ok" if same else "fail",
+        "ignored" if same else "followed",
+        "as they must be in a score" if same else "its scores follow the sampling temperature",
+    )
+
+
+async def _scored(session: Session, fields: dict[str, Any]) -> TopK:
+    k = session.k
+    body = score_body(session.info.model, session.prompt, k) | fields
+    return await session.client.endpoint.call(
+        "POST",
+        ROUTE,
+        body,
+        decode=lambda reply: score_reply(reply, ids=session.prompt, start=0, k=k)[0],
+        where=session.client.where("temperature"),
+        tokens=int(session.prompt.size),
+        entries=int(session.prompt.size) * (k + 1),
+        k=k,
+    )
+
+
+async def context_room(session: Session) -> None:
+    """A score generates one token that is thrown away, so prompt + 1 must fit."""
+    limit = session.info.max_model_len
+    session.know(max_model_len=limit)
+    if limit is None:
+        session.add(
+            "context", SCORING, "longest prompt", "unknown", "not stated", "the server does not say its context"
+        )
+        return
+    ids = np.resize(session.prompt, limit)
+    try:
+        await session.wire.post(ROUTE, score_body(session.info.model, ids, 1), tokens=limit, entries=4 * limit)
+    except (ContextLimitError, RequestRefusedError):
+        session.add("context", SCORING, "longest prompt", "ok", f"{limit - 1:,} tokens", f"prompt + 1 fit {limit:,}")
+        return
+    session.add("context", SCORING, "longest prompt", "ok", f"{limit:,} tokens", "a full context is scored")
+
+
+async def candidates(session: Session) -> None:
+    """Chosen ids at every position: which schema, and whether the values are right."""
+    title = "candidate scoring"
+    if not await session.wire.mounted(GENERATE):
+        detail = f"{GENERATE} is not mounted (vLLM: --enable-scale-out)"
+        session.add("candidates", SCORING, title, "info", "no", detail)
+        return
+    ids = session.prompt[:6]
+    truth = (await session.teacher.score(ids, 0, session.k)).actual_logp
+    wanted: list[Any] = [[int(token)] for token in ids[1:]]
+    try:
+        got = await _matrix(session, ids, wanted, rows=ids.size - 1, k=1)
+        schema, right = "rows", float(np.abs(got[:, 0] - truth).max())
+    except UnsupportedError as error:
+        session.add("candidates", SCORING, title, "info", "no", error.hint or error.what)
+        return
+    except RequestRefusedError as refused:
+        if "valid list" not in str(refused) and "list_type" not in str(refused):
+            session.add("candidates", SCORING, title, "info", "no", refused.what.split(": ", 1)[-1])
+            return
+        shared = sorted({int(token) for token in ids[1:]})
+        got = await _matrix(session, ids, shared, rows=ids.size - 1, k=len(shared))
+        columns = np.searchsorted(shared, ids[1:])
+        schema, right = "shared", float(np.abs(got[np.arange(ids.size - 1), columns] - truth).max())
+    except ResponseError as error:
+        session.add("candidates", SCORING, title, "info", "no", error.what)
+        return
+    if right > 0.3:
+        session.add("candidates", SCORING, title, "warn", "wrong values", f"{right:.2g} nats from the scores")
+        return
+    session.know(candidates=schema, candidates_k=session.capabilities.score_k or 0)
+    told = "own ids a position" if schema == "rows" else "one list for all"
+    session.add(
+        "candidates",
+        SCORING,
+        title,
+        "ok",
+        schema,
+        f"{told}; as scored" if right < _SAME else f"{told}; {right:.1g} nats off",
+    )
+
+
+async def _matrix(session: Session, ids: Int32, wanted: list[Any], *, rows: int, k: int) -> np.ndarray:
+    sampling = {"max_tokens": 1, "temperature": 1.0, "prompt_logprob_token_ids": wanted, "detokenize": False}
+    body = {"model": session.info.model, "token_ids": ids.tolist(), "sampling_params": sampling}
+    text = (await session.wire.post(GENERATE, body)).get("prompt_token_id_logprobs")
+    if not isinstance(text, str):
+        raise ResponseError("it answers 200 without prompt_token_id_logprobs: the field was ignored")
+    try:
+        return npy_matrix(base64.b64decode(text, validate=True), rows=rows, k=k)
+    except binascii.Error as error:
+        raise ResponseError("prompt_token_id_logprobs is not base64") from error
+
+
+async def suffix(session: Session) -> None:
+    """Whether a score can leave the prompt's rows out; on no released vLLM it can."""
+    title = "suffix scoring"
+    start = int(session.prompt.size) - 3
+    sampling = {"max_tokens": 1, "prompt_logprobs": 1, "prompt_logprob_start": start, "detokenize": False}
+    body = {"model": session.info.model, "token_ids": session.prompt.tolist(), "sampling_params": sampling}
+    try:
+        rows = (await session.wire.post(GENERATE, body)).get("prompt_logprobs")
+    except FinalServerError:
+        rows = None
+    short = isinstance(rows, list) and len([row for row in rows if row]) < session.prompt.size - 1
+    session.know(suffix_scoring=short)
+    session.add(
+        "suffix", SCORING, title, "info", "yes" if short else "no", "" if short else "every row is computed, sent"
+    )
+
+
+async def speculative(session: Session) -> None:
+    """Speculative decoding corrupts prompt logprobs without a sign in the reply: such a teacher is refused."""
+    title = "speculative decoding"
+    metrics = await session.wire.text("/metrics")
+    info = await session.wire.get("/server_info?config_format=json")
+    on = "spec_decode_num_draft" in metrics or _configured(info)
+    if on:
+        session.add(
+            "speculative",
+            SERVER,
+            title,
+            "fail",
+            "on",
+            "it decodes speculatively, which corrupts prompt logprobs silently: serve it without --speculative-config",
+        )
+    elif metrics or info:
+        session.add("speculative", SERVER, title, "ok", "off", "no draft counters in /metrics" if metrics else "")
+    else:
+        session.add(
+            "speculative", SERVER, title, "unknown", "not visible", "no /metrics and no /server_info to look at"
+        )
+
+
+def _configured(info: dict[str, Any] | None) -> bool:
+    """Whether a configuration dump, of whatever nesting, names a draft model or method."""
+    if not isinstance(info, dict):
+        return False
+    for name, value in info.items():
+        if name in {"speculative_config", "speculative_algorithm"} and value not in {None, "", "None"}:
+            return True
+        if isinstance(value, dict) and _configured(value):
+            return True
+    return False
+
+
+_SYNC = {
+    "lora": ("/v1/load_lora_adapter",),
+    "reload": ("/collective_rpc", "/reset_prefix_cache"),
+    "transfer": ("/init_weight_transfer_engine", "/update_weights"),
+    "pause": ("/pause", "/resume"),
+}
+_SYNC_WORDS = {
+    "lora": "LoRA adapters",
+    "reload": "disk reload",
+    "transfer": "NCCL/IPC",
+    "pause": "pause",
+}
+
+
+async def sync_routes(session: Session) -> None:
+    """Ways for new weights, by which routes are mounted; nothing is called."""
+    found = []
+    for kind, routes in _SYNC.items():
+        if all([await session.wire.mounted(route) for route in routes]):
+            found.append(kind)
+    session.know(sync=tuple(found))
+    words = ", ".join(_SYNC_WORDS[kind] for kind in found)
+    none = "fine for a teacher; a student needs VLLM_SERVER_DEV_MODE=1 or --enable-lora"
+    value = f"{len(found)} way{'s' if len(found) > 1 else ''}" if found else "no route"
+    session.add("sync", OPERATION, "new weights", "info", value, f"mounted, not called: {words}" if found else none)

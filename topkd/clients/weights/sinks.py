@@ -1,0 +1,272 @@
+"""Weight sinks: new student weights to the server that samples, confirmed or refused, never in between unsaid.
+
+Full weights: check the folder -> pause -> reload -> cache reset confirmed -> version set and read back -> resume, in
+``finally`` -> one generated token. Adapters: a new versioned name a push, because a server may keep stale cache entries
+for a name that is loaded again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+from pydantic import SecretStr
+
+from topkd.clients.config import ClientConfig
+from topkd.clients.decoding.vllm_typed import typed
+from topkd.clients.dialects.base import HttpClient
+from topkd.clients.http.transport import Transport
+from topkd.clients.weights.checkpoints import Shapes, check_folder, check_same_shapes
+from topkd.topk.errors import ConfigError, RequestRefusedError, ResponseError, ServerError, SyncError, TopkdError
+from topkd.topk.protocols import Version, WeightSink, WeightUpdate
+
+_OBJECT: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
+_RESET_TRIES = 20
+_RESET_PAUSE_S = 0.25
+
+
+class _HttpSink(HttpClient):
+    """What the sinks share: calls that are tried once, and failures as SyncErrors that say what state is left."""
+
+    _info: ClassVar[str] = "/weight_info"
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        model: str | None = None,
+        api_key: str | SecretStr | None = None,
+        config: ClientConfig | None = None,
+        transport: Transport | None = None,
+        reference: str | None = None,
+        keep_adapters: int = 2,
+    ) -> None:
+        super().__init__(base_url, model=model, api_key=api_key, config=config, transport=transport)
+        if keep_adapters < 1:
+            raise ConfigError("keep_adapters must be at least 1", got=keep_adapters)
+        self._reference: Shapes | None = check_folder(reference, "full") if reference else None
+        self._adapters: deque[str] = deque()
+        self._keep = keep_adapters
+        self._pushing = asyncio.Lock()
+        self.version: Version = ""
+        self.sampling_model: str | None = None
+
+    async def push(self, update: WeightUpdate) -> Version:
+        """Bring the weights to the server; returns the version that the *server* confirms. One push at a time."""
+        if not update.version:
+            raise ConfigError("a weight update needs a version")
+        async with self._pushing:
+            update = replace(update, path=await asyncio.to_thread(_absolute, update.path))
+            shapes = await asyncio.to_thread(check_folder, update.path, update.kind)
+            if update.kind == "full" and self._reference is not None:
+                check_same_shapes(shapes, self._reference, update.path)
+            if update.kind == "full":
+                await self._reload(update)
+                self._reference = shapes
+                self.sampling_model = await self.model_name()
+            else:
+                await self._adapter(update)
+            self.version = update.version
+            self.metrics_.add("pushes")
+            return update.version
+
+    async def weight_version(self) -> Version:
+        """What the server calls the weights it holds; "" where it does not say."""
+        try:
+            return str((await self._get(self._info)).get("weight_version") or "")
+        except (RequestRefusedError, ResponseError):
+            return ""
+
+    async def unload(self) -> None:
+        """Unload every adapter that was pushed: nothing will be sampled from them any more."""
+        while self._adapters:
+            with contextlib.suppress(ServerError, ResponseError):
+                await self._unload_adapter({"lora_name": self._adapters.popleft()})
+
+    async def _reload(self, update: WeightUpdate) -> None:
+        raise ConfigError("this server takes no full weights", where=self.endpoint.url, got=update.path)
+
+    async def _adapter(self, update: WeightUpdate) -> None:
+        """Load under a name of its own, see it served, then unload the oldest beyond ``keep_adapters``."""
+        name = f"{await self.model_name()}@{update.version}"
+        where = self.where(f"adapter {name}")
+        body = {"lora_name": name, "lora_path": update.path}
+        try:
+            await self._load_adapter(body)
+            served = name in await self._adapter_names()
+        except TopkdError as error:
+            raise SyncError(
+                "the adapter was not loaded", where=where, got=error, hint="older ones still serve"
+            ) from error
+        if not served:
+            raise SyncError("the server took the adapter but does not list it", where=where)
+        await self._generates(name)
+        self.sampling_model = name
+        self._adapters.append(name)
+        while len(self._adapters) > self._keep:
+            oldest = self._adapters.popleft()
+            with contextlib.suppress(ServerError, ResponseError):  # an adapter too many harms nobody
+                await self._unload_adapter({"lora_name": oldest})
+
+    async def _load_adapter(self, body: dict[str, str]) -> None:
+        await self._post("/v1/load_lora_adapter", body, plain=True)
+
+    async def _unload_adapter(self, body: dict[str, str]) -> None:
+        await self._post("/v1/unload_lora_adapter", body, plain=True)
+
+    async def _adapter_names(self) -> list[str]:
+        return [card.id for card in await self._cards()]
+
+    async def _generates(self, model: str) -> None:
+        """One token, generated: a prompt score alone can look right on a server whose generation is broken."""
+        body = {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0.0}
+        try:
+            await self._post("/v1/completions", body)
+        except TopkdError as error:
+            raise SyncError("the server does not generate after the update", where=self.where(), got=error) from error
+
+    async def _post(self, path: str, body: object = None, *, plain: bool = False) -> dict[str, Any]:
+        def decode(reply: bytes) -> dict[str, Any]:
+            return {} if plain else typed(reply, _OBJECT)
+
+        return await self.endpoint.call("POST", path, body, decode=decode, where=self.where(path), retries=False)
+
+    async def _get(self, path: str) -> dict[str, Any]:
+        return await self.endpoint.call("GET", path, decode=lambda reply: typed(reply, _OBJECT), where=self.where(path))
+
+    @contextlib.asynccontextmanager
+    async def _paused(self, pause: str, resume: str, body: object = None) -> AsyncIterator[None]:
+        """Between pause and resume; resumed whatever happens, a cancellation included."""
+        try:
+            await self._post(pause, body)
+        except TopkdError as error:
+            raise SyncError(
+                "the server cannot be paused, so no weights were sent", where=self.where(pause), got=error,
+                hint="vLLM needs VLLM_SERVER_DEV_MODE=1 for weight updates",
+            ) from error  # fmt: skip
+        try:
+            yield
+        finally:
+            try:
+                await asyncio.shield(self._post(resume))
+            except TopkdError as error:
+                raise SyncError("the server is left paused", where=self.where(resume), got=error) from error
+
+
+class VllmWeightSink(_HttpSink):
+    """Weights to vLLM (and to ``topkd serve``): versioned LoRA adapters, or a full reload from a folder it can read.
+
+    Args:
+        base_url: ``http(s)://host:port``.
+        model: Served name of the base model; None takes the only one.
+        api_key: As for ``VllmCompletions``.
+        config: Time-outs and retries.
+        transport: In place of httpx.
+        reference: Folder of the checkpoint the server runs now; a push with other tensors is then refused untouched.
+        keep_adapters: Adapters left loaded, so that requests under way with the last one finish.
+
+    ``sampling_model`` names what to sample from after a push. Full reloads need ``VLLM_SERVER_DEV_MODE=1`` there,
+    adapters ``--enable-lora`` and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1``.
+    """
+
+    async def _reload(self, update: WeightUpdate) -> None:
+        where = self.where(f"version {update.version}")
+        body = {"method": "reload_weights", "kwargs": {"weights_path": update.path}}
+        async with self._paused("/pause?mode=wait", "/resume"):
+            try:
+                await self._post("/collective_rpc", body)
+                await self._reset_cache()
+                await self._post("/update_weight_version", {"new_version": update.version})
+                confirmed = (await self._get("/weight_info")).get("weight_version")
+            except SyncError:
+                raise
+            except TopkdError as error:
+                raise SyncError(
+                    "the weight update failed half-way", where=where, got=error,
+                    hint="the server may hold unusable weights: restart it before sampling",
+                ) from error  # fmt: skip
+        if confirmed != update.version:
+            raise SyncError("the server reports another weight version", where=where, got=confirmed)
+        await self._generates(await self.model_name())
+
+    async def _reset_cache(self) -> None:
+        """The old weights' key-value cache must be gone: prompt scores bypass it and would hide a stale one."""
+        reply: dict[str, Any] = {}
+        for _ in range(_RESET_TRIES):
+            reply = await self._post("/reset_prefix_cache")
+            if reply.get("success", True):
+                return
+            await asyncio.sleep(_RESET_PAUSE_S)  # blocks are held until the last request has gone
+        raise SyncError(
+            "the prefix cache was not reset: generation would mix old and new weights", where=self.where(), got=reply
+        )
+
+
+class SglangWeightSink(_HttpSink):
+    """Weights to SGLang: a reload from disk with the cache flushed, or versioned adapters; documented, not observed."""
+
+    _info: ClassVar[str] = "/model_info"
+
+    async def _reload(self, update: WeightUpdate) -> None:
+        where = self.where(f"version {update.version}")
+        body = {
+            "model_path": update.path,
+            "weight_version": update.version,
+            "flush_cache": True,
+        }
+        async with self._paused("/pause_generation", "/continue_generation", {"mode": "retract"}):
+            try:
+                reply = await self._post("/update_weights_from_disk", body)
+                confirmed = (await self._get("/model_info")).get("weight_version")
+            except TopkdError as error:
+                raise SyncError("the weight update failed half-way", where=where, got=error) from error
+        if not reply.get("success"):
+            raise SyncError("the server refused the weights", where=where, got=reply.get("message"))
+        if confirmed != update.version:
+            raise SyncError("the server reports another weight version", where=where, got=confirmed)
+        await self._generates(await self.model_name())
+
+    async def _load_adapter(self, body: dict[str, str]) -> None:
+        reply = await self._post("/load_lora_adapter", body)
+        if not reply.get("success"):
+            raise RequestRefusedError("the adapter was refused", where=self.where(), got=reply.get("message"))
+
+    async def _unload_adapter(self, body: dict[str, str]) -> None:
+        await self._post("/unload_lora_adapter", body)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve())
+
+
+class FleetWeightSink:
+    """One push to every replica. Not atomic: what each replica holds is in ``versions``, and a failure names them."""
+
+    def __init__(self, sinks: Sequence[WeightSink]) -> None:
+        if not sinks:
+            raise ConfigError("a fleet needs at least one replica")
+        self._sinks = list(sinks)
+        self.versions: list[Version] = [""] * len(sinks)
+
+    async def push(self, update: WeightUpdate) -> Version:
+        """The version when *every* replica confirms it; a SyncError that lists who has what otherwise."""
+        outcomes = await asyncio.gather(*(sink.push(update) for sink in self._sinks), return_exceptions=True)
+        failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        for i, outcome in enumerate(outcomes):
+            if isinstance(outcome, str):
+                self.versions[i] = outcome
+        if not failed:
+            return update.version
+        if not isinstance(failed[0], TopkdError):
+            raise failed[0]
+        raise SyncError(
+            f"{len(failed)} of {len(outcomes)} replicas did not take version {update.version}",
+            got=f"versions now {self.versions}; first error: {failed[0]}",
+            hint="sample only from replicas that have it, or push again",
+        ) from failed[0]

@@ -1,0 +1,225 @@
+"""``topkd score --runner ray``: the same job on many workers, into one store in which each has a segment of its own.
+
+Ray Data hands out portions of the data file and gives a lost worker's portion to another one, which finds in the store
+what the dead one had written. The file, and the folder of the store, must be where every worker sees them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import pickle
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from topkd.compose.bulk.job import BulkJob, lanes_of, opened, summed, text_tokenizer
+from topkd.compose.bulk.score_config import ScoreConfig, ScoreReport
+from topkd.compose.bulk.selection import Budget, Selection, Verdict
+from topkd.compose.data.files import Portion, joined
+from topkd.compose.data.sequences import units
+from topkd.compose.progress import Progress
+from topkd.compose.teachers.served import OpenTeacher
+from topkd.offline import ScoreStore
+from topkd.topk.errors import ConfigError, TopkdError
+
+_REACH_S = 5.0  # for the head of a cluster to take a connection
+_SEALING_S = 5.0  # how long dead workers may take to let go of their segments
+
+
+class Ledger:
+    """One for the whole job: which portion asks which sequence, and what the caps still allow.
+
+    It remembers 16 bytes of every sequence that is asked, so that equal rows in two portions are asked once. A portion
+    that is done anew by another worker keeps its claims; what its first worker may have sent stays counted.
+    """
+
+    def __init__(self, config: ScoreConfig) -> None:
+        self.budget = Budget(config)
+        self.owners: dict[bytes, int] = {}
+
+    def claim(self, portion: int, wanted: Sequence[tuple[bytes, int]]) -> list[Verdict]:
+        """A verdict for each (digest, tokens)."""
+        verdicts = []
+        for digest, tokens in wanted:
+            if self.owners.setdefault(digest, portion) != portion:
+                verdicts.append(Verdict.ELSEWHERE)
+            else:
+                verdicts.append(Verdict.ASK if self.budget.take(tokens) else Verdict.CAP)
+        return verdicts
+
+
+class ScoreWorker:
+    """Scores one portion a call; teachers, connections and its segment of the store live as long as it does.
+
+    Args:
+        config: Of the whole job; paths absolute.
+        ledger: A handle of the job's ``Ledger`` actor.
+    """
+
+    def __init__(self, config: ScoreConfig, ledger: Any) -> None:
+        each = max(1, -(-config.in_flight // config.workers))
+        self.config, self.ledger, self.name = config.model_copy(update={"in_flight": each}), ledger, uuid.uuid4().hex
+        self._runner, self._open = asyncio.Runner(), contextlib.AsyncExitStack()
+        self._teachers: dict[str, OpenTeacher] | None = None
+        self._store: ScoreStore | None = None
+        self._tokenizer: Any = None
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """One row in, one row out: what became of the portion, or the error that ends the job."""
+        portion = Portion(*(int(batch[name][0]) for name in ("first", "rows", "line", "offset")))
+        report, error = ScoreReport(str(self.config.out), k=self.config.k), None
+        try:
+            self._runner.run(self._score(portion, report))
+        except TopkdError as reason:
+            error = reason
+        counters = summed(teacher.metrics() for teacher in (self._teachers or {}).values())
+        told = pickle.dumps((self.name, report, error, counters))
+        return {"told": np.array([told], dtype=object)}
+
+    async def _score(self, portion: Portion, report: ScoreReport) -> None:
+        if self._teachers is None:
+            self._tokenizer = text_tokenizer(self.config.tokenizer)
+            self._teachers = {name: await self._open.enter_async_context(opened(self.config, asked))
+                              for name, asked in self.config.asked().items()}  # fmt: skip
+            self._store = ScoreStore(self.config.out, mode="a", codec=self.config.codec)
+        assert self._store is not None  # noqa: S101 - opened with the teachers
+        self._store.refresh()  # what other workers have written, one that died on this portion above all
+        report.teacher = ", ".join(dict.fromkeys(teacher.name for teacher in self._teachers.values()))
+        lanes = lanes_of(self.config, self._teachers, self._store)
+        permits = _Claims(self.ledger, portion.first, Budget(self.config).reached)
+        job = BulkJob(self.config, report=report, progress=Progress(), store=self._store, lanes=lanes, permits=permits)
+        try:
+            await job.run(Selection(self.config, self._tokenizer, portion))
+        finally:
+            job.account()
+            await asyncio.to_thread(self._store.commit)
+
+
+class _Claims:
+    """The ledger as one portion sees it."""
+
+    def __init__(self, ledger: Any, portion: int, reached: str) -> None:
+        self._ledger, self._portion, self.reached = ledger, portion, reached
+
+    async def claim(self, wanted: Sequence[tuple[bytes, int]]) -> list[Verdict]:
+        found: list[Verdict] = await self._ledger.claim.remote(self._portion, list(wanted))
+        return found
+
+
+async def score_on_ray(config: ScoreConfig, progress: Progress) -> ScoreReport:
+    """As ``score_data``, on a cluster.
+
+    Raises:
+        ConfigError: Ray is not installed, or the cluster cannot be joined.
+        TopkdError: What would end a job on one machine ends this one.
+    """
+    config = config.model_copy(update={"data": config.data.absolute(), "out": config.out.absolute()})
+    portions = await asyncio.to_thread(lambda: joined(units(config.data), workers=config.workers, limit=config.limit))
+    report = ScoreReport(str(config.out), k=config.k)
+    with ScoreStore(config.out, mode="a", codec=config.codec):
+        pass  # a folder that cannot be written is said here, in one line
+    if not portions:
+        return report
+    total = -(-sum(portion.rows for portion in portions) // config.shard[1])
+    counters: dict[str, dict[str, float]] = {}
+    began = time.monotonic()
+    with _cluster(config) as ray:
+        progress.note(f"{len(portions)} portions for {config.workers} workers")
+        progress.stage("score", total)
+        ledger = ray.remote(Ledger).options(num_cpus=0).remote(config)
+        try:
+            async for told in _results(config, portions, ledger):
+                worker, part, error, counters[worker] = pickle.loads(told)  # noqa: S301 - our own workers wrote it
+                report.add(part)
+                if error is not None:
+                    raise error
+                detail = f"{report.tokens_sent / max(time.monotonic() - began, 1e-9):.0f} tok/s"
+                progress.advance(report.rows + report.duplicates + report.skipped, detail)
+        except asyncio.CancelledError:
+            progress.note(f"stopped: what was scored is kept in {config.out}; run the same command again to go on")
+            raise
+        finally:
+            report.client = summed(counters.values())
+            ray.kill(ledger)
+    await asyncio.to_thread(_seal, config)
+    return report
+
+
+async def _results(config: ScoreConfig, portions: Sequence[Portion], ledger: Any) -> AsyncIterator[bytes]:
+    """What workers tell, one portion after the other as they are done."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    items = ray.data.from_items([asdict(portion) for portion in portions], override_num_blocks=len(portions))
+    told = items.map_batches(
+        ScoreWorker,
+        fn_constructor_args=(config, ledger),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=min(config.workers, len(portions))),
+        num_cpus=1,
+        num_gpus=config.gpus_per_worker or None,
+    )
+    rows: Iterator[Mapping[str, Any]] = iter(told.iter_rows())
+    while (row := await asyncio.to_thread(next, rows, None)) is not None:
+        yield row["told"]
+
+
+@contextlib.contextmanager
+def _cluster(config: ScoreConfig) -> Iterator[Any]:
+    """Ray, joined or started; what was started here is stopped again."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else every actor is announced as an error
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("the Ray runner is not installed", hint='pip install "topkd[ray]"') from error
+    if ray.is_initialized():
+        yield ray
+        return
+    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address:
+            _reach(address)
+            ray.init(address=address, **quiet)
+        else:
+            ray.init(address="local", num_cpus=config.workers, include_dashboard=False, **quiet)
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            "cannot join the Ray cluster" if address else "cannot start Ray", where=address or "this machine",
+            got=str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__,
+        ) from error  # fmt: skip
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where nobody answers: Ray itself would wait for ever."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():  # else it is a name that Ray resolves on this machine ("auto")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
+
+
+def _seal(config: ScoreConfig) -> None:
+    """Ray ends workers without a word: their segments are sealed here, as soon as they have let go of them."""
+    until = time.monotonic() + _SEALING_S
+    while time.monotonic() < until:
+        with ScoreStore(config.out, mode="a", codec=config.codec):
+            pass
+        if all(path.with_suffix(".idx").exists() for path in config.out.glob("seg-*.tkl")):
+            return
+        time.sleep(0.2)

@@ -1,0 +1,229 @@
+"""One cell of a comparison: one arm, one learning rate, one seed, trained in a folder of its own.
+
+Runs in a worker process. Whatever happens, the folder ends with a ``result.json`` (written last, in one rename), or
+without one, and then the cell runs again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from topkd.compose.comparison.config import EMBEDDED
+from topkd.compose.config.run_config import RunConfig, validated
+from topkd.engine import EngineConfig
+from topkd.engine.loop.metrics import strict
+from topkd.topk.errors import TopkdError
+
+if TYPE_CHECKING:
+    from topkd.compose.demo_assets.assets import Assets
+
+FORMER = "former"  # of a comparison's folder: finished cells whose places were taken by cells of other settings
+Phase = Literal["tune", "live", "replay"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What to train.
+
+    Attributes:
+        id: Its folder under ``cells``.
+        phase: "tune" (seeds apart), "live" (on-policy), or "replay" (the rollouts of another cell).
+        arm: Name of its arm.
+        seed: Of prompts, rollouts and order.
+        lr: Learning rate; None when nobody tunes and the base's holds.
+        base: "embedded" or the base file.
+        values: The full settings.
+        probes: Sequences of each kind to measure on (embedded).
+        rollouts_of: For a replay, the cell whose rollouts are taken; for a live cell that keeps its own, its own id.
+        drawn_by: For a replay, the digest of that cell: other rollouts make another replay.
+        given: By content, the files that a base file names; "" for the embedded pair.
+    """
+
+    id: str
+    phase: Phase
+    arm: str
+    seed: int
+    lr: float | None
+    base: str
+    values: Mapping[str, Any]
+    probes: int
+    rollouts_of: str = ""
+    drawn_by: str = ""
+    given: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Of everything that shapes the result: a cell whose settings changed is another cell."""
+        shaping = {key: value for key, value in asdict(self).items() if value or key not in {"drawn_by", "given"}}
+        return hashlib.blake2b(json.dumps(shaping, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def finished(folder: Path, cell: Cell) -> dict[str, Any] | None:
+    """The result that lies in the cell's folder, when it is of exactly these settings and did not fail."""
+    result = _done(folder / cell.id)
+    return result if result is not None and result.get("digest") == cell.digest else None
+
+
+def _done(folder: Path) -> dict[str, Any] | None:
+    """The result of a cell that ended well, whatever its settings."""
+    try:
+        result: Any = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and result.get("status") == "done" else None
+
+
+def superseded(folder: Path, cell: Cell) -> bool:
+    """Whether a finished cell of other settings lies where this one goes: it moves to ``FORMER``, beside the cells."""
+    return _done(folder / cell.id) is not None and finished(folder, cell) is None
+
+
+def _make_room(cells: Path, cell: Cell) -> Path:
+    """The cell's folder, new; what was finished there is kept, what was not is begun again."""
+    folder = cells / cell.id
+    former = _done(folder)
+    if former is not None:
+        kept = cells.with_name(FORMER) / f"{cell.id}-{former.get('digest', 'unknown')}"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(kept, ignore_errors=True)  # the same settings, finished before: the same numbers
+        folder.rename(kept)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def run_cell(cells: str, cell: Cell, threads: int) -> dict[str, Any]:
+    """Train one cell in ``cells/<id>`` and return its result; a TopkdError makes it a failed one, with the reason."""
+    import torch
+
+    torch.set_num_threads(threads)
+    folder = _make_room(Path(cells), cell)
+    began = time.perf_counter()
+    result: dict[str, Any] = {"id": cell.id, "digest": cell.digest, "status": "done", "error": ""}
+    try:
+        train = _embedded if cell.base == EMBEDDED else _from_file
+        result |= asyncio.run(train(cell, Path(cells), folder))
+    except TopkdError as error:
+        result |= {"status": "failed", "error": str(error)}
+    result["seconds"] = time.perf_counter() - began
+    partial = folder / ".result.partial"
+    partial.write_text(json.dumps(strict(result), allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(folder / "result.json")
+    return result
+
+
+async def _embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]:
+    from topkd.compose.comparison.embedded import Measures, Recording, StepTeacher, read_rollouts
+    from topkd.compose.config.run_config import saved
+    from topkd.compose.demo_assets.assets import prompt_rows
+    from topkd.compose.progress import Progress
+    from topkd.compose.run.runner import run
+    from topkd.compose.run.sampler import in_process
+    from topkd.engine.models.student import Student
+    from topkd.engine.models.tokenizer import load_tokenizer
+
+    config = validated(EngineConfig, cell.values, where=f"cell {cell.id}")
+    assets = _assets()
+    student, teacher = Student.load(str(assets.student), "cpu"), Student.load(str(assets.teacher), "cpu")
+    saved(config, folder / "config.json")
+    rows = prompt_rows(assets.training, cell.seed)
+    measures = await Measures.prepared(student, teacher, assets.held_out, cell.probes)
+    scorer = StepTeacher(teacher)
+    recording = Recording(scorer.expect)
+    replayed = read_rollouts(cells / cell.rollouts_of, rows, scorer.expect) if cell.phase == "replay" else None
+    result = await run(
+        config,
+        student=student,
+        tokenizer=load_tokenizer(str(assets.student)),
+        rows=rows,
+        teachers={"": scorer},
+        out=folder,
+        progress=Progress(),
+        evaluate=measures,
+        # No stop token: every completion has its full length, so that every arm learns from as many valid tokens.
+        sampling=in_process(config, student, None),
+        wrap=recording.around if replayed is None else None,
+        source=replayed,
+    )
+    shutil.rmtree(folder / "student", ignore_errors=True)  # what is compared are the measurements
+    if cell.rollouts_of == cell.id:
+        recording.write(folder)
+    return account(result.steps, result.evals, _entries(config))
+
+
+@functools.cache
+def _assets() -> Assets:
+    """The embedded pair, looked for once a worker: its cache is keyed by the corpus, which has to be read for that."""
+    from topkd.compose.demo_assets.assets import build_assets, cache_root
+    from topkd.compose.progress import Progress
+
+    return build_assets(cache_root(), Progress())
+
+
+async def _from_file(cell: Cell, _: Path, folder: Path) -> dict[str, Any]:
+    from topkd.compose.train import train
+
+    config = validated(RunConfig, cell.values, where=f"cell {cell.id}")
+    result = await train(config, folder)
+    return account(result.steps, by_moment(result.evals), _entries(config))
+
+
+def by_moment(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A run's evaluations, one record a step: on fixed prefixes, those on other prefixes within it by their name."""
+    moments: dict[int, dict[str, Any]] = {}
+    for record in evals:
+        moment = moments.setdefault(record["step"], {})
+        moment |= record if record["prefixes"] == "fixed" else {record["prefixes"]: dict(record)}
+    return list(moments.values())
+
+
+def _entries(config: EngineConfig) -> Callable[[int], int]:
+    """Logprobs that the teacher must send for so many tokens: a sampled-token estimator needs one each."""
+    objective = config.objective
+    baseline, gamma = getattr(objective, "baseline", "none"), getattr(objective, "gamma", 0.0)
+    listed = objective.needs_list or baseline == "value" or gamma > 0.0
+    per_token = config.k + 1 if listed else 1
+    return lambda tokens: tokens * per_token
+
+
+def account(steps: list[dict[str, Any]], evals: list[dict[str, Any]], entries: Callable[[int], int]) -> dict[str, Any]:
+    """A cell's evaluations against tokens trained on, and what its steps looked like on average."""
+    trained = [0]
+    for record in steps:
+        trained.append(trained[-1] + record["tokens"])
+    scored = sum(record["completion_tokens"] for record in steps)
+
+    def mean(name: str) -> float | None:
+        found = [record[name] for record in steps if isinstance(record.get(name), int | float)]
+        return sum(found) / len(found) if found else None
+
+    lengths = [record["completion_tokens"] / max(1, record["samples"]) for record in steps if record["samples"]]
+    return {
+        "evals": [{**record, "tokens": trained[record["step"]]} for record in evals],
+        "steps": len(steps),
+        "tokens": trained[-1],
+        "tokens_per_step": sorted({record["tokens"] for record in steps}),
+        "skipped": sum(bool(record["skipped"]) for record in steps),
+        "lost": sum(sum(record["lost"].values()) for record in steps),
+        "clipped": mean("clip_fraction"),
+        "ess": mean("ess"),
+        "grad_norm": mean("grad_norm"),
+        "advantage_abs_mean": mean("advantage_abs_mean"),
+        "effective_coefficient": mean("effective_coefficient"),
+        "truncated": sum(record["truncated"] for record in steps) / max(1, sum(record["samples"] for record in steps)),
+        "length_first": lengths[0] if lengths else None,
+        "length_last": lengths[-1] if lengths else None,
+        "teacher_calls": sum(record["samples"] for record in steps),
+        "teacher_tokens": scored,
+        "teacher_entries": entries(scored),
+        "teacher_bytes": 8 * entries(scored),  # an int32 id and a float32 logprob each
+    }

@@ -1,0 +1,314 @@
+"""What a comparison is told: its arms, its seeds, how learning rates are tuned, and on what it runs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from topkd.compose.config.overrides import apply_override, merged, parsed, put
+from topkd.compose.config.run_config import RunConfig, read_toml, validated
+from topkd.engine import EngineConfig
+from topkd.engine.config.learner import Frozen
+from topkd.topk.errors import ConfigError
+
+Seed: TypeAlias = Annotated[int, Field(ge=0)]
+EMBEDDED = "embedded"
+NAME_LENGTH = 60
+SEEDS = [0, 1, 2]  # when nothing says so
+
+
+class Arm(Frozen):
+    """One way to train: what differs from the base, and nothing else.
+
+    Attributes:
+        name: In folders and files.
+        label: What people read; the name when left out.
+        set: What differs from the base.
+        control: A yardstick that cannot win, such as the dense gradient of a teacher that one cannot have in earnest:
+            it is trained and shown like the others, and set beside the best of them.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.=+-]*$", max_length=NAME_LENGTH)]
+    label: str = ""
+    set: Annotated[dict[str, Any], Field(default_factory=dict)]
+    control: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The label, or the name."""
+        return self.label or self.name
+
+
+class Tuning(Frozen):
+    """Learning rates tried on seeds (so prompts) of their own, the same number of trials for every arm.
+
+    An arm whose best rate is the grid's first or last makes the grid grow there by one rate, for every arm, up to
+    ``extensions`` times; if it is still at the edge, no verdict is given.
+    """
+
+    rates: Annotated[tuple[Annotated[float, Field(gt=0.0, allow_inf_nan=False)], ...], Field(min_length=3)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    extensions: Annotated[int, Field(ge=0)] = 2
+
+    @field_validator("rates")
+    @classmethod
+    def _ascending(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if list(rates) != sorted(set(rates)):
+            raise ValueError("rates in ascending order, each once")
+        return rates
+
+
+class CompareConfig(Frozen):
+    """A comparison: every arm on every seed, from the same weights and prompts.
+
+    Attributes:
+        name: Shown on the page.
+        note: One sentence on what it can and cannot tell, shown beside the verdict.
+        base: "embedded" (the demo's tiny pair, its teacher in this process) or a run file.
+        overrides: Set on the base for every arm.
+        arms: The ways to train; the first one is the reference that ratios are taken against.
+        seeds: Paired across arms.
+        tuning: How each arm finds its learning rate; None keeps the base's.
+        metric: Evaluation field that arms are judged by, lower is better.
+        target: Share of the metric's first value that "tokens to target" waits for.
+        replay: Also train every arm on the rollouts that the reference arm drew live: an off-policy test of the
+            estimators, reported apart.
+        workers: Processes; 0 takes one per core.
+    """
+
+    name: str = "comparison"
+    note: str = ""
+    base: str = EMBEDDED
+    overrides: Annotated[dict[str, Any], Field(default_factory=dict)]
+    arms: Annotated[tuple[Arm, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    tuning: Tuning | None = None
+    metric: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    target: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.8
+    replay: bool = False
+    workers: Annotated[int, Field(ge=0)] = 0
+    probes: PositiveInt = 48
+
+    @model_validator(mode="after")
+    def _distinct(self) -> CompareConfig:
+        names, labels = [arm.name for arm in self.arms], [arm.shown for arm in self.arms]
+        for what, values in (
+            ("arm's name", names),
+            ("arm's label", labels),
+            ("seed", [str(one) for one in self.seeds]),
+        ):
+            if twice := sorted({value for value in values if values.count(value) > 1}):
+                raise ValueError(f"every {what} once, but {twice[0]!r} stands there {values.count(twice[0])} times")
+        if self.tuning is not None and (shared := set(self.tuning.seeds) & set(self.seeds)):
+            raise ValueError(f"tuning seeds apart from the comparison's own (both hold {sorted(shared)})")
+        return self
+
+    def values(self, arm: Arm, seed: int, lr: float | None) -> dict[str, Any]:
+        """The full settings of one cell, as plain values: base, overrides, arm, seed, rate."""
+        values = self._base_values()
+        for source in (self.overrides, arm.set):
+            values = merged(values, source, RunConfig)
+        values["seed"] = seed
+        if lr is not None:
+            values["learner"] = {**values.get("learner", {}), "lr": lr}
+        return values
+
+    def checked(self) -> CompareConfig:
+        """Every arm's settings validated now, so that a mistake costs no run."""
+        if self.replay and self.base != EMBEDDED:
+            raise ConfigError(
+                "only the embedded pair's rollouts are replayed", where=self.base, got="replay = true",
+                hint="leave it out, or record the run in a [cache] and use topkd replay",
+            )  # fmt: skip
+        self._check_own()
+        first: RunConfig | None = None
+        for arm in self.arms:
+            values = self.values(arm, self.seeds[0], None)
+            model = EngineConfig if self.base == EMBEDDED else RunConfig
+            config = validated(model, values, where=f"arm {arm.name!r}")
+            if isinstance(config, RunConfig):
+                self._check_measured(arm, config)
+                first = first or config
+                _check_alike(arm, _shared(config), self.arms[0], _shared(first))
+            if config.max_staleness and not self.replay:
+                raise ConfigError(
+                    "a comparison trains on-policy", where=f"arm {arm.name!r}",
+                    got=f"max_staleness {config.max_staleness}", expected="0",
+                    hint="set overrides.max_staleness = 0: staleness differs in effect between estimators",
+                )  # fmt: skip
+        return self
+
+    def _check_measured(self, arm: Arm, config: RunConfig) -> None:
+        table, teachers = config.eval, config.teacher_map().values()
+        if table is None or "fixed" not in table.prefixes or not (
+            table.teacher is not None or (teachers and all(teacher.kind != "server" for teacher in teachers))
+        ):  # fmt: skip
+            raise ConfigError(
+                f"nothing measures {self.metric}, by which arms are judged", where=f"arm {arm.name!r}",
+                got="no [eval]" if table is None else f"eval.teacher {table.teacher!r}, prefixes {[*table.prefixes]}",
+                expected='an [eval] with "fixed" among its prefixes, and the teacher\'s folder as eval.teacher',
+            )  # fmt: skip
+
+    def _check_own(self) -> None:
+        """What the comparison gives every arm itself cannot be set beside it: it would be left out unsaid."""
+        said = [("overrides", self.overrides), *((f"arm {arm.name!r}", arm.set) for arm in self.arms)]
+        for where, table in said:
+            if "seed" in table:
+                raise ConfigError(
+                    "a seed for an arm, where every arm is trained on every seed", where=where,
+                    got=f"seed = {table['seed']!r}",
+                    hint="leave it out; the seeds are named as seeds = [0, 1], or with --seeds 0,1",
+                )  # fmt: skip
+            learner = table.get("learner")
+            if self.tuning is not None and isinstance(learner, Mapping) and "lr" in learner:
+                raise ConfigError(
+                    "a learning rate beside [tuning], which finds one for every arm", where=where,
+                    got=f"learner.lr = {learner['lr']!r}", hint="leave one of the two out",
+                )  # fmt: skip
+
+    def _base_values(self) -> dict[str, Any]:
+        if self.base == EMBEDDED:
+            return dict(EMBEDDED_VALUES)
+        values = read_toml(Path(self.base))
+        values.setdefault("max_staleness", 0)
+        return values
+
+
+def _shared(config: RunConfig) -> dict[str, Any]:
+    """What paired runs have in common: where they start, what they are asked, how and by whom they are measured."""
+    measured = {} if config.eval is None else config.eval.model_dump(mode="json")
+    if measured.get("teacher") is None:
+        measured["teacher"] = {name: one.model for name, one in config.teacher_map().items()}
+    return {
+        "student.model": config.student.model,
+        "data.path": config.data.path,
+        "data.limit": config.data.limit,
+        **{f"eval.{key}": value for key, value in measured.items()},
+    }
+
+
+def _check_alike(arm: Arm, ours: Mapping[str, Any], first: Arm, theirs: Mapping[str, Any]) -> None:
+    if differing := [key for key in theirs if ours.get(key) != theirs[key]]:
+        key = differing[0]
+        raise ConfigError(
+            f"arms that differ in {key} cannot be paired", where=f"arm {arm.name!r}", got=repr(ours.get(key)),
+            expected=f"{theirs[key]!r}, as arm {first.name!r} has it",
+            hint="one student, one [data] path and one [eval] for all arms; or make a comparison of each",
+        )  # fmt: skip
+
+
+# The demo's pair at a size that lets many runs finish: 16 prompts x 24 tokens a step, every token valid.
+EMBEDDED_VALUES: dict[str, Any] = {
+    "steps": 60,
+    "k": 20,
+    "max_staleness": 0,
+    "eval_every": 10,
+    "rollout": {"prompts_per_step": 16, "samples_per_prompt": 1, "max_completion_tokens": 24, "batch_size": 16},
+    "learner": {"lr": 1e-3, "warmup_steps": 5},
+    "checkpoint": {"every": 0},  # a cell that was stopped runs again: it takes seconds
+}
+
+
+def load_compare(path: Path, overrides: Sequence[str] = (), seeds: Sequence[int] | None = None) -> CompareConfig:
+    """A comparison file; a relative ``base`` is taken from beside it, ``overrides`` apply to every arm.
+
+    ``seeds`` take the place of the file's.
+    """
+    values = {"seeds": SEEDS, **read_toml(path)}
+    if seeds is not None:
+        values["seeds"] = list(seeds)
+    if isinstance(base := values.get("base"), str) and base != EMBEDDED:
+        values["base"] = str(path.parent / base)
+    config = validated(CompareConfig, values, where=str(path))
+    return _overridden(config, overrides).checked()
+
+
+def from_runs(
+    paths: Sequence[Path], grid: Mapping[str, Sequence[Any]], seeds: Sequence[int], overrides: Sequence[str] = ()
+) -> CompareConfig:
+    """Arms from run files (``compare a.toml b.toml``), or from a grid over one base file or the embedded pair."""
+    if grid and len(paths) > 1:
+        raise ConfigError("a grid takes one base file", got=f"{len(paths)} files", hint="give one, or drop --grid")
+    if len(paths) > 1:
+        base = read_toml(paths[0])
+        arms = [_arm(_unique(path, paths), _difference(base, path)) for path in paths]
+        values: dict[str, Any] = {"base": str(paths[0]), "name": " against ".join(arm.name for arm in arms)}
+    else:
+        arms = [_grid_arm(dict(zip(grid, point, strict=True))) for point in itertools.product(*grid.values())]
+        if len(arms) < 2:
+            raise ConfigError(
+                "one arm is nothing to compare",
+                where="--grid",
+                got=arms[0].shown,
+                hint="as in objective.kind=gjs,topk_pg",
+            )
+        values = {"base": str(paths[0]) if paths else EMBEDDED, "name": "grid over " + ", ".join(grid)}
+    values |= {"arms": [arm.model_dump() for arm in arms], "seeds": list(seeds)}
+    return _overridden(validated(CompareConfig, values, where="the command line"), overrides).checked()
+
+
+def parse_grid(entries: Sequence[str]) -> dict[str, list[Any]]:
+    """``key=value,value`` options as key -> values."""
+    grid: dict[str, list[Any]] = {}
+    for entry in entries:
+        key, separator, text = entry.partition("=")
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if not separator or not key.strip() or not parts:
+            raise ConfigError("--grid takes key=value,value", got=entry, hint="as in --grid objective.kind=gjs,topk_pg")
+        grid.setdefault(key.strip(), []).extend(parsed(part) for part in parts)
+    return grid
+
+
+def _grid_arm(point: Mapping[str, Any]) -> Arm:
+    table: dict[str, Any] = {}
+    for key, value in point.items():
+        put(table, key, value, said="--grid")
+    return _arm("+".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in point.items()), table)
+
+
+def _arm(label: str, table: dict[str, Any]) -> Arm:
+    """An arm under a name that is a folder's, shown as it was typed."""
+    name = re.sub(r"[^A-Za-z0-9_.=+-]+", "-", label).lstrip("_.=+-")
+    if not name or len(name) > NAME_LENGTH:  # the end tells arms apart, and what is cut off may have done so
+        digest = hashlib.blake2b(label.encode(), digest_size=4).hexdigest()
+        name = f"{digest}-{name[9 - NAME_LENGTH :]}".rstrip("-")
+    return Arm(name=name, label="" if name == label else label, set=table)
+
+
+def _overridden(config: CompareConfig, overrides: Sequence[str]) -> CompareConfig:
+    table = copy.deepcopy(config.overrides)
+    for override in overrides:
+        apply_override(table, override)
+    return config.model_copy(update={"overrides": table})
+
+
+def _difference(base: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What gives another file's run when laid over the first one's: its values, and its defaults for keys it lacks."""
+    other = read_toml(path)
+    if gone := sorted(set(base) - set(other)):
+        raise ConfigError(
+            "the run files differ in a table that only the first has", got=gone[0],
+            hint="give every file the same tables, or write a comparison file with arms",
+        )  # fmt: skip
+    whole = validated(RunConfig, other, where=str(path)).model_dump(mode="json")
+    differing = {key: value for key, value in other.items() if value != base.get(key)}
+    return {key: _explicit(value, base.get(key), whole.get(key)) for key, value in differing.items()}
+
+
+def _explicit(value: Any, former: Any, whole: Any) -> Any:
+    if not (isinstance(value, Mapping) and isinstance(former, Mapping) and isinstance(whole, Mapping)):
+        return value
+    made = {key: whole[key] for key in former if key not in value and key in whole}
+    return made | {key: _explicit(entry, former.get(key), whole.get(key)) for key, entry in value.items()}
+
+
+def _unique(path: Path, paths: Sequence[Path]) -> str:
+    same = [other for other in paths if other.stem == path.stem]
+    return path.stem if len(same) == 1 else f"{path.resolve().parent.name}-{path.stem}"

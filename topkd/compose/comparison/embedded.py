@@ -1,0 +1,221 @@
+"""What a comparison measures on the embedded pair: exact divergences on three kinds of prefix, and a task."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from topkd.engine.loop.loop import Source
+from topkd.engine.loop.prompts import PromptRow
+from topkd.engine.loop.rollouts import BatchSampler
+from topkd.engine.models.divergences import Probe, exact_divergences
+from topkd.engine.models.local_teacher import LocalTeacher
+from topkd.engine.models.sampler import InProcessSampler
+from topkd.engine.models.student import Student
+from topkd.topk.errors import ConfigError
+from topkd.topk.protocols import Ids, Sampler
+from topkd.topk.samples import Rollout, SamplingParams
+from topkd.topk.types import Int32
+
+PROMPT_TOKENS = 24
+PROBE_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """Called as an evaluation hook.
+
+    The top level of its record is measured on *fixed* prefixes: held-out prompts continued by the untrained student,
+    the same for every cell. ``fresh`` is on the present student's own continuations of the same prompts, ``teacher``
+    on the teacher's. ``accuracy`` is how often the student's first choice is the next token of held-out text.
+    """
+
+    student: Student
+    judge: Student
+    prompts: list[Int32]
+    fixed: list[Probe]
+    taught: list[Probe]
+    text: list[Probe]
+
+    @classmethod
+    async def prepared(cls, student: Student, judge: Student, held_out: NDArray[np.int32], probes: int) -> Measures:
+        """Measures on ``probes`` held-out prompts, the same whatever the cell's seed."""
+        starts = np.random.default_rng(0).integers(0, len(held_out) - PROMPT_TOKENS - PROBE_TOKENS, size=probes)
+        prompts = [held_out[start : start + PROMPT_TOKENS] for start in starts]
+        whole = [held_out[start : start + PROMPT_TOKENS + PROBE_TOKENS] for start in starts]
+        return cls(
+            student,
+            judge,
+            prompts,
+            await _continued(student, prompts),
+            await _continued(judge, prompts),
+            [Probe(ids, PROMPT_TOKENS) for ids in whole],
+        )
+
+    def __call__(self) -> dict[str, Any]:
+        """The record of this moment; call it outside an event loop (the engine evaluates in a thread)."""
+        record: dict[str, Any] = exact_divergences(self.student, self.judge, self.fixed)
+        record["fresh"] = exact_divergences(
+            self.student, self.judge, asyncio.run(_continued(self.student, self.prompts))
+        )
+        record["teacher"] = exact_divergences(self.student, self.judge, self.taught)
+        record["accuracy"] = _accuracy(self.student, self.text)
+        return record
+
+
+async def _continued(model: Student, prompts: list[Int32]) -> list[Probe]:
+    drawn = await InProcessSampler(model).sample_batch(prompts, 1, SamplingParams(max_tokens=PROBE_TOKENS, seed=7))
+    return [Probe(np.concatenate([one.prompt_ids, one.completion_ids]), one.prompt_ids.size) for (one,) in drawn]
+
+
+@torch.inference_mode()
+def _accuracy(student: Student, text: list[Probe]) -> float:
+    ids = torch.from_numpy(np.stack([probe.ids for probe in text]).astype(np.int64)).to(student.device)
+    inputs = ids[:, :-1]
+    first = text[0].prompt_len - 1
+    rows = (torch.arange(len(text))[:, None] * inputs.shape[1] + torch.arange(first, inputs.shape[1])).flatten()
+    logits = student.logit_rows(inputs, torch.ones_like(inputs), rows.to(student.device))
+    return float((logits.argmax(-1) == ids[:, first + 1 :].flatten()).double().mean())
+
+
+_STEPS_KEPT = 4  # drawn, and not yet scored
+
+
+class StepTeacher(LocalTeacher):
+    """Scores each sequence of a step out of one pass over all of them; any other sequence by itself.
+
+    What shares a pass is the step as it was drawn, whatever the timing: a rerun rounds alike.
+    """
+
+    def __init__(self, model: Student) -> None:
+        super().__init__(model)
+        self._lock = threading.Lock()
+        self._steps: deque[_Step] = deque(maxlen=_STEPS_KEPT)
+
+    def expect(self, rollouts: Sequence[Rollout]) -> None:
+        """These are the rollouts of a step, whose completions will be scored."""
+        step = _Step(rollouts)
+        with self._lock:
+            self._steps.append(step)
+
+    @torch.inference_mode()
+    def _logp(self, ids: NDArray[np.int64], start: int) -> Tensor:
+        key = ids.tobytes()
+        with self._lock:
+            step = next((step for step in self._steps if key in step.rows), None)
+            found = None if step is None else step.logp(self.model, key)
+        if found is None or start != ids.size - 1 - len(found):
+            return super()._logp(ids, start)
+        return found
+
+
+class _Step:
+    """The sequences of one step, and what comes after each token of their completions, once somebody asks."""
+
+    def __init__(self, rollouts: Sequence[Rollout]) -> None:
+        self.sequences = [np.concatenate([one.prompt_ids, one.completion_ids]).astype(np.int64) for one in rollouts]
+        self.firsts = [one.prompt_ids.size - 1 for one in rollouts]
+        ends = np.cumsum([one.completion_ids.size for one in rollouts])
+        self.rows = {
+            ids.tobytes(): slice(int(end) - one.completion_ids.size, int(end))
+            for ids, one, end in zip(self.sequences, rollouts, ends, strict=True)
+        }
+        self._logp: Tensor | None = None
+
+    def logp(self, model: Student, key: bytes) -> Tensor:
+        """float64 [R, V] on the CPU: the completion's rows of one sequence."""
+        if self._logp is None:
+            width = max(ids.size for ids in self.sequences) - 1
+            inputs = torch.zeros(len(self.sequences), width, dtype=torch.long)
+            attention = torch.zeros_like(inputs)
+            rows = []
+            for place, (ids, first) in enumerate(zip(self.sequences, self.firsts, strict=True)):
+                inputs[place, : ids.size - 1] = torch.from_numpy(ids[:-1])
+                attention[place, : ids.size - 1] = 1
+                rows.append(torch.arange(place * width + first, place * width + ids.size - 1))
+            device = model.device
+            logits = model.logit_rows(inputs.to(device), attention.to(device), torch.cat(rows).to(device))
+            self._logp = torch.log_softmax(logits.double(), dim=-1).cpu()
+        return self._logp[self.rows[key]]
+
+
+FILE = "rollouts.npz"
+
+
+Drawn: TypeAlias = Callable[[Sequence[Rollout]], None]
+
+
+class Recording:
+    """Keeps every rollout that passes, step by step; ``around`` a sampler, then ``write``.
+
+    ``drawn`` is told each step's rollouts, before anybody else sees them.
+    """
+
+    def __init__(self, drawn: Drawn) -> None:
+        self.steps: list[list[Rollout]] = []
+        self._drawn = drawn
+        self._inner: BatchSampler | None = None
+
+    def around(self, sampler: Sampler) -> Sampler:
+        """The sampler that draws from ``sampler`` and is remembered."""
+        if not isinstance(sampler, BatchSampler):
+            raise ConfigError("only a sampler that draws whole batches can be recorded", got=type(sampler).__name__)
+        self._inner = sampler
+        return self
+
+    async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
+        """See ``topkd.topk.protocols.Sampler``."""
+        return (await self.sample_batch([prompt_ids], n, params, k=k))[0]
+
+    async def sample_batch(
+        self, prompts: Sequence[Ids], n: int, params: SamplingParams, *, k: int = 0
+    ) -> list[list[Rollout]]:
+        """N rollouts for each prompt, from the inner sampler."""
+        if self._inner is None:
+            raise ConfigError("nothing to record from", hint="put the recording around a sampler first")
+        drawn = await self._inner.sample_batch(prompts, n, params, k=k)
+        self.steps.append([rollout for group in drawn for rollout in group])
+        self._drawn(self.steps[-1])
+        return drawn
+
+    def write(self, folder: Path) -> None:
+        """Ids, lengths and behaviour logprobs, exact."""
+        flat = [rollout for step in self.steps for rollout in step]
+        np.savez(
+            folder / FILE,
+            steps=np.array([len(step) for step in self.steps]),
+            prompts=np.array([rollout.prompt_ids.size for rollout in flat]),
+            prompt_ids=np.concatenate([rollout.prompt_ids for rollout in flat]),
+            lengths=np.array([rollout.completion_ids.size for rollout in flat]),
+            ids=np.concatenate([rollout.completion_ids for rollout in flat]),
+            logp=np.concatenate([rollout.logp for rollout in flat]),
+        )
+
+
+def read_rollouts(folder: Path, rows: Sequence[PromptRow], drawn: Drawn) -> Source:
+    """The rollouts that a cell wrote, as the source of another's batches; ``drawn`` is told each step's."""
+    with np.load(folder / FILE) as stored:
+        counts, sizes, lengths = stored["steps"], stored["prompts"], stored["lengths"]
+        prompts = np.split(stored["prompt_ids"], np.cumsum(sizes)[:-1])
+        ids, logp = (np.split(stored[name], np.cumsum(lengths)[:-1]) for name in ("ids", "logp"))
+    row_of = {row.prompt_ids.tobytes(): row for row in rows}
+    ends = np.cumsum(counts)
+
+    async def source(step: int) -> tuple[list[PromptRow], list[Rollout]]:
+        part = range(int(ends[step] - counts[step]), int(ends[step]))
+        params = SamplingParams(max_tokens=int(lengths[part].max()))
+        rollouts = [Rollout(prompts[i], ids[i], logp[i], "length", params) for i in part]
+        drawn(rollouts)
+        return [row_of[rollout.prompt_ids.tobytes()] for rollout in rollouts], rollouts
+
+    return source

@@ -1,0 +1,115 @@
+"""One run, one frozen config, one TOML file; every mistake in it is one clear line."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from topkd.clients import ClientConfig
+from topkd.compose.config.errors import config_error
+from topkd.compose.config.overrides import overridden
+from topkd.compose.config.tables import (
+    CacheConfig,
+    DataConfig,
+    EvalConfig,
+    InProcessSampling,
+    ReplayConfig,
+    SamplerConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrackConfig,
+)
+from topkd.engine import EngineConfig
+from topkd.topk.errors import ConfigError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class RunConfig(EngineConfig):
+    """``topkd train run.toml``: the engine's settings at the top level, and the pieces it is wired to."""
+
+    student: StudentConfig
+    teacher: TeacherConfig | None = None
+    teachers: Annotated[dict[str, TeacherConfig], Field(default_factory=dict)]
+    data: DataConfig
+    client: ClientConfig = ClientConfig()
+    cache: CacheConfig | None = None
+    replay: ReplayConfig = ReplayConfig()
+    sampler: SamplerConfig = InProcessSampling()
+    eval: EvalConfig | None = None
+    track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="after")
+    def _one_way_to_name_teachers(self) -> RunConfig:
+        alone = self.teacher is None and not self.teachers and self.objective.kind == "sft"  # nobody is asked
+        if (self.teacher is None) == (not self.teachers) and not alone:
+            raise ValueError("give either [teacher] or [teachers.NAME] tables, not both and not neither")
+        if self.eval is not None and self.eval_every and self.eval.every not in {0, self.eval_every}:
+            raise ValueError("eval.every or eval_every, not two different numbers")
+        if self.eval is None and self.eval_every:
+            raise ValueError(
+                "eval_every measures nothing without [eval]: give [eval] with path and every, or leave it out"
+            )
+        moving = [teacher for teacher in self.teacher_map().values() if teacher.kind == "self" and teacher.ema < 1.0]
+        if moving and self.max_staleness:
+            raise ValueError("max_staleness = 0 for a self teacher that moves: else its scores depend on timing")
+        if moving and self.cache is not None:
+            raise ValueError("no [cache] for a self teacher that moves: every step has another teacher")
+        if self.cache is not None and getattr(self.objective, "support", "teacher") != "teacher":
+            raise ValueError("no [cache] with objective.support: it keeps the teacher's own lists, and no other")
+        return self
+
+    def teacher_map(self) -> dict[str, TeacherConfig]:
+        """teacher_id -> config; the single [teacher] answers to the empty id."""
+        return {"": self.teacher} if self.teacher is not None else dict(self.teachers)
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), told: Callable[[str], None] = lambda _: None) -> RunConfig:
+    """Read a TOML run file, apply ``key=value`` overrides, check everything.
+
+    ``told`` hears a line for each override that leaves keys of the file out: those of another kind.
+    """
+    values = read_toml(path)
+    for line in overridden(values, overrides, RunConfig):
+        told(line)
+    return validated(RunConfig, values, where=str(path), overrides=overrides)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file; what cannot be read is one clear error."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError("cannot read the config", where=str(path), got=reason) from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError("the config is not TOML", where=str(path), got=str(error)) from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else "a number of thousands of digits"
+        raise ConfigError("the config cannot be read", where=str(path), got=reason) from error
+
+
+def validated(model: type[M], values: Mapping[str, Any], *, where: str, overrides: Sequence[str] = ()) -> M:
+    """``model`` from plain values; the first problem becomes one ConfigError, blamed on ``overrides`` if of those."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise config_error(error, model, values, where=where, overrides=overrides) from None
+
+
+def saved(config: BaseModel, path: Path) -> None:
+    """Write the resolved config beside the run, as JSON; secrets are not in it (only names of variables are).
+
+    A process killed while it writes leaves the former file or none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.partial")
+    staging.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    staging.replace(path)

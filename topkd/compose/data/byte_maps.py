@@ -1,0 +1,23 @@
+"""Byte maps that also know how transformers cuts a text: what servers and trainers make of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from topkd.clients.decoding.byte_map import ByteMap, load_bytemap
+
+
+def student_bytemap(source: str | Path) -> ByteMap:
+    """The byte map of a tokenizer, with ``loaded`` where transformers is installed and the source is a model folder."""
+    table = load_bytemap(source)
+    if table.source is None:
+        return table
+    try:
+        from transformers import AutoTokenizer
+
+        loaded: Any = AutoTokenizer.from_pretrained(str(table.source), local_files_only=True)
+    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return table  # tokenizer.json is what is left to go by
+    return replace(table, loaded=lambda text: [int(token) for token in loaded.encode(text, add_special_tokens=False)])

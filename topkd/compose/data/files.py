@@ -1,0 +1,190 @@
+"""Rows of JSONL, Parquet and dataset files, read in order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from topkd.offline.folder import FORMAT_FILE
+from topkd.offline.parquet_files import open_parquet, read_batches
+from topkd.topk.errors import ConfigError, DataError
+
+_BATCH = 64  # rows read at a time
+
+_JSON_NAMES = {str: "a string", list: "a list", int: "a number", float: "a number", bool: "a truth value",
+               type(None): "null"}  # fmt: skip
+
+
+def check_rows(path: Path) -> None:
+    """Raises DataError for data that is not there, and for data without a row: a job of nothing is a mistake."""
+    if not path.exists():
+        raise DataError("no such file or folder", where=str(path))
+    if not (path.is_file() or path.is_dir()):
+        raise DataError("neither a file nor a folder", where=str(path), hint="a pipe is read once: save its rows first")
+    if next(raw_rows(path), None) is None:
+        raise DataError("the data holds no row", where=str(path), hint="was whatever wrote it cut short?")
+
+
+def count_rows(path: Path) -> int:
+    """How many rows there are, for a forecast; 0 when that is not known beforehand."""
+    if path.is_dir():
+        return 0 if (path / FORMAT_FILE).exists() else len(_dataset(path))
+    if path.suffix == ".parquet":
+        return int(open_parquet(path).metadata.num_rows)
+    try:
+        with path.open("rb") as file:
+            return sum(1 for line in file if line.strip())
+    except OSError as error:
+        raise DataError("cannot read the data file", where=str(path), got=error.strerror) from error
+
+
+def raw_rows(path: Path, portion: Portion | None = None) -> Iterator[tuple[int, Any]]:
+    """Rows as they stand: bytes of a JSONL line with its number from 1, else mappings with theirs from 0."""
+    first, last = (0, None) if portion is None else (portion.first, portion.first + portion.rows)
+    if path.is_dir():
+        data = _dataset(path)
+        yield from enumerate(data if last is None else data.select(range(first, last)), first)
+    elif path.suffix == ".parquet":
+        rows = ((number, row) for start, batch in _batches(path, first, last)
+                for number, row in enumerate(batch.to_pylist(), start) if number >= first)  # fmt: skip
+        yield from rows if last is None else islice(rows, last - first)
+    else:
+        yield from islice(_lines(path, portion), None if portion is None else portion.rows)
+
+
+def _lines(path: Path, portion: Portion | None) -> Iterator[tuple[int, bytes]]:
+    try:
+        with path.open("rb") as file:
+            if portion is not None:
+                file.seek(portion.offset)
+            first = 1 if portion is None else portion.line
+            yield from ((number, line) for number, line in enumerate(file, start=first) if line.strip())
+    except OSError as error:
+        raise DataError("cannot read the data file", where=str(path), got=error.strerror) from error
+
+
+def _line_units(path: Path) -> Iterator[Portion]:
+    rows = offset = 0
+    begun: Portion | None = None
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    if begun is None:
+                        begun = Portion(rows, 0, number, offset)
+                    rows += 1
+                    if rows - begun.first == UNIT:
+                        yield replace(begun, rows=UNIT)
+                        begun = None
+                offset += len(line)
+    except OSError as error:
+        raise DataError("cannot read the data file", where=str(path), got=error.strerror) from error
+    if begun is not None:
+        yield replace(begun, rows=rows - begun.first)
+
+
+def _batches(path: Path, first: int, last: int | None) -> Iterator[tuple[int, Any]]:
+    """Batches of the row groups that hold rows first to last, each with the number of its first row."""
+    file, start = open_parquet(path), 0
+    groups = []
+    for group in range(file.metadata.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if start + rows > first and (last is None or start < last):
+            groups.append((group, start))
+        start += rows
+    for group, begin in groups:
+        at = begin
+        for batch in read_batches(file, path, batch_size=_BATCH, row_groups=[group]):
+            if at + batch.num_rows > first:
+                yield at, batch
+            at += batch.num_rows
+            if last is not None and at >= last:
+                break
+
+
+def _dataset(path: Path) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError("a dataset folder needs datasets", hint='pip install "topkd[data]"') from error
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            "neither a saved dataset nor a cache", where=str(path), got=str(error).splitlines()[0]
+        ) from error
+    if isinstance(found, datasets.DatasetDict):
+        raise DataError(
+            "the folder holds several splits", where=str(path), got=sorted(found), hint="give one split's folder"
+        )
+    return found
+
+
+def json_object(raw: Any, where: str) -> dict[str, Any]:
+    """A row as a mapping; what is no JSON is refused with the column where it stops being some."""
+    if isinstance(raw, bytes):
+        try:
+            raw = json.loads(raw)
+        except json.JSONDecodeError as error:
+            at, what = f"{where}, column {min(error.pos, len(error.doc.rstrip())) + 1}", error.msg
+            got = repr(error.doc[error.pos :].strip()[:40]) if error.doc[error.pos :].strip() else "the end of the line"
+            if what.startswith("Expecting "):
+                raise DataError("not a JSON object", where=at, got=got, expected=what[10:]) from error
+            raise DataError(f"not a JSON object, {what[:1].lower()}{what[1:]}", where=at, got=got) from error
+        except UnicodeDecodeError as error:
+            raise DataError("not a JSON object", where=where, got="not UTF-8 text") from error
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else "a number of thousands of digits"
+            raise DataError("not a JSON object", where=where, got=reason) from error
+    if not isinstance(raw, dict):
+        raise DataError("not a JSON object", where=where, got=_JSON_NAMES.get(type(raw), type(raw).__name__))
+    return raw
+
+
+UNIT = 64  # rows between two places where a portion may begin
+
+
+_UNITS = 16  # of a portion at most
+
+
+_EACH = 8  # portions a worker at least, so that none waits long for the last
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """Consecutive rows.
+
+    Attributes:
+        first: How many rows stand before it.
+        rows: How many it has.
+        line: Number of its first line (JSONL).
+        offset: Byte where that line begins (JSONL).
+    """
+
+    first: int
+    rows: int
+    line: int = 1
+    offset: int = 0
+
+
+def joined(units: Iterator[Portion], *, workers: int, limit: int | None = None) -> list[Portion]:
+    """Units of a file, cut at the limit, as portions of a size that keeps all workers busy.
+
+    Args:
+        units: In the order of the file.
+        workers: How many will share the portions.
+        limit: Rows at most.
+    """
+    kept = []
+    for unit in units:
+        rows = unit.rows if limit is None else min(unit.rows, limit - unit.first)
+        if rows <= 0:
+            break
+        kept.append(replace(unit, rows=rows))
+    size = max(1, min(_UNITS, len(kept) // (_EACH * workers)))
+    groups = [kept[at : at + size] for at in range(0, len(kept), size)]
+    return [replace(group[0], rows=sum(unit.rows for unit in group)) for group in groups]

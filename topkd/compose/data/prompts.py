@@ -1,0 +1,160 @@
+"""Data files to prompts of both sides: JSONL, Parquet or a saved dataset; a bad row is named by its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from topkd.compose.config.tables import PrivilegedConfig
+from topkd.compose.data.chat_templates import Side
+from topkd.compose.data.conversations import recorded
+from topkd.compose.data.files import json_object, raw_rows
+from topkd.compose.data.rows import DataRow, checked_row, rendered, valid_ids
+from topkd.engine.loop.prompts import PromptRow
+from topkd.topk.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """Everyone who reads a row, and how.
+
+    Attributes:
+        student: The student's side.
+        teachers: teacher_id -> that teacher's side; a row of another one is an error. None: any, who reads like the
+            student.
+        privileged: Templates of what only the teacher sees.
+        teacher_column: Where a row names its teacher.
+        turns: See ``DataConfig``.
+    """
+
+    student: Side
+    teachers: Mapping[str, Side] | None = None
+    privileged: PrivilegedConfig = field(default_factory=PrivilegedConfig)
+    teacher_column: str = "teacher_id"
+    turns: Literal["last", "all"] = "last"
+
+    def teacher_of(self, raw: Mapping[str, Any], where: str) -> tuple[str, Side]:
+        """Which teacher a row is for, and how it reads."""
+        name = raw.get(self.teacher_column)
+        name = "" if name is None else name
+        if not isinstance(name, str):
+            raise DataError(f"{self.teacher_column} cannot be read", where=where, got=repr(name), expected="a name")
+        if self.teachers is None:
+            return name, self.student
+        if name not in self.teachers:
+            known = sorted(self.teachers)
+            raise DataError(
+                f"no teacher named {name!r}" if name else f"the row names no teacher in {self.teacher_column!r}",
+                where=where, expected="no name: there is one [teacher]" if known == [""] else f"one of {known}",
+            )  # fmt: skip
+        return name, self.teachers[name]
+
+
+def read_prompts(
+    path: Path,
+    readers: Readers,
+    *,
+    max_tokens: int,
+    overlong: Literal["drop", "error"],
+    limit: int | None = None,
+) -> tuple[list[PromptRow], list[str]]:
+    """The rows as ids, and the names of those that were over-long and dropped.
+
+    Args:
+        path: A JSONL or Parquet file, or a folder of ``datasets.Dataset.save_to_disk``.
+        readers: Both sides; chat templates are applied here, once.
+        max_tokens: Longest prompt allowed, for the student and the teacher alike.
+        overlong: Drop longer rows (counted) or refuse the file; a prompt is never cut.
+        limit: Keep this many rows at most.
+    """
+    rows: list[PromptRow] = []
+    dropped: list[str] = []
+    for number, raw in _objects(path):
+        if limit is not None and len(rows) >= limit:
+            break
+        row = _prompt_row(raw, number, readers, f"{path}:{number}")
+        longest = max(row.prompt_ids.size, row.teacher_prompt_ids.size)
+        if longest > max_tokens:
+            if overlong == "error":
+                raise DataError(
+                    "prompt too long", where=f"{path}:{number}", got=f"{longest} tokens",
+                    expected=f"at most {max_tokens}",
+                    hint='raise rollout.max_prompt_tokens or set rollout.overlong = "drop"',
+                )  # fmt: skip
+            dropped.append(row.sample_id)
+        else:
+            rows.append(row)
+    if not rows:
+        raise DataError(
+            "no usable prompt", where=str(path), got=f"{len(dropped)} over-long rows dropped" if dropped else "no rows",
+            hint="raise rollout.max_prompt_tokens" if dropped else "",
+        )  # fmt: skip
+    return rows, dropped
+
+
+def check_opens(path: Path) -> None:
+    """Raises DataError for a data file that is not there, cannot be opened or holds nothing: its first row is read."""
+    if next(_objects(path), None) is None:
+        raise DataError("no usable prompt", where=str(path), got="no rows")
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if not path.exists():
+        raise DataError("cannot read the data file", where=str(path), got="no such file or folder")
+    for number, raw in raw_rows(path):
+        yield number, json_object(raw, f"{path}:{number}")
+
+
+def _prompt_row(raw: dict[str, Any], number: int, readers: Readers, where: str) -> PromptRow:
+    row = checked_row(raw, where)
+    teacher_id, teacher = readers.teacher_of(raw, where)
+    name = str(row.id) if row.id is not None else f"line {number}"
+    completion, mask = None, None
+    if row.messages is not None:
+        row, completion, mask = _split(row, readers, where)
+    elif row.completion is not None:
+        completion = readers.student.text(row.completion, where, special=False)
+        if readers.student.tokenizer.eos_token_id is not None:
+            completion.append(int(readers.student.tokenizer.eos_token_id))
+    elif row.completion_ids is not None:
+        completion = row.completion_ids
+    prompt = rendered(row, readers.student, {}, readers.privileged, where)
+    if row.teacher_prompt_ids is not None:
+        if row.privileged:
+            raise DataError("teacher_prompt_ids is the teacher's whole prompt", where=where, got=sorted(row.privileged))
+        told = valid_ids(row.teacher_prompt_ids, "a teacher's prompt", where)
+    elif row.privileged or teacher != readers.student:
+        told = rendered(row, teacher, row.privileged, readers.privileged, where)
+    else:
+        told = prompt
+    return PromptRow(
+        np.array(prompt),
+        np.array(told),
+        teacher_id,
+        name,
+        None if completion is None else np.array(valid_ids(completion, "a completion", where)),
+        mask,
+        {key: value for key, value in raw.items() if value is not None and not key.endswith("_ids")},
+    )
+
+
+def _split(row: DataRow, readers: Readers, where: str) -> tuple[DataRow, list[int] | None, Any]:
+    """Messages before the answer, and the answer's ids with their mask; a conversation may end before its answer."""
+    messages = row.messages or []
+    if not messages:
+        raise DataError("messages needs at least one message", where=where)
+    answers = [place for place, message in enumerate(messages) if message.get("role") == "assistant"]
+    closing = messages[-1].get("role") == "assistant"
+    if not closing and (readers.turns == "last" or not answers):
+        return row, None, None
+    first = answers[0] if readers.turns == "all" else len(messages) - 1
+    if first == 0:
+        raise DataError("a conversation needs a message before the first answer", where=where)
+    whole = messages[: answers[-1] + 1]
+    conversation = recorded(readers.student, whole, first, where)
+    ids, mask = conversation.ids[conversation.prompt_len :], conversation.mask[conversation.prompt_len :]
+    return row.model_copy(update={"messages": messages[:first]}), ids.tolist(), None if mask.all() else mask

@@ -1,0 +1,189 @@
+"""Rows of a data file, and the prompt each side sees: the student's, and the teacher's, which may know more."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from topkd.compose.config.errors import in_words
+from topkd.compose.config.tables import PRIVILEGED, PrivilegedConfig
+from topkd.compose.data.chat_templates import Side
+from topkd.topk.errors import DataError
+
+
+class DataRow(BaseModel):
+    """One row; columns that topkd does not use (a source, a difficulty) may stand beside these.
+
+    ``hint``, ``reference`` and ``feedback`` are for the teacher alone. ``teacher_prompt_ids`` is its whole prompt, in
+    their place, for rows of ids. ``completion`` and ``completion_ids`` are an answer that came with the row.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    prompt_ids: list[int] | None = None
+    teacher_prompt_ids: list[int] | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    completion_ids: list[int] | None = None
+    completion: str | None = None
+    id: str | int | None = None
+    teacher_id: str = ""
+    hint: str | None = None
+    reference: str | None = None
+    feedback: str | None = None
+
+    @field_validator("prompt", "messages", "completion", "id", "teacher_id", *PRIVILEGED)
+    @classmethod
+    def _is_unicode(cls, value: Any) -> Any:
+        """JSON can say half of a character (a lone surrogate), and nothing that reads text takes it."""
+        try:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"whole characters, not half of one as at {error.start}") from None
+        except RecursionError:
+            raise ValueError("something nested less deeply") from None
+        return value
+
+    @property
+    def privileged(self) -> dict[str, str]:
+        """What only the teacher may see, by column."""
+        return {name: text for name in PRIVILEGED if (text := getattr(self, name)) is not None}
+
+
+def checked_row(raw: dict[str, Any], where: str) -> DataRow:
+    """The row, in exactly one of its three forms; nulls (tables have every column in every row) are absent keys."""
+    try:
+        row = DataRow.model_validate({key: _without_nulls(value) for key, value in raw.items() if value is not None})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in problem["loc"]) or "the row"
+        raise DataError(f"{key} cannot be read", where=where, expected=in_words(problem)) from None
+    given = [name for name in ("prompt_ids", "prompt", "messages") if getattr(row, name) is not None]
+    if len(given) != 1:
+        raise DataError(
+            "a row needs exactly one of prompt_ids, prompt, messages", where=where, got=given or "none of them"
+        )
+    strays = {"completion": "prompt", "completion_ids": "prompt_ids", "teacher_prompt_ids": "prompt_ids"}
+    for name, form in strays.items():
+        if getattr(row, name) is not None and form != given[0]:
+            raise DataError(f"{name} goes with {form}", where=where, got=f"it stands beside {given[0]}")
+    return row
+
+
+def _without_nulls(value: Any) -> Any:
+    """A message of a table has every field that any message has."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [{key: entry for key, entry in message.items() if entry is not None} for message in value]
+    return value
+
+
+def prompt_tokens(row: DataRow, tokenizer: Any, hint: str | None, where: str) -> list[int]:
+    """The prompt as ids, for a side with the tokenizer's own template; with a hint, as the teacher sees it."""
+    extra = {} if hint is None else {"hint": hint}
+    return rendered(row, Side(tokenizer), extra, PrivilegedConfig(), where)
+
+
+def teacher_tokens(row: DataRow, tokenizer: Any, where: str) -> list[int]:
+    """The prompt as the teacher sees it, told all that the row has for it alone, by the tokenizer's own template."""
+    if row.teacher_prompt_ids is not None:
+        return valid_ids(row.teacher_prompt_ids, "a teacher's prompt", where)
+    return rendered(row, Side(tokenizer), row.privileged, PrivilegedConfig(), where)
+
+
+def rendered(
+    row: DataRow, side: Side, privileged: dict[str, str], templates: PrivilegedConfig, where: str
+) -> list[int]:
+    """The prompt as one side sees it, with what is told to that side only.
+
+    Args:
+        row: In one of its three forms; the messages of a conversation end before the answer.
+        side: Whose tokenizer and template.
+        privileged: Column -> text; empty for the student.
+        templates: How each of them is put around the prompt.
+        where: For error messages.
+    """
+    if row.prompt_ids is not None:
+        ids: Sequence[int] = _told_ids(row.prompt_ids, side, privileged, templates, where)
+    elif row.prompt is not None:
+        ids = side.text(_told_text(row.prompt, privileged, templates), where)
+    else:
+        ids = side.chat(_told_messages(row.messages or [], privileged, templates, where), where)
+    return valid_ids(ids, "a prompt", where)
+
+
+def valid_ids(ids: Sequence[int], what: str, where: str) -> list[int]:
+    """The same ids, when every one can be an id; a vocabulary's own bound is checked where it is known."""
+    if not len(ids) or min(ids) < 0:
+        raise DataError(f"{what} needs at least one token and no negative id", where=where, got=list(ids[:8]))
+    if max(ids) > np.iinfo(np.int32).max:
+        raise DataError("a token id is out of range", where=where, got=max(ids), expected="below 2**31")
+    return [int(token) for token in ids]
+
+
+def _told_ids(
+    ids: Sequence[int], side: Side, privileged: dict[str, str], templates: PrivilegedConfig, where: str
+) -> Sequence[int]:
+    """The prompt's ids as they are, what is told as text before them, behind a beginning of text that they have."""
+    before = ""
+    for name, told in privileged.items():
+        template = getattr(templates, name)
+        if "{prompt}" in template:
+            raise DataError(
+                f"a {name} is written around the text of a prompt, and this row has ids", where=where,
+                hint=f"give the teacher's whole prompt as teacher_prompt_ids, or a data.privileged.{name} "
+                "without {prompt}, which stands before the ids",
+            )  # fmt: skip
+        before = f"{_filled(template, {name: told})}\n{before}"
+    if not before:
+        return ids
+    text = side.text(before, where, special=False)
+    opening = int(bool(ids) and ids[0] == side.tokenizer.bos_token_id)
+    return [*ids[:opening], *text, *ids[opening:]]
+
+
+def _told_text(prompt: str, privileged: dict[str, str], templates: PrivilegedConfig) -> str:
+    for name, told in privileged.items():
+        template = getattr(templates, name)
+        text = _filled(template, {name: told, "prompt": prompt})
+        prompt = text if "{prompt}" in template else f"{text}\n{prompt}"
+    return prompt
+
+
+def _told_messages(
+    messages: Sequence[dict[str, Any]], privileged: dict[str, str], templates: PrivilegedConfig, where: str
+) -> list[dict[str, Any]]:
+    told = [dict(message) for message in messages]
+    for name, secret in privileged.items():
+        template = getattr(templates, name)
+        if "{prompt}" not in template:
+            text = _filled(template, {name: secret})
+            if told and told[0].get("role") == "system":
+                told[0]["content"] = f"{text}\n\n{_content(told[0], where)}"
+            else:
+                told.insert(0, {"role": "system", "content": text})
+            continue
+        last = next((message for message in reversed(told) if message.get("role") == "user"), None)
+        if last is None:
+            raise DataError(f"the template of {name} rewrites the user's message, and there is none", where=where)
+        last["content"] = _filled(template, {name: secret, "prompt": _content(last, where)})
+    return told
+
+
+def _content(message: dict[str, Any], where: str) -> str:
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise DataError(
+            "a message that is told more needs text as its content", where=where, got=type(content).__name__
+        )
+    return content
+
+
+def _filled(template: str, values: dict[str, str]) -> str:
+    """Every ``{name}`` replaced in one pass: braces in what is told stay as they are."""
+    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)

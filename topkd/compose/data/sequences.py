@@ -1,0 +1,199 @@
+"""Data files to sequences that a teacher scores: JSONL, Parquet, datasets folders and caches, one row at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from pydantic import ValidationError
+
+from topkd.compose.config.errors import in_words
+from topkd.compose.data.chat_templates import Side
+from topkd.compose.data.conversations import recorded
+from topkd.compose.data.files import UNIT, Portion, _line_units, check_rows, count_rows, json_object, raw_rows
+from topkd.compose.data.rows import DataRow, teacher_tokens, valid_ids
+from topkd.offline import ScoreStore
+from topkd.offline.folder import FORMAT_FILE
+from topkd.offline.records import ROLLOUT
+from topkd.topk.errors import ConfigError, DataError
+from topkd.topk.samples import FinishReason
+from topkd.topk.types import Float32, Int32
+
+_FORMS = "prompt_ids and completion_ids, prompt and completion, or messages"
+
+
+class ScoredRow(DataRow):
+    """A row whose completion is there already; ``logp`` are the logprobs it was sampled with, when they are known."""
+
+    completion_ids: list[int] | None = None
+    completion: str | None = None
+    logp: list[float] | None = None
+    finish_reason: FinishReason = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreInput:
+    """One sequence: rows ``start ..`` are what a score of it holds.
+
+    Attributes:
+        number: Line of a JSONL file (from 1), row of any other source (from 0).
+        ids: int32, the prompt as the teacher sees it and the completion.
+        start: P - 1.
+        sample_id: The row's own name.
+        teacher_id: Which teacher it is for.
+        logp: float32 [C], what the completion was sampled with, or None.
+        finish_reason: How the completion ended, as the row says.
+        prompt_ids: With ``logp``: the prompt that the completion was sampled from, without what only the teacher sees.
+    """
+
+    number: int
+    ids: Int32
+    start: int
+    sample_id: str
+    teacher_id: str
+    logp: Float32 | None = None
+    finish_reason: FinishReason = "stop"
+    prompt_ids: Int32 | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be scored, and why."""
+
+    number: int
+    reason: DataError
+
+
+Item: TypeAlias = ScoreInput | BadRow
+
+
+def read_sequences(path: Path, tokenizer: Any = None, portion: Portion | None = None) -> Iterator[Item]:
+    """Every row in order, lazily; a bad one comes as a ``BadRow`` in its place.
+
+    Args:
+        path: A JSONL or Parquet file, a folder of ``datasets.Dataset.save_to_disk``, or a cache (its rollouts).
+        tokenizer: For rows of text; None when all rows hold ids.
+        portion: Only these rows (of ``units``).
+    """
+    if path.is_dir() and (path / FORMAT_FILE).exists():
+        yield from (
+            _rollouts(path) if portion is None else islice(_rollouts(path), portion.first, portion.first + portion.rows)
+        )
+        return
+    for number, raw in raw_rows(path, portion):
+        try:
+            yield _sequence(number, raw, tokenizer, f"{path}:{number}")
+        except DataError as error:
+            yield BadRow(number, error)
+
+
+def check_source(path: Path) -> None:
+    """Raises DataError for what is not there, for no rows, and for a cache where no rollouts wait to be scored."""
+    if not (path.is_dir() and (path / FORMAT_FILE).exists()):
+        check_rows(path)
+    elif next(_rollouts(path), None) is None:
+        raise DataError(
+            "the cache holds no rollouts to score", where=str(path), expected="what a run with [cache] recorded",
+            hint="a data file goes in its place",
+        )  # fmt: skip
+
+
+def units(path: Path) -> Iterator[Portion]:
+    """Where the rows of a source may be divided."""
+    if path.is_dir() and (path / FORMAT_FILE).exists():
+        rows = sum(1 for _ in _rollouts(path))
+    elif path.is_dir() or path.suffix == ".parquet":
+        rows = count_rows(path)
+    else:
+        yield from _line_units(path)
+        return
+    yield from (Portion(first, min(UNIT, rows - first)) for first in range(0, rows, UNIT))
+
+
+def _rollouts(path: Path) -> Iterator[Item]:
+    numbers = count()
+    with ScoreStore(path) as store:
+        for record in store.records(kinds=(ROLLOUT,)):
+            for rollout in record.rollouts():
+                number, ids = next(numbers), np.concatenate([rollout.prompt_ids, rollout.completion_ids])
+                if rollout.completion_ids.size == 0:
+                    yield BadRow(number, DataError("an empty completion", where=f"{path}:{number}"))
+                else:
+                    yield ScoreInput(number, ids, rollout.prompt_ids.size - 1, f"rollout {number}", "")
+
+
+def _sequence(number: int, raw: Any, tokenizer: Any, where: str) -> ScoreInput:
+    row = _parsed(raw, where)
+    told = row.privileged and row.teacher_prompt_ids is None
+    if tokenizer is None and (row.prompt_ids is None or told):
+        what = "rows of text" if row.prompt_ids is None else f"rows with a {next(iter(row.privileged))}"
+        raise ConfigError(f"{what} need a tokenizer", where=where, hint="give --tokenizer PATH")
+    if row.prompt_ids is not None:
+        prompt, completion = teacher_tokens(row, tokenizer, where), row.completion_ids or []
+    elif row.completion is not None:
+        prompt = teacher_tokens(row, tokenizer, where)
+        completion = tokenizer(row.completion, add_special_tokens=False)["input_ids"]
+    else:
+        prompt, completion = _last_answer(row, tokenizer, where)
+    if not completion or min(completion) < 0:
+        raise DataError(
+            "a completion needs at least one token and no negative id", where=where, got=list(completion[:8])
+        )
+    name = str(row.id) if row.id is not None else f"row {number}"
+    if max(*prompt, *completion) > np.iinfo(np.int32).max:
+        raise DataError("token id out of range", where=where, got=max(*prompt, *completion))
+    if row.logp is not None and row.prompt_ids is None:
+        raise DataError(
+            "logp needs prompt_ids and completion_ids: text does not say which tokens it is of", where=where
+        )
+    logp = None if row.logp is None else np.asarray(row.logp, np.float32)
+    if logp is not None and (logp.size != len(completion) or (logp > 0).any()):
+        raise DataError(
+            "logp must be one log-probability for each completion token", where=where, got=f"{logp.size} numbers",
+            expected=f"{len(completion)}, none above 0",
+        )  # fmt: skip
+    if logp is not None and (logp <= -9999.0).any():
+        raise DataError(
+            "a sampled token cannot have had probability zero", where=where, got=float(logp.min()),
+            hint="give NaN where a logprob is unknown",
+        )  # fmt: skip
+    ids = np.array([*prompt, *completion], np.int32)
+    asked = None if logp is None else np.array(valid_ids(row.prompt_ids or [], "a prompt", where), np.int32)
+    return ScoreInput(number, ids, len(prompt) - 1, name, row.teacher_id, logp, row.finish_reason, asked)
+
+
+def _parsed(raw: Any, where: str) -> ScoredRow:
+    raw = json_object(raw, where)
+    try:
+        # Tables have every column in every row: a null is an absent key.
+        row = ScoredRow.model_validate({key: value for key, value in raw.items() if value is not None})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in problem["loc"]) or "the row"
+        got = repr(problem["input"])
+        raise DataError(
+            f"{key} cannot be read", where=where, got=got if len(got) < 60 else got[:57] + "...",
+            expected=in_words(problem),
+        ) from None  # fmt: skip
+    names = ("prompt_ids", "completion_ids", "prompt", "completion", "messages")
+    given = [name for name in names if getattr(row, name) is not None]
+    if given not in (["prompt_ids", "completion_ids"], ["prompt", "completion"], ["messages"]):
+        raise DataError("not a row that can be scored", where=where, got=", ".join(given) or "none", expected=_FORMS)
+    return row
+
+
+def _last_answer(row: ScoredRow, tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
+    """The conversation up to the last assistant message, and that message with the token that ends it."""
+    messages = row.messages or []
+    if len(messages) < 2 or messages[-1].get("role") != "assistant":
+        raise DataError(
+            "the last of at least two messages must be the assistant's", where=where,
+            got=[message.get("role") for message in messages][-4:],
+        )  # fmt: skip
+    prompt = teacher_tokens(row.model_copy(update={"messages": messages[:-1]}), tokenizer, where)
+    talk = recorded(Side(tokenizer), messages, len(messages) - 1, where)
+    return prompt, [int(token) for token in talk.ids[talk.prompt_len :]]

@@ -1,0 +1,149 @@
+"""Lengths and ends of a run, checked before it begins: does it all fit, and do completions end where they should?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from topkd.compose.config.run_config import RunConfig
+from topkd.compose.data.run_prompts import Prompts
+from topkd.compose.preflight.teachers import Met
+from topkd.engine.loop.prompts import PromptRow
+from topkd.topk.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Which tokens end a completion, as each party has it.
+
+    Attributes:
+        stops: Ids that end a completion in this run.
+        template: The token that the student's chat template writes behind an answer; None when it has none.
+        teachers: teacher_id -> the end of text of that teacher's own tokenizer, where it is at hand.
+        notes: What a reader should know before the run.
+    """
+
+    stops: tuple[int, ...]
+    template: int | None
+    teachers: dict[str, int]
+    notes: tuple[str, ...] = ()
+
+
+def check_lengths(config: RunConfig, prompts: Prompts, met: Mapping[str, Met]) -> None:
+    """Raises ConfigError when the longest prompt leaves no room for its completion, on either side."""
+    room = config.rollout.max_completion_tokens
+    limit = position_limit(config.student.model)
+    longest = max(prompts.rows, key=lambda row: row.prompt_ids.size + _answer(row, room))
+    if limit is not None and longest.prompt_ids.size + _answer(longest, room) > limit:
+        raise ConfigError(
+            "a prompt and its completion are longer than the student's positions",
+            where=f"{config.data.path}, {longest.sample_id}",
+            got=f"{longest.prompt_ids.size} + {_answer(longest, room)} tokens",
+            expected=f"at most {limit}",
+            hint="lower rollout.max_completion_tokens or rollout.max_prompt_tokens",
+        )
+    for name, teacher in met.items():
+        rows = [row for row in prompts.rows if row.teacher_id == name]
+        if not rows or teacher.context is None:
+            continue
+        longest = max(rows, key=lambda row: row.teacher_prompt_ids.size)
+        size = longest.teacher_prompt_ids.size
+        if size + room + 1 > teacher.context:  # scoring generates one token
+            raise ConfigError(
+                "a prompt and its completion do not fit the teacher's context",
+                where=f"{teacher.url}, model {teacher.model}; {config.data.path}, {longest.sample_id}",
+                got=f"{size} + {room} + 1 tokens", expected=f"at most {teacher.context}",
+                hint="lower rollout.max_completion_tokens or rollout.max_prompt_tokens, "
+                f"or serve with --max-model-len {size + room + 1}",
+            )  # fmt: skip
+
+
+def _answer(row: PromptRow, room: int) -> int:
+    """Tokens behind the prompt at most: the student's own, or the answer that came with the row."""
+    return room if row.completion_ids is None else max(room, row.completion_ids.size)
+
+
+def position_limit(model: str) -> int | None:
+    """Positions that a model folder's config states; None when it states none."""
+    return _stated(model, "max_position_embeddings")
+
+
+def vocabulary(model: str) -> int | None:
+    """Ids that a model folder's config states; None when it states none."""
+    return _stated(model, "vocab_size")
+
+
+def _stated(model: str, name: str) -> int | None:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError):
+        return None  # opening the model itself says what is wrong with it
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(text, name, None)
+    return int(found) if isinstance(found, int) and found > 0 else None
+
+
+def compared_ends(config: RunConfig, prompts: Prompts) -> Ends:
+    """Where completions end, and what does not fit together; nothing is changed in secret."""
+    from topkd.engine.models.tokenizer import load_tokenizer
+
+    tokenizer = prompts.tokenizer
+    own = tokenizer.eos_token_id
+    stops = tuple(dict.fromkeys([*([] if own is None else [int(own)]), *config.rollout.stop_token_ids]))
+    chat = any("messages" in row.columns for row in prompts.rows)
+    template = prompts.readers.student.answer_end() if chat else None
+    notes = []
+    shown = " or ".join(_shown(tokenizer, stop) for stop in stops) or "nothing"
+    if not stops:
+        notes.append(
+            "the student's tokenizer has no end of text: every completion runs to "
+            f"{config.rollout.max_completion_tokens} tokens; name its end in rollout.stop_token_ids"
+        )
+    if template is not None and template not in stops:
+        notes.append(
+            f"the chat template ends an answer with {_shown(tokenizer, template)}, and the student stops at {shown} "
+            "only: a teacher that was trained on the template ends there, and what the student writes behind it is "
+            "scored as nonsense; "
+            f"set rollout.stop_token_ids = [{template}]"
+        )
+    teachers = {}
+    for name, teacher in config.teacher_map().items():
+        folder = teacher.tokenizer or (teacher.model if teacher.kind == "local" else None)
+        if folder is None:
+            continue
+        end = load_tokenizer(folder).eos_token_id
+        if end is None:
+            continue
+        teachers[name] = int(end)
+        if int(end) not in stops:
+            who = f"teacher {name!r}" if name else "the teacher"
+            notes.append(
+                f"{who} ends its text with {_shown(tokenizer, int(end))}, the student with {shown}: the student is "
+                "taught an end at which its own sampling does not stop; "
+                f"set rollout.stop_token_ids = [{int(end)}] (a base student of an instruct teacher wants this)"
+            )
+    return Ends(stops, template, teachers, tuple(notes))
+
+
+def _shown(tokenizer: Any, token: int) -> str:
+    return f"{tokenizer.convert_ids_to_tokens(token)!r} (id {token})"
+
+
+def check_ids(config: RunConfig, rows: list[PromptRow], vocab_size: int) -> None:
+    """Raises where the config or a row holds an id that a student of so many ids does not have."""
+    for stop in config.rollout.stop_token_ids:
+        if stop >= vocab_size:
+            raise ConfigError(
+                "rollout.stop_token_ids holds an id that the student does not have", got=stop,
+                expected=f"below {vocab_size}",
+            )  # fmt: skip
+    for row in rows:
+        top = max(int(ids.max()) for ids in (row.prompt_ids, row.completion_ids) if ids is not None)
+        if top >= vocab_size:
+            raise DataError(
+                "a row holds an id that the student does not have", where=f"{config.data.path}, {row.sample_id}",
+                got=top, expected=f"below {vocab_size}", hint="was the file made with another tokenizer?",
+            )  # fmt: skip

@@ -1,0 +1,160 @@
+"""Teachers met before anything is loaded: do they answer, serve K, and mean by every id what the student means?"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from topkd.clients import ClientConfig
+from topkd.clients.connection import ScoringClient, connect
+from topkd.clients.decoding.byte_map import ByteMap
+from topkd.clients.dialects.raw_requests import Wire
+from topkd.clients.probe import tokens as probe_tokens
+from topkd.clients.probe.session import SCORING, TOKENS, Session, Teacher
+from topkd.compose.config.run_config import RunConfig
+from topkd.compose.config.tables import TeacherConfig
+from topkd.compose.data.byte_maps import student_bytemap
+from topkd.compose.progress import Progress
+from topkd.topk.errors import ConfigError
+
+_SPELLING = ("vllm", "vllm_generate")  # whose scores hold the text of each id
+_COMPARED = ("same", "yes")  # how a verdict begins that was come to
+_STUDENT = "student"  # in the file: the fingerprint of the tokenizer that was compared
+_SHORT = 8  # tokens of the score that asks for K
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """What a teacher's server said before the run.
+
+    Attributes:
+        url: Where (one line a replica).
+        model: The served name.
+        dialect: How it speaks.
+        version: The server's own, "" when it does not say.
+        context: Tokens that a request may have, None when it does not say.
+        k: Entries a row that it was seen to serve.
+        tokenizer: "same" when its ids were seen to be the student's, else why that could not be found out.
+    """
+
+    url: str
+    model: str
+    dialect: str
+    version: str
+    context: int | None
+    k: int
+    tokenizer: str
+
+
+async def meet_teachers(
+    config: RunConfig, progress: Progress, kept: Path | None = None, *, resumed: bool = False
+) -> dict[str, Met]:
+    """Every teacher behind a server, met; one that cannot teach this student is an error that says why.
+
+    Args:
+        config: Of the run.
+        progress: Told whom is asked.
+        kept: Where what was found is kept, for a resume.
+        resumed: The run goes on: a server that was compared with this very tokenizer, and says the same of itself, is
+            not asked again.
+
+    Raises:
+        ServerUnreachableError: within seconds, whatever the run's own patience is.
+        KLimitError: K is above the server's limit.
+        ConfigError: The teacher's ids are not the student's.
+    """
+    served = {name: teacher for name, teacher in _asked(config).items() if teacher.kind == "server"}
+    student = _bytemap(config.student.model) if served else ""
+    known = _known(kept, student) if kept is not None and resumed else {}
+    met: dict[str, Met] = {}
+    for name, teacher in served.items():
+        for url in teacher.urls:
+            progress.note(f"asking the teacher at {url}")
+            known[url] = found = await _meet(url, teacher, config, student, known.get(url))
+            if found.tokenizer != "same":
+                progress.note(f"the tokenizer at {url} was not compared with the student's: {found.tokenizer}")
+            if name not in met or (found.context or 0) < (met[name].context or 0):
+                met[name] = found
+    if kept is not None and known:
+        tokenizer = {} if isinstance(student, str) else {_STUDENT: student.fingerprint}
+        entries = [asdict(one) | tokenizer for one in known.values()]
+        await asyncio.to_thread(kept.write_text, json.dumps(entries, indent=2) + "\n")
+    return met
+
+
+def _asked(config: RunConfig) -> dict[str, TeacherConfig]:
+    """Cross-entropy on the data's own completions asks no teacher."""
+    return {} if config.objective.kind == "sft" else config.teacher_map()
+
+
+def quick(config: ClientConfig) -> ClientConfig:
+    """The run's settings with the patience of a first question: seconds, not minutes."""
+    return config.model_copy(
+        update={
+            "max_retries": min(config.max_retries, 3),
+            "backoff_s": min(config.backoff_s, 0.2),
+            "backoff_max_s": min(config.backoff_max_s, 1.0),
+        }
+    )
+
+
+async def _meet(url: str, teacher: TeacherConfig, config: RunConfig, student: ByteMap | str, known: Met | None) -> Met:
+    key, model = teacher.api_key(), teacher.model
+    async with await connect(
+        url,
+        dialect=teacher.dialect,
+        model=model,
+        api_key=key,
+        config=quick(config.client),
+        vocab_size=teacher.vocab_size,
+    ) as client:
+        info = await client.server_info()
+        said = Met(url, info.model, client.dialect, info.version, info.max_model_len, config.k, "")
+        if known is not None and asdict(known) == asdict(said) | {"tokenizer": known.tokenizer}:
+            return known
+        wire = Wire(client)
+        table = None if isinstance(student, str) else student
+        prompt = await probe_tokens.probe_prompt(wire, info.model, table)
+        await client.score(prompt[:_SHORT], 0, config.k)
+        session = Session(client, cast("Teacher", client), wire, info, prompt, table)
+        session.know(score_k=config.k)
+        verdict = student if isinstance(student, str) else await _compared(session, client, url)
+    return replace(said, tokenizer=verdict)
+
+
+async def _compared(session: Session, client: ScoringClient, url: str) -> str:
+    if client.dialect in _SPELLING:
+        await session.ask("spelling", SCORING, "spelling of ids", probe_tokens.spelling)
+    if not await session.ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.tokenizer):
+        return session.findings[-1].detail
+    found = next(finding for finding in session.findings if finding.key == "tokenizer")
+    if found.status == "fail":
+        raise ConfigError(
+            "the teacher cannot teach this student", where=f"{url}, model {session.info.model}", got=found.detail,
+            expected="one tokenizer for both: ids travel, text does not",
+        )  # fmt: skip
+    return "same" if found.value.startswith("yes") else f"{found.value}, {found.detail}"
+
+
+def _bytemap(student: str) -> ByteMap | str:
+    """What the student's ids stand for, or why that is not known."""
+    try:
+        return student_bytemap(student)
+    except ConfigError as error:
+        return f"student.model {student!r}: {error.what}"
+
+
+def _known(kept: Path, student: ByteMap | str) -> dict[str, Met]:
+    """What an earlier start found of servers that were compared with this very tokenizer."""
+    if isinstance(student, str):
+        return {}
+    try:
+        entries: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
+        mine = [entry for entry in entries if entry.pop(_STUDENT, None) == student.fingerprint]
+        found = [Met(**entry) for entry in mine]
+        return {one.url: one for one in found if one.tokenizer.startswith(_COMPARED)}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # then it is asked again

@@ -1,0 +1,41 @@
+"""The report's page, written where runs lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from topkd.engine import EngineConfig
+from topkd.report.load.collection import gather
+from topkd.report.page.content import Page, build
+from topkd.report.page.html import render_page
+from topkd.topk.errors import ConfigError
+
+_BEGINNING = b"<!doctype html"
+
+
+def write_page(runs: Sequence[Path], out: Path | None = None) -> tuple[Page, Path, int]:
+    """One HTML page of runs or a comparison; returns it, where it lies and its size in bytes.
+
+    Args:
+        runs: Folders of runs, or of one comparison.
+        out: The page; beside a single run, or ``report.html`` here, when left out.
+    """
+    page = build(gather(list(runs)), baseline=EngineConfig().model_dump(mode="json"))
+    path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    text = render_page(page).encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and path.stat().st_size and not _is_page(path):
+            raise ConfigError(
+                "the file is no page", where=str(path), hint="choose another --out: it is not written over"
+            )
+        path.write_bytes(text)
+    except OSError as error:
+        raise ConfigError("cannot write the page", where=str(path), got=error.strerror) from error
+    return page, path, len(text)
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_BEGINNING)).lower() == _BEGINNING

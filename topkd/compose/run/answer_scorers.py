@@ -1,0 +1,72 @@
+"""What an answer is worth: exact match, numeric match, or a function of the user's own."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from topkd.compose.config.functions import imported
+from topkd.topk.errors import ConfigError, DataError
+
+Row: TypeAlias = Mapping[str, Any]
+AnswerScorer: TypeAlias = Callable[[Row, str], float]
+
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
+
+
+def exact_match(row: Row, completion: str) -> float:
+    """1 when the completion is the row's ``answer``, white space at both ends aside."""
+    return float(completion.strip() == _answer(row).strip())
+
+
+def numeric_match(row: Row, completion: str) -> float:
+    """1 when the completion's last number equals the last number of the row's ``answer`` (to 1e-6 of it)."""
+    wanted, said = _last_number(_answer(row)), _last_number(completion)
+    if wanted is None:
+        raise DataError("the answer holds no number", got=repr(row.get("answer")), hint='use scorer = "exact_match"')
+    return float(said is not None and math.isclose(said, wanted, rel_tol=1e-6, abs_tol=1e-9))
+
+
+_NAMED: dict[str, AnswerScorer] = {"exact_match": exact_match, "numeric_match": numeric_match}
+
+
+def answer_scorer(name: str) -> AnswerScorer:
+    """The scorer a config names; whatever goes wrong inside a user's own is one clear line.
+
+    Args:
+        name: "exact_match", "numeric_match", ``module:function`` or ``file.py:function``.
+    """
+    if name in _NAMED:
+        return _NAMED[name]
+    function = imported(name, "eval.scorer", expected="exact_match, numeric_match, module:function or file.py:function")
+
+    def score(row: Row, completion: str) -> float:
+        try:
+            value = function(row, completion)
+            number = float(value)
+        except Exception as error:
+            raise ConfigError(
+                "the scorer failed", where=f"{name}, row {row.get('id', '?')}", got=f"{type(error).__name__}: {error}"
+            ) from error
+        if not math.isfinite(number):
+            raise ConfigError("a score must be a finite number", where=f"{name}, row {row.get('id', '?')}", got=value)
+        return number
+
+    return score
+
+
+def _answer(row: Row) -> str:
+    answer = row.get("answer")
+    if answer is None or isinstance(answer, list | dict):
+        raise DataError(
+            "a row to be scored needs an answer", where=f"row {row.get('id', '?')}", got=f"columns {sorted(row)}",
+            hint="add an answer column, or name a scorer of your own in eval.scorer",
+        )  # fmt: skip
+    return str(answer)
+
+
+def _last_number(text: str) -> float | None:
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None

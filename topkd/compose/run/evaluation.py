@@ -1,0 +1,243 @@
+"""Evaluation while training: answers that are scored, exact divergences, and the best student so far."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from topkd.compose.config.run_config import RunConfig
+from topkd.compose.config.tables import EvalConfig
+from topkd.compose.data.prompts import read_prompts
+from topkd.compose.data.run_prompts import Prompts
+from topkd.compose.progress import Progress
+from topkd.compose.run.answer_scorers import AnswerScorer, answer_scorer
+from topkd.engine.loop.hooks import Record
+from topkd.engine.loop.prompts import PromptRow
+from topkd.engine.loop.rollouts import BatchSampler, derived_seed
+from topkd.engine.models.divergences import Probe, exact_divergences
+from topkd.engine.models.sampler import AnswerSampler
+from topkd.engine.models.student import Student, load_causal_lm
+from topkd.topk.errors import ConfigError, DataError
+from topkd.topk.protocols import Sampler
+from topkd.topk.samples import SamplingParams
+
+BEST = "student-best"
+_PREFIXES = "eval_prefixes.json"
+_LOWER_IS_BETTER = {"reverse_kl", "forward_kl", "jsd"}
+
+
+class Evaluation:
+    """The ``evaluate`` hook of a run with an ``[eval]`` table.
+
+    Args:
+        config: Of the run.
+        table: Its ``[eval]``.
+        student: The model that learns.
+        prompts: The run's own, for tokenizer and templates.
+        models: teacher_id -> the teacher's weights, where they are on this machine.
+        out: The run's folder: the fixed prefixes and the best student are kept there.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        table: EvalConfig,
+        *,
+        student: Student,
+        prompts: Prompts,
+        models: Mapping[str, Student],
+        out: Path,
+    ) -> None:
+        self._config, self.table, self._student, self._out = config, table, student, out
+        self._tokenizer = prompts.tokenizer
+        self._scorer: AnswerScorer | None = None if table.scorer is None else answer_scorer(table.scorer)
+        self.rows, _ = read_prompts(
+            Path(table.path),
+            prompts.readers,
+            max_tokens=config.rollout.max_prompt_tokens,
+            overlong="error",
+            limit=table.limit,
+        )
+        self._models = dict(models)
+        if table.teacher is not None:
+            if len(config.teacher_map()) > 1:
+                raise ConfigError("eval.teacher is one folder, and the run has several teachers", got=table.teacher)
+            model = Student.wrap(load_causal_lm(table.teacher, config.student.dtype), config.student.device)
+            self._models = dict.fromkeys(config.teacher_map(), model)
+        asked = {row.teacher_id for row in self.rows}
+        measured = bool(table.prefixes and asked & self._models.keys())
+        self._left_out = sorted(asked - self._models.keys()) if measured else []
+        self._prefixes = table.prefixes if measured else ()
+        if not measured and self._scorer is None:
+            raise ConfigError(
+                "[eval] has nothing to measure", got="no scorer, and no teacher's weights on this machine",
+                hint="set eval.scorer, or eval.teacher to the teacher's folder",
+            )  # fmt: skip
+        if table.best not in {None, "accuracy"} and not measured:
+            raise ConfigError(f"eval.best = {table.best!r} needs the teacher's weights", hint="set eval.teacher")
+        if self._scorer is not None:
+            for row in self.rows[:1]:
+                self._score(row, "")  # a file without answers is refused before the first step
+        self._step = 0
+        self._ceiling: float | None = None
+        self._best = self._kept_best()
+
+    async def measure_ceiling(self, teachers: Mapping[str, object], progress: Progress) -> None:
+        """The teacher's own accuracy on the same prompts, which the records then state beside the student's."""
+        if self._left_out:
+            progress.note(
+                f"exact divergences leave out the rows of {', '.join(map(repr, self._left_out))}: "
+                "those weights are not on this machine"
+            )
+        if self._scorer is None or not self.table.ceiling:
+            return
+        scores: list[float] = []
+        for name, rows in self._by_teacher().items():
+            sampler = AnswerSampler(self._models[name]) if name in self._models else teachers[name]
+            if not isinstance(sampler, Sampler):  # a runtime check: a teacher need not sample
+                progress.note("the teacher's ceiling is not measured: its server does not sample")
+                return
+            answers = await _drawn(sampler, [row.teacher_prompt_ids for row in rows], self._params(0), self.table)
+            scores += [self._scored(row, drawn) for row, drawn in zip(rows, answers, strict=True)]
+        self._ceiling = float(np.mean(scores))
+        progress.note(f"the teacher's own accuracy on {len(scores)} prompts: {100 * self._ceiling:.1f} %")
+
+    def __call__(self) -> list[Record]:
+        """One record for each kind of prefixes, the first with the accuracy; called in a thread between two steps."""
+        records = [self._divergences(kind) for kind in self._prefixes]
+        records = records or [{"prefixes": "fixed"}]
+        if self._scorer is not None:
+            records[0] |= self._accuracy()
+        self._keep_best(records[0])
+        return records
+
+    def heard(self, kind: str, record: Record) -> None:
+        """Told of every diary record: which step the next evaluation is of."""
+        if kind == "step":
+            self._step = int(record["step"])
+
+    def _accuracy(self) -> Record:
+        sampler = AnswerSampler(self._student, batch_size=self._config.rollout.batch_size)
+        drawn = asyncio.run(_drawn(sampler, [row.prompt_ids for row in self.rows], self._params(0), self.table))
+        scores = [self._scored(row, answers) for row, answers in zip(self.rows, drawn, strict=True)]
+        sizes = [answer.size for answers in drawn for answer in answers]
+        record: Record = {
+            "accuracy": float(np.mean(scores)),
+            "answers": len(sizes),
+            "answer_tokens": float(np.mean(sizes)),
+        }
+        return record if self._ceiling is None else record | {"teacher_accuracy": self._ceiling}
+
+    def _divergences(self, kind: str) -> Record:
+        found = []
+        for name, rows in self._by_teacher().items():
+            if name in self._models:
+                found.append(exact_divergences(self._student, self._models[name], self._probes(kind, name, rows)))
+        tokens = sum(part["eval_tokens"] for part in found)
+        means = {
+            key: sum(part[key] * part["eval_tokens"] for part in found) / tokens
+            for key in found[0]
+            if key != "eval_tokens"
+        }
+        return {"prefixes": kind, **means, "eval_tokens": tokens}
+
+    def _probes(self, kind: str, name: str, rows: Sequence[PromptRow]) -> list[Probe]:
+        if kind == "fresh":
+            return _probes(rows, self._written(self._student, [row.prompt_ids for row in rows], self._step))
+        kept = self._kept_prefixes()
+        if (key := f"{kind} {name}") not in kept:
+            by_teacher = kind == "teacher"
+            model = self._models[name] if by_teacher else self._student
+            prompts = [row.teacher_prompt_ids if by_teacher else row.prompt_ids for row in rows]
+            kept[key] = [ids.tolist() for ids in self._written(model, prompts, 0)]
+            (self._out / _PREFIXES).write_text(json.dumps(kept), encoding="utf-8")
+        return _probes(rows, [np.array(ids, dtype=np.int32) for ids in kept[key]])
+
+    def _written(self, model: Student, prompts: list[Any], step: int) -> list[Any]:
+        """Continuations at temperature 1: divergences are means over what a policy itself writes."""
+        params = SamplingParams(
+            max_tokens=self.table.max_tokens,
+            stop_token_ids=self._stops(),
+            seed=derived_seed(self._config.seed, "eval prefixes", step),
+        )
+        sampler = AnswerSampler(model, batch_size=self._config.rollout.batch_size)
+        drawn = asyncio.run(sampler.sample_batch(prompts, 1, params))
+        return [rollouts[0].completion_ids for rollouts in drawn]
+
+    def _kept_prefixes(self) -> dict[str, list[list[int]]]:
+        """What the run began with: a resumed run is measured on the same prefixes."""
+        place = self._out / _PREFIXES
+        return json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+
+    def _keep_best(self, record: Record) -> None:
+        metric = self.table.best
+        if metric is None:
+            return
+        value = float(record[metric])
+        better = self._best is None or (value < self._best if metric in _LOWER_IS_BETTER else value > self._best)
+        if better:
+            from topkd.engine.checkpoint.checkpoint import save_student
+
+            self._best = value
+            state = {"version": self._step, "metric": metric, "value": value}
+            save_student(self._student, self._tokenizer, self._out / BEST, state)
+
+    def _kept_best(self) -> float | None:
+        try:
+            kept = json.loads((self._out / BEST / "topkd.json").read_text(encoding="utf-8"))
+            return float(kept["value"]) if kept["metric"] == self.table.best else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def _by_teacher(self) -> dict[str, list[PromptRow]]:
+        rows: dict[str, list[PromptRow]] = {}
+        for row in self.rows:
+            rows.setdefault(row.teacher_id, []).append(row)
+        return rows
+
+    def _scored(self, row: PromptRow, answers: Sequence[Any]) -> float:
+        texts = [self._tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+        return float(np.mean([self._score(row, text) for text in texts]))
+
+    def _score(self, row: PromptRow, text: str) -> float:
+        assert self._scorer is not None  # noqa: S101 - for the type checker
+        try:
+            return self._scorer(row.columns, text)
+        except DataError as error:
+            raise DataError(
+                error.what, where=f"{self.table.path}, {row.sample_id}", got=error.got, expected=error.expected,
+                hint=error.hint,
+            ) from error  # fmt: skip
+
+    def _params(self, step: int) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=self.table.max_tokens,
+            temperature=self.table.temperature,
+            stop_token_ids=self._stops(),
+            seed=derived_seed(self._config.seed, "eval", step),
+        )
+
+    def _stops(self) -> tuple[int, ...]:
+        own = self._tokenizer.eos_token_id
+        return tuple(dict.fromkeys([*([] if own is None else [int(own)]), *self._config.rollout.stop_token_ids]))
+
+
+async def _drawn(sampler: Sampler, prompts: list[Any], params: SamplingParams, table: EvalConfig) -> list[list[Any]]:
+    if isinstance(sampler, BatchSampler):
+        drawn = await sampler.sample_batch(prompts, table.samples, params)
+    else:
+        drawn = list(await asyncio.gather(*(sampler.sample(prompt, table.samples, params) for prompt in prompts)))
+    return [[rollout.completion_ids for rollout in rollouts] for rollouts in drawn]
+
+
+def _probes(rows: Sequence[PromptRow], written: Sequence[Any]) -> list[Probe]:
+    return [
+        Probe(np.concatenate([row.prompt_ids, ids]), row.prompt_ids.size, row.teacher_prompt_ids)
+        for row, ids in zip(rows, written, strict=True)
+        if ids.size
+    ]

@@ -1,0 +1,163 @@
+"""A run's folder: one run each, one process at a time, and what it was made with."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import topkd
+from topkd.engine.loop.metrics import RECORD_KINDS, read_metrics
+from topkd.report.load.run_lock import LOCK, this_machine
+from topkd.topk.errors import ConfigError
+
+DIARY, CONFIG, TOKENS, STUDENT, CHECKPOINTS = "metrics.jsonl", "config.json", "tokens.jsonl", "student", "checkpoints"
+_TRIES = 5  # to have a run's folder
+_PACKAGES = ("torch", "transformers", "safetensors", "peft", "tokenizers", "numpy", "httpx", "vllm")
+
+
+def check_free(out: Path) -> None:
+    """Raises when a new run cannot have ``out``: a run has taken a step there, or something else's files lie there.
+
+    A run that ended before its first step (a mistake found late) makes room for the next.
+    """
+    try:
+        str(out.absolute()).encode()
+    except UnicodeEncodeError as error:  # found out when the first weights are written, otherwise
+        raise ConfigError(
+            "the output folder's name is not UTF-8", where=str(out), hint="choose another --out"
+        ) from error
+    others = _entries(out)
+    if others is None:
+        return
+    diary = out / DIARY
+    begun = diary.exists() and diary.stat().st_size > 0
+    records = read_metrics(diary) if begun else []
+    ours = all(record["kind"] in RECORD_KINDS for record in records) if records else _is_run_config(out / CONFIG)
+    if others and not ours:
+        raise ConfigError(
+            "the output folder holds something that is no run", where=str(out), got=", ".join(others[:3]),
+            expected="a new or an empty folder", hint="choose another --out: nothing of yours is written over",
+        )  # fmt: skip
+    if any(record["kind"] == "step" for record in records) or not {STUDENT, CHECKPOINTS}.isdisjoint(others):
+        raise ConfigError(
+            "the output folder already holds a run", where=str(out), hint="choose another --out, or go on with --resume"
+        )
+
+
+def _entries(out: Path) -> list[str] | None:
+    """Names in a folder, in order; None where there is none yet.
+
+    Without those that begin with a dot: a lock, or the half-written config of a run killed at its first moment.
+    """
+    try:
+        if not out.exists():
+            return None
+        if not out.is_dir():
+            raise ConfigError("the output folder is a file", where=str(out), hint="choose another --out")
+        return sorted(entry.name for entry in out.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise ConfigError("the output folder cannot be read", where=str(out), got=error.strerror) from error
+
+
+def fresh_folder(out: Path) -> None:
+    """Make ``out``, or clear it of a run that took no step; see ``check_free`` for what is refused."""
+    check_free(out)
+    try:
+        (out / DIARY).unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("cannot make the output folder", where=str(out), got=error.strerror) from error
+
+
+def _is_run_config(path: Path) -> bool:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and {"rollout", "learner", "objective"} <= values.keys()
+
+
+@contextlib.contextmanager
+def claimed(out: Path, *, resume: bool = False) -> Iterator[None]:
+    """Keeps other processes out of a run's folder (made now, or there to be resumed) until this one leaves or dies."""
+    if resume and not (out / CONFIG).exists():
+        raise ConfigError("there is no run to resume", where=str(out), hint="leave out --resume")
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this platform
+        yield
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / LOCK).open("ab", buffering=0)
+    except OSError as error:
+        raise ConfigError("cannot make the output folder", where=str(out), got=error.strerror) from error
+    with file:
+        for left in reversed(range(_TRIES)):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if not left:
+                    raise ConfigError("another process is at work on this run", where=str(out)) from None
+                time.sleep(0.02)  # a page that asks whether anybody is at work holds it for a moment
+        with contextlib.suppress(OSError):  # a full disk: then nobody knows whose lock it is
+            file.truncate(0)
+            file.write(this_machine())
+        yield
+
+
+def provenance(student: Any) -> dict[str, Any]:
+    """What ran: versions, device, threads, and git revisions: of topkd's checkout, and of the folder it is run from."""
+    import torch
+
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    device = student.device
+    return {
+        "topkd": topkd.__version__,
+        "revision": revision(Path(topkd.__file__).parent.parent, own=True),
+        "project_revision": revision(Path.cwd()),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "packages": versions,
+    }
+
+
+def revision(folder: Path, *, own: bool = False) -> str | None:
+    """The git revision of a checkout, with "-dirty" when tracked files differ from it; None outside of one.
+
+    ``own``: only when ``folder`` itself is the checkout, not a folder within another one.
+    """
+    if own and not (folder / ".git").exists():
+        return None
+    head = _git(folder, "rev-parse", "HEAD")
+    if head is None:
+        return None
+    return head + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(  # noqa: S603 - fixed arguments
+            ["git", "-C", str(folder), *words],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return (done.stdout.strip() or None) if done.returncode == 0 else None

@@ -1,0 +1,195 @@
+"""What watches a run: its evaluation and its trackers, opened together and told the same records."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from topkd.compose.config.run_config import RunConfig
+from topkd.compose.config.tables import TrackConfig
+from topkd.compose.data.run_prompts import Prompts
+from topkd.compose.progress import Progress
+from topkd.compose.run.resume import Former
+from topkd.topk.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Hooks of a run, as ``run`` takes them.
+
+    Attributes:
+        config: The run's, evaluated as its ``[eval]`` says.
+        evaluate: None without ``[eval]``.
+        heard: Told every diary record.
+    """
+
+    config: RunConfig
+    evaluate: Callable[[], list[dict[str, Any]]] | None
+    heard: Callable[[str, dict[str, Any]], None]
+
+
+@contextlib.asynccontextmanager
+async def watching(
+    config: RunConfig,
+    *,
+    student: Any,
+    prompts: Prompts,
+    models: Mapping[str, Any],
+    teachers: Mapping[str, object],
+    out: Path,
+    progress: Progress,
+    former: Former,
+) -> AsyncIterator[Watch]:
+    """Open what the config asks for; the teacher's ceiling is measured here, before the first step.
+
+    Args:
+        config: Of the run.
+        student: The loaded student.
+        prompts: The run's.
+        models: teacher_id -> the teacher's weights, for teachers in this process.
+        teachers: teacher_id -> what scores, asked to answer for the ceiling.
+        out: The run's folder.
+        progress: Told what goes on.
+        former: What a resumed run goes on from.
+    """
+    step = 0 if former.checkpoint is None else former.checkpoint.position.step
+    evaluation = None
+    if config.eval is not None:
+        from topkd.compose.run.evaluation import Evaluation
+
+        evaluation = Evaluation(config, config.eval, student=student, prompts=prompts, models=models, out=out)
+        evaluation.heard("step", {"step": step})
+        await evaluation.measure_ceiling(teachers, progress)
+        config = config.model_copy(update={"eval_every": config.eval.every or config.eval_every})
+    resumed = step if former.resumed else None
+    with Tracking(config.track, out, config.model_dump(mode="json"), resume_step=resumed) as tracking:
+
+        def heard(kind: str, record: dict[str, Any]) -> None:
+            if evaluation is not None:
+                evaluation.heard(kind, record)
+            tracking.heard(kind, record)
+
+        yield Watch(config, evaluation, heard)
+
+
+_WANDB_ID = "wandb_id"
+
+
+class _Tracker(Protocol):
+    def log(self, values: dict[str, float], step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class Tracking:
+    """The ``on_record`` hook of a run with a ``[track]`` table; the diary stays the record of what happened.
+
+    Args:
+        table: The config's.
+        out: The run's folder.
+        config: The resolved config, shown where a tracker shows one.
+        resume_step: The step that a resumed run goes on from; what was shown beyond it is shown again.
+    """
+
+    def __init__(
+        self, table: TrackConfig, out: Path, config: Mapping[str, Any], *, resume_step: int | None = None
+    ) -> None:
+        self._trackers: list[_Tracker] = []
+        try:
+            if table.tensorboard:
+                self._trackers.append(_TensorBoard(out / "tensorboard", config, resume_step))
+            if table.wandb_project is not None:
+                self._trackers.append(_Wandb(table, out, config))
+        except BaseException:
+            self.close()
+            raise
+
+    def heard(self, kind: str, record: Mapping[str, Any]) -> None:
+        """Told of every diary record; steps and evaluations are numbers over steps, events are not."""
+        if kind == "event" or not self._trackers:
+            return
+        place = kind if record.get("prefixes", "fixed") == "fixed" else f"{kind}_{record['prefixes']}"
+        values = {f"{place}/{name}": value for name, value in numbers(record) if name != "step"}
+        for tracker in self._trackers:
+            tracker.log(values, int(record["step"]))
+
+    def close(self) -> None:
+        """Write out what is held back."""
+        for tracker in self._trackers:
+            tracker.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The finite numbers of a record by name; those of a table inside it under ``table/name``. Lists are left out."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            yield f"{prefix}{name}", float(value)
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, config: Mapping[str, Any], resume_step: int | None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "track.tensorboard needs tensorboard", hint="install it with: pip install 'topkd[track]'"
+            ) from error
+        # From purge_step on, an earlier attempt's points are hidden: the resumed run gives them again.
+        self._writer = SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
+        if resume_step is None:
+            self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, table: TrackConfig, out: Path, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                "track.wandb_project needs wandb", hint="install it with: pip install 'topkd[track]'"
+            ) from error
+        kept = out / _WANDB_ID
+        identity = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
+        try:
+            self._run = wandb.init(
+                project=table.wandb_project,
+                entity=table.wandb_entity,
+                name=out.name,
+                id=identity,
+                resume="allow",
+                config=dict(config),
+                dir=str(out),
+            )
+        except Exception as error:
+            raise ConfigError("wandb does not start", got=f"{type(error).__name__}: {error}") from error
+        kept.write_text(f"{self._run.id}\n", encoding="utf-8")
+        self._run.define_metric("topkd/step")
+        self._run.define_metric("*", step_metric="topkd/step")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._run.log({**values, "topkd/step": step})
+
+    def close(self) -> None:
+        self._run.finish()

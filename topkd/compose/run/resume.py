@@ -1,0 +1,252 @@
+"""Going on with a run that ended early: the same config, the newest whole checkpoint, the diary up to it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from topkd.compose.config.run_config import saved, validated
+from topkd.compose.progress import Progress
+from topkd.compose.run.folder import CONFIG, DIARY, STUDENT, TOKENS, check_free, claimed, fresh_folder
+from topkd.engine import EngineConfig
+from topkd.engine.loop.metrics import read_metrics
+from topkd.topk.errors import ConfigError, DataError, TopkdError, TrainingError
+
+if TYPE_CHECKING:
+    from topkd.engine.checkpoint.checkpoint import Checkpoint
+    from topkd.engine.learner.distributed import Ranks
+
+# What may differ when a run is resumed: where its servers are, how they are asked, what is written down.
+FREE = ("client.*", "checkpoint.*", "track.*", "teacher.url*", "teachers.*.url*", "*.api_key_env", "sampler.url")
+
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
+
+
+@dataclass(frozen=True, slots=True)
+class Former:
+    """What a run has left in its folder.
+
+    Attributes:
+        checkpoint: Where to go on; None: from the beginning.
+        steps: Its step records up to there.
+        evals: Its evaluations up to there.
+        finished: There is nothing left to do.
+        resumed: The folder held a run.
+        config: What the run goes on with.
+    """
+
+    checkpoint: Checkpoint | None = None
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    finished: bool = False
+    resumed: bool = False
+    config: EngineConfig | None = None
+
+
+@contextlib.contextmanager
+def entered(
+    out: Path, config: EngineConfig, progress: Progress, *, command: str, resume: bool
+) -> Iterator[tuple[Former, Ranks | None]]:
+    """A run's folder, claimed and ``opened``; under torchrun by the first process, and known to all of them."""
+    if not resume:
+        check_free(out)  # before a lock file lies in it
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        with _written_or_told(out), claimed(out, resume=resume):
+            yield opened(out, config, progress, command=command, resume=resume), None
+        return
+    from topkd.engine.learner.distributed import Ranks, broken
+
+    ranks = Ranks.from_environment()
+    try:
+        with contextlib.ExitStack() as stack:
+            former = Former()
+            stack.enter_context(_written_or_told(out))
+            if ranks.main:
+                stack.enter_context(claimed(out, resume=resume))
+                former = opened(out, config, progress, command=command, resume=resume)
+            yield ranks.first(former), ranks
+    except RuntimeError as error:
+        if not broken(error):
+            raise
+        raise TrainingError(
+            "another process of this run is gone, or does not answer", where=f"process {ranks.rank} of {ranks.size}",
+            got=str(error).partition("\n")[0][:200], hint="what it said last is why; then go on with --resume",
+        ) from error  # fmt: skip
+    finally:
+        ranks.close()
+
+
+@contextlib.contextmanager
+def _written_or_told(out: Path) -> Iterator[None]:
+    """A file of the run that cannot be written, wherever that is noticed, ends it with one line."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, TopkdError) or error.errno not in _UNWRITABLE:
+            raise
+        raise TrainingError(
+            "cannot write the run's files", where=str(error.filename or out), got=error.strerror,
+            hint="make room, or mend the folder; then go on with --resume",
+        ) from error  # fmt: skip
+
+
+def opened(out: Path, config: EngineConfig, progress: Progress, *, command: str, resume: bool) -> Former:
+    """The run's folder: empty but for its config, or (``resume``) as it was left, until ``taken_up`` cuts it back."""
+    if not resume:
+        fresh_folder(out)
+        saved(config, out / CONFIG)
+        return Former()
+    _refuse_another_command(out, command)
+    _refuse_changes(out, config)
+    if _done(out) >= config.steps:
+        records = read_metrics(out / DIARY)
+        return Former(None, _of(records, "step"), _of(records, "eval"), finished=True, resumed=True)
+    from topkd.engine.checkpoint.checkpoint import newest_checkpoint
+
+    checkpoint = newest_checkpoint(out, progress.note)
+    step = 0 if checkpoint is None else checkpoint.position.step
+    if step > config.steps:
+        raise ConfigError("the run has gone further", where=str(out), got=f"steps = {config.steps}", expected=step)
+    length = _kept(out, checkpoint)
+    progress.note(f"resuming after step {step}" if step else "no checkpoint yet: starting from the beginning")
+    records = read_metrics(out / DIARY, end=length) if length else []
+    return Former(checkpoint, _of(records, "step"), _of(records, "eval"), resumed=True, config=config)
+
+
+def taken_up(out: Path, former: Former) -> None:
+    """Cut a resumed run's folder back to its checkpoint, once all is there to go on: a refusal costs nothing."""
+    if former.resumed and former.config is not None:
+        _cut(out, former.checkpoint)
+        saved(former.config, out / CONFIG)
+
+
+def foreseen(out: Path, config: EngineConfig, *, command: str, resume: bool) -> str:
+    """What a run would find in its folder, in a line ("": nothing); raises what it would be refused for."""
+    if not resume:
+        check_free(out)
+        return ""
+    if not (out / CONFIG).exists():
+        raise ConfigError("there is no run to resume", where=str(out), hint="leave out --resume")
+    _refuse_another_command(out, command)
+    _refuse_changes(out, config)
+    if (done := _done(out)) >= config.steps:
+        return f"{out} is finished: {done} steps; nothing to resume"
+    from topkd.engine.checkpoint.checkpoint import newest_checkpoint
+
+    said: list[str] = []
+    checkpoint = newest_checkpoint(out, said.append)
+    where = "from the beginning" if checkpoint is None else f"after step {checkpoint.position.step}"
+    return "; ".join([*said, f"the run in {out} would go on {where}"])
+
+
+def _refuse_another_command(out: Path, command: str) -> None:
+    events = read_metrics(out / DIARY, "event") if (out / DIARY).exists() else []
+    former = next((event["command"] for event in events if "command" in event), command)
+    if former != command:
+        raise ConfigError(
+            f"this run was made by topkd {former}", where=str(out), hint=f"go on with topkd {former} --resume"
+        )
+
+
+def _refuse_changes(out: Path, config: EngineConfig) -> None:
+    path = out / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError("the run's config cannot be read", where=str(path), got=str(error)) from error
+    before = _flat(validated(type(config), values, where=str(path)).model_dump(mode="json"))
+    now = _flat(config.model_dump(mode="json"))
+    changed = [
+        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key != "steps" and not any(fnmatchcase(key, free) for free in FREE)
+    ]
+    if now["steps"] < before["steps"]:
+        changed.append(f"steps {before['steps']} -> {now['steps']} (it may grow)")
+    if changed:
+        raise ConfigError(
+            "the config is not the one that the run began with", where=str(out), got=", ".join(changed),
+            hint="resume with the former values, or start a new run in another --out",
+        )  # fmt: skip
+
+
+def _done(out: Path) -> int:
+    """Steps of a run that ended as it should; 0 for any other."""
+    try:
+        state = json.loads((out / STUDENT / "topkd.json").read_text(encoding="utf-8"))
+        return 0 if state["stopped"] else int(state["version"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def _kept(out: Path, checkpoint: Checkpoint | None) -> int:
+    """How many bytes of the diary stand: those before the checkpoint."""
+    diary, length = out / DIARY, 0 if checkpoint is None else checkpoint.diary_bytes
+    there = diary.stat().st_size if diary.exists() else 0
+    if there < length:
+        raise DataError(
+            "the diary is shorter than the checkpoint says", where=str(diary), got=f"{there} bytes",
+            expected=f"at least {length}", hint="was it edited? restore it, or start a new run",
+        )  # fmt: skip
+    return length
+
+
+def _cut(out: Path, checkpoint: Checkpoint | None) -> None:
+    """Take back what was written after the checkpoint: it will be written again."""
+    length, step = _kept(out, checkpoint), 0 if checkpoint is None else checkpoint.position.step
+    if (out / DIARY).exists():
+        os.truncate(out / DIARY, length)
+    tokens = out / TOKENS
+    if tokens.exists():
+        kept = [line for line in tokens.read_bytes().splitlines(keepends=True) if _within(line, step)]
+        staging = tokens.with_name(f".{TOKENS}.partial")
+        staging.write_bytes(b"".join(kept))
+        staging.replace(tokens)
+
+
+def _within(line: bytes, step: int) -> bool:
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False  # torn by the end of the process
+
+
+def _of(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in record.items() if key != "kind"} for record in records if record["kind"] == kind
+    ]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def check_same_rows(out: Path, note: dict[str, Any], where: str) -> None:
+    """Raises DataError where the diary says that the run began with other prompts; one that says nothing passes."""
+    events = read_metrics(out / DIARY, "event") if (out / DIARY).exists() else []  # one machine of several has it
+    began = next((event["prompts"] for event in events if "prompts" in event), note)
+    if began != note:
+        raise DataError(
+            "the prompts are not those that the run began with",
+            where=where,
+            got=_told(note),
+            expected=_told(began),
+            hint="put the former file back, or start a new run in another --out",
+        )
+
+
+def _told(note: dict[str, Any]) -> str:
+    return f"{note['rows']} rows, digest {note['xxh3_128'][:8]}"

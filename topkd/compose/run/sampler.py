@@ -1,0 +1,224 @@
+"""The student sampled outside the learner: a server that takes its weights, or vLLM beside it in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, assert_never
+
+from topkd.compose.config.run_config import RunConfig
+from topkd.compose.config.tables import InProcessSampling, ServerSampling, VllmSampling
+from topkd.compose.progress import Progress
+from topkd.compose.run.student import Pieces
+from topkd.engine import EngineConfig
+from topkd.engine.loop.hooks import Record
+from topkd.topk.errors import ConfigError, UnsupportedError
+from topkd.topk.protocols import Ids, Sampler, Version, WeightUpdate
+from topkd.topk.samples import Rollout, SamplingParams
+
+if TYPE_CHECKING:
+    from topkd.clients import VllmInProcess
+    from topkd.engine.weight_sync.sync import Destination
+
+KEPT_ADAPTERS = 2  # the last one may still be sampled from while the next is loaded
+
+
+@contextlib.asynccontextmanager
+async def open_sampling(config: RunConfig, pieces: Pieces, *, out: Path, progress: Progress) -> AsyncIterator[Sampling]:
+    """Where this run's rollouts come from, met and ready; left clean when the run is over."""
+    table, student = config.sampler, pieces.student
+    match table:
+        case InProcessSampling():
+            yield in_process(config, student, pieces.tokenizer)
+        case ServerSampling():
+            kind = _kind(table, student)
+            keep = KEPT_ADAPTERS + config.max_staleness
+            async with _server(table, config, kind, student.vocab_size, keep) as destination:
+                with _synced(config, pieces, out, destination) as sampling:
+                    yield sampling
+        case VllmSampling():
+            progress.note("starting vLLM beside the learner")
+            kind = _kind(table, student)
+            async with _engine(table, config, kind, student) as destination:
+                with _synced(config, pieces, out, destination) as sampling:
+                    yield sampling
+        case _:
+            assert_never(table)
+
+
+@contextlib.contextmanager
+def _synced(config: RunConfig, pieces: Pieces, out: Path, destination: Destination) -> Iterator[Sampling]:
+    from topkd.engine.weight_sync.sync import SyncedSampler
+    from topkd.engine.weight_sync.sync_probe import SyncProbe
+
+    table, student = config.sampler, pieces.student
+    if isinstance(table, InProcessSampling):
+        raise TypeError("the student in this process needs no sync")
+    probe = SyncProbe.of(
+        student, [row.prompt_ids for row in pieces.rows], alarm_nats=table.alarm_kl, limit_nats=table.limit_kl
+    )
+    sampler = SyncedSampler(
+        student,
+        destination,
+        folder=Path(table.folder) if table.folder is not None else out / "weights",
+        probe=probe,
+        stop_ids=stop_ids(pieces.tokenizer),
+        every=table.sync_every,
+    )
+    try:
+        yield Sampling(sampler, sampler.publish, sampler.lock, sampler.capture, destination.beside)
+    finally:
+        sampler.close()
+
+
+def _kind(table: ServerSampling | VllmSampling, student: Any) -> Literal["lora", "full"]:
+    if table.weights == "lora" and not student.lora:
+        raise ConfigError('sampler.weights is "lora" and the student trains no adapter', hint="add [student.lora]")
+    if table.weights == "auto":
+        return "lora" if student.lora else "full"
+    return table.weights
+
+
+@contextlib.asynccontextmanager
+async def _server(
+    table: ServerSampling, config: RunConfig, kind: Literal["lora", "full"], vocab_size: int, keep: int
+) -> AsyncIterator[Destination]:
+    from topkd.clients import SglangWeightSink, VllmWeightSink
+    from topkd.clients.connection import open_client
+    from topkd.clients.dialects.sglang import Sglang
+    from topkd.clients.dialects.vllm import VllmCompletions
+    from topkd.engine.weight_sync.sync import Destination
+
+    key, address = table.api_key(), table.url
+    async with contextlib.AsyncExitStack() as stack:
+        client = await open_client(address, dialect=table.dialect, model=table.model, api_key=key, config=config.client)
+        await stack.enter_async_context(client)
+        if not isinstance(client, VllmCompletions | Sglang):
+            raise UnsupportedError(
+                "this server's weights cannot be changed, so a student that learns cannot be sampled from it",
+                where=client.where(), got=f"dialect {client.dialect}", expected="vLLM, SGLang or topkd serve",
+            )  # fmt: skip
+        client.vocab_size = vocab_size
+        make = SglangWeightSink if isinstance(client, Sglang) else VllmWeightSink
+        model = await client.model_name()
+        sink = await stack.enter_async_context(
+            make(address, model=model, api_key=key, config=config.client, keep_adapters=keep)
+        )
+        stack.push_async_callback(sink.unload)
+
+        def sampler(_: WeightUpdate) -> Sampler:
+            return client.under(sink.sampling_model or model)
+
+        lora = kind == "lora"
+        yield Destination(
+            sink, sampler, sink.weight_version, client.where(), kind, keep=keep if lora else 1, beside=lora
+        )
+
+
+@contextlib.asynccontextmanager
+async def _engine(
+    table: VllmSampling, config: RunConfig, kind: Literal["lora", "full"], student: Any
+) -> AsyncIterator[Destination]:
+    from topkd.clients import VllmInProcess
+    from topkd.engine.weight_sync.sync import Destination
+
+    settings: dict[str, Any] = {
+        "dtype": config.student.dtype if table.dtype == "auto" else table.dtype,
+        "gpu_memory_utilization": table.memory_fraction,
+        "enable_sleep_mode": table.sleep,
+        "enforce_eager": table.enforce_eager,
+        "max_model_len": table.max_model_len,
+        "generation_config": "vllm",
+        "disable_log_stats": True,
+        "seed": config.seed,
+    }
+    if kind == "lora":
+        rank = max((adapter.r for adapter in student.model.peft_config.values()), default=8)
+        settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": 1 << max(3, (rank - 1).bit_length())}
+
+    def start() -> VllmInProcess:
+        return VllmInProcess(config.student.model, vocab_size=student.vocab_size, **settings)
+
+    async with await asyncio.to_thread(start) as engine:
+
+        async def weights() -> Version:
+            return engine.version
+
+        sink = _Sleeper(engine) if table.sleep else engine
+        yield Destination(sink, lambda _: sink, weights, "vLLM in this process", kind)
+
+
+class _Sleeper:
+    """An engine that holds the device's memory only while it samples or takes weights."""
+
+    def __init__(self, engine: VllmInProcess) -> None:
+        self._engine, self._awake, self._busy = engine, True, 0
+        self._turn = asyncio.Lock()
+
+    async def push(self, update: WeightUpdate) -> Version:
+        """See ``WeightSink``."""
+        async with self._up():
+            return await self._engine.push(update)
+
+    async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
+        """See ``Sampler``."""
+        async with self._up():
+            return await self._engine.sample(prompt_ids, n, params, k=k)
+
+    @contextlib.asynccontextmanager
+    async def _up(self) -> AsyncIterator[None]:
+        self._busy += 1
+        async with self._turn:
+            if not self._awake:
+                await self._engine.wake()
+                self._awake = True
+        try:
+            yield
+        finally:
+            self._busy -= 1
+            async with self._turn:
+                if not self._busy and self._awake:
+                    await self._engine.sleep()
+                    self._awake = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """A sampler and the way weights reach it.
+
+    Attributes:
+        sampler: Draws the rollouts.
+        publish: Brings weight version v to it (see ``Hooks.publish``).
+        lock: Held by the learner while weights change; an in-process sampler reads them under it.
+        capture: Keeps a version for ``publish`` (see ``Hooks.capture``): the sampler has weights of its own.
+        beside: It holds several versions (see ``Hooks.beside``).
+    """
+
+    sampler: Sampler
+    publish: Callable[[int], Awaitable[Record | None]]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    capture: Callable[[int], None] | None = None
+    beside: bool = False
+
+
+def in_process(config: EngineConfig, student: Any, tokenizer: Any) -> Sampling:
+    """The student itself, in this process: new weights are there at once."""
+    from topkd.engine.models.sampler import InProcessSampler
+
+    sampler = InProcessSampler(
+        student, stop_ids=stop_ids(tokenizer), batch_size=config.rollout.batch_size, shown_k=config.k
+    )
+
+    async def publish(version: int) -> None:
+        sampler.version = str(version)
+
+    return Sampling(sampler, publish, sampler.lock)
+
+
+def stop_ids(tokenizer: Any) -> list[int]:
+    """The tokens that end a completion of this student, wherever it is sampled."""
+    return [tokenizer.eos_token_id] if tokenizer is not None and tokenizer.eos_token_id is not None else []

@@ -1,0 +1,106 @@
+"""Teachers without a server: a model folder opened in this process, or the student itself behind another prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from topkd.clients.decoding.byte_map import load_bytemap
+from topkd.compose.config.run_config import RunConfig
+from topkd.compose.config.tables import TeacherConfig
+from topkd.compose.data.digests import weights_digest
+from topkd.engine.loop.hooks import Record
+from topkd.topk.errors import ConfigError
+from topkd.topk.protocols import TeacherScorer
+
+if TYPE_CHECKING:
+    from topkd.engine.models.local_teacher import SelfTeacher
+
+Publish = Callable[[int], Awaitable[Record | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """A teacher in this process.
+
+    Attributes:
+        scorer: It.
+        name: For the cache and the provenance.
+        revision: Of its weights: the config's, else their hash.
+        model: The ``Student`` that scores, where exact divergences can be taken against it.
+        state: The teacher itself, when it follows the student: it is told of each step, and checkpoints keep it.
+    """
+
+    scorer: TeacherScorer
+    name: str
+    revision: str
+    model: Any
+    state: SelfTeacher | None = None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """For the diary."""
+        return {"model": self.name, "revision": self.revision, "kind": "in this process"}
+
+
+def open_local(teacher: TeacherConfig, config: RunConfig, student: Any, lock: threading.Lock) -> LocalModel:
+    """A ``local`` or ``self`` teacher, ready to score; call it before the student's weights change.
+
+    Args:
+        teacher: Its table.
+        config: Of the run.
+        student: The loaded student.
+        lock: Held by the learner while weights change.
+    """
+    if teacher.kind == "self":
+        from topkd.engine.models.local_teacher import SelfTeacher
+
+        own = SelfTeacher(student, teacher.ema, lock)
+        revision = teacher.revision or (weights_digest(student) if teacher.ema == 1.0 else "moving")
+        state = None if teacher.ema in {0.0, 1.0} else own
+        return LocalModel(own, f"{Path(config.student.model).name} (self)", revision, own.model, state)
+    from topkd.engine.models.local_teacher import LocalTeacher
+    from topkd.engine.models.student import Student
+
+    folder = str(teacher.model)
+    same_ids(folder, config.student.model)
+    model = Student.load(folder, config.student.device, config.student.dtype)
+    return LocalModel(LocalTeacher(model), Path(folder).name, teacher.revision or weights_digest(model), model)
+
+
+def same_ids(teacher: str, student: str) -> None:
+    """Raises ConfigError with the first id that the two tokenizers spell differently."""
+    theirs, mine = load_bytemap(teacher), load_bytemap(student)
+    if theirs.fingerprint == mine.fingerprint:
+        return
+    ids = sorted(theirs.token_bytes.keys() | mine.token_bytes.keys())
+    differ = [token for token in ids if theirs.token_bytes.get(token) != mine.token_bytes.get(token)]
+    spelt = [
+        "nothing" if (found := table.token_bytes.get(differ[0])) is None else repr(found.decode("utf-8", "replace"))
+        for table in (theirs, mine)
+    ]
+    raise ConfigError(
+        "the teacher's tokens are not the student's", where=f"{teacher} and {student}",
+        got=f"{len(differ)} ids differ, the first is {differ[0]}: {spelt[0]} there and {spelt[1]} here",
+        expected="one tokenizer for both: ids travel, text does not",
+    )  # fmt: skip
+
+
+def following(publish: Publish, local: Mapping[str, LocalModel]) -> Publish:
+    """``publish``, before which the teachers that follow take the step too; the first call is before any step."""
+    states = [model.state for model in local.values() if model.state is not None]
+    if not states:
+        return publish
+    begun = False
+
+    async def publish_and_follow(version: int) -> Record | None:
+        nonlocal begun
+        for state in states if begun else ():
+            await asyncio.to_thread(state.follow)
+        begun = True
+        return await publish(version)
+
+    return publish_and_follow

@@ -1,0 +1,220 @@
+"""What a run is at one step, on disk: enough to go on as if it had never stopped.
+
+A checkpoint holds the trained weights (all of a full student's, only the adapter's under LoRA), the optimiser's state,
+the schedules', random number states, the position and the rollouts in flight that later weights could not repeat.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import xxhash
+from torch import Tensor
+
+from topkd.engine.checkpoint.snapshots import newest_snapshot, write_folder, write_snapshot
+from topkd.engine.checkpoint.tensor_files import load_tensors, random_state, save_tensors, set_random_state
+from topkd.engine.learner.learner import Learner, LearnerState
+from topkd.engine.loop.position import Position, Queued
+from topkd.engine.models.student import Student
+from topkd.topk.errors import ConfigError
+from topkd.topk.wire import read_rollouts, write_rollouts
+
+FOLDER = "checkpoints"
+_STATE, _WEIGHTS, _OPTIMIZER, _RANDOM = (
+    "state.json",
+    "weights.safetensors",
+    "optimizer.safetensors",
+    "random.safetensors",
+)
+
+
+class Stateful(Protocol):
+    """Something beside the learner that a step depends on: a teacher that follows the student, say."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Its state as whole tensors."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> object:
+        """Continue from that state."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One checkpoint folder that has been checked.
+
+    Attributes:
+        path: Where it lies.
+        position: Where the run stood.
+        diary_bytes: How long the diary was.
+        notes: What the writer wished to find again.
+    """
+
+    path: Path
+    position: Position
+    diary_bytes: int
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    out: Path,
+    position: Position,
+    *,
+    learner: Learner,
+    diary_bytes: int,
+    keep: int,
+    remembered: bool,
+    stateful: Mapping[str, Stateful] | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the checkpoint of ``position`` under ``out``; the learner must be idle.
+
+    Args:
+        out: The run's folder.
+        position: Where the run stands.
+        learner: Weights, optimiser and schedules.
+        diary_bytes: Length of the diary that goes with it.
+        keep: How many checkpoints stay.
+        remembered: Whoever gives the rollouts will give those in flight again: they need not be kept here.
+        stateful: What else has a state, by name.
+        notes: Kept as they are.
+    """
+    state = learner.state_dict()
+    trained = trained_weights(learner.student)
+    queue = [_described(queued, remembered=remembered) for queued in position.queue]
+    values = {
+        "step": position.step,
+        "evaluated": position.evaluated,
+        "elapsed_s": position.elapsed_s,
+        "queue": queue,
+        "diary_bytes": diary_bytes,
+        "learner": state.values,
+        "frozen": frozen_print(learner.student),
+        "stateful": sorted(stateful or {}),
+        "notes": dict(notes or {}),
+    }
+
+    def fill(folder: Path) -> None:
+        save_tensors(trained, folder / _WEIGHTS)
+        save_tensors(state.tensors, folder / _OPTIMIZER)
+        save_tensors(random_state(), folder / _RANDOM)
+        for name, thing in (stateful or {}).items():
+            save_tensors(thing.state_dict(), folder / f"{name}.safetensors")
+        for queued, entry in zip(position.queue, queue, strict=True):
+            if entry["kept"]:
+                write_rollouts(folder / _rollouts(queued.step), queued.rollouts or ())
+        (folder / _STATE).write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+    return write_snapshot(out / FOLDER, position.step, fill, keep=keep)
+
+
+def newest_checkpoint(out: Path, told: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint of a run; ``told`` hears of each that is damaged."""
+    path = newest_snapshot(out / FOLDER, told)
+    if path is None:
+        return None
+    values = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    queue = tuple(
+        Queued(
+            entry["step"], entry["version"], tuple(entry["versions"]), entry["sample_s"],
+            None if entry["places"] is None else tuple(entry["places"]),
+            tuple(read_rollouts(path / _rollouts(entry["step"]))) if entry["kept"] else None,
+        )
+        for entry in values["queue"]
+    )  # fmt: skip
+    position = Position(values["step"], values["evaluated"], values["elapsed_s"], queue)
+    return Checkpoint(path, position, values["diary_bytes"], values["notes"])
+
+
+def restore(checkpoint: Checkpoint, learner: Learner, stateful: Mapping[str, Stateful] | None = None) -> None:
+    """Bring learner, random numbers and whatever else has a state to where the checkpoint left them."""
+    values = json.loads((checkpoint.path / _STATE).read_text(encoding="utf-8"))
+    if values["frozen"] != frozen_print(learner.student):
+        raise ConfigError(
+            "the student's frozen weights are not those that the run began with", where=str(checkpoint.path),
+            hint="bring back the base model that student.model named",
+        )  # fmt: skip
+    if values["stateful"] != sorted(stateful or {}):
+        raise ConfigError(
+            "the checkpoint is of a run with other parts", where=str(checkpoint.path),
+            got=values["stateful"], expected=sorted(stateful or {}),
+        )  # fmt: skip
+    load_weights(learner.student, weights_of(checkpoint), where=str(checkpoint.path))
+    learner.load_state_dict(LearnerState(values["learner"], load_tensors(checkpoint.path / _OPTIMIZER)))
+    for name, thing in (stateful or {}).items():
+        thing.load_state_dict(load_tensors(checkpoint.path / f"{name}.safetensors"))
+    set_random_state(load_tensors(checkpoint.path / _RANDOM))
+
+
+def weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The checkpoint's trained weights."""
+    return load_tensors(checkpoint.path / _WEIGHTS)
+
+
+def trained_weights(student: Student) -> dict[str, Tensor]:
+    """The parameters that training changes, by name; tied ones once."""
+    return {name: p.detach() for name, p in student.model.named_parameters() if p.requires_grad}
+
+
+def load_weights(student: Student, weights: Mapping[str, Tensor], *, where: str) -> None:
+    """Set the trained parameters; another set of them, or another shape, is refused."""
+    own = trained_weights(student)
+    if differing := sorted(own.keys() ^ weights.keys()):
+        raise ConfigError("weights of another student", where=where, got=f"{differing[0]} ({len(differing)} differ)")
+    for name, parameter in own.items():
+        if parameter.shape != weights[name].shape or parameter.dtype != weights[name].dtype:
+            raise ConfigError(
+                "weights of another student", where=f"{where}, {name}",
+                got=f"{tuple(weights[name].shape)} {weights[name].dtype}",
+                expected=f"{tuple(parameter.shape)} {parameter.dtype}",
+            )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+
+
+def frozen_print(student: Student) -> str:
+    """A fingerprint of what training does not change (some of each tensor): "" when all is trained."""
+    frozen = [(name, p.detach()) for name, p in student.model.named_parameters() if not p.requires_grad]
+    if not frozen:
+        return ""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(frozen):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        some = tensor.reshape(-1)[:: max(1, tensor.numel() // 1024)].float().cpu()
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_student(student: Student, tokenizer: Any, path: Path, state: Mapping[str, Any]) -> Path:
+    """Write model (safetensors), tokenizer and ``topkd.json`` as one loadable folder, whole or not at all."""
+
+    def fill(folder: Path) -> None:
+        student.model.save_pretrained(folder)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        (folder / "topkd.json").write_text(json.dumps(dict(state), indent=2) + "\n", encoding="utf-8")
+
+    return write_folder(path, fill)
+
+
+def _described(queued: Queued, *, remembered: bool) -> dict[str, Any]:
+    places = queued.places
+    return {
+        "step": queued.step,
+        "version": queued.version,
+        "versions": list(queued.versions),
+        "sample_s": queued.sample_s,
+        "places": None if places is None else list(places),
+        "kept": not remembered and places is not None and queued.rollouts is not None,
+    }
+
+
+def _rollouts(step: int) -> str:
+    return f"rollouts-{step:08d}.jsonl"

@@ -1,0 +1,4 @@
+"""Settings of sampling, learning and objectives.
+
+Knows: pydantic. Does not know: torch.
+"""

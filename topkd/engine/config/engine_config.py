@@ -1,0 +1,79 @@
+"""What the engine can be told, checked where it enters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from topkd.engine.config.learner import Frozen, LearnerConfig
+from topkd.engine.config.objectives import Objective, TopKPolicyGradient, conflict
+
+COMPLETIONS = 1_000_000  # of a step: all of them are in memory at once
+DEFAULT_KIND = TopKPolicyGradient().kind
+
+
+class RolloutConfig(Frozen):
+    """How completions are drawn. Every parameter is explicit: a model's generation_config never leaks in."""
+
+    prompts_per_step: PositiveInt = 64
+    samples_per_prompt: PositiveInt = 4
+    max_prompt_tokens: PositiveInt = 2048
+    max_completion_tokens: PositiveInt = 1024
+    overlong: Literal["drop", "error"] = "error"
+    truncated: Literal["keep", "mask"] = "keep"
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()  # beside the tokenizer's own end of text
+    batch_size: PositiveInt = 64
+    shards: Annotated[int, Field(ge=0)] = 0  # independent draws of a step, shared by processes; 0: one a process
+
+    @model_validator(mode="after")
+    def _fits_a_machine(self) -> RolloutConfig:
+        if (completions := self.prompts_per_step * self.samples_per_prompt) > COMPLETIONS:
+            raise ValueError(f"at most {COMPLETIONS:,} completions a step (prompts x samples), not {completions:,}")
+        return self
+
+
+class CheckpointConfig(Frozen):
+    """How often a run keeps what it needs to go on (and how many of these), so that it can be resumed exactly.
+
+    Also after the last step, and when the run is stopped or fails. ``every = 0``: never.
+    """
+
+    every: Annotated[int, Field(ge=0)] = 25
+    keep: PositiveInt = 2
+
+
+class EngineConfig(Frozen):
+    """The loop: how long, how stale, towards what."""
+
+    steps: Annotated[PositiveInt, Field(le=10**9)] = 100
+    seed: Annotated[int, Field(ge=0)] = 0
+    k: PositiveInt = 20
+    max_staleness: Annotated[int, Field(ge=0)] = 1
+    max_lost_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    objective: Objective = TopKPolicyGradient()
+    on_policy_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0  # of a step's prompts; the rest bring completions
+    data_loss: Literal["sft", "objective"] = "sft"  # what completions from the data train by
+    rollout: RolloutConfig = RolloutConfig()
+    learner: LearnerConfig = LearnerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _of_the_default_kind(cls, value: object) -> object:
+        """Settings without a kind are those of the default objective."""
+        return {"kind": DEFAULT_KIND, **value} if isinstance(value, Mapping) and "kind" not in value else value
+
+    @model_validator(mode="after")
+    def _makes_sense_together(self) -> EngineConfig:
+        why = conflict(
+            self.objective,
+            self.learner.importance.kind,
+            on_policy_fraction=self.on_policy_fraction,
+            data_loss=self.data_loss,
+        )
+        if why is not None:
+            raise ValueError(why)
+        return self

@@ -1,0 +1,76 @@
+"""How a step is taken, as a config says it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+FULL_LR, LORA_LR = 2e-6, 1e-4
+
+
+class Frozen(BaseModel):
+    """Immutable; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ImportanceSampling(Frozen):
+    """Weight of each sampled token: new over behaviour probability, or none.
+
+    ``truncated`` bounds it by ``cap`` (detached). ``ppo`` clips it to 1 +- ``clip`` inside the graph, and for negative
+    advantages bounds it by ``dual_clip``: sampled-token objectives only.
+    """
+
+    kind: Literal["none", "truncated", "ppo"] = "truncated"
+    cap: PositiveFloat = 2.0
+    clip: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    dual_clip: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] | None = 3.0
+
+
+_Decay: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class LearnerConfig(Frozen):
+    """How a step is taken. ``lr`` left out is 2e-6, and 1e-4 where only a LoRA adapter trains.
+
+    ``inner_steps`` are optimiser steps on the same batch: ratios are against the rollouts' own logprobs in all of them.
+    After ``warmup_steps`` the rate stays (``constant``) or falls to ``final_lr_fraction`` of itself by the last step.
+    ``autocast`` is for the forward pass alone, the weights that train stay as they are; ``auto`` is bfloat16 on a GPU
+    that has it. The output head runs in float32 unless ``autocast_head``: bfloat16 logits move a log-ratio by percents.
+    ``strategy`` says how several processes under torchrun hold the weights: whole on each, or sharded over all.
+    """
+
+    lr: Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)] | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final_lr_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
+    max_grad_norm: PositiveFloat = 1.0
+    inner_steps: PositiveInt = 1
+    micro_batch_tokens: PositiveInt = 16384
+    gradient_checkpointing: bool = False
+    autocast: Literal["auto", "off", "bfloat16"] = "auto"
+    autocast_head: bool = False
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    importance: ImportanceSampling = ImportanceSampling()
+
+    def learning_rate(self, *, lora: bool) -> float:
+        """The peak rate: as given, or the default of what trains."""
+        return self.lr if self.lr is not None else LORA_LR if lora else FULL_LR
+
+
+class LoRAConfig(Frozen):
+    """``[student.lora]``: train a low-rank adapter, and leave the model's own weights alone.
+
+    There is no dropout: with it the policy that is trained is not the policy that was sampled. ``modules_to_save`` are
+    trained whole (``["lm_head"]`` where the vocabulary grew).
+    """
+
+    r: PositiveInt = 32
+    alpha: PositiveFloat = 64.0
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    modules_to_save: tuple[str, ...] = ()
+    dropout: Annotated[float, Field(ge=0.0, le=0.0)] = 0.0

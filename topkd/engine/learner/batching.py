@@ -1,0 +1,96 @@
+"""Ragged samples to padded micro-batches, and back to flat rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from topkd.topk.samples import PreparedSample, SampleCore
+from topkd.topk.types import Bool
+
+
+@dataclass(frozen=True, slots=True)
+class TextSample:
+    """A completion that came with the data: ids and a mask, no logprobs."""
+
+    core: SampleCore
+
+
+S = TypeVar("S", bound=PreparedSample | TextSample)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch(Generic[S]):
+    """A right-padded batch and the flat places in it that train.
+
+    Attributes:
+        samples: The samples, in batch order.
+        input_ids: int64 [B, T].
+        attention_mask: int64 [B, T].
+        rows: int64 [N], flat positions b * T + t of logit rows that predict a trained completion token.
+        targets: int64 [N], the token each row should have predicted.
+        picks: Per sample, the completion positions behind its rows (in order), for cutting its logprobs and lists.
+    """
+
+    samples: list[S]
+    input_ids: Tensor
+    attention_mask: Tensor
+    rows: Tensor
+    targets: Tensor
+    picks: list[NDArray[np.intp]]
+
+    @property
+    def tokens(self) -> int:
+        """Trained tokens N."""
+        return int(self.rows.shape[0])
+
+
+def micro_batches(
+    samples: Sequence[S], masks: Sequence[Bool], budget_tokens: int, device: torch.device
+) -> Iterator[MicroBatch[S]]:
+    """Groups of similar length whose padded size stays within ``budget_tokens`` (a longer sample goes alone).
+
+    ``masks`` say per sample which completion tokens train; samples with none are left out.
+    """
+    order = sorted(
+        ((sample, mask) for sample, mask in zip(samples, masks, strict=True) if mask.any()),
+        key=lambda pair: pair[0].core.full_ids.size,
+    )
+    group: list[tuple[S, Bool]] = []
+    for pair in order:
+        if group and (len(group) + 1) * pair[0].core.full_ids.size > budget_tokens:
+            yield _padded(group, device)
+            group = []
+        group.append(pair)
+    if group:
+        yield _padded(group, device)
+
+
+def _padded(pairs: list[tuple[S, Bool]], device: torch.device) -> MicroBatch[S]:
+    samples = [sample for sample, _ in pairs]
+    width = max(sample.core.input_ids.size for sample in samples)
+    input_ids = np.zeros((len(samples), width), dtype=np.int64)
+    attention = np.zeros_like(input_ids)
+    rows, targets, picks = [], [], []
+    for b, (sample, mask) in enumerate(pairs):
+        core = sample.core
+        input_ids[b, : core.input_ids.size] = core.input_ids
+        attention[b, : core.input_ids.size] = 1
+        pick = np.flatnonzero(mask)
+        picks.append(pick)
+        rows.append(b * width + core.prompt_len - 1 + pick)  # logit row P - 1 predicts the first completion token
+        targets.append(core.completion_ids[pick].astype(np.int64))
+    return MicroBatch(
+        samples,
+        torch.from_numpy(input_ids).to(device),
+        torch.from_numpy(attention).to(device),
+        torch.from_numpy(np.concatenate(rows)).to(device),
+        torch.from_numpy(np.concatenate(targets)).to(device),
+        picks,
+    )

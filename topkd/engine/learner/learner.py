@@ -1,0 +1,286 @@
+"""One optimiser step on prepared samples: forward the rows that train, form the objective, step, report."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topkd.engine.config.learner import Frozen, ImportanceSampling, LearnerConfig
+from topkd.engine.config.objectives import TAID, Objective, conflict
+from topkd.engine.learner.batching import MicroBatch, TextSample, micro_batches
+from topkd.engine.learner.distributed import Ranks
+from topkd.engine.learner.objectives import TokenStats, objective_loss, text_loss, valid_tokens
+from topkd.engine.learner.optimizers import (
+    build_optimizer,
+    check_schedule,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    rate_factor,
+)
+from topkd.engine.learner.parallel import clip_gradients, trainee
+from topkd.engine.learner.token_metrics import GradientNoise, batch_metrics, over_passes, sample_facts, token_metrics
+from topkd.engine.learner.token_view import TokenLoss
+from topkd.engine.models.student import Precision, Student
+from topkd.topk.errors import ConfigError, TrainingError
+from topkd.topk.samples import PreparedSample
+from topkd.topk.schedule import TAIDScheduler
+
+MAX_SKIPPED_IN_A_ROW = 5
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerState:
+    """What a checkpoint keeps of a learner beside the weights.
+
+    Attributes:
+        values: JSON: version, skips in a row, the objective's own state (TAID's schedule).
+        tensors: Optimiser state by "parameter name/entry", whole tensors (safetensors can hold them).
+    """
+
+    values: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+@dataclass(slots=True)
+class _Pass:
+    """What one optimiser step came to: losses of the objective and of the texts, gradient norm, tokens' facts."""
+
+    skipped: str = ""
+    losses: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    norm: float = math.nan
+    stats: list[TokenStats] = field(default_factory=list)
+    noise: dict[str, float] = field(default_factory=dict)
+
+
+class Learner:
+    """Owns the optimiser. ``version`` counts the steps that changed the weights' history, and labels rollouts.
+
+    Args:
+        student: The model; its weights change only inside ``step``, under ``lock``.
+        config: Optimiser settings.
+        objective: What to minimise: a config, or a function that gives each token's loss.
+        lock: Held while weights change or are read for a step (share it with an in-process sampler).
+        steps: How many steps the run takes: what schedules run towards.
+        ranks: The processes that share each step; every one makes the same calls.
+        stop_ids: Tokens that end a completion; the diary shows how probable they are.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        config: LearnerConfig,
+        objective: Objective | TokenLoss,
+        *,
+        lock: threading.Lock | None = None,
+        steps: int | None = None,
+        ranks: Ranks | None = None,
+        stop_ids: Sequence[int] = (),
+    ) -> None:
+        check_schedule(config, steps)
+        if isinstance(objective, Frozen) and (why := conflict(objective, config.importance.kind)) is not None:
+            raise ConfigError(why)
+        self.student, self.config, self.objective, self.steps = student, config, objective, steps
+        self.lock = lock or threading.Lock()
+        self.ranks = ranks or Ranks()
+        self.stop_ids = tuple(stop_ids)
+        self.version = 0
+        self._skipped_in_a_row = 0
+        self._taid = _scheduler(objective, steps)
+        self._precision = precision_of(config, student.device)
+        self._trainee = trainee(
+            student, self.ranks, config.strategy, self._precision, checkpointing=config.gradient_checkpointing
+        )
+        self._trained = list(self._trainee.named.values())
+        self._peak = config.learning_rate(lora=student.lora)
+        self._optimizer = build_optimizer(config, self._trained, self._peak)
+
+    def step(self, samples: Sequence[PreparedSample], texts: Sequence[TextSample] = ()) -> dict[str, Any]:
+        """Take one step; returns the diary entry, the same on every rank.
+
+        A step without a trainable token, or with a non-finite gradient, changes no weight and says so in ``skipped``;
+        several in a row end the run. Of several inner steps the first that is not finite is the last one tried, and the
+        record is of those that were taken: means over them, and how many there were.
+
+        Args:
+            samples: Scored samples for the objective (this rank's share).
+            texts: Completions from the data, trained by cross-entropy (this rank's share).
+        """
+        masks = [valid_tokens(sample, self.objective, self.student.vocab_size) for sample in samples]
+        given = sum(int(sample.core.mask.sum()) for sample in samples)
+        scored = sum(int(mask.sum()) for mask in masks)
+        plain = sum(int(text.core.mask.sum()) for text in texts)
+        scored, plain, given = (sum(part) for part in zip(*self.ranks.gather((scored, plain, given)), strict=True))
+        num_tokens = scored + plain
+        made: list[_Pass] = []
+        with self.lock:
+            rate = self._peak * rate_factor(self.config, self.version, self.steps)
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            while num_tokens and len(made) < self.config.inner_steps and not (made and made[-1].skipped):
+                made.append(self._pass(samples, masks, texts, num_tokens))
+            self.version += 1
+        taken = [one for one in made if not one.skipped]
+        counted = taken or made or [_Pass("no trainable token")]
+        losses = [sum(part) / len(counted) for part in zip(*(one.losses for one in counted), strict=True)]
+        skipped = "" if taken else counted[0].skipped
+        record: dict[str, Any] = {
+            "loss": sum(losses),
+            "grad_norm": sum(one.norm for one in counted) / len(counted),
+            "lr": rate,
+            "tokens": num_tokens,
+            "masked_tokens": given - scored,
+            "skipped": skipped,
+        }
+        if self.config.inner_steps > 1:
+            record |= {"passes": len(taken), "skipped_passes": self.config.inner_steps - len(taken)}
+        if self._taid is not None:
+            record["taid_t"] = self._taid.t
+            if scored:  # a step of the data's completions alone has no loss that the schedule could look at
+                self._taid.update_t(losses[0] * num_tokens / scored, self.version - 1)
+        if plain:
+            record |= {"sft_tokens": plain, "sft_loss": losses[1] * num_tokens / plain}
+        if self.ranks.size == 1:
+            record |= counted[0].noise
+        record |= batch_metrics(self.ranks.gather(sample_facts(samples, self.student.vocab_size)))
+        weighted = getattr(self.objective, "needs_behavior", True)  # direct losses use no ratio, and bound none
+        importance = self.config.importance if weighted else ImportanceSampling(kind="none")
+        gathered = [[part for rank in self.ranks.gather(one.stats) for part in rank] for one in counted]
+        if measured := [token_metrics(stats, importance) for stats in gathered if stats]:
+            record |= over_passes(measured)
+            record["mismatch_kl"] = measured[0].get("behavior_kl_k3")
+        self._count_skips(skipped)
+        return record
+
+    def _pass(
+        self, samples: Sequence[PreparedSample], masks: Sequence[Any], texts: Sequence[TextSample], num_tokens: int
+    ) -> _Pass:
+        """One optimiser step on the whole batch."""
+        made, noise = _Pass(), GradientNoise(num_tokens)
+        with self._trainee.training():
+            self._backward(samples, masks, texts, num_tokens, made, noise)
+        self._trainee.reduce()
+        made.losses = [sum(part) for part in zip(*self.ranks.gather(made.losses), strict=True)]
+        made.norm = clip_gradients(self._trained, self.config.max_grad_norm)
+        if math.isfinite(made.norm) and math.isfinite(sum(made.losses)):
+            self._optimizer.step()
+            self._trainee.publish()
+        else:
+            made.skipped = "non-finite gradient"
+        self._optimizer.zero_grad(set_to_none=True)
+        made.noise = noise.metrics(made.norm)
+        return made
+
+    def _backward(  # noqa: PLR0917
+        self,
+        samples: Sequence[PreparedSample],
+        masks: Sequence[Any],
+        texts: Sequence[TextSample],
+        num_tokens: int,
+        made: _Pass,
+        noise: GradientNoise,
+    ) -> None:
+        budget, device = self.config.micro_batch_tokens, self.student.device
+        scored = list(micro_batches(samples, masks, budget, device))
+        plain = list(micro_batches(texts, [text.core.mask for text in texts], budget, device))
+        done = 0
+        rounds = self._trainee.rounds(len(scored) + len(plain))
+        for i in range(rounds):
+            if i < len(scored):
+                loss, tokens = objective_loss(
+                    self.objective,
+                    score=self._trainee.score,
+                    batch=scored[i],
+                    importance=self.config.importance,
+                    num_tokens=num_tokens,
+                    vocab_size=self.student.vocab_size,
+                    t=1.0 if self._taid is None else self._taid.t,
+                    stop_ids=self.stop_ids,
+                )
+                made.stats.append(tokens)
+                made.losses[0] += float(loss.detach())
+                done += scored[i].tokens
+            elif i < len(scored) + len(plain):
+                batch = plain[i - len(scored)]
+                loss = text_loss(self._trainee.score, batch, num_tokens)
+                made.losses[1] += float(loss.detach())
+                done += batch.tokens
+            else:  # another rank has one more: the same collectives, and nothing learnt
+                loss = self._trainee.score(_nothing(device), torch.zeros(1, 1, dtype=torch.long, device=device)).sum()
+                loss = loss * 0.0
+            scale = self._trainee.loss_scale
+            (loss * scale).backward()  # type: ignore[no-untyped-call]
+            if i < len(scored):
+                made.stats[-1].coefficient[:] = [value / scale for value in made.stats[-1].coefficient]
+            if self.ranks.size == 1 and rounds > 1 and i == (rounds + 1) // 2 - 1:
+                noise.small(self._trained, done)
+
+    def state_dict(self) -> LearnerState:
+        """Everything but the weights that the next step depends on; under FSDP2 every rank must call it."""
+        values = {
+            "version": self.version,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "objective": {} if self._taid is None else {"taid": self._taid.state_dict()},
+        }
+        return LearnerState(values, optimizer_tensors(self._optimizer, self._trainee.named))
+
+    def load_state_dict(self, state: LearnerState) -> None:
+        """Continue from ``state_dict()`` of a learner with the same parameters; anything else is refused.
+
+        The student's weights are taken as they are now: load them first.
+        """
+        self._trainee.adopt()
+        load_optimizer_tensors(self._optimizer, self._trainee.named, state.tensors)
+        self.version = int(state.values["version"])
+        self._skipped_in_a_row = int(state.values["skipped_in_a_row"])
+        if self._taid is not None:
+            if "taid" not in state.values["objective"]:
+                raise ConfigError("the checkpoint is of another objective", got="no TAID schedule")
+            self._taid.load_state_dict(state.values["objective"]["taid"])
+
+    def _count_skips(self, skipped: str) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"{self._skipped_in_a_row} steps in a row changed nothing",
+                got=skipped,
+                hint="lower learner.lr, or look at masked_tokens and lost samples in metrics.jsonl",
+            )
+
+
+def precision_of(config: LearnerConfig, device: torch.device) -> Precision:
+    """What the forward pass runs in; bfloat16 where it was asked for and is not there is refused."""
+    if config.autocast == "off":
+        return Precision()
+    if config.autocast == "auto":
+        there = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return Precision(torch.bfloat16, config.autocast_head) if there else Precision()
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError('learner.autocast = "bfloat16": this GPU has none', hint='use "off" or "auto"')
+    return Precision(torch.bfloat16, config.autocast_head)
+
+
+def _scheduler(objective: Objective | TokenLoss, steps: int | None) -> TAIDScheduler | None:
+    if not isinstance(objective, TAID):
+        return None
+    if steps is None:
+        raise ConfigError("objective taid moves t over the run", hint="give the learner the number of steps")
+    return TAIDScheduler(
+        steps,
+        t_start=objective.t_start,
+        t_end=objective.t_end,
+        alpha=objective.alpha,
+        beta=objective.momentum,
+        disable_adaptive=not objective.adaptive,
+    )
+
+
+def _nothing(device: torch.device) -> MicroBatch[TextSample]:
+    one = torch.ones(1, 1, dtype=torch.long, device=device)
+    row = torch.zeros(1, dtype=torch.long, device=device)
+    return MicroBatch([], one, one, row, row, [])

@@ -1,0 +1,224 @@
+"""What the learner steps on: the student's own weights on every rank, or a twin whose weights are sharded (FSDP2).
+
+Replicated weights are not put into torch's DDP module: ranks have different numbers of micro-batches, and the head is
+used outside the model's forward. Their gradients are summed over ranks once a step, however many micro-batches made
+them, which is the same mean. The sharded twin holds gradients, optimiser state and master weights in shards; the
+student itself stays whole beside it, for sampling, measuring and saving, and receives the weights after each step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from topkd.engine.learner.batching import MicroBatch
+from topkd.engine.learner.distributed import Ranks, Strategy
+from topkd.engine.models.lora import without_wrapper
+from topkd.engine.models.student import Precision, Student, split_logprobs
+from topkd.topk.errors import ConfigError
+
+
+class Trainee(Protocol):
+    """Weights that train, and how a step reaches them."""
+
+    named: dict[str, nn.Parameter]
+    loss_scale: float
+
+    def score(self, batch: MicroBatch[Any], ids: Tensor) -> Tensor:
+        """Student logprobs [N, M] at the batch's rows, with graph."""
+        ...
+
+    def rounds(self, batches: int) -> int:
+        """How many forward passes this rank makes for its micro-batches."""
+        ...
+
+    def reduce(self) -> None:
+        """Make every rank's gradients the global ones."""
+        ...
+
+    def publish(self) -> None:
+        """Bring stepped weights to the student."""
+        ...
+
+    def adopt(self) -> None:
+        """Take over the student's weights, after something else than a step has changed them."""
+        ...
+
+    def training(self) -> contextlib.AbstractContextManager[None]:
+        """Around the forward and backward passes of a step."""
+        ...
+
+
+class Replicated:
+    """The student's own weights, whole on every rank."""
+
+    loss_scale = 1.0
+
+    def __init__(self, student: Student, ranks: Ranks, precision: Precision, *, checkpointing: bool) -> None:
+        self.student, self.ranks, self.precision = student, ranks, precision
+        self.named = student.trained()
+        self._layers = checkpointed_layers(student) if checkpointing else []
+
+    def score(self, batch: MicroBatch[Any], ids: Tensor) -> Tensor:
+        """See ``Trainee``."""
+        return self.student.token_logprobs(batch.input_ids, batch.attention_mask, batch.rows, ids, self.precision)
+
+    def rounds(self, batches: int) -> int:
+        """As many as there are: ranks need not agree."""
+        return batches
+
+    def reduce(self) -> None:
+        """See ``Trainee``."""
+        self.ranks.sum_gradients(self.named.values())
+
+    def publish(self) -> None:
+        """Nothing: the student's weights are the ones that were stepped."""
+
+    def adopt(self) -> None:
+        """Nothing: they are the ones that will be."""
+
+    def training(self) -> contextlib.AbstractContextManager[None]:
+        """See ``Trainee``."""
+        return recomputing(self._layers)
+
+
+class _Split(nn.Module):
+    """Backbone and head in one forward, so that FSDP has the head's weights whole where the loss reads them."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, precision: Precision) -> None:
+        super().__init__()
+        self.backbone, self.head, self.precision = backbone, head, precision
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+        """See ``Student.token_logprobs``."""
+        return split_logprobs(self.backbone, self.head, input_ids, attention_mask, rows, ids, self.precision)
+
+
+class Sharded:
+    """A twin of the student whose weights, gradients and optimiser state lie in shards over the ranks."""
+
+    def __init__(self, student: Student, ranks: Ranks, precision: Precision, *, checkpointing: bool) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        if student.lora:
+            raise ConfigError(
+                'strategy "fsdp2" shards whole models',
+                got="a LoRA adapter, which is small",
+                hint='use strategy "ddp"',
+            )
+        self.student, self.ranks = student, ranks
+        self.loss_scale = float(ranks.size)  # FSDP averages gradients over ranks; the loss is already a global mean
+        twin = copy.deepcopy(student.model)
+        inner = Student(twin, *_same_modules(student, twin), student.device)
+        self._layers = checkpointed_layers(inner) if checkpointing else []
+        self.split = _Split(inner.backbone, inner.head, precision)
+        names = {id(parameter): name for name, parameter in twin.named_parameters()}
+        paths = {path: names[id(parameter)] for path, parameter in self.split.named_parameters()}
+        mesh = init_device_mesh(student.device.type, (ranks.size,))
+        for layer in _blocks(inner.backbone):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.split, mesh=mesh)
+        self.named = {paths[path]: parameter for path, parameter in self.split.named_parameters()}
+        self._whole = dict(student.model.named_parameters())
+
+    def score(self, batch: MicroBatch[Any], ids: Tensor) -> Tensor:
+        """See ``Trainee``."""
+        made: Tensor = self.split(batch.input_ids, batch.attention_mask, batch.rows, ids)
+        return made
+
+    def rounds(self, batches: int) -> int:
+        """The most of any rank: every forward pass gathers weights, so all ranks make the same number."""
+        return self.ranks.most(batches)
+
+    def reduce(self) -> None:
+        """Nothing: FSDP has scattered the sums."""
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Gather each stepped weight whole into the student's."""
+        for name, parameter in self.named.items():
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            self._whole[name].copy_(whole)
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """Cut the student's whole weights into the shards."""
+        for name, parameter in self.named.items():
+            whole = self._whole[name].detach()
+            if isinstance(parameter, DTensor):
+                whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+            parameter.copy_(whole)
+
+    def training(self) -> contextlib.AbstractContextManager[None]:
+        """See ``Trainee``."""
+        return recomputing(self._layers)
+
+
+def trainee(
+    student: Student, ranks: Ranks, strategy: Strategy, precision: Precision, *, checkpointing: bool
+) -> Trainee:
+    """The student's weights as the strategy holds them."""
+    made = Sharded if strategy == "fsdp2" and ranks.size > 1 else Replicated
+    return made(student, ranks, precision, checkpointing=checkpointing)
+
+
+def clip_gradients(parameters: list[nn.Parameter], most: float) -> float:
+    """Bound the global norm of the gradients; returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, most)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def checkpointed_layers(student: Student) -> list[nn.Module]:
+    """The layers that recompute their activations in the backward pass, prepared to do so when they are told."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model = without_wrapper(student.model)
+    layers = [module for module in student.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers or not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(
+            "learner.gradient_checkpointing: this architecture has no layers that can recompute",
+            got=type(model).__name__,
+        )
+    how = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5 on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    return layers
+
+
+@contextlib.contextmanager
+def recomputing(layers: list[nn.Module]) -> Iterator[None]:
+    """Switch recomputation on: transformers ties it to ``training``, which is set on the layers alone.
+
+    Their children stay in eval mode (no dropout), and outside a step the KV cache of a sampler works.
+    """
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+def _same_modules(student: Student, twin: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The twin's backbone and head."""
+    names = {id(module): name for name, module in student.model.named_modules()}
+    return twin.get_submodule(names[id(student.backbone)]), twin.get_submodule(names[id(student.head)])
+
+
+def _blocks(backbone: nn.Module) -> list[nn.Module]:
+    """The backbone's repeated layers: the longest ModuleList of it."""
+    longest: list[nn.Module] = []
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) > len(longest):
+            longest = list(module)
+    return longest

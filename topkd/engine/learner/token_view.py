@@ -1,0 +1,107 @@
+"""What an objective sees of one micro-batch: the student's logprobs with graph, the teacher's rows beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topkd.engine.config.learner import ImportanceSampling
+from topkd.engine.learner.batching import MicroBatch
+from topkd.topk.errors import ConfigError
+from topkd.topk.losses import SparseTeacher
+from topkd.topk.samples import PreparedSample, TopKPreparedSample
+from topkd.topk.types import Float32, TopK
+
+
+@dataclass(frozen=True, slots=True)
+class TokenView:
+    """N tokens that train, of whole sequences that follow one another.
+
+    Attributes:
+        logp_at_ids: float32 [N, K] with graph: exact log s at the teacher's listed ids, -inf at pads.
+        logp_new: float32 [N] with graph: exact log s of the realised token.
+        teacher: The teacher's rows: lists (K = 0 where the objective needs none), tails, realised tokens.
+        behavior_logp: float32 [N], the realised token's logprob when it was sampled, fixed.
+        importance: How ratios weigh.
+        lengths: Tokens of each sequence.
+        num_tokens: What a sum over tokens is divided by: the trained tokens of the whole step.
+        vocab_size: V of the student.
+    """
+
+    logp_at_ids: Tensor
+    logp_new: Tensor
+    teacher: SparseTeacher
+    behavior_logp: Tensor
+    importance: ImportanceSampling
+    lengths: tuple[int, ...]
+    num_tokens: int
+    vocab_size: int
+
+
+TokenLoss: TypeAlias = Callable[[TokenView], Tensor]
+"""An objective of one's own: the loss of each token, [N], to be summed and divided by ``num_tokens``."""
+
+
+def teacher_rows(batch: MicroBatch[PreparedSample], vocab_size: int, *, lists: bool) -> TopK:
+    """The teacher's rows of a batch's tokens, ids past the student's vocabulary moved to the tail.
+
+    Without ``lists`` they are rows of K = 0 that know their realised token.
+    """
+    parts = []
+    for sample, pick in zip(batch.samples, batch.picks, strict=True):
+        if lists:
+            rows = listed(sample)
+            part = TopK(
+                0, rows.ids[pick], rows.logp[pick], rows.actual_ids[pick], rows.actual_logp[pick], rows.tail_logp[pick]
+            )
+        else:
+            none = TopK.from_lists([None] * len(pick))
+            part = TopK(
+                0, none.ids, none.logp, sample.core.completion_ids[pick], sample.teacher_logp[pick], none.tail_logp
+            )
+        parts.append(part)
+    return TopK.concat(parts).within(vocab_size)
+
+
+def listed(sample: PreparedSample) -> TopK:
+    """The sample's top-K rows; refused where the teacher gave realised tokens only."""
+    if not isinstance(sample, TopKPreparedSample):
+        raise ConfigError(
+            "this objective needs the teacher's top-K rows",
+            got="a sample with realised-token logprobs only",
+            hint="score with k >= 1, or use objective scalar_kl or gjs without a baseline and at gamma 0",
+        )
+    return sample.teacher
+
+
+def behavior_of(batch: MicroBatch[PreparedSample]) -> Float32:
+    """The rollouts' own logprobs at a batch's tokens, float32 [N]; NaN = unknown."""
+    pairs = zip(batch.samples, batch.picks, strict=True)
+    return np.concatenate([sample.behavior.logp[pick] for sample, pick in pairs])
+
+
+def view_of(
+    batch: MicroBatch[PreparedSample],
+    logp: Tensor,
+    rows: TopK,
+    *,
+    importance: ImportanceSampling,
+    num_tokens: int,
+    vocab_size: int,
+) -> TokenView:
+    """The view behind ``logp`` [N, K + 1]: the teacher's ids in ``rows``' order, then the realised token."""
+    return TokenView(
+        logp[:, : rows.k],
+        logp[:, rows.k],
+        SparseTeacher.from_topk(rows, logp.device, torch.float32),
+        torch.from_numpy(behavior_of(batch)).to(logp.device),
+        importance,
+        tuple(len(pick) for pick in batch.picks),
+        num_tokens,
+        vocab_size,
+    )

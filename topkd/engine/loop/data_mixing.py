@@ -1,0 +1,103 @@
+"""Completions that came with the data, beside those the student draws: how many, which, and as what they train.
+
+Of a step's ``prompts_per_step``, round(on_policy_fraction * prompts) are sampled from; the rest are rows that carry
+a completion, each taken once, drawn from a pool of their own. Which rows those are depends on seed and step alone.
+``data_loss = "sft"``: they train by cross-entropy, no teacher sees them. ``"objective"``: the teacher scores them and
+they train as the student's own do (GKD's mixture, arXiv:2306.13649); direct objectives only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from topkd.engine.config.engine_config import EngineConfig
+from topkd.engine.config.objectives import SFT
+from topkd.engine.learner.batching import TextSample
+from topkd.engine.loop.prompts import PromptRow, step_indices
+from topkd.topk.errors import ConfigError
+from topkd.topk.samples import Rollout, SampleCore, SamplingParams
+from topkd.topk.types import Bool
+
+DATA = "data"  # the version of a completion that no policy of this run has drawn
+_POOL = 0x5F7  # keeps the data rows' order apart from the prompts'
+
+
+def on_policy_prompts(config: EngineConfig) -> int:
+    """How many of a step's prompts the student completes."""
+    share = 0.0 if isinstance(config.objective, SFT) else config.on_policy_fraction
+    return round(share * config.rollout.prompts_per_step)
+
+
+def check_mixture(config: EngineConfig, rows: Sequence[PromptRow]) -> None:
+    """Refuses a run that wants completions from data that has none, or a mixture that its steps are too small for."""
+    prompts = config.rollout.prompts_per_step
+    if 0.0 < config.on_policy_fraction < 1.0 and on_policy_prompts(config) in {0, prompts}:
+        raise ConfigError(
+            "a step is too small for on_policy_fraction",
+            got=f"{config.on_policy_fraction:g} of {prompts} prompts, which is {on_policy_prompts(config)}",
+            hint="raise rollout.prompts_per_step, or set on_policy_fraction to 0 or 1",
+        )
+    if on_policy_prompts(config) < config.rollout.prompts_per_step and not _pool(rows):
+        what = "objective sft" if isinstance(config.objective, SFT) else "on_policy_fraction below 1"
+        raise ConfigError(
+            f"{what} learns from completions in the data, and no row has one",
+            hint="give the rows completion, completion_ids or assistant turns",
+        )
+
+
+def data_rows(config: EngineConfig, rows: Sequence[PromptRow], step: int) -> list[PromptRow]:
+    """The rows whose own completions step ``step`` learns from."""
+    count = config.rollout.prompts_per_step - on_policy_prompts(config)
+    if not count:
+        return []
+    pool = _pool(rows)
+    return [pool[i] for i in step_indices(len(pool), count, step, config.seed + _POOL)]
+
+
+def data_rollouts(config: EngineConfig, rows: Sequence[PromptRow], step: int) -> tuple[list[PromptRow], list[Rollout]]:
+    """The same as rollouts to be scored, each with its row; none where the data trains by cross-entropy."""
+    if config.data_loss == "sft" or isinstance(config.objective, SFT):
+        return [], []
+    chosen = data_rows(config, rows, step)
+    return chosen, [_rollout(row) for row in chosen]
+
+
+def data_texts(config: EngineConfig, rows: Sequence[PromptRow], step: int) -> list[TextSample]:
+    """The same as texts; none where the teacher scores them."""
+    if config.data_loss == "objective" and not isinstance(config.objective, SFT):
+        return []
+    return [_text(row) for row in data_rows(config, rows, step)]
+
+
+def trained_mask(row: PromptRow, rollout: Rollout) -> Bool:
+    """Which tokens of a rollout train: all that the student drew, and of the data's own those its mask names."""
+    if rollout.version == DATA and row.completion_mask is not None:
+        return row.completion_mask
+    return np.ones(rollout.completion_ids.size, dtype=np.bool_)
+
+
+def _pool(rows: Sequence[PromptRow]) -> list[PromptRow]:
+    return [row for row in rows if row.completion_ids is not None]
+
+
+def _rollout(row: PromptRow) -> Rollout:
+    completion = row.completion_ids
+    if completion is None:
+        raise ConfigError("a row of the data's completions has none", where=row.sample_id)
+    unknown = np.full(completion.size, np.nan, dtype=np.float32)  # no policy drew it: no probability is known
+    return Rollout(row.prompt_ids, completion, unknown, "stop", SamplingParams(), None, DATA)
+
+
+def _text(row: PromptRow) -> TextSample:
+    rollout = _rollout(row)
+    core = SampleCore(
+        np.concatenate([row.prompt_ids, rollout.completion_ids]),
+        int(row.prompt_ids.size),
+        trained_mask(row, rollout),
+        row.teacher_prompt_ids,
+        row.teacher_id,
+        row.sample_id,
+    )
+    return TextSample(core)

@@ -1,0 +1,320 @@
+"""The run: sample, score, learn, with batches ahead of the learner being sampled and scored while it works.
+
+The schedule is fixed, so a run is deterministic (``topkd.engine.loop.pipeline``); why: ``docs/design/002-loop.md``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TypeAlias
+
+from topkd.engine.config.engine_config import EngineConfig
+from topkd.engine.learner.distributed import Ranks
+from topkd.engine.learner.learner import Learner
+from topkd.engine.learner.objectives import described
+from topkd.engine.loop.alarms import alarms
+from topkd.engine.loop.candidates import support_of
+from topkd.engine.loop.checks import check_run, refuse_losses
+from topkd.engine.loop.data_mixing import DATA, data_texts
+from topkd.engine.loop.hooks import Hooks, Record
+from topkd.engine.loop.metrics import MetricsLog
+from topkd.engine.loop.pipeline import Drawn, InFlight, Supply
+from topkd.engine.loop.position import Position
+from topkd.engine.loop.prompts import PromptRow
+from topkd.engine.loop.rollouts import draw
+from topkd.engine.loop.scoring import ScoredBatch, score_rollouts, teacher_facts, teacher_metrics
+from topkd.engine.loop.waiting import before, first_of, whole
+from topkd.topk.protocols import Sampler, TeacherScorer
+
+Source: TypeAlias = Callable[[int], Awaitable[Drawn]]
+STOP_GRACE_S = 10.0  # what a stopped run waits for a batch from weights that are gone, so that it need not be redrawn
+
+
+async def distil(
+    config: EngineConfig,
+    *,
+    rows: Sequence[PromptRow],
+    sampler: Sampler,
+    teachers: Mapping[str, TeacherScorer],
+    learner: Learner,
+    log: MetricsLog,
+    hooks: Hooks | None = None,
+    source: Source | None = None,
+    start: Position | None = None,
+    earlier: Sequence[Record] = (),
+    stop: asyncio.Event | None = None,
+    ranks: Ranks | None = None,
+) -> list[Record]:
+    """Run on-policy distillation from ``start`` to ``config.steps`` and return the step records.
+
+    Args:
+        config: Everything that shapes the run.
+        rows: Prompts.
+        sampler: The student, as something that samples.
+        teachers: teacher_id -> scorer; ids are checked before the first request.
+        learner: The student, as something that learns.
+        log: Where the records go.
+        hooks: Evaluation, display, weight sync, checkpoints.
+        source: Gives a step's rollouts, each with its row, in place of drawing them with the sampler.
+        start: Where a checkpoint left the run; its beginning when left out.
+        earlier: The step records before it, for what compares a step with those before.
+        stop: Once set, the run ends before its next step, in order: nothing is lost, requests are cancelled.
+        ranks: The processes that share each step, all with the same config; the first alone writes and measures.
+    """
+    check_run(config, rows, teachers)
+    run = _Run(
+        config,
+        rows=rows,
+        sampler=sampler,
+        teachers=teachers,
+        learner=learner,
+        log=log,
+        hooks=hooks or Hooks(),
+        source=source,
+        start=start or Position(),
+        earlier=earlier,
+        stop=stop,
+        ranks=ranks or Ranks(),
+    )
+    try:
+        async with asyncio.TaskGroup() as group:
+            await run.steps(group)
+    except BaseException as error:
+        run.failed()
+        if isinstance(error, BaseExceptionGroup):
+            raise first_of(error) from error
+        raise
+    return run.records[len(earlier) :]
+
+
+class _Run:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        rows: Sequence[PromptRow],
+        sampler: Sampler,
+        teachers: Mapping[str, TeacherScorer],
+        learner: Learner,
+        log: MetricsLog,
+        hooks: Hooks,
+        source: Source | None,
+        start: Position,
+        earlier: Sequence[Record],
+        stop: asyncio.Event | None,
+        ranks: Ranks,
+    ) -> None:
+        self.config, self.learner, self.log, self.hooks, self.source = config, learner, log, hooks, source
+        self.rows, self.ranks = rows, ranks
+        self.first, self.evaluated, self.kept = start.step, start.evaluated, start.step
+        self.stop = stop or asyncio.Event()
+        self.began = time.perf_counter() - start.elapsed_s
+        self.records: list[Record] = [*earlier]
+        self.done = start.step
+        self.unwritten: deque[Record] = deque()  # steps whose weights are still on their way to the sampler
+        self.torn = False  # the diary could not be written
+
+        async def drawn(step: int) -> Drawn:
+            if source is None:
+                return await draw(config, rows, sampler, step, ranks)
+            asked, rollouts = await source(step)
+            return list(ranks.slice(asked)), list(ranks.slice(rollouts))
+
+        self.supply = Supply(
+            rows=rows,
+            steps=config.steps,
+            max_staleness=config.max_staleness,
+            draw=drawn,
+            score=lambda asked, rollouts: score_rollouts(
+                asked,
+                rollouts,
+                teachers,
+                config.k,
+                truncated=config.rollout.truncated,
+                context=hooks.context,
+                support=support_of(config.objective),
+            ),
+            publish=self.publish,
+            told=lambda event: self.write("event", event),
+            start=start,
+            beside=hooks.beside and hooks.capture is not None,
+        )
+
+    async def steps(self, group: asyncio.TaskGroup) -> None:
+        supply, alone = self.supply, self.hooks.capture is None
+        if self.hooks.capture is not None:
+            await asyncio.to_thread(self.hooks.capture, self.first)
+        supply.start(group)
+        await supply.published.reached(self.first)
+        await self.evaluate(self.first)
+        supply.released.to(self.first)
+        for step in range(self.first, self.config.steps):
+            if self.ranks.size > 1 and await self.stopping():
+                break
+            sampled = supply.due(step) if alone else step + 1
+            if not await self.unless_stopped(supply.sampled.reached(sampled)):
+                break
+            began, taken = time.perf_counter(), supply.batch(step)
+            if not await self.unless_stopped(asyncio.wait({taken.scored})):
+                break
+            batch = taken.scored.result()
+            await self.learn(step, taken, batch, time.perf_counter() - began)
+            supply.learnt(step)
+            version = step + 1
+            keeping = self.keeps(version)
+            if alone or keeping or self.evaluates(version):
+                supply.weights.to(version)
+                await supply.published.reached(version)
+                await self.evaluate(version)
+                if keeping:
+                    await asyncio.to_thread(self.checkpoint)
+            else:
+                supply.weights.to(version)
+            supply.released.to(version)
+        await self.end()
+
+    def taken(self, step: int, batch: ScoredBatch) -> Record:
+        """The learner's step, and what the step's scores were like on all ranks; in a thread."""
+        texts = self.ranks.slice(data_texts(self.config, self.rows, step))
+        learnt = self.learner.step(batch.samples, texts)
+        return learnt | teacher_metrics(self.ranks.gather(teacher_facts(batch)))
+
+    async def learn(self, step: int, taken: InFlight, batch: ScoredBatch, waited_s: float) -> None:
+        refuse_losses(self.config, batch, step)
+        if self.hooks.on_batch is not None and self.ranks.main:
+            await asyncio.to_thread(self.hooks.on_batch, step + 1, batch)
+        began = time.perf_counter()
+        learnt, cancelled = await whole(self.taken, step, batch)
+        # Of another run's policy no distance to this learner's is known, whatever its versions are called.
+        ours = self.source is None and not self.hooks.foreign
+        fresh = ours and taken.versions == (str(step),)
+        record: Record = {
+            "step": step + 1,
+            **described(self.learner.objective),
+            "version": step + 1,
+            "staleness": _staleness(step, taken) if ours else None,
+            "rollout_versions": [*taken.versions],
+            **learnt,
+            # Of the very weights that step, before they change: what is left is the sampler's own arithmetic.
+            "mismatch_kl": learnt.get("mismatch_kl") if fresh else None,
+            "sample_s": taken.sample_s,
+            "score_wait_s": waited_s,
+            "learn_s": time.perf_counter() - began,
+            "elapsed_s": time.perf_counter() - self.began,
+        }
+        self.records.append(record)
+        self.done = step + 1
+        record["alarms"] = alarms(self.records)
+        self.unwritten.append(record)
+        if cancelled is not None:
+            raise cancelled
+        if self.hooks.capture is not None:
+            await asyncio.to_thread(self.hooks.capture, step + 1)
+
+    async def publish(self, version: int) -> None:
+        began = time.perf_counter()
+        told = await self.hooks.publish(version) if self.hooks.publish is not None else None
+        if version > self.first:
+            record = self.unwritten.popleft()
+            sounding = [*record["alarms"], *(told or {}).get("alarms", [])]
+            record |= {"publish_s": time.perf_counter() - began, **(told or {}), "alarms": sounding}
+            self.written(record)
+        elif told and "sampler_version" in told:  # weights of its own, brought there before the first step
+            self.written({"step": version, "event": "published", **told}, "event")
+
+    def written(self, record: Record, kind: str = "step") -> None:
+        """Into the diary, and an event of its own for each alarm in it."""
+        sounding = record.pop("alarms", [])
+        self.write(kind, record)
+        for alarm in sounding:
+            self.write("event", {"event": "alarm", "step": record["step"], **alarm})
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due after this many steps."""
+        every = self.config.eval_every
+        return self.evaluated < step and (step in (0, self.config.steps) or bool(every and step % every == 0))
+
+    async def evaluate(self, step: int) -> None:
+        if self.hooks.evaluate is None or not self.evaluates(step):
+            return
+        found = await asyncio.to_thread(self.hooks.evaluate) if self.ranks.main else []
+        for record in found if isinstance(found, list) else [found]:
+            self.write("eval", {"step": step, **record})
+        self.evaluated = step
+
+    def keeps(self, step: int) -> bool:
+        """Whether a checkpoint is due after this many steps."""
+        every = self.config.checkpoint.every
+        return bool(every) and (step % every == 0 or step == self.config.steps)
+
+    def checkpoint(self) -> None:
+        """Hand over the position, when it is one a run can go on from and has not been kept yet."""
+        step = self.done
+        if self.hooks.checkpoint is None or not self.config.checkpoint.every or step == self.kept:
+            return
+        if self.learner.version != step:  # the step that failed has counted itself: the former checkpoint stands
+            return
+        elapsed_s = time.perf_counter() - self.began
+        self.hooks.checkpoint(Position(step, self.evaluated, elapsed_s, self.supply.queue(step)))
+        self.kept = step
+
+    async def end(self) -> None:
+        step = self.done
+        if step == self.config.steps:
+            await self.supply.published.reached(step)
+            return
+        with contextlib.suppress(TimeoutError):  # stopped: what only the former weights could give is worth a moment
+            async with asyncio.timeout(STOP_GRACE_S):
+                await self.supply.published.reached(step)
+        self.supply.stop()
+        self.flush()
+        await asyncio.to_thread(self.checkpoint)
+
+    def failed(self) -> None:
+        """What was learnt is in the diary and in a checkpoint, unless the diary takes no more."""
+        if self.torn:  # a checkpoint would vouch for steps whose records are not there: the former one stands
+            return
+        self.flush()
+        if self.ranks.size == 1:  # the state of several is only had together, and one of them is gone
+            self.checkpoint()
+
+    def flush(self) -> None:
+        while self.unwritten:
+            self.written(self.unwritten.popleft())
+
+    def write(self, kind: str, record: Record) -> None:
+        if not self.ranks.main:
+            return
+        try:
+            self.log.write(kind, record)
+        except OSError:
+            self.torn = True
+            raise
+        if self.hooks.on_record is not None:
+            self.hooks.on_record(kind, record)
+
+    async def unless_stopped(self, work: Awaitable[object]) -> bool:
+        """Wait for the work; False when the run is to stop. Several processes stop together, so they also ask then."""
+        if self.ranks.size == 1:
+            return await before(self.stop, work)
+        await work
+        return True
+
+    async def stopping(self) -> bool:
+        """Whether a process of the run was told to stop."""
+        return bool(await asyncio.to_thread(self.ranks.most, int(self.stop.is_set())))
+
+
+def _staleness(step: int, taken: InFlight) -> int | None:
+    """Versions between the weights that sampled and those that learn; a sampler may be synced less than every step.
+
+    None where nothing was sampled.
+    """
+    if not set(taken.versions) - {DATA}:
+        return None
+    said = [int(version) for version in taken.versions if version.isdecimal()]
+    return step - min([taken.version, *said])

@@ -1,0 +1,187 @@
+"""Batches on their way to the learner: sampled by a fixed schedule, scored as they come, as few as staleness allows.
+
+The batch of step t is sampled from the weights after step ``max(0, t - max_staleness)``, whatever the servers' speed:
+version v is published, then every batch that v is due to give is drawn, then version v + 1 is waited for. So at most
+``max_staleness + 1`` batches exist that nobody has learnt from, and a slow learner stops the sampler, not its memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from topkd.engine.loop.position import Position, Queued
+from topkd.engine.loop.prompts import PromptRow
+from topkd.engine.loop.scoring import ScoredBatch
+from topkd.topk.samples import Rollout
+
+Drawn: TypeAlias = tuple[list[PromptRow], list[Rollout]]
+Draw: TypeAlias = Callable[[int], Awaitable[Drawn]]
+Score: TypeAlias = Callable[[Sequence[PromptRow], Sequence[Rollout]], Coroutine[Any, Any, ScoredBatch]]
+
+
+@dataclass(slots=True)
+class InFlight:
+    """One step's batch: sampled, and being scored."""
+
+    step: int
+    version: int
+    versions: tuple[str, ...]
+    sample_s: float
+    rows: list[PromptRow]
+    rollouts: list[Rollout]
+    scored: asyncio.Task[ScoredBatch]
+
+
+class Supply:
+    """Publishes, samples and scores ahead of the learner.
+
+    Args:
+        rows: The run's prompts.
+        steps: Where the run ends.
+        max_staleness: How many versions a batch may be older than the weights that learn from it.
+        draw: A step's rollouts, from the version that was published last.
+        score: Their scores.
+        publish: Brings a version to the sampler; called once a version, in order.
+        told: Given each event (a batch that could not be had again after a resume).
+        start: Where the run stands.
+        beside: A version may be published while a batch of the former one is drawn, once that draw has begun.
+
+    Attributes:
+        weights: The version that may be published: the learner raises it.
+        released: The version that may be sampled from: the learner raises it.
+        published: The version that was published last.
+        sampled: Batches sampled so far, counted from the run's first.
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: Sequence[PromptRow],
+        steps: int,
+        max_staleness: int,
+        draw: Draw,
+        score: Score,
+        publish: Callable[[int], Awaitable[None]],
+        told: Callable[[dict[str, Any]], None],
+        start: Position,
+        beside: bool = False,
+    ) -> None:
+        self._rows, self._steps, self._max_staleness = rows, steps, max_staleness
+        self._draw, self._score, self._publish, self._told = draw, score, publish, told
+        self._queued = deque(start.queue)
+        self._flying: deque[InFlight] = deque()
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._first, self._beside = start.step, beside
+        self.weights, self.released = Milestone(start.step), Milestone(start.step - 1)
+        self._begun = Milestone(start.step - 1)
+        self.published, self.sampled = Milestone(start.step - 1), Milestone(start.step)
+
+    def start(self, group: asyncio.TaskGroup) -> None:
+        """Begin; the tasks end with the run's last version, with ``stop``, or with the group."""
+        self._tasks += [group.create_task(self._bring()), group.create_task(self._feed(group))]
+
+    def batch(self, step: int) -> InFlight:
+        """The sampled batch of a step, its scores perhaps still under way; it stays in the queue until ``learnt``."""
+        return self._flying[step - self._flying[0].step]
+
+    def learnt(self, step: int) -> None:
+        """The step has been taken: its batch is needed no more."""
+        while self._flying and self._flying[0].step <= step:
+            self._flying.popleft()
+
+    def due(self, version: int) -> int:
+        """How many batches there are once everything that ``version`` gives is sampled."""
+        return min(version + self._max_staleness + 1, self._steps)
+
+    def queue(self, step: int) -> tuple[Queued, ...]:
+        """What is in flight after ``step`` steps and came from older weights than those."""
+        places = {id(row): place for place, row in enumerate(self._rows)}
+        held = []
+        for batch in self._flying:
+            if batch.step >= step > batch.version:
+                found = [places.get(id(row)) for row in batch.rows]
+                known = tuple(place for place in found if place is not None)
+                held.append(
+                    Queued(
+                        batch.step, batch.version, batch.versions, batch.sample_s,
+                        known if len(known) == len(found) else None, tuple(batch.rollouts),
+                    )
+                )  # fmt: skip
+        return (*held, *self._queued)
+
+    def stop(self) -> None:
+        """Cancel what is under way: requests are abandoned, nothing new begins."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def _bring(self) -> None:
+        """Publish version after version; each when all that the one before gives is drawn (``beside``: being drawn)."""
+        for version in range(self._first, self._steps + 1):
+            await self.weights.reached(version)
+            if self._beside:
+                await self._begun.reached(version - 1)
+            elif version > self._first:
+                await self.sampled.reached(self.due(version - 1))
+            await self._publish(version)
+            self.published.to(version)
+
+    async def _feed(self, group: asyncio.TaskGroup) -> None:
+        for version in range(self._first, self._steps):
+            await self.published.reached(version)
+            await self.released.reached(version)
+            while (step := self.sampled.value) < self.due(version):
+                drawn = asyncio.ensure_future(self._one(group, step, version))
+                try:
+                    await asyncio.sleep(0)  # it takes its version before it first waits
+                    if step + 1 == self.due(version):
+                        self._begun.to(version)
+                    await drawn
+                finally:
+                    drawn.cancel()
+            self._begun.to(version)
+
+    async def _one(self, group: asyncio.TaskGroup, step: int, version: int) -> None:
+        began = time.perf_counter()
+        known = self._queued[0] if self._queued and self._queued[0].step == step else None
+        if known is not None and known.rollouts is not None and known.places is not None:
+            rows, rollouts = [self._rows[place] for place in known.places], list(known.rollouts)
+        else:
+            rows, rollouts = await self._draw(step)
+        versions = tuple(sorted({rollout.version for rollout in rollouts}, key=lambda v: (len(v), v)))
+        sample_s = time.perf_counter() - began
+        if known is not None:
+            self._queued.popleft()
+            if versions == known.versions:
+                version, sample_s = known.version, known.sample_s
+            else:  # the cache has lost them: the run goes on, a little less stale than it was
+                self._told({"event": "redrawn", "step": step + 1, "versions": [*known.versions], "now": [*versions]})
+        scored = group.create_task(self._score(rows, rollouts))
+        self._tasks = [task for task in self._tasks if not task.done()]
+        self._tasks.append(scored)
+        self._flying.append(InFlight(step, version, versions, sample_s, rows, rollouts, scored))
+        self.sampled.to(step + 1)
+
+
+class Milestone:
+    """The highest value reached so far."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+        self._moved = asyncio.Event()
+
+    def to(self, value: int) -> None:
+        """Raise it to ``value``, and wake who waits."""
+        if value > self.value:
+            self.value = value
+            moved, self._moved = self._moved, asyncio.Event()
+            moved.set()
+
+    async def reached(self, value: int) -> None:
+        """Wait until it is at least ``value``."""
+        while self.value < value:
+            await self._moved.wait()

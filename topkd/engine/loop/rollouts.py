@@ -1,0 +1,86 @@
+"""A step's rollouts: which prompts, from which seed, by which sampler."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from topkd.engine.config.engine_config import EngineConfig
+from topkd.engine.loop.candidates import support_of
+from topkd.engine.loop.data_mixing import data_rollouts, on_policy_prompts
+from topkd.engine.loop.prompts import PromptRow, step_indices
+from topkd.topk.errors import ConfigError
+from topkd.topk.protocols import Ids, Sampler
+from topkd.topk.samples import Rollout, SamplingParams
+
+if TYPE_CHECKING:
+    from topkd.engine.learner.distributed import Ranks
+
+
+@runtime_checkable
+class BatchSampler(Protocol):
+    """A sampler that decodes many prompts together."""
+
+    async def sample_batch(
+        self, prompts: Sequence[Ids], n: int, params: SamplingParams, *, k: int = 0
+    ) -> list[list[Rollout]]:
+        """N rollouts for each prompt."""
+        ...
+
+
+async def draw(
+    config: EngineConfig, rows: Sequence[PromptRow], sampler: Sampler, step: int, ranks: Ranks | None = None
+) -> tuple[list[PromptRow], list[Rollout]]:
+    """The rollouts of step ``step``, each with its row: the same for the same seed and weights.
+
+    A step's prompts are drawn in ``rollout.shards`` parts, each from a seed of its own; of several processes each takes
+    as many whole parts. Completions from the data that the teacher is to score follow them.
+    """
+    chosen = [rows[i] for i in step_indices(len(rows), on_policy_prompts(config), step, config.seed)]
+    data, given = data_rollouts(config, rows, step)
+    parts = shards(config, ranks)
+    mine: Sequence[int] = range(parts)
+    if ranks is not None:
+        mine, data, given = ranks.slice(mine), list(ranks.slice(data)), list(ranks.slice(given))
+    asked: list[PromptRow] = []
+    drawn: list[Rollout] = []
+    for part in mine:
+        some = chosen[part * len(chosen) // parts : (part + 1) * len(chosen) // parts]
+        seed = derived_seed(config.seed, "rollout", step, *(("part", part, parts) if parts > 1 else ()))
+        asked += [row for row in some for _ in range(config.rollout.samples_per_prompt)]
+        drawn += await _part(config, some, sampler, seed) if some else []
+    return [*asked, *data], [*drawn, *given]
+
+
+def shards(config: EngineConfig, ranks: Ranks | None) -> int:
+    """Parts that a step's prompts are drawn in: as the config says, else one a process."""
+    size = 1 if ranks is None else ranks.size
+    parts = config.rollout.shards or size
+    if parts % size:
+        raise ConfigError(
+            "rollout.shards must be shared evenly by the processes", got=f"{parts} parts, {size} processes",
+            hint="set a multiple of the number of processes, or 0",
+        )  # fmt: skip
+    return parts
+
+
+async def _part(config: EngineConfig, chosen: Sequence[PromptRow], sampler: Sampler, seed: int) -> list[Rollout]:
+    params = SamplingParams(
+        max_tokens=config.rollout.max_completion_tokens, stop_token_ids=config.rollout.stop_token_ids, seed=seed
+    )
+    n, prompts = config.rollout.samples_per_prompt, [row.prompt_ids for row in chosen]
+    k = 0 if support_of(config.objective) == "teacher" else config.k  # the student's own lists are seldom needed
+    if isinstance(sampler, BatchSampler):
+        drawn = await sampler.sample_batch(prompts, n, params, k=k)
+    else:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(sampler.sample(prompt, n, params, k=k)) for prompt in prompts]
+        drawn = [task.result() for task in tasks]
+    return [rollout for rollouts in drawn for rollout in rollouts]
+
+
+def derived_seed(seed: int, *path: object) -> int:
+    """A 31-bit seed for one purpose of a run, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr((seed, *path)).encode(), digest_size=4).digest(), "big") >> 1

@@ -1,0 +1,172 @@
+"""From rollouts to prepared samples: one teacher call each, all at once; what is lost is counted and named."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from topkd.engine.loop.candidates import Support, supported
+from topkd.engine.loop.data_mixing import trained_mask
+from topkd.engine.loop.prompts import PromptRow
+from topkd.topk.errors import (
+    CacheMissError,
+    ConfigError,
+    ContextLimitError,
+    ResponseError,
+    RetryableServerError,
+    TopkdError,
+)
+from topkd.topk.protocols import TeacherScorer
+from topkd.topk.samples import (
+    PreparedSample,
+    Rollout,
+    SampleCore,
+    ScalarBehavior,
+    TopKBehavior,
+    TopKPreparedSample,
+)
+
+Context: TypeAlias = Callable[[PromptRow, Rollout], PromptRow]
+
+# What may cost one sample without ending the run: the server's trouble with this very request. A refusal that holds for
+# every request (K limit, authentication, no such model) is raised.
+# A replay misses what the recorded run had lost.
+LOSABLE = (RetryableServerError, ResponseError, ContextLimitError, CacheMissError)
+
+
+@dataclass(slots=True)
+class ScoredBatch:
+    """The samples of one step, and the account of those that were lost (reason -> count)."""
+
+    samples: list[PreparedSample] = field(default_factory=list)
+    lost: Counter[str] = field(default_factory=Counter)
+    first_error: TopkdError | None = None
+    truncated: int = 0
+
+    @property
+    def total(self) -> int:
+        """Samples asked for."""
+        return len(self.samples) + self.lost.total()
+
+
+def teacher_for(teachers: Mapping[str, TeacherScorer], teacher_id: str) -> TeacherScorer:
+    """The teacher a row names; an unmapped name is an error, never a default taken silently."""
+    try:
+        return teachers[teacher_id]
+    except KeyError:
+        raise ConfigError(f"no teacher named {teacher_id!r}", expected=f"one of {sorted(teachers)}") from None
+
+
+async def score_rollouts(
+    rows: Sequence[PromptRow],
+    rollouts: Sequence[Rollout],
+    teachers: Mapping[str, TeacherScorer],
+    k: int,
+    *,
+    truncated: Literal["keep", "mask"] = "keep",
+    context: Context | None = None,
+    support: Support = "teacher",
+) -> ScoredBatch:
+    """Score every rollout (``rows[i]`` is the prompt of ``rollouts[i]``), concurrently, keeping their order.
+
+    Args:
+        rows: A row for each rollout.
+        rollouts: What the student wrote.
+        teachers: teacher_id -> scorer.
+        k: Entries of each row of a score.
+        truncated: "mask" trains on no token of a completion that was cut at its token limit.
+        context: Called in a thread with each row and its rollout: gives the row as the teacher is to see it, when that
+            depends on what the student wrote.
+        support: Whose list the rows are on; the student's comes with its rollouts.
+    """
+
+    async def one(row: PromptRow, rollout: Rollout) -> PreparedSample | TopkdError:
+        if rollout.finish_reason == "abort":
+            return ResponseError("the sampler aborted the completion")
+        if not rollout.completion_ids.size:
+            return ResponseError("the sampler returned an empty completion", where=f"row {row.sample_id or '?'}")
+        try:
+            told = row if context is None else await asyncio.to_thread(context, row, rollout)
+            trains = truncated == "keep" or rollout.finish_reason != "length"
+            teacher = teacher_for(teachers, row.teacher_id)
+            return await _prepare(told, rollout, teacher, k, support=support, trains=trains)
+        except LOSABLE as error:
+            return error
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one(row, rollout)) for row, rollout in zip(rows, rollouts, strict=True)]
+    batch = ScoredBatch(truncated=sum(rollout.finish_reason == "length" for rollout in rollouts))
+    for outcome in (task.result() for task in tasks):
+        if isinstance(outcome, TopkdError):
+            batch.lost[type(outcome).__name__] += 1
+            batch.first_error = batch.first_error or outcome
+        else:
+            batch.samples.append(outcome)
+    return batch
+
+
+async def _prepare(
+    row: PromptRow, rollout: Rollout, teacher: TeacherScorer, k: int, *, support: Support, trains: bool
+) -> PreparedSample:
+    start, ids = row.teacher_prompt_ids.size - 1, np.concatenate([row.teacher_prompt_ids, rollout.completion_ids])
+    scores = await supported(teacher, ids, await teacher.score(ids, start, k), rollout, support)
+    core = SampleCore(
+        np.concatenate([rollout.prompt_ids, rollout.completion_ids]),
+        int(rollout.prompt_ids.size),
+        trained_mask(row, rollout) & trains,
+        row.teacher_prompt_ids,
+        row.teacher_id,
+        row.sample_id,
+    )
+    behavior = ScalarBehavior(rollout.logp) if rollout.topk is None else TopKBehavior(rollout.logp, rollout.topk)
+    return TopKPreparedSample(core, behavior, scores)
+
+
+def teacher_facts(batch: ScoredBatch) -> dict[str, Any]:
+    """What ``teacher_metrics`` needs of one process's share of a step: sums and counts."""
+    topks = [sample.teacher for sample in batch.samples if isinstance(sample, TopKPreparedSample)]
+    masses = [topk.mass()[topk.signal].astype(np.float64) for topk in topks]  # a hole has no mass, not mass 0
+    tails = [np.exp(tail[~np.isnan(tail)]) for tail in (topk.tail_logp.astype(np.float64) for topk in topks)]
+    return {
+        "samples": len(batch.samples),
+        "lost": dict(batch.lost),
+        "truncated": batch.truncated,
+        "completion_tokens": sum(topk.rows for topk in topks),
+        "mass": sum(float(mass.sum()) for mass in masses),
+        "signal": sum(mass.size for mass in masses),
+        "tail": sum(float(tail.sum()) for tail in tails),
+        "tails": sum(tail.size for tail in tails),
+        "inside": sum(int((topk.ids == topk.actual_ids[:, None]).any(axis=1).sum()) for topk in topks),
+        "missing": sum(int(np.isnan(topk.actual_logp).sum()) for topk in topks),
+        "without_signal": sum(int((~topk.signal).sum()) for topk in topks),
+    }
+
+
+def teacher_metrics(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the scores of a step look like, over all shares: captured and tail mass, realised tokens inside, holes."""
+    lost: Counter[str] = Counter()
+    for share in facts:
+        lost.update(share["lost"])
+    total = {name: sum(share[name] for share in facts) for name in facts[0] if name != "lost"}
+    account: dict[str, Any] = {
+        "samples": total["samples"],
+        "lost": dict(lost),
+        "truncated": total["truncated"],
+        "completion_tokens": total["completion_tokens"],
+    }
+    if asked := total["samples"] + lost.total():
+        account["truncation_rate"] = total["truncated"] / asked
+    if rows := total["completion_tokens"]:
+        account |= {
+            "teacher_mass": total["mass"] / total["signal"] if total["signal"] else float("nan"),
+            "tail_mass": total["tail"] / total["tails"] if total["tails"] else float("nan"),
+            "realised_in_topk": total["inside"] / rows,
+            "missing_tokens": total["missing"],
+            "rows_without_signal": total["without_signal"],
+        }
+    return account

@@ -1,0 +1,98 @@
+"""LoRA through peft: adapters put into a model, the head that they change, and the model with them merged."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topkd.engine.config.learner import LoRAConfig
+from topkd.topk.errors import ConfigError
+
+
+def with_adapter(model: Any, config: LoRAConfig, seed: int = 0) -> Any:
+    """The model behind a fresh peft adapter: only the adapter (and ``modules_to_save``) trains.
+
+    The adapter starts as no change at all; the same seed gives the same one.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("[student.lora] needs peft", hint="pip install 'topkd[train]'") from error
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    heads = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
+    named = set(config.modules_to_save) | (
+        set() if isinstance(config.target_modules, str) else set(config.target_modules)
+    )
+    if tied and heads & named:
+        raise ConfigError(
+            "[student.lora] names the output head, which this model ties to its embedding",
+            got=sorted(heads & named),
+            hint="leave it out: an adapter on one of the two would untie them",
+        )
+    settings = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=0.0,
+        target_modules=config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules),
+        modules_to_save=list(config.modules_to_save) or None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # peft asks transformers 5 by a name that is on its way out; nothing that a user could act on
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            torch.manual_seed(seed)
+            return peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise ConfigError("[student.lora] does not fit this model", got=str(error).splitlines()[0][:200]) from error
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether a model is peft's, with an adapter that trains."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def without_wrapper(model: Any) -> Any:
+    """The causal LM itself: the adapter's layers are inside it either way."""
+    return model.get_base_model() if has_adapter(model) else model
+
+
+def merged(model: Any) -> Any:
+    """A copy of the model with the adapter added into its weights: an ordinary Hugging Face model."""
+    return copy.deepcopy(model).merge_and_unload() if has_adapter(model) else model
+
+
+def head_weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(weight [V, H], bias [V] or None) that an output head multiplies by, with graph, adapters included."""
+    saved = getattr(head, "modules_to_save", None)
+    if isinstance(saved, nn.ModuleDict):  # trained whole: the copy that is in use
+        head = saved[_active(head)]
+    base = getattr(head, "base_layer", None)
+    inner = base if isinstance(base, nn.Module) else head
+    weight, bias = inner.weight, getattr(inner, "bias", None)
+    if not isinstance(weight, Tensor):
+        raise ConfigError("the student's output head has no weight matrix", got=type(head).__name__)
+    if inner is not head:  # W + scaling B A; peft computes it without cutting the graph
+        weight = weight + head.get_delta_weight(_active(head)).to(weight.dtype)  # type: ignore[operator]
+    return weight, bias if isinstance(bias, Tensor) else None
+
+
+def head_rows(head: nn.Module) -> int:
+    """V, without forming the weights of an adapted head."""
+    saved = getattr(head, "modules_to_save", None)
+    if isinstance(saved, nn.ModuleDict):
+        head = saved[_active(head)]
+    base = getattr(head, "base_layer", None)
+    weight = (base if isinstance(base, nn.Module) else head).weight
+    if not isinstance(weight, Tensor):
+        raise ConfigError("the student's output head has no weight matrix", got=type(head).__name__)
+    return int(weight.shape[0])
+
+
+def _active(head: nn.Module) -> str:
+    active = head.active_adapters
+    return str(active[0]) if isinstance(active, list | tuple) else str(active)

@@ -1,0 +1,205 @@
+"""The student: a Hugging Face causal LM, its device, and the logits of just the rows that train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from topkd.engine.config.learner import LoRAConfig
+from topkd.engine.models.hub import check_there
+from topkd.engine.models.lora import has_adapter, head_rows, head_weights, with_adapter, without_wrapper
+from topkd.engine.models.tokenizer import cannot_load, first_line
+from topkd.topk.errors import ConfigError
+from topkd.topk.fused import topk_logprobs
+
+Device = Literal["auto", "cuda", "mps", "cpu"]
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Autocast of a forward pass: to which dtype (None: off), and whether the output head takes part."""
+
+    dtype: torch.dtype | None = None
+    head: bool = False
+
+
+FULL = Precision()
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """A causal LM split where the work splits: ``backbone`` gives hidden states, ``head`` turns chosen rows to logits.
+
+    The model stays in eval mode: with dropout on, the policy that is trained is not the policy that was sampled.
+    """
+
+    model: nn.Module
+    backbone: nn.Module
+    head: nn.Module
+    device: torch.device
+
+    @classmethod
+    def wrap(cls, model: nn.Module, device: Device = "auto") -> Student:
+        """Take a loaded Hugging Face causal LM, with a peft adapter or without; moved to ``device``.
+
+        ``device="auto"`` is cuda, then mps, then cpu.
+        """
+        inner = without_wrapper(model)
+        head = getattr(inner, "get_output_embeddings", lambda: None)()
+        backbone = getattr(inner, getattr(inner, "base_model_prefix", "") or "model", None)
+        if head is None or backbone is None:
+            raise ConfigError(
+                "the student is not a causal language model with a separate output head",
+                got=type(model).__name__,
+                hint="load it with transformers.AutoModelForCausalLM",
+            )
+        target = pick_device(device)
+        model.to(target).eval()
+        student = cls(model, backbone, head, target)
+        student._check_head()
+        return student
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        device: Device = "auto",
+        dtype: DType = "float32",
+        *,
+        lora: LoRAConfig | None = None,
+        seed: int = 0,
+    ) -> Student:
+        """Load a model folder or id. Trained weights are kept in ``dtype`` (float32 unless memory forbids it).
+
+        With ``lora`` a fresh adapter, the same for the same seed, is what trains.
+        """
+        model = load_causal_lm(path, dtype)
+        return cls.wrap(model if lora is None else with_adapter(model, lora, seed), device)
+
+    def hidden_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
+        """Final hidden states [N, H] at flat positions ``rows`` of a right-padded batch [B, T]."""
+        hidden: Tensor = self.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        return hidden.reshape(-1, hidden.shape[-1])[rows]
+
+    def logit_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
+        """float32 logits [N, V] at those positions only: masked and prompt rows never reach the head."""
+        logits: Tensor = self.head(self.hidden_rows(input_ids, attention_mask, rows))
+        return logits.float()
+
+    def token_logprobs(
+        self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, ids: Tensor, precision: Precision = FULL
+    ) -> Tensor:
+        """Exact log s at ``ids`` [N, M] (-1 pads give -inf) of those positions, float32 with graph; no N x V exists."""
+        return split_logprobs(self.backbone, self.head, input_ids, attention_mask, rows, ids, precision)
+
+    def head_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """The output head as (weight [V, H], bias [V] or None), for losses that never build N x V logits."""
+        return head_weights(self.head)
+
+    def known(self, ids: ArrayLike) -> NDArray[np.int64]:
+        """Token ids as int64; ConfigError where one is no integer, or none of this model's.
+
+        Unchecked they would be an index error, on a GPU the end of the process, and -1 the last id's logprob.
+        """
+        array = np.asarray(ids)
+        if array.size and array.dtype.kind not in "iu":
+            raise ConfigError("token ids must be integers", got=array.dtype)
+        if array.size and not 0 <= int(array.min()) <= int(array.max()) < self.vocab_size:
+            raise ConfigError(
+                "a token id that the model does not have", got=f"{array.min()}..{array.max()}",
+                expected=f"0..{self.vocab_size - 1}", hint="are these another tokenizer's ids?",
+            )  # fmt: skip
+        return array.astype(np.int64)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output head (a padded vocabulary counts)."""
+        return head_rows(self.head)
+
+    @property
+    def lora(self) -> bool:
+        """Whether an adapter trains, and not the model itself."""
+        return has_adapter(self.model)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What a step changes, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        """Soft-capped or scaled logits are more than the head times the hidden state; say so before they mislead."""
+        ids = torch.arange(1, 5, device=self.device)[None] % self.vocab_size
+        whole = self.model(input_ids=ids).logits.float()
+        rows = self.logit_rows(ids, torch.ones_like(ids), torch.arange(4, device=self.device))
+        if not torch.allclose(whole[0], rows, rtol=1e-2, atol=1e-2):
+            raise ConfigError(
+                "this architecture changes its logits after the output head (soft-capping or scaling)",
+                got=type(self.model).__name__,
+                hint="it would be trained on wrong probabilities; use another student",
+            )
+
+
+def split_logprobs(  # noqa: PLR0917
+    backbone: nn.Module,
+    head: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    precision: Precision = FULL,
+) -> Tensor:
+    """See ``Student.token_logprobs``; the backbone and the head may be anybody's."""
+    kind = input_ids.device.type
+    with torch.autocast(kind, dtype=precision.dtype or torch.bfloat16, enabled=precision.dtype is not None):
+        output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        hidden = output.last_hidden_state.reshape(-1, output.last_hidden_state.shape[-1])[rows]
+        weight, bias = head_weights(head)
+        if precision.head:
+            return topk_logprobs(hidden, weight, ids, bias=bias)[0]
+    with torch.autocast(kind, enabled=False):
+        return topk_logprobs(hidden.to(weight.dtype), weight, ids, bias=bias)[0]
+
+
+def pick_device(device: Device) -> torch.device:
+    """``auto`` is cuda, then mps, then cpu; asking for an absent one is an error, never a fallback."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return torch.device(next(name for name, there in available.items() if there))
+    if not available[device]:
+        raise ConfigError(
+            f"device {device} is not available",
+            expected=f"one of {[name for name, there in available.items() if there]}",
+            hint='use device = "auto"',
+        )
+    return torch.device(device)
+
+
+def load_causal_lm(path: str, dtype: DType = "float32") -> Any:
+    """A Hugging Face causal LM from a folder or an id; one clear error when it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # its bars would tear ours
+
+    from safetensors import SafetensorError
+
+    check_there(path)
+    try:
+        model, account = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(cannot_load(path, "a causal language model"), got=first_line(error)) from error
+    if missing := sorted(account["missing_keys"]):
+        raise ConfigError(  # transformers would go on with random numbers in their place
+            cannot_load(path, "a causal language model"), got=f"no weights for {missing[0]} ({len(missing)} in all)"
+        )
+    return model

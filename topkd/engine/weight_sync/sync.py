@@ -1,0 +1,254 @@
+"""A student that is sampled somewhere else: its weights follow the learner's, and every completion says which it is of.
+
+After a step the weights are captured as a folder, pushed through a WeightSink, probed, and only then sampled from. The
+learner goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from topkd.engine.checkpoint.snapshots import write_folder
+from topkd.engine.loop.rollouts import derived_seed
+from topkd.engine.models.lora import merged
+from topkd.engine.models.student import Student
+from topkd.engine.weight_sync.sync_probe import SyncProbe
+from topkd.topk.errors import (
+    ConfigError,
+    ContextLimitError,
+    ResponseError,
+    RetryableServerError,
+    SyncError,
+    TopkdError,
+)
+from topkd.topk.protocols import Ids, Sampler, Version, WeightSink, WeightUpdate
+from topkd.topk.samples import Rollout, SamplingParams
+from topkd.topk.types import Float32
+
+# One prompt's trouble: its completions are lost, counted, and the batch lives. What holds for all of them is raised.
+LOSABLE = (RetryableServerError, ResponseError, ContextLimitError)
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where weights go, and what samples from them there.
+
+    Attributes:
+        sink: Takes the folders.
+        sampler: What samples from an update once it is served.
+        weights: What the server itself calls the weights it holds, "" where it does not say.
+        where: Its address, for messages.
+        kind: A LoRA adapter beside the base model, or the whole model in its place.
+        keep: Folders that stay: a server may read an adapter again as long as it lists it.
+        beside: Whether a push leaves the draws under way as they are, on the version they began with.
+    """
+
+    sink: WeightSink
+    sampler: Callable[[WeightUpdate], Sampler]
+    weights: Callable[[], Awaitable[Version]]
+    where: str
+    kind: Literal["full", "lora"]
+    keep: int = 1
+    beside: bool = False
+
+
+class SyncedSampler:
+    """A batch sampler whose weights are the learner's, as ``publish`` brought them there last.
+
+    Where weights are changed in place, a push waits for the draws under way; with a server's adapters several versions
+    are served side by side. A completion of any other version is a SyncError, never a sample.
+
+    Args:
+        student: The learner's model.
+        destination: Where it is sampled.
+        folder: Where captured weights are written; the server must be able to read it.
+        probe: What every push is checked with.
+        stop_ids: The ends of a completion, sent with every request: the server's own list has no say.
+        every: Versions a push; 1 pushes each.
+        lock: Held while the learner's weights are read.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        destination: Destination,
+        *,
+        folder: Path,
+        probe: SyncProbe,
+        stop_ids: Sequence[int] = (),
+        every: int = 1,
+        lock: threading.Lock | None = None,
+    ) -> None:
+        if destination.kind == "lora" and not student.lora:
+            raise ConfigError("an adapter is to be pushed, and the student trains none", hint="add [student.lora]")
+        self.student, self.destination, self.folder, self.probe = student, destination, folder, probe
+        self.stop_ids, self.every = tuple(stop_ids), every
+        self.lock = lock or threading.Lock()
+        self.version = -1
+        self.lost: Counter[str] = Counter()
+        self._tag = secrets.token_hex(3)  # a server may still hold another run's version of the same number
+        self._captured: dict[int, tuple[Path, Float32]] = {}
+        self._pushed: list[Path] = []
+        self._sampler: Sampler | None = None
+        self._base: Version | None = None
+        self._alarmed = False
+        self._first_nats: float | None = None
+        self._turn = asyncio.Lock()
+
+    def capture(self, version: int) -> None:
+        """Write the learner's weights and the probe's rows, when this version is to be pushed. Runs in a thread."""
+        if self.version >= 0 and version % self.every:
+            return
+
+        def fill(folder: Path) -> None:
+            model: Any = self.student.model
+            if self.destination.kind == "lora":
+                model.save_pretrained(folder, save_embedding_layers=False)
+            else:
+                merged(model).save_pretrained(folder)
+
+        with self.lock:
+            path = write_folder(self.folder / f"version-{version}", fill)
+            self._captured[version] = path, self.probe.rows()
+
+    async def publish(self, version: int) -> dict[str, Any]:
+        """Bring a captured version to where sampling happens; what it took, for the diary."""
+        began = time.perf_counter()
+        found: dict[str, Any] = {}
+        if version in self._captured:
+            path, rows = self._captured.pop(version)
+            self._pushed.append(path)
+            update = WeightUpdate(self.destination.kind, str(path), f"{version}-{self._tag}")
+            async with self._alone():
+                confirmed = await self.destination.sink.push(update)
+                if confirmed != update.version:
+                    raise SyncError(
+                        "another version than the one that was pushed is confirmed", where=self.destination.where,
+                        got=confirmed, expected=update.version,
+                    )  # fmt: skip
+                self._sampler, self.version = self.destination.sampler(update), version
+                params = SamplingParams(max_tokens=1, seed=derived_seed(0, "probe", version))
+                found = await self.probe.compare(
+                    self._sampler, rows, params, self.destination.where, first_nats=self._first_nats
+                )
+                self._first_nats = found["sync_kl"] if self._first_nats is None else self._first_nats
+            sounded, self._alarmed = self._alarmed, "alarms" in found
+            if sounded:  # once, when it begins
+                found.pop("alarms", None)
+            found |= {"sync_bytes": sum(file.stat().st_size for file in path.iterdir())}
+            await asyncio.to_thread(self._drop_all_but, self.destination.keep)
+        lost, self.lost = dict(self.lost), Counter()
+        return found | {
+            "sampler_version": str(self.version),
+            "sampler_lost": lost,
+            "sync_s": time.perf_counter() - began,
+        }
+
+    async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
+        """See ``topkd.topk.protocols.Sampler``."""
+        return (await self.sample_batch([prompt_ids], n, params, k=k))[0]
+
+    async def sample_batch(
+        self, prompts: Sequence[Ids], n: int, params: SamplingParams, *, k: int = 0
+    ) -> list[list[Rollout]]:
+        """n rollouts for each prompt, each prompt with a seed of its own; a prompt that is lost gives aborted ones."""
+        if not params.exact:
+            raise ConfigError(
+                "the student is sampled from the policy itself", got=params,
+                expected="temperature 1, no truncation, no penalties",
+            )  # fmt: skip
+        async with self._alone():
+            sampler, version = self._sampler, self.version
+            if sampler is None:
+                raise ConfigError("nothing was published: there is no version to sample from")
+
+            stops = tuple(sorted({*self.stop_ids, *params.stop_token_ids}))
+
+            async def one(place: int, prompt: Ids) -> list[Rollout] | TopkdError:
+                seed = None if params.seed is None else derived_seed(params.seed, "prompt", place)
+                own = replace(params, seed=seed, stop_token_ids=stops)
+                try:
+                    return await sampler.sample(prompt, n, own, k=k)
+                except LOSABLE as error:
+                    return error
+
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(place, prompt)) for place, prompt in enumerate(prompts)]
+            outcomes = [task.result() for task in tasks]
+            drawn = [outcome for outcome in outcomes if not isinstance(outcome, TopkdError)]
+            if not drawn:
+                raise next(outcome for outcome in outcomes if isinstance(outcome, TopkdError))
+            await self._verify([rollout for rollouts in drawn for rollout in rollouts], version, stops)
+        batch: list[list[Rollout]] = []
+        for prompt, outcome in zip(prompts, outcomes, strict=True):
+            rollouts = outcome
+            if isinstance(rollouts, TopkdError):
+                self.lost[type(rollouts).__name__] += n
+                none = np.zeros(0, dtype=np.int32)
+                rollouts = [Rollout(np.asarray(prompt), none, none.astype(np.float32), "abort", params)] * n
+            batch.append([replace(rollout, version=str(version)) for rollout in rollouts])
+        return batch
+
+    def close(self) -> None:
+        """Remove what was written; call it when the server needs none of it."""
+        self._drop_all_but(0)
+        for path, _ in self._captured.values():
+            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    async def _verify(self, rollouts: Sequence[Rollout], version: int, stops: Sequence[int]) -> None:
+        """Every completion is of the version that was published, with logprobs, and ends where the student's do."""
+        where, full, expected = self.destination.where, self.destination.kind == "full", f"{version}-{self._tag}"
+        if not full and self._base is None and rollouts[0].version != expected:
+            self._base = rollouts[0].version  # an adapter is asked for by its name; what replies tell is its base's
+        fitting = {expected, ""} if full else {expected, self._base}
+        for rollout in rollouts:
+            if rollout.version not in fitting:
+                raise SyncError(
+                    "a completion was sampled from other weights", where=where, got=repr(rollout.version),
+                    expected=repr(expected), hint="is somebody else pushing weights to this server?",
+                )  # fmt: skip
+            if not np.isfinite(rollout.logp).all():
+                raise ResponseError(
+                    "a sampled token has no exact logprob", where=where,
+                    hint="importance ratios need it; it is never floored or made up",
+                )  # fmt: skip
+            if rollout.finish_reason == "stop" and stops and rollout.completion_ids[-1] not in stops:
+                raise ResponseError(
+                    "the server ended a completion at a token that is no end of the student's", where=where,
+                    got=int(rollout.completion_ids[-1]), expected=f"one of {list(stops)}",
+                    hint="does its generation_config name other eos ids?",
+                )  # fmt: skip
+        if full and not all(rollout.version for rollout in rollouts):
+            said = await self.destination.weights()
+            if said != expected:
+                raise SyncError(
+                    "the server does not confirm which weights it sampled from", where=where, got=repr(said),
+                    expected=repr(expected), hint="its replies name no version, and it was asked after the draw",
+                )  # fmt: skip
+
+    @contextlib.asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Draws and pushes take turns, unless versions are served side by side: then nothing waits here."""
+        if self.destination.beside:
+            yield
+        else:
+            async with self._turn:
+                yield
+
+    def _drop_all_but(self, keep: int) -> None:
+        while len(self._pushed) > keep:
+            shutil.rmtree(self._pushed.pop(0), ignore_errors=True)

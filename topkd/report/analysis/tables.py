@@ -1,0 +1,143 @@
+"""Tables of the page: what came out, setting by setting, and what went in, with what differs marked."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from topkd.report.analysis.formatting import between, number, percent, short
+from topkd.report.analysis.outcome import Outcome, counted, spread
+from topkd.report.analysis.verdict import Verdict
+from topkd.report.load.collection import Collection, Group, differing_keys
+from topkd.report.load.run_log import flat
+
+_METRICS = (
+    ("reverse_kl", "KL(S‖T)"),
+    ("forward_kl", "KL(T‖S)"),
+    ("jsd", "JSD"),
+    ("kl_k1", "KL(S‖T), estimate"),
+    ("log_ratio", "log(S/T), replayed"),
+    ("sft_loss", "−log p of the data"),
+    ("agreement", "same top token"),
+    ("accuracy", "accuracy"),
+)
+_TOTALS = (
+    ("tokens", "tokens"),
+    ("scored_tokens", "teacher tokens"),
+    ("requests", "requests"),
+    ("retries", "retries"),
+    ("cache_hits", "cache hits"),
+    ("seconds", "seconds"),
+)
+# What a setting is that was left to the kind of run: the configuration has null.
+_LEFT_OUT = {"learner.lr": "2e-6; 1e-4 where only an adapter trains"}
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Cells as text; ``numeric`` columns stand to the right, ``marked`` cells differ (row, column)."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    numeric: list[bool]
+    marked: frozenset[tuple[int, int]] = frozenset()
+    note: str = ""
+    title: str = ""
+
+
+def summary(groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]], said: Verdict) -> Table:
+    """A row a setting, best first: last values with 95 % intervals over seeds, differences to the best, cost."""
+    gaps = {rank.group: rank.difference for rank in said.ranks}
+    order = [*gaps, *(index for index in range(len(groups)) if index not in gaps)]
+    flatly = [one for group in outcomes for one in group]
+    metrics = [(key, name) for key, name in _METRICS if any(key in one.last for one in flatly)]
+    sums = [(key, name) for key, name in _TOTALS if any(one.totals.get(key) is not None for one in flatly)]
+    paired = any(gaps.values())
+    areas = any(math.isfinite(one.area) for one in flatly)
+    columns = ["setting", "runs", *(name for _, name in metrics)]
+    columns += ["paired difference to the best"] * paired + [f"mean {said.metric}"] * areas
+    columns += [name for _, name in sums]
+    rows = []
+    for index in order:
+        ones = outcomes[index]
+        meant = counted(ones)
+        row = [groups[index].label, str(len(ones)) if len(meant) == len(ones) else f"{len(meant)} of {len(ones)}"]
+        row += [_metric(ones, key) for key, _ in metrics]
+        if paired:
+            gap = gaps.get(index)
+            row.append(between(gap) if gap else "best" if index == order[0] else "—")
+        if areas:
+            row.append(number(_mean([one.area for one in meant])))
+        row += [_total(meant, key) for key, _ in sums]
+        rows.append(row)
+    note = "Means over seeds with 95 % Student-t intervals in brackets." if any(len(g.runs) > 1 for g in groups) else ""
+    return Table(columns, rows, [False, *[True] * (len(columns) - 1)], note=note)
+
+
+def runs_table(groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]]) -> Table:
+    """A row a run."""
+    flatly = [(group, one) for group, ones in zip(groups, outcomes, strict=True) for one in ones]
+    metrics = [(key, name) for key, name in _METRICS if any(key in one.last for _, one in flatly)]
+    sums = [(key, name) for key, name in _TOTALS if any(one.totals.get(key) is not None for _, one in flatly)]
+    columns = ["run", "setting", "seed", "state", *(name for _, name in metrics), *(name for _, name in sums)]
+    rows = [
+        [
+            one.run.name,
+            group.label,
+            "?" if one.run.seed is None else str(one.run.seed),
+            one.run.state,
+            *(_metric([one], key) for key, _ in metrics),
+            *(_total([one], key) for key, _ in sums),
+        ]
+        for group, one in flatly
+    ]
+    return Table(columns, rows, [False, False, True, False, *[True] * (len(columns) - 4)])
+
+
+def settings(collection: Collection, groups: Sequence[Group], baseline: Mapping[str, Any] | None = None) -> Table:
+    """Every setting of each group, those that differ first and marked; for one group, against topkd's defaults."""
+    configs = [{**flat(group.runs[0].config), **group.runs[0].params} for group in groups]
+    for config in configs:
+        config.pop("seed", None)
+    columns = ["setting", *(group.label for group in groups)]
+    if len(groups) == 1 and baseline is not None:
+        defaults = {key: value for key, value in flat(baseline).items() if key in configs[0]}
+        configs, columns = [configs[0], defaults], ["setting", "this run", "topkd's default"]
+        known = [key for key in configs[0] if key in defaults]
+        differ = [key for key in known if configs[0][key] != defaults[key]]
+    else:
+        differ = differing_keys(configs)
+    keys = [*differ, *(key for config in configs for key in config)]
+    rows, marked = [], set()
+    for key in dict.fromkeys(keys):
+        rows.append([key, *(_said(config, key) for config in configs)])
+        if key in differ:
+            marked |= {(len(rows) - 1, column) for column in range(len(columns))}
+    seeds = sorted({run.seed for run in collection.runs if run.seed is not None})
+    note = f"Seeds: {', '.join(map(str, seeds))}." if seeds else ""
+    return Table(columns, rows, [False] * len(columns), frozenset(marked), note)
+
+
+def _metric(ones: Sequence[Outcome], key: str) -> str:
+    say = percent if key in ("agreement", "accuracy") else number
+    return say(ones[0].last.get(key, math.nan)) if len(ones) == 1 else between(spread(ones, key), say)
+
+
+def _total(ones: Sequence[Outcome], key: str) -> str:
+    known = [value for one in ones if (value := one.totals.get(key)) is not None]
+    return short(sum(known) / len(known)) if known else "?"
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _said(config: Mapping[str, Any], key: str) -> str:
+    if key not in config:
+        return "—"
+    value = _LEFT_OUT.get(key) if config[key] is None else config[key]
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,138 @@
+"""What a careful reader would ask about a run, each with what to do about it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from topkd.report.analysis.outcome import Outcome
+from topkd.report.load.columns import column
+from topkd.report.load.evaluations import FIXED, eval_source
+from topkd.report.load.run_log import METRICS, Record, Run, last_step
+
+_QUIET_S, _QUIET_STEPS = 900.0, 10.0  # of an unfinished run that is still taken to go on
+_FRAGMENT = 64  # tokens: who sets a limit as short means to cut
+_NEARLY_ALL = 0.9  # of the completions
+_ENDS = "raise rollout.max_completion_tokens, or name the tokens that end an answer in rollout.stop_token_ids"
+# Field -> what it is, and what helps where it crossed its limit.
+_ALARMS: Final = {
+    "truncation_rate": ("the share of completions cut at their limit", _ENDS),
+    "length_mean": (
+        "the mean completion length",
+        "read the samples in the explorer below; a lower learner.lr keeps the student nearer to how it wrote",
+    ),
+    "eos_probability": ("the probability of ending", f"the student forgets how to end: lower learner.lr, or {_ENDS}"),
+    "mismatch_kl": (
+        "KL(sampler ‖ trainer) of the same weights",
+        "sample in the learner's precision, at temperature 1 and with no top_p or top_k",
+    ),
+    "sync_kl": (
+        "KL(sampler ‖ learner) after a push",
+        "see that the server serves the adapter or weights that were pushed, in the learner's precision",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """Something to be careful about; runs that share the kind are named together."""
+
+    kind: str
+    text: str
+
+
+def warnings_of(one: Outcome) -> list[Warned]:
+    """What a careful reader would ask about a run."""
+    run = one.run
+    said: list[Warned] = []
+    if run.state == "stopped":
+        reason = next((event.get("reason") for event in run.events if event.get("event") == "stopped"), None)
+        text = f"stopped at step {last_step(run.steps)} of {run.planned or '?'} ({reason or 'no reason given'})"
+        said.append(Warned("stopped", text))
+    onwards = "the same topkd compare goes on" if "arm" in run.params else "--resume goes on from its last checkpoint"
+    if run.state == "unfinished":
+        text = (
+            f"ended at step {last_step(run.steps)} of {run.planned or '?'} without a word, and no process of this "
+            f"machine is at work on it: was it killed? ({onwards})"
+        )
+        said.append(Warned("silent", text))
+    if run.state == "running" and run.planned is not None and (quiet := silence(run)) is not None:
+        text = f"unfinished, and nothing was written for {quiet}: was it killed? ({onwards})"
+        said.append(Warned("silent", text))
+    meant = cut_on_purpose(run)
+    alarms = [event for event in run.events if event.get("event") == "alarm"]
+    alarms = [event for event in alarms if not (meant and event.get("alarm") == "truncation_rate")]
+    said += [Warned(f"alarm {_alarm(event)[1]}", _alarm(event)[0]) for event in alarms[:20]]
+    if lost := one.totals.get("lost"):
+        asked = float(np.nansum(column(run.steps, "samples"))) + lost
+        said.append(Warned("lost", f"{lost:,.0f} of {asked:,.0f} samples were lost on the way to the teacher and back"))
+    if skipped := sum(bool(record.get("skipped")) for record in run.steps):
+        text = f"{skipped} of {len(run.steps)} steps changed no weight (`skipped` in the diary says why)"
+        said.append(Warned("skipped", text))
+    best = column(eval_source(run, FIXED).records, "reverse_kl")
+    if best.size > 2 and np.isfinite(best).any() and best[-1] > 1.05 * np.nanmin(best):
+        text = f"the last KL ({best[-1]:.4g}) is above the best one ({np.nanmin(best):.4g}): it was better before"
+        said.append(Warned("worse", text))
+    alarmed = {warned.kind for warned in said}
+    rates = [warned for warned in _rates(run) if not (meant and warned.kind == "truncation_rate")]
+    return said + [warned for warned in rates if f"alarm {warned.kind}" not in alarmed]
+
+
+def cut_on_purpose(run: Run) -> str:
+    """In words, that a limit of a few tokens cut the completions: pieces of text were asked for; "" elsewhere."""
+    rollout = run.config.get("rollout")
+    limit = rollout.get("max_completion_tokens") if isinstance(rollout, dict) else None
+    truncated, samples = np.nansum(column(run.steps, "truncated")), np.nansum(column(run.steps, "samples"))
+    if not isinstance(limit, int) or limit > _FRAGMENT or not samples or truncated < _NEARLY_ALL * samples:
+        return ""
+    return (
+        f"Completions were cut at rollout.max_completion_tokens = {limit}, as a limit this short is there to do. "
+        "For answers that end by themselves, raise it."
+    )
+
+
+def silence(run: Run) -> str | None:
+    """For how long an unfinished run has written nothing, where that is far longer than its steps take."""
+    try:
+        quiet_s = time.time() - (run.path / METRICS).stat().st_mtime
+    except OSError:
+        return None
+    taken = column(run.steps, "elapsed_s")
+    slowest_s = float(np.nanmax(np.diff(taken, prepend=0.0))) if np.isfinite(taken).all() and taken.size else 0.0
+    if quiet_s < max(_QUIET_S, _QUIET_STEPS * slowest_s):
+        return None
+    return f"{quiet_s / 3600:,.0f} hours" if quiet_s >= 7200 else f"{quiet_s / 60:,.0f} minutes"
+
+
+def _rates(run: Run) -> list[Warned]:
+    said = []
+    ess = column(run.steps, "ess")
+    if np.isfinite(ess).any() and np.nanmean(ess) < 0.5:
+        said.append(Warned("ess", f"effective sample size {100 * np.nanmean(ess):.0f} % on average: far off-policy"))
+    missing, tokens = column(run.steps, "missing_tokens"), column(run.steps, "completion_tokens")
+    if np.nansum(missing) > 0:
+        share = 100 * np.nansum(missing) / max(np.nansum(tokens), 1.0)
+        text = f"{np.nansum(missing):,.0f} tokens ({share:.2g} %) had no teacher logprob and were masked"
+        said.append(Warned("missing", text))
+    truncated, samples = np.nansum(column(run.steps, "truncated")), np.nansum(column(run.steps, "samples"))
+    if samples and truncated > 0.5 * samples:
+        text = f"{100 * truncated / samples:.0f} % of completions were cut at the length limit: {_ENDS}"
+        said.append(Warned("truncation_rate", text))
+    return said
+
+
+def _alarm(event: Record) -> tuple[str, str]:
+    """An alarm in words, and its kind: the field that crossed its limit."""
+    kind = str(event.get("alarm") or "alarm")
+    value, limit = event.get("value"), event.get("limit")
+    name, advice = _ALARMS.get(kind, (kind, ""))
+    text = str(event.get("message") or name)
+    if isinstance(value, int | float) and isinstance(limit, int | float):
+        text += f" was {value:.4g}, beyond its limit of {limit:.4g}"
+    if advice:
+        text += f" ({kind}): {advice}"
+    step = event.get("step")
+    return (f"step {step}: {text}" if step is not None else text), kind

@@ -1,0 +1,138 @@
+"""What a page is about: one run, several, or a comparison; runs that differ in nothing but their seed are one group."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from topkd.report.load.comparison_cells import begun, listed
+from topkd.report.load.run_log import COMPARE, Run, flat, read_config, read_object, read_run
+from topkd.topk.errors import DataError
+
+# Where a run keeps its things says nothing about what it does.
+_PLACES = ("seed", "cache.path", "out", "client.")
+_FIRST = ("objective.kind", "objective.divergence", "objective.beta", "k", "objective.lam")
+
+
+@dataclass(slots=True)
+class Group:
+    """Runs of one setting: what a colour stands for."""
+
+    label: str
+    settings: dict[str, Any]
+    runs: list[Run]
+
+    @property
+    def replayed(self) -> bool:
+        """Trained on other runs' rollouts: shown beside the others, ranked apart."""
+        return self.runs[0].replayed
+
+    @property
+    def foreign(self) -> bool:
+        """Trained on completions that its students did not draw."""
+        return any(run.foreign for run in self.runs)
+
+
+@dataclass(slots=True)
+class Collection:
+    """All runs of a page, and what the comparison that made them (if one did and has ended) says itself."""
+
+    title: str
+    runs: list[Run]
+    comparison: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    unfinished: bool = False
+
+    @property
+    def controls(self) -> frozenset[str]:
+        """Arms of the comparison, by what they are called on the page, that are yardsticks and cannot win."""
+        arms = [arm for arm in self.comparison.get("arms") or () if isinstance(arm, dict) and arm.get("control")]
+        return frozenset(str(arm.get("label") or arm.get("name")) for arm in arms)
+
+    def groups(self) -> list[Group]:
+        """Runs by setting, in the order of their first run."""
+        given = [run.replayed or run.foreign for run in self.runs]
+        settings = [
+            (dict(run.params) or flat(run.config))
+            | ({"rollouts": "replay" if replays else "live"} if any(given) else {})
+            for run, replays in zip(self.runs, given, strict=True)
+        ]
+        differing = [key for key in differing_keys(settings) if not key.startswith(_PLACES)]
+        # What a comparison varied counts even where it took one value only; a lone group needs no distinction.
+        by_key: dict[str, list[int]] = {}
+        for index, setting in enumerate(settings):
+            by_key.setdefault(json.dumps([setting.get(key) for key in differing], default=str), []).append(index)
+        members = list(by_key.values())
+        told = [{key: settings[indices[0]].get(key) for key in differing} for indices in members]
+        return [
+            Group(label, setting, [self.runs[index] for index in indices])
+            for label, setting, indices in zip(_labels(told, self), told, members, strict=True)
+        ]
+
+
+def gather(paths: Sequence[Path], *, waiting: bool = False) -> Collection:
+    """The collection behind the paths given: each a run's folder or a comparison's."""
+    runs: list[Run] = []
+    comparison: dict[str, Any] = {}
+    notes: list[str] = []
+    title, unfinished = "", False
+    for path in paths:
+        if (path / COMPARE).exists():
+            if comparison:
+                raise DataError("two comparisons on one page", where=str(path), hint="make one page for each")
+            comparison = read_object(path / COMPARE)
+            runs += listed(path, comparison, notes)
+        elif (path / "cells").is_dir():
+            runs += begun(path, notes) or ([read_run(path, waiting=True)] if waiting else [])
+            title, unfinished = str(read_config(path).get("name") or title), True
+        else:
+            runs.append(read_run(path, waiting=waiting))
+    if not runs:
+        raise DataError("nothing to report", where=", ".join(map(str, paths)), got="no run with a diary")
+    _tell_apart(runs)
+    title = str(comparison.get("name") or title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs"))
+    return Collection(title, runs, comparison, notes, unfinished)
+
+
+def differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Keys that do not have the same value everywhere (absent counts as a value), the telling ones first."""
+    keys = list(dict.fromkeys(key for setting in settings for key in setting))
+    missing = object()
+    differing = [key for key in keys if any(one.get(key, missing) != settings[0].get(key, missing) for one in settings)]
+    return sorted(differing, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
+
+
+def _labels(settings: Sequence[dict[str, Any]], collection: Collection) -> list[str]:
+    """The shortest list of differing settings that tells the groups apart, in words."""
+    if len(settings) == 1:
+        run = collection.runs[0]
+        kind = run.params.get("objective.kind") or flat(run.config).get("objective.kind")
+        return [str(kind or run.name)]
+    chosen: list[str] = []
+    told = 1
+    for key in settings[0]:
+        seen = len({json.dumps([one.get(name) for name in [*chosen, key]], default=str) for one in settings})
+        if seen > told:
+            chosen, told = [*chosen, key], seen
+    said = [[_said(key, one[key]) for key in chosen if one[key] is not None] for one in settings]
+    return [", ".join(part for part in parts if part) or "default" for parts in said]
+
+
+def _said(key: str, value: Any) -> str:
+    last = key.rsplit(".", 1)[-1]
+    if last in ("kind", "name", "objective", "arm", "divergence"):
+        return str(value)
+    if last == "rollouts":
+        return "" if value == "live" else "replayed"
+    return f"{last} {value:g}" if isinstance(value, float) else f"{last} {value}"
+
+
+def _tell_apart(runs: Sequence[Run]) -> None:
+    """Runs of the same folder name get their parent's before it."""
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = f"{run.path.resolve().parent.name}/{run.name}"

@@ -1,0 +1,120 @@
+"""Diary records as columns: one float per record, NaN where the record does not say, and the x axes beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topkd.report.load.run_log import Record, Run
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A choice of x."""
+
+    key: str
+    label: str
+    unit: str
+
+
+AXES: Final = (
+    Axis("tokens", "tokens trained on", "tokens"),
+    Axis("step", "steps", "steps"),
+    Axis("seconds", "seconds", "s"),
+    Axis("cost", "tokens scored by the teacher", "tokens"),
+    Axis("requests", "requests to the teacher", "requests"),
+    Axis("bytes", "bytes from the teacher", "bytes"),
+)
+# Names under which a count of a step may stand; the first that a run has is taken.
+_COST, _REQUESTS, _BYTES = ("scored_tokens", "completion_tokens"), ("requests",), ("teacher_bytes",)
+_STAGES = ("sample_s", "score_wait_s", "learn_s")
+
+
+def column(records: Sequence[Record], key: str) -> Floats:
+    """A field of every record; NaN where it is absent, null, or no number."""
+    return np.array([_number(record.get(key)) for record in records], dtype=np.float64)
+
+
+def has(records: Sequence[Record], key: str) -> bool:
+    """Whether any record has a number there."""
+    return any(np.isfinite(_number(record.get(key))) for record in records)
+
+
+def first_of(records: Sequence[Record], names: Sequence[str]) -> str | None:
+    """The first of the names that the records have."""
+    return next((name for name in names if has(records, name)), None)
+
+
+def running_total(values: Floats) -> Floats:
+    """Sums so far. A step that does not say its count makes every later total unknown, never too small."""
+    return np.cumsum(values)
+
+
+def step_axes(run: Run) -> dict[str, Floats]:
+    """The x axes of a run's step records that it can tell."""
+    if "axes" not in run.derived:
+        run.derived["axes"] = _step_axes(run.steps)
+    axes: dict[str, Floats] = run.derived["axes"]
+    return axes
+
+
+def _step_axes(records: Sequence[Record]) -> dict[str, Floats]:
+    axes = {"step": column(records, "step")}
+    if has(records, "tokens"):
+        axes["tokens"] = running_total(column(records, "tokens"))
+    if has(records, "elapsed_s"):
+        axes["seconds"] = column(records, "elapsed_s")
+    elif all(has(records, name) for name in _STAGES):
+        axes["seconds"] = running_total(np.sum([column(records, name) for name in _STAGES], axis=0))
+    for key, names in (("cost", _COST), ("requests", _REQUESTS), ("bytes", _BYTES)):
+        if (name := first_of(records, names)) is not None:
+            axes[key] = running_total(column(records, name))
+    return axes
+
+
+def axes_at(steps: Floats, axes: dict[str, Floats], at: Floats) -> dict[str, Floats]:
+    """The axes at given step numbers: 0 before the first step, NaN at a step that has no record."""
+    place = np.searchsorted(steps, at)
+    inside = (place < steps.size) & (at > 0)
+    safe = np.minimum(place, max(0, steps.size - 1))
+    exact = inside & (steps[safe] == at) if steps.size else np.zeros(at.shape, dtype=bool)
+    out = {}
+    for key, values in axes.items():
+        known = np.where(exact, values[safe] if values.size else np.nan, np.nan)
+        out[key] = np.where(at <= 0, 0.0, known)
+    out["step"] = at
+    return out
+
+
+def totals(run: Run) -> dict[str, float | None]:
+    """What a run cost, summed over its steps; None where it does not say."""
+    names = {"tokens": ("tokens",), "scored_tokens": _COST, "requests": _REQUESTS, "teacher_bytes": _BYTES}
+    names |= {"retries": ("retries",), "cache_hits": ("cache_hits",)}
+    sums: dict[str, float | None] = {}
+    for key, choices in names.items():
+        name = first_of(run.steps, choices)
+        sums[key] = None if name is None else _known(float(np.nansum(column(run.steps, name))))
+    seconds = step_axes(run).get("seconds")
+    sums["seconds"] = _known(float(seconds[-1])) if seconds is not None and seconds.size else None
+    lost = [record["lost"] for record in run.steps if isinstance(record.get("lost"), dict)]
+    sums["lost"] = float(sum(_number(count) for one in lost for count in one.values())) if lost else None
+    return sums
+
+
+def _known(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return float("nan")
+    try:
+        return float(value)
+    except OverflowError:  # JSON has whole numbers of any size
+        return float("nan")

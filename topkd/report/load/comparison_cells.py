@@ -1,0 +1,80 @@
+"""The cells of a comparison as runs: of a finished one as its ``compare.json`` lists them, else as they lie there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from topkd.report.load.run_log import COMPARE, METRICS, Record, Run, flat, read_config, read_run
+from topkd.topk.errors import DataError
+
+
+def listed(folder: Path, comparison: Mapping[str, Any], notes: list[str]) -> list[Run]:
+    """The cells that a finished comparison names; what is wrong with one goes to ``notes``."""
+    cells = comparison.get("cells")
+    if not isinstance(cells, list):
+        raise DataError(
+            "a comparison without cells", where=str(folder / COMPARE), got=type(cells).__name__, expected="a list"
+        )
+    labels = _labels(comparison)
+    runs = []
+    for cell in cells:
+        name = str(cell.get("id", "?"))
+        path = folder / str(cell.get("run") or f"cells/{name}")
+        if not (path / METRICS).exists():
+            notes.append(f"cell {name} ({cell.get('status', 'not run')}) has no diary and is left out")
+            continue
+        run = read_run(path, name=name)
+        arm = cell.get("arm")
+        # An arm is a setting by itself: the rate that its tuning found is a part of it.
+        params = {"arm": labels.get(arm) or arm} if arm else cell.get("params") or {}
+        run.params = {key: value for key, value in flat(params).items() if key != "seed"}
+        run.replayed = cell.get("phase") == "replay"
+        run.seed = cell["seed"] if isinstance(cell.get("seed"), int) else run.seed
+        run.failed = cell.get("status") == "failed"
+        if run.failed:
+            notes.append(f"cell {name} failed; its curves end where it did, and it is in no verdict")
+        runs.append(run)
+    return runs
+
+
+def begun(folder: Path, notes: list[str]) -> list[Run]:
+    """The cells so far of a comparison that is not finished, by their folders' names; trials until others run."""
+    labels = _labels(read_config(folder))
+    found = []
+    for diary in sorted((folder / "cells").glob(f"*/{METRICS}")):
+        run = read_run(diary.parent)
+        phase, arm, rate = _named(run.name, labels)
+        run.params = {"arm": labels.get(arm, arm)} | ({"lr": float(rate)} if rate else {})
+        run.replayed = phase == "replay"
+        found.append((phase, run))
+    runs = [run for phase, run in found if phase != "tune"]
+    trials = len(found) - len(runs)
+    said = f"the comparison in {folder.resolve().name} is not finished: its cells so far, and no verdict of its own"
+    if runs and trials:
+        said += f"; {trials} tuning trials are left out"
+    notes.append(said if runs or not trials else f"{said}; all of them are trials of learning rates")
+    return runs or [run for _, run in found]
+
+
+def count(folder: Path) -> tuple[int, bool]:
+    """What changes when a comparison gets further: its cells with a diary, and whether it is finished."""
+    return sum(1 for _ in (folder / "cells").glob(f"*/{METRICS}")), (folder / COMPARE).exists()
+
+
+def _named(name: str, labels: Mapping[Any, Any]) -> tuple[str, str, str]:
+    """Phase, arm and rate (of a trial) from a cell's folder name."""
+    parts = re.fullmatch(r"(live|replay|tune)-(.+)-seed\d+", name)
+    if parts is None:
+        return "live", name, ""
+    phase, arm = parts.groups()
+    trial = re.fullmatch(r"(.+)-lr([0-9.e+-]+)", arm) if phase == "tune" and arm not in labels else None
+    return (phase, trial[1], trial[2]) if trial else (phase, arm, "")
+
+
+def _labels(told: Record | Mapping[str, Any]) -> dict[Any, Any]:
+    """Arm -> what it is called, where it is called anything."""
+    arms = told.get("arms")
+    return {arm.get("name"): arm.get("label") or arm.get("name") for arm in arms or () if isinstance(arm, dict)}

@@ -1,0 +1,224 @@
+"""A run's folder as the page reads it: config, diary and recorded rollouts; what is torn or absent is named.
+
+Everything is optional but the diary itself: fields that a run does not have cost it a panel, never the page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from topkd.report.load.run_lock import deserted
+from topkd.topk.errors import DataError
+
+METRICS, CONFIG, TOKENS, COMPARE = "metrics.jsonl", "config.json", "tokens.jsonl", "compare.json"
+MEASURED = frozenset({"reverse_kl", "forward_kl", "jsd", "agreement", "accuracy"})
+Record = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Lines:
+    """A JSONL file that grows: each ``read`` gives the whole lines that are new since the last one."""
+
+    path: Path
+    offset: int = 0
+    number: int = 0
+
+    @property
+    def shrunk(self) -> bool:
+        """The file is shorter than what was read of it."""
+        return self.offset > 0 and (not self.path.exists() or self.path.stat().st_size < self.offset)
+
+    def read(self) -> list[Record]:
+        """New records. A last line without its newline is still being written (or torn), and waits."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        records = []
+        for line in whole.split(b"\n")[:-1]:
+            self.number += 1
+            if line.strip():
+                records.append(self._record(line))
+        return records
+
+    def _record(self, line: bytes) -> Record:
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise self._unreadable(line, "not JSON") from error
+        if not isinstance(record, dict):
+            raise self._unreadable(line, "not an object")
+        return record
+
+    def _unreadable(self, line: bytes, why: str) -> DataError:
+        return DataError(
+            f"unreadable line ({why})",
+            where=f"{self.path}:{self.number}",
+            got=line[:60].decode("utf-8", "replace"),
+            expected="one JSON object a line",
+        )
+
+
+@dataclass(slots=True)
+class Run:
+    """One run: where it lies, how it was set up, and what it has written so far.
+
+    Attributes:
+        path: Its folder.
+        name: What the page calls it.
+        config: ``config.json`` ({} when there is none).
+        params: What a comparison varied ({} outside one).
+        seed: Pairs runs of different settings; None when unknown.
+        failed: A comparison says that the run did not finish.
+        left: Nobody is at work on it any more (known of runs of this machine).
+        replayed: A comparison trained it on another run's rollouts: a test of estimators, not of what wins on-policy.
+        derived: What others worked out from the records; forgotten when there are new ones.
+    """
+
+    path: Path
+    name: str
+    config: Record = field(default_factory=dict)
+    params: Record = field(default_factory=dict)
+    seed: int | None = None
+    failed: bool = False
+    left: bool = False
+    replayed: bool = False
+    steps: list[Record] = field(default_factory=list)
+    evals: list[Record] = field(default_factory=list)
+    events: list[Record] = field(default_factory=list)
+    rollouts: list[Record] = field(default_factory=list)
+    derived: dict[str, Any] = field(default_factory=dict)
+    _diary: Lines | None = None
+    _tokens: Lines | None = None
+
+    def refresh(self) -> bool:
+        """Read what was written since the last time; True when there was anything, or its process is gone or back."""
+        was_left, self.left = self.left, deserted(self.path)  # before reading: what it wrote last is read all the same
+        if not self.config:
+            self.config = read_config(self.path)
+            self.seed = self.seed if self.seed is not None else _seed(self.config)
+        if self._diary is None or self._tokens is None or self._diary.shrunk or self._tokens.shrunk:
+            # The first look; or a resumed run cut its diary back to a checkpoint, and what was read is void.
+            self._diary, self._tokens = Lines(self.path / METRICS), Lines(self.path / TOKENS)
+            for read in (self.steps, self.evals, self.events, self.rollouts):
+                read.clear()
+        records, rollouts = self._diary.read(), self._tokens.read()
+        for record in records:
+            kind = record.get("kind")
+            if kind == "eval":
+                self.evals += evaluations(record)
+            else:
+                (self.steps if kind == "step" else self.events).append(record)
+        self.rollouts += [rollout for rollout in rollouts if isinstance(rollout.get("tokens"), list)]
+        if records or rollouts:
+            self.derived.clear()
+        return bool(records or rollouts) or self.left != was_left
+
+    @property
+    def planned(self) -> int | None:
+        """Steps that the config asks for."""
+        steps = self.config.get("steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def foreign(self) -> bool:
+        """Its completions are of another policy than the student that learns: log s - log t on them estimates no KL.
+
+        A run on its own rollouts knows how many versions behind they are; a replay of others' says that it cannot.
+        """
+        sampled = next((step for step in self.steps if step.get("kl_k1") is not None), {})
+        return "staleness" in sampled and sampled["staleness"] is None
+
+    @property
+    def state(self) -> str:
+        """One of failed, stopped, finished, unfinished (its process is gone), running (or nobody knows better)."""
+        if self.failed:
+            return "failed"
+        turns = [event["event"] for event in self.events if event.get("event") in ("start", "resumed", "stopped")]
+        if turns and turns[-1] == "stopped":
+            return "stopped"
+        last = last_step(self.steps)
+        if self.planned is not None and last >= self.planned:
+            return "finished"
+        return "unfinished" if self.left else "running"
+
+
+def evaluations(record: Record) -> list[Record]:
+    """An evaluation as one flat record a kind of prefixes: kinds may stand side by side in it, a table each."""
+    flat_, nested = {}, []
+    for key, value in record.items():
+        if isinstance(value, dict) and MEASURED & value.keys():
+            nested.append({"step": record.get("step"), "prefixes": key, **value})
+        else:
+            flat_[key] = value
+    return [flat_, *nested] if MEASURED & flat_.keys() or not nested else nested
+
+
+def read_run(path: Path, *, name: str | None = None, waiting: bool = False) -> Run:
+    """The run in a folder. ``waiting`` accepts one whose diary is not there yet (a page that follows it)."""
+    if not waiting and not (path / METRICS).exists():
+        raise DataError(
+            "no run here",
+            where=str(path),
+            got=_what_is_there(path),
+            expected=f"a folder with {METRICS} (a run) or {COMPARE} (a comparison)",
+            hint="give the folder that topkd train, replay, demo or compare wrote with --out",
+        )
+    run = Run(path, name or path.resolve().name)
+    run.refresh()
+    return run
+
+
+def read_config(path: Path) -> Record:
+    """``config.json`` of a run; {} when there is none, an error when it is torn."""
+    file = path / CONFIG
+    if not file.exists():
+        return {}
+    return read_object(file)
+
+
+def read_object(file: Path) -> Record:
+    """A JSON file that holds one object."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"), parse_constant=str)  # no number that JSON cannot say
+    except (OSError, ValueError) as error:
+        raise DataError("unreadable JSON file", where=str(file), got=str(error)) from error
+    if not isinstance(value, dict):
+        raise DataError("unreadable JSON file", where=str(file), got=type(value).__name__, expected="an object")
+    return value
+
+
+def last_step(steps: list[Record]) -> int:
+    """The last step's number; 0 before the first."""
+    return next((step["step"] for step in reversed(steps) if isinstance(step.get("step"), int)), 0)
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys: {"objective": {"beta": .5}} -> {"objective.beta": .5}."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def _seed(config: Record) -> int | None:
+    seed = config.get("seed")
+    return seed if isinstance(seed, int) else None
+
+
+def _what_is_there(path: Path) -> str:
+    if not path.exists():
+        return "no such folder"
+    if path.is_file():
+        return "a file"
+    return ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "an empty folder"

@@ -1,0 +1,193 @@
+"""Everything that the page's script draws, as one value that JSON can say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from topkd.report.analysis.compared import compared
+from topkd.report.analysis.outcome import Outcome
+from topkd.report.analysis.tables import Table, runs_table, settings, summary
+from topkd.report.analysis.verdict import EMBEDDED, OF_TEXT, Verdict, verdict
+from topkd.report.load.collection import Collection, Group
+from topkd.report.load.columns import AXES, step_axes
+from topkd.report.load.evaluations import prefix_kinds
+from topkd.report.load.run_log import last_step
+from topkd.report.page.measurements import by_prefixes, training
+from topkd.report.page.palette import DASHES, GROUPS
+from topkd.report.page.panels import EXACT_DIVERGENCES, SECTIONS, Panel, Section
+from topkd.report.page.series import Thinning, histogram, panel_lines
+from topkd.report.page.strip_charts import measures
+from topkd.report.page.token_explorer import Transcripts, transcripts
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page's content, before it becomes HTML."""
+
+    title: str
+    groups: list[Group]
+    outcomes: list[list[Outcome]]
+    verdict: Verdict
+    summary: Table
+    more: list[Table]
+    runs: Table
+    settings: Table
+    transcripts: Transcripts
+    data: dict[str, Any]
+    notes: list[str]
+
+
+def build(collection: Collection, *, live: bool = False, baseline: Mapping[str, Any] | None = None) -> Page:
+    """The content of the page about a collection."""
+    groups = collection.groups()
+    said, outcomes = verdict(collection, groups)
+    account = Thinning()
+    kinds = prefix_kinds(groups) or ["fixed"]
+    sections = [_section(section, groups, account, kinds) for section in SECTIONS]
+    if collection.comparison.get("base") == EMBEDDED:
+        for panel in (panel for section in sections for panel in section["panels"] if panel["key"] == "accuracy"):
+            panel |= {"title": OF_TEXT, "unit": "% of tokens", "note": "Held-out text's own, as the first choice."}
+    _relabelled(sections, [group for group in groups if not group.replayed])
+    recorded = transcripts(groups)
+    notes = [
+        note for note in (*said.notes, account.sentence(), _smoothing(account), recorded.note, _colours(groups)) if note
+    ]
+    data = {
+        "live": live,
+        "title": collection.title,
+        "state": _state(collection),
+        "groups": [{"label": group.label, "n": len(group.runs), "apart": group.replayed} for group in groups],
+        "axes": _axes(groups),
+        "prefixes": kinds,
+        "sections": sections,
+        "metric": said.metric,
+        "ranks": [rank.plain() for rank in said.ranks],
+        "seeds": [one.plain() for one in measures(collection, groups, said.ranks, said.metric)],
+        "comparison": collection.comparison,
+        "rollouts": recorded.heads,
+    }
+    return Page(
+        collection.title,
+        groups,
+        outcomes,
+        said,
+        summary(groups, outcomes, said),
+        [*compared(collection.comparison), *_measured(groups, said)],
+        runs_table(groups, outcomes),
+        settings(collection, groups, baseline),
+        recorded,
+        data,
+        notes,
+    )
+
+
+def _measured(groups: Sequence[Group], said: Verdict) -> list[Table]:
+    """Tables of the settings that were run on-policy, best first."""
+    order = [rank.group for rank in said.ranks] or [i for i, group in enumerate(groups) if not group.replayed]
+    return [table for table in (by_prefixes(groups, order), training(groups, order)) if table is not None]
+
+
+def _section(section: Section, groups: Sequence[Group], account: Thinning, kinds: Sequence[str]) -> dict[str, Any]:
+    drawn: list[dict[str, Any]] = []
+    absent: list[str] = []
+    for panel in section.panels:
+        if panel.source == "eval":
+            lines = {kind: found for kind in kinds if (found := panel_lines(panel, groups, account, kind))}
+        else:
+            found = panel_lines(panel, groups, account)
+            lines = {"": found} if found else {}
+        if lines:
+            drawn.append({**_head(panel), "kind": "line", "lines": lines})
+        elif not panel.special:
+            absent.append(f"{panel.title} ({' or '.join(panel.fields)})")
+    _alike(drawn, groups)
+    if section.key == "offpolicy":
+        if (bins := histogram(groups)) is not None:
+            drawn.insert(0, _RATIOS | bins)
+        else:
+            absent.insert(0, "Importance ratios (ratio_hist)")
+    return {"key": section.key, "title": section.title, "text": section.text, "panels": drawn, "absent": absent}
+
+
+def _relabelled(sections: Sequence[dict[str, Any]], groups: Sequence[Group]) -> None:
+    """Says of log s - log t what it is where a student learnt from completions that it did not draw."""
+    foreign = [group.label for group in groups if group.foreign]
+    for panel in (panel for section in sections for panel in section["panels"] if panel["key"] == "kl_k1" and foreign):
+        panel["title"] = "Mean log S/T on the completions of a step"
+        if len(foreign) == len(groups):
+            panel["note"] = f"{_UNDRAWN} no estimate of KL(S ‖ T)."
+        else:
+            panel["note"] = f"On fresh rollouts an estimate of KL(S ‖ T). {_UNDRAWN} none: {', '.join(foreign)}."
+
+
+_UNDRAWN = "On replayed completions, which the learning student did not draw,"
+
+
+def _alike(drawn: Sequence[dict[str, Any]], groups: Sequence[Group]) -> None:
+    """Whether the exact divergences begin at zero: all of them, as soon as one comes near it, or none."""
+    exact = [panel for panel in drawn if panel["key"] in EXACT_DIVERGENCES]
+    ends = [
+        (min(known), max(known))
+        for panel in exact
+        for lines in panel["lines"].values()
+        if (known := [y for line in lines if not groups[line["g"]].replayed for y in line["y"] if y is not None])
+    ]
+    for panel in exact:
+        panel["zero"] = any(low < _NEAR_ZERO * high for low, high in ends)
+
+
+_NEAR_ZERO = 0.6  # as scales.js has it: of the highest value, where the lowest is so far below that zero is shown, too
+_RATIOS = {
+    "key": "ratio_hist",
+    "kind": "hist",
+    "title": "Importance ratios",
+    "unit": "% of tokens, all steps",
+    "note": "New over rollout probability of each sampled token; 1 is on-policy. Bins of equal width in log₂.",
+    "log": False,
+    "zero": True,
+}
+
+
+def _head(panel: Panel) -> dict[str, Any]:
+    return {
+        "key": panel.key,
+        "title": panel.title,
+        "unit": panel.unit,
+        "note": panel.note,
+        "log": panel.log,
+        "zero": None,
+    }
+
+
+def _axes(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Every choice of x, and whether all runs can be placed on it."""
+    tables = [step_axes(run) for group in groups for run in group.runs if run.steps]
+    told = {axis.key: bool(tables) and all(axis.key in table for table in tables) for axis in AXES}
+    return [{"key": axis.key, "label": axis.label, "unit": axis.unit, "ok": told[axis.key]} for axis in AXES]
+
+
+def _state(collection: Collection) -> dict[str, Any]:
+    states = [run.state for run in collection.runs]
+    one = collection.runs[0] if len(states) == 1 else None
+    return {
+        "running": sum(state == "running" for state in states),
+        "text": f"{one.state}, step {last_step(one.steps):,} of {one.planned or '?'}"
+        if one
+        else ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
+    }
+
+
+def _smoothing(account: Thinning) -> str:
+    if not account.windows:
+        return ""
+    widths = " or ".join(str(width) for width in sorted(account.windows))
+    return f"Bold lines of noisy series are centred means over {widths} steps; the thin line behind them is the values."
+
+
+def _colours(groups: Sequence[Group]) -> str:
+    styles = len(GROUPS["light"]) * len(DASHES)
+    if len(groups) <= styles:
+        return ""
+    return f"{len(groups)} settings share {styles} line styles: hide some in the legend to tell the rest apart."

@@ -1,0 +1,154 @@
+"""The page's panels as figures for papers: one PNG and one SVG each, drawn by matplotlib from the same numbers."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from topkd.report.page.content import Page
+from topkd.report.page.palette import GROUPS
+from topkd.topk.errors import ConfigError
+
+_COLOURS = GROUPS["light"]
+_STYLES = ("-", (0, (5, 2)), (0, (1.5, 2)))
+_INSIDE = 4  # names that fit into the axes beside the lines
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_RC = {
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e6ea",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "svg.fonttype": "none",  # text stays text: it can be edited, and takes the paper's font
+    "svg.hashsalt": "topkd",
+    "text.parse_math": False,  # a label is a name that somebody chose, not a formula
+}
+
+
+def write_figures(page: Page, folder: Path) -> list[Path]:
+    """Draw every panel that the page shows, and the settings seed by seed; returns the files."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("cannot make the figures' folder", where=str(folder), got=error.strerror) from error
+    written: list[Path] = []
+    with mpl.rc_context(_RC):
+        for name, draw in _figures(page):
+            figure = Figure(figsize=(3.5, 2.5), layout="constrained")
+            axes = figure.subplots()
+            draw(axes)
+            _legend(figure, axes)
+            for suffix, options in ((".png", {"dpi": 300}), (".svg", {"metadata": {"Date": None}})):
+                path = folder / f"{name}{suffix}"
+                figure.savefig(path, **options)
+                written.append(path)
+    return written
+
+
+def _figures(page: Page) -> Iterator[tuple[str, Any]]:
+    axis = next(axis for axis in page.data["axes"] if axis["ok"] or axis["key"] == "step")
+    for section in page.data["sections"]:
+        for panel in section["panels"]:
+            if panel["kind"] == "hist":
+                yield panel["key"], lambda axes, panel=panel: _histogram(axes, page, panel)
+                continue
+            for prefixes, lines in panel["lines"].items():
+                name = panel["key"] if prefixes in ("", page.data["prefixes"][0]) else f"{panel['key']}-{prefixes}"
+                yield name, lambda axes, panel=panel, lines=lines: _panel(axes, page, panel, lines, axis)
+    for measure in page.data["seeds"]:
+        for name, strip in zip(("seeds", "paired"), measure["strips"], strict=False):
+            yield (
+                f"{name}-{measure['key']}",
+                lambda axes, measure=measure, strip=strip: _strip(axes, page, measure, strip),
+            )
+
+
+def _panel(axes: Any, page: Page, panel: dict[str, Any], lines: list[dict[str, Any]], axis: dict[str, Any]) -> None:
+    for line in _shown(page, lines):
+        at, style, marker, label = _look(page, line["g"])
+        x, y = _known(line["x"].get(axis["key"]) or line["x"]["step"]), _known(line["y"])
+        if line["role"] == "main":
+            every = max(1, len(y) // 6)  # a shape as well as a colour, without burying the line
+            offset = line["g"] * every // max(1, len(page.groups))
+            axes.plot(
+                x, y, color=at, linestyle=style, lw=1.4, label=label, marker=marker, ms=3.2, markevery=(offset, every)
+            )
+        else:
+            axes.plot(x, y, color=at, lw=0.6, alpha=0.35)
+        if "lo" in line:
+            axes.fill_between(x, _known(line["lo"]), _known(line["hi"]), color=at, alpha=0.15, lw=0)
+    axes.set(title=_wrapped(panel["title"]), xlabel=axis["label"], ylabel=panel["unit"])
+    if panel["zero"]:
+        axes.set_ylim(bottom=0.0)
+
+
+def _histogram(axes: Any, page: Page, panel: dict[str, Any]) -> None:
+    edges = panel["edges"]
+    for line in _shown(page, panel["lines"]):
+        at, style, _, label = _look(page, line["g"])
+        closed = line["y"][1:-1] if len(line["y"]) == len(edges) + 1 else line["y"]
+        shares = [100 * share for share in closed]
+        axes.stairs(shares, edges[: len(shares) + 1], color=at, linestyle=style, label=label)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:.3g}")  # the scale's own ticks are formulas
+    axes.set(title=panel["title"], xlabel="new / rollout probability", ylabel=panel["unit"])
+
+
+def _strip(axes: Any, page: Page, measure: dict[str, Any], strip: dict[str, Any]) -> None:
+    for row, one in enumerate(strip["rows"]):
+        at, _, marker, _ = _look(page, one["group"])
+        if one["low"] is not None:
+            axes.hlines(row, one["low"], one["high"], color=at, lw=2, alpha=0.5)
+        for late, shape, face in ((False, marker, at), (True, ">", "none")):  # open: ended before it arrived
+            values = [dot["value"] for dot in one["dots"] if dot["late"] is late]
+            axes.plot(values, [row] * len(values), shape, color=at, mfc=face, ms=3.5, alpha=0.7)
+        if one["mean"] is not None:
+            axes.plot([one["mean"]], [row], "|", color=at, ms=12, mew=2)
+    if strip["even"] is not None:
+        axes.axvline(strip["even"], color="#7d8590", lw=0.8)
+    axes.figure.set_figheight(max(2.5, 1.0 + 0.32 * len(strip["rows"])))
+    axes.set_yticks(range(len(strip["rows"])), [textwrap.fill(one["label"], 24) for one in strip["rows"]])
+    axes.set_ylim(len(strip["rows"]) - 0.5, -0.5)
+    pairs = "" if strip["even"] is None else f"\npaired {'ratio' if strip['ratio'] else 'difference'} to the best, 95 %"
+    axes.set_title(_wrapped(measure["title"]) + pairs)
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Where there is room in the axes for a few names, in it; many stand below, in a taller figure."""
+    handles, labels = axes.get_legend_handles_labels()
+    if 1 < len(labels) <= _INSIDE:
+        axes.legend()
+    elif len(labels) > _INSIDE:
+        figure.set_figheight(figure.get_figheight() + 0.17 * len(labels))
+        figure.legend(handles, labels, loc="outside lower left")
+
+
+def _shown(page: Page, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of runs on their own rollouts; replays of others' are on the page, on demand."""
+    return [line for line in lines if not page.groups[line["g"]].replayed]
+
+
+def _wrapped(title: str) -> str:
+    return textwrap.fill(title, 44)
+
+
+def _look(page: Page, group: int) -> tuple[str, Any, str, str]:
+    """Colour, line style, marker and label of a setting, as on the page."""
+    turn = group // len(_COLOURS)
+    marker = _MARKERS[(group + turn) % len(_MARKERS)]
+    return _COLOURS[group % len(_COLOURS)], _STYLES[turn % len(_STYLES)], marker, page.groups[group].label
+
+
+def _known(values: list[float | None]) -> list[float]:
+    """Holes as NaN: matplotlib lifts its pen there."""
+    return [float("nan") if value is None else value for value in values]

@@ -1,0 +1,96 @@
+"""The page: one HTML file that needs nothing else, and that lets nothing in.
+
+A content security policy names the one style and the one script by their hashes: whatever a model managed to write into
+a diary could neither run nor load anything, even if it got past the escaping.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from topkd.report.load.collection import Collection
+from topkd.report.page.content import Page, build
+from topkd.report.page.palette import stylesheet
+
+SCRIPTS = ("core", "scales", "lines", "bars", "strips", "explorer", "tables", "main")
+
+
+def render(collection: Collection, baseline: Mapping[str, Any] | None = None) -> str:
+    """The page about a collection, whole, as text."""
+    return render_page(build(collection, baseline=baseline))
+
+
+def render_page(page: Page, *, live: bool = False) -> str:
+    """The HTML of a page. ``live`` makes it ask its server for news; otherwise it asks nobody for anything."""
+    style, script = _style(), _script()
+    policy = (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
+        f"connect-src {chr(39)}{'self' if live else 'none'}{chr(39)}; base-uri 'none'; form-action 'none'"
+    )
+    html: str = _template("page.html").render(
+        page=page,
+        style=style,
+        script=script,
+        policy=policy,
+        data=embeddable(json.dumps(page.data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))),
+        bodies=[] if live else [embeddable(body) for body in page.transcripts.bodies],
+        live=live,
+    )
+    return html
+
+
+def fragments(page: Page) -> dict[str, str]:
+    """The written parts of the page, for a live page to replace: element id -> HTML."""
+    return {name: _template(f"{name}.html").render(page=page) for name in ("verdict", "summary", "settings", "notes")}
+
+
+def embeddable(text: str) -> str:
+    """JSON that can stand in a script element: no character that could end it or begin a comment."""
+    return (
+        text.replace("&", "\\u0026")
+        .replace("<", "\\u003c")
+        .replace(">", "\\u003e")
+        .replace("\u2028", "\\u2028")
+        .replace("\u2029", "\\u2029")
+    )
+
+
+@cache
+def _environment() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("topkd.report.page", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _template(name: str) -> Any:
+    return _environment().get_template(name)
+
+
+@cache
+def _style() -> str:
+    return stylesheet() + _asset("page.css")
+
+
+@cache
+def _script() -> str:
+    return "(() => {\n'use strict';\n" + "\n".join(_asset(f"{name}.js") for name in SCRIPTS) + "})();\n"
+
+
+def _asset(name: str) -> str:
+    return (files("topkd.report.page") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,161 @@
+"""The same page while the run goes on: served on loopback, told once a second what is new.
+
+Only this machine can reach it, and only under its own name: a request for another host (a page elsewhere whose name
+was pointed here) is refused. It reads the run's folder and nothing else, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import parse_qs, urlsplit
+
+from topkd.report.load import comparison_cells as cells
+from topkd.report.load.collection import Collection, gather
+from topkd.report.page.content import Page, build
+from topkd.report.page.html import fragments, render_page
+from topkd.topk.errors import ConfigError, DataError
+
+_HOST = "127.0.0.1"
+_SHARE = 0.1  # of one core's time at most: the page may be served by the very process that trains
+
+
+class LivePage:
+    """A page that follows runs until it is closed; a context manager."""
+
+    def __init__(self, paths: Sequence[Path], port: int = 0, baseline: Mapping[str, Any] | None = None) -> None:
+        self.paths, self.baseline = list(paths), baseline
+        self._lock = threading.Lock()
+        self._cells = [cells.count(path) for path in self.paths]
+        self._collection: Collection = gather(self.paths, waiting=True)
+        self._page: Page | None = None
+        self._version = 1
+        self._rest_until = 0.0
+        handler = type("Handler", (_Handler,), {"live": self})
+        try:
+            self._server = ThreadingHTTPServer((_HOST, port), handler)
+        except OSError as error:
+            raise ConfigError(
+                "cannot serve the page", where=f"{_HOST}:{port}", got=error.strerror, hint="give another --port, or 0"
+            ) from error
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True, name="topkd-page")
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self._server.server_address[1])
+
+    @property
+    def url(self) -> str:
+        """What to open."""
+        return f"http://{_HOST}:{self.port}/"
+
+    def news(self) -> tuple[int, Page]:
+        """The page's content now, and a number that changes when it does.
+
+        Long runs take their time to read: what was made last is given again until ten times that has passed.
+        """
+        with self._lock:
+            began = time.monotonic()
+            if self._page is not None and began < self._rest_until:
+                return self._version, self._page
+            if self._refreshed():
+                self._version += 1
+                self._page = None
+            if self._page is None:
+                self._page = build(self._collection, live=True, baseline=self.baseline)
+                ended = time.monotonic()
+                self._rest_until = ended + (ended - began) * (1.0 / _SHARE - 1.0)
+            return self._version, self._page
+
+    def _refreshed(self) -> bool:
+        """Read on; True when there was anything new. A comparison has more runs than it had."""
+        now = [cells.count(path) for path in self.paths]
+        if now == self._cells:
+            # Another run may have taken the folder: what was read is of a diary that is gone then.
+            with contextlib.suppress(DataError):
+                changed = [run.refresh() for run in self._collection.runs]
+                return any(changed)
+        self._collection, self._cells = gather(self.paths, waiting=True), now
+        return True
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def serve_run(run_dir: Path, port: int = 0, baseline: Mapping[str, Any] | None = None) -> LivePage:
+    """Serve the page of a run that goes on, or has not begun yet; ``.url`` says where, leaving the context ends it."""
+    return LivePage([run_dir], port, baseline)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    live: LivePage
+    protocol_version = "HTTP/1.0"  # a connection a reply: one kept alive would outlive the page
+
+    def do_GET(self) -> None:
+        """The page, its news, or one rollout."""
+        if self.headers.get("Host", "").lower() not in {f"{name}:{self.live.port}" for name in (_HOST, "localhost")}:
+            self._reply(403, "text/plain", "This page is served to this machine only.\n")
+            return
+        parts = urlsplit(self.path)
+        try:
+            version, page = self.live.news()
+        except DataError as error:
+            self._reply(500, "text/plain", f"{error}\n")
+            return
+        if parts.path == "/":
+            self._reply(200, "text/html", render_page(page, live=True))
+        elif parts.path == "/data.json":
+            self._news(version, page, parse_qs(parts.query).get("since", [""])[0])
+        elif parts.path.startswith("/rollout/") and (body := _rollout(page, parts.path)) is not None:
+            self._reply(200, "application/json", body)
+        else:
+            self._reply(404, "text/plain", "nothing here\n")
+
+    def _news(self, version: int, page: Page, since: str) -> None:
+        if since == str(version):
+            self._reply(204, "application/json", "")
+            return
+        news = {"version": str(version), "data": page.data, "html": fragments(page)}
+        self._reply(200, "application/json", json.dumps(news, allow_nan=False))
+
+    def _reply(self, status: int, kind: str, text: str) -> None:
+        data = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        if status != 204:
+            self.send_header("Content-Length", str(len(data)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("X-Frame-Options", "DENY")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Silent: the terminal belongs to the run."""
+
+
+def _rollout(page: Page, path: str) -> str | None:
+    place = path.removeprefix("/rollout/").removesuffix(".json")
+    bodies = page.transcripts.bodies
+    return bodies[int(place)] if place.isdecimal() and int(place) < len(bodies) else None

@@ -1,0 +1,123 @@
+"""Tables of what was measured: divergences on every kind of prefixes, and how the training itself went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy as np
+
+from topkd.report.analysis.formatting import between, number, percent
+from topkd.report.analysis.intervals import interval
+from topkd.report.analysis.outcome import counts
+from topkd.report.analysis.tables import Table
+from topkd.report.load.collection import Group
+from topkd.report.load.columns import Floats, column
+from topkd.report.load.evaluations import eval_source, prefix_kinds
+from topkd.report.load.run_log import Run
+from topkd.report.page.panels import SECTIONS
+
+_PREFIXES: Final = {
+    "fixed": "fixed: the untrained student's",
+    "fresh": "fresh: the student's own",
+    "teacher": "the teacher's",
+}
+_MEASURES: Final = (
+    ("reverse_kl", "KL(S‖T)"),
+    ("forward_kl", "KL(T‖S)"),
+    ("jsd", "JSD"),
+    ("agreement", "same top token"),
+    ("accuracy", "accuracy"),
+)
+_PANELS: Final = {panel.key: panel for section in SECTIONS for panel in section.panels}
+
+
+def by_prefixes(groups: Sequence[Group], order: Sequence[int]) -> Table | None:
+    """Last values on each kind of prefixes, setting by setting; None where only one kind was measured."""
+    kinds = prefix_kinds(groups)
+    if len(kinds) < 2:
+        return None
+    table = [
+        ([_PREFIXES.get(kind, kind), groups[index].label], [_last(groups[index], kind, key) for key, _ in _MEASURES])
+        for kind in kinds
+        for index in order
+    ]
+    kept = [place for place in range(len(_MEASURES)) if any(cells[place] for _, cells in table)]
+    columns = ["prefixes", "setting", *(_MEASURES[place][1] for place in kept)]
+    rows = [[*names, *(cells[place] or "—" for place in kept)] for names, cells in table if any(cells)]
+    note = "Of the last evaluation: means over seeds, with 95 % intervals in brackets where there are several."
+    return Table(columns, rows, [False, False, *[True] * len(kept)], note=note, title="On each kind of prefixes")
+
+
+def training(groups: Sequence[Group], order: Sequence[int]) -> Table | None:
+    """Tokens a step, clipped ratios, and lengths and truncation at both ends of the runs; None without steps."""
+    rows = [
+        [groups[index].label, *(say(runs) for say in _SAID.values())]
+        for index in order
+        if (runs := [run for run in groups[index].runs if run.steps and (counts(run) or len(groups[index].runs) == 1)])
+    ]
+    kept = [place for place in range(1, len(_SAID) + 1) if any(row[place] != "—" for row in rows)]
+    if not kept:
+        return None
+    columns = ["setting", *(list(_SAID)[place - 1] for place in kept)]
+    rows = [[row[0], *(row[place] for place in kept)] for row in rows]
+    note = "Means over steps and seeds; with an arrow, over the first and over the last tenth of the steps."
+    return Table(columns, rows, [False, *[True] * len(kept)], note=note, title="How training went")
+
+
+def _last(group: Group, kind: str, key: str) -> str:
+    values = []
+    for run in filter(counts, group.runs) if len(group.runs) > 1 else group.runs:
+        known = column(eval_source(run, kind).records, key)
+        known = known[np.isfinite(known)]
+        values += known[-1:].tolist()
+    if not values:
+        return ""
+    return between(interval(values), percent if key in ("agreement", "accuracy") else number)
+
+
+def _tokens(runs: Sequence[Run]) -> str:
+    """How many tokens a step learnt from: one number where all steps of all runs had as many."""
+    every = np.concatenate([column(run.steps, "tokens") for run in runs])
+    every = every[np.isfinite(every)]
+    if not every.size:
+        return "—"
+    low, high = every.min(), every.max()
+    return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
+
+
+def _mean(key: str, unit: str = "") -> Callable[[Sequence[Run]], str]:
+    def say(runs: Sequence[Run]) -> str:
+        means = [known.mean() for run in runs if (known := _known(run, key)).size]
+        return f"{number(float(np.mean(means)))}{unit}" if means else "—"
+
+    return say
+
+
+def _drift(key: str, unit: str = "") -> Callable[[Sequence[Run]], str]:
+    def say(runs: Sequence[Run]) -> str:
+        known = [values for run in runs if (values := _known(run, key)).size]
+        if not known:
+            return "—"
+        tenth = [max(1, values.size // 10) for values in known]
+        first = float(np.mean([values[:n].mean() for values, n in zip(known, tenth, strict=True)]))
+        last = float(np.mean([values[-n:].mean() for values, n in zip(known, tenth, strict=True)]))
+        return f"{number(first)} → {number(last)}{unit}"
+
+    return say
+
+
+def _known(run: Run, key: str) -> Floats:
+    values = _PANELS[key].values(run.steps)
+    return np.empty(0) if values is None else values[np.isfinite(values)]
+
+
+_SAID: Final[dict[str, Callable[[Sequence[Run]], str]]] = {
+    "tokens a step": _tokens,
+    "ratios clipped": _mean("clip_fraction", " %"),
+    "effective sample size": _mean("ess", " %"),
+    "effective coefficient": _mean("effective_coefficient"),
+    "completion length": _drift("length"),
+    "cut at the limit": _drift("truncation", " %"),
+    "chance of ending, a token": _drift("eos", " %"),
+}

@@ -1,0 +1,147 @@
+"""From columns to what is drawn: one line a group, short enough for a page, every approximation counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from topkd.report.load.collection import Group
+from topkd.report.load.columns import Floats
+from topkd.report.load.evaluations import FIXED, Source, eval_source, step_source
+from topkd.report.page import downsampling as thinning
+from topkd.report.page.panels import Panel
+
+POINTS = 400  # drawn of a series at most; a line is rarely wider than this in pixels
+SMOOTH_POINTS = 160
+
+
+@dataclass(slots=True)
+class Thinning:
+    """What the page has to say about down-sampling."""
+
+    longest: int = 0
+    windows: set[int] = field(default_factory=set)
+    series: int = 0
+
+    def sentence(self) -> str:
+        """In words; "" when every value is drawn."""
+        if not self.series:
+            return ""
+        return (
+            f"Down-sampled for this page: of series with more than {POINTS} values (the longest has {self.longest:,}) "
+            f"the lowest and the highest value of each of {(POINTS - 2) // 2} equal stretches are drawn, so no extreme "
+            "is lost. The diary has every value."
+        )
+
+
+def panel_lines(
+    panel: Panel, groups: Sequence[Group], account: Thinning, prefixes: str = FIXED
+) -> list[dict[str, Any]]:
+    """The lines of one panel.
+
+    A group of one run is drawn as its values, with their rolling mean where they are noisy. Several runs are drawn as
+    their mean over seeds, with each seed (evaluations) or the span of the seeds' rolling means (steps) around it.
+    """
+    lines: list[dict[str, Any]] = []
+    for index, group in enumerate(groups):
+        sources = [step_source(run) if panel.source == "step" else eval_source(run, prefixes) for run in group.runs]
+        drawn = [(source, values) for source in sources if (values := panel.values(source.records)) is not None]
+        if not drawn:
+            continue
+        if len(drawn) == 1:
+            lines += _single(index, *drawn[0], panel, account)
+        else:
+            lines += _several(index, drawn, panel)
+    return lines
+
+
+def _single(index: int, source: Source, values: Floats, panel: Panel, account: Thinning) -> list[dict[str, Any]]:
+    rows = thinning.extremes(values, POINTS)
+    if rows.size < values.size:
+        account.series += 1
+        account.longest = max(account.longest, values.size)
+    window = panel.window(values.size)
+    if window <= 1:
+        return [_line(index, "main", source.axes, values, rows)]
+    smooth = panel.smoothed(source.records, values, window)
+    main = _line(index, "main", source.axes, smooth, thinning.evenly(values.size, SMOOTH_POINTS))
+    if panel.over is not None:  # single ratios would only hide the one of means
+        return [main]
+    account.windows.add(window)
+    return [_line(index, "raw", source.axes, values, rows), main]
+
+
+def _several(index: int, drawn: list[tuple[Source, Floats]], panel: Panel) -> list[dict[str, Any]]:
+    """Means over seeds exist only where every seed has a value: a shorter run ends the mean, it does not move it."""
+    steps = _common_steps([source for source, _ in drawn])
+    if not steps.size:
+        return []
+    window = panel.window(steps.size)
+    stacked, axes = [], []
+    for source, values in drawn:
+        at = np.searchsorted(source.axes["step"], steps)
+        records = [source.records[place] for place in at.tolist()]
+        stacked.append(panel.smoothed(records, values[at], window))
+        axes.append({key: axis[at] for key, axis in source.axes.items()})
+    table = np.stack(stacked)
+    shared = [key for key in axes[0] if all(key in one for one in axes)]
+    mean_axes = {key: np.mean([one[key] for one in axes], axis=0) for key in shared}
+    rows = thinning.evenly(steps.size, SMOOTH_POINTS)
+    main = _line(index, "main", mean_axes, table.mean(axis=0), rows) | {"n": len(drawn)}
+    if panel.source == "step":
+        return [main | {"lo": _rounded(table.min(axis=0)[rows]), "hi": _rounded(table.max(axis=0)[rows])}]
+    seeds = [
+        _line(index, "seed", source.axes, values, thinning.extremes(values, SMOOTH_POINTS)) | {"name": source.run.name}
+        for source, values in drawn
+    ]
+    return [*seeds, main]
+
+
+def _common_steps(sources: list[Source]) -> Floats:
+    steps = sources[0].axes["step"]
+    for source in sources[1:]:
+        steps = np.intersect1d(steps, source.axes["step"])
+    return steps[np.isfinite(steps)]
+
+
+def _line(index: int, role: str, axes: dict[str, Floats], values: Floats, rows: thinning.Rows) -> dict[str, Any]:
+    return {
+        "g": index,
+        "role": role,
+        "x": {key: _rounded(axis[rows], 7) for key, axis in axes.items()},
+        "y": _rounded(values[rows]),
+    }
+
+
+def histogram(groups: Sequence[Group]) -> dict[str, Any] | None:
+    """Importance ratios of all steps of each group: the share of tokens in each bin of the diary's own edges."""
+    edges: list[float] | None = None
+    lines = []
+    for index, group in enumerate(groups):
+        counts: Floats | None = None
+        for record in (record for run in group.runs for record in run.steps):
+            found, at = record.get("ratio_hist"), record.get("ratio_hist_edges")
+            if not isinstance(found, list) or not isinstance(at, list) or not found:
+                continue
+            edges = edges or at
+            if at != edges or abs(len(at) - len(found)) > 1:  # other bins cannot be added to these
+                continue
+            counts = np.asarray(found, dtype=np.float64) + (0.0 if counts is None else counts)
+        if counts is not None and counts.sum() > 0:
+            lines.append({"g": index, "y": _rounded(counts / counts.sum()), "n": int(counts.sum())})
+    return {"edges": edges, "lines": lines} if lines else None
+
+
+def _rounded(values: Floats, digits: int = 5) -> list[float | int | None]:
+    """Plain numbers of so many significant digits; a hole is None."""
+    out: list[float | int | None] = []
+    for value in values.tolist():
+        if not np.isfinite(value):
+            out.append(None)
+            continue
+        number = float(f"{value:.{digits}g}")
+        out.append(int(number) if number.is_integer() and abs(number) < 1e15 else number)
+    return out

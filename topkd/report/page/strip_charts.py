@@ -1,0 +1,212 @@
+"""Seed by seed: every seed a dot, means with intervals, and beside them the pairs that the verdict rests on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from topkd.report.analysis.formatting import number, short
+from topkd.report.analysis.intervals import Interval, interval
+from topkd.report.analysis.ranking import Rank
+from topkd.report.load.collection import Collection, Group
+
+_DOTS = "A dot is a seed; the bar is the mean with its 95 % interval over seeds."
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """One seed. ``late``: a run that ended before it arrived; its value is where it ended."""
+
+    seed: int | None
+    value: float
+    late: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One setting: its seeds, their mean with a 95 % interval (None: there is none), and what stands beside."""
+
+    group: int
+    label: str
+    dots: list[Dot]
+    mean: float | None
+    low: float | None
+    high: float | None
+    said: str
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Rows over one axis. ``even`` is where two settings are alike; the axis of ratios is logarithmic."""
+
+    note: str
+    rows: list[Row]
+    even: float | None = None
+    ratio: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One way to judge settings: its values, and the pairs with the setting that is best by it."""
+
+    key: str
+    title: str
+    strips: list[Strip]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON can say it."""
+        return asdict(self)
+
+
+def measures(collection: Collection, groups: Sequence[Group], ranks: Sequence[Rank], metric: str) -> list[Measure]:
+    """Area and tokens to the target where a comparison has them, then the last values; nothing for a lone run."""
+    found = [*_compared(collection.comparison, groups, metric), *_last(ranks, metric)]
+    return [one for one in found if sum(len(row.dots) for row in one.strips[0].rows) > 1]
+
+
+def _last(ranks: Sequence[Rank], metric: str) -> list[Measure]:
+    known = [rank for rank in ranks if rank.values]
+    if not known:
+        return []
+    seeds = {rank.group: [Dot(one["seed"], one["value"]) for one in rank.values] for rank in known}
+    rows = [_row(rank, seeds[rank.group], rank.end, number(rank.end.mean)) for rank in known]
+    best = {dot.seed: dot.value for dot in seeds[known[0].group] if dot.seed is not None}
+    gaps = [
+        _row(
+            rank,
+            [Dot(dot.seed, dot.value - best[dot.seed]) for dot in seeds[rank.group] if dot.seed in best],
+            rank.difference,
+            ("+" if rank.difference.mean > 0 else "") + number(rank.difference.mean),
+        )
+        for rank in known[1:]
+        if rank.difference is not None
+    ]
+    strips = [Strip(f"Nats a token. {_DOTS}", rows)]
+    if gaps:
+        note = f"Difference to {known[0].label}, same seed against same seed. Right of zero: ends higher."
+        strips.append(Strip(note, gaps, even=0.0))
+    return [Measure("last", f"Last {metric}", strips)]
+
+
+def _row(rank: Rank, dots: list[Dot], spread: Interval, said: str) -> Row:
+    return Row(rank.group, rank.label, dots, _known(spread.mean), _known(spread.low), _known(spread.high), said)
+
+
+@dataclass(frozen=True, slots=True)
+class _Arm:
+    """An arm of a comparison: its colour, its name, and what each of its seeds came to."""
+
+    group: int
+    label: str
+    seeds: dict[int, Mapping[str, Any]]
+    control: bool = False
+
+    def values(self, key: str) -> dict[int, float]:
+        """Seed -> value, of the seeds that have one."""
+        return {s: fact[key] for s, fact in self.seeds.items() if _number(fact.get(key))}
+
+
+def _compared(comparison: Mapping[str, Any], groups: Sequence[Group], metric: str) -> list[Measure]:
+    arms = _arms(comparison, groups)
+    areas = (arm for arm in arms if arm.values("area"))
+    by_area = sorted(areas, key=lambda arm: (arm.control, _mean(arm.values("area").values())))
+    rest = [arm for arm in arms if arm not in by_area]
+    by_tokens = sorted(filter(_arrivals, [*by_area, *rest]), key=_speed)  # where all are alike, as by their areas
+    found = []
+    if by_area:
+        note = f"Mean over the tokens trained on, as a share of the first value: 1 learnt nothing. {_DOTS}"
+        rows = [_spread(arm, "area") for arm in by_area]
+        found.append(Measure("area", f"Area under {metric}", [Strip(note, rows), *_ratios(by_area, "area", "area")]))
+    if by_tokens:
+        title = f"Tokens until {metric} is {comparison.get('target', '?')} of its first value"
+        note = "A dot is a seed. An open triangle is a run that ended before it got there; with one, no mean is taken."
+        rows = [_arrived(arm) for arm in by_tokens]
+        ratios = _ratios(by_tokens, "tokens_to_target", "tokens")
+        found.append(Measure("tokens", title, [Strip(note, rows), *ratios]))
+    return found
+
+
+def _arms(comparison: Mapping[str, Any], groups: Sequence[Group]) -> list[_Arm]:
+    live = comparison.get("live")
+    told = {arm.get("name"): arm for arm in comparison.get("arms") or () if isinstance(arm, dict)}
+    places = {group.runs[0].params.get("arm"): index for index, group in enumerate(groups) if not group.replayed}
+    found = []
+    for row in (live.get("arms") if isinstance(live, dict) else None) or ():
+        arm = told.get(row.get("arm"), {})
+        label = str(arm.get("label") or row.get("arm"))
+        if label in places and isinstance(row.get("seeds"), dict):
+            seeds = {int(seed): fact for seed, fact in row["seeds"].items()}
+            found.append(_Arm(places[label], label, seeds, control=bool(arm.get("control"))))
+    return found
+
+
+def _spread(arm: _Arm, key: str) -> Row:
+    values = arm.values(key)
+    dots, spread = [Dot(*one) for one in values.items()], interval([*values.values()])
+    return Row(arm.group, arm.label, dots, spread.mean, _known(spread.low), _known(spread.high), number(spread.mean))
+
+
+def _arrivals(arm: _Arm) -> list[Dot]:
+    """Where each seed reached the target, or ended without it."""
+    dots = []
+    for seed, fact in arm.seeds.items():
+        late = not _number(fact.get("tokens_to_target"))
+        value = fact.get("tokens" if late else "tokens_to_target")
+        if isinstance(value, int | float):
+            dots.append(Dot(seed, value, late))
+    return dots
+
+
+def _arrived(arm: _Arm) -> Row:
+    dots = _arrivals(arm)
+    late = sum(dot.late for dot in dots)
+    if late:
+        return Row(arm.group, arm.label, dots, None, None, None, f"{late} of {len(dots)} never")
+    spread = interval([dot.value for dot in dots])
+    return Row(arm.group, arm.label, dots, spread.mean, _known(spread.low), _known(spread.high), short(spread.mean))
+
+
+def _speed(arm: _Arm) -> tuple[bool, int, float]:
+    dots = _arrivals(arm)
+    return arm.control, sum(dot.late for dot in dots), _mean([dot.value for dot in dots])
+
+
+def _ratios(arms: Sequence[_Arm], key: str, what: str) -> list[Strip]:
+    """The first arm's value over each other's, seed by seed: the interval is of the mean log-ratio."""
+    best, *others = arms
+    mine = best.values(key)
+    rows = []
+    for arm in others:
+        theirs = arm.values(key)
+        logs = {s: math.log(mine[s] / theirs[s]) for s in mine if mine[s] > 0 and theirs.get(s, 0) > 0}
+        if not logs:
+            continue
+        spread = interval([*logs.values()])
+        mean, low, high = (_exp(end) for end in (spread.mean, spread.low, spread.high))
+        pairs = max(len(best.seeds), len(arm.seeds))
+        said = f"{math.exp(spread.mean):.3f}" + (f" ({spread.n} of {pairs} pairs)" if spread.n < pairs else "")
+        dots = [Dot(seed, math.exp(log)) for seed, log in logs.items()]
+        rows.append(Row(arm.group, f"against {arm.label}", dots, mean, low, high, said))
+    if not rows:
+        return []
+    note = f"{best.label}'s {what} as a share of each other's, same seed against same seed, with the 95 % interval."
+    return [Strip(f"{note} Left of 1: {best.label} is ahead.", rows, even=1.0, ratio=True)]
+
+
+def _exp(log: float) -> float | None:
+    return math.exp(log) if math.isfinite(log) else None
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = [*values]
+    return sum(known) / len(known)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None

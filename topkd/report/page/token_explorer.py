@@ -1,0 +1,129 @@
+"""Recorded rollouts as the page shows them: checked, cut to a budget that is said aloud, one JSON text each.
+
+What stands in ``tokens.jsonl`` came out of models: every text in it is untrusted, and stays text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from topkd.report.load.collection import Group
+from topkd.report.load.run_log import Record
+
+BUDGET_CHARS: Final = 5_000_000  # of all rollouts on a page together
+LISTED: Final = 20  # entries of a top-K list that the page shows
+
+
+@dataclass(frozen=True, slots=True)
+class Transcripts:
+    """The rollouts of a page: heads for the menu, bodies by place, and what was left out."""
+
+    heads: list[dict[str, Any]]
+    bodies: list[str]
+    note: str
+
+
+def transcripts(groups: Sequence[Group], budget: int = BUDGET_CHARS) -> Transcripts:
+    """As many rollouts as the budget holds, taken evenly from all runs and from early to late in each."""
+    places = [
+        (index, run, record) for index, group in enumerate(groups) for run in group.runs for record in run.rollouts
+    ]
+    sizes = [_size(record) for _, _, record in places]
+    chosen = _within(sizes, budget)
+    several = len({id(run) for _, run, _ in places}) > 1
+    heads, bodies = [], []
+    for place in chosen:
+        index, run, record = places[place]
+        heads.append(
+            {
+                "g": index,
+                "label": _label(record, run.name if several else ""),
+                "step": record.get("step"),
+                "n": len(record["tokens"]),
+            }
+        )
+        bodies.append(json.dumps(body(record), allow_nan=False, ensure_ascii=False, separators=(",", ":")))
+    left = len(places) - len(chosen)
+    note = f"{len(chosen)} of {len(places)} recorded rollouts are on this page; tokens.jsonl has all." if left else ""
+    return Transcripts(heads, bodies, note)
+
+
+def body(record: Record) -> dict[str, Any]:
+    """One rollout in short keys: b, s, t are the behaviour's, student's and teacher's logprob of the token drawn."""
+    texts = record.get("texts")
+    texts = texts if isinstance(texts, dict) else {}
+    tokens = [token for token in record["tokens"] if isinstance(token, dict)]
+    shown = [_token(token) for token in tokens]
+    used = {str(entry[0]) for token in shown for side in ("T", "S") for entry in token[side] or ()}
+    return {
+        "prompt": str(record.get("prompt", "")),
+        "step": record.get("step"),
+        "sample": str(record.get("sample_id", "")),
+        "objective": str(record.get("objective", "")),
+        "divergence": str(record.get("divergence", "")),
+        "cut": record.get("left_out") or 0,
+        "finish": str(record.get("finish_reason", "")),
+        "texts": {key: str(text) for key, text in texts.items() if key in used},
+        "tokens": shown,
+    }
+
+
+def _token(token: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": token.get("id"),
+        "text": str(token.get("text", "")),
+        "b": _number(token.get("behavior_logp")),
+        "s": _number(token.get("student_logp")),
+        "t": _number(token.get("teacher_logp")),
+        "a": _number(token.get("advantage")),
+        "d": _number(token.get("divergence")),
+        "m": token.get("trains") is not False,
+        "T": _list(token.get("teacher")),
+        "S": _list(token.get("student")),
+    }
+
+
+def _list(entries: Any) -> list[list[Any]] | None:
+    if not isinstance(entries, list):
+        return None
+    pairs = [entry for entry in entries if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], int)]
+    return [[entry[0], _number(entry[1])] for entry in pairs[:LISTED]]
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(f"{value:.5g}")
+
+
+def _label(record: Record, run: str) -> str:
+    parts = [run, f"step {record.get('step', '?')}", str(record.get("sample_id") or "")]
+    return " · ".join(part for part in parts if part)
+
+
+def _size(record: Record) -> int:
+    """About how many characters a rollout takes on the page."""
+    entries = sum(
+        min(LISTED, len(token[side]))
+        for token in record["tokens"]
+        if isinstance(token, dict)
+        for side in ("teacher", "student")
+        if isinstance(token.get(side), list)
+    )
+    return 400 + 110 * len(record["tokens"]) + 30 * entries
+
+
+def _within(sizes: Sequence[int], budget: int) -> list[int]:
+    """Evenly spaced places whose sizes together stay within the budget: all of them where they do."""
+    count = len(sizes)
+    while count > 0:
+        step = len(sizes) / count
+        chosen = sorted({min(len(sizes) - 1, int(step * (i + 0.5))) for i in range(count)})
+        if sum(sizes[place] for place in chosen) <= budget:
+            return chosen
+        count = count * 9 // 10
+    return []
