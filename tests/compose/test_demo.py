@@ -10,7 +10,7 @@ import pytest
 
 from topkd.compose import demo
 from topkd.compose.config.run_config import load_config
-from topkd.compose.demo_assets import corpus
+from topkd.compose.demo_assets import assets, corpus
 from topkd.compose.demo_assets.folders import own_folder, scratch
 from topkd.compose.progress import Progress
 from topkd.compose.run.signals import Stops
@@ -36,11 +36,11 @@ class Told(Progress):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(demo, "CORPUS_BYTES", 300_000)
-    monkeypatch.setattr(demo, "HELD_OUT_TOKENS", 5_000)
+    monkeypatch.setattr(assets, "CORPUS_BYTES", 300_000)
+    monkeypatch.setattr(assets, "HELD_OUT_TOKENS", 5_000)
     monkeypatch.setattr(demo, "PROBES", 8)
-    monkeypatch.setattr(demo, "TEACHER", {"hidden": 32, "layers": 1, "heads": 2, "steps": 12, "batch": 4})
-    monkeypatch.setattr(demo, "STUDENT", {"hidden": 32, "layers": 1, "heads": 2, "steps": 2, "seed": 1, "batch": 4})
+    monkeypatch.setattr(assets, "TEACHER", {"hidden": 32, "layers": 1, "heads": 2, "steps": 12, "batch": 4})
+    monkeypatch.setattr(assets, "STUDENT", {"hidden": 32, "layers": 1, "heads": 2, "steps": 2, "seed": 1, "batch": 4})
 
 
 async def test_the_demo_runs_from_corpus_to_curve_and_reuses_what_it_trained(small, tmp_path):
