@@ -28,8 +28,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from topkd.offline import ScoreStore, TeacherIdentity, codecs, verify
-from topkd.offline.unpacking import Unpacker, kernel
+from topkd.offline import ScoreStore, TeacherIdentity, verify
+from topkd.offline.store import codecs
+from topkd.offline.store.unpacking import Unpacker, kernel
 from topkd.topk import TopK
 from topkd.topk.types import tail_logp
 

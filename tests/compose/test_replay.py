@@ -22,7 +22,7 @@ from topkd.compose.train import train
 from topkd.engine.loop.metrics import outcome, read_metrics
 from topkd.engine.loop.prompts import PromptRow
 from topkd.offline import ScoreStore, TeacherIdentity
-from topkd.offline.records import ROLLOUT
+from topkd.offline.store.records import ROLLOUT
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk import Rollout, SamplingParams
 from topkd.topk.errors import CacheMissError, ConfigError, DataError
@@ -209,7 +209,7 @@ async def test_every_miss_is_one_clear_error(folders, recorded, tmp_path):
 async def test_a_single_missing_score_is_an_error_unless_it_may_be_lost_and_then_it_is_counted(
     folders, recorded, tmp_path
 ):
-    from topkd.offline.tables import identities
+    from topkd.offline.store.tables import identities
 
     names = identities(recorded / "cache")
     with ScoreStore(recorded / "cache") as whole, ScoreStore(tmp_path / "holed", mode="a") as holed:

@@ -15,7 +15,7 @@ from topkd.compose.train import train
 from topkd.engine.config.objectives import Objective
 from topkd.engine.loop.metrics import read_metrics
 from topkd.offline import ScoreStore
-from topkd.offline.records import ROLLOUT
+from topkd.offline.store.records import ROLLOUT
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import CacheMissError, ConfigError, TopkdError
 

@@ -15,7 +15,7 @@ from topkd.compose.replay import replay
 from topkd.compose.sample import SampleJob, sample_data
 from topkd.engine.loop.metrics import read_metrics
 from topkd.offline import ScoreStore, TeacherIdentity
-from topkd.offline.records import ROLLOUT
+from topkd.offline.store.records import ROLLOUT
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import CacheError, ConfigError, ResponseError
 

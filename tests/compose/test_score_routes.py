@@ -10,7 +10,7 @@ from topkd.compose.config.run_config import RunConfig
 from topkd.compose.replay import replay
 from topkd.compose.score import ScoreConfig, score_data
 from topkd.offline import ScoreStore, TeacherIdentity
-from topkd.offline.records import ROLLOUT
+from topkd.offline.store.records import ROLLOUT
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import ConfigError, DataError
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tests.offline.samples import checked, same, scored
-from topkd.offline.codecs import ACTUAL_IS_NEXT, CODECS, HAS_PADS, PLAIN, decode, encode, narrowed
+from topkd.offline.store.codecs import ACTUAL_IS_NEXT, CODECS, HAS_PADS, PLAIN, decode, encode, narrowed
 from topkd.topk import TopK
 from topkd.topk.errors import CacheCorruptError, ResponseError
 

@@ -12,7 +12,7 @@ import pytest
 from tests.offline import reader
 from tests.offline.samples import scored
 from topkd.offline import ScoreStore, TeacherIdentity
-from topkd.offline.codecs import CODECS
+from topkd.offline.store.codecs import CODECS
 from topkd.topk import Rollout, SamplingParams
 
 TEACHER = TeacherIdentity("täacher", revision="r1", tokenizer="t", context="c")

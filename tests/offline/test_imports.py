@@ -7,7 +7,7 @@ import pytest
 
 from tests.offline.samples import scored
 from topkd.offline import ScoreStore, TeacherIdentity, import_axolotl, import_distillkit
-from topkd.offline.distillkit import Layout
+from topkd.offline.exchange.distillkit import Layout
 from topkd.topk.errors import AlignmentError, ConfigError, DataError
 
 pq = pytest.importorskip("pyarrow.parquet")

@@ -5,8 +5,8 @@ import pytest
 
 from tests.offline.samples import same, scored
 from topkd.offline import ScoreStore, TeacherIdentity, export_parquet, import_parquet
-from topkd.offline.records import ROLLOUT
-from topkd.offline.rollout_tables import import_rollouts
+from topkd.offline.exchange.rollout_tables import import_rollouts
+from topkd.offline.store.records import ROLLOUT
 from topkd.topk import Rollout, SamplingParams
 
 pq = pytest.importorskip("pyarrow.parquet")

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from tests.offline.samples import checked, same, scored
-from topkd.offline import ScoreStore, TeacherIdentity, index, segments
-from topkd.offline.keys import rollout_key, score_key, token_array
-from topkd.offline.records import ROLLOUT, SCORE
+from topkd.offline import ScoreStore, TeacherIdentity
+from topkd.offline.store import index, segments
+from topkd.offline.store.keys import rollout_key, score_key, token_array
+from topkd.offline.store.records import ROLLOUT, SCORE
 from topkd.topk import Rollout, SamplingParams, TopK
 from topkd.topk.errors import AlignmentError, CacheError, ConfigError, DataError, TopkdError
 from topkd.topk.protocols import SampleStore

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tests.offline.samples import same, scored
-from topkd.offline import codecs, unpacking
-from topkd.offline.codecs import _from_half, _join
-from topkd.offline.unpacking import Unpacker, kernel
+from topkd.offline.store import codecs, unpacking
+from topkd.offline.store.codecs import _from_half, _join
+from topkd.offline.store.unpacking import Unpacker, kernel
 
 
 def every_pattern(seed=0):

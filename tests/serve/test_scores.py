@@ -14,7 +14,7 @@ import torch
 from starlette.applications import Starlette
 
 from tests.serve.apps import NAME, client, complete, exact_logp, generate, make_app, random_ids
-from topkd.serve import backbone
+from topkd.serve.model import backbone
 
 TOLERANCE = 1e-4  # float32 against float64; these models have logits of +-30
 

@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.serve.apps import client, complete, make_app, random_ids
-from topkd.serve import ServeConfig, loading, run
+from topkd.serve import ServeConfig, run
 from topkd.serve.__main__ import main
+from topkd.serve.model import loading
 from topkd.topk.errors import ConfigError
 
 

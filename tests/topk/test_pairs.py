@@ -11,8 +11,8 @@ from tests.topk import reference
 from tests.topk.lists import as_dict, random_logp, topk_of
 from topkd.topk import TopK, gjs, topk_gjs
 from topkd.topk.errors import AlignmentError, ConfigError
-from topkd.topk.pairs import _exact
-from topkd.topk.union import BLOCK_SLOTS, UnionTail
+from topkd.topk.maths.pairs import _exact
+from topkd.topk.maths.union import BLOCK_SLOTS, UnionTail
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 

@@ -23,7 +23,7 @@ from topkd.compose.data.rows import checked_row, prompt_tokens
 from topkd.compose.progress import Progress
 from topkd.engine.loop.waiting import first_of
 from topkd.offline import ScoreStore, TeacherIdentity
-from topkd.offline.folder import FORMAT_FILE
+from topkd.offline.store.folder import FORMAT_FILE
 from topkd.topk.errors import ConfigError, DataError, ResponseError, UnsupportedError
 from topkd.topk.protocols import Sampler
 from topkd.topk.samples import Rollout, SamplingParams

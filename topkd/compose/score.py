@@ -14,7 +14,7 @@ from topkd.compose.cache.identity import served_identity
 from topkd.compose.data.sequences import BadRow, check_source
 from topkd.compose.progress import Progress
 from topkd.offline import ScoreStore, TeacherIdentity
-from topkd.offline.folder import FORMAT_FILE
+from topkd.offline.store.folder import FORMAT_FILE
 
 __all__ = ["ScoreConfig", "ScoreReport", "score_data"]
 

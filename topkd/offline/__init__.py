@@ -1,12 +1,12 @@
 """Never ask twice. Knows: keys, records, segments. Does not know: HTTP, torch."""
 
 from topkd.offline.caching import CacheMetrics, CachingSampler, CachingScorer, ReplaySampler, ReplayScorer
-from topkd.offline.compaction import Compaction, gc, merge
-from topkd.offline.exchange import Exchange, export_parquet, from_dataset, import_parquet, to_dataset
-from topkd.offline.imports import import_axolotl, import_distillkit
-from topkd.offline.keys import TeacherIdentity
-from topkd.offline.store import ScoreStore
-from topkd.offline.upkeep import CacheStats, Verification, profile, stats, verify
+from topkd.offline.exchange.exchange import Exchange, export_parquet, from_dataset, import_parquet, to_dataset
+from topkd.offline.exchange.imports import import_axolotl, import_distillkit
+from topkd.offline.store.compaction import Compaction, gc, merge
+from topkd.offline.store.keys import TeacherIdentity
+from topkd.offline.store.maintenance import CacheStats, Verification, profile, stats, verify
+from topkd.offline.store.store import ScoreStore
 
 __all__ = [
     "CacheMetrics",

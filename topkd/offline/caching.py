@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from topkd.offline.codecs import narrowed
-from topkd.offline.keys import TeacherIdentity, rollout_key, score_key, token_array
-from topkd.offline.store import ScoreStore
+from topkd.offline.store.codecs import narrowed
+from topkd.offline.store.keys import TeacherIdentity, rollout_key, score_key, token_array
+from topkd.offline.store.store import ScoreStore
 from topkd.topk.errors import CacheError, CacheMissError
 from topkd.topk.protocols import Ids, Sampler, TeacherScorer, Version
 from topkd.topk.samples import Rollout, SamplingParams

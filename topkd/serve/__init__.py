@@ -19,7 +19,7 @@ __all__ = ["ServeConfig", "ServerProcess", "create_app", "load_model", "serve"]
 
 def load_model(config: ServeConfig) -> tuple[Any, Any]:
     """The model of ``config`` in evaluation mode on its device, and its tokenizer."""
-    from topkd.serve.loading import load_model as load
+    from topkd.serve.model.loading import load_model as load
 
     return load(config)
 

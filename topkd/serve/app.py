@@ -14,14 +14,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from topkd import __version__
-from topkd.serve import generate, openai, sglang
 from topkd.serve.config import ServeConfig
-from topkd.serve.control import Control
-from topkd.serve.refusal import Refusal
-from topkd.serve.requests import DetokenizeBody, TokenizeBody, check_ids
-from topkd.serve.served import VLLM_DIALECT, Served
-from topkd.serve.sglang_control import SglangControl
-from topkd.serve.wire import KeyGuard, answered, detail, json_reply, read
+from topkd.serve.engine.refusal import Refusal
+from topkd.serve.engine.served import VLLM_DIALECT, Served
+from topkd.serve.routes import generate, openai, sglang
+from topkd.serve.routes.control import Control
+from topkd.serve.routes.requests import DetokenizeBody, TokenizeBody, check_ids
+from topkd.serve.routes.sglang_control import SglangControl
+from topkd.serve.routes.wire import KeyGuard, answered, detail, json_reply, read
 
 
 def create_app(model: Any, tokenizer: Any, config: ServeConfig) -> Starlette:

@@ -44,7 +44,7 @@ def serve(config: ServeConfig) -> None:
     listening = listen(config.host, config.port)
     # Imported after the cheap mistakes have been found: torch and transformers take seconds.
     from topkd.serve.app import create_app
-    from topkd.serve.loading import load_model
+    from topkd.serve.model.loading import load_model
 
     with contextlib.closing(listening):
         host, port = listening.getsockname()[:2]

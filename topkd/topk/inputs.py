@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.scalars import real
+from topkd.topk.maths.scalars import real
 from topkd.topk.types import Float64, TopK
 
 LOGP_TOLERANCE = 1e-3  # float32 rounding of a served logprob stays far below; above it, the numbers are logits

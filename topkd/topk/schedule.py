@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.scalars import real, whole
+from topkd.topk.maths.scalars import real, whole
 
 _SMALLEST_LOSS = 1e-8  # the relative change against a loss of zero would be 1e15 and stay in the momentum for good
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from topkd.topk.errors import ConfigError, ResponseError
-from topkd.topk.ragged import padded
-from topkd.topk.scalars import whole
+from topkd.topk.maths.ragged import padded
+from topkd.topk.maths.scalars import whole
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]

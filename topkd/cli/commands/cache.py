@@ -159,8 +159,8 @@ def export(
     Example: topkd cache export cache exported --format parquet
     """
     from topkd.offline import export_parquet, to_dataset
-    from topkd.offline.exchange import writing
-    from topkd.offline.folder import FORMAT_FILE
+    from topkd.offline.exchange.exchange import writing
+    from topkd.offline.store.folder import FORMAT_FILE
 
     if (out / FORMAT_FILE).exists():
         raise ConfigError("the folder to export to is a cache", where=str(out), hint="choose another one")
@@ -194,7 +194,7 @@ def import_(
     """
     from topkd.offline import ScoreStore, TeacherIdentity, from_dataset, import_axolotl, import_distillkit
     from topkd.offline import import_parquet as parquet
-    from topkd.offline.folder import begun
+    from topkd.offline.store.folder import begun
 
     if not source.exists():
         raise DataError("no such file or folder", where=str(source), expected="something to import")
@@ -233,9 +233,9 @@ def _told(result: Any, as_json: bool) -> None:
 
 def _listed(cache: Path) -> Iterator[dict[str, Any]]:
     from topkd.offline import ScoreStore
-    from topkd.offline.codecs import CODEC_NAMES
-    from topkd.offline.records import KIND_NAMES, ROLLOUT, SCORE
-    from topkd.offline.tables import identities
+    from topkd.offline.store.codecs import CODEC_NAMES
+    from topkd.offline.store.records import KIND_NAMES, ROLLOUT, SCORE
+    from topkd.offline.store.tables import identities
 
     names = identities(cache)
     with ScoreStore(cache) as store:

@@ -11,7 +11,7 @@ from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import TeacherConfig
 from topkd.engine.loop.data_mixing import on_policy_prompts
 from topkd.offline import ScoreStore, TeacherIdentity
-from topkd.offline.records import SCORE
+from topkd.offline.store.records import SCORE
 from topkd.topk.errors import CacheMissError, ConfigError
 
 

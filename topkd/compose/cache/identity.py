@@ -10,8 +10,8 @@ import numpy as np
 
 from topkd.engine import EngineConfig
 from topkd.offline import ScoreStore, TeacherIdentity
-from topkd.offline.records import IDENTITY
-from topkd.offline.tables import close_all, read_tables, teachers_of
+from topkd.offline.store.records import IDENTITY
+from topkd.offline.store.tables import close_all, read_tables, teachers_of
 from topkd.topk.errors import ConfigError
 
 

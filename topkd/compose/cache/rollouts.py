@@ -19,7 +19,7 @@ from topkd.compose.data.digests import weights_digest
 from topkd.engine.loop.prompts import PromptRow
 from topkd.engine.loop.rollouts import BatchSampler, derived_seed
 from topkd.offline import CacheMetrics, ScoreStore, TeacherIdentity
-from topkd.offline.records import ROLLOUT
+from topkd.offline.store.records import ROLLOUT
 from topkd.topk.errors import CacheError, CacheMissError, ConfigError
 from topkd.topk.protocols import Ids, Sampler
 from topkd.topk.samples import Rollout, SamplingParams

@@ -14,7 +14,7 @@ from topkd.engine import EngineConfig
 from topkd.engine.loop.prompts import PromptRow, step_indices
 from topkd.engine.loop.scoring import teacher_for
 from topkd.offline import ReplayScorer, ScoreStore, TeacherIdentity
-from topkd.offline.records import ROLLOUT
+from topkd.offline.store.records import ROLLOUT
 from topkd.topk.errors import CacheMissError, ConfigError
 from topkd.topk.samples import Rollout, SamplingParams
 

@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from topkd.offline.folder import FORMAT_FILE
-from topkd.offline.parquet_files import open_parquet, read_batches
+from topkd.offline.exchange.parquet_files import open_parquet, read_batches
+from topkd.offline.store.folder import FORMAT_FILE
 from topkd.topk.errors import ConfigError, DataError
 
 _BATCH = 64  # rows read at a time

@@ -17,8 +17,8 @@ from topkd.compose.data.conversations import recorded
 from topkd.compose.data.files import UNIT, Portion, _line_units, check_rows, count_rows, json_object, raw_rows
 from topkd.compose.data.rows import DataRow, teacher_tokens, valid_ids
 from topkd.offline import ScoreStore
-from topkd.offline.folder import FORMAT_FILE
-from topkd.offline.records import ROLLOUT
+from topkd.offline.store.folder import FORMAT_FILE
+from topkd.offline.store.records import ROLLOUT
 from topkd.topk.errors import ConfigError, DataError
 from topkd.topk.samples import FinishReason
 from topkd.topk.types import Float32, Int32

@@ -12,7 +12,6 @@ from torch import Tensor
 from topkd.engine.config.objectives import Sampled, ScalarKL, TopKPolicyGradient
 from topkd.engine.learner.token_view import TokenView
 from topkd.topk import gjs_advantage, scalar_kl_advantage
-from topkd.topk.baselines import discounted_return, value_baseline
 from topkd.topk.losses import (
     SparseTeacher,
     importance_sampling_loss,
@@ -20,6 +19,7 @@ from topkd.topk.losses import (
     topk_policy_gradient_loss,
 )
 from topkd.topk.losses.topk_policy import bucket_rows
+from topkd.topk.maths.baselines import discounted_return, value_baseline
 from topkd.topk.types import Float64
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from topkd.topk.errors import ConfigError
 from topkd.topk.fused.blocks import CHUNK_BYTES, even
 from topkd.topk.fused.functions import RowLoss, SummedRowLoss, TopKLogprobs
-from topkd.topk.scalars import positive
+from topkd.topk.maths.scalars import positive
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.scalars import real
+from topkd.topk.maths.scalars import real
 
 CLAMPED_LOG_MASS = -1e-7  # a captured mass above 1 - 1e-7 is rounding, and log(1 - mass) would be noise or nan
 

@@ -29,7 +29,7 @@ from topkd.topk.losses.tokens import (
     reduce_tokens,
     upcast,
 )
-from topkd.topk.scalars import real, whole
+from topkd.topk.maths.scalars import real, whole
 
 
 def teacher_entropy(teacher_logits: Tensor) -> Tensor:

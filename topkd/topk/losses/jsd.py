@@ -11,7 +11,7 @@ from torch import Tensor
 from topkd.topk.errors import ConfigError
 from topkd.topk.losses.divergence import check_beta, clamp_value, divergence_terms, log_softmax
 from topkd.topk.losses.tokens import FullReduction, check_logits, labels_mask, reduce_tokens, upcast
-from topkd.topk.scalars import real, whole
+from topkd.topk.maths.scalars import real, whole
 
 Tail: TypeAlias = Literal["bucket", "renormalise"]
 _PROBABILITY_TOLERANCE = 1e-2  # wide enough for bf16 rows of any vocabulary, far below what logits add up to

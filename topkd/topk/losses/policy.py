@@ -19,7 +19,7 @@ from topkd.topk.losses.tokens import (
     reduce_tokens,
     upcast,
 )
-from topkd.topk.scalars import real
+from topkd.topk.maths.scalars import real
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) = 4.9e8: beyond it a ratio carries no information, only overflow
 

@@ -11,7 +11,7 @@ from topkd.topk.errors import ConfigError
 from topkd.topk.losses.divergence import log_softmax
 from topkd.topk.losses.jsd import select_rows
 from topkd.topk.losses.tokens import boolean_mask, check_logits, check_same, reduce_mean
-from topkd.topk.scalars import real
+from topkd.topk.maths.scalars import real
 
 
 @overload

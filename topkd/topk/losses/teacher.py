@@ -13,7 +13,7 @@ from torch import Tensor
 from topkd.topk.errors import AlignmentError, ConfigError
 from topkd.topk.losses.divergence import CLAMPED_LOG_MASS, log1mexp
 from topkd.topk.losses.tokens import widest
-from topkd.topk.scalars import whole
+from topkd.topk.maths.scalars import whole
 from topkd.topk.types import TopK
 
 _LOWEST_TAIL = math.log(-math.expm1(CLAMPED_LOG_MASS))  # both sides' tails are held at 1e-7 or more

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.scalars import real
+from topkd.topk.maths.scalars import real
 
 IGNORE_INDEX = -100
 Reduction: TypeAlias = Literal["mean", "sum"]

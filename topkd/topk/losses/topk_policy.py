@@ -32,7 +32,7 @@ from topkd.topk.losses.tokens import (
     upcast,
     widest,
 )
-from topkd.topk.scalars import real
+from topkd.topk.maths.scalars import real
 from topkd.topk.types import MASS_TOLERANCE
 
 TAIL_GATE = 1e-6  # below this the tail's advantage is a quotient of two roundings

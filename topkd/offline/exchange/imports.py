@@ -1,0 +1,260 @@
+"""Captures that other tools left: Axolotl's KD columns and DistillKit's compressed Parquet (docs/format.md).
+
+Both may hold numbers that are not the teacher's own softmax (renormalised lists, a polynomial in place of a tail). That
+goes into the teacher's identity as ``semantics``, so such records never answer a request for raw logprobs by accident.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topkd.offline.exchange.distillkit import Layout
+from topkd.offline.exchange.exchange import Exchange
+from topkd.offline.exchange.parquet_files import open_parquet, read_batches
+from topkd.offline.store.keys import RAW_LOGPROBS, TeacherIdentity, token_array
+from topkd.offline.store.store import ScoreStore
+from topkd.topk.errors import AlignmentError, CacheError, DataError, TopkdError
+from topkd.topk.types import PAD_ID, Float32, Int32, TopK, tail_logp
+
+_HEAD, _ENOUGH = 64, 64  # rows that are read, and positions that are needed, to see a shift
+_RESCALED = 1.01  # rounding of a captured list explains a mass up to this; what is above is no distribution
+
+
+@dataclass(frozen=True, slots=True)
+class _Lists:
+    """One captured row: lists [R, K], where they start, and whether the tail can be told from them."""
+
+    ids: Int32
+    start: int
+    top: NDArray[np.int64]
+    logp: NDArray[np.float64]
+    exact: bool
+
+
+def import_axolotl(
+    rows: Iterable[Mapping[str, Any]],
+    store: ScoreStore,
+    teacher: TeacherIdentity,
+    *,
+    logprobs_field: str = "logprobs",
+    tokenise: Callable[[Mapping[str, Any]], Any] | None = None,
+    temperature: float = 1.0,
+    shifted: bool = True,
+    where: str = "",
+) -> Exchange:
+    """Axolotl's KD columns: the raw logprobs field, the structured one, or prepared ``target_*`` columns.
+
+    Args:
+        rows: Data rows with ``input_ids`` (or with what ``tokenise`` needs).
+        store: Open for appending.
+        teacher: Who scored them; prepared columns and temperatures other than 1 change its ``semantics``.
+        logprobs_field: The column of raw logprobs; its last entry is about the last token.
+        tokenise: From a row to its ids, where ``input_ids`` is missing.
+        temperature: That the logprobs were generated at.
+        shifted: Of prepared columns: row j is about token j + 1 (as documented); False: about token j.
+        where: What to call the source in messages.
+    """
+
+    def read(row: Mapping[str, Any]) -> _Lists:
+        given = row["input_ids"] if "input_ids" in row else tokenise(row) if tokenise else None
+        if given is None:
+            raise DataError("a row without input_ids", hint="pass tokenise=, from a row to its token ids")
+        ids = token_array(given)
+        if "target_logprobs" in row:
+            return _prepared(row, ids, shifted=shifted)
+        if logprobs_field not in row:
+            raise DataError("a row without logprobs", got=", ".join(row), expected=logprobs_field)
+        return _trailing(row[logprobs_field], row.get("target_token_ids"), ids)
+
+    def semantics(row: Mapping[str, Any]) -> str:
+        kind = "renormalised_topk" if "target_logprobs" in row else RAW_LOGPROBS
+        return kind if temperature == 1.0 else f"{kind};temperature={temperature:g}"
+
+    return _bring(rows, store, teacher, read, semantics, where=where)
+
+
+def import_distillkit(
+    path: str | os.PathLike[str],
+    store: ScoreStore,
+    teacher: TeacherIdentity,
+    *,
+    config: Mapping[str, Any] | None = None,
+) -> Exchange:
+    """DistillKit's capture folder: ``data_*.parquet`` beside ``compression_config.yaml``; row i is about token i + 1.
+
+    Args:
+        path: The folder, or one Parquet file.
+        store: Open for appending.
+        teacher: Who scored it; a lossy capture changes its ``semantics``.
+        config: The compression settings, where the YAML file is not beside the data.
+    """
+    root = Path(path)
+    files = sorted(root.glob("*.parquet")) if root.is_dir() else [root]
+    if not files or not files[0].is_file():
+        raise DataError("no Parquet capture there", where=str(root))
+    layout = Layout.load(config, root if root.is_dir() else root.parent)
+
+    def rows() -> Iterable[Mapping[str, Any]]:
+        for file in files:
+            with open_parquet(file) as source:
+                for batch in read_batches(source, file, batch_size=64):
+                    yield from batch.to_pylist()
+
+    def read(row: Mapping[str, Any]) -> _Lists:
+        ids = token_array(row["input_ids"])
+        if "packed_indices" in row:
+            raise DataError("DistillKit's legacy layout cannot be read", got="packed_indices", hint="capture again")
+        if "top_values" in row:
+            top, logp = np.asarray(row["token_ids"], np.int64), np.asarray(row["top_values"], np.float64)
+        else:
+            top, logp = layout.decode(row["bytepacked_indices"], row["compressed_logprobs"])
+        spare = len(logp) - (ids.size - 1)
+        if spare > 0:  # captures may hold a row about the token after the last
+            top, logp = top[:-spare], logp[:-spare]
+        return _Lists(ids, 0, top, logp, layout.exact or "top_values" in row)
+
+    def semantics(row: Mapping[str, Any]) -> str:
+        return RAW_LOGPROBS if "top_values" in row else layout.semantics
+
+    return _bring(rows(), store, teacher, read, semantics, where=str(root))
+
+
+def _bring(
+    rows: Iterable[Mapping[str, Any]],
+    store: ScoreStore,
+    teacher: TeacherIdentity,
+    read: Callable[[Mapping[str, Any]], _Lists],
+    semantics: Callable[[Mapping[str, Any]], str],
+    *,
+    where: str,
+) -> Exchange:
+    done = tokens = 0
+    refused: list[str] = []
+    source = iter(rows)
+    head = list(islice(source, _HEAD))
+    _check_alignment(head, read)
+    for number, row in enumerate(chain(head, source)):
+        place = f"{where}, row {number}" if where else f"row {number}"
+        try:
+            lists = read(row)
+            scores = _scores(lists)
+            store.put(replace(teacher, semantics=semantics(row)), lists.ids, scores)
+        except CacheError:
+            raise  # no fault of the row
+        except TopkdError as error:
+            refused.append(f"{place}: {error}")
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            refused.append(f"{place}: not a captured row ({type(error).__name__}: {error})")
+        else:
+            done += 1
+            tokens += scores.rows
+    store.commit()
+    return Exchange(done, tokens, refused)
+
+
+def _check_alignment(head: list[Mapping[str, Any]], read: Callable[[Mapping[str, Any]], _Lists]) -> None:
+    """Refuses a capture whose lists contain the token before or after more often than the one they should predict."""
+    hits, seen = np.zeros(3), 0
+    for row in head:
+        try:
+            lists = read(row)
+        except (TopkdError, KeyError, TypeError, ValueError, IndexError, OverflowError):
+            continue  # named when its turn comes
+        rows = len(lists.top)
+        for place, shift in enumerate((-1, 0, 1)):
+            at = np.arange(rows) + lists.start + 1 + shift
+            inside = (at >= 0) & (at < lists.ids.size)
+            wanted = np.where(inside, lists.ids[np.clip(at, 0, lists.ids.size - 1)], -2)
+            hits[place] += ((lists.top == wanted[:, None]) & np.isfinite(lists.logp)).any(axis=1).sum()
+        seen += rows
+    if seen >= _ENOUGH and max(hits[0], hits[2]) > 1.5 * hits[1]:
+        shift = -1 if hits[0] > hits[2] else 1
+        raise AlignmentError(
+            "the captured lists are shifted",
+            got=f"{int(hits[1])} of {seen} hold the token they should predict, {int(hits.max())} the one at {shift:+d}",
+            hint="check that ids and logprobs belong together (for Axolotl's prepared columns: shifted=)",
+        )
+
+
+def _trailing(captured: Any, structured: Any, ids: Int32) -> _Lists:
+    """Raw logprobs: the last entry is about the last token; an entry about the first token has no context."""
+    entries = list(captured)[-(ids.size - 1) :] if ids.size > 1 else []
+    named = None if structured is None else list(structured)[len(structured) - len(entries) :]
+    rows: list[list[tuple[int, float]]] = []
+    for number, entry in enumerate(entries):
+        if entry is None:
+            rows.append([])
+        elif named is not None:
+            rows.append([(_id(t), float(v)) for t, v in zip(named[number], entry, strict=True)])
+        else:
+            rows.append([(int(str(each["token"]).removeprefix("token_id:")), float(each["logprob"])) for each in entry])
+    top, logp = _rectangle(rows)
+    return _Lists(ids, ids.size - 1 - len(rows), top, logp, exact=True)
+
+
+def _prepared(row: Mapping[str, Any], ids: Int32, *, shifted: bool) -> _Lists:
+    lists, tokens = row["target_logprobs"], row["target_token_ids"]
+    mask = row.get("target_mask")
+    if len(lists) != ids.size or len(tokens) != ids.size or (mask is not None and len(mask) != ids.size):
+        raise AlignmentError("target columns are not as long as input_ids", got=len(lists), expected=ids.size)
+    used = range(ids.size - 1) if shifted else range(1, ids.size)
+    rows = [
+        [
+            (_id(token), float(value))
+            for column, (token, value) in enumerate(zip(tokens[at], lists[at], strict=True))
+            if mask is None or mask[at][column]
+        ]
+        for at in used
+    ]
+    top, logp = _rectangle(rows)
+    return _Lists(ids, 0, top, logp, exact=False)
+
+
+def _id(token: Any) -> int:
+    number = int(token)
+    if not isinstance(token, str) and number != token:  # 1.5 must not become 1
+        raise ValueError(f"token id {token} is no integer")
+    return number
+
+
+def _rectangle(rows: list[list[tuple[int, float]]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    width = max((len(row) for row in rows), default=0)
+    top, logp = np.full((len(rows), width), PAD_ID, np.int64), np.full((len(rows), width), -np.inf)
+    for number, row in enumerate(rows):
+        if row:
+            top[number, : len(row)], logp[number, : len(row)] = zip(*row, strict=True)
+    return top, logp
+
+
+def _scores(lists: _Lists) -> TopK:
+    """A TopK: descending, ids once, mass at most 1; a row whose mass cannot be rounding is a hole."""
+    logp = np.where(np.isnan(lists.logp) | (lists.top < 0), -np.inf, lists.logp)
+    order = np.argsort(-logp, axis=1, kind="stable")
+    top, logp = np.take_along_axis(lists.top, order, 1), np.take_along_axis(logp, order, 1)
+    by_id = np.argsort(top, axis=1, kind="stable")  # stable: the larger logprob of a repeated id comes first
+    again = np.zeros(top.shape, bool)
+    ordered = np.take_along_axis(top, by_id, 1)
+    np.put_along_axis(again, by_id[:, 1:], ordered[:, 1:] == ordered[:, :-1], 1)
+    logp = np.where(again, -np.inf, logp)
+    with np.errstate(over="ignore"):
+        mass = np.exp(logp).sum(axis=1, keepdims=True)
+    logp = np.where(mass > _RESCALED, -np.inf, np.where(mass > 1, logp - np.log(np.maximum(mass, 1)), logp))
+    order = np.argsort(-logp, axis=1, kind="stable")
+    top, logp = np.take_along_axis(top, order, 1), np.take_along_axis(logp, order, 1)
+    unknown: Float32 = np.full(len(top), np.nan, np.float32)
+    return TopK(
+        lists.start,
+        np.where(np.isneginf(logp), PAD_ID, top),
+        logp.astype(np.float32),
+        lists.ids[lists.start + 1 :],
+        unknown,
+        tail_logp(logp) if lists.exact else unknown,
+    )

@@ -1,0 +1,175 @@
+"""Rewriting folders of records: ``gc`` drops what is superfluous, ``merge`` brings several caches together."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from topkd.offline.store.codecs import CodecName
+from topkd.offline.store.folder import open_folder, refused_by_disk
+from topkd.offline.store.keys import TeacherIdentity
+from topkd.offline.store.records import ROLLOUT, Header, Record, rollout_record, score_record
+from topkd.offline.store.segment_writer import adopt_orphans
+from topkd.offline.store.segments import Damage, Segment, read_index
+from topkd.offline.store.tables import (
+    Table,
+    answers,
+    close_all,
+    folder_bytes,
+    joined,
+    live_rows,
+    read_tables,
+    teachers_of,
+)
+from topkd.offline.store.writing import SEGMENT_BYTES, RecordLog
+from topkd.topk.errors import CacheCorruptError, CacheError, ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Compaction:
+    """What ``gc`` or ``merge`` did."""
+
+    copied: int
+    dropped: int
+    bytes_before: int
+    bytes_after: int
+    damage: list[Damage] = field(default_factory=list)
+
+
+def gc(
+    path: str | os.PathLike[str],
+    *,
+    codec: CodecName | None = None,
+    segment_bytes: int = SEGMENT_BYTES,
+    foreign: bool = False,
+) -> Compaction:
+    """Rewrites the sealed segments with live records only, then removes the old ones.
+
+    Superseded and duplicate records and damaged bytes go. Segments that a process is writing are left alone, and
+    readers that have the old files open go on reading them. A crash on the way leaves duplicates, never a loss.
+
+    Args:
+        path: The cache.
+        codec: Encode the lists anew ("cold" for an archive; packed to cold and back changes no value).
+        segment_bytes: Size at which a new segment is begun.
+        foreign: Also what crashed writers on other machines left unsealed; only when nobody writes there.
+    """
+    root = Path(path)
+    open_folder(root, create=False)
+    with _alone(root):
+        before = folder_bytes(root)
+        for index in root.glob("seg-*.idx"):
+            if isinstance(read_index(index), str) or not index.with_suffix(".tkl").exists():
+                index.unlink(missing_ok=True)  # its segment is sealed again, or gone
+        damage = adopt_orphans(root, foreign=foreign)
+        # A damaged record must not make a sound one of the same key superfluous: everything is read first.
+        segments, table = read_tables(root, damage=damage)
+        try:
+            sealed = [position for position, segment in enumerate(segments) if segment.index is not None]
+            # A record that another process has not yet committed must not make a durable one superfluous.
+            told = answers(table[np.isin(table["segment"], sealed)])
+            keep = told[live_rows(told)]
+            names = teachers_of(segments, table)
+            log = RecordLog(root, segment_bytes=segment_bytes)
+            copied = _copy(segments, np.sort(keep, order=("segment", "offset")), names, log, codec=codec, damage=damage)
+            log.close()
+            for position in sealed:
+                file = segments[position].path
+                file.unlink(missing_ok=True)
+                file.with_suffix(".idx").unlink(missing_ok=True)
+            for stray in root.glob("*.tmp"):
+                stray.unlink(missing_ok=True)
+        finally:
+            close_all(segments)
+    return Compaction(copied, len(told) - copied, before, folder_bytes(root), damage)
+
+
+def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str]) -> Compaction:
+    """Copies what the target lacks from other caches, byte for byte. Sources are only read."""
+    root = Path(target)
+    if any(root.resolve() == Path(source).resolve() for source in sources):
+        raise ConfigError("a cache cannot be merged into itself", got=str(root))
+    for source in sources:
+        open_folder(Path(source), create=False)
+    open_folder(root, create=True)
+    adopt_orphans(root)
+    damage: list[Damage] = []
+    before = folder_bytes(root)
+    roots = [root, *map(Path, sources)]
+    segments: list[Segment] = []
+    tables: list[Table] = []
+    own = 0
+    try:
+        for number, folder in enumerate(roots):
+            found, rows = read_tables(folder, first=len(segments), damage=damage)
+            segments += found
+            tables.append(rows)
+            if number == 0:
+                own = len(segments)
+        table = joined(tables)
+        told = answers(table)
+        live = told[live_rows(told, own)]
+        wanted = np.sort(live[live["segment"] >= own], order=("segment", "offset"))
+        log = RecordLog(root)
+        copied = _copy(segments, wanted, teachers_of(segments, table), log, codec=None, damage=damage)
+        log.close()
+        offered = int((told["segment"] >= own).sum())
+    finally:
+        close_all(segments)
+    return Compaction(copied, offered - copied, before, folder_bytes(root), damage)
+
+
+def _copy(
+    segments: list[Segment],
+    rows: Table,
+    names: dict[int, TeacherIdentity],
+    log: RecordLog,
+    *,
+    codec: CodecName | None,
+    damage: list[Damage],
+) -> int:
+    copied = 0
+    for row in rows:
+        segment, offset = segments[int(row["segment"])], int(row["offset"])
+        try:
+            record = segment.read(offset)
+        except CacheCorruptError:
+            damage.append(Damage(segment.name, offset, 0, "record does not hold; it is left out"))
+            continue
+        identity = names.get(record.header.tag)
+        if codec is None or identity is None:
+            log.append(record.header, bytes(record.payload), identity)
+        else:
+            log.append(*_recoded(record, identity, codec), identity)
+        copied += 1
+    return copied
+
+
+def _recoded(record: Record, identity: TeacherIdentity, codec: CodecName) -> tuple[Header, bytes]:
+    header = record.header
+    if header.kind == ROLLOUT:
+        return rollout_record(identity, header.key, record.rollouts(), codec=codec, asked=header.asked)
+    ids, scores = record.score()
+    return score_record(identity, header.key, ids, scores, codec=codec, asked=header.asked)
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    try:
+        fd = os.open(root / ".gc.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise refused_by_disk("cannot compact the cache", root, error) from error
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CacheError("another process is compacting this cache", where=str(root)) from error
+        yield
+    finally:
+        os.close(fd)

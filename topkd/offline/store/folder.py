@@ -1,0 +1,96 @@
+"""What makes a folder a cache: one small file that names the format and its version."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from topkd.offline.store.segments import segment_paths
+from topkd.topk.errors import CacheError
+
+FORMAT_FILE = "topkd-store.json"
+FORMAT_VERSION = 1
+_BEGUN = f".{FORMAT_FILE}."
+
+
+def open_folder(path: Path, *, create: bool) -> None:
+    """Checks that a folder is a cache of a version this code reads; makes it one when asked to."""
+    marker = path / FORMAT_FILE
+    if create:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if not marker.exists() and (segment_paths(path) or _nothing_in(path)):
+                temporary = path / f"{_BEGUN}{uuid.uuid4().hex[:8]}.tmp"
+                temporary.write_text(json.dumps({"format": "topkd-store", "version": FORMAT_VERSION}) + "\n")
+                temporary.replace(marker)  # several writers may do this at once, with the same content
+        except OSError as error:
+            if path.exists() and not path.is_dir():
+                raise _no_cache(path) from error
+            raise refused_by_disk("cannot create the cache", path, error) from error
+    if not path.is_dir() or not marker.exists():
+        raise _no_cache(path)
+    try:
+        described = json.loads(marker.read_text())
+        version = int(described["version"])
+    except OSError as error:
+        raise CacheError("cannot read the cache", where=str(marker), got=error.strerror) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CacheError(
+            "the cache's format file is damaged", where=str(marker),
+            expected=json.dumps({"format": "topkd-store", "version": FORMAT_VERSION}),
+            hint="write that into it: the records are in the segments",
+        ) from error  # fmt: skip
+    if version > FORMAT_VERSION:
+        raise CacheError(
+            "the cache was written by a newer topkd",
+            where=str(path),
+            got=f"format {version}",
+            expected=f"at most {FORMAT_VERSION}",
+            hint="upgrade topkd",
+        )
+
+
+def _nothing_in(path: Path) -> bool:
+    """Whether a cache may begin here; another writer's beginning, or what is left of one, does not stand in the way."""
+    return all(entry.name.startswith(_BEGUN) and entry.name.endswith(".tmp") for entry in path.iterdir())
+
+
+@contextlib.contextmanager
+def begun(path: Path) -> Iterator[None]:
+    """Around what may begin a cache in ``path``: one that an error leaves without a record is taken away again."""
+    there, was_cache = path.exists(), (path / FORMAT_FILE).exists()
+    try:
+        yield
+    except BaseException:
+        if not was_cache and path.is_dir() and not segment_paths(path):
+            with contextlib.suppress(OSError):  # what stands there besides is not ours, and stays
+                (path / FORMAT_FILE).unlink(missing_ok=True)
+                if not there:
+                    path.rmdir()
+        raise
+
+
+def refused_by_disk(what: str, path: Path, error: OSError) -> CacheError:
+    """What the file system said; a place that cannot be written was named by mistake, a full disk was not."""
+    refused = CacheError(what, where=str(path), got=error.strerror or str(error))
+    refused.exit_code = 1 if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO} else 2
+    return refused
+
+
+def _no_cache(path: Path) -> CacheError:
+    """The user named the wrong place."""
+    if not path.exists():
+        error = CacheError("no such file or folder", where=str(path), expected="the folder of a cache")
+    elif not path.is_dir():
+        error = CacheError("not a topkd cache", where=str(path), got="a file", expected="a folder")
+    else:
+        error = CacheError(
+            "not a topkd cache", where=str(path), got=f"a folder without {FORMAT_FILE}",
+            hint="a new cache is begun in an empty folder, or in one that is not there yet",
+        )  # fmt: skip
+    error.exit_code = 2
+    return error

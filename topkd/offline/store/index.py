@@ -1,0 +1,131 @@
+"""Where each record is: sorted arrays that are searched in place, one set a segment, joined when they are many."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topkd.offline.store.records import Header
+
+ENTRY = np.dtype(
+    [
+        ("low", "<u8"),
+        ("offset", "<u8"),
+        ("start", "<u4"),
+        ("rows", "<u4"),
+        ("width", "<u4"),
+        ("asked", "<u4"),
+        ("tag", "<u4"),
+        ("kind", "u1"),
+        ("codec", "u1"),
+        ("reserved", "<u2"),
+    ]
+)
+ENTRY_BYTES = 8 + ENTRY.itemsize  # the high half of the key stands in a column of its own
+
+
+class Place(NamedTuple):
+    """One record's whereabouts and what it can answer."""
+
+    segment: int
+    offset: int
+    kind: int
+    start: int
+    asked: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class SortedIndex:
+    """The records of one segment in key order. Both arrays may be views of a mapped file."""
+
+    high: NDArray[np.uint64]
+    entries: NDArray[Any]
+
+    @classmethod
+    def build(cls, found: Iterable[tuple[int, Header]]) -> SortedIndex:
+        """From (offset, header) pairs."""
+        rows = [(offset, header, *key_halves(header.key)) for offset, header in found]
+        rows.sort(key=lambda row: (row[2], row[3], row[0]))
+        entries = np.zeros(len(rows), ENTRY)
+        for name, column in (
+            ("low", [row[3] for row in rows]),
+            ("offset", [row[0] for row in rows]),
+            *((name, [getattr(row[1], name) for row in rows]) for name in ("start", "rows", "width", "asked", "tag")),
+            ("kind", [row[1].kind for row in rows]),
+            ("codec", [row[1].codec for row in rows]),
+        ):
+            entries[name] = np.array(column, dtype=ENTRY[name])
+        return cls(np.array([row[2] for row in rows], dtype="<u8"), entries)
+
+    @classmethod
+    def from_buffer(cls, payload: memoryview, count: int) -> SortedIndex:
+        """The arrays as ``to_bytes`` wrote them, not copied."""
+        return cls(np.frombuffer(payload, "<u8", count), np.frombuffer(payload, ENTRY, count, 8 * count))
+
+    def to_bytes(self) -> bytes:
+        """The column of high key halves, then the entries."""
+        return self.high.tobytes() + self.entries.tobytes()
+
+    def find(self, key: bytes, segment: int) -> list[Place]:
+        """Every record of a key in this segment."""
+        high, low = key_halves(key)
+        # bisect on a memoryview runs in C on the mapped file and touches log2(n) of its pages
+        column = self.high.data
+        row = bisect_left(column, high)
+        places = []
+        while row < len(column) and column[row] == high:
+            entry = self.entries[row].item()
+            if entry[0] == low:
+                places.append(place_of(entry, segment))
+            row += 1
+        return places
+
+
+class JoinedIndex:
+    """Many sorted indexes as one, so that a look-up costs the same whatever the number of segments."""
+
+    def __init__(self, parts: Sequence[tuple[int, SortedIndex]]) -> None:
+        highs = np.concatenate([part.high for _, part in parts]) if parts else np.zeros(0, np.uint64)
+        order = np.argsort(highs, kind="stable")
+        self._high = highs[order]
+        counts = [len(part.high) for _, part in parts]
+        self._part = np.repeat(np.arange(len(parts), dtype=np.uint32), counts)[order]
+        first = np.cumsum([0, *counts[:-1]]) if parts else np.zeros(0, np.int64)
+        self._row = (order - first[self._part]).astype(np.uint32)
+        self._parts = list(parts)
+
+    def find(self, key: bytes) -> list[Place]:
+        """Every record of a key in the joined segments."""
+        high, low = key_halves(key)
+        column = self._high.data
+        at = bisect_left(column, high)
+        places = []
+        while at < len(column) and column[at] == high:
+            segment, part = self._parts[self._part[at]]
+            entry = part.entries[self._row[at]].item()
+            if entry[0] == low:
+                places.append(place_of(entry, segment))
+            at += 1
+        return places
+
+
+def key_halves(key: bytes) -> tuple[int, int]:
+    """The key as two 64-bit integers that order as its bytes do."""
+    return int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big")
+
+
+def place_of(entry: tuple[int, ...], segment: int) -> Place:
+    """The place that an index entry names."""
+    _, offset, start, rows, _, asked, _, kind, _, _ = entry
+    return Place(segment, offset, kind, start, asked, rows)
+
+
+def place_at(segment: int, offset: int, header: Header) -> Place:
+    """The place of a record whose header was read."""
+    return Place(segment, offset, header.kind, header.start, header.asked, header.rows)

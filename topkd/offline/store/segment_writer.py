@@ -1,0 +1,224 @@
+"""One writer a segment: exclusive creation and a lock held for life.
+
+So a segment whose lock can be had is one that its writer left: whoever opens the store for writing cuts its torn tail
+and seals it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+import uuid
+from pathlib import Path
+
+import xxhash
+
+from topkd.offline.store.folder import refused_by_disk
+from topkd.offline.store.index import SortedIndex
+from topkd.offline.store.records import ALIGN, Header, Record, read_header, verified
+from topkd.offline.store.segments import (
+    CHECK,
+    INDEX_HEADER,
+    INDEX_MAGIC,
+    SEGMENT_HEADER,
+    SEGMENT_MAGIC,
+    VERSION,
+    Damage,
+    Segment,
+    segment_paths,
+)
+from topkd.topk.errors import CacheCorruptError, CacheError
+
+_sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has only fsync
+
+
+class SegmentWriter:
+    """The one writer of a new segment. ``append`` writes; after ``sync`` what was written is acknowledged."""
+
+    def __init__(self, root: Path, writer: str, number: int) -> None:
+        self._fd = -1
+        self.path, self.end, self.synced = root, 0, 0
+        self.entries: list[tuple[int, Header]] = []
+        while self._fd < 0:
+            self.path = root / f"seg-{writer}-{number:06d}.tkl"
+            with contextlib.suppress(FileExistsError):
+                self._fd = self._claim()
+            number += 1
+        self.number = number - 1
+        packed = SEGMENT_HEADER.pack(
+            SEGMENT_MAGIC, VERSION, ALIGN, writer.encode(), self.number, host_id(), time.time_ns()
+        )
+        self._write(packed + CHECK.pack(xxhash.xxh3_64_intdigest(packed)))
+
+    def append(self, header: Header, payload: bytes) -> int:
+        """Writes a record and returns its offset; on an error the file is as before."""
+        offset = self.end
+        self._write(header.to_bytes() + payload + bytes(header.span - ALIGN - header.size))
+        self.entries.append((offset, header))
+        return offset
+
+    def read(self, offset: int) -> Record:
+        """A record of this segment, before or after it is durable."""
+        if self._fd < 0:
+            return Segment(self.path).read(offset)
+        where = f"{self.path} at {offset}"
+        header = read_header(os.pread(self._fd, ALIGN, offset))
+        if header is None:
+            raise CacheCorruptError("a record's header does not hold", where=where)
+        return verified(header, memoryview(os.pread(self._fd, header.size, offset + ALIGN)), where)
+
+    def sync(self) -> None:
+        """Returns when every appended record is on the disk."""
+        if self.synced == self.end:
+            return
+        try:
+            _sync_data(self._fd)
+            if not self.synced:
+                _sync_folder(self.path.parent)  # the name must last as well
+        except OSError as error:
+            raise CacheError("the cache could not be made durable", where=str(self.path), got=error.strerror) from error
+        self.synced = self.end
+
+    def close(self) -> None:
+        """Makes durable, seals and lets go. A segment without records is removed."""
+        if self._fd < 0:
+            return
+        try:
+            if self.entries:
+                self.sync()
+                # An index is a convenience: on a full disk the segment stays unsealed and is scanned instead.
+                with contextlib.suppress(OSError):
+                    write_index(self.path, self.entries, self.end)
+            else:
+                self.path.unlink(missing_ok=True)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Closes the file and nothing else (a forked child's copy, or after a failure)."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        self.abandon()
+
+    def _claim(self) -> int:
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o644)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise refused_by_disk("cannot write to the cache", self.path.parent, error) from error
+        # Between creation and lock another process may take the file for an orphan and seal it: then take the next.
+        if not _lock(fd) or os.fstat(fd).st_nlink == 0 or self.path.with_suffix(".idx").exists():
+            os.close(fd)
+            return -1
+        return fd
+
+    def _write(self, block: bytes) -> None:
+        written = 0
+        try:
+            while written < len(block):
+                written += os.pwrite(self._fd, block[written:] if written else block, self.end + written)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self.end)  # else the torn record is stepped over by every reader
+            raise CacheError(
+                "cannot write to the cache",
+                where=str(self.path),
+                got=error.strerror,
+                hint="what was committed before is safe; make room and run again",
+            ) from error
+        self.end += len(block)
+
+
+def host_id() -> int:
+    """Which machine this is: a lock may not reach over a network file system, so it proves nothing about other ones."""
+    return xxhash.xxh3_64_intdigest(socket.gethostname().encode())
+
+
+def adopt_orphans(root: Path, *, foreign: bool = False) -> list[Damage]:
+    """Seals every segment that its writer left behind; returns what was found damaged in them.
+
+    Args:
+        root: The folder.
+        foreign: Also those of other machines. They are read all the same; sealing them is for when nobody writes there.
+    """
+    damage: list[Damage] = []
+    for path in segment_paths(root):
+        if path.with_suffix(".idx").exists():
+            continue
+        try:
+            fd = os.open(path, os.O_RDWR)
+        except OSError:
+            continue  # read-only, or gone meanwhile
+        try:
+            if not _lock(fd) or os.fstat(fd).st_nlink == 0 or path.with_suffix(".idx").exists():
+                continue
+            segment = Segment(path)
+            try:
+                if segment.host not in {None, host_id()} and not foreign:
+                    continue
+                scan = segment.scan(payloads=True)
+            finally:
+                segment.close()
+            damage += scan.damage
+            if scan.found or any(item.fatal for item in scan.damage):
+                with contextlib.suppress(OSError):
+                    os.ftruncate(fd, max(scan.end, ALIGN))
+                    write_index(path, scan.found, max(scan.end, ALIGN))
+            else:
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(fd)
+    return damage
+
+
+def write_index(path: Path, found: list[tuple[int, Header]], end: int) -> None:
+    """Seals a segment: its index, written beside it and renamed into place."""
+    payload = SortedIndex.build(found).to_bytes()
+    packed = INDEX_HEADER.pack(
+        INDEX_MAGIC, VERSION, ALIGN, len(found), end, len(payload), xxhash.xxh3_64_intdigest(payload)
+    )
+    temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(packed + CHECK.pack(xxhash.xxh3_64_intdigest(packed)) + payload)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path.with_suffix(".idx"))
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def locked_by_writer(path: Path) -> bool:
+    """True while some process writes this segment."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return not _lock(fd)
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,336 @@
+"""``ScoreStore``: every score is paid for once. Many processes may write into one folder; readers see whole records."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self, TypeAlias
+
+import numpy as np
+
+from topkd.offline.store.codecs import CODECS, CodecName, narrowed
+from topkd.offline.store.folder import open_folder
+from topkd.offline.store.index import Place, place_at
+from topkd.offline.store.keys import Teacher, TeacherIdentity, identity_of, rollout_key, score_key, token_array
+from topkd.offline.store.maintenance import CacheStats, Verification, stats, verify
+from topkd.offline.store.record_index import Places
+from topkd.offline.store.records import ALIGN, ROLLOUT, SCORE, Header, Record, rollout_record, score_record
+from topkd.offline.store.segment_writer import SegmentWriter, adopt_orphans
+from topkd.offline.store.segments import Segment, segment_paths
+from topkd.offline.store.validation import check_asked, check_request, check_scores
+from topkd.offline.store.writing import SEGMENT_BYTES, RecordLog
+from topkd.topk.errors import AlignmentError, CacheCorruptError, CacheError, ConfigError
+from topkd.topk.protocols import Ids
+from topkd.topk.samples import Rollout, SamplingParams
+from topkd.topk.types import TopK
+
+Mode: TypeAlias = Literal["r", "a"]
+
+
+class ScoreStore:
+    """A folder of scores and rollouts, found by content.
+
+    ``get`` and ``put`` are safe from several threads; each process opens its own store on the same folder. A record is
+    durable once ``commit`` has returned (``put`` commits by itself every ``group_records`` records or ``group_bytes``).
+
+    Args:
+        path: The folder; mode "a" creates it.
+        mode: "r" reads, "a" reads and appends.
+        codec: How new records are written: "packed" (18-bit ids, fp16 logprobs), "raw" (exact) or "cold" (zstd).
+        segment_bytes: A segment that has grown to this is sealed, and the next one begun.
+        group_records: Records per commit at most.
+        group_bytes: Bytes per commit at most.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        mode: Mode = "r",
+        codec: CodecName = "packed",
+        segment_bytes: int = SEGMENT_BYTES,
+        group_records: int = 64,
+        group_bytes: int = 8 << 20,
+    ) -> None:
+        if mode not in {"r", "a"}:
+            raise ConfigError("unknown cache mode", got=mode, expected="'r' or 'a'")
+        if codec not in CODECS:
+            raise ConfigError("unknown cache codec", got=codec, expected=", ".join(CODECS))
+        self.path, self.mode, self.codec = Path(path), mode, codec
+        self._options = {"segment_bytes": segment_bytes, "group_records": group_records, "group_bytes": group_bytes}
+        open_folder(self.path, create=mode == "a")
+        if mode == "a":
+            adopt_orphans(self.path)
+        self._lock = threading.RLock()
+        self._log = RecordLog(
+            self.path, segment_bytes=segment_bytes, group_records=group_records, group_bytes=group_bytes
+        )
+        self._segments: list[Segment | SegmentWriter] = []
+        self._ordinal: dict[str, int] = {}  # file name to its place in _segments
+        self._growing: dict[str, int] = {}  # unsealed segments of others, and up to where they were read
+        self._places = Places()
+        self._damaged: dict[tuple[int, int], str] = {}
+        self.refresh()
+
+    def get(self, teacher: Teacher, ids: Ids, start: int, k: int) -> TopK | None:
+        """The stored rows, cut to ``start`` and ``k``; None when the store has none that wide."""
+        array = token_array(ids)
+        check_request(array.size, start, k)
+        record = self._read(score_key(identity_of(teacher), array), SCORE, start, k)
+        return None if record is None else narrowed(record.score()[1], start, k)
+
+    def put(self, teacher: Teacher, ids: Ids, scores: TopK, *, asked: int | None = None) -> None:
+        """Writes scores unless the store already answers as much.
+
+        Args:
+            teacher: Who gave them.
+            ids: The whole sequence; the rows must reach to its end.
+            scores: The rows.
+            asked: The K that was asked for, when the server gave fewer columns and would again.
+        """
+        identity, array = identity_of(teacher), token_array(ids)
+        check_scores(array, scores)
+        key, k = score_key(identity, array), max(scores.k, check_asked(asked))
+        with self._lock:
+            if self._read(key, SCORE, scores.start, k) is not None:  # a damaged record is no answer
+                return
+            self._writable()
+            header, payload = score_record(identity, key, array, scores, codec=self.codec, asked=k)
+            self._append(identity, header, payload)
+
+    def get_rollouts(
+        self,
+        student: Teacher,
+        prompt_ids: Ids,
+        n: int | None,
+        params: SamplingParams,
+        *,
+        k: int = 0,
+        version: str = "",
+        occurrence: int = 0,
+    ) -> list[Rollout] | None:
+        """n stored rollouts (None: all there are) of exactly this request with lists of at least k, or None."""
+        key = rollout_key(identity_of(student), token_array(prompt_ids), params, version=version, occurrence=occurrence)
+        record = self._read(key, ROLLOUT, n or 0, k)
+        return None if record is None else record.rollouts()[:n]
+
+    def put_rollouts(
+        self,
+        student: Teacher,
+        prompt_ids: Ids,
+        rollouts: Sequence[Rollout],
+        params: SamplingParams,
+        *,
+        k: int = 0,
+        version: str = "",
+        occurrence: int = 0,
+    ) -> None:
+        """Writes the rollouts of one request, logprobs exact, unless the store already has as many."""
+        identity, prompt = identity_of(student), token_array(prompt_ids)
+        for rollout in rollouts:
+            if not np.array_equal(rollout.prompt_ids, prompt):
+                raise AlignmentError("a rollout of another prompt", got=f"{rollout.prompt_ids[:8].tolist()}..")
+        key = rollout_key(identity, prompt, params, version=version, occurrence=occurrence)
+        self.keep_rollouts(identity, key, rollouts, k=k)
+
+    def keep_rollouts(self, student: Teacher, key: bytes, rollouts: Sequence[Rollout], *, k: int = 0) -> None:
+        """As ``put_rollouts``, for a request whose key is known from another cache."""
+        identity, k = identity_of(student), check_asked(k)
+        with self._lock:
+            if self._read(key, ROLLOUT, len(rollouts), k) is not None:
+                return
+            self._writable()
+            header, payload = rollout_record(identity, key, rollouts, codec=self.codec, asked=k)
+            self._append(identity, header, payload)
+
+    def covers(self, teacher: Teacher, ids: Ids, start: int, k: int, *, read: bool = False) -> bool:
+        """Whether ``get`` would find rows: by the index alone, or (``read``) by a record whose checksums hold."""
+        key = score_key(identity_of(teacher), token_array(ids))
+        if read:
+            return self._read(key, SCORE, start, k) is not None
+        with self._lock:
+            return bool(self._answers(key, SCORE, start, k))
+
+    def held(self, teacher: Teacher, ids: Ids) -> list[tuple[int, int]]:
+        """(start, K) of every record of these ids, for saying why a request is not answered."""
+        with self._lock:
+            places = self._places.find(score_key(identity_of(teacher), token_array(ids)))
+            return sorted({(place.start, place.asked) for place in places if place.kind == SCORE})
+
+    def commit(self) -> int:
+        """Makes every record written so far durable; returns how many of this object's are."""
+        with self._lock:
+            return self._log.commit()
+
+    def refresh(self) -> None:
+        """Takes note of what other processes have written since."""
+        with self._lock:
+            for path in segment_paths(self.path):
+                ordinal = self._ordinal.get(path.name)
+                if ordinal is None:
+                    with contextlib.suppress(FileNotFoundError):  # removed by a compaction meanwhile
+                        self._adopt(Segment(path), None)
+                elif path.name in self._growing:
+                    if path.with_suffix(".idx").exists():
+                        self._adopt(Segment(path), ordinal)
+                    else:
+                        self._scan(path.name, ordinal)
+
+    def records(self, *, kinds: Sequence[int] = (SCORE,), live: bool = True) -> Iterator[Record]:
+        """Records in the order they lie on the disk; damaged ones are left out and listed in ``damage``.
+
+        Args:
+            kinds: Which kinds.
+            live: Only those that ``get`` may return, not the superseded and the duplicates.
+        """
+        with self._lock:
+            segments = list(enumerate(self._segments))
+        for ordinal, segment in segments:
+            for offset in self._offsets(ordinal, segment, kinds):
+                try:
+                    record = self._fetch(ordinal, offset)
+                except CacheCorruptError as error:
+                    self._damaged[ordinal, offset] = str(error)
+                    continue
+                if not live or self._is_live(record, ordinal, offset):
+                    yield record
+
+    @property
+    def damage(self) -> list[str]:
+        """What was found damaged while reading; such records count as absent."""
+        return list(self._damaged.values())
+
+    def stats(self) -> CacheStats:
+        """What the folder holds."""
+        self.commit()
+        return stats(self.path)
+
+    def verify(self) -> Verification:
+        """Reads every byte and names what is not as it was written."""
+        self.commit()
+        return verify(self.path)
+
+    def close(self) -> None:
+        """Commits and seals. The store can still be read."""
+        with self._lock:
+            sealed = self._log.close()
+            if sealed is not None:
+                self._adopt(Segment(sealed.path), self._ordinal.get(sealed.path.name))
+
+    def __len__(self) -> int:
+        """Number of distinct keys (scores and rollouts)."""
+        with self._lock:
+            return self._places.count((SCORE, ROLLOUT))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # A worker process opens the folder itself and, if it writes, has a segment of its own.
+        return _reopen, (str(self.path), self.mode, self.codec, self._options)
+
+    def _append(self, identity: TeacherIdentity, header: Header, payload: bytes) -> None:
+        writer, offset = self._log.append(header, payload, identity)
+        self._places.add(header.key, place_at(self._own(writer), offset, header))
+
+    def _read(self, key: bytes, kind: int, start: int, k: int) -> Record | None:
+        with self._lock:
+            places = self._answers(key, kind, start, k)
+        for place in places:
+            try:
+                record = self._fetch(place.segment, place.offset)
+            except CacheCorruptError as error:
+                self._damaged[place.segment, place.offset] = str(error)
+                continue
+            if record.header.key == key and record.header.kind == kind:
+                return record
+            where = f"{self._name(place.segment)} at {place.offset}"
+            self._damaged[place.segment, place.offset] = f"the index points to another record ({where})"
+        return None
+
+    def _fetch(self, ordinal: int, offset: int) -> Record:
+        segment = self._segments[ordinal]
+        if isinstance(segment, Segment):
+            return segment.read(offset)
+        with self._lock:  # the own segment's file changes hands when it is sealed
+            return self._segments[ordinal].read(offset)
+
+    def _answers(self, key: bytes, kind: int, start: int, k: int) -> list[Place]:
+        """Records that cover a request, widest first; among equals the first by file name and offset wins."""
+        places = [
+            place
+            for place in self._places.find(key)
+            if place.kind == kind
+            and place.asked >= k
+            and (place.start <= start if kind == SCORE else place.start >= start)
+            and (place.segment, place.offset) not in self._damaged
+        ]
+        if len(places) > 1:
+            places.sort(key=lambda place: (-place.asked, place.start, self._name(place.segment), place.offset))
+        return places
+
+    def _is_live(self, record: Record, ordinal: int, offset: int) -> bool:
+        header = record.header
+        with self._lock:
+            answers = self._answers(header.key, header.kind, header.start, header.asked)
+        return bool(answers) and (answers[0].segment, answers[0].offset) == (ordinal, offset)
+
+    def _offsets(self, ordinal: int, segment: Segment | SegmentWriter, kinds: Sequence[int]) -> list[int]:
+        if isinstance(segment, Segment) and segment.index is not None:
+            entries = segment.index.entries
+            return [int(offset) for offset in np.sort(entries["offset"][np.isin(entries["kind"], list(kinds))])]
+        with self._lock:
+            return self._places.offsets(ordinal, kinds)
+
+    def _adopt(self, segment: Segment, ordinal: int | None) -> None:
+        if ordinal is None:
+            ordinal = len(self._segments)
+            self._segments.append(segment)
+            self._ordinal[segment.name] = ordinal
+        else:
+            self._places.forget(ordinal)
+            self._segments[ordinal] = segment
+        self._growing.pop(segment.name, None)
+        if segment.index is not None:
+            self._places.add_sorted(ordinal, segment.index)
+        else:
+            self._growing[segment.name] = ALIGN
+            self._scan(segment.name, ordinal)
+
+    def _scan(self, name: str, ordinal: int) -> None:
+        segment = self._segments[ordinal]
+        assert isinstance(segment, Segment)  # noqa: S101 - only others' segments are in _growing
+        scan = segment.scan(self._growing[name])
+        self._growing[name] = scan.end
+        for offset, header in scan.found:
+            self._places.add(header.key, place_at(ordinal, offset, header))
+
+    def _own(self, writer: SegmentWriter) -> int:
+        name = writer.path.name
+        if name not in self._ordinal:
+            for path, ordinal in list(self._ordinal.items()):
+                if isinstance(self._segments[ordinal], SegmentWriter):  # the one before this is sealed now
+                    self._adopt(Segment(self.path / path), ordinal)
+            self._ordinal[name] = len(self._segments)
+            self._segments.append(writer)
+        return self._ordinal[name]
+
+    def _name(self, ordinal: int) -> str:
+        return self._segments[ordinal].path.name
+
+    def _writable(self) -> None:
+        if self.mode != "a":
+            raise CacheError("the cache is open for reading", where=str(self.path), hint='open it with mode="a"')
+
+
+def _reopen(path: str, mode: Mode, codec: CodecName, options: dict[str, int]) -> ScoreStore:
+    return ScoreStore(path, mode=mode, codec=codec, **options)

@@ -1,0 +1,130 @@
+"""The indexes of a whole folder as one table: what is there, what is live, whose it is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from topkd.offline.store.folder import open_folder
+from topkd.offline.store.index import ENTRY
+from topkd.offline.store.keys import TeacherIdentity
+from topkd.offline.store.records import IDENTITY, ROLLOUT, SCORE, Header
+from topkd.offline.store.segments import Damage, Segment, segment_paths
+from topkd.topk.errors import CacheCorruptError
+
+ROW = np.dtype([("high", "<u8"), ("segment", "<u4"), *[(name, ENTRY[name]) for name in ENTRY.names or ()]])
+
+
+Table: TypeAlias = np.ndarray[Any, Any]
+
+
+def read_tables(root: Path, *, first: int = 0, damage: list[Damage] | None = None) -> tuple[list[Segment], Table]:
+    """The segments of a folder, and a row for each record.
+
+    Args:
+        root: The folder.
+        first: Number of the first segment.
+        damage: Given, every record is read: only those that hold have a row, and the damage is appended here.
+    """
+    segments: list[Segment] = []
+    tables = []
+    for path in segment_paths(root):
+        with contextlib.suppress(FileNotFoundError):
+            segment = Segment(path)
+            position = first + len(segments)
+            segments.append(segment)
+            if segment.index is None or damage is not None:
+                scan = segment.scan(payloads=damage is not None)
+                tables.append(header_rows(position, scan.found))
+                if damage is not None:
+                    damage += [item for item in segment.damage + scan.damage if item.fatal]
+                continue
+            table = np.zeros(len(segment.index.high), ROW)
+            table["high"], table["segment"] = segment.index.high, position
+            for name in ENTRY.names or ():
+                table[name] = segment.index.entries[name]
+            tables.append(table)
+    return segments, joined(tables)
+
+
+def joined(tables: list[Table]) -> Table:
+    """One table of several."""
+    return np.concatenate(tables) if tables else np.zeros(0, ROW)
+
+
+def answers(table: Table) -> Table:
+    """The rows of records that a request can be answered from: scores and rollouts."""
+    return np.asarray(table[np.isin(table["kind"], (SCORE, ROLLOUT))])
+
+
+def header_rows(position: int, found: list[tuple[int, Header]]) -> Table:
+    """Rows from a scan."""
+    table = np.zeros(len(found), ROW)
+    for row, (offset, header) in enumerate(found):
+        high, low = int.from_bytes(header.key[:8], "big"), int.from_bytes(header.key[8:], "big")
+        table[row] = (
+            high, position, low, offset, header.start, header.rows, header.width, header.asked, header.tag,
+            header.kind, header.codec, 0,
+        )  # fmt: skip
+    return table
+
+
+def live_rows(table: Table, own: int = 0) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which records no other one makes superfluous; among equals the first by segment and offset stays.
+
+    A score is superfluous beside one of the same key that starts no later and is no narrower, a rollout record beside
+    one with no fewer rollouts and lists no narrower. Segments below ``own`` go first.
+    """
+    live = np.ones(len(table), dtype=bool)
+    reach = np.where(table["kind"] == SCORE, -table["start"].astype(np.int64), table["start"].astype(np.int64))
+    order = np.lexsort((table["offset"], table["segment"], table["segment"] >= own, -reach,
+                        -table["asked"].astype(np.int64), table["kind"], table["low"], table["high"]))  # fmt: skip
+    sorted_rows = table[order]
+    same = np.zeros(len(table), dtype=bool)
+    same[1:] = True
+    for name in ("high", "low", "kind"):
+        same[1:] &= sorted_rows[name][1:] == sorted_rows[name][:-1]
+    best = None  # the farthest reach so far among records of this key that are no narrower
+    for row in np.flatnonzero(same | np.append(same[1:], [False])):  # keys with one record need no look
+        far = int(reach[order[row]])
+        if not same[row] or best is None or far > best:
+            best = far
+        else:
+            live[order[row]] = False
+    return live
+
+
+def teachers_of(segments: list[Segment], table: Table) -> dict[int, TeacherIdentity]:
+    """The teachers of a table by tag."""
+    found: dict[int, TeacherIdentity] = {}
+    for row in table[table["kind"] == IDENTITY]:
+        if int(row["tag"]) not in found:
+            with contextlib.suppress(CacheCorruptError):
+                record = segments[int(row["segment"])].read(int(row["offset"]))
+                found[int(row["tag"])] = record.identity()
+    return found
+
+
+def identities(path: str | os.PathLike[str]) -> dict[int, TeacherIdentity]:
+    """The teachers of a cache by the tag that record headers carry."""
+    open_folder(Path(path), create=False)
+    segments, table = read_tables(Path(path))
+    try:
+        return teachers_of(segments, table)
+    finally:
+        close_all(segments)
+
+
+def folder_bytes(root: Path) -> int:
+    """Bytes of segments and indexes."""
+    return sum(file.stat().st_size for file in root.iterdir() if file.suffix in {".tkl", ".idx"})
+
+
+def close_all(segments: list[Segment]) -> None:
+    """Closes them."""
+    for segment in segments:
+        segment.close()

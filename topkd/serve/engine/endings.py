@@ -1,0 +1,98 @@
+"""When a completion is over, and the text it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from topkd.serve.engine.jobs import Completion
+from topkd.serve.engine.sequences import Draft
+from topkd.serve.engine.vocabulary import UNFINISHED
+
+# Whether a text ends inside a character is decided by its last few bytes, and every token but a special one has some.
+_WINDOW = 8
+
+
+class Endings:
+    """Knows the model's end-of-sequence ids and how ids become text.
+
+    Args:
+        tokenizer: Of the model.
+        model: Its configurations name the end-of-sequence ids.
+        holds_back: Leave tokens at the end that stop inside a character out of the text, as vLLM does; else they show
+            as U+FFFD.
+    """
+
+    def __init__(self, tokenizer: Any, model: Any, *, holds_back: bool = True) -> None:
+        self._tokenizer, self._holds_back = tokenizer, holds_back
+        generation = getattr(model, "generation_config", None)
+        found: set[int] = set()
+        for owner in (generation, model.config, tokenizer):
+            value = getattr(owner, "eos_token_id", None)
+            found |= set(value if isinstance(value, list | tuple) else [] if value is None else [value])
+        self.eos = frozenset(found)
+
+    def apply(self, drafts: Iterable[Draft]) -> None:
+        """Mark the drafts whose last token ends them."""
+        for draft in drafts:
+            self._check(draft)
+
+    def abort(self, draft: Draft) -> None:
+        """End a draft where it stands."""
+        if not draft.done:
+            draft.done, draft.out.finish_reason = True, "abort"
+
+    def finish(self, draft: Draft) -> Completion:
+        """The completion with its text."""
+        out, sampling = draft.out, draft.sampling
+        if sampling.detokenize and not out.text:
+            ids = out.token_ids
+            # The token that stopped it belongs to the ids and their logprobs, but not to the text.
+            if out.finish_reason == "stop" and isinstance(out.stop_reason, int) and not sampling.include_stop:
+                ids = ids[:-1]
+            out.text = self.text(draft.job.ids, ids)
+        return out
+
+    def text(self, prompt: tuple[int, ...], ids: list[int]) -> str:
+        """Text of ``ids`` after ``prompt``: tokenizers that mark word starts drop a leading space without context."""
+        context = list(prompt[-6:])
+        shown = self._finished(context, ids) if self._holds_back else ids
+        before = self._decode(context)
+        both = self._decode([*context, *shown])
+        return both[len(before) :] if both.startswith(before) else self._decode(shown)
+
+    def _finished(self, context: list[int], ids: list[int]) -> list[int]:
+        """``ids`` without those at the end that only begin a character."""
+        for end in range(len(ids), 0, -1):
+            if not self._decode([*context, *ids[:end]][-_WINDOW:]).endswith(UNFINISHED):
+                return ids[:end]
+        return []
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _check(self, draft: Draft) -> None:
+        out, sampling = draft.out, draft.sampling
+        last, count = out.token_ids[-1], len(out.token_ids)
+        if count > sampling.min_tokens:
+            if last in sampling.stop_token_ids:
+                draft.done, out.finish_reason, out.stop_reason = True, "stop", last
+                return
+            if last in draft.stops:
+                draft.done, out.finish_reason = True, "stop"
+                return
+            if sampling.stop and self._stop_string(draft):
+                return
+        if count >= draft.limit:
+            draft.done, out.finish_reason = True, "length"
+
+    def _stop_string(self, draft: Draft) -> bool:
+        out, sampling = draft.out, draft.sampling
+        text = self.text(draft.job.ids, out.token_ids)
+        found = [(place, word) for word in sampling.stop if (place := text.find(word)) >= 0]
+        if not found:
+            return False
+        place, word = min(found)
+        out.text = text[: place + len(word)] if sampling.include_stop else text[:place]
+        draft.done, out.finish_reason, out.stop_reason = True, "stop", word
+        return True

@@ -1,0 +1,50 @@
+"""Jobs on their way between an event loop and the model thread."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from topkd.serve.engine.jobs import Answer, Job
+from topkd.serve.engine.sequences import Draft
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A job on its way through the thread. Cancelling it stops its work at the next step."""
+
+    job: Job
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Answer]
+    cancelled: bool = False
+    drafts: list[Draft] = field(default_factory=list)
+    answer: Answer = field(default_factory=lambda: Answer([]))
+    begun: bool = False
+
+    @property
+    def open(self) -> bool:
+        """Whether anything is still to be drawn."""
+        return any(not draft.done for draft in self.drafts)
+
+
+def settle(
+    loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], value: T | None = None, error: Exception | None = None
+) -> None:
+    """Set a future from another thread; a loop that is gone, or a caller that left, wants nothing."""
+
+    def act() -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(value)  # type: ignore[arg-type]
+
+    try:
+        loop.call_soon_threadsafe(act)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise

@@ -1,0 +1,175 @@
+"""Sequences that generate together: one padded key-value cache, one forward pass a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topkd.serve.engine.jobs import Completion, Job, Sampling
+from topkd.serve.engine.sampling import draw, processed_logits, untouched
+from topkd.serve.model.backbone import Backbone
+
+
+@dataclass(slots=True, eq=False)
+class Draft:
+    """One completion while it grows."""
+
+    job: Job
+    index: int
+    limit: int  # tokens it may draw: max_tokens, or the room left in the context
+    stops: frozenset[int]  # end-of-sequence ids and stop_token_ids
+    generator: torch.Generator
+    out: Completion = field(default_factory=Completion)
+    done: bool = False
+
+    @property
+    def sampling(self) -> Sampling:
+        """How it is drawn."""
+        return self.job.sampling
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and completion so far."""
+        return [*self.job.ids, *self.out.token_ids]
+
+
+def draw_next(sequences: Sequence[Draft], logits_BV: Tensor, *, processed: bool, version: str) -> None:
+    """Append one token to each sequence, with its logprob, its rank and the top K it asked for.
+
+    Logprobs are of the model's own distribution, or with ``processed`` of the one that was drawn from.
+    """
+    shaped, picked = [], []
+    for row, sequence in enumerate(sequences):
+        sampling = sequence.sampling
+        plain = untouched(sampling) and (sampling.greedy or sampling.temperature == 1.0)
+        logits = (
+            logits_BV[row]
+            if plain
+            else processed_logits(logits_BV[row], sampling, sequence.job.ids, sequence.out.token_ids, sequence.stops)
+        )
+        picked.append(draw(logits, sampling.greedy, sequence.generator))
+        if processed:
+            shaped.append(logits)
+        elif sampling.scaled_logprobs and not sampling.greedy:
+            shaped.append(logits_BV[row] / sampling.temperature)
+        else:
+            shaped.append(logits_BV[row])
+    scaled = processed or any(sequence.sampling.scaled_logprobs for sequence in sequences)
+    shown_BV = torch.stack(shaped) if scaled else logits_BV
+    tokens_B1 = torch.tensor(picked, device=logits_BV.device)[:, None]
+    lse_B1 = shown_BV.logsumexp(-1, keepdim=True)
+    chosen_B1 = shown_BV.gather(1, tokens_B1)
+    logp = (chosen_B1 - lse_B1)[:, 0].tolist()
+    rank = (shown_BV >= chosen_B1).sum(-1).tolist()
+    wide = max(sequence.sampling.logprobs or 0 for sequence in sequences)
+    top = shown_BV.topk(wide, dim=-1) if wide else None
+    top_ids = None if top is None else top.indices.cpu().numpy()
+    top_logp = None if top is None else (top.values - lse_B1).cpu().numpy()
+    for row, sequence in enumerate(sequences):
+        out = sequence.out
+        out.token_ids.append(picked[row])
+        out.logp.append(logp[row])
+        out.rank.append(rank[row])
+        out.versions.append(version)
+        wanted = sequence.sampling.logprob_token_ids
+        if wanted:
+            ids = torch.tensor(wanted, device=shown_BV.device)
+            values = shown_BV[row, ids]
+            out.top_ids.append(np.asarray(wanted, dtype=np.int64))
+            out.top_logp.append((values - lse_B1[row]).cpu().numpy())
+            out.top_rank.append((shown_BV[row][None] >= values[:, None]).sum(-1).cpu().numpy())
+        elif sequence.sampling.logprobs and top_ids is not None and top_logp is not None:
+            k = sequence.sampling.logprobs
+            out.top_ids.append(top_ids[row, :k])
+            out.top_logp.append(top_logp[row, :k])
+            out.top_rank.append(np.arange(1, k + 1))
+
+
+class Group:
+    """Sequences of one adapter whose caches are stacked, right-aligned so that their last tokens meet.
+
+    The last drawn token of each sequence is not in the cache yet: the next step feeds it.
+    """
+
+    def __init__(self, backbone: Backbone, adapter: str | None, sequences: list[Draft], cache: Any) -> None:
+        self.backbone, self.adapter, self.sequences, self.cache = backbone, adapter, sequences, cache
+
+    @classmethod
+    def after_prefill(
+        cls, backbone: Backbone, adapter: str | None, sequences: list[Draft], cache: Any, rows: list[int]
+    ) -> Group:
+        """From a right-padded prefill batch: row ``rows[i]`` of its cache belongs to ``sequences[i]``."""
+        index = torch.tensor(rows, device=backbone.device)
+        cache.batch_select_indices(index)
+        group = cls(backbone, adapter, sequences, cache)
+        group._align()
+        return group
+
+    @property
+    def width(self) -> int:
+        """Cached positions of each row, padding included."""
+        return int(self.cache.get_seq_length())
+
+    def _cached(self, sequence: Draft) -> int:
+        return len(sequence.job.ids) + len(sequence.out.token_ids) - 1
+
+    def _align(self) -> None:
+        """Move every row's real positions to the right end."""
+        lengths = [self._cached(sequence) for sequence in self.sequences]
+        width, longest = self.width, max(lengths)
+        if min(lengths) == width:
+            return
+        # Only plain attention caches ever hold padding: keys carry their positions with them, so rows can be shifted.
+        for layer in self.cache.layers:
+            for name in ("keys", "values"):
+                old = getattr(layer, name)
+                new = old.new_zeros(*old.shape[:2], longest, old.shape[3])
+                for row, length in enumerate(lengths):
+                    new[row, :, longest - length :] = old[row, :, :length]
+                setattr(layer, name, new)
+
+    def absorb(self, other: Group) -> None:
+        """Take over another group's sequences."""
+        width = max(self.width, other.width)
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            for name in ("keys", "values"):
+                parts = [
+                    torch.nn.functional.pad(tensor, (0, 0, width - tensor.shape[2], 0))
+                    for tensor in (getattr(mine, name), getattr(theirs, name))
+                ]
+                setattr(mine, name, torch.cat(parts))
+        self.sequences += other.sequences
+
+    def step(self, *, processed: bool, version: str) -> None:
+        """One token for every sequence."""
+        device = self.backbone.device
+        lengths = [self._cached(sequence) for sequence in self.sequences]
+        last = torch.tensor([[s.out.token_ids[-1]] for s in self.sequences], device=device)
+        positions = torch.tensor(lengths, device=device)[:, None]
+        width = self.width
+        options: dict[str, Any] = {}
+        if min(lengths) < width:
+            slots = torch.arange(width + 1, device=device)[None]
+            options["attention_mask"] = (slots >= width - positions).long()
+        hidden = self.backbone.hidden(last, cache=self.cache, position_ids=positions, **options)
+        draw_next(self.sequences, self.backbone.logits(hidden[:, -1]), processed=processed, version=version)
+
+    def drop_done(self) -> None:
+        """Forget finished sequences and the padding only they needed."""
+        keep = [row for row, sequence in enumerate(self.sequences) if not sequence.done]
+        if len(keep) == len(self.sequences):
+            return
+        self.sequences = [self.sequences[row] for row in keep]
+        if not keep:
+            return
+        self.cache.batch_select_indices(torch.tensor(keep, device=self.backbone.device))
+        spare = self.width - max(self._cached(sequence) for sequence in self.sequences)
+        if spare > 0 and self.backbone.mixes_lengths:
+            for layer in self.cache.layers:
+                layer.keys = layer.keys[:, :, spare:]
+                layer.values = layer.values[:, :, spare:]

@@ -1,0 +1,107 @@
+"""What is being served: the engine, the vocabulary, the names clients may use, and the limits."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from topkd import __version__
+from topkd.serve.config import ServeConfig
+from topkd.serve.engine.endings import Endings
+from topkd.serve.engine.engine import Engine
+from topkd.serve.engine.refusal import unknown_model
+from topkd.serve.engine.vocabulary import Vocabulary
+from topkd.serve.model.backbone import Backbone
+from topkd.topk.errors import ConfigError
+
+# The dialect this server speaks; clients choose between request schemas by it.
+VLLM_DIALECT = "0.32.0"
+
+
+class Served:
+    """One model and everything the routes need to know about it."""
+
+    def __init__(self, model: Any, tokenizer: Any, config: ServeConfig) -> None:
+        self.config = config
+        self.model = model
+        self.words = Vocabulary(tokenizer)
+        backbone = Backbone(model)
+        self.vocab = backbone.vocab
+        self.context = _context(model, config)
+        endings = Endings(tokenizer, model, holds_back=config.dialect != "sglang")
+        self.engine = Engine(backbone, endings, config, self.context)
+        self.adapters: dict[str, str] = {}  # name -> folder
+        self.started = int(time.time())
+        self.fingerprint = f"topkd-{__version__}-{uuid.uuid4().hex[:8]}"
+
+    def adapter_of(self, model: str | None) -> str | None:
+        """Which adapter a request's ``model`` means; None is the base model.
+
+        Raises:
+            Refusal: No model of that name (404).
+        """
+        if model is None or model == self.config.name:
+            return None
+        if model in self.adapters:
+            return model
+        raise unknown_model(model, [self.config.name, *self.adapters])
+
+    def envelope(self, prefix: str, kind: str, model: str | None) -> dict[str, Any]:
+        """The fields every OpenAI reply begins with."""
+        return {
+            "id": f"{prefix}-{uuid.uuid4().hex[:16]}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": model or self.config.name,
+            "service_tier": None,
+            "system_fingerprint": self.fingerprint,
+            "kv_transfer_params": None,
+            "ec_transfer_params": None,
+            "metrics": None,
+        }
+
+    def cards(self) -> dict[str, Any]:
+        """``/v1/models``."""
+        base = self._card(self.config.name, root=self.config.model, parent=None, context=self.context)
+        adapters = [
+            self._card(name, root=path, parent=self.config.name, context=None) for name, path in self.adapters.items()
+        ]
+        return {"object": "list", "data": [base, *adapters]}
+
+    def _card(self, name: str, *, root: str, parent: str | None, context: int | None) -> dict[str, Any]:
+        permission = {
+            "id": f"modelperm-{uuid.uuid4().hex[:16]}",
+            "object": "model_permission",
+            "created": self.started,
+            "allow_create_engine": False,
+            "allow_sampling": True,
+            "allow_logprobs": True,
+            "allow_search_indices": False,
+            "allow_view": True,
+            "allow_fine_tuning": False,
+            "organization": "*",
+            "group": None,
+            "is_blocking": False,
+        }
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "topkd",
+            "root": root,
+            "parent": parent,
+            "max_model_len": context,
+            "permission": [permission],
+        }
+
+
+def _context(model: Any, config: ServeConfig) -> int:
+    text = model.config.get_text_config()
+    own = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    wanted = config.max_model_len
+    if wanted is None:
+        return int(own or 4096)
+    if own and wanted > own:
+        raise ConfigError("max_model_len is more than the model can attend to", got=wanted, expected=f"at most {own}")
+    return wanted

@@ -1,0 +1,105 @@
+"""``/inference/v1/generate``: ids in, ids out; the only route that scores chosen candidates."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from topkd.serve.engine.jobs import Answer, Completion, Job
+from topkd.serve.engine.refusal import Refusal
+from topkd.serve.engine.served import Served
+from topkd.serve.routes import replies
+from topkd.serve.routes.openai import refuse_streams, shown_k, too_long
+from topkd.serve.routes.requests import GenerateBody, check_candidates, check_ids, check_k, check_max_tokens
+from topkd.serve.routes.wire import answered, json_reply, read, unless_gone
+
+
+def routes(served: Served) -> list[Route]:
+    """The one route of this dialect."""
+
+    async def generate(request: Request) -> Response:
+        body = await read(request, GenerateBody, served.config.max_body_bytes)
+        job = _plan(served, body)
+        [answer] = await unless_gone(request, served.engine.submit([job]))
+        return json_reply(await asyncio.to_thread(_reply, served, body, job, answer))
+
+    return [Route("/inference/v1/generate", answered(generate), methods=["POST"])]
+
+
+def _plan(served: Served, body: GenerateBody) -> Job:
+    adapter = served.adapter_of(body.model)
+    fields = body.sampling_params
+    if body.stream and fields.prompt_logprob_token_ids is not None:
+        raise Refusal("prompt_logprob_token_ids are not available when stream=true.")
+    refuse_streams(stream=body.stream, prompt_logprobs=fields.prompt_logprobs)
+    limit = served.config.max_logprobs
+    scored = check_k(fields.prompt_logprobs, served.vocab, limit, what="prompt")
+    logprobs = check_k(fields.logprobs, served.vocab, limit, what="sample")
+    length = len(body.token_ids)
+    if fields.max_tokens is not None:
+        check_max_tokens(fields.max_tokens)
+    if length >= served.context:
+        raise too_long(served, length)
+    ids = check_ids(body.token_ids, served.vocab)
+    candidates, start = check_candidates(fields, length, served.vocab, limit)
+    left = served.context - length
+    sampling = fields.sampling(
+        max_tokens=left if fields.max_tokens is None else min(fields.max_tokens, left),
+        logprobs=logprobs,
+        vocab=served.vocab,
+        detokenize=body.output_mode == "text" or (fields.detokenize and bool(fields.stop)),
+    )
+    return Job(ids, sampling, fields.n, scored, candidates, start, adapter)
+
+
+def _reply(served: Served, body: GenerateBody, job: Job, answer: Answer) -> dict[str, Any]:
+    fields = body.sampling_params
+    rows = None
+    if answer.scores is not None:
+        words = served.words if fields.detokenize else None
+        rows = replies.prompt_logprobs(answer.scores, job.ids[1:], words, flat=fields.flat_logprobs)
+    elif job.prompt_logprobs is not None and len(job.ids) == 1:
+        rows = [{} if fields.flat_logprobs else None]
+    return {
+        "request_id": f"generate-tokens-{uuid.uuid4().hex[:16]}",
+        "model": body.model or served.config.name,
+        "created": int(time.time()),
+        "usage": replies.usage(len(job.ids), answer.completions),
+        "prompt_logprobs": rows,
+        "prompt_token_id_logprobs": None if answer.candidate_logp is None else replies.matrix(answer.candidate_logp),
+        "prompt_token_ids": list(job.ids) if body.return_token_ids else None,
+        "mm_placeholders": None,
+        "metrics": None,
+        "kv_transfer_params": None,
+        "ec_transfer_params": None,
+        "output_mode": body.output_mode,
+        "choices": [_choice(served, body, job, index, out) for index, out in enumerate(answer.completions)],
+    }
+
+
+def _choice(served: Served, body: GenerateBody, job: Job, index: int, out: Completion) -> dict[str, Any]:
+    choice: dict[str, Any] = {
+        "index": index,
+        "finish_reason": out.finish_reason,
+        "stop_reason": out.stop_reason,
+        "token_ids": out.token_ids,
+        "routed_experts": None,
+        "sampling_mask": None,
+        "weight_versions": replies.weight_versions(out),
+        "logprobs": None,
+    }
+    if body.output_mode == "text":
+        choice["text"] = out.text
+    if job.sampling.logprobs is not None:
+        k = max(1, shown_k(job.sampling))  # here, unlike in chat, the drawn token is listed even when K is 0
+        text = body.output_mode == "text"
+        choice["logprobs"] = (
+            replies.chat_logprobs(out, served.words, k=k, as_ids=False) if text else replies.generate_logprobs(out, k=k)
+        )
+    return choice

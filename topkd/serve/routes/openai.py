@@ -1,0 +1,241 @@
+"""``/v1/completions`` and ``/v1/chat/completions``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from topkd.serve.engine.jobs import Answer, Job, Sampling
+from topkd.serve.engine.refusal import Refusal, bad_parameter
+from topkd.serve.engine.served import Served
+from topkd.serve.routes import replies
+from topkd.serve.routes.requests import ChatBody, CompletionBody, check_ids, check_k, check_max_tokens
+from topkd.serve.routes.wire import answered, json_reply, read, unless_gone
+
+
+def routes(served: Served) -> list[Route]:
+    """The two OpenAI routes."""
+
+    async def completions(request: Request) -> Response:
+        body = await read(request, CompletionBody, served.config.max_body_bytes)
+        plan = _plan_completions(served, body)
+        answers = await unless_gone(request, served.engine.submit(plan.jobs))
+        return json_reply(await asyncio.to_thread(_completions_reply, served, body, plan, answers))
+
+    async def chat(request: Request) -> Response:
+        body = await read(request, ChatBody, served.config.max_body_bytes)
+        job = _plan_chat(served, body)
+        [answer] = await unless_gone(request, served.engine.submit([job]))
+        return json_reply(await asyncio.to_thread(_chat_reply, served, body, job, answer))
+
+    return [
+        Route("/v1/completions", answered(completions), methods=["POST"]),
+        Route("/v1/chat/completions", answered(chat), methods=["POST"]),
+    ]
+
+
+def refuse_streams(*, stream: bool | None, prompt_logprobs: int | None) -> None:
+    """Replies come whole."""
+    if stream and prompt_logprobs is not None:
+        raise bad_parameter("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
+    if stream:
+        raise bad_parameter("This server does not stream: send stream=false.", "stream", value=True)
+
+
+def room(served: Served, length: int) -> int:
+    """Tokens that fit behind a prompt; a prompt longer than the context is refused."""
+    if length > served.context:
+        message = (
+            f"This model's maximum context length is {served.context} tokens. However, your prompt contains at least "
+            f"{served.context + 1} input tokens, which exceeds this limit even without any output tokens. "
+            "Please reduce the length of the input prompt."
+        )
+        # vLLM stops counting one token past the limit.
+        raise bad_parameter(message, "input_tokens", served.context + 1)
+    return served.context - length
+
+
+def too_long(served: Served, length: int) -> Refusal:
+    """The engine's own refusal, used where no limit on ``max_tokens`` has found it first."""
+    limit = served.context
+    if length > limit:
+        what, parts = f"(length {length}) is longer than", "text tokens."
+    else:
+        what = f"(length {length}) plus the number of requested output tokens (at least 1) is longer than"
+        parts = "text tokens (prompt + requested output tokens)."
+    return Refusal(
+        f"The decoder prompt {what} the maximum model length of {limit}. "
+        f"Make sure that `max_model_len` is no smaller than the number of {parts}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    jobs: list[Job]
+    logprobs: int | None
+    show_drawn: bool  # max_tokens 0 with echo: one token is drawn for the engine's sake and not shown
+
+
+def _plan_completions(served: Served, body: CompletionBody) -> _Plan:
+    adapter = served.adapter_of(body.model)
+    refuse_streams(stream=body.stream, prompt_logprobs=body.prompt_logprobs)
+    limit = served.config.max_logprobs
+    scored = check_k(body.prompt_logprobs, served.vocab, limit, what="prompt", field="prompt_logprobs")
+    logprobs = check_k(body.logprobs, served.vocab, limit, what="sample", field="logprobs")
+    if body.echo and scored is None:
+        scored = logprobs
+    silent = body.echo and body.max_tokens == 0
+    jobs = []
+    for prompt in _prompts(served, body):
+        ids = check_ids(prompt, served.vocab) if len(prompt) <= served.context else tuple(prompt)
+        left = room(served, len(ids))
+        if silent and not left:
+            raise too_long(served, len(ids))
+        wanted = left if body.max_tokens is None else min(body.max_tokens, left)
+        sampling = body.sampling(
+            max_tokens=1 if silent else check_max_tokens(wanted), logprobs=logprobs, vocab=served.vocab
+        )
+        jobs.append(Job(ids, sampling, n=body.n, prompt_logprobs=scored, adapter=adapter))
+    return _Plan(jobs, logprobs, not silent)
+
+
+def _prompts(served: Served, body: CompletionBody) -> list[list[int]]:
+    prompt = body.prompt
+    if prompt is None or prompt == "":
+        raise bad_parameter("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
+    if not prompt:
+        raise Refusal("You must pass at least one prompt")
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    if isinstance(prompt[0], int):
+        return [prompt]
+    return [
+        served.words.encode(item, add_special_tokens=body.add_special_tokens) if isinstance(item, str) else item
+        for item in prompt
+    ]
+
+
+def shown_k(sampling: Sampling) -> int:
+    """Entries beside the drawn token in completions, and with it in chat: ids asked for by name are never cut."""
+    return max(sampling.logprobs or 0, 1 + len(sampling.logprob_token_ids) if sampling.logprob_token_ids else 0)
+
+
+def _completions_reply(served: Served, body: CompletionBody, plan: _Plan, answers: Sequence[Answer]) -> dict[str, Any]:
+    choices: list[dict[str, Any]] = []
+    as_ids = bool(body.return_tokens_as_token_ids)
+    for job, answer in zip(plan.jobs, answers, strict=True):
+        rows = _prompt_rows(served, job, answer)
+        for out in answer.completions:
+            text = out.text if plan.show_drawn else ""
+            if body.echo and not body.return_token_ids:
+                text = served.words.decode(list(job.ids)) + text
+            logprobs = None
+            if plan.logprobs is not None:
+                logprobs = replies.completion_logprobs(
+                    out,
+                    served.words,
+                    k=shown_k(job.sampling),
+                    as_ids=as_ids,
+                    echoed=rows if body.echo else None,
+                    prompt=job.ids if body.echo else (),
+                    drawn=plan.show_drawn,
+                )
+            choices.append(
+                {
+                    "index": len(choices),
+                    "text": text,
+                    "logprobs": logprobs,
+                    "finish_reason": out.finish_reason,
+                    "stop_reason": out.stop_reason,
+                    "token_ids": out.token_ids if body.return_token_ids else None,
+                    "prompt_logprobs": rows,
+                    "prompt_token_ids": list(job.ids) if body.return_token_ids else None,
+                    "routed_experts": None,
+                    **replies.told_versions(out, asked=body.return_weight_versions),
+                }
+            )
+    prompt_tokens = sum(len(job.ids) for job in plan.jobs)
+    completions = [out for answer in answers for out in answer.completions]
+    return {
+        **served.envelope("cmpl", "text_completion", body.model),
+        "choices": choices,
+        "usage": replies.usage(prompt_tokens, completions),
+    }
+
+
+def _prompt_rows(served: Served, job: Job, answer: Answer) -> list[dict[str, Any] | None] | None:
+    if job.prompt_logprobs is None:
+        return None
+    if answer.scores is None:  # a prompt of one token has nothing to score; an aborted one was never scored
+        return [None] if len(job.ids) == 1 else None
+    return replies.prompt_logprobs(answer.scores, job.ids[1:], served.words)
+
+
+def _plan_chat(served: Served, body: ChatBody) -> Job:
+    adapter = served.adapter_of(body.model)
+    refuse_streams(stream=body.stream, prompt_logprobs=body.prompt_logprobs)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise bad_parameter("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
+    limit = served.config.max_logprobs
+    scored = check_k(body.prompt_logprobs, served.vocab, limit, what="prompt", field="prompt_logprobs")
+    listed = check_k(body.top_logprobs or 0, served.vocab, limit, what="sample", field="top_logprobs")
+    logprobs = listed if body.logprobs else None
+    options: dict[str, Any] = dict(body.chat_template_kwargs or {})
+    for name in ("chat_template", "tools"):
+        if (value := getattr(body, name)) is not None:
+            options[name] = value
+    prompt = served.words.chat(
+        body.messages,
+        add_special_tokens=body.add_special_tokens,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        **options,
+    )
+    ids = check_ids(prompt, served.vocab)
+    left = room(served, len(ids))
+    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    wanted = check_max_tokens(left if asked is None else min(asked, left))
+    sampling = body.sampling(max_tokens=wanted, logprobs=logprobs, vocab=served.vocab)
+    return Job(ids, sampling, n=body.n, prompt_logprobs=scored, adapter=adapter)
+
+
+def _chat_reply(served: Served, body: ChatBody, job: Job, answer: Answer) -> dict[str, Any]:
+    choices = []
+    for index, out in enumerate(answer.completions):
+        k, as_ids = shown_k(job.sampling), bool(body.return_tokens_as_token_ids)
+        chosen = replies.chat_logprobs(out, served.words, k=k, as_ids=as_ids) if body.logprobs else None
+        message = {
+            "role": "assistant",
+            "content": out.text,
+            "refusal": None,
+            "annotations": None,
+            "audio": None,
+            "function_call": None,
+            "reasoning": None,
+        }
+        choices.append(
+            {
+                "index": index,
+                "message": message,
+                "logprobs": chosen,
+                "finish_reason": out.finish_reason,
+                "stop_reason": out.stop_reason,
+                "token_ids": out.token_ids if body.return_token_ids else None,
+                "routed_experts": None,
+                **replies.told_versions(out, asked=body.return_weight_versions),
+            }
+        )
+    return {
+        **served.envelope("chatcmpl", "chat.completion", body.model),
+        "choices": choices,
+        "usage": replies.usage(len(job.ids), answer.completions),
+        "prompt_logprobs": _prompt_rows(served, job, answer),
+        "prompt_token_ids": list(job.ids) if body.return_token_ids else None,
+        "prompt_text": None,
+    }

@@ -1,0 +1,188 @@
+"""Reply bodies in vLLM 0.32's shapes, from answers of the model thread."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from topkd.serve.engine.jobs import Completion, PromptScores
+from topkd.serve.engine.refusal import not_finite
+from topkd.serve.engine.vocabulary import Vocabulary
+
+# JSON has no infinity: vLLM writes probability zero as this.
+LOWEST = -9999.0
+
+encode_json = msgspec.json.Encoder().encode
+
+
+def finite(logp: float) -> float:
+    """The number JSON carries. NaN has none and is an error, never a number."""
+    if math.isnan(logp):
+        raise not_finite()
+    return max(logp, LOWEST)
+
+
+def _finite_list(values: np.ndarray) -> list[Any]:
+    if np.isnan(values).any():
+        raise not_finite()
+    return np.maximum(values, LOWEST).astype(np.float64).tolist()  # type: ignore[no-any-return]
+
+
+def prompt_logprobs(
+    scores: PromptScores, actual: Sequence[int], texts: Vocabulary | None, *, flat: bool = False
+) -> list[dict[str, Any] | None]:
+    """One entry a prompt token, the first null: the realised token first, then the top K by rank.
+
+    Args:
+        scores: Of the same prompt.
+        actual: The prompt's ids from the second on.
+        texts: Fills ``decoded_token``; None leaves it null.
+        flat: vLLM's ``flat_logprobs`` shows itself on the wire only by an empty first entry.
+    """
+    rows: list[dict[str, Any] | None] = [{} if flat else None]
+    listed = zip(
+        range(len(actual)),
+        actual,
+        _finite_list(scores.actual_logp),
+        scores.actual_rank.tolist(),
+        scores.ids.tolist(),
+        _finite_list(scores.logp),
+        strict=True,
+    )
+    for place, token, token_logp, token_rank, ids, logps in listed:
+        before = actual[max(0, place - 4) : place]
+        text = texts.text(token, before) if texts else None
+        row: dict[str, Any] = {str(token): {"logprob": token_logp, "rank": token_rank, "decoded_token": text}}
+        for rank, (other, logp) in enumerate(zip(ids, logps, strict=True), start=1):
+            if other != token:
+                text = texts.text(other, before) if texts else None
+                row[str(other)] = {"logprob": logp, "rank": rank, "decoded_token": text}
+        rows.append(row)
+    return rows
+
+
+def matrix(values: np.ndarray) -> str:
+    """Base64 of a float32 .npy file."""
+    if np.isnan(values).any():
+        raise not_finite()
+    file = io.BytesIO()
+    np.save(file, values.astype("<f4", copy=False), allow_pickle=False)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def entries(out: Completion, row: int) -> list[tuple[int, float, int]]:
+    """(id, logprob, rank) at a drawn position: the drawn token first, then the list without it."""
+    token = out.token_ids[row]
+    found = [(token, finite(out.logp[row]), out.rank[row])]
+    if out.top_ids:
+        logps = _finite_list(out.top_logp[row])
+        listed = zip(out.top_ids[row].tolist(), logps, out.top_rank[row].tolist(), strict=True)
+        found += [entry for entry in listed if entry[0] != token]
+    return found
+
+
+def completion_logprobs(
+    out: Completion,
+    texts: Vocabulary,
+    *,
+    k: int,
+    as_ids: bool,
+    echoed: list[dict[str, Any] | None] | None = None,
+    prompt: Sequence[int] = (),
+    drawn: bool = True,
+) -> dict[str, Any]:
+    """``choices[].logprobs`` of ``/v1/completions``, with the prompt's rows in front when it is echoed.
+
+    Each row shows the realised token and at most ``k`` others. ``drawn=False`` leaves the drawn tokens out.
+    """
+
+    def name(token: int, text: str) -> str:
+        return f"token_id:{token}" if as_ids else text
+
+    rows: list[list[tuple[str, float]]] = []
+    tokens: list[str] = []
+    for token, entry in zip(prompt, echoed or [], strict=bool(echoed)):
+        rows.append(
+            [(name(int(key), value["decoded_token"]), value["logprob"]) for key, value in (entry or {}).items()]
+        )
+        tokens.append(rows[-1][0][0] if rows[-1] else name(token, texts.alone(token)))
+    for place in range(len(out.token_ids) if drawn else 0):
+        before = out.token_ids[max(0, place - 4) : place]
+        rows.append([(name(token, texts.text(token, before)), logp) for token, logp, _ in entries(out, place)])
+        tokens.append(rows[-1][0][0])
+    offsets = list(accumulate(map(len, tokens[:-1]), initial=0)) if tokens else []
+    return {
+        "text_offset": offsets,
+        "token_logprobs": [listed[0][1] if listed else None for listed in rows],
+        "tokens": tokens,
+        # Of tokens that share a text the last one's value stands: a name is no identity, as_ids is.
+        "top_logprobs": [dict(listed[: k + 1]) if listed else None for listed in rows],
+    }
+
+
+def chat_logprobs(out: Completion, texts: Vocabulary, *, k: int, as_ids: bool) -> dict[str, Any]:
+    """``choices[].logprobs`` of chat, cut to K entries *including* the drawn token, as vLLM does."""
+    content = []
+    for row, token in enumerate(out.token_ids):
+        listed = entries(out, row)
+        before = out.token_ids[max(0, row - 4) : row]
+        shown = []
+        for other, logp, _ in listed[:k]:
+            # The bytes are those of whatever stands in `token`, as in vLLM: none for a token that ends inside a
+            # character, and with ids for names those of the name. A client must not read them as the token's own.
+            text = f"token_id:{other}" if as_ids else texts.text(other, before)
+            shown.append({"token": text, "logprob": logp, "bytes": list(text.encode())})
+        text = texts.text(token, before)
+        content.append(
+            {
+                "token": f"token_id:{token}" if as_ids else text,
+                "logprob": listed[0][1],
+                "bytes": list(text.encode()),
+                "top_logprobs": shown,
+            }
+        )
+    return {"content": content}
+
+
+def generate_logprobs(out: Completion, *, k: int) -> dict[str, Any]:
+    """``choices[].logprobs`` of ``/inference/v1/generate``: integer ids and ranks, cut to K with the drawn token."""
+    content = []
+    for row in range(len(out.token_ids)):
+        listed = [{"token_id": token, "logprob": logp, "rank": rank} for token, logp, rank in entries(out, row)]
+        content.append({**listed[0], "top_logprobs": listed[:k]})
+    return {"content": content}
+
+
+def weight_versions(out: Completion) -> list[dict[str, Any]]:
+    """Which weights drew which tokens, as spans."""
+    spans: list[dict[str, Any]] = []
+    for position, version in enumerate(out.versions):
+        if spans and spans[-1]["version"] == version:
+            spans[-1]["end"] = position + 1
+        else:
+            spans.append({"version": version, "start": position, "end": position + 1})
+    return spans
+
+
+def told_versions(out: Completion, *, asked: bool | None) -> dict[str, Any]:
+    """The same as a field of an OpenAI choice, for requests that ask for it."""
+    return {"weight_versions": weight_versions(out)} if asked else {}
+
+
+def usage(prompt_tokens: int, completions: Sequence[Completion]) -> dict[str, Any]:
+    """Token counts."""
+    drawn = sum(len(out.token_ids) for out in completions)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "total_tokens": prompt_tokens + drawn,
+        "completion_tokens": drawn,
+        "prompt_tokens_details": None,
+        "completion_tokens_details": None,
+    }

@@ -1,0 +1,136 @@
+"""Divergences of two distributions whose logprobs stand at the same ids: dense, or on a shared top-K.
+
+beta is the mixture weight of the *teacher*: 0 is forward KL(T||S), 1 is reverse KL(S||T), natural log throughout.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from topkd.topk.errors import ConfigError
+from topkd.topk.inputs import check_beta, logp_pair
+from topkd.topk.maths.mass import check_mass, log_mass, log_tail
+from topkd.topk.types import Bool, Float64
+
+DENSE_TOLERANCE = 1e-2  # a dense row whose mass is further from 1 than half-precision rounding explains is not dense
+Tail = Literal["bucket", "renormalise", "partial"]
+
+
+def gjs(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float) -> Float64:
+    """Generalised Jensen-Shannon divergence over the last axis, in nats, always >= 0.
+
+    With M = beta T + (1-beta) S::
+
+        GJS_beta = beta KL(T||M) + (1-beta) KL(S||M)           0 < beta < 1,  <= H2(beta) <= log 2
+        GJS_0    = KL(T||S)        GJS_1 = KL(S||T)            special-cased: discontinuous with the interior
+
+    Agarwal et al., GKD (arXiv:2306.13649). Exact: nothing is truncated; 0 log 0 = 0; p > 0 against q = 0 gives +inf at
+    the two KL ends only. Computed in float64.
+
+    Args:
+        teacher_logp: [..., V] full-vocabulary logprobs.
+        student_logp: [..., V], same shape.
+        beta: Mixture weight of the teacher, in [0, 1].
+
+    Returns:
+        float64 [...]; NaN for a row that holds a NaN or is all -inf on a side (no signal).
+    """
+    beta = check_beta(beta)
+    teacher, student = _rows(teacher_logp, student_logp)
+    for name, logp in (("teacher_logp", teacher), ("student_logp", student)):
+        mass = np.exp(logp).sum(axis=-1)
+        wrong = (np.abs(mass - 1.0) > DENSE_TOLERANCE) & (mass > 0.0)
+        if wrong.any():
+            raise ConfigError(
+                f"gjs: {name} is not a full distribution",
+                where=f"row {np.argwhere(np.atleast_1d(wrong))[0].tolist()}",
+                got=f"mass {np.atleast_1d(mass)[np.atleast_1d(wrong)][0]:.6g}",
+                expected="1",
+                hint="for top-K lists use shared_support_gjs or topk_gjs",
+            )
+    return np.where(_no_signal(teacher, student), np.nan, np.maximum(integrand(teacher, student, beta).sum(-1), 0.0))
+
+
+def shared_support_gjs(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float, tail: Tail = "bucket") -> Float64:
+    """GJS_beta restricted to K shared ids, in nats: both sides carry exact logprobs *of the same ids*.
+
+    The divergence of ``gjs`` (arXiv:2306.13649) on fewer bins; what is approximate depends on ``tail``.
+
+    ``tail="bucket"``: the mass outside becomes one more bin on each side, log(1 - mass) = log(-expm1(lse)) with lse
+    clamped at -1e-7. An exact coarse-graining of both distributions, so 0 <= result <= dense, non-decreasing in K for
+    nested ids, and equal to dense at K = V (up to the clamp). SDPO and TRL's default.
+
+    ``tail="renormalise"``: both sides divided by their captured mass; a proper divergence of the *conditionals*: blind
+    to the captured mass, 0 for K = 1, neither a bound of dense nor monotone. OPSD's ``top_k``.
+
+    ``tail="partial"``: the plain sum over the K ids. For 0 < beta < 1 it lies between 0 and the bucket's value (biased
+    low); at the ends it may be negative. For comparison only.
+
+    Args:
+        teacher_logp: [..., K]; an absent or padded entry is -inf on both sides.
+        student_logp: [..., K], at the same ids, same shape.
+        beta: Mixture weight of the teacher, in [0, 1]: 0 forward KL(T||S), 1 reverse KL(S||T).
+        tail: What happens to the mass outside the K ids.
+
+    Returns:
+        float64 [...]; NaN for a row that holds a NaN or has no finite entry on a side (no signal).
+    """
+    beta = check_beta(beta)
+    teacher, student = _rows(teacher_logp, student_logp)
+    if tail not in ("bucket", "renormalise", "partial"):
+        raise ConfigError("shared_support_gjs: unknown tail", got=repr(tail), expected="bucket, renormalise or partial")
+    check_mass("teacher_logp", teacher)
+    check_mass("student_logp", student)
+    silent = _no_signal(teacher, student)
+    if tail == "renormalise":
+        with np.errstate(invalid="ignore"):
+            teacher, student = teacher - log_mass(teacher)[..., None], student - log_mass(student)[..., None]
+    total = integrand(teacher, student, beta).sum(axis=-1)
+    if tail == "bucket":
+        total = total + integrand(log_tail(teacher), log_tail(student), beta)
+    if tail != "partial":
+        total = np.maximum(total, 0.0)
+    return np.where(silent, np.nan, total)
+
+
+def integrand(teacher: Float64, student: Float64, beta: float) -> Float64:
+    """The summand of GJS_beta at each id, elementwise in float64; >= 0 everywhere for 0 < beta < 1, not at the ends.
+
+    Also right for bins that are sums of ids (a tail bucket). NaN where either side is NaN.
+    """
+    if beta == 0.0:
+        return kl_terms(teacher, student)
+    if beta == 1.0:
+        return kl_terms(student, teacher)
+    mixture = log_mixture(teacher, student, beta)
+    return beta * kl_terms(teacher, mixture) + (1.0 - beta) * kl_terms(student, mixture)
+
+
+def log_mixture(teacher: Float64, student: Float64, beta: float) -> Float64:
+    """log m = log(beta t + (1-beta) s) for 0 < beta < 1, elementwise; NaN where either side is NaN."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.logaddexp(teacher + np.log(beta), student + np.log1p(-beta)))
+
+
+def kl_terms(logp: Float64, logq: Float64) -> Float64:
+    """p (log p - log q) at each id: 0 where p = 0, +inf where p > 0 = q, NaN where either is NaN."""
+    empty = np.isneginf(logp) & ~np.isnan(logq)
+    broken = np.isneginf(logq) & (logp > -np.inf)  # also where exp(logp) is 0 by rounding: 0 * inf would be nan
+    with np.errstate(invalid="ignore"):
+        return np.where(empty, 0.0, np.where(broken, np.inf, np.exp(logp) * (logp - logq)))
+
+
+def _rows(teacher_logp: ArrayLike, student_logp: ArrayLike) -> tuple[Float64, Float64]:
+    teacher, student = logp_pair(teacher_logp, student_logp)
+    if teacher.ndim < 1 or teacher.shape != student.shape:
+        raise ConfigError(
+            "teacher_logp and student_logp must be [..., V] of one shape", got=f"{teacher.shape} and {student.shape}"
+        )
+    return teacher, student
+
+
+def _no_signal(teacher: Float64, student: Float64) -> Bool:
+    return np.asarray(np.isneginf(teacher).all(axis=-1) | np.isneginf(student).all(axis=-1))

@@ -1,0 +1,143 @@
+"""The top-K policy gradient with a sampled tail: exact weights for log s at K ids and at the realised token.
+
+A is the K ids of the teacher's list (or any set chosen without looking at the sampled token y); natural log;
+beta is the mixture weight of the teacher. The learner multiplies these *detached* weights with log s and descends on
+minus their sum.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from topkd.topk.errors import ConfigError
+from topkd.topk.inputs import check_beta, check_scores, float64, logp64, narrowed, result_dtype
+from topkd.topk.maths.advantages import advantage64
+from topkd.topk.maths.mass import check_mass
+from topkd.topk.maths.scalars import real
+from topkd.topk.types import Bool, Float64, TopK
+
+EMPTY_TAIL = 1e-6  # below this the tail mass is rounding, and the ratio of two of them is noise
+_LEAST_TAIL = 1e-7
+
+
+def topk_weights(
+    teacher: TopK,
+    student_logp_at_ids: ArrayLike,
+    student_logp_actual: ArrayLike,
+    *,
+    beta: float,
+    lam: float,
+    is_weight: ArrayLike | None = None,
+) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """Weights w with E over y ~ S of [sum_A w_v grad log s(v) + w_y grad log s(y)] = -grad of a divergence.
+
+    With g the advantage of ``gjs_advantage`` and g_o the same formula at the two tail masses t_o = 1 - sum_A t and
+    s_o = 1 - sum_A s (clamped at 1e-7)::
+
+        w_v = s(v) (g(v) - g_o)                      v in A
+        w_y = lam * rho * (g(y) - g_o)               y not in A, else 0;   rho = is_weight, 1 on-policy
+
+    lam = 1: exactly -grad GJS_beta(T, S), for every K and any A. lam = 0: exactly -grad of the tail-bucket divergence
+    on A. In between: -grad[(1-lam) bucket + lam dense]. Sign: ascend on sum w log s (the loss is minus that). Nothing
+    is approximate but the gate: where t_o or s_o is below 1e-6 (``gated_rows``), g_o is 0 and w_y is 0. Natural logs;
+    the divergence is GKD's (arXiv:2306.13649), the estimator this library's (docs/math.md).
+
+    Args:
+        teacher: R rows. A is ``teacher.ids`` (pads excluded) and must not hold y *because* y was sampled.
+            ``tail_logp`` gives t_o where it is known.
+        student_logp_at_ids: [R, K] exact log s at ``teacher.ids`` (anything at pads).
+        student_logp_actual: [R] exact log s(y), y = ``teacher.actual_ids``.
+        beta: Mixture weight of the teacher, in [0, 1].
+        lam: Share of the sampled tail, in [0, 1].
+        is_weight: [R] importance ratio s(y)/behaviour(y) of the realised token, already truncated; None = 1.
+
+    Returns:
+        ``(w_ids [R, K], w_actual [R])``, float32 when the student's logprobs are, else float64. Pads have weight 0, and
+        at beta = 1 so have listed ids with t = 0: log t has no finite value there, and they join the tail. NaN = no
+        signal, to be masked: a row without list or with an unknown student logprob (both weights), and for lam > 0 a
+        realised token outside A that is unknown, has s = 0, or has t = 0 at beta = 1 (``w_actual``).
+    """
+    beta, lam = check_beta(beta), real("lam", lam)
+    check_scores(teacher=teacher)
+    if not 0.0 <= lam <= 1.0:
+        raise ConfigError("lam out of range", got=lam, expected="0 (tail bucket) .. 1 (unbiased for the dense loss)")
+    member = _members(teacher, beta)
+    known = _student(teacher, student_logp_at_ids)
+    student = np.where(member, known, -np.inf)
+    actual = logp64("student_logp_actual", student_logp_actual)
+    ratio = float64("is_weight", 1.0 if is_weight is None else is_weight)
+    if (ratio < 0.0).any() or np.isinf(ratio).any():
+        raise ConfigError("is_weight: not an importance ratio", got=ratio.min(), expected="0 <= ratio < inf")
+    if actual.shape != (teacher.rows,) or (ratio.ndim and ratio.shape != (teacher.rows,)):
+        raise ConfigError(
+            "topk_weights: student_logp_actual and is_weight must be [R]",
+            got=f"{actual.shape} and {ratio.shape}",
+            expected=(teacher.rows,),
+        )
+    teacher_tail, student_tail = _tails(teacher, student)
+    gated = (teacher_tail < EMPTY_TAIL) | (student_tail < EMPTY_TAIL)
+    baseline = advantage64(np.log(teacher_tail) - np.log(student_tail), beta)
+    baseline = np.where(gated, 0.0, baseline)
+
+    at_ids = teacher.logp.astype(np.float64)
+    weights = np.where(member, weighted_advantage(at_ids, student, beta) - np.exp(student) * baseline[:, None], 0.0)
+
+    inside = ((teacher.ids == teacher.actual_ids[:, None]) & member).any(axis=1)
+    with np.errstate(invalid="ignore"):
+        difference = np.where(np.isneginf(actual), np.nan, teacher.actual_logp.astype(np.float64) - actual)
+    tail = lam * ratio * (advantage64(difference, beta) - baseline)
+    tail = np.where(teacher.actual_ids < 0, np.nan, tail)
+    tail = np.where(inside | gated | (lam == 0.0), 0.0, tail)
+
+    hole = ~teacher.signal if teacher.k else np.zeros(teacher.rows, dtype=np.bool_)
+    hole = hole | np.isnan(known).any(axis=1)
+    dtype = result_dtype(student_logp_at_ids, student_logp_actual)
+    return (
+        narrowed(np.where(hole[:, None], np.nan, weights), dtype),
+        narrowed(np.where(hole, np.nan, tail), dtype),
+    )
+
+
+def gated_rows(teacher: TopK, student_logp_at_ids: ArrayLike, *, beta: float = 0.5) -> Bool:
+    """bool [R], True where ``topk_weights`` finds a tail empty to rounding (t_o or s_o below 1e-6) and gates it.
+
+    t_o = 1 - sum_A t (the stored tail where it is known), s_o = 1 - sum_A s, from natural logs. Report their share: on
+    such rows the estimator is that of the listed ids alone.
+    """
+    check_scores(teacher=teacher)
+    student = np.where(_members(teacher, check_beta(beta)), _student(teacher, student_logp_at_ids), -np.inf)
+    teacher_tail, student_tail = _tails(teacher, student)
+    return np.asarray((teacher_tail < EMPTY_TAIL) | (student_tail < EMPTY_TAIL))
+
+
+def _members(teacher: TopK, beta: float) -> Bool:
+    """bool [R, K]: the ids of A. At beta = 1 an id with t = 0 is left to the tail, which is as good a partition."""
+    return teacher.listed & ~np.isneginf(teacher.logp) if beta == 1.0 else teacher.listed
+
+
+def weighted_advantage(teacher: Float64, student: Float64, beta: float) -> Float64:
+    """s g(t, s) elementwise, with its limit at s = 0: t for beta = 0, else 0. NaN for t = 0 at beta = 1."""
+    probability = np.exp(student)
+    if beta == 0.0:
+        return np.asarray(np.exp(teacher) - probability)
+    with np.errstate(invalid="ignore", over="ignore"):
+        value = probability * advantage64(teacher - student, beta)
+    return np.where(np.isneginf(student) & ~np.isnan(teacher), 0.0, value)
+
+
+def _student(teacher: TopK, student_logp_at_ids: ArrayLike) -> Float64:
+    """The student's logprobs at the teacher's ids as float64, -inf at pads."""
+    given = float64("student_logp_at_ids", student_logp_at_ids)
+    if given.shape != teacher.ids.shape:
+        raise ConfigError("student_logp_at_ids must stand at teacher.ids", got=given.shape, expected=teacher.ids.shape)
+    student = logp64("student_logp_at_ids", np.where(teacher.listed, given, -np.inf))
+    check_mass("student_logp_at_ids", student)
+    return student
+
+
+def _tails(teacher: TopK, student: Float64) -> tuple[Float64, Float64]:
+    stored = np.exp(teacher.tail_logp, dtype=np.float64)
+    teacher_tail = np.where(np.isnan(stored), 1.0 - teacher.mass(), stored)
+    student_tail = 1.0 - np.exp(student).sum(axis=1)
+    return np.maximum(teacher_tail, _LEAST_TAIL), np.maximum(student_tail, _LEAST_TAIL)

@@ -1,0 +1,183 @@
+"""GJS of two top-K lists, as two servers return them: different ids, different K, holes.
+
+beta is the mixture weight of the *teacher*; natural log; NaN = no signal. These are metrics, never advantages.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from topkd.topk.alignment import Aligned, align
+from topkd.topk.errors import AlignmentError, ConfigError
+from topkd.topk.inputs import check_beta, check_floor, check_scores
+from topkd.topk.maths.divergence import integrand, shared_support_gjs
+from topkd.topk.maths.mass import log_mass
+from topkd.topk.maths.union import MIN_TAIL, UnionTail
+from topkd.topk.types import Bool, Float64, TopK
+
+# Where float32 is exact enough and a missing id's share is itself below that; elsewhere float64 does the work.
+FAST_BETA = (0.01, 0.99)
+FAST_FLOOR = (-80.0, -15.0)  # below it exp(floor) is no normal float32, and a pad's 0 would not be told from it
+Missing = Literal["union_tail", "intersection_tail", "floor", "renormalise"]
+
+
+def topk_gjs(
+    teacher: TopK, student: TopK, beta: float, missing: Missing = "union_tail", floor: float = -20.0
+) -> Float64:
+    """GJS_beta between two top-K lists a row, in nats, >= 0; NaN where a side lists nothing.
+
+    The divergence of ``gjs`` (GKD, arXiv:2306.13649) on the bins that two lists allow; every variant is approximate.
+
+    ``missing`` says what happens to an id that only one side lists, U being the union of both lists:
+
+    * ``"union_tail"``: GJS over U and one tail bin. A missing id gets q = min(exp(floor), smallest listed p of that
+      side, left-over / number missing), taken out of that side's left-over mass max(1e-7, 1 - mass); the rest is its
+      tail bin. Both sides stay proper distributions. The recommended metric: it ranks positions as dense GJS does
+      (r = .96 .. 1.0), usually low, but no bound.
+    * ``"intersection_tail"``: the common ids and one tail bin, as ``shared_support_gjs(tail="bucket")``. No floor: a
+      certified lower bound of the dense value; 0 for disjoint lists.
+    * ``"floor"``: missing ids get min(floor, that side's smallest listed logprob), then both sides are renormalised
+      over U. Neither a bound nor monotone.
+    * ``"renormalise"``: the common ids only, each side renormalised on them; NaN where no id is common.
+
+    The left-over mass is the stored ``tail_logp`` where it is known, else 1 - mass. ``union_tail`` with beta in .01 ..
+    .99 and a floor in -80 .. -15 runs in float32 with float64 sums; all else in float64. The difference is within 4e-6
+    up to K = 200, and within 4e-5 at K in the thousands; half of it where ``tail_logp`` is known.
+
+    Args:
+        teacher: R rows.
+        student: R rows for the same positions (K may differ).
+        beta: Mixture weight of the teacher, in [0, 1]: 0 forward KL(T||S), 1 reverse KL(S||T).
+        missing: The variant.
+        floor: Natural-log probability below which a missing id is put (``union_tail`` and ``floor`` only); one that is
+            below every float (under -745) gives it none in ``union_tail``.
+
+    Returns:
+        float64 [R].
+    """
+    beta = check_beta(beta)
+    if missing not in ("union_tail", "intersection_tail", "floor", "renormalise"):
+        raise ConfigError(
+            "topk_gjs: unknown variant",
+            got=repr(missing),
+            expected="union_tail, intersection_tail, floor or renormalise",
+        )
+    floor = check_floor("topk_gjs: floor", floor)
+    _same_rows(teacher, student)
+    if missing == "union_tail" and FAST_BETA[0] <= beta <= FAST_BETA[1] and FAST_FLOOR[0] <= floor <= FAST_FLOOR[1]:
+        values, left = UnionTail(teacher, student, beta, floor)()
+        if left.size:
+            values[left] = _exact(_rows(teacher, left), _rows(student, left), beta, missing, floor)
+        return values
+    return _exact(teacher, student, beta, missing, floor)
+
+
+def aligned_gjs(pair: Aligned, beta: float, missing: Missing, floor: float) -> Float64:
+    """``topk_gjs`` on an aligned pair, in float64; NaN = no signal."""
+    if missing == "union_tail":
+        teacher, student = union_bins(pair, floor)
+        total = np.maximum(integrand(teacher, student, beta).sum(axis=1), 0.0)
+    elif missing == "floor":
+        teacher = log_renormalised(_floored(pair.teacher, pair.in_teacher, pair.union, floor))
+        student = log_renormalised(_floored(pair.student, pair.in_student, pair.union, floor))
+        total = np.maximum(integrand(teacher, student, beta).sum(axis=1), 0.0)
+    else:
+        common = pair.both
+        teacher, student = np.where(common, pair.teacher, -np.inf), np.where(common, pair.student, -np.inf)
+        if missing == "renormalise":
+            return shared_support_gjs(teacher, student, beta, "renormalise")
+        teacher_rest = np.log(_remaining(pair.teacher_tail, pair.teacher, pair.in_teacher & ~common))
+        student_rest = np.log(_remaining(pair.student_tail, pair.student, pair.in_student & ~common))
+        total = integrand(teacher, student, beta).sum(axis=1) + integrand(teacher_rest, student_rest, beta)
+        total = np.maximum(total, 0.0)
+    return np.where(pair.signal, total, np.nan)
+
+
+def union_bins(pair: Aligned, floor: float) -> tuple[Float64, Float64]:
+    """Log-probabilities [R, N + 1] of both sides over the union of ids and, last, the tail bin (see ``topk_gjs``)."""
+    return (
+        _with_tail(pair.teacher, pair.in_teacher, pair.union, pair.teacher_tail, floor),
+        _with_tail(pair.student, pair.in_student, pair.union, pair.student_tail, floor),
+    )
+
+
+def _with_tail(logp: Float64, listed: Bool, union: Bool, tail: Float64, floor: float) -> Float64:
+    mass = np.exp(logp).sum(axis=1)
+    remaining = np.maximum(np.where(np.isnan(tail), 1.0 - mass, tail), MIN_TAIL)
+    logp = logp - np.log(np.maximum(mass, 1.0))[:, None]
+    absent = union & ~listed
+    count = absent.sum(axis=1)
+    smallest = np.where(np.isfinite(logp), logp, np.inf).min(axis=1, initial=np.inf)
+    # in logs: a listed probability below the smallest double is none the less one, and no infinity at a KL end
+    floor = floor if np.exp(floor) > 0.0 else -np.inf  # who gives such a floor asks for none
+    filler = np.minimum(np.minimum(floor, smallest), np.log(remaining / np.maximum(count, 1)))
+    share = np.exp(filler)
+    # where the missing ids take all that is left, the difference is rounding: at a KL end it would decide over infinity
+    spent = share * count >= remaining * (1.0 - 1e-12)
+    with np.errstate(divide="ignore"):
+        rest = np.log(np.where(spent, 0.0, remaining - share * count))
+    return np.concatenate([np.where(absent, filler[:, None], logp), rest[:, None]], axis=1)
+
+
+def _floored(logp: Float64, listed: Bool, union: Bool, floor: float) -> Float64:
+    smallest = np.where(np.isfinite(logp), logp, np.inf).min(axis=1, initial=np.inf)
+    return np.asarray(np.where(union & ~listed, np.minimum(floor, smallest)[:, None], logp))
+
+
+def log_renormalised(logp: Float64) -> Float64:
+    """``logp`` minus the log of its mass over the last axis; a row of -inf becomes NaN."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(logp - log_mass(logp)[..., None])
+
+
+def _remaining(tail: Float64, logp: Float64, dropped: Bool) -> Float64:
+    kept = 1.0 - np.exp(logp, where=~dropped, out=np.zeros_like(logp)).sum(axis=1)
+    known = tail + np.exp(logp, where=dropped, out=np.zeros_like(logp)).sum(axis=1)
+    return np.asarray(np.maximum(np.where(np.isnan(tail), kept, known), MIN_TAIL))
+
+
+def _exact(teacher: TopK, student: TopK, beta: float, missing: Missing, floor: float) -> Float64:
+    return aligned_gjs(align_scores(teacher, student), beta, missing, floor)
+
+
+def align_scores(teacher: TopK, student: TopK) -> Aligned:
+    """Both scores' lists on the union of their ids, with their stored tail masses."""
+    _same_rows(teacher, student)
+    return align(
+        teacher.ids,
+        teacher.logp,
+        student.ids,
+        student.logp,
+        teacher_tail=np.exp(teacher.tail_logp, dtype=np.float64),
+        student_tail=np.exp(student.tail_logp, dtype=np.float64),
+    )
+
+
+def _rows(scores: TopK, index: np.ndarray[tuple[int, ...], np.dtype[np.intp]]) -> TopK:
+    return TopK(
+        0,
+        scores.ids[index],
+        scores.logp[index],
+        scores.actual_ids[index],
+        scores.actual_logp[index],
+        scores.tail_logp[index],
+    )
+
+
+def _same_rows(teacher: TopK, student: TopK) -> None:
+    check_scores(teacher=teacher, student=student)
+    if teacher.rows != student.rows:
+        raise ConfigError(
+            "teacher and student have different numbers of rows", got=f"{teacher.rows} and {student.rows}"
+        )
+    differ = (teacher.actual_ids != student.actual_ids) & (teacher.actual_ids >= 0) & (student.actual_ids >= 0)
+    if differ.any():
+        row = int(np.argmax(differ))
+        raise AlignmentError(
+            "teacher and student rows are for different completions",
+            where=f"row {row}",
+            got=f"token {teacher.actual_ids[row]} and {student.actual_ids[row]}",
+            hint="slice each side with its own prompt length",
+        )
