@@ -2,7 +2,7 @@
 
 The function is given a ``TokenView``: the student's logprobs with graph (of the sampled token, and at the teacher's
 listed ids), the teacher's rows, and the logprobs the tokens were sampled with. What it returns is summed over the
-step's trained tokens and divided by their number; masks, batching, diary and checkpoints are as for any objective.
+step's trained tokens and divided by their number; masks, batching, run log and checkpoints are as for any objective.
 
     python examples/custom_objective.py
 """

@@ -1,7 +1,7 @@
 """TAID (arXiv:2501.16937): the target is no fixed teacher, it moves from the student to the teacher while training.
 
 At the interpolation weight t the target lies t of the way to the teacher; t runs from 0.4 to 1 over the run's steps,
-faster while the loss falls. The weight of every step is in the diary (``taid_t``).
+faster while the loss falls. The weight of every step is in the run log (``taid_t``).
 
     python examples/taid_schedule.py
 """

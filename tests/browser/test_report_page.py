@@ -124,8 +124,8 @@ def test_no_mark_of_a_chart_stands_beyond_its_last_value(run_page, open_page):
 def test_no_two_ticks_of_an_axis_read_the_same(tmp_path, open_page):
     runs = [write_run(tmp_path / f"run{seed}", seed=seed, done=20 + 20 * seed) for seed in range(2)]
     for path, mismatch in zip(runs, (7.80e-14, 7.85e-14), strict=True):
-        diary = (path / "metrics.jsonl").read_text().replace('"mismatch_kl": 1e-06', f'"mismatch_kl": {mismatch}')
-        (path / "metrics.jsonl").write_text(diary.replace('"lr": 0.001', '"lr": 12345.5'))
+        run_log = (path / "metrics.jsonl").read_text().replace('"mismatch_kl": 1e-06', f'"mismatch_kl": {mismatch}')
+        (path / "metrics.jsonl").write_text(run_log.replace('"lr": 0.001', '"lr": 12345.5'))
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps(config | {"k": path.name}))
     (tmp_path / "page.html").write_text(render(gather(runs)), encoding="utf-8")

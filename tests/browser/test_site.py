@@ -9,7 +9,7 @@ import pytest
 from tests.docs.blocks import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
-PAGES = ("index.html", "how-to/troubleshooting.html", "reference/maths.html", "migrate/trl.html", "diary.html")
+PAGES = ("index.html", "how-to/troubleshooting.html", "reference/maths.html", "migrate/trl.html", "run-log.html")
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ def test_a_run_that_is_there_already_is_not_offered_again_and_a_folder_with_spac
 @pytest.mark.parametrize(
     ("steps", "kept"),
     [
-        ([{}, {}], "step 2; the diary and the student so far lie in runs/a (topkd report runs/a)"),
+        ([{}, {}], "step 2; the run log and the student so far lie in runs/a (topkd report runs/a)"),
         ([], "step 0; runs/a holds no step"),
     ],
 )

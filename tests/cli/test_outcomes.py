@@ -50,8 +50,8 @@ def test_a_run_whose_server_dies_says_the_command_that_goes_on(tmp_path, monkeyp
         )
 
         def end_it():
-            diary = Path("run/metrics.jsonl")
-            while not diary.exists() or b'{"kind": "step"' not in diary.read_bytes():
+            run_log = Path("run/metrics.jsonl")
+            while not run_log.exists() or b'{"kind": "step"' not in run_log.read_bytes():
                 time.sleep(0.02)
             server.stop()
 

@@ -102,8 +102,8 @@ def _log_requests(log: int) -> None:
 
 
 def _steps(folder: Path) -> int:
-    diary = folder / "metrics.jsonl"
-    return diary.read_bytes().count(b'{"kind": "step"') if diary.exists() else 0
+    run_log = folder / "metrics.jsonl"
+    return run_log.read_bytes().count(b'{"kind": "step"') if run_log.exists() else 0
 
 
 def _kept(folder: Path) -> int:

@@ -41,7 +41,7 @@ def test_an_arm_pays_for_the_lists_that_its_objective_looks_at(objective, each):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_arms_of_a_run_file_are_judged_by_their_diaries_fixed_prefixes(tmp_path):
+def test_arms_of_a_run_file_are_judged_by_their_run_logs_fixed_prefixes(tmp_path):
     for name, seed in (("student", 1), ("teacher", 2)):
         make_tiny_model(tmp_path / name, seed=seed, vocab=512, hidden=32)
     data = tmp_path / "prompts.jsonl"
@@ -61,9 +61,9 @@ eval = {{ path = "{data}", max_tokens = 6 }}
     done = compare(config.model_copy(update={"workers": 1}), tmp_path / "out")
     assert done.complete
     for row in done.summary["live"]["arms"]:
-        diary = tmp_path / "out" / "cells" / f"live-{row['arm']}-seed0" / "metrics.jsonl"
-        fixed = [one["reverse_kl"] for one in read_metrics(diary, "eval") if one["prefixes"] == "fixed"]
-        fresh = [one["reverse_kl"] for one in read_metrics(diary, "eval") if one["prefixes"] == "fresh"]
+        run_log = tmp_path / "out" / "cells" / f"live-{row['arm']}-seed0" / "metrics.jsonl"
+        fixed = [one["reverse_kl"] for one in read_metrics(run_log, "eval") if one["prefixes"] == "fixed"]
+        fresh = [one["reverse_kl"] for one in read_metrics(run_log, "eval") if one["prefixes"] == "fresh"]
         assert len(fixed) == 3
         assert (row["seeds"]["0"]["first"], row["final"]["mean"]) == (fixed[0], fixed[-1])
         assert row["seeds"]["0"]["fresh_reverse_kl"] == fresh[-1] != fixed[-1]

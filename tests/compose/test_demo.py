@@ -178,8 +178,8 @@ async def test_a_demo_that_is_stopped_keeps_what_it_learnt_and_says_no_class_of_
     assert reasons == ["SIGINT", "interrupted"]
 
 
-def read_steps(diary):
-    return diary.exists() and b'{"kind": "step"' in diary.read_bytes()
+def read_steps(run_log):
+    return run_log.exists() and b'{"kind": "step"' in run_log.read_bytes()
 
 
 @pytest.mark.slow

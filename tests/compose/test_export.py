@@ -27,7 +27,7 @@ def base(tmp_path_factory):
 
 
 def a_run(base, out, *, lora=None):
-    """What a finished run leaves: a config, a diary, and a student that is no longer its base."""
+    """What a finished run leaves: a config, a run log, and a student that is no longer its base."""
     student = Student.load(str(base), "cpu", lora=None if lora is None else LoRAConfig(**lora))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

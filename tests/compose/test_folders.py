@@ -19,11 +19,11 @@ STARTED = '{"kind": "event", "event": "start"}\n'
         (STARTED + '{"kind": "train", "loss": 1.0}\n', ConfigError, "holds something that is no run"),
         ('{"kind": ["train"]}\n', ConfigError, "holds something that is no run"),
         ("step,loss", ConfigError, "holds something that is no run"),
-        ('{"loss": 1.0}\n', DataError, "this is no diary of a run"),
+        ('{"loss": 1.0}\n', DataError, "this is no run log of a run"),
         ("", ConfigError, "holds something that is no run"),
     ],
 )
-def test_a_diary_of_another_program_is_not_taken_for_a_run_that_took_no_step(tmp_path, lines, error, message):
+def test_a_run_log_of_another_program_is_not_taken_for_a_run_that_took_no_step(tmp_path, lines, error, message):
     (tmp_path / "metrics.jsonl").write_text(lines)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(error, match=message):

@@ -129,9 +129,9 @@ def test_killing_the_teacher_in_mid_run_ends_it_with_one_error_within_its_time_o
         child = subprocess.Popen(
             [sys.executable, "-c", program, str(path), str(tmp_path / "out")], stderr=subprocess.PIPE, text=True
         )
-        diary = tmp_path / "out" / "metrics.jsonl"
+        run_log = tmp_path / "out" / "metrics.jsonl"
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not (diary.exists() and len(read_metrics(diary, "step")) >= 2):
+        while time.monotonic() < deadline and not (run_log.exists() and len(read_metrics(run_log, "step")) >= 2):
             assert child.poll() is None, child.stderr.read()
             time.sleep(0.2)
         os.kill(running.pid, signal.SIGKILL)
@@ -141,10 +141,10 @@ def test_killing_the_teacher_in_mid_run_ends_it_with_one_error_within_its_time_o
     assert len(lines) == 1, stderr
     assert running.url in lines[0]
     assert "Traceback" not in stderr
-    stopped = read_metrics(diary, "event")[-1]
+    stopped = read_metrics(run_log, "event")[-1]
     state = json.loads((tmp_path / "out" / "student" / "topkd.json").read_text())
     assert stopped["event"] == "stopped"
-    assert state["version"] == stopped["version"] == len(read_metrics(diary, "step"))  # what was learnt is kept
+    assert state["version"] == stopped["version"] == len(read_metrics(run_log, "step"))  # what was learnt is kept
     assert state["stopped"] is True
 
 

@@ -42,7 +42,7 @@ async def test_a_run_takes_no_rollouts_that_another_loss_drew_in_the_same_cache(
     assert kept[3] == kept[1]
 
 
-async def test_the_diary_and_the_recorded_rollouts_name_the_loss_that_trained(tmp_path):
+async def test_the_run_log_and_the_recorded_rollouts_name_the_loss_that_trained(tmp_path):
     config = run_config(tmp_path)
     await train(config, tmp_path / "run", loss=likelihood)
     (step,) = read_metrics(tmp_path / "run" / "metrics.jsonl", "step")

@@ -252,7 +252,7 @@ async def test_a_truncated_completion_trains_or_is_masked_and_is_counted_either_
     assert kept.truncated == masked.truncated == 1
 
 
-async def test_dropped_prompts_and_warnings_stand_in_the_diary(folder, server, tmp_path):
+async def test_dropped_prompts_and_warnings_stand_in_the_run_log(folder, server, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"prompt_ids": [5, 6], "id": "short"}) + "\n")
     with data.open("a") as file:

@@ -65,7 +65,7 @@ def done(process):
     return out, err
 
 
-def diary(folder, kind="step"):
+def run_log(folder, kind="step"):
     return [outcome(record) for record in read_metrics(folder / "metrics.jsonl", kind)]
 
 
@@ -75,7 +75,7 @@ def test_two_processes_end_where_one_does(files, strategy):
     done(topkd(files, "--out", f"one-{strategy}"))
     out, _ = done(topkd(files, "--out", f"two-{strategy}", "--set", f"learner.strategy={strategy}", processes=2))
     assert out.count("steps done") == 1  # one of them speaks
-    one, two = diary(files / f"one-{strategy}"), diary(files / f"two-{strategy}")
+    one, two = run_log(files / f"one-{strategy}"), run_log(files / f"two-{strategy}")
     assert [record["step"] for record in two] == [*range(1, STEPS + 1)]
     for mine, theirs in zip(one, two, strict=True):
         assert mine.keys() - {"grad_noise"} == theirs.keys() - {"grad_noise"}
@@ -100,12 +100,12 @@ def test_processes_stop_together_and_go_on_together(files):
         time.sleep(0.02)
     launched.send_signal(signal.SIGTERM)  # torchrun passes it on
     launched.communicate(timeout=100)
-    stopped = diary(parts, "event")[-1]
+    stopped = run_log(parts, "event")[-1]
     assert stopped["event"] == "stopped"
     assert 5 <= stopped["version"] < 40
     done(topkd(files, "--out", "parts", *more, "--resume", processes=2))
-    assert diary(parts, "event")[-1]["step"] == stopped["version"]
-    assert json.dumps(diary(parts)) == json.dumps(diary(whole))
+    assert run_log(parts, "event")[-1]["step"] == stopped["version"]
+    assert json.dumps(run_log(parts)) == json.dumps(run_log(whole))
 
 
 @pytest.mark.slow
@@ -122,8 +122,8 @@ def test_what_a_step_asked_its_teacher_is_counted_over_all_processes(files):
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_a_process_that_is_killed_ends_the_run_with_one_line_and_the_command_that_goes_on(files):
     launched = topkd(files, "--out", "killed", "--set", "steps=100000", processes=2)
-    diary_file, deadline = files / "killed" / "metrics.jsonl", time.monotonic() + 120
-    while not diary_file.exists() or len(read_metrics(diary_file, "step")) < 5:
+    run_log_file, deadline = files / "killed" / "metrics.jsonl", time.monotonic() + 120
+    while not run_log_file.exists() or len(read_metrics(run_log_file, "step")) < 5:
         assert time.monotonic() < deadline
         assert launched.poll() is None, launched.communicate()
         time.sleep(0.02)
@@ -145,7 +145,7 @@ def test_a_run_that_goes_on_with_another_number_of_processes_is_told_what_that_c
     done(topkd(files, *more))
     _, err = done(topkd(files, *more[:-1], "steps=3", "--resume"))
     assert "processes before" not in err
-    diary_file = files / "fewer" / "metrics.jsonl"
-    diary_file.write_text(diary_file.read_text().replace('"processes": 1', '"processes": 2'))
+    run_log_file = files / "fewer" / "metrics.jsonl"
+    run_log_file.write_text(run_log_file.read_text().replace('"processes": 1', '"processes": 2'))
     _, err = done(topkd(files, *more[:-1], "steps=4", "--resume"))
     assert "careful: 2 of torchrun's processes before, 1 now: completions are drawn from other seeds" in err

@@ -1,4 +1,4 @@
-"""``--resume``: the same folder, config and diary go on; what cannot go on is refused in one line."""
+"""``--resume``: the same folder, config and run log go on; what cannot go on is refused in one line."""
 
 import asyncio
 import errno
@@ -137,8 +137,8 @@ async def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(folders, 
     (out / "student" / "topkd.json").unlink()  # as if the process had died while it saved the student
     weights = out / "checkpoints" / "step-00000006" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with (out / "metrics.jsonl").open("a") as diary:
-        diary.write('{"kind": "step", "st')  # torn
+    with (out / "metrics.jsonl").open("a") as run_log:
+        run_log.write('{"kind": "step", "st')  # torn
     ear = Ear()
     await train(run_config(folders), out, ear, resume=True)
     assert "checkpoint step-00000006 is not used: weights.safetensors is not what was written" in ear.notes[0]
@@ -194,7 +194,7 @@ async def test_what_cannot_be_resumed_is_one_line(folders, tmp_path):
             True,
         ),
     ],
-    ids=["diary", "checkpoint and student"],
+    ids=["run log", "checkpoint and student"],
 )
 async def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_once_there_is_room(
     folders, finished, tmp_path, monkeypatch, full, message, lost
@@ -255,9 +255,9 @@ def command(folder, *words):
     )  # fmt: skip
 
 
-def signalled(process, diary, steps, number):
+def signalled(process, run_log, steps, number):
     deadline = time.monotonic() + 120
-    while not diary.exists() or diary.read_bytes().count(b'{"kind": "step"') < steps:
+    while not run_log.exists() or run_log.read_bytes().count(b'{"kind": "step"') < steps:
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
@@ -276,8 +276,8 @@ async def test_signals_stop_a_run_in_order_and_it_ends_as_if_they_had_not(folder
         "[rollout]\nprompts_per_step = 6\nsamples_per_prompt = 1\nmax_completion_tokens = 6\n"
         "[learner]\nlr = 3e-3\n[checkpoint]\nevery = 30\n"
     )
-    diary = tmp_path / "run" / "metrics.jsonl"
-    code, out, err = signalled(command(tmp_path), diary, 5, signal.SIGTERM)
+    run_log = tmp_path / "run" / "metrics.jsonl"
+    code, out, err = signalled(command(tmp_path), run_log, 5, signal.SIGTERM)
     assert (code, out) == (0, "")
     assert "SIGTERM: stopped after step" in err
     assert "go on with: topkd train run.toml --out run --resume" in err
@@ -289,7 +289,7 @@ async def test_signals_stop_a_run_in_order_and_it_ends_as_if_they_had_not(folder
         == told(tmp_path / "run", "event")[-1]
     )
 
-    code, _, err = signalled(command(tmp_path, "--resume"), diary, taken + 5, signal.SIGINT)
+    code, _, err = signalled(command(tmp_path, "--resume"), run_log, taken + 5, signal.SIGINT)
     assert code == 130
     assert f"resuming after step {taken}" in err
     assert "Traceback" not in err

@@ -149,7 +149,7 @@ async def test_a_prompt_that_the_server_cannot_answer_is_lost_and_counted(
     assert {tuple(step["rollout_versions"]) for step in steps} == {("0",), ("1",), ("2",), ("3",)}
 
 
-async def test_a_sampler_synced_every_other_step_is_as_stale_as_the_diary_says(folders, teacher, sampler, tmp_path):
+async def test_a_sampler_synced_every_other_step_is_as_stale_as_the_run_log_says(folders, teacher, sampler, tmp_path):
     table = {"kind": "server", "url": sampler.url, "sync_every": 2, "alarm_kl": 1e-30}
     await train(run_config(folders, teacher, sampler, sampler=table), tmp_path / "run")
     steps = steps_of(tmp_path / "run")

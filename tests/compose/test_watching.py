@@ -118,7 +118,7 @@ def test_evaluations_are_of_fixed_and_fresh_prefixes_with_accuracy_and_ceiling(f
     assert same == (best["step"] == 4)
 
 
-def test_tensorboard_holds_the_numbers_of_the_diary(whole):
+def test_tensorboard_holds_the_numbers_of_the_run_log(whole):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(whole / "tensorboard")).Reload()

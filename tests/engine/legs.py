@@ -84,7 +84,7 @@ async def leg(
     if (found := newest_checkpoint(out, pytest.fail)) is not None:
         restore(found, learner)
         start = found.position
-        (out / "metrics.jsonl").write_bytes((out / "metrics.jsonl").read_bytes()[: found.diary_bytes])
+        (out / "metrics.jsonl").write_bytes((out / "metrics.jsonl").read_bytes()[: found.run_log_bytes])
 
     async def label(version):
         sampler.version = str(version)
@@ -105,7 +105,7 @@ async def leg(
 
         def kept(position):
             save_checkpoint(
-                out, position, learner=learner, diary_bytes=log.kept(), keep=2, remembered=remembered, notes={"a": 1}
+                out, position, learner=learner, run_log_bytes=log.kept(), keep=2, remembered=remembered, notes={"a": 1}
             )
 
         await distil(

@@ -151,7 +151,7 @@ def test_a_checkpoint_keeps_random_numbers_and_whatever_else_has_a_state(folders
     with torch.random.fork_rng():
         torch.manual_seed(5)
         save_checkpoint(
-            tmp_path, Position(0, queue=queue), learner=learner, diary_bytes=0, keep=1, remembered=False,
+            tmp_path, Position(0, queue=queue), learner=learner, run_log_bytes=0, keep=1, remembered=False,
             stateful={"teacher": average},
         )  # fmt: skip
         drawn = torch.rand(3), np.random.random()  # noqa: NPY002
@@ -171,7 +171,7 @@ def test_weights_of_another_student_are_refused(folders, tmp_path):
     small = Student.load(str(model_folder(tmp_path / "small", hidden=16)), "cpu")
     config, objective = LearnerConfig(), EngineConfig().objective
     save_checkpoint(
-        tmp_path, Position(1), learner=Learner(small, config, objective), diary_bytes=0, keep=1, remembered=False
+        tmp_path, Position(1), learner=Learner(small, config, objective), run_log_bytes=0, keep=1, remembered=False
     )
     own = Learner(Student.load(str(folders[0]), "cpu"), config, objective)
     before = own.student.head.weight.clone()

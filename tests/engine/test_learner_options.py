@@ -236,7 +236,7 @@ def test_a_step_of_the_datas_completions_alone_leaves_taids_schedule_where_it_wa
     assert learner.state_dict().values["objective"]["taid"] == before, "no loss of the objective is not a loss of 0"
 
 
-def test_the_diary_knows_how_probable_the_end_of_text_is(folder):
+def test_the_run_log_knows_how_probable_the_end_of_text_is(folder):
     student = fresh(folder)
     learner = Learner(student, LearnerConfig(lr=1e-9), TopKPolicyGradient(), stop_ids=[7, 9])
     record = learner.step([sample(0)])

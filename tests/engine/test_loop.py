@@ -71,11 +71,11 @@ async def run(folders, tmp_path, engine, wrap=lambda teacher: teacher, probes=No
 @pytest.mark.parametrize("objective", [TopKPolicyGradient(), GJS(), ScalarKL()], ids=lambda o: o.kind)
 async def test_the_exact_divergence_falls(folders, tmp_path, objective):
     probes = [Probe(np.array([5 + i, 9, 30 + i, 40]), 2) for i in range(12)]
-    _, diary = await run(folders, tmp_path, config(objective, steps=40, eval_every=20), probes=probes)
-    evals = [record["reverse_kl"] for record in diary if record["kind"] == "eval"]
+    _, run_log = await run(folders, tmp_path, config(objective, steps=40, eval_every=20), probes=probes)
+    evals = [record["reverse_kl"] for record in run_log if record["kind"] == "eval"]
     assert len(evals) == 3
     assert evals[-1] < 0.9 * evals[0]
-    modes = {record["divergence_mode"] for record in diary if record["kind"] == "step"}
+    modes = {record["divergence_mode"] for record in run_log if record["kind"] == "step"}
     assert modes == {objective.kind}  # the first step like all others
 
 

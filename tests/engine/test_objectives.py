@@ -31,7 +31,7 @@ from topkd.topk.errors import ConfigError
 from topkd.topk.losses import KDLoss, SparseTeacher
 
 BIG = 1e9
-DIARY = Path(__file__).parents[2] / "docs" / "diary.md"
+RUN_LOG = Path(__file__).parents[2] / "docs" / "run-log.md"
 ALL = [ScalarKL(), GJS(), TopKPolicyGradient(), ForwardKL(), ReverseKL(), DirectGJS(), KD(), TAID(), EntropyAware()]
 ALL += [EOPD()]
 
@@ -260,7 +260,7 @@ def test_micro_batches_change_no_objective(folder, teacher, objective):
     assert many["loss"] == pytest.approx(one["loss"], rel=1e-5, abs=1e-6)  # float32 sums in another order
     for name in ("effective_coefficient", "kl_k1", "ess", "entropy_lo"):
         assert many[name] == pytest.approx(one[name], rel=1e-4)
-    told = DIARY.read_text(encoding="utf-8")
+    told = RUN_LOG.read_text(encoding="utf-8")
     assert [name for name in many if f"`{name}`" not in told] == []
     assert "grad_noise" in many
     assert "grad_noise" not in one

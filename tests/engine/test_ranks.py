@@ -1,4 +1,4 @@
-"""Two processes over gloo give what one process gives: weights, and the diary's numbers."""
+"""Two processes over gloo give what one process gives: weights, and the run log's numbers."""
 
 import json
 import math

@@ -11,7 +11,7 @@ from topkd.engine.checkpoint.checkpoint import newest_checkpoint
 from topkd.engine.loop.metrics import read_metrics
 from topkd.topk.errors import AuthError, ConfigError, SyncError, TrainingError
 
-# Which call fails, and how many steps are in the diary and the checkpoint then.
+# Which call fails, and how many steps are in the run log and the checkpoint then.
 STAGES = {
     "sampler": (5, ConfigError("the sampler broke"), {3, 4}),
     "scorer": (31, AuthError("the scorer broke"), {3, 4, 5}),  # the sixth batch's first; the learner may be anywhere

@@ -1,4 +1,4 @@
-"""Run folders made on the spot, with every field a diary can have and numbers that are easy to check by hand."""
+"""Run folders made on the spot, with every field a run log can have and numbers that are easy to check by hand."""
 
 from __future__ import annotations
 

@@ -32,11 +32,11 @@ def test_a_run_gets_its_page_beside_it_and_the_verdict_on_the_terminal(tmp_path:
 
 
 def test_a_page_is_written_over_a_page_and_over_nothing_else(tmp_path: Path) -> None:
-    path, diary = write_run(tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
-    held = diary.read_bytes()
+    path, run_log = write_run(tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
+    held = run_log.read_bytes()
     with pytest.raises(ConfigError, match=r"the file is no page .*metrics.jsonl\); choose another --out"):
-        runner.invoke(app, ["report", str(path), "--out", str(diary)], catch_exceptions=False)
-    assert diary.read_bytes() == held
+        runner.invoke(app, ["report", str(path), "--out", str(run_log)], catch_exceptions=False)
+    assert run_log.read_bytes() == held
     (tmp_path / "empty.html").touch()
     for out in (tmp_path / "empty.html", tmp_path / "empty.html", tmp_path / "new.html"):
         assert runner.invoke(app, ["report", str(path), "--out", str(out)], catch_exceptions=False).exit_code == 0

@@ -68,7 +68,7 @@ def test_against_a_run_on_its_own_rollouts_it_neither_wins_nor_loses(tmp_path: P
         paths.append(written(tmp_path / f"given{seed}", "gjs", foreign=True, shift=-4.0, seed=seed))
     page = page_of(*paths)
     said = page.verdict
-    assert said.headline == "No winner: these diaries hold no KL by which the settings could be compared"
+    assert said.headline == "No winner: these run logs hold no KL by which the settings could be compared"
     assert said.tone == "open"
     assert said.detail.startswith("gjs: trained on completions that the learning student did not draw")
     assert said.ranks == []

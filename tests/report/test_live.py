@@ -103,7 +103,7 @@ def test_a_name_that_is_not_this_machines_is_refused(tmp_path: Path) -> None:
         assert get(page, "/", host=f"localhost:{page.port}")[0] == 200
 
 
-def test_a_diary_that_is_cut_back_or_broken_does_not_end_the_page(tmp_path: Path) -> None:
+def test_a_run_log_that_is_cut_back_or_broken_does_not_end_the_page(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", done=30)
     with serve_run(path) as page:
         first = news_of(page)

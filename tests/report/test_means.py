@@ -47,7 +47,9 @@ def test_a_warning_about_one_of_several_runs_names_it(tmp_path: Path) -> None:
     paths = [write_run(tmp_path / f"run{seed}", seed=seed) for seed in range(3)]
     with (paths[1] / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"kind": "step", "step": 61, "tokens": 0, "skipped": "non-finite gradient"}) + "\n")
-    assert "run1: 1 of 61 steps changed no weight (`skipped` in the diary says why)" in page_of(*paths).verdict.warnings
+    assert (
+        "run1: 1 of 61 steps changed no weight (`skipped` in the run log says why)" in page_of(*paths).verdict.warnings
+    )
 
 
 def test_settings_whose_runs_share_a_seed_and_pairs_that_contradict_the_means_are_told(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def append(path: Path, *records: dict[str, Any]) -> None:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def test_a_full_diary_fills_every_panel(tmp_path: Path) -> None:
+def test_a_full_run_log_fills_every_panel(tmp_path: Path) -> None:
     data = data_of(write_run(tmp_path / "run"))
     assert panels(data).keys() == ALL
     assert [section["absent"] for section in data["sections"]] == [[]] * len(SECTIONS)
@@ -92,7 +92,7 @@ def test_a_number_beyond_a_float_is_a_hole_too(tmp_path: Path) -> None:
     assert column([{"ess": 10**300}], "ess").tolist() == [1e300]
 
 
-def test_null_in_a_diary_is_a_hole_in_the_curve(tmp_path: Path) -> None:
+def test_null_in_a_run_log_is_a_hole_in_the_curve(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", steps=20)
     append(path, {"kind": "step", "step": 21, "tokens": 100, "ess": None, "grad_norm": 1.0})
     line = panels(data_of(path))["ess"]["lines"][""][0]
@@ -185,7 +185,7 @@ def test_a_torn_last_line_waits_and_an_unreadable_one_is_named(tmp_path: Path) -
         gather([path])
 
 
-def test_a_diary_that_was_cut_back_is_read_anew(tmp_path: Path) -> None:
+def test_a_run_log_that_was_cut_back_is_read_anew(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", steps=20)
     (run,) = gather([path]).runs
     lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -215,13 +215,13 @@ def test_an_unfinished_comparison_shows_its_cells_so_far(tmp_path: Path) -> None
 def test_the_exact_divergences_begin_at_zero_all_of_them_or_none(tmp_path: Path, low: float, zero: bool) -> None:
     """Side by side, a line at the floor of one must not be a line at zero in the next."""
     path = write_run(tmp_path / "run")
-    diary = path / "metrics.jsonl"
-    records = [json.loads(line) for line in diary.read_text().splitlines()]
+    run_log = path / "metrics.jsonl"
+    records = [json.loads(line) for line in run_log.read_text().splitlines()]
     evals = [record for record in records if record["kind"] == "eval"]
     for record in evals:
         record |= {"reverse_kl": 1.5, "forward_kl": 1.5, "jsd": 1.5}
     evals[-1]["reverse_kl"] = low
-    diary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    run_log.write_text("".join(json.dumps(record) + "\n" for record in records))
     panels = {panel["key"]: panel for panel in build(gather([path])).data["sections"][0]["panels"]}
     assert [panels[key]["zero"] for key in ("reverse_kl", "forward_kl", "jsd")] == [zero] * 3
     assert panels["kl_k1"]["zero"] is None
@@ -229,12 +229,12 @@ def test_the_exact_divergences_begin_at_zero_all_of_them_or_none(tmp_path: Path,
 
 def test_a_schedule_and_a_single_wait_are_drawn_as_they_were(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run")
-    diary = path / "metrics.jsonl"
-    records = [json.loads(line) for line in diary.read_text().splitlines()]
+    run_log = path / "metrics.jsonl"
+    records = [json.loads(line) for line in run_log.read_text().splitlines()]
     steps = [record for record in records if record["kind"] == "step"]
     for at, record in enumerate(steps):
         record |= {"lr": 1e-3 * min(1.0, (at + 1) / 5), "score_wait_s": 1.5 if at == 30 else 0.0}
-    diary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    run_log.write_text("".join(json.dumps(record) + "\n" for record in records))
     panels = {one["key"]: one for section in data_of(path)["sections"] for one in section["panels"]}
     for key, drawn in (("lr", "lr"), ("wait_s", "score_wait_s")):
         (line,) = panels[key]["lines"][""]

@@ -134,8 +134,8 @@ def test_a_control_stands_behind_the_arms_it_outdoes_and_no_pair_is_taken_agains
 
 def test_on_the_embedded_pair_a_cut_completion_is_explained_and_not_warned_about(tmp_path: Path) -> None:
     folder = write_comparison(tmp_path / "cmp")
-    for diary in folder.glob("cells/*/metrics.jsonl"):
-        diary.write_text(diary.read_text().replace('"truncated": 1,', '"truncated": 4,'))
+    for run_log in folder.glob("cells/*/metrics.jsonl"):
+        run_log.write_text(run_log.read_text().replace('"truncated": 1,', '"truncated": 4,'))
     page = page_of(folder)
     assert not any("cut at the length limit" in warning for warning in page.verdict.warnings)
     assert any("no stop token" in note for note in page.notes)
@@ -196,9 +196,9 @@ def test_a_short_limit_that_cuts_is_a_note_and_a_long_one_a_warning_with_what_he
     path = write_run(tmp_path / "run")
     config = json.loads((path / "config.json").read_text()) | {"rollout": {"max_completion_tokens": limit}}
     (path / "config.json").write_text(json.dumps(config))
-    diary = path / "metrics.jsonl"
+    run_log = path / "metrics.jsonl"
     alarm = {"kind": "event", "event": "alarm", "alarm": "truncation_rate", "step": 5, "value": 1.0, "limit": 0.5}
-    diary.write_text(diary.read_text().replace('"truncated": 1,', '"truncated": 4,') + json.dumps(alarm) + "\n")
+    run_log.write_text(run_log.read_text().replace('"truncated": 1,', '"truncated": 4,') + json.dumps(alarm) + "\n")
     page = page_of(path)
     warned = [warning for warning in page.verdict.warnings if "cut at" in warning]
     noted = [note for note in page.notes if "max_completion_tokens = 32" in note]
@@ -239,7 +239,7 @@ def test_before_the_first_step_the_page_waits(tmp_path: Path) -> None:
 
 
 def without_evals(path: Path, change=dict) -> Path:
-    """The run's diary without its evaluations, each step changed."""
+    """The run's run log without its evaluations, each step changed."""
     records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     kept = [change(record) for record in records if record["kind"] != "eval"]
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -257,7 +257,7 @@ def test_a_run_on_data_alone_is_judged_by_its_training_loss_and_says_so(tmp_path
 
 def test_steps_that_measure_nothing_are_not_waited_for(tmp_path: Path) -> None:
     said = page_of(without_evals(write_run(tmp_path / "run", drop=("kl_k1", "sft_loss")))).verdict
-    assert said.headline == "Nothing in the diary says how far the student is from its teacher"
+    assert said.headline == "Nothing in the run log says how far the student is from its teacher"
     assert said.detail.startswith("60 steps")
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import topkd
 from topkd.compose.config.run_config import RunConfig, validated
 from topkd.compose.data.chat_templates import Side
-from topkd.compose.run.folder import CONFIG, DIARY, STUDENT
+from topkd.compose.run.folder import CONFIG, RUN_LOG, STUDENT
 from topkd.engine.checkpoint.snapshots import write_folder
 from topkd.engine.loop.metrics import read_metrics
 from topkd.topk.errors import ConfigError, TrainingError
@@ -108,8 +108,8 @@ def _config(run: Path) -> RunConfig:
         values: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         values = {}
-    if not values or not (run / DIARY).exists():
-        got = f"no {CONFIG} and {DIARY} to read" if run.exists() else "no such folder"
+    if not values or not (run / RUN_LOG).exists():
+        got = f"no {CONFIG} and {RUN_LOG} to read" if run.exists() else "no such folder"
         raise ConfigError("not a run's folder", where=str(run), got=got, hint="give the --out of a run")
     if "student" not in values:
         raise ConfigError("a run that names no student model cannot be exported", where=str(run), hint="copy student/")
@@ -185,7 +185,7 @@ def _card(run: Path, source: Path, config: RunConfig, *, adapter: bool, dtype: s
 
 
 def _measured(run: Path) -> list[str]:
-    found = read_metrics(run / DIARY, "eval")
+    found = read_metrics(run / RUN_LOG, "eval")
     evals = [record for record in found if record.get("prefixes", "fixed") == "fixed"]
     names = [name for name in ("accuracy", "reverse_kl", "forward_kl", "agreement") if evals and name in evals[0]]
     if len(evals) < 2 or not names:

@@ -18,4 +18,4 @@ class Progress:
         """``done`` units of the present stage are finished."""
 
     def record(self, kind: str, record: dict[str, Any]) -> None:
-        """A diary entry was written."""
+        """A run log entry was written."""

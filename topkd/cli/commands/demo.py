@@ -80,7 +80,7 @@ def command(
         console.print(Padding(Text(text.rstrip("\n") or "(nothing)"), (0, 0, 1, 2)))
     console.print(
         f"{result.tokens} tokens learnt from in {result.seconds['distil']:.0f} s; curve: {result.figure}, "
-        f"diary: {result.out / 'metrics.jsonl'}",
+        f"run log: {result.out / 'metrics.jsonl'}",
         highlight=False,
         soft_wrap=True,
     )
@@ -125,6 +125,6 @@ def own_run(run_file: Path) -> list[str]:
 def stopped(result: RunResult) -> NoReturn:
     """Say what a demo that was stopped has left, and leave as signals do."""
     out, steps = _shown(result.out), len(result.steps)
-    kept = f"the diary and the student so far lie in {out} (topkd report {out})" if steps else f"{out} holds no step"
+    kept = f"the run log and the student so far lie in {out} (topkd report {out})" if steps else f"{out} holds no step"
     typer.echo(f"topkd: {result.stopped}: stopped after step {steps}; {kept}", err=True)
     raise typer.Exit(CODES[result.stopped])

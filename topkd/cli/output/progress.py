@@ -136,5 +136,5 @@ def told(result: RunResult, verb: str, *, as_json: bool) -> None:
         return
     typer.echo(
         f"{last['step']} step{'s' * (last['step'] != 1)} {verb}; {ended}; student: {result.out / 'student'}, "
-        f"diary: {result.out / 'metrics.jsonl'}\nits page: topkd report {shlex.quote(str(result.out))}"
+        f"run log: {result.out / 'metrics.jsonl'}\nits page: topkd report {shlex.quote(str(result.out))}"
     )

@@ -51,13 +51,13 @@ def resumable(out: Path, again: str) -> Iterator[None]:
         out: Its folder.
         again: The command that goes on with it.
     """
-    from topkd.compose.run.folder import CHECKPOINTS, DIARY
+    from topkd.compose.run.folder import CHECKPOINTS, RUN_LOG
 
-    before = _written(out / DIARY)
+    before = _written(out / RUN_LOG)
     try:
         yield
     except BaseException:
-        if first_process() and _written(out / DIARY) != before and any((out / CHECKPOINTS).glob("step-*")):
+        if first_process() and _written(out / RUN_LOG) != before and any((out / CHECKPOINTS).glob("step-*")):
             typer.echo(f"once that is mended, go on with: {again}", err=True)
         raise
 

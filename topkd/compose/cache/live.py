@@ -51,7 +51,7 @@ class LiveCache:
         return wrap
 
     def account(self) -> dict[str, Any]:
-        """What was kept and spared, for the diary."""
+        """What was kept and spared, for the run log."""
         return {
             "event": "cached",
             "cache": str(self.store.path),

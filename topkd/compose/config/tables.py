@@ -170,7 +170,7 @@ class _Synced(Frozen):
         weights: What is pushed: the adapter, or the whole model. "auto" is what trains.
         sync_every: Versions a push. Completions of the versions between are staler by as many steps.
         folder: Where weights lie until the sampler has read them; "weights" in the run's folder when left out.
-        alarm_kl: A KL(sampler || learner) of one version, in nats, that is worth an alarm in the diary.
+        alarm_kl: A KL(sampler || learner) of one version, in nats, that is worth an alarm in the run log.
         limit_kl: One that ends the run: these are other weights, or not the policy's own probabilities.
     """
 
@@ -276,7 +276,7 @@ class EvalConfig(Frozen):
 
 
 class TrackConfig(Frozen):
-    """``[track]``: who else is told what the diary is told.
+    """``[track]``: who else is told what the run log is told.
 
     TensorBoard files go to ``tensorboard/`` in the run's folder. A wandb run is named after that folder and continued
     when the run is resumed; where it writes, and whether it is online, is wandb's own matter (WANDB_MODE, WANDB_DIR).

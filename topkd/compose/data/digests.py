@@ -16,7 +16,7 @@ from topkd.engine.loop.prompts import PromptRow
 
 
 def rows_note(rows: Sequence[PromptRow]) -> dict[str, Any]:
-    """What the diary's first event says of a run's prompts: how many, and a digest of every one."""
+    """What the run log's first event says of a run's prompts: how many, and a digest of every one."""
     digest = xxhash.xxh3_128()
     for row in rows:
         names = [row.teacher_id, row.sample_id, row.columns]

@@ -34,7 +34,7 @@ class Ready:
     ends: Ends
 
     def notes(self) -> dict[str, Any]:
-        """What the diary says of it at its beginning."""
+        """What the run log says of it at its beginning."""
         data = {
             "rows": len(self.prompts.rows),
             "dropped_overlong": len(self.prompts.dropped),

@@ -117,7 +117,7 @@ class Evaluation:
         return records
 
     def heard(self, kind: str, record: Record) -> None:
-        """Told of every diary record: which step the next evaluation is of."""
+        """Told of every run log record: which step the next evaluation is of."""
         if kind == "step":
             self._step = int(record["step"])
 

@@ -17,7 +17,7 @@ from topkd.engine.loop.metrics import RECORD_KINDS, read_metrics
 from topkd.report.load.run_lock import LOCK, this_machine
 from topkd.topk.errors import ConfigError
 
-DIARY, CONFIG, TOKENS, STUDENT, CHECKPOINTS = "metrics.jsonl", "config.json", "tokens.jsonl", "student", "checkpoints"
+RUN_LOG, CONFIG, TOKENS, STUDENT, CHECKPOINTS = "metrics.jsonl", "config.json", "tokens.jsonl", "student", "checkpoints"
 _TRIES = 5  # to have a run's folder
 _PACKAGES = ("torch", "transformers", "safetensors", "peft", "tokenizers", "numpy", "httpx", "vllm")
 
@@ -36,9 +36,9 @@ def check_free(out: Path) -> None:
     others = _entries(out)
     if others is None:
         return
-    diary = out / DIARY
-    begun = diary.exists() and diary.stat().st_size > 0
-    records = read_metrics(diary) if begun else []
+    run_log = out / RUN_LOG
+    begun = run_log.exists() and run_log.stat().st_size > 0
+    records = read_metrics(run_log) if begun else []
     ours = all(record["kind"] in RECORD_KINDS for record in records) if records else _is_run_config(out / CONFIG)
     if others and not ours:
         raise ConfigError(
@@ -70,7 +70,7 @@ def fresh_folder(out: Path) -> None:
     """Make ``out``, or clear it of a run that took no step; see ``check_free`` for what is refused."""
     check_free(out)
     try:
-        (out / DIARY).unlink(missing_ok=True)
+        (out / RUN_LOG).unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError("cannot make the output folder", where=str(out), got=error.strerror) from error

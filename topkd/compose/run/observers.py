@@ -26,7 +26,7 @@ class Watch:
     Attributes:
         config: The run's, evaluated as its ``[eval]`` says.
         evaluate: None without ``[eval]``.
-        heard: Told every diary record.
+        heard: Told every run log record.
     """
 
     config: RunConfig
@@ -87,7 +87,7 @@ class _Tracker(Protocol):
 
 
 class Tracking:
-    """The ``on_record`` hook of a run with a ``[track]`` table; the diary stays the record of what happened.
+    """The ``on_record`` hook of a run with a ``[track]`` table; the run log stays the record of what happened.
 
     Args:
         table: The config's.
@@ -110,7 +110,7 @@ class Tracking:
             raise
 
     def heard(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Told of every diary record; steps and evaluations are numbers over steps, events are not."""
+        """Told of every run log record; steps and evaluations are numbers over steps, events are not."""
         if kind == "event" or not self._trackers:
             return
         place = kind if record.get("prefixes", "fixed") == "fixed" else f"{kind}_{record['prefixes']}"

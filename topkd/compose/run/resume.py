@@ -1,4 +1,4 @@
-"""Going on with a run that ended early: the same config, the newest whole checkpoint, the diary up to it."""
+"""Going on with a run that ended early: the same config, the newest whole checkpoint, the run log up to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from topkd.compose.config.run_config import saved, validated
 from topkd.compose.progress import Progress
-from topkd.compose.run.folder import CONFIG, DIARY, STUDENT, TOKENS, check_free, claimed, fresh_folder
+from topkd.compose.run.folder import CONFIG, RUN_LOG, STUDENT, TOKENS, check_free, claimed, fresh_folder
 from topkd.engine import EngineConfig
 from topkd.engine.loop.metrics import read_metrics
 from topkd.topk.errors import ConfigError, DataError, TopkdError, TrainingError
@@ -106,7 +106,7 @@ def opened(out: Path, config: EngineConfig, progress: Progress, *, command: str,
     _refuse_another_command(out, command)
     _refuse_changes(out, config)
     if _done(out) >= config.steps:
-        records = read_metrics(out / DIARY)
+        records = read_metrics(out / RUN_LOG)
         return Former(None, _of(records, "step"), _of(records, "eval"), finished=True, resumed=True)
     from topkd.engine.checkpoint.checkpoint import newest_checkpoint
 
@@ -116,7 +116,7 @@ def opened(out: Path, config: EngineConfig, progress: Progress, *, command: str,
         raise ConfigError("the run has gone further", where=str(out), got=f"steps = {config.steps}", expected=step)
     length = _kept(out, checkpoint)
     progress.note(f"resuming after step {step}" if step else "no checkpoint yet: starting from the beginning")
-    records = read_metrics(out / DIARY, end=length) if length else []
+    records = read_metrics(out / RUN_LOG, end=length) if length else []
     return Former(checkpoint, _of(records, "step"), _of(records, "eval"), resumed=True, config=config)
 
 
@@ -147,7 +147,7 @@ def foreseen(out: Path, config: EngineConfig, *, command: str, resume: bool) -> 
 
 
 def _refuse_another_command(out: Path, command: str) -> None:
-    events = read_metrics(out / DIARY, "event") if (out / DIARY).exists() else []
+    events = read_metrics(out / RUN_LOG, "event") if (out / RUN_LOG).exists() else []
     former = next((event["command"] for event in events if "command" in event), command)
     if former != command:
         raise ConfigError(
@@ -187,12 +187,12 @@ def _done(out: Path) -> int:
 
 
 def _kept(out: Path, checkpoint: Checkpoint | None) -> int:
-    """How many bytes of the diary stand: those before the checkpoint."""
-    diary, length = out / DIARY, 0 if checkpoint is None else checkpoint.diary_bytes
-    there = diary.stat().st_size if diary.exists() else 0
+    """How many bytes of the run log stand: those before the checkpoint."""
+    run_log, length = out / RUN_LOG, 0 if checkpoint is None else checkpoint.run_log_bytes
+    there = run_log.stat().st_size if run_log.exists() else 0
     if there < length:
         raise DataError(
-            "the diary is shorter than the checkpoint says", where=str(diary), got=f"{there} bytes",
+            "the run log is shorter than the checkpoint says", where=str(run_log), got=f"{there} bytes",
             expected=f"at least {length}", hint="was it edited? restore it, or start a new run",
         )  # fmt: skip
     return length
@@ -201,8 +201,8 @@ def _kept(out: Path, checkpoint: Checkpoint | None) -> int:
 def _cut(out: Path, checkpoint: Checkpoint | None) -> None:
     """Take back what was written after the checkpoint: it will be written again."""
     length, step = _kept(out, checkpoint), 0 if checkpoint is None else checkpoint.position.step
-    if (out / DIARY).exists():
-        os.truncate(out / DIARY, length)
+    if (out / RUN_LOG).exists():
+        os.truncate(out / RUN_LOG, length)
     tokens = out / TOKENS
     if tokens.exists():
         kept = [line for line in tokens.read_bytes().splitlines(keepends=True) if _within(line, step)]
@@ -235,8 +235,8 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_same_rows(out: Path, note: dict[str, Any], where: str) -> None:
-    """Raises DataError where the diary says that the run began with other prompts; one that says nothing passes."""
-    events = read_metrics(out / DIARY, "event") if (out / DIARY).exists() else []  # one machine of several has it
+    """Raises DataError where the run log says that the run began with other prompts; one that says nothing passes."""
+    events = read_metrics(out / RUN_LOG, "event") if (out / RUN_LOG).exists() else []  # one machine of several has it
     began = next((event["prompts"] for event in events if "prompts" in event), note)
     if began != note:
         raise DataError(

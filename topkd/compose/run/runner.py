@@ -1,4 +1,4 @@
-"""The engine's loop over ready pieces, in a folder: diary, provenance, checkpoints, and the student it ends with."""
+"""The engine's loop over ready pieces, in a folder: run log, provenance, checkpoints, and the student it ends with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from topkd.compose.data.digests import rows_note
 from topkd.compose.progress import Progress
-from topkd.compose.run.folder import DIARY, provenance
+from topkd.compose.run.folder import RUN_LOG, provenance
 from topkd.compose.run.resume import Former, check_same_rows, taken_up
 from topkd.compose.run.sampler import Sampling, in_process, stop_ids
 from topkd.compose.run.signals import Stops
@@ -100,10 +100,10 @@ async def run(
         wrap: Puts something around (or in place of) that sampler that remembers its rollouts: a cache.
         on_batch: Sees each batch before it is learnt from.
         context: Gives a row as the teacher is to see it, once it has been answered.
-        on_record: Told every diary record, for a tracker.
+        on_record: Told every run log record, for a tracker.
         source: Gives the rollouts instead of any sampler.
-        account: Tells what the diary should end with.
-        notes: Joins the diary's first event: who the teachers are, say.
+        account: Tells what the run log should end with.
+        notes: Joins the run log's first event: who the teachers are, say.
         stateful: What besides the learner has a state to be kept (a teacher that follows the student).
         former: What ``opened`` found in the folder.
         command: Which command can go on with the run.
@@ -148,7 +148,7 @@ async def run(
     progress.stage("distil", config.steps)
     with contextlib.ExitStack() as stack:
         main = learner.ranks.main
-        log = stack.enter_context(MetricsLog(out / DIARY if main else Path(os.devnull)))
+        log = stack.enter_context(MetricsLog(out / RUN_LOG if main else Path(os.devnull)))
         remembered = wrap is not None or source is not None
         keeper = Keeper(out, config, learner, tokenizer, log, remembered, stateful, progress)
         stop = None if stops is None else stack.enter_context(stops.listening())
@@ -187,7 +187,9 @@ async def run(
                 stop=stop,
                 ranks=ranks,
             )
-        except BaseException as error:  # an interrupt, a dead teacher: what was learnt is kept, and the diary says why
+        except (
+            BaseException
+        ) as error:  # an interrupt, a dead teacher: what was learnt is kept, and the run log says why
             try:
                 keeper.ended("interrupted" if isinstance(error, _INTERRUPTS) else type(error).__name__)
             except (TopkdError, OSError) as another:  # what ended the run is what is to be told
@@ -202,7 +204,7 @@ async def run(
 
 def _other_processes(out: Path, size: int) -> str:
     """What a run that goes on with more or fewer processes than before is told; "" for any other."""
-    events = read_metrics(out / DIARY, "event") if (out / DIARY).exists() else []  # one machine of several has it
+    events = read_metrics(out / RUN_LOG, "event") if (out / RUN_LOG).exists() else []  # one machine of several has it
     former = [event["processes"] for event in events if "processes" in event]
     if not former or former[-1] == size:
         return ""

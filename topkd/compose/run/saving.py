@@ -34,7 +34,7 @@ class Keeper:
         config: Its config.
         learner: Its learner.
         tokenizer: Saved beside the student.
-        log: Its diary.
+        log: Its run log.
         remembered: Whoever gives the rollouts gives those in flight again.
         stateful: What else has a state.
         progress: Told where the student is.
@@ -58,7 +58,7 @@ class Keeper:
             self.out,
             position,
             learner=self.learner,
-            diary_bytes=self.log.kept(),
+            run_log_bytes=self.log.kept(),
             keep=self.config.checkpoint.keep,
             # Of several processes each has rollouts of its own in flight: only a cache remembers them all.
             remembered=self.remembered or self.learner.ranks.size > 1,
@@ -66,7 +66,7 @@ class Keeper:
         )
 
     def ended(self, reason: str) -> None:
-        """The run is over: to its end ("") or early, for a reason that the diary is told."""
+        """The run is over: to its end ("") or early, for a reason that the run log is told."""
         learner = self.learner
         if not learner.ranks.main:
             return

@@ -42,7 +42,7 @@ class LocalModel:
     state: SelfTeacher | None = None
 
     def fingerprint(self) -> dict[str, Any]:
-        """For the diary."""
+        """For the run log."""
         return {"model": self.name, "revision": self.revision, "kind": "in this process"}
 
 

@@ -52,13 +52,13 @@ class Checkpoint:
     Attributes:
         path: Where it lies.
         position: Where the run stood.
-        diary_bytes: How long the diary was.
+        run_log_bytes: How long the run log was.
         notes: What the writer wished to find again.
     """
 
     path: Path
     position: Position
-    diary_bytes: int
+    run_log_bytes: int
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -67,7 +67,7 @@ def save_checkpoint(
     position: Position,
     *,
     learner: Learner,
-    diary_bytes: int,
+    run_log_bytes: int,
     keep: int,
     remembered: bool,
     stateful: Mapping[str, Stateful] | None = None,
@@ -79,7 +79,7 @@ def save_checkpoint(
         out: The run's folder.
         position: Where the run stands.
         learner: Weights, optimiser and schedules.
-        diary_bytes: Length of the diary that goes with it.
+        run_log_bytes: Length of the run log that goes with it.
         keep: How many checkpoints stay.
         remembered: Whoever gives the rollouts will give those in flight again: they need not be kept here.
         stateful: What else has a state, by name.
@@ -93,7 +93,7 @@ def save_checkpoint(
         "evaluated": position.evaluated,
         "elapsed_s": position.elapsed_s,
         "queue": queue,
-        "diary_bytes": diary_bytes,
+        "diary_bytes": run_log_bytes,
         "learner": state.values,
         "frozen": frozen_print(learner.student),
         "stateful": sorted(stateful or {}),

@@ -17,7 +17,7 @@ from topkd.topk.losses.sparse_objectives import entropy_aware_rows, gated_rows, 
 
 
 def direct_loss(objective: Direct, view: TokenView, *, t: float) -> tuple[Tensor, dict[str, float]]:
-    """The loss divided by the step's tokens, and means over this batch's tokens for the diary.
+    """The loss divided by the step's tokens, and means over this batch's tokens for the run log.
 
     Args:
         objective: Which.
@@ -50,7 +50,7 @@ def direct_loss(objective: Direct, view: TokenView, *, t: float) -> tuple[Tensor
 
 
 def eopd_loss_of(objective: EOPD, view: TokenView) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """The entropy-gated loss, the sampled token's advantage [N], and means for the diary."""
+    """The entropy-gated loss, the sampled token's advantage [N], and means for the run log."""
     truncated = view.importance.kind == "truncated"
     sampled, advantage, _ = sampled_reverse_kl(
         view.logp_new,

@@ -68,7 +68,7 @@ class Learner:
         lock: Held while weights change or are read for a step (share it with an in-process sampler).
         steps: How many steps the run takes: what schedules run towards.
         ranks: The processes that share each step; every one makes the same calls.
-        stop_ids: Tokens that end a completion; the diary shows how probable they are.
+        stop_ids: Tokens that end a completion; the run log shows how probable they are.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Learner:
         self._optimizer = build_optimizer(config, self._trained, self._peak)
 
     def step(self, samples: Sequence[PreparedSample], texts: Sequence[TextSample] = ()) -> dict[str, Any]:
-        """Take one step; returns the diary entry, the same on every rank.
+        """Take one step; returns the run log entry, the same on every rank.
 
         A step without a trainable token, or with a non-finite gradient, changes no weight and says so in ``skipped``;
         several in a row end the run. Of several inner steps the first that is not finite is the last one tried, and the

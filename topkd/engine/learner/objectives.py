@@ -1,4 +1,4 @@
-"""From teacher and student logprobs to a loss: one objective a branch, the same diary for all of them."""
+"""From teacher and student logprobs to a loss: one objective a branch, the same run log for all of them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Score: TypeAlias = Callable[[MicroBatch[PreparedSample] | MicroBatch[TextSample]
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
-    """Per-token facts of one micro-batch, [N], and what its objective counted; for the diary.
+    """Per-token facts of one micro-batch, [N], and what its objective counted; for the run log.
 
     ``coefficient`` is filled by the backward pass: N x sum_k |dL / d log s_k| of each token, over every logprob that
     its loss reads.
@@ -67,7 +67,7 @@ def needs_list(objective: Objective | TokenLoss) -> bool:
 
 
 def described(objective: Objective | TokenLoss) -> dict[str, object]:
-    """What the diary calls it: its kind and settings, or the name of a function of one's own."""
+    """What the run log calls it: its kind and settings, or the name of a function of one's own."""
     if isinstance(objective, Frozen):
         return {"divergence_mode": objective.kind, "objective": objective.model_dump()}
     name = getattr(objective, "__qualname__", type(objective).__name__)
@@ -123,7 +123,7 @@ def objective_loss(
         num_tokens: Trained tokens of the global batch.
         vocab_size: V of the student.
         t: TAID's interpolation weight.
-        stop_ids: Whose probability the diary shows.
+        stop_ids: Whose probability the run log shows.
     """
     rows = teacher_rows(batch, vocab_size, lists=needs_list(objective))
     ids = torch.from_numpy(rows.ids.astype(np.int64)).to(batch.targets.device)

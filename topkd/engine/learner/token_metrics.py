@@ -1,4 +1,4 @@
-"""What a step's tokens say, as numbers for the diary. docs/diary.md defines each of them."""
+"""What a step's tokens say, as numbers for the run log. docs/run-log.md defines each of them."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class Hooks:
     Attributes:
         evaluate: In a thread: before the first step, every ``eval_every`` steps and after the last. One record, or one
             for each kind of prefixes.
-        on_record: Told every diary record, for a display or a tracker.
+        on_record: Told every run log record, for a display or a tracker.
         publish: Awaited at the start and after each step, before anything is sampled from the new weights: brings
             weight version v to where sampling happens. Its result, if any, joins the step's record.
         on_batch: In a thread, before step n (from 1) learns from the batch.

@@ -116,7 +116,7 @@ class _Run:
         self.records: list[Record] = [*earlier]
         self.done = start.step
         self.unwritten: deque[Record] = deque()  # steps whose weights are still on their way to the sampler
-        self.torn = False  # the diary could not be written
+        self.torn = False  # the run log could not be written
 
         async def drawn(step: int) -> Drawn:
             if source is None:
@@ -227,7 +227,7 @@ class _Run:
             self.written({"step": version, "event": "published", **told}, "event")
 
     def written(self, record: Record, kind: str = "step") -> None:
-        """Into the diary, and an event of its own for each alarm in it."""
+        """Into the run log, and an event of its own for each alarm in it."""
         sounding = record.pop("alarms", [])
         self.write(kind, record)
         for alarm in sounding:
@@ -275,7 +275,7 @@ class _Run:
         await asyncio.to_thread(self.checkpoint)
 
     def failed(self) -> None:
-        """What was learnt is in the diary and in a checkpoint, unless the diary takes no more."""
+        """What was learnt is in the run log and in a checkpoint, unless the run log takes no more."""
         if self.torn:  # a checkpoint would vouch for steps whose records are not there: the former one stands
             return
         self.flush()

@@ -1,4 +1,4 @@
-"""The run's diary: one JSON object a line, flushed line by line, strict JSON (a non-finite number is null)."""
+"""The run's run log: one JSON object a line, flushed line by line, strict JSON (a non-finite number is null)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class MetricsLog:
         self._file.flush()
 
     def kept(self) -> int:
-        """Bytes of the diary, all of them on disk now: a checkpoint names them, a resumed run goes on from there."""
+        """Bytes of the run log, all of them on disk now: a checkpoint names them, a resumed run goes on from there."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
@@ -49,7 +49,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path, kind: str | None = None, *, end: int | None = None) -> list[dict[str, Any]]:
-    """Records of a diary, or of its first ``end`` bytes.
+    """Records of a run log, or of its first ``end`` bytes.
 
     A torn last line (a killed run) is left out, any other unreadable line is an error.
     """
@@ -57,7 +57,7 @@ def read_metrics(path: Path, kind: str | None = None, *, end: int | None = None)
         lines = path.read_bytes()[:end].decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else "not UTF-8 text"
-        raise DataError("cannot read the diary", where=str(path), got=reason.lower()) from error
+        raise DataError("cannot read the run log", where=str(path), got=reason.lower()) from error
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -68,7 +68,7 @@ def read_metrics(path: Path, kind: str | None = None, *, end: int | None = None)
             raise DataError("unreadable metrics line", where=f"{path}:{number}", got=line[:80]) from error
         if not isinstance(record, dict) or "kind" not in record:
             raise DataError(
-                "this is no diary of a run", where=f"{path}:{number}", got=line[:80],
+                "this is no run log of a run", where=f"{path}:{number}", got=line[:80],
                 expected='an object with "kind" on every line',
             )  # fmt: skip
         if kind is None or record["kind"] == kind:

@@ -124,7 +124,7 @@ class SyncedSampler:
             self._captured[version] = path, self.probe.rows()
 
     async def publish(self, version: int) -> dict[str, Any]:
-        """Bring a captured version to where sampling happens; what it took, for the diary."""
+        """Bring a captured version to where sampling happens; what it took, for the run log."""
         began = time.perf_counter()
         found: dict[str, Any] = {}
         if version in self._captured:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from topkd.report.analysis.intervals import Interval
 
-# What a diary calls its divergences, and what a reader is told.
+# What a run log calls its divergences, and what a reader is told.
 NAMES = {"reverse_kl": "KL(student ‖ teacher)", "forward_kl": "KL(teacher ‖ student)", "jsd": "Jensen-Shannon"}
 
 

@@ -52,7 +52,7 @@ class Metric:
 EXACT = Metric("reverse_kl", NAMES["reverse_kl"], exact=True)
 SAMPLED = Metric("kl_k1", f"estimated {EXACT.name}", exact=False)
 ESTIMATES = (SAMPLED, Metric("sft_loss", "−log p of the data", exact=False))
-# What the same field of the diary is where the student did not draw the completions: a number, and no distance.
+# What the same field of the run log is where the student did not draw the completions: a number, and no distance.
 LOG_RATIO = Metric("log_ratio", "log student/teacher ratio on the completions it replays", exact=False)
 
 

@@ -46,7 +46,7 @@ _RESTS = {
     "sft_loss": ": the verdict rests on the training loss on the data",
     "log_ratio": ", and no estimate of it: [eval] in the run file measures how far student and teacher are apart",
 }
-_UNDECIDED = "No winner: these diaries hold no KL by which the settings could be compared"
+_UNDECIDED = "No winner: these run logs hold no KL by which the settings could be compared"
 _SHARES = (("agreement", "Same top token"), ("accuracy", "Task accuracy"))
 
 
@@ -96,7 +96,7 @@ def verdict(collection: Collection, groups: Sequence[Group]) -> tuple[Verdict, l
     _stated(said, collection.comparison)
     if not metric.exact:
         rests = _RESTS[(LOG_RATIO if said.headline == _UNDECIDED else metric).key]
-        said.warnings.insert(0, f"no exact held-out KL in the diary{rests}")
+        said.warnings.insert(0, f"no exact held-out KL in the run log{rests}")
     if collection.unfinished:
         count = sum(len(group.runs) for group in groups)
         said.detail = f"So far: {said.headline}. {said.detail}"
@@ -120,7 +120,7 @@ def _nothing(groups: Sequence[Group]) -> Verdict:
     if not steps:
         return Verdict("Waiting for the first step.", tone="waiting")
     return Verdict(
-        "Nothing in the diary says how far the student is from its teacher",
+        "Nothing in the run log says how far the student is from its teacher",
         detail=f"{steps:,} steps, and neither an evaluation nor an estimate among them: the curves are below.",
         tone="open",
     )
@@ -283,7 +283,7 @@ def _mean_facts(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str]]:
 
 
 def _cost(totals: dict[str, float | None]) -> list[tuple[str, str, str]]:
-    """Tokens, the teacher's work and time; what the diary does not say is left out."""
+    """Tokens, the teacher's work and time; what the run log does not say is left out."""
     said = []
     if (tokens := totals.get("tokens")) is not None:
         said.append(("Tokens trained on", short(tokens), ""))

@@ -70,7 +70,7 @@ def warnings_of(one: Outcome) -> list[Warned]:
         asked = float(np.nansum(column(run.steps, "samples"))) + lost
         said.append(Warned("lost", f"{lost:,.0f} of {asked:,.0f} samples were lost on the way to the teacher and back"))
     if skipped := sum(bool(record.get("skipped")) for record in run.steps):
-        text = f"{skipped} of {len(run.steps)} steps changed no weight (`skipped` in the diary says why)"
+        text = f"{skipped} of {len(run.steps)} steps changed no weight (`skipped` in the run log says why)"
         said.append(Warned("skipped", text))
     best = column(eval_source(run, FIXED).records, "reverse_kl")
     if best.size > 2 and np.isfinite(best).any() and best[-1] > 1.05 * np.nanmin(best):

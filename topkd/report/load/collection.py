@@ -91,7 +91,7 @@ def gather(paths: Sequence[Path], *, waiting: bool = False) -> Collection:
         else:
             runs.append(read_run(path, waiting=waiting))
     if not runs:
-        raise DataError("nothing to report", where=", ".join(map(str, paths)), got="no run with a diary")
+        raise DataError("nothing to report", where=", ".join(map(str, paths)), got="no run with a run log")
     _tell_apart(runs)
     title = str(comparison.get("name") or title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs"))
     return Collection(title, runs, comparison, notes, unfinished)

@@ -1,4 +1,4 @@
-"""Diary records as columns: one float per record, NaN where the record does not say, and the x axes beside them."""
+"""Run log records as columns: one float per record, NaN where the record does not say, and the x axes beside them."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def listed(folder: Path, comparison: Mapping[str, Any], notes: list[str]) -> lis
         name = str(cell.get("id", "?"))
         path = folder / str(cell.get("run") or f"cells/{name}")
         if not (path / METRICS).exists():
-            notes.append(f"cell {name} ({cell.get('status', 'not run')}) has no diary and is left out")
+            notes.append(f"cell {name} ({cell.get('status', 'not run')}) has no run log and is left out")
             continue
         run = read_run(path, name=name)
         arm = cell.get("arm")
@@ -44,8 +44,8 @@ def begun(folder: Path, notes: list[str]) -> list[Run]:
     """The cells so far of a comparison that is not finished, by their folders' names; trials until others run."""
     labels = _labels(read_config(folder))
     found = []
-    for diary in sorted((folder / "cells").glob(f"*/{METRICS}")):
-        run = read_run(diary.parent)
+    for run_log in sorted((folder / "cells").glob(f"*/{METRICS}")):
+        run = read_run(run_log.parent)
         phase, arm, rate = _named(run.name, labels)
         run.params = {"arm": labels.get(arm, arm)} | ({"lr": float(rate)} if rate else {})
         run.replayed = phase == "replay"
@@ -60,7 +60,7 @@ def begun(folder: Path, notes: list[str]) -> list[Run]:
 
 
 def count(folder: Path) -> tuple[int, bool]:
-    """What changes when a comparison gets further: its cells with a diary, and whether it is finished."""
+    """What changes when a comparison gets further: its cells with a run log, and whether it is finished."""
     return sum(1 for _ in (folder / "cells").glob(f"*/{METRICS}")), (folder / COMPARE).exists()
 
 

@@ -1,6 +1,6 @@
-"""A run's folder as the page reads it: config, diary and recorded rollouts; what is torn or absent is named.
+"""A run's folder as the page reads it: config, run log and recorded rollouts; what is torn or absent is named.
 
-Everything is optional but the diary itself: fields that a run does not have cost it a panel, never the page.
+Everything is optional but the run log itself: fields that a run does not have cost it a panel, never the page.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Run:
     events: list[Record] = field(default_factory=list)
     rollouts: list[Record] = field(default_factory=list)
     derived: dict[str, Any] = field(default_factory=dict)
-    _diary: Lines | None = None
+    _run_log: Lines | None = None
     _tokens: Lines | None = None
 
     def refresh(self) -> bool:
@@ -104,12 +104,12 @@ class Run:
         if not self.config:
             self.config = read_config(self.path)
             self.seed = self.seed if self.seed is not None else _seed(self.config)
-        if self._diary is None or self._tokens is None or self._diary.shrunk or self._tokens.shrunk:
-            # The first look; or a resumed run cut its diary back to a checkpoint, and what was read is void.
-            self._diary, self._tokens = Lines(self.path / METRICS), Lines(self.path / TOKENS)
+        if self._run_log is None or self._tokens is None or self._run_log.shrunk or self._tokens.shrunk:
+            # The first look; or a resumed run cut its run log back to a checkpoint, and what was read is void.
+            self._run_log, self._tokens = Lines(self.path / METRICS), Lines(self.path / TOKENS)
             for read in (self.steps, self.evals, self.events, self.rollouts):
                 read.clear()
-        records, rollouts = self._diary.read(), self._tokens.read()
+        records, rollouts = self._run_log.read(), self._tokens.read()
         for record in records:
             kind = record.get("kind")
             if kind == "eval":
@@ -162,7 +162,7 @@ def evaluations(record: Record) -> list[Record]:
 
 
 def read_run(path: Path, *, name: str | None = None, waiting: bool = False) -> Run:
-    """The run in a folder. ``waiting`` accepts one whose diary is not there yet (a page that follows it)."""
+    """The run in a folder. ``waiting`` accepts one whose run log is not there yet (a page that follows it)."""
     if not waiting and not (path / METRICS).exists():
         raise DataError(
             "no run here",

@@ -1,7 +1,7 @@
 """The page: one HTML file that needs nothing else, and that lets nothing in.
 
 A content security policy names the one style and the one script by their hashes: whatever a model managed to write into
-a diary could neither run nor load anything, even if it got past the escaping.
+a run log could neither run nor load anything, even if it got past the escaping.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class LivePage:
         """Read on; True when there was anything new. A comparison has more runs than it had."""
         now = [cells.count(path) for path in self.paths]
         if now == self._cells:
-            # Another run may have taken the folder: what was read is of a diary that is gone then.
+            # Another run may have taken the folder: what was read is of a run log that is gone then.
             with contextlib.suppress(DataError):
                 changed = [run.refresh() for run in self._collection.runs]
                 return any(changed)

@@ -1,4 +1,4 @@
-"""The panels of the page: which field of the diary each shows, in which unit, and where the reader finds it."""
+"""The panels of the page: which field of the run log each shows, in which unit, and where the reader finds it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Panel:
         key: Unique; also the anchor.
         title: What is drawn.
         unit: Of y.
-        fields: Names in the diary; the first that a run has is drawn.
+        fields: Names in the run log; the first that a run has is drawn.
         source: Which records hold it.
         note: One sentence on how to read it.
         log: Whether y may be switched to a logarithmic axis.

@@ -33,7 +33,7 @@ class Thinning:
         return (
             f"Down-sampled for this page: of series with more than {POINTS} values (the longest has {self.longest:,}) "
             f"the lowest and the highest value of each of {(POINTS - 2) // 2} equal stretches are drawn, so no extreme "
-            "is lost. The diary has every value."
+            "is lost. The run log has every value."
         )
 
 
@@ -117,7 +117,7 @@ def _line(index: int, role: str, axes: dict[str, Floats], values: Floats, rows: 
 
 
 def histogram(groups: Sequence[Group]) -> dict[str, Any] | None:
-    """Importance ratios of all steps of each group: the share of tokens in each bin of the diary's own edges."""
+    """Importance ratios of all steps of each group: the share of tokens in each bin of the run log's own edges."""
     edges: list[float] | None = None
     lines = []
     for index, group in enumerate(groups):

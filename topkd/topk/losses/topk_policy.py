@@ -301,7 +301,7 @@ def check_mass(student_logp_at_ids: Tensor, given: torch.dtype) -> None:
 
 
 def bucket_rows(student_logp_at_ids: Tensor, teacher: SparseTeacher, beta: float) -> Tensor:
-    """D_bucket of each row, [N], detached float64: a lower bound of the divergence, for the diary."""
+    """D_bucket of each row, [N], detached float64: a lower bound of the divergence, for the run log."""
     student = widest(torch.where(teacher.listed, student_logp_at_ids.detach(), -math.inf))
     tail = (1.0 - student.exp().sum(-1)).clamp(min=_TAIL_CLAMP).log()
     return divergence(with_tail(widest(teacher.logp), widest(teacher.tail_logp)), with_tail(student, tail), beta)

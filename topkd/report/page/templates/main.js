@@ -37,7 +37,7 @@ function controls() {
   }));
   byId('controls').replaceChildren(...[
     data.groups.length > 1 ? legend : null,
-    segmented('Against', offered.map((one) => [one.key, SHORT[one.key], one.ok ? '' : `not every run's diary says its ${one.label}`]), () => state.x, (key) => {
+    segmented('Against', offered.map((one) => [one.key, SHORT[one.key], one.ok ? '' : `not every run's run log says its ${one.label}`]), () => state.x, (key) => {
       state.chosen = true;
       set('x')(key);
     }),
@@ -74,7 +74,7 @@ function sections() {
       } else chart.update(panel);
     });
     const absent = node.querySelector('.absent');
-    absent.textContent = section.absent.length ? `Not in ${data.groups.length > 1 ? 'these diaries' : 'this diary'}: ${section.absent.join(', ')}.` : '';
+    absent.textContent = section.absent.length ? `Not in ${data.groups.length > 1 ? 'these run logs' : 'this run log'}: ${section.absent.join(', ')}.` : '';
     node.hidden = !section.panels.length && !data.live;
     node.querySelector('.lead-in').hidden = !section.panels.length;
   }
@@ -109,7 +109,7 @@ function everything() {
   byId('state').classList.toggle('running', data.state.running > 0 && data.live);
 }
 
-// A live page asks for news every second; an unchanged diary answers in a line, and a server that is gone is said so.
+// A live page asks for news every second; an unchanged run log answers in a line, and a server that is gone is said so.
 async function follow() {
   let version = '';
   let quiet = 0;
