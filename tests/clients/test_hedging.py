@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from tests.clients.test_fleet import IDS, QUICK, prompts
-from tests.faults.server import FaultyServer, actual_logp, body_of
+from tests.fakes.virtual_time import in_virtual_time
+from tests.faults.server import FaultyServer, actual_logp, body_of, until
 from topkd.clients import ClientConfig, Fleet
 from topkd.clients.fleet.hedging import Hedging
 from topkd.topk.errors import KLimitError
@@ -69,24 +70,22 @@ def test_hedging_is_off_unless_asked_for_and_never_above_one_in_twenty():
         ClientConfig(hedge_share=0.2)
 
 
+@in_virtual_time
 async def test_a_slow_score_is_answered_by_another_replica_and_the_slow_one_is_cancelled():
     stall = Once("stall")
     servers = FaultyServer(stall), FaultyServer(stall)
     async with servers[0] as a, servers[1] as b, Fleet([a.url, b.url], model="t", config=HEDGED) as fleet:
         known_fast(fleet, 0.3)
         stall.left = 1
-        topk = await asyncio.wait_for(fleet.score(IDS, 3, 4), 20)
+        topk = await fleet.score(IDS, 3, 4)
         assert np.array_equal(topk.actual_logp, actual_logp(IDS, 3, 4))
         assert (fleet.metrics["hedges"], fleet.metrics["hedges_won"]) == (1, 1)
-        for _ in range(200):
-            if a.dropped + b.dropped:
-                break
-            await asyncio.sleep(0.01)
-        assert a.dropped + b.dropped == 1, "the server that was too slow sees its client leave"
+        await until(lambda: a.dropped + b.dropped == 1)  # the server that was too slow sees its client leave
         assert fleet.replicas[0].client.endpoint.gate.load == fleet.replicas[1].client.endpoint.gate.load == 0
         assert fleet.metrics.get("retries", 0.0) == 0.0, "a hedge is part of its try, not another one"
 
 
+@in_virtual_time
 async def test_when_everything_is_slow_hedges_stay_within_their_share():
     async with FaultyServer() as a, FaultyServer() as b:
         async with Fleet([a.url, b.url], model="t", config=HEDGED) as fleet:
@@ -99,6 +98,7 @@ async def test_when_everything_is_slow_hedges_stay_within_their_share():
         assert 60 <= a.scored + b.scored <= 60 + fleet.metrics["hedges"]
 
 
+@in_virtual_time
 async def test_a_hedge_that_fails_leaves_the_first_try_to_answer():
     class SlowThenBroken(FaultyServer):
         async def _misbehave(self, fault, request, reader, writer):
@@ -119,13 +119,14 @@ async def test_a_hedge_that_fails_leaves_the_first_try_to_answer():
     servers = SlowThenBroken(plan), SlowThenBroken(plan)
     async with servers[0] as a, servers[1] as b, Fleet([a.url, b.url], model="t", config=HEDGED) as fleet:
         known_fast(fleet, 0.3)
-        topk = await asyncio.wait_for(fleet.score(IDS, 3, 4), 20)
+        topk = await fleet.score(IDS, 3, 4)
         assert np.array_equal(topk.actual_logp, actual_logp(IDS, 3, 4))
         assert asked == ["slow", "500"], "the hedge failed first, and was not tried again"
         assert fleet.metrics["hedges"] == 1
         assert fleet.metrics["hedges_won"] == 0
 
 
+@in_virtual_time
 async def test_a_refusal_is_not_asked_for_twice():
     said = b'{"error":{"message":"Requested prompt logprobs of 4, which is greater than max allowed: 2"}}'
 

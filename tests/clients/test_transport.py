@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from tests.clients.probing import served
+from tests.fakes.virtual_time import in_virtual_time
 from tests.faults.server import KEY, VOCAB, FaultyServer
 from topkd.clients import ClientConfig, VllmCompletions
 from topkd.clients.http.endpoint import clean_url
@@ -24,7 +25,7 @@ from topkd.topk.errors import (
     TopkdError,
 )
 
-QUICK = ClientConfig(max_retries=1, backoff_s=0.01, read_timeout_s=2.0, connect_timeout_s=0.5)
+QUICK = ClientConfig(max_retries=1, backoff_s=0.01, read_timeout_s=60.0, connect_timeout_s=60.0)
 IDS = list(range(30, 60))
 
 
@@ -131,6 +132,7 @@ def test_a_server_that_speaks_tls_and_refuses_the_handshake_is_not_called_one_wi
     assert "without TLS" not in said
 
 
+@in_virtual_time
 async def test_a_server_that_hangs_is_noticed_by_the_first_question_before_a_score_would_be(
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -189,6 +191,7 @@ async def test_a_reply_may_not_be_larger_than_was_asked_for():
                 await client.score(IDS, 3, 4)
 
 
+@in_virtual_time
 async def test_a_try_ends_at_its_time_out_and_says_which_knob_to_turn():
     async with FaultyServer() as server:
         server.delay_s = 30.0
@@ -205,6 +208,7 @@ def test_time_outs_grow_with_tokens():
     assert config.try_timeout_s(100) == 60
 
 
+@in_virtual_time
 async def test_the_total_time_bounds_all_tries_together():
     async with FaultyServer(lambda n, r: "stall") as server:
         config = ClientConfig(

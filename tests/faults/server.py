@@ -340,10 +340,17 @@ async def _write(writer: asyncio.StreamWriter, body: bytes, *, status: int = 200
     return True
 
 
+async def until(condition: Callable[[], object]) -> None:
+    """Waits for what must come to pass, however slow the machine is."""
+    async with asyncio.timeout(120):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
 async def assert_nothing_left(*servers: FaultyServer) -> None:
     """No connection and no task outlives its client; the servers' own tasks are given time to see that it left."""
     me = asyncio.current_task()
-    for _ in range(500):
+    for _ in range(6000):
         if asyncio.all_tasks() == {me} and not any(server.open for server in servers):
             return
         await asyncio.sleep(0.02)

@@ -40,7 +40,7 @@ def run_config(folder: Path, url: str) -> RunConfig:
             "rollout": {"prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES, "max_completion_tokens": 12},
             "learner": {"lr": 1e-3},
             "client": {"max_retries": 8, "response_retries": 6, "backoff_s": 0.005, "backoff_max_s": 0.05,
-                       "read_timeout_s": 5.0, "total_timeout_s": 60.0},
+                       "read_timeout_s": 60.0, "total_timeout_s": 600.0},
         }
     )  # fmt: skip
 

@@ -7,7 +7,8 @@ import asyncio
 import numpy as np
 import pytest
 
-from tests.faults.server import VOCAB, FaultyServer, actual_logp, assert_nothing_left
+from tests.fakes.virtual_time import in_virtual_time
+from tests.faults.server import VOCAB, FaultyServer, actual_logp, assert_nothing_left, until
 from tests.faults.test_faults import IDS, START, K
 from topkd.clients import ClientConfig, Fleet, VllmCompletions
 from topkd.topk.errors import ServerTimeoutError
@@ -23,6 +24,7 @@ PATIENT = ClientConfig(
 )
 
 
+@in_virtual_time
 async def test_a_reply_that_stops_in_the_middle_is_given_up_and_asked_for_again():
     async with FaultyServer(lambda number, _: "stall_mid_body" if number == 0 else None) as server:
         config = PATIENT.model_copy(update={"watchdog_s": 0.0})
@@ -33,22 +35,20 @@ async def test_a_reply_that_stops_in_the_middle_is_given_up_and_asked_for_again(
                 server.plan = lambda number, _: "stall_mid_body"
                 with pytest.raises(ServerTimeoutError, match=r"stopped in the middle.*then nothing for 0\.2 s"):
                     await client.score(IDS, START, K)
-                while server.dropped < 3:  # each half reply's connection is closed
-                    await asyncio.sleep(0.01)
+                await until(lambda: server.dropped == 3)  # each half reply's connection is closed
             assert server.scored == 4, "a half and a whole reply, then the two tries of the second request"
         await assert_nothing_left(server)
 
 
+@in_virtual_time
 async def test_a_server_without_a_sign_of_life_loses_its_requests_to_the_next_try():
     async with FaultyServer() as server:
         async with VllmCompletions(server.url, config=PATIENT, model="t", vocab_size=VOCAB) as client:
             server.frozen = True
             scores = [asyncio.create_task(client.score(IDS, START, K)) for _ in range(3)]
-            async with asyncio.timeout(30):
-                while not client.metrics.get("watchdog_cuts"):
-                    await asyncio.sleep(0.01)
-                server.frozen = False
-                answered = await asyncio.gather(*scores)
+            await until(lambda: client.metrics.get("watchdog_cuts"))
+            server.frozen = False
+            answered = await asyncio.gather(*scores)
             for topk in answered:
                 assert np.array_equal(topk.actual_logp, actual_logp(IDS, START, K))
             assert client.metrics["watchdog_cuts"] == 3, "every request under way there, not only the oldest"
@@ -56,6 +56,7 @@ async def test_a_server_without_a_sign_of_life_loses_its_requests_to_the_next_tr
         await assert_nothing_left(server)
 
 
+@in_virtual_time
 async def test_a_server_that_stays_silent_ends_in_a_time_out_that_says_so():
     async with FaultyServer() as server:
         async with VllmCompletions(server.url, config=PATIENT, model="t") as client:
@@ -71,6 +72,7 @@ async def test_a_server_that_stays_silent_ends_in_a_time_out_that_says_so():
         await assert_nothing_left(server)
 
 
+@in_virtual_time
 async def test_honest_work_that_takes_long_is_left_alone():
     async with FaultyServer() as server:
         server.delay_s = 1.0
@@ -83,15 +85,14 @@ async def test_honest_work_that_takes_long_is_left_alone():
         await assert_nothing_left(server)
 
 
+@in_virtual_time
 async def test_a_frozen_replica_hands_its_requests_to_the_others():
     async with FaultyServer() as good, FaultyServer() as frozen:
         async with Fleet([frozen.url, good.url], config=PATIENT, model="t", vocab_size=VOCAB) as fleet:
             frozen.frozen = True
-            results = await asyncio.wait_for(asyncio.gather(*(fleet.score(IDS, START, K) for _ in range(8))), 30)
+            results = await asyncio.gather(*(fleet.score(IDS, START, K) for _ in range(8)))
             assert all(np.array_equal(topk.actual_logp, actual_logp(IDS, START, K)) for topk in results)
             assert fleet.metrics["failovers"] >= 1
         assert frozen.scored == 0
-        async with asyncio.timeout(30):
-            while good.open or frozen.open:
-                await asyncio.sleep(0.01)
+        await until(lambda: not good.open and not frozen.open)
         await assert_nothing_left(frozen)

@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from tests.fakes.virtual_time import in_virtual_time
 from tests.faults.server import VOCAB, FaultyServer, assert_nothing_left
 from topkd.clients import ClientConfig, Fleet, Job, Stream
 
@@ -21,10 +22,10 @@ FAULTS = [
 ]  # fmt: skip
 START, K, LENGTH = 3, 3, 8
 CONFIG = ClientConfig(
-    connect_timeout_s=2.0,
-    read_timeout_s=5.0,
+    connect_timeout_s=60.0,
+    read_timeout_s=60.0,
     read_timeout_per_token_s=0.0,
-    total_timeout_s=60.0,
+    total_timeout_s=600.0,
     max_retries=8,
     response_retries=4,
     backoff_s=0.005,
@@ -113,12 +114,14 @@ def verify(result: dict, requests: int) -> None:
     assert result["grown_kib"] < 50_000
 
 
+@in_virtual_time
 async def test_a_short_soak_delivers_every_sample_once(monkeypatch: pytest.MonkeyPatch):
     verify(await soak(700, monkeypatch, seed=1), 700)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@in_virtual_time
 async def test_fifty_thousand_requests_with_a_dying_and_a_slow_replica(monkeypatch: pytest.MonkeyPatch):
     result = await soak(50_000, monkeypatch, seed=2)
     verify(result, 50_000)
