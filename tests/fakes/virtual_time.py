@@ -88,10 +88,10 @@ def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[
 
 
 def _use(clock: Callable[[], float], patch: pytest.MonkeyPatch) -> None:
-    from topkd.clients import watchdog
-    from topkd.clients.breaker import Breaker
-    from topkd.clients.limits import Window
-    from topkd.clients.retry import Total
+    from topkd.clients.fleet.circuit_breaker import Breaker
+    from topkd.clients.http import watchdog
+    from topkd.clients.http.admission import Window
+    from topkd.clients.http.retry import Total
 
     class Time:
         monotonic = staticmethod(clock)
