@@ -58,7 +58,7 @@ def test_a_run_whose_server_dies_says_the_command_that_goes_on(tmp_path, monkeyp
         killer = threading.Thread(target=end_it, daemon=True)
         killer.start()
         with pytest.raises(ServerUnreachableError):
-            train.command(Path("run.toml"), Path("run"), overrides=["seed=3"])
+            train.train_command(Path("run.toml"), Path("run"), overrides=["seed=3"])
         killer.join()
     said = capsys.readouterr().err
     assert "go on with: topkd train run.toml --out run --set seed=3 --resume" in said

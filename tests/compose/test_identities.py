@@ -7,7 +7,7 @@ import pytest
 
 from tests.fakes.in_process import InProcessTeacher, lists
 from topkd.compose.cache.identity import served_identity, served_name
-from topkd.compose.score import ScoreConfig, score_data
+from topkd.compose.score import ScoreConfig
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.serve import ServeConfig
 from topkd.topk.errors import ConfigError
@@ -81,7 +81,7 @@ async def test_scores_under_one_spelling_cost_nothing_under_another(tmp_path, mo
 
     async def score(model, **changes):
         config = ScoreConfig(data=data, out=tmp_path / "cache", teachers=("vllm:x",), model=model, k=2, **changes)
-        return await score_data(config)
+        return await score(config)
 
     assert (await score("./teacher/")).scored == 9
     assert (await score("teacher", estimate=True)).tokens_sent == 0

@@ -12,7 +12,7 @@ from topkd.compose.bulk.sample_config import Purse, SampleConfig
 from topkd.compose.cache.identity import check_off_policy, off_policy, sampled_policy
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.replay import replay
-from topkd.compose.sample import SampleJob, sample_data
+from topkd.compose.sample import SampleJob, sample
 from topkd.engine.loop.metrics import read_metrics
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.store.records import ROLLOUT
@@ -62,7 +62,7 @@ def config(server, student, tmp_path):
 
 
 async def test_completions_and_their_lists_are_kept_with_the_apis_own_logprobs(config, server, tokenizer):
-    report = await sample_data(config())
+    report = await sample(config())
     assert (report.rows, report.sampled, report.completions, report.failed) == (12, 12, 36, 0)
     assert len(server.requests) == 12
     assert {(one["n"], one["temperature"], one["top_p"]) for one in server.requests} == {(3, 1.0, 1.0)}
@@ -84,16 +84,16 @@ async def test_completions_and_their_lists_are_kept_with_the_apis_own_logprobs(c
 
 
 async def test_what_was_drawn_is_never_drawn_again_and_another_seed_or_n_draws_anew(config, server):
-    await sample_data(config(limit=5))
+    await sample(config(limit=5))
     first = len(server.requests)
-    rest = await sample_data(config())
+    rest = await sample(config())
     assert (rest.cached, rest.sampled) == (5, 7)
     assert len(server.requests) == first + 7
-    again = await sample_data(config())
+    again = await sample(config())
     assert (again.cached, again.sampled, again.prompt_tokens) == (12, 0, 0)
-    assert (await sample_data(config(seed=1))).sampled == 12
-    assert (await sample_data(config(n=2))).sampled == 12
-    assert (await sample_data(config(k=7))).sampled == 12
+    assert (await sample(config(seed=1))).sampled == 12
+    assert (await sample(config(n=2))).sampled == 12
+    assert (await sample(config(k=7))).sampled == 12
 
 
 async def test_a_cache_that_takes_no_commit_ends_the_job(config, monkeypatch):
@@ -110,11 +110,11 @@ async def test_a_cache_that_takes_no_commit_ends_the_job(config, monkeypatch):
     monkeypatch.setattr(SampleJob, "_ask", never)
     async with asyncio.timeout(60):
         with pytest.raises(CacheError, match="No space left"):
-            await sample_data(config())
+            await sample(config())
 
 
 async def test_equal_prompts_in_one_file_are_asked_once(config, server, tmp_path):
-    report = await sample_data(config(data=prompts(tmp_path / "twice.jsonl", ["a", "b", "a", "a"])))
+    report = await sample(config(data=prompts(tmp_path / "twice.jsonl", ["a", "b", "a", "a"])))
     assert (report.sampled, report.cached, len(server.requests)) == (2, 2, 2)
 
 
@@ -122,35 +122,35 @@ async def test_an_ambiguous_completion_is_dropped_counted_and_not_paid_for_twice
     texts = ["x", "y", f"{AMBIGUOUS} 1", f"{AMBIGUOUS} 2"]
     data = prompts(tmp_path / "odd.jsonl", texts)
     for n, kept, dropped in ((3, 10, 2), (1, 2, 2)):
-        report = await sample_data(config(data=data, n=n, in_flight=1))
+        report = await sample(config(data=data, n=n, in_flight=1))
         assert (report.completions, report.ambiguous_completions) == (kept, dropped)
         asked = len(server.requests)
-        assert (await sample_data(config(data=data, n=n))).cached == 4
+        assert (await sample(config(data=data, n=n))).cached == 4
         assert len(server.requests) == asked
 
 
 async def test_while_no_answer_can_be_read_none_is_taken_for_bad_luck(config, server, tmp_path):
     data = prompts(tmp_path / "odd.jsonl", [f"{AMBIGUOUS} {i}" for i in range(3)])
-    report = await sample_data(config(data=data, n=1))
+    report = await sample(config(data=data, n=1))
     assert (report.sampled, report.failed, report.completions) == (0, 3, 0)
     assert not report.complete
     assert "--tokenizer" in report.refusals[0]["reason"]
-    assert (await sample_data(config(data=data, n=1))).cached == 0
+    assert (await sample(config(data=data, n=1))).cached == 0
     many = prompts(tmp_path / "many.jsonl", [f"{AMBIGUOUS} {i}" for i in range(60)])
     with pytest.raises(ResponseError, match="in a row"):
-        await sample_data(config(data=many, n=1))
+        await sample(config(data=many, n=1))
 
 
 async def test_a_prompt_that_the_server_renders_otherwise_is_an_error_not_a_sample(config, server):
     server.count_tokens = lambda messages: 3
-    report = await sample_data(config())
+    report = await sample(config())
     assert (report.failed, report.completions) == (12, 0)
     assert "another length" in report.refusals[0]["reason"]
 
 
 @pytest.mark.parametrize("caps", [{"max_tokens": 150}, {"max_cost": 3e-4, "price_in": 1.0, "price_out": 4.0}])
 async def test_a_cap_is_never_crossed_and_what_was_set_aside_comes_back(config, caps):
-    report = await sample_data(config(**caps))
+    report = await sample(config(**caps))
     assert report.stopped.startswith(next(iter(caps)))
     assert 0 < report.sampled < 12
     if "max_tokens" in caps:
@@ -159,7 +159,7 @@ async def test_a_cap_is_never_crossed_and_what_was_set_aside_comes_back(config, 
         assert report.sampled > 150 // (report.prompt_tokens // report.sampled + 3 * 6)
     else:
         assert report.cost <= 3e-4
-    rest = await sample_data(config())
+    rest = await sample(config())
     assert (rest.cached, rest.sampled) == (report.sampled, 12 - report.sampled)
 
 
@@ -174,16 +174,16 @@ def test_a_purse_gives_what_is_left_and_not_more(config):
 
 
 async def test_an_estimate_bounds_the_bill_and_asks_nothing(config, server, tmp_path):
-    forecast = await sample_data(config(estimate=True, price_in=1.0, price_out=4.0))
+    forecast = await sample(config(estimate=True, price_in=1.0, price_out=4.0))
     assert server.requests == []
     assert not (tmp_path / "cache").exists()
-    report = await sample_data(config(price_in=1.0, price_out=4.0))
+    report = await sample(config(price_in=1.0, price_out=4.0))
     assert forecast.prompt_tokens == report.prompt_tokens
     assert report.completion_tokens <= forecast.completion_tokens == 12 * 3 * 6
     assert report.cost <= forecast.cost
-    again = await sample_data(config(estimate=True, price_in=1.0, price_out=4.0))
+    again = await sample(config(estimate=True, price_in=1.0, price_out=4.0))
     assert (again.sampled, again.cached, again.cost) == (0, report.rows, 0.0), "what is in the cache is not paid again"
-    more = await sample_data(config(estimate=True, n=2))
+    more = await sample(config(estimate=True, n=2))
     assert more.sampled == forecast.sampled
 
 
@@ -192,7 +192,7 @@ async def test_rows_that_cannot_be_asked_are_named(config, tmp_path):
     rows = ['{"messages": [{"role": "user", "content": "a"}]}', '{"messages": [', '{"prompt": "b"}',
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}']  # fmt: skip
     data.write_text("\n".join(rows))
-    report = await sample_data(config(data=data))
+    report = await sample(config(data=data))
     assert (report.sampled, report.refused) == (1, 3)
     told = {one["row"]: one["reason"] for one in report.refusals}
     assert "column 15" in told[2]
@@ -200,7 +200,7 @@ async def test_rows_that_cannot_be_asked_are_named(config, tmp_path):
     assert "chat completions take messages" in told[3]
     assert "end before the answer" in told[4]
     with pytest.raises(ConfigError, match="--tokenizer"):
-        await sample_data(config(tokenizer=None))
+        await sample(config(tokenizer=None))
 
 
 def run_config(student, data, **changes):
@@ -219,7 +219,7 @@ def run_config(student, data, **changes):
 
 @pytest.mark.parametrize("kind", ["gjs", "scalar_kl", "topk_pg", "gjs_direct", "fkl"])
 async def test_a_student_trains_on_what_the_teacher_wrote(config, student, tmp_path, kind):
-    await sample_data(config())
+    await sample(config())
     chosen = run_config(student, config().data, objective={"kind": kind})
     result = await replay(chosen, tmp_path / "run", cache=config().out)
     assert [record["divergence_mode"] for record in result.steps] == [kind] * 2
@@ -240,7 +240,7 @@ async def test_a_student_trains_on_what_the_teacher_wrote(config, student, tmp_p
 async def test_an_objective_that_cannot_learn_off_policy_is_refused_with_the_reason(
     config, student, tmp_path, changes, words
 ):
-    await sample_data(config())
+    await sample(config())
     with pytest.raises(ConfigError, match=words):
         await replay(run_config(student, config().data, **changes), tmp_path / "run", cache=config().out)
 
@@ -261,9 +261,9 @@ async def test_a_server_that_continues_ids_samples_for_prompts_of_any_form_with_
     with ServerProcess(served) as running:
         config = SampleConfig(data=data, out=tmp_path / "c", teacher=running.url, tokenizer=str(student), k=4, n=2,
                               max_new_tokens=5)  # fmt: skip
-        report = await sample_data(config)
+        report = await sample(config)
         assert (report.sampled, report.completions) == (3, 6)
-        assert (await sample_data(config)).cached == 3
+        assert (await sample(config)).cached == 3
     plain, hinted = tokenizer("import")["input_ids"], tokenizer("os\nimport")["input_ids"]
     with ScoreStore(tmp_path / "c") as store:
         found = [rollout for record in store.records(kinds=(ROLLOUT,)) for rollout in record.rollouts()]

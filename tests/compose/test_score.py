@@ -18,7 +18,7 @@ from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.sequences import read_sequences
 from topkd.compose.progress import Progress
 from topkd.compose.replay import replay
-from topkd.compose.score import ScoreConfig, score_data
+from topkd.compose.score import ScoreConfig, score
 from topkd.engine.loop.metrics import read_metrics
 from topkd.offline import ScoreStore, TeacherIdentity, merge, verify
 from topkd.serve import ServeConfig, ServerProcess
@@ -72,7 +72,7 @@ def keys(cache):
 
 async def test_every_row_is_scored_once_with_the_teachers_own_numbers(config, server):
     before = sent_tokens(server)
-    report = await score_data(config())
+    report = await score(config())
     assert (report.rows, report.scored, report.cached, report.refused, report.failed) == (60, 60, 0, 0, 0)
     assert report.complete
     assert sent_tokens(server) - before == sum(TOKENS)
@@ -89,31 +89,31 @@ async def test_every_row_is_scored_once_with_the_teachers_own_numbers(config, se
 
 
 async def test_what_is_stored_costs_nothing_and_a_narrower_k_is_stored(config, server):
-    await score_data(config(k=8, limit=20))
+    await score(config(k=8, limit=20))
     before = sent_tokens(server)
-    again = await score_data(config(k=4, limit=20))
+    again = await score(config(k=4, limit=20))
     assert sent_tokens(server) == before
     assert (again.scored, again.cached, again.tokens_sent) == (0, 20, 0)
     assert again.saved_tokens == sum(TOKENS[:20]) + 20, "each request also generates a token"
-    wider = await score_data(config(k=9, limit=20))
+    wider = await score(config(k=9, limit=20))
     assert (wider.scored, wider.cached) == (20, 0)
-    other = await score_data(config(k=4, limit=20, revision="v2"))
+    other = await score(config(k=4, limit=20, revision="v2"))
     assert (other.scored, other.cached) == (20, 0)
 
 
 async def test_limit_then_the_rest(config):
-    first = await score_data(config(limit=25))
-    rest = await score_data(config())
+    first = await score(config(limit=25))
+    rest = await score(config())
     assert (first.rows, first.scored) == (25, 25)
     assert (rest.rows, rest.scored, rest.cached) == (60, 35, 25)
 
 
 async def test_the_union_of_the_shards_is_the_whole(config, tmp_path):
-    await score_data(config())
+    await score(config())
     parts = []
     for i in (1, 2, 3):
         parts.append(tmp_path / f"part-{i}")
-        report = await score_data(config(shard=(i, 3), out=parts[-1]))
+        report = await score(config(shard=(i, 3), out=parts[-1]))
         assert report.scored == 20
     merge(parts, tmp_path / "merged")
     assert keys(tmp_path / "merged") == keys(tmp_path / "cache")
@@ -125,7 +125,7 @@ async def test_dedupe_skips_equal_rows_across_shards_too(config, tmp_path, serve
     data = written(tmp_path / "twice.jsonl", [*ROWS[:20], *ROWS[:20], *ROWS[5:10]])
     before = sent_tokens(server)
     reports = [
-        await score_data(config(data=data, dedupe=True, shard=(i, shards), out=tmp_path / f"d{i}"))
+        await score(config(data=data, dedupe=True, shard=(i, shards), out=tmp_path / f"d{i}"))
         for i in range(1, shards + 1)
     ]
     assert sum(report.scored for report in reports) == 20
@@ -135,7 +135,7 @@ async def test_dedupe_skips_equal_rows_across_shards_too(config, tmp_path, serve
 
 async def test_equal_rows_are_asked_once_also_without_dedupe(config, tmp_path, server):
     before = sent_tokens(server)
-    report = await score_data(config(data=written(tmp_path / "twice.jsonl", [*ROWS[:20]] * 3)))
+    report = await score(config(data=written(tmp_path / "twice.jsonl", [*ROWS[:20]] * 3)))
     assert (report.rows, report.scored, report.cached) == (60, 20, 40)
     assert sent_tokens(server) - before == sum(TOKENS[:20])
 
@@ -147,28 +147,28 @@ async def test_equal_rows_are_asked_once_also_without_dedupe(config, tmp_path, s
 )
 async def test_a_cap_is_never_crossed_and_the_job_goes_on_from_there(config, server, caps, tokens):
     before = sent_tokens(server)
-    report = await score_data(config(**caps))
+    report = await score(config(**caps))
     assert report.stopped.startswith(next(iter(caps)))
     assert not report.complete
     assert report.tokens_sent <= tokens < report.tokens_sent + max(TOKENS) + 1
     assert sent_tokens(server) - before <= tokens
-    rest = await score_data(config())
+    rest = await score(config())
     assert rest.cached == report.scored
     assert rest.scored == 60 - report.scored
     # What is cached takes nothing from a cap.
-    assert (await score_data(config(max_tokens=1))).complete
+    assert (await score(config(max_tokens=1))).complete
 
 
 async def test_an_estimate_asks_nothing_and_foretells_the_bill(config, server, tmp_path):
     before = sent_tokens(server)
     dead = config(teachers=("http://127.0.0.1:1",), estimate=True, price_per_million=3.0)
-    forecast = await score_data(dead)
+    forecast = await score(dead)
     assert not (tmp_path / "cache").exists()
     assert sent_tokens(server) == before
-    report = await score_data(config(price_per_million=3.0, limit=30))
-    left = await score_data(config(estimate=True))
+    report = await score(config(price_per_million=3.0, limit=30))
+    left = await score(config(estimate=True))
     assert (left.scored, left.cached) == (30, 30)
-    rest = await score_data(config(price_per_million=3.0))
+    rest = await score(config(price_per_million=3.0))
     assert forecast.tokens_sent == report.tokens_sent + rest.tokens_sent
     assert forecast.cost == pytest.approx(report.cost + rest.cost)
 
@@ -197,7 +197,7 @@ async def test_bad_rows_are_refused_with_their_line_and_the_rest_is_scored(confi
     }
     tokenizer = server.config.model
     data = written(tmp_path / "mixed.jsonl", [good, *(row for row, _ in bad.values()), "", ROWS[1]])
-    report = await score_data(config(data=data, tokenizer=tokenizer))
+    report = await score(config(data=data, tokenizer=tokenizer))
     assert (report.scored, report.refused, report.failed) == (2, len(bad), 0)
     told = {refusal["row"]: refusal["reason"] for refusal in report.refusals}
     assert told.keys() == bad.keys()
@@ -205,9 +205,9 @@ async def test_bad_rows_are_refused_with_their_line_and_the_rest_is_scored(confi
         assert words in told[line]
         assert line == 15 or f"mixed.jsonl:{line}" in told[line]
     with pytest.raises(DataError, match=r"mixed\.jsonl:2"):
-        await score_data(config(data=data, tokenizer=tokenizer, strict=True))
+        await score(config(data=data, tokenizer=tokenizer, strict=True))
     with pytest.raises(ConfigError, match="need a tokenizer"):
-        await score_data(config(data=written(tmp_path / "text.jsonl", [{"prompt": "a", "completion": "b"}])))
+        await score(config(data=written(tmp_path / "text.jsonl", [{"prompt": "a", "completion": "b"}])))
 
 
 def test_text_messages_and_ids_become_the_sequence_that_was_meant(model, tmp_path):
@@ -253,7 +253,7 @@ def test_parquet_and_dataset_folders_hold_the_same_rows(tmp_path):
 async def test_given_logprobs_travel_into_the_cache_and_train_off_policy(config, tmp_path, model):
     rows = [{**row, "logp": [-2.5] * len(row["completion_ids"])} for row in ROWS]
     data = written(tmp_path / "sampled.jsonl", rows)
-    assert (await score_data(config(data=data))).scored == 60
+    assert (await score(config(data=data))).scored == 60
     values = {
         "steps": 3,
         "student": {"model": str(model_folder(tmp_path / "student", seed=1)), "device": "cpu"},
@@ -266,16 +266,16 @@ async def test_given_logprobs_travel_into_the_cache_and_train_off_policy(config,
     assert sum(record["tokens"] for record in result.steps) == sum(len(row["completion_ids"]) for row in rows)
     assert all(record["behavior_kl_k3"] > 0.1 for record in read_metrics(tmp_path / "run" / "metrics.jsonl", "step"))
     # The cache's own rollouts are data too: all of them are scored already.
-    again = await score_data(config(data=tmp_path / "cache"))
+    again = await score(config(data=tmp_path / "cache"))
     assert (again.rows, again.scored, again.cached) == (60, 0, 60)
 
 
 async def test_replicas_share_the_work_and_must_agree(config, server, model, tmp_path):
     other = server.url.replace("127.0.0.1", "localhost")
-    report = await score_data(config(teachers=(server.url, other)))
+    report = await score(config(teachers=(server.url, other)))
     assert (report.scored, report.failed) == (60, 0)
     with pytest.raises(ServerUnreachableError, match=r"127\.0\.0\.1:1"):
-        await score_data(
+        await score(
             config(teachers=("http://127.0.0.1:1",), out=tmp_path / "x", client={"max_retries": 1, "backoff_s": 0.01})
         )
 
@@ -283,7 +283,7 @@ async def test_replicas_share_the_work_and_must_agree(config, server, model, tmp
 async def test_trouble_that_every_row_has_ends_the_job_at_once(config, server):
     before = sent_tokens(server)
     with pytest.raises(KLimitError, match="21"):
-        await score_data(config(k=21))
+        await score(config(k=21))
     assert sent_tokens(server) == before
 
 
@@ -298,13 +298,13 @@ async def test_a_cancelled_job_keeps_what_it_has_and_says_how_to_go_on(config, t
             if done >= 10:
                 task.cancel()
 
-    task = asyncio.create_task(score_data(config(in_flight=2), Stop()))
+    task = asyncio.create_task(score(config(in_flight=2), Stop()))
     with pytest.raises(asyncio.CancelledError):
         await task
     assert any("run the same command again" in text for text in said)
     kept = len(keys(tmp_path / "cache"))
     assert 10 <= kept < 60
-    rest = await score_data(config())
+    rest = await score(config())
     assert (rest.cached, rest.scored) == (kept, 60 - kept)
 
 
@@ -330,11 +330,11 @@ def test_a_job_that_is_killed_goes_on_without_asking_anything_twice(server, tmp_
     assert 0 < len(kept) < len(rows), "killed too late or too early to show anything"
     time.sleep(0.5)  # the server finishes what the dead client had in flight
     before = sent_tokens(server)
-    report = asyncio.run(score_data(ScoreConfig(data=data, out=out, teachers=(server.url,))))
+    report = asyncio.run(score(ScoreConfig(data=data, out=out, teachers=(server.url,))))
     assert (report.cached, report.scored) == (len(kept), len(rows) - len(kept))
     asked = set(keys(out)) - set(kept)
     assert len(asked) == report.scored
     assert sent_tokens(server) - before == report.tokens_sent - report.scored
-    asyncio.run(score_data(ScoreConfig(data=data, out=tmp_path / "whole", teachers=(server.url,))))
+    asyncio.run(score(ScoreConfig(data=data, out=tmp_path / "whole", teachers=(server.url,))))
     assert keys(out) == keys(tmp_path / "whole")
     assert verify(out).ok

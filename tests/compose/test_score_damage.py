@@ -5,7 +5,8 @@ import json
 import pytest
 
 from tests.fakes.in_process import InProcessTeacher, lists
-from topkd.compose.score import ScoreConfig, score_data
+from topkd.compose import score as job
+from topkd.compose.bulk.score_config import ScoreConfig
 from topkd.offline import ScoreStore, TeacherIdentity, gc, verify
 
 ROWS = 12
@@ -21,7 +22,7 @@ def score(tmp_path, monkeypatch):
     async def score(**changes):
         InProcessTeacher.asked.clear()
         teachers = {"teachers": ("vllm:teacher",), "k": 3}
-        return await score_data(ScoreConfig(data=data, out=tmp_path / "cache", **teachers, **changes))
+        return await job.score(ScoreConfig(data=data, out=tmp_path / "cache", **teachers, **changes))
 
     return score
 

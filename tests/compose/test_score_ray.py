@@ -17,7 +17,7 @@ from topkd.compose.bulk.score_config import ScoreConfig, ScoreReport
 from topkd.compose.bulk.selection import Verdict
 from topkd.compose.data.files import UNIT, Portion, joined
 from topkd.compose.data.sequences import ScoreInput, read_sequences, units
-from topkd.compose.score import score_data
+from topkd.compose.score import score
 from topkd.offline import ScoreStore, verify
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import ConfigError, DataError
@@ -119,7 +119,7 @@ async def test_a_cluster_that_nobody_answers_for_is_said_at_once_and_not_waited_
     pytest.importorskip("ray")
     data = written(tmp_path / "d.jsonl", ROWS[:3])
     with pytest.raises(ConfigError, match=rf"cannot join the Ray cluster \({address}\): got .*refused") as caught:
-        await score_data(config(data, tmp_path / "cache", runner="ray", ray_address=address))
+        await score(config(data, tmp_path / "cache", runner="ray", ray_address=address))
     assert caught.value.exit_code == 2
 
 

@@ -8,7 +8,7 @@ from tests.engine.pieces import model_folder
 from topkd.clients import ClientConfig, connect
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.replay import replay
-from topkd.compose.score import ScoreConfig, score_data
+from topkd.compose.score import ScoreConfig, score
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.store.records import ROLLOUT
 from topkd.serve import ServeConfig, ServerProcess
@@ -36,7 +36,7 @@ async def test_rows_go_to_the_teacher_they_name_and_one_that_has_no_server_is_an
     data = written(tmp_path / "routed.jsonl", rows)
     routes = {"maths": (server.url,), "code": (server.url.replace("127.0.0.1", "localhost"),)}
     both = {"data": data, "teachers": (), "routes": routes, "revisions": {"maths": "m1", "code": "c1"}}
-    report = await score_data(config(**both))
+    report = await score(config(**both))
     assert (report.scored, report.refused, report.failed) == (21, 11, 0)
     assert "got 'law', expected one of 'maths', 'code'; give its server" in report.refusals[0]["reason"]
     assert report.refusals[-1]["row"] == 32
@@ -46,11 +46,11 @@ async def test_rows_go_to_the_teacher_they_name_and_one_that_has_no_server_is_an
             held = {name: store.covers(TeacherIdentity("teacher", revision=revision), ids, start, 20)
                     for name, revision in both["revisions"].items()}  # fmt: skip
             assert held == {row["teacher_id"]: True, **others}
-    assert (await score_data(config(**both, estimate=True))).scored == 0
+    assert (await score(config(**both, estimate=True))).scored == 0
     with pytest.raises(DataError, match=r"routed\.jsonl:3"):
-        await score_data(config(**both, strict=True))
+        await score(config(**both, strict=True))
     # With one teacher and a name, the rows of the others are simply not this job's.
-    named = await score_data(config(data=data, teacher_id="code", revision="c1"))
+    named = await score(config(data=data, teacher_id="code", revision="c1"))
     assert (named.rows, named.cached, named.skipped, named.refused) == (11, 11, 21, 0)
 
 
@@ -59,16 +59,16 @@ async def test_a_teacher_told_its_size_has_every_reply_past_it_refused_and_none_
     data = written(tmp_path / "few.jsonl", rows)
     client = ClientConfig(max_retries=0, response_retries=0, backoff_s=0.0)
     small = config(data=data, vocab_size=6, client=client)
-    report = await score_data(small)
+    report = await score(small)
     assert (report.scored, report.failed, report.refused) == (0, 1, 1)
     assert list(report.reasons) == ["a row has an id outside the teacher's vocabulary", "id outside the vocabulary"]
     assert "few.jsonl:2): got 6, expected below 6" in report.refusals[0]["reason"]
-    assert (await score_data(small.model_copy(update={"estimate": True}))).refused == 1
+    assert (await score(small.model_copy(update={"estimate": True}))).refused == 1
     routes = {"maths": small.teachers}
     named = config(data=written(tmp_path / "m.jsonl", [{**rows[0], "teacher_id": "maths"}]), client=client,
                    teachers=(), routes=routes, vocab_size=4096, vocab_sizes={"maths": 6})  # fmt: skip
-    assert (await score_data(named)).failed == 1, "the teacher's own size comes first"
-    assert (await score_data(config(data=data, vocab_size=4096))).scored == 2, "a refused reply is not in the cache"
+    assert (await score(named)).failed == 1, "the teacher's own size comes first"
+    assert (await score(config(data=data, vocab_size=4096))).scored == 2, "a refused reply is not in the cache"
 
 
 async def test_given_completions_are_kept_under_the_prompt_that_they_were_drawn_from(config, tmp_path):
@@ -78,7 +78,7 @@ async def test_given_completions_are_kept_under_the_prompt_that_they_were_drawn_
         for row in ROWS[:12]
     ]
     data = written(tmp_path / "sampled.jsonl", rows)
-    assert (await score_data(config(data=data))).scored == 12
+    assert (await score(config(data=data))).scored == 12
     with ScoreStore(tmp_path / "cache") as store:
         kept = {tuple(one.prompt_ids) for record in store.records(kinds=(ROLLOUT,)) for one in record.rollouts()}
     assert kept == {tuple(row["prompt_ids"]) for row in rows}
@@ -146,13 +146,11 @@ async def test_a_model_in_this_process_scores_in_place_of_a_server(server, confi
 
     monkeypatch.setattr("topkd.compose.teachers.served.VllmInProcess", Loaded)
     data = written(tmp_path / "data.jsonl", ROWS[:10])
-    report = await score_data(
-        config(data=data, teachers=("vllm:models/teacher",), k=7, vocab_size=4096, engine={"seed": 3})
-    )
+    report = await score(config(data=data, teachers=("vllm:models/teacher",), k=7, vocab_size=4096, engine={"seed": 3}))
     assert (report.scored, report.teacher) == (10, "teacher")
     assert loaded == [("models/teacher", {"max_logprobs": 7, "seed": 3, "vocab_size": 4096})]
     # The same teacher behind a URL: one name, one set of keys.
-    assert (await score_data(config(data=data, k=7))).cached == 10
+    assert (await score(config(data=data, k=7))).cached == 10
     for wrong in (("vllm:",), ("vllm:a", "vllm:b")):
         with pytest.raises(ConfigError, match="vllm:"):
-            await score_data(config(data=data, teachers=wrong))
+            await score(config(data=data, teachers=wrong))

@@ -27,11 +27,16 @@ EVERY_NAME = "from topkd.topk import *; from topkd.clients import *; from topkd.
 HANDLES = "from topkd.engine import *; from topkd.serve import ServeConfig, ServerProcess"
 
 
+EVERY_PUBLIC_NAME = "from topkd import *"
+
+
 @pytest.mark.parametrize(
-    "statement", ["import topkd, topkd.clients, topkd.offline", "import topkd.cli", EVERY_NAME, HANDLES]
+    "statement",
+    ["import topkd, topkd.clients, topkd.offline", "import topkd.cli", EVERY_NAME, HANDLES, EVERY_PUBLIC_NAME],
 )
 def test_importing_the_light_parts_loads_no_learning_framework(statement: str) -> None:
-    code = f"import sys\n{statement}\nprint(sorted({{'torch', 'vllm', 'transformers'}} & sys.modules.keys()))"
+    heavy = {"torch", "vllm", "transformers", "ray", "matplotlib", "datasets"}
+    code = f"import sys\n{statement}\nprint(sorted({heavy} & sys.modules.keys()))"
     out = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import assert_never, assert_type
+from pathlib import Path
+from typing import Any, assert_never, assert_type
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import topkd
 from topkd.clients import ClientConfig, ServerInfo, VllmCompletions, connect
 from topkd.offline import CachingSampler, CachingScorer, ReplayScorer, ScoreStore, TeacherIdentity
 from topkd.serve import ServeConfig, ServerProcess
@@ -280,3 +282,16 @@ def serving_a_model(path: str) -> str:
     """A server of one's own, gone at the end of the block."""
     with ServerProcess(ServeConfig(model=path, port=0, max_logprobs=64)) as server:
         return server.url
+
+
+async def whole_jobs() -> None:
+    config = topkd.load_config("run.toml", ["steps=3"])
+    assert_type(config, topkd.RunConfig)
+    assert_type((await topkd.train(config, Path("runs/a"))).steps, list[dict[str, Any]])
+    with topkd.open_store("cache") as store:
+        assert_type(store, topkd.ScoreStore)
+    async with await topkd.connect("http://127.0.0.1:8000") as teacher:
+        assert_type(await teacher.score([1, 2, 3], 0, 20), topkd.TopK)
+    report = await topkd.score(topkd.ScoreConfig(data=Path("rows.jsonl"), out=Path("cache"), teachers=("http://a",)))
+    assert_type(report.scored, int)
+    raise topkd.ConfigError("what", got=1)

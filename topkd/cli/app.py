@@ -60,7 +60,8 @@ for panel, modules in {
 }.items():
     for module in modules:
         name = module.__name__.rpartition(".")[2]
-        app.command(name, help=paragraphs(module.command), rich_help_panel=panel)(module.command)
+        function = getattr(module, f"{name}_command")
+        app.command(name, help=paragraphs(function), rich_help_panel=panel)(function)
 app.add_typer(cache.app, name="cache", rich_help_panel="Scores kept in a cache")
 
 

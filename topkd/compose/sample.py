@@ -1,4 +1,4 @@
-"""``sample_data``: a teacher's own completions, with the logprobs it drew them with, into the cache."""
+"""``sample``: a teacher's own completions, with the logprobs it drew them with, into the cache."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Prompt:
         return self.ids.tobytes(), self.params.seed
 
 
-async def sample_data(config: SampleConfig, progress: Progress | None = None) -> SampleReport:
+async def sample(config: SampleConfig, progress: Progress | None = None) -> SampleReport:
     """Draw ``config.n`` completions for every prompt; run it again to go on where it stopped.
 
     Raises:

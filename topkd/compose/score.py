@@ -1,4 +1,4 @@
-"""``score_data``: a whole data file through a teacher into the cache; what is there already costs nothing."""
+"""``score``: a whole data file through a teacher into the cache; what is there already costs nothing."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from topkd.compose.progress import Progress
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.store.folder import FORMAT_FILE
 
-__all__ = ["ScoreConfig", "ScoreReport", "score_data"]
+__all__ = ["ScoreConfig", "ScoreReport", "score"]
 
 
-async def score_data(config: ScoreConfig, progress: Progress | None = None) -> ScoreReport:
+async def score(config: ScoreConfig, progress: Progress | None = None) -> ScoreReport:
     """Score every row of ``config.data`` into ``config.out``; run it again to go on where it stopped.
 
     Raises:

@@ -6,7 +6,7 @@ from topkd.offline.exchange.imports import import_axolotl, import_distillkit
 from topkd.offline.store.compaction import Compaction, gc, merge
 from topkd.offline.store.keys import TeacherIdentity
 from topkd.offline.store.maintenance import CacheStats, Verification, profile, stats, verify
-from topkd.offline.store.store import ScoreStore
+from topkd.offline.store.store import ScoreStore, open_store
 
 __all__ = [
     "CacheMetrics",
@@ -27,6 +27,7 @@ __all__ = [
     "import_distillkit",
     "import_parquet",
     "merge",
+    "open_store",
     "profile",
     "stats",
     "to_dataset",

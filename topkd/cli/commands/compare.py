@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from topkd.compose.comparison.config import CompareConfig
 
 
-def command(
+def compare_command(
     files: Annotated[
         list[Path] | None,
         typer.Argument(

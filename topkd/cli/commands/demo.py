@@ -34,7 +34,7 @@ class ObjectiveName(StrEnum):
     scalar_kl = "scalar_kl"
 
 
-def command(
+def demo_command(
     objective: Annotated[
         ObjectiveName, option("What the student minimises: topk_pg, gjs or scalar_kl.", "KIND")
     ] = ObjectiveName.topk_pg,

@@ -12,7 +12,7 @@ import typer
 from topkd.cli.options import AsJson, flag, needs, option
 
 
-def command(
+def export_command(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.", metavar="RUN")],
     out: Annotated[Path | None, option("Where to write; RUN/export when left out.", "FOLDER")] = None,
     merge: Annotated[bool, flag("--merge", "Put a LoRA adapter into its base model.")] = False,

@@ -29,7 +29,7 @@ _VALUE = 18  # columns of a finding's value
 _PLAIN = {"✓": "+", "✗": "x", "·": "-"}
 
 
-def command(
+def probe_command(
     url: Annotated[str, typer.Argument(help="Base URL of the server, as in http://127.0.0.1:8000.", metavar="URL")],
     model: Annotated[str | None, option("Served name; the server's only one when left out.", "NAME")] = None,
     student: Annotated[

@@ -14,7 +14,7 @@ from topkd.cli.output.progress import Display
 from topkd.cli.output.run_summary import again, ended, first_process, resumable, watched
 
 
-def command(
+def replay_command(
     config: RunFile,
     out: RunFolder,
     cache: Annotated[Path | None, option("The cache; cache.path of the run's file when left out.", "FOLDER")] = None,

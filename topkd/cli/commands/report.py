@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from topkd.report.page.content import Page
 
 
-def command(
+def report_command(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of one comparison.", metavar="RUN")],
     out: Annotated[
         Path | None, option("The page; RUN/report.html when left out, report.html for several.", "FILE")

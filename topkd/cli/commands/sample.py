@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from topkd.compose.bulk.sample_config import SampleReport
 
 
-def command(
+def sample_command(
     data: Annotated[Path, typer.Argument(help="JSONL, Parquet or a datasets folder of prompts.", metavar="PROMPTS")],
     teacher: Annotated[str, option("Base URL of the teacher.", "URL")],
     out: CacheOut,
@@ -74,7 +74,7 @@ def command(
     """
     from topkd.compose.bulk.sample_config import SampleConfig
     from topkd.compose.config.run_config import validated
-    from topkd.compose.sample import sample_data
+    from topkd.compose.sample import sample
 
     values = {
         "data": data, "out": out, "teacher": teacher, "model": model, "dialect": dialect, "tokenizer": tokenizer,
@@ -86,7 +86,7 @@ def command(
     }  # fmt: skip
     config = validated(SampleConfig, values, where="topkd sample")
     with Display() as display:
-        report = asyncio.run(sample_data(config, display))
+        report = asyncio.run(sample(config, display))
     finished(report, lambda: _lines(report), as_json=as_json)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from topkd.compose.bulk.score_config import ScoreReport
 
 
-def command(
+def score_command(
     data: Annotated[
         Path, typer.Argument(help="JSONL, Parquet, a datasets folder, or a cache to score anew.", metavar="DATA")
     ],
@@ -114,7 +114,7 @@ def command(
     Example: topkd score data.jsonl --teacher http://127.0.0.1:8000 --out cache
     """
     from topkd.compose.config.run_config import validated
-    from topkd.compose.score import ScoreConfig, score_data
+    from topkd.compose.score import ScoreConfig, score
 
     routes, wanted = _routes(teacher_id or [])
     if bool(teacher) == bool(routes):
@@ -139,7 +139,7 @@ def command(
     config = validated(ScoreConfig, values, where="topkd score")
     # Ray prints what happens to its workers; standard output is for the report alone.
     with Display() as display, contextlib.redirect_stdout(sys.stderr):
-        report = asyncio.run(score_data(config, display))
+        report = asyncio.run(score(config, display))
     finished(report, lambda: _lines(report), as_json=as_json)
 
 

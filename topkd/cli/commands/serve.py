@@ -10,7 +10,7 @@ from topkd.cli.options import ApiKeyEnv, needs, option
 from topkd.compose.config.api_keys import api_key
 
 
-def command(
+def serve_command(
     model: Annotated[
         str, typer.Argument(help="Model folder, or a Hugging Face id that is in the local cache.", metavar="MODEL")
     ],

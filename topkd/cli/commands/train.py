@@ -12,7 +12,7 @@ from topkd.cli.output.progress import Display
 from topkd.cli.output.run_summary import again, ended, first_process, resumable, watched
 
 
-def command(
+def train_command(
     config: RunFile,
     out: RunFolder,
     overrides: Overrides = None,

@@ -1,4 +1,4 @@
-"""The engine room of ``score_data``: reads ahead a little, asks a bounded number at once, writes down every row."""
+"""The engine room of ``score``: reads ahead a little, asks a bounded number at once, writes down every row."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class _Claims:
 
 
 async def score_on_ray(config: ScoreConfig, progress: Progress) -> ScoreReport:
-    """As ``score_data``, on a cluster.
+    """As ``score``, on a cluster.
 
     Raises:
         ConfigError: Ray is not installed, or the cluster cannot be joined.

@@ -57,18 +57,18 @@ class ScoreConfig(BaseModel):
     data: Path
     out: Path
     teachers: tuple[str, ...] = ()
-    routes: Annotated[dict[str, tuple[str, ...]], Field(default_factory=dict)]
-    engine: Annotated[dict[str, Any], Field(default_factory=dict)]
+    routes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    engine: dict[str, Any] = Field(default_factory=dict)
     model: str | None = None
-    models: Annotated[dict[str, str], Field(default_factory=dict)]
+    models: dict[str, str] = Field(default_factory=dict)
     dialect: ScoringDialect = "auto"
     api_key: SecretStr | None = None
     k: PositiveInt = 20
     tokenizer: str | None = None
     revision: str = ""
-    revisions: Annotated[dict[str, str], Field(default_factory=dict)]
+    revisions: dict[str, str] = Field(default_factory=dict)
     vocab_size: PositiveInt | None = None
-    vocab_sizes: Annotated[dict[str, PositiveInt], Field(default_factory=dict)]
+    vocab_sizes: dict[str, PositiveInt] = Field(default_factory=dict)
     teacher_id: str = ""
     limit: Rows | None = None
     shard: tuple[PositiveInt, PositiveInt] = (1, 1)

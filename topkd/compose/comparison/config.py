@@ -37,7 +37,7 @@ class Arm(Frozen):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.=+-]*$", max_length=NAME_LENGTH)]
     label: str = ""
-    set: Annotated[dict[str, Any], Field(default_factory=dict)]
+    set: dict[str, Any] = Field(default_factory=dict)
     control: bool = False
 
     @property
@@ -86,7 +86,7 @@ class CompareConfig(Frozen):
     name: str = "comparison"
     note: str = ""
     base: str = EMBEDDED
-    overrides: Annotated[dict[str, Any], Field(default_factory=dict)]
+    overrides: dict[str, Any] = Field(default_factory=dict)
     arms: Annotated[tuple[Arm, ...], Field(min_length=1)]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     tuning: Tuning | None = None
@@ -216,11 +216,15 @@ EMBEDDED_VALUES: dict[str, Any] = {
 }
 
 
-def load_compare(path: Path, overrides: Sequence[str] = (), seeds: Sequence[int] | None = None) -> CompareConfig:
-    """A comparison file; a relative ``base`` is taken from beside it, ``overrides`` apply to every arm.
+def load_compare(path: str | Path, overrides: Sequence[str] = (), seeds: Sequence[int] | None = None) -> CompareConfig:
+    """Read a comparison file; a relative ``base`` is taken from beside it.
 
-    ``seeds`` take the place of the file's.
+    Args:
+        path: The comparison file.
+        overrides: ``key=value``, applied to every arm.
+        seeds: In place of the file's.
     """
+    path = Path(path)
     values = {"seeds": SEEDS, **read_toml(path)}
     if seeds is not None:
         values["seeds"] = list(seeds)

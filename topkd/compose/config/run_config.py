@@ -6,7 +6,7 @@ import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -35,7 +35,7 @@ class RunConfig(EngineConfig):
 
     student: StudentConfig
     teacher: TeacherConfig | None = None
-    teachers: Annotated[dict[str, TeacherConfig], Field(default_factory=dict)]
+    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
     data: DataConfig
     client: ClientConfig = ClientConfig()
     cache: CacheConfig | None = None
@@ -69,14 +69,20 @@ class RunConfig(EngineConfig):
         return {"": self.teacher} if self.teacher is not None else dict(self.teachers)
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), told: Callable[[str], None] = lambda _: None) -> RunConfig:
-    """Read a TOML run file, apply ``key=value`` overrides, check everything.
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), on_note: Callable[[str], None] = lambda _: None
+) -> RunConfig:
+    """Read a TOML run file, apply ``key=value`` overrides, and check everything.
 
-    ``told`` hears a line for each override that leaves keys of the file out: those of another kind.
+    Args:
+        path: The run file. Relative paths in it are taken from the working directory.
+        overrides: ``key=value``, as ``--set`` takes them.
+        on_note: Called with a line for each override that drops keys of the file, because they belong to another kind.
     """
+    path = Path(path)
     values = read_toml(path)
     for line in overridden(values, overrides, RunConfig):
-        told(line)
+        on_note(line)
     return validated(RunConfig, values, where=str(path), overrides=overrides)
 
 

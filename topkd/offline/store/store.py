@@ -334,3 +334,8 @@ class ScoreStore:
 
 def _reopen(path: str, mode: Mode, codec: CodecName, options: dict[str, int]) -> ScoreStore:
     return ScoreStore(path, mode=mode, codec=codec, **options)
+
+
+def open_store(path: str | Path, mode: Mode = "r") -> ScoreStore:
+    """Open the score cache in a folder: "r" to read what is there, "a" to add (the folder is made when needed)."""
+    return ScoreStore(path, mode=mode)
