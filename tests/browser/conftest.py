@@ -71,6 +71,7 @@ def open_page(browser: Any) -> Iterator[Callable[..., Opened]]:
         context = browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme=theme, reduced_motion="reduce", accept_downloads=True
         )
+        context.set_default_timeout(240_000)
         contexts.append(context)
         one = Opened(context.new_page())
         one.page.on("console", lambda message: one.complaints.append(f"{message.type}: {message.text}"))

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 
-def until(page: Any, expression: str, seconds: float = 20.0) -> None:
+def until(page: Any, expression: str, seconds: float = 240.0) -> None:
     """Ask until the expression is true."""
     end = time.monotonic() + seconds
     while not page.evaluate(expression):

@@ -21,7 +21,7 @@ def topkd(*args, **env):
         capture_output=True,
         check=False,
         text=True,
-        timeout=120,
+        timeout=240,
         env={**os.environ, "NO_COLOR": "1", "COLUMNS": "100", **env},
     )
 
@@ -63,7 +63,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, args, mess
         capture_output=True,
         check=False,
         text=True,
-        timeout=120,
+        timeout=240,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"},
     )
     last = done.stderr.strip().splitlines()[-1]
@@ -110,12 +110,12 @@ def test_ctrl_c_is_one_line_and_exit_code_130(debug):
         words = [*(["--debug"] if debug else []), "probe", url]
         command = [sys.executable, "-m", "topkd", *words]
         process = interruptible(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-        silent.settimeout(60)
+        silent.settimeout(240)
         asked, _ = silent.accept()
         with asked:
             asked.recv(1)  # the command waits for an answer that never comes
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=240)
     assert (process.returncode, out) == (130, "")
     assert err.splitlines()[-1] == "topkd: stopped"
     assert ("Traceback" in err) == debug
@@ -160,7 +160,7 @@ def test_a_mistyped_path_of_a_run_is_told_before_torch_is_imported(tmp_path, wro
     )
     done = subprocess.run(
         [sys.executable, "-c", script, "train", str(run), "--out", str(tmp_path / "out"), "--set", wrong],
-        capture_output=True, check=False, text=True, timeout=120, cwd=tmp_path,
+        capture_output=True, check=False, text=True, timeout=240, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2
     assert words in done.stderr
@@ -180,5 +180,5 @@ def test_ctrl_c_in_code_run_from_text_is_exit_code_130_under_python_m_too(tmp_pa
     with interruptible(
         [sys.executable, "-m", "asked"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
-        out, said = process.communicate(timeout=60)
+        out, said = process.communicate(timeout=240)
     assert (process.returncode, out, said) == (130, "", "topkd: stopped\n")

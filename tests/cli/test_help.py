@@ -31,7 +31,7 @@ ALL = dict(_commands(GROUP))
 
 def topkd(*args, **env):
     return subprocess.run(
-        [sys.executable, "-m", "topkd", *args], capture_output=True, text=True, check=False, timeout=120,
+        [sys.executable, "-m", "topkd", *args], capture_output=True, text=True, check=False, timeout=240,
         env=os.environ | {"COLUMNS": "80", "NO_COLOR": "1"} | env,
     )  # fmt: skip
 

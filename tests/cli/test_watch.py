@@ -25,4 +25,4 @@ def test_the_page_follows_the_run_until_it_ends_and_only_when_wanted(tmp_path, m
         with OPEN(url) as reply:
             assert b"<html" in reply.read()
     with pytest.raises(urllib.error.URLError):
-        OPEN(url, timeout=2)
+        OPEN(url, timeout=60)

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from tests.fakes.turns import turns
 from topkd.clients.config import ClientConfig
 from topkd.clients.http.admission import Budget, Gate, Window
 from topkd.clients.http.metrics import Metrics
@@ -67,14 +68,14 @@ async def test_after_a_cut_the_excess_drains_before_anything_new_goes():
     gate = Gate(ClientConfig(window_start=4, max_in_flight=4), Metrics())
     permits = [await gate.enter(1) for _ in range(4)]
     waiting = asyncio.create_task(gate.enter(1))
-    await asyncio.sleep(0)
+    await turns()
     permits[0].replied(overload=True)  # window 4 -> 2, three in flight: one of debt
     assert gate.window.debt == 1
     permits[1].replied(neutral=True)
-    await asyncio.sleep(0)
+    await turns()
     assert not waiting.done(), "two in flight fill the window of two"
     permits[2].replied(neutral=True)
-    await asyncio.sleep(0.01)
+    await turns()
     assert waiting.done()
     for permit in (*permits, waiting.result()):
         permit.release()
@@ -86,12 +87,12 @@ async def test_the_budget_is_held_until_decoded_and_shared_by_gates():
     one, two = (Gate(ClientConfig(), Metrics(), budget) for _ in range(2))
     first = await one.enter(80)
     waiting = asyncio.create_task(two.enter(50))
-    await asyncio.sleep(0)
+    await turns()
     first.replied()
-    await asyncio.sleep(0.01)
+    await turns()
     assert not waiting.done(), "the reply's bytes are still there"
     first.release()
-    await asyncio.sleep(0.01)
+    await turns()
     assert waiting.done()
     waiting.result().release()
     assert budget.used == 0
@@ -101,10 +102,10 @@ async def test_a_request_larger_than_the_budget_goes_alone_instead_of_never():
     gate = Gate(ClientConfig(budget_token_k=10), Metrics())
     big = await gate.enter(1000)
     small = asyncio.create_task(gate.enter(1))
-    await asyncio.sleep(0.01)
+    await turns()
     assert not small.done()
     big.release()
-    await asyncio.sleep(0.01)
+    await turns()
     small.result().release()
 
 
@@ -119,7 +120,7 @@ async def test_small_requests_do_not_overtake_a_large_one():
         permit.release()
 
     tasks = [asyncio.create_task(go("large", 90)), asyncio.create_task(go("small", 1))]
-    await asyncio.sleep(0.01)
+    await turns()
     assert order == []
     first.release()
     await asyncio.gather(*tasks)
@@ -130,7 +131,7 @@ async def test_a_full_queue_refuses_with_a_hint_instead_of_growing():
     gate = Gate(ClientConfig(window_start=1, max_queued=2), Metrics())
     held = await gate.enter(1)
     tasks = [asyncio.create_task(gate.enter(1)) for _ in range(2)]
-    await asyncio.sleep(0)
+    await turns()
     with pytest.raises(ConfigError, match=r"wait for admission.*max_queued = 2.*Stream"):
         await gate.enter(1)
     for task in tasks:
@@ -144,7 +145,7 @@ async def test_a_waiter_cancelled_in_the_moment_it_is_admitted_gives_its_place_b
     gate = Gate(ClientConfig(window_start=1, max_in_flight=1), Metrics())
     held = await gate.enter(1)
     first, second = (asyncio.create_task(gate.enter(1)) for _ in range(2))
-    await asyncio.sleep(0)
+    await turns()
     held.release()  # grants the first, whose future is not yet woken
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
@@ -174,7 +175,7 @@ def test_one_gate_serves_several_loops_and_threads_at_once():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=240)
         assert not thread.is_alive(), "a waiter was lost"
     assert peak[0] == 2
     assert (gate.window.in_flight, gate.budget.used, gate.queued) == (0, 0, 0)

@@ -65,7 +65,7 @@ def _command(*arguments: str, columns: int = 80) -> subprocess.CompletedProcess[
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=240,
         check=False,
     )
 
@@ -144,10 +144,10 @@ async def test_a_real_llama_cpp_cannot_teach_and_the_verdict_says_why(model: Pat
     environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     contract = ROOT / "tests" / "contract"
     convert = [str(LLAMA_PYTHON), str(contract / "gguf_model.py"), str(model), str(gguf)]
-    await asyncio.to_thread(subprocess.run, convert, check=True, env=environment, capture_output=True, timeout=60)
+    await asyncio.to_thread(subprocess.run, convert, check=True, env=environment, capture_output=True, timeout=240)
     command = [str(LLAMA_PYTHON), str(contract / "llama_serve.py"), str(gguf), str(port)]
     url = f"http://127.0.0.1:{port}"
-    with running(command, env=environment, log=tmp_path / "llama.log", ready=f"{url}/health", timeout_s=60):
+    with running(command, env=environment, log=tmp_path / "llama.log", ready=f"{url}/health", timeout_s=240):
         report = await probe(url, student=student_bytemap(model))
         done = await asyncio.to_thread(_command, url)
     assert report.dialect == "openai"

@@ -262,7 +262,7 @@ def test_a_real_engine_scores_draws_and_takes_new_weights_within_1e_4_of_float64
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=840,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -18,7 +18,7 @@ from topkd.compose.demo_assets.assets import build_assets, cache_root
 from topkd.compose.progress import Progress
 from topkd.topk.errors import ConfigError
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ARMS = [
     {"name": "scalar", "set": {"k": 1, "objective": {"kind": "scalar_kl"}}},
@@ -114,7 +114,7 @@ def test_a_killed_comparison_continues_to_the_same_result(whole, tmp_path):
             time.sleep(0.05)
         child.kill()
         child.wait()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 240
         while alive(child.pid):  # its workers and the keeper of their semaphores go with it
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -142,7 +142,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path, moment):
                 time.sleep(0.05)
             time.sleep(2.0)  # in the middle of it
             os.killpg(child.pid, signal.SIGINT)
-            _, told = child.communicate(timeout=60)
+            _, told = child.communicate(timeout=240)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)

@@ -40,7 +40,7 @@ def test_an_arm_pays_for_the_lists_that_its_objective_looks_at(objective, each):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 def test_arms_of_a_run_file_are_judged_by_their_run_logs_fixed_prefixes(tmp_path):
     for name, seed in (("student", 1), ("teacher", 2)):
         make_tiny_model(tmp_path / name, seed=seed, vocab=512, hidden=32)

@@ -46,7 +46,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 async def test_thirty_kills_change_no_number_and_ask_nothing_kept_again(folders, tmp_path):
     # One prompt a forward pass: what a teacher says of a sequence must not depend on who else asks.
     serving = ServeConfig(model=str(folders[1]), served_model_name="teacher", port=0, device="cpu", max_batch_tokens=1)
@@ -57,7 +57,7 @@ async def test_thirty_kills_change_no_number_and_ask_nothing_kept_again(folders,
         out = tmp_path / "killed"
         done = subprocess.run(
             [sys.executable, "-m", "tests.compose.killed_runs", str(path), str(out), str(KILLS), "7"],
-            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=560,
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1700,
             check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -256,13 +256,13 @@ def command(folder, *words):
 
 
 def signalled(process, run_log, steps, number):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not run_log.exists() or run_log.read_bytes().count(b'{"kind": "step"') < steps:
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     return process.returncode, out, err
 
 
@@ -295,11 +295,11 @@ async def test_signals_stop_a_run_in_order_and_it_ends_as_if_they_had_not(folder
     assert "Traceback" not in err
 
     done = command(tmp_path, "--resume")
-    out, err = done.communicate(timeout=120)
+    out, err = done.communicate(timeout=240)
     assert done.returncode == 0, err
     assert "80 steps done" in out
     assert json.dumps(told(tmp_path / "run")) == json.dumps(told(tmp_path / "whole"))
     again = command(tmp_path, "--resume")
-    _, err = again.communicate(timeout=60)
+    _, err = again.communicate(timeout=240)
     assert again.returncode == 0
     assert "is finished: 80 steps; nothing to resume" in err

@@ -108,7 +108,7 @@ async def test_a_cache_that_takes_no_commit_ends_the_job(config, monkeypatch):
     monkeypatch.setattr("topkd.compose.bulk.report._COMMIT_EVERY_S", 0.01)
     monkeypatch.setattr(ScoreStore, "commit", refused)
     monkeypatch.setattr(SampleJob, "_ask", never)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         with pytest.raises(CacheError, match="No space left"):
             await sample(config())
 

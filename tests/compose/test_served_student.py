@@ -64,7 +64,7 @@ def run_config(folders, teacher, sampler, /, **changes):
         "data": {"path": str(folders[2])},
         "rollout": {"prompts_per_step": 6, "samples_per_prompt": 2, "max_completion_tokens": 8},
         "learner": {"lr": 3e-3},
-        "client": {"max_retries": 2, "total_timeout_s": 20.0, "backoff_s": 0.1},
+        "client": {"max_retries": 2, "total_timeout_s": 120.0, "backoff_s": 0.1},
         "sampler": {"kind": "server", "url": sampler.url},
     }
     for key, value in changes.items():

@@ -14,7 +14,7 @@ from topkd.compose.run.signals import Stops
 async def test_the_first_signal_asks_and_the_second_interrupts(number):
     with Stops() as stops, stops.listening() as event:
         os.kill(os.getpid(), number)
-        await asyncio.wait_for(event.wait(), timeout=10)
+        await asyncio.wait_for(event.wait(), timeout=240)
         assert stops.name == number.name
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)

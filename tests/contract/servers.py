@@ -77,7 +77,7 @@ class Process:
         self.killed = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, sig)
-        self.popen.wait(timeout=30)
+        self.popen.wait(timeout=240)
 
 
 def free_port() -> int:

@@ -11,7 +11,7 @@ import pytest
 from tests.contract.conftest import API_KEY
 from tests.contract.reference import logp_rows
 from tests.contract.servers import Endpoint
-from tests.contract.wire import get, post, token_ids
+from tests.contract.wire import get, post, running, token_ids, until_busy
 from topkd.clients import ClientConfig, VllmCompletions, connect
 from topkd.topk.errors import (
     AuthError,
@@ -25,7 +25,7 @@ from topkd.topk.errors import (
 from topkd.topk.samples import SamplingParams
 
 TOLERANCE = 1e-4
-QUICK = ClientConfig(max_retries=1, backoff_s=0.05, connect_timeout_s=2.0)
+QUICK = ClientConfig(max_retries=1, backoff_s=0.05, connect_timeout_s=60.0)
 
 
 @pytest.fixture
@@ -184,6 +184,7 @@ async def test_a_paused_server_is_a_time_out_not_a_hang(server: Endpoint):
                 await up.score(token_ids(5), 0, 2)
         finally:
             post(server, "/resume", None)
+    async with VllmCompletions(server.url, api_key=server.api_key, model=server.model) as up:
         assert (await up.score(token_ids(5), 0, 2)).rows == 4
 
 
@@ -192,10 +193,10 @@ async def test_a_generation_aborted_by_a_pause_is_drawn_again_not_kept_short(ser
     async with VllmCompletions(server.url, api_key=server.api_key, model=server.model, config=config) as up:
         params = SamplingParams(max_tokens=900, seed=3)
         drawing = asyncio.create_task(up.sample(token_ids(6, seed=540), 4, params))
-        await asyncio.sleep(0.5)
+        await asyncio.to_thread(until_busy, server, drawing.done)
         await asyncio.to_thread(post, server, "/pause?mode=abort", None)
         await asyncio.to_thread(post, server, "/resume", None)
-        drawn = await asyncio.wait_for(drawing, 120)
+        drawn = await asyncio.wait_for(drawing, 240)
     for rollout in drawn:
         assert rollout.finish_reason in {"stop", "length"}
         assert rollout.finish_reason == "stop" or rollout.completion_ids.size == 900
@@ -204,20 +205,15 @@ async def test_a_generation_aborted_by_a_pause_is_drawn_again_not_kept_short(ser
 @pytest.mark.vllm
 @pytest.mark.slow
 async def test_cancelling_reaches_the_server(vllm: Endpoint):
-    def running() -> float:
-        lines = get(vllm, "/metrics").text.splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:num_requests_running"))
-
     async with VllmCompletions(vllm.url, model=vllm.model, config=QUICK) as up:
         drawing = asyncio.create_task(up.sample(token_ids(6), 16, SamplingParams(max_tokens=1000)))
-        while not await asyncio.to_thread(running):
-            assert not drawing.done()
-            await asyncio.sleep(0.02)
+        await asyncio.to_thread(until_busy, vllm, drawing.done)
+        assert not drawing.done()
         drawing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await drawing
-        async with asyncio.timeout(30):
-            while await asyncio.to_thread(running):
+        async with asyncio.timeout(240):
+            while await asyncio.to_thread(running, vllm):
                 await asyncio.sleep(0.05)
         prompts = [
             float(line.rsplit(" ", 1)[1])
@@ -233,10 +229,10 @@ async def test_a_server_killed_in_mid_request_is_unreachable_in_bounded_time(doo
     async with VllmCompletions(doomed.url, model=doomed.model, api_key=doomed.api_key, config=QUICK) as up:
         assert (await up.score(token_ids(5), 0, 2)).rows == 4
         drawing = asyncio.create_task(up.sample(token_ids(6), 8, SamplingParams(max_tokens=1000)))
-        await asyncio.sleep(0.5)
+        await asyncio.to_thread(until_busy, doomed, drawing.done)
         assert not drawing.done()
         doomed.kill()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             with pytest.raises(ServerUnreachableError, match=doomed.url):
                 await drawing
             with pytest.raises(ServerUnreachableError):

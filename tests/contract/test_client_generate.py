@@ -23,7 +23,7 @@ from topkd.topk.errors import (
 from topkd.topk.samples import SamplingParams
 
 TOLERANCE = 1e-4
-QUICK = ClientConfig(max_retries=1, backoff_s=0.05, connect_timeout_s=2.0)
+QUICK = ClientConfig(max_retries=1, backoff_s=0.05, connect_timeout_s=60.0)
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def test_each_step_is_sampled_by_the_engine_beside_the_learner(
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=840,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -37,11 +37,11 @@ def llama(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         check=True,
         env=env,
         capture_output=True,
-        timeout=60,
+        timeout=240,
     )
     url = f"http://127.0.0.1:{port}"
     command = [str(LLAMA_PYTHON), str(HERE / "llama_serve.py"), str(model), str(port)]
-    with running(command, env=env, log=log, ready=f"{url}/health", timeout_s=60) as up:
+    with running(command, env=env, log=log, ready=f"{url}/health", timeout_s=240) as up:
         yield Endpoint("llama.cpp", url, "t", models.policy, -1, 1024, up.popen.pid, log)
 
 

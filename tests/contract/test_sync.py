@@ -13,7 +13,7 @@ import pytest
 from tests.contract.conftest import Models
 from tests.contract.reference import logp_rows
 from tests.contract.servers import Endpoint
-from tests.contract.wire import get, post, token_ids
+from tests.contract.wire import get, post, token_ids, until_busy
 from tests.fakes.tinymodels import make_tiny_model
 from topkd.clients import ClientConfig
 from topkd.clients.dialects.vllm import VllmCompletions
@@ -103,7 +103,7 @@ async def test_a_push_waits_for_the_draw_in_flight_and_the_draw_is_of_one_versio
 ):
     async with VllmGenerate(server.url, model=server.model, api_key=server.api_key, config=QUICK) as up:
         drawing = asyncio.create_task(up.sample(PROMPT, 1, SamplingParams(max_tokens=200, seed=2)))
-        await asyncio.sleep(0.1)
+        await asyncio.to_thread(until_busy, server, drawing.done)
         await sink.push(WeightUpdate("full", str(models.updated), "step-2"))
         [rollout] = await drawing
     folder = {"default": models.policy, "step-2": models.updated}[rollout.version]

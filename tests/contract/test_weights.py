@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 from tests.contract.conftest import Models
 from tests.contract.reference import logp_rows
 from tests.contract.servers import Endpoint
-from tests.contract.wire import SCORE, complete, generate, get, post, token_ids
+from tests.contract.wire import SCORE, complete, generate, get, post, token_ids, until_busy
 
 TOLERANCE = 1e-4
 
@@ -73,7 +72,12 @@ def test_requests_sent_while_paused_wait_until_resume(server: Endpoint, cleanup:
     assert post(server, "/pause?mode=keep", None).json() == {"status": "paused"}
     assert get(server, "/is_paused").json() == {"is_paused": True}
     with pytest.raises(httpx.ReadTimeout):
-        post(server, "/v1/completions", {"model": server.model, "prompt": [9, 10], "max_tokens": 1}, timeout=1.0)
+        post(
+            server,
+            "/v1/completions",
+            {"model": server.model, "prompt": [9, 10], "max_tokens": 1},
+            timeout=httpx.Timeout(240, read=1.0),
+        )
     done = threading.Event()
 
     def ask() -> None:
@@ -84,7 +88,7 @@ def test_requests_sent_while_paused_wait_until_resume(server: Endpoint, cleanup:
     waiting.start()
     assert not done.wait(0.5)
     post(server, "/resume", None)
-    assert done.wait(30)
+    assert done.wait(240)
     waiting.join()
     assert get(server, "/is_paused").json() == {"is_paused": False}
 
@@ -100,9 +104,9 @@ def test_pause_abort_ends_what_is_in_flight_as_a_200_marked_abort(server: Endpoi
 
     running = threading.Thread(target=ask)
     running.start()
-    time.sleep(0.5)  # far less than 16,000 tokens take on any CPU
+    until_busy(server)  # 16,000 tokens take far longer than the request that ends them
     post(server, "/pause?mode=abort", None)
-    running.join(30)
+    running.join(240)
     assert len(replies) == 16
     assert {choice["finish_reason"] for choice in replies} == {"abort"}, "a 200 that is not a completion"
     assert all(len(choice["token_ids"]) < 1000 for choice in replies)

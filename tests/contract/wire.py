@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
@@ -29,6 +30,20 @@ def post(server: Endpoint, path: str, body: dict[str, Any] | None, **options: An
 def get(server: Endpoint, path: str) -> httpx.Response:
     with server.http() as http:
         return http.get(path)
+
+
+def running(server: Endpoint) -> float:
+    """How many requests the server works on."""
+    lines = get(server, "/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:num_requests_running"))
+
+
+def until_busy(server: Endpoint, over: Callable[[], bool] = lambda: False) -> None:
+    """Waits until the server works on a request, or the request is ``over`` already."""
+    end = time.monotonic() + 240
+    while not running(server) and not over():
+        assert time.monotonic() < end, "nothing began"
+        time.sleep(0.01)
 
 
 def complete(server: Endpoint, prompt: object, **fields: Any) -> list[dict[str, Any]]:

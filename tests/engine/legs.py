@@ -65,11 +65,22 @@ class Copying(InProcessSampler):
 
 
 async def leg(
-    folders, out, *, steps=9, staleness=1, stop_at=None, own_weights=False, every=100, remembered=False, broken=None
+    folders,
+    out,
+    *,
+    steps=9,
+    staleness=1,
+    stop_at=None,
+    own_weights=False,
+    every=100,
+    remembered=False,
+    broken=None,
+    on_record=lambda kind, record: None,
 ):
     """A run, or what is left of it: from the newest checkpoint of ``out`` to its end or to ``stop_at``.
 
-    ``broken`` is (stage, call, error): the call of that number, from 1, raises the error.
+    ``broken`` is (stage, call, error): the call of that number, from 1, raises the error; ``on_record`` sees each
+    record as it is written.
     """
     engine = EngineConfig(
         steps=steps, seed=3, k=20, max_staleness=staleness, eval_every=4,
@@ -98,6 +109,7 @@ async def leg(
         return {"norm": float(sum(p.detach().norm() for p in student.model.parameters()))}
 
     def heard(kind, record):
+        on_record(kind, record)
         if kind == "step" and record["step"] == stop_at:
             stop.set()
 

@@ -167,7 +167,7 @@ async def test_losing_too_many_samples_ends_the_run_with_the_account(folders, tm
 async def test_a_dead_or_refusing_teacher_ends_the_run_with_its_own_error(folders, tmp_path, error):
     with pytest.raises(type(error), match=error.what):
         await asyncio.wait_for(
-            run(folders, tmp_path, config(GJS()), lambda teacher: Faulty(teacher, error, 1)), timeout=60
+            run(folders, tmp_path, config(GJS()), lambda teacher: Faulty(teacher, error, 1)), timeout=240
         )
 
 

@@ -27,7 +27,7 @@ def two_processes(folder, objective, strategy, out):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
          "tests.engine.rank_worker", str(folder), objective, strategy, str(out)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=840, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out / "weights.pt"), json.loads((out / "records.json").read_text())

@@ -342,7 +342,7 @@ async def _write(writer: asyncio.StreamWriter, body: bytes, *, status: int = 200
 
 async def until(condition: Callable[[], object]) -> None:
     """Waits for what must come to pass, however slow the machine is."""
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(240):
         while not condition():
             await asyncio.sleep(0.01)
 

@@ -7,6 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
+from tests.fakes.turns import turns
 from tests.offline.samples import checked, same, scored
 from topkd.offline import CachingSampler, CachingScorer, ReplaySampler, ReplayScorer, ScoreStore, TeacherIdentity
 from topkd.topk import Rollout, SamplingParams
@@ -72,7 +73,7 @@ async def test_concurrent_misses_for_one_key_become_one_request(store):
     scorer = CachingScorer(live, store, TEACHER)
     requests = [(3, 8)] * 10 + [(3, 2), (20, 8), (7, 5)]
     waiting = [asyncio.create_task(scorer.score(live.ids, start, k)) for start, k in requests]
-    await asyncio.sleep(0.01)
+    await turns()
     live.gate.set()
     answers = await asyncio.gather(*waiting)
     assert live.asked == [(3, 8)]
@@ -87,7 +88,7 @@ async def test_a_wider_request_does_not_join_a_narrower_one(store):
     live.gate.clear()
     scorer = CachingScorer(live, store, TEACHER)
     waiting = [asyncio.create_task(scorer.score(live.ids, 3, k)) for k in (4, 8)]
-    await asyncio.sleep(0.01)
+    await turns()
     live.gate.set()
     assert [answer.k for answer in await asyncio.gather(*waiting)] == [4, 8]
     assert live.asked == [(3, 4), (3, 8)]
@@ -99,7 +100,7 @@ async def test_a_failure_reaches_all_who_wait_and_is_not_remembered(store):
     live.failures = 1
     scorer = CachingScorer(live, store, TEACHER)
     waiting = [asyncio.create_task(scorer.score(live.ids, 3, 4)) for _ in range(3)]
-    await asyncio.sleep(0.01)
+    await turns()
     live.gate.set()
     answers = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(answer) for answer in answers] == [ServerBusyError] * 3
@@ -114,9 +115,9 @@ async def test_one_caller_that_gives_up_does_not_stop_the_others(store):
     scorer = CachingScorer(live, store, TEACHER)
     first = asyncio.create_task(scorer.score(live.ids, 3, 4))
     second = asyncio.create_task(scorer.score(live.ids, 3, 4))
-    await asyncio.sleep(0.01)
+    await turns()
     first.cancel()
-    await asyncio.sleep(0.01)
+    await turns()
     live.gate.set()
     assert (await second).k == 4
     assert first.cancelled()
@@ -129,10 +130,10 @@ async def test_the_request_is_dropped_with_its_last_caller(store):
     live.gate.clear()
     scorer = CachingScorer(live, store, TEACHER)
     waiting = [asyncio.create_task(scorer.score(live.ids, 3, 4)) for _ in range(2)]
-    await asyncio.sleep(0.01)
+    await turns()
     for task in waiting:
         task.cancel()
-    await asyncio.sleep(0.01)
+    await turns()
     assert live.cancelled == 1
     live.gate.set()
     assert (await scorer.score(live.ids, 3, 4)).k == 4
@@ -238,7 +239,7 @@ async def test_unseeded_requests_for_one_prompt_do_not_wait_for_each_other(store
         async def sample(self, prompt_ids, n, params, *, k=0):
             self.running += 1
             self.most = max(self.most, self.running)
-            await asyncio.sleep(0.01)
+            await turns()
             self.running -= 1
             return await super().sample(prompt_ids, n, params, k=k)
 

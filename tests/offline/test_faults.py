@@ -28,7 +28,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 def run(*arguments: object) -> str:
     return subprocess.run(
-        [sys.executable, WRITER, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True, timeout=120
+        [sys.executable, WRITER, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True, timeout=240
     ).stdout
 
 
@@ -93,7 +93,7 @@ def test_two_writers_killed_together_lose_nothing_and_leave_one_winner_per_key(t
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("writers", "kills"), [(1, 120), (2, 80)])
 def test_writers_killed_at_two_hundred_instants_lose_nothing(tmp_path, writers, kills):
     kill_loop(tmp_path / "cache", kills=kills, writers=writers, total=6_000, seed=writers)

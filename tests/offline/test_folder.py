@@ -33,7 +33,7 @@ def test_writers_that_begin_one_cache_at_once_all_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", slowly)
 
     def begin(number):
-        together.wait(timeout=20)
+        together.wait(timeout=240)
         ScoreStore(tmp_path / str(number // 8), mode="a").close()
 
     with ThreadPoolExecutor(8) as pool:

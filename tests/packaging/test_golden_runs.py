@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # a minute and a half, and minutes more where the demo's models are yet to be trained
+@pytest.mark.timeout(1800)  # a minute and a half, and minutes more where the demo's models are yet to be trained
 def test_demo_train_replay_and_score_repeat_their_recorded_numbers() -> None:
     script, golden = ROOT / "scripts" / "golden_runs.py", ROOT / "tests" / "golden" / "runs" / "house.json"
     done = subprocess.run(

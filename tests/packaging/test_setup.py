@@ -78,7 +78,7 @@ class Clone:
 
     def setup(self, **env: str) -> tuple[int, str, str]:
         with self.start(**env) as process:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=240)
         return process.returncode, out.strip(), err
 
     @property
@@ -245,7 +245,7 @@ def test_an_active_environment_without_torch_is_left_alone(clone: Clone, tmp_pat
 @pytest.mark.slow
 def test_two_calls_at_once_make_one_whole_environment(clone: Clone) -> None:
     calls = [clone.start(TOPKD_ALLOW_CUDA="1") for _ in range(3)]
-    said = [call.communicate(timeout=120) for call in calls]
+    said = [call.communicate(timeout=240) for call in calls]
     assert [call.returncode for call in calls] == [0, 0, 0], said
     assert sum("making .venv" in err for _, err in said) == 1
     assert sum("installing topkd" in err for _, err in said) == 1

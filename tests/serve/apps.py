@@ -26,7 +26,7 @@ def make_app(model: Path, **options: Any) -> Starlette:
 
 
 def client(app: Starlette, **options: Any) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://embedded", timeout=60, **options)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://embedded", timeout=240, **options)
 
 
 async def post(app: Starlette, path: str, body: object, **options: Any) -> dict[str, Any]:

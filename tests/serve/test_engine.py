@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ def fresh(models: Path) -> Iterator[Starlette]:
     app.state.served.engine.stop()
 
 
-async def _until(condition, timeout_s: float = 20.0) -> None:
+async def _until(condition, timeout_s: float = 240.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
@@ -82,7 +83,7 @@ async def test_cancelled_waiters_make_room(fresh: Starlette):
             task.cancel()
         await asyncio.gather(*waiting[:2], return_exceptions=True)
         more = asyncio.create_task(http.post("/v1/completions", json=body))
-        await asyncio.sleep(0.05)
+        await _until(lambda: engine.load == (0, 3))
         await http.post("/resume")
         replies = await asyncio.gather(*waiting[2:], more)
         assert [reply.status_code for reply in replies] == [200] * 3
@@ -139,6 +140,13 @@ async def test_weights_changed_under_a_running_draw_rebuild_its_cache(models: Pa
     """Tokens before the change are the old weights', tokens after it the new ones', each exact, none in between."""
     app = make_app(models / "policy")
     engine = app.state.served.engine
+    hidden, paused = engine.backbone.hidden, threading.Event()
+
+    def held(ids: torch.Tensor, **cache: object) -> torch.Tensor:
+        assert engine.drawn_tokens <= 30 or paused.wait(240)  # it draws no further before the pause has come
+        return hidden(ids, **cache)
+
+    engine.backbone.hidden = held
     prompt = random_ids(20, seed=9)
     task = asyncio.create_task(
         post(
@@ -153,7 +161,10 @@ async def test_weights_changed_under_a_running_draw_rebuild_its_cache(models: Pa
     )
     await _until(lambda: engine.drawn_tokens > 30)
     async with client(app) as http:
-        await http.post("/pause?mode=keep")
+        pausing = asyncio.create_task(http.post("/pause?mode=keep"))
+        await _until(lambda: engine.paused)
+        paused.set()
+        await pausing
         rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(models / "updated")}}
         assert (await http.post("/collective_rpc", json=rpc)).status_code == 200
         await http.post("/update_weight_version", json={"new_version": "step-1"})
@@ -162,7 +173,7 @@ async def test_weights_changed_under_a_running_draw_rebuild_its_cache(models: Pa
     spans = choice["weight_versions"]
     assert [span["version"] for span in spans] == ["default", "step-1"]
     turn, tokens = spans[0]["end"], choice["token_ids"]
-    assert 30 < turn < 400
+    assert turn == 32, "the token that was under way, and no other"
     old, new = (exact_logp(models / name, prompt + tokens)[len(prompt) - 1 :] for name in ("policy", "updated"))
     for position, (token, entry) in enumerate(zip(tokens, choice["logprobs"]["content"], strict=True)):
         row = (old if position < turn else new)[position]

@@ -31,7 +31,7 @@ def _alive(pid: int) -> bool:
     return state != "Z"
 
 
-def _gone(pid: int, timeout_s: float = 20.0) -> bool:
+def _gone(pid: int, timeout_s: float = 240.0) -> bool:
     deadline = time.monotonic() + timeout_s
     while _alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -69,8 +69,8 @@ def test_a_child_serves_behind_its_key_past_any_proxy_and_ends(
 def _hang_up_and_see_the_work_stop(http: httpx.Client) -> None:
     body = {"model": "t", "prompt": [9, 10], "n": 8, "max_tokens": 4000, "ignore_eos": True}
     with pytest.raises(httpx.ReadTimeout):
-        http.post("/v1/completions", json=body, timeout=0.5)
-    deadline = time.monotonic() + 20
+        http.post("/v1/completions", json=body, timeout=httpx.Timeout(240, read=0.5))
+    deadline = time.monotonic() + 240
     while (load := http.get("/load").json()["server_load"]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert load == 0
@@ -134,7 +134,7 @@ def test_a_taken_port_is_one_line_and_exit_status_2(models: Path):
             check=False,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
         )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -142,7 +142,7 @@ def test_a_taken_port_is_one_line_and_exit_status_2(models: Path):
 
 
 def test_a_start_that_takes_too_long_is_an_error_and_leaves_no_child(models: Path):
-    server = ServerProcess(ServeConfig(model=str(models / "policy"), port=0), startup_timeout_s=0.2)
+    server = ServerProcess(ServeConfig(model=str(models / "policy"), port=0), startup_timeout_s=0.0)
     with pytest.raises(ServerTimeoutError, match="not ready after"):
         server.start()
     with pytest.raises(ServerError, match="not running"):
@@ -156,7 +156,7 @@ def test_interrupt_ends_the_server_cleanly(models: Path):
         assert child.stdout is not None
         assert child.stdout.readline().startswith("topkd serve: ready at ")
         child.send_signal(signal.SIGINT)
-        _, errors = child.communicate(timeout=30)
+        _, errors = child.communicate(timeout=240)
     assert child.returncode == 0
     assert errors == "", "no traceback, and no progress bar of a model being loaded"
 

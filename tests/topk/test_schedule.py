@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topkd.topk.errors import ConfigError
@@ -16,6 +16,7 @@ from topkd.topk.losses import TAIDScheduler
 finite = st.floats(0, 50, allow_nan=False)
 
 
+@settings(deadline=None)
 @given(st.lists(finite, min_size=2, max_size=40), st.floats(0, 1), st.floats(0, 0.99))
 def test_t_never_falls_and_never_passes_t_end(losses: list[float], alpha: float, beta: float) -> None:
     schedule = TAIDScheduler(len(losses), t_start=0.2, t_end=0.9, alpha=alpha, beta=beta)
@@ -28,6 +29,7 @@ def test_t_never_falls_and_never_passes_t_end(losses: list[float], alpha: float,
     assert seen[-1] <= 0.9 + 1e-7
 
 
+@settings(deadline=None)
 @given(st.lists(finite, min_size=3, max_size=30))
 def test_without_the_adaptive_part_t_is_the_line(losses: list[float]) -> None:
     still = TAIDScheduler(len(losses), alpha=0.0)
@@ -48,6 +50,7 @@ def test_a_falling_loss_runs_ahead_of_a_rising_one() -> None:
     assert falling.t > rising.t > 0.4
 
 
+@settings(deadline=None)
 @given(st.lists(finite, min_size=2, max_size=20), st.integers(0, 19), st.sampled_from([math.nan, math.inf, -math.inf]))
 def test_losses_that_are_not_finite_change_nothing(losses: list[float], at: int, bad: float) -> None:
     clean, dirty = (TAIDScheduler(50, alpha=0.1, beta=0.9) for _ in range(2))
