@@ -29,8 +29,8 @@ from replies import machine, score_reply
 from topkd.clients.decoding import vllm as decode
 from topkd.clients.decoding import vllm_numba as decode_numba
 from topkd.clients.decoding import vllm_numpy as decode_numpy
-from topkd.clients.decoding.binary import flat_lists, npy_matrix
-from topkd.clients.decoding.vllm_typed import prompt_rows, scored_choice
+from topkd.clients.decoding.binary import read_flat_lists, read_npy_matrix
+from topkd.clients.decoding.vllm_typed import read_prompt_rows, scored_choice
 
 RESULTS = Path(__file__).parent / "results" / "bench_decode.json"
 BENCH_PYTHON = str(Path(__file__).parents[1] / ".venv-bench" / "bin" / "python")
@@ -64,13 +64,13 @@ def fast(read: Callable) -> Callable:
 
 
 def typed(body: bytes, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    topk, _ = decode.scored(prompt_rows(scored_choice(body), ids, 0), ids, 0, k)
+    topk, _ = decode.scored(read_prompt_rows(scored_choice(body), ids, 0), ids, 0, k)
     return topk.ids, topk.logp, topk.actual_logp
 
 
 def checked(body: bytes, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What the client does: the fastest reading there is, every check, and a TopK."""
-    topk = decode.score_reply(body, ids=ids, start=0, k=k)[0]
+    topk = decode.read_vllm_scores(body, ids=ids, start=0, k=k)[0]
     return topk.ids, topk.logp, topk.actual_logp
 
 
@@ -138,10 +138,10 @@ def binary_sides(ids: np.ndarray, logp: np.ndarray) -> dict[str, Callable[[], ob
 
     def read_flat() -> object:
         reply = two.decode(flat)
-        return flat_lists(reply.val, reply.idx, rows=rows, k=k)
+        return read_flat_lists(reply.val, reply.idx, rows=rows, k=k)
 
     return {
-        "npy": lambda: npy_matrix(one.decode(npy).prompt_token_id_logprobs, rows=rows, k=k),
+        "npy": lambda: read_npy_matrix(one.decode(npy).prompt_token_id_logprobs, rows=rows, k=k),
         "flat base64": read_flat,
     }
 
@@ -175,7 +175,7 @@ def main() -> None:
         body, ids = score_reply(options.positions, k)
         readings = {"json + loop": json_loop, "msgspec typed, checked": typed, "numpy": fast(decode_numpy.read_rows)}
         if decode_numba.available():
-            readings["numba"] = fast(decode_numba.read_rows)
+            readings["numba"] = fast(decode_numba.read_rows_compiled)
         readings["bytes to checked TopK (as the client)"] = checked
         expected = json_loop(body, ids, k)
         for name, reading in readings.items():

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from topkd.offline import ScoreStore, TeacherIdentity, verify
 from topkd.offline.store import codecs
-from topkd.offline.store.unpacking import Unpacker, kernel
+from topkd.offline.store.unpacking import Unpacker, load_unpacker
 from topkd.topk import TopK
 from topkd.topk.types import tail_logp
 
@@ -392,7 +392,7 @@ def machine() -> dict[str, object]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "numba": kernel() is not None,
+        "numba": load_unpacker() is not None,
         "pyarrow": pa.__version__,
         "datasets": datasets.__version__,
     }

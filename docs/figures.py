@@ -111,8 +111,8 @@ async def curve(objective: object, k: int, steps: int, seed: int) -> list[dict[s
     assets = demo.build_assets(demo.cache_root(), Progress())
     tokenizer = load_tokenizer(str(assets.student))
     student, teacher = Student.load(str(assets.student), "cpu"), Student.load(str(assets.teacher), "cpu")
-    probes = await demo.held_out_probes(student, assets.held_out, tokenizer)
-    config = demo.demo_config("topk_pg", steps, seed).model_copy(update={"objective": objective, "k": k})
+    probes = await demo.build_probes(student, assets.held_out, tokenizer)
+    config = demo.build_demo_config("topk_pg", steps, seed).model_copy(update={"objective": objective, "k": k})
     with tempfile.TemporaryDirectory() as folder:
         result = await run(
             config,

@@ -80,7 +80,7 @@ def _made(folder: Path, texts: list[str], steps: int, seed: int) -> Path:
     logging.disable_progress_bar()
     corpus.train_tokenizer([], 259, folder)  # 256 bytes and three special tokens: a letter is a token
     spec = tiny.TinyModel(hidden=64, layers=2, heads=2, steps=steps, vocab_size=259, context=64, seed=seed)
-    model = tiny.build(spec)
+    model = tiny.build_model(spec)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     end = tokenizer.eos_token_id
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -91,7 +91,7 @@ def _made(folder: Path, texts: list[str], steps: int, seed: int) -> Path:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     model.eval()
-    tiny.save(model, folder)
+    tiny.save_model(model, folder)
     return folder
 
 

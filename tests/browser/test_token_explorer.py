@@ -9,7 +9,7 @@ import pytest
 from tests.report.made import write_run
 from topkd.report.load.collection import gather
 from topkd.report.page.html import render
-from topkd.report.page.palette import ramp
+from topkd.report.page.palette import make_ramp
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
@@ -32,12 +32,12 @@ def test_tokens_are_coloured_from_below_to_above_zero(path, open_page, theme):
     tokens = page.locator("#tokens .token")
     assert tokens.count() == 14
     colour = "node => getComputedStyle(node).backgroundColor"
-    assert tokens.nth(0).evaluate(colour) == rgb(ramp(theme, "below")[4])
-    assert tokens.nth(6).evaluate(colour) == rgb(ramp(theme, "above")[0])
-    assert tokens.nth(13).evaluate(colour) == rgb(ramp(theme, "above")[4])
+    assert tokens.nth(0).evaluate(colour) == rgb(make_ramp(theme, "below")[4])
+    assert tokens.nth(6).evaluate(colour) == rgb(make_ramp(theme, "above")[0])
+    assert tokens.nth(13).evaluate(colour) == rgb(make_ramp(theme, "above")[4])
     page.locator("#explorer").get_by_role("button", name="divergence", exact=True).click()
-    assert tokens.nth(0).evaluate(colour) == rgb(ramp(theme, "much")[0])
-    assert tokens.nth(13).evaluate(colour) == rgb(ramp(theme, "much")[4])
+    assert tokens.nth(0).evaluate(colour) == rgb(make_ramp(theme, "much")[0])
+    assert tokens.nth(13).evaluate(colour) == rgb(make_ramp(theme, "much")[4])
     assert "divergence 0.65" in tokens.nth(13).get_attribute("aria-label")
 
 

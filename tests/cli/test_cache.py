@@ -107,15 +107,15 @@ def test_the_pictures_show_shares_of_k_lengths_mass_and_entropy_in_80_columns(tm
 def test_a_bar_is_never_nothing_for_something_and_plain_where_blocks_cannot_be_shown(monkeypatch):
     from topkd.cli.output import histograms as pictures
 
-    assert pictures.bar(0.0, 10).strip() == ""
-    assert pictures.bar(1e-9, 10).strip() == "▏"
-    assert pictures.bar(0.55, 10) == "█████▌    "
-    assert [pictures.percent(share) for share in (0, 1e-5, 0.034, 0.5, 0.9999, 1)] == [
+    assert pictures.draw_bar(0.0, 10).strip() == ""
+    assert pictures.draw_bar(1e-9, 10).strip() == "▏"
+    assert pictures.draw_bar(0.55, 10) == "█████▌    "
+    assert [pictures.format_share(share) for share in (0, 1e-5, 0.034, 0.5, 0.9999, 1)] == [
         "0 %", "<0.1 %", "3.4 %", "50 %", ">99.9%", "100 %"
     ]  # fmt: skip
-    assert pictures.counts([4, 5, 8]) == ["4", "5 to 7", "8 and up"]
+    assert pictures.label_counts([4, 5, 8]) == ["4", "5 to 7", "8 and up"]
     monkeypatch.setattr(pictures.sys, "stdout", type("Terminal", (), {"encoding": "ascii"})())
-    assert pictures.bar(0.55, 10) == "#####     "
+    assert pictures.draw_bar(0.55, 10) == "#####     "
 
 
 def test_verify_is_content_with_a_whole_cache_and_names_damage_with_exit_code_1(cache):

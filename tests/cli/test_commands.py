@@ -12,7 +12,7 @@ import pytest
 
 from tests.cli.test_cache import fill
 from tests.fakes.interrupts import interruptible
-from topkd.cli.output.run_summary import again
+from topkd.cli.output.run_summary import resume_command
 
 
 def topkd(*args, **env):
@@ -122,7 +122,9 @@ def test_ctrl_c_is_one_line_and_exit_code_130(debug):
 
 
 def test_the_command_that_goes_on_is_the_one_that_was_given(tmp_path):
-    line = again("replay", Path("a b.toml"), tmp_path, ["objective.kind=gjs", "data.path=my rows"], cache=Path("c"))
+    line = resume_command(
+        "replay", Path("a b.toml"), tmp_path, ["objective.kind=gjs", "data.path=my rows"], cache=Path("c")
+    )
     assert shlex.split(line) == [
         "topkd", "replay", "a b.toml", "--cache", "c", "--out", str(tmp_path), "--set", "objective.kind=gjs",
         "--set", "data.path=my rows", "--resume",
@@ -132,11 +134,13 @@ def test_the_command_that_goes_on_is_the_one_that_was_given(tmp_path):
 def test_a_run_under_torchrun_goes_on_with_as_many_processes(tmp_path, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    assert again("train", Path("run.toml"), Path("out"), []) == (
+    assert resume_command("train", Path("run.toml"), Path("out"), []) == (
         "torchrun --nproc-per-node 4 -m topkd train run.toml --out out --resume"
     )
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert again("train", Path("run.toml"), Path("out"), []).startswith("torchrun --nnodes 2 --nproc-per-node 4 -m ")
+    assert resume_command("train", Path("run.toml"), Path("out"), []).startswith(
+        "torchrun --nnodes 2 --nproc-per-node 4 -m "
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from topkd.cli.commands.compare import _table
+from topkd.cli.commands.compare import _build_table
 
 
 def fact(final, size):
@@ -22,7 +22,7 @@ def test_a_name_with_brackets_is_shown_whole_and_the_teachers_bill_is_a_mean_ove
     arms = [{"name": name, "label": label, "lr": None} for name, label in names.items()]
     console = Console(width=100, record=True)
     with console.capture() as shown:
-        _table(console, {"arms": arms, "target": 0.8, "reference": "a", "metric": "jsd"}, rows, "live")
+        _build_table(console, {"arms": arms, "target": 0.8, "reference": "a", "metric": "jsd"}, rows, "live")
     lines = [line.rstrip() for line in shown.get().splitlines()]
     (first,), (second,), (third,) = ([line for line in lines if line.startswith(name)] for name in names.values())
     assert first.endswith("  2 kB")

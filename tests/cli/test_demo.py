@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from topkd.cli.commands.demo import own_run, stopped
+from topkd.cli.commands.demo import print_next_steps, print_stopped_and_exit
 from topkd.compose.train import RunResult
 
 RUN = Path("runs/demo/first-run/run.toml")
@@ -40,21 +40,21 @@ COMMANDS = [
 
 def test_where_make_ran_the_demo_each_terminal_begins_with_the_environment(environment, monkeypatch):
     activate = "source .venv/bin/activate"
-    assert typed(own_run(RUN)) == [activate, COMMANDS[0], activate, *COMMANDS[1:]]
+    assert typed(print_next_steps(RUN)) == [activate, COMMANDS[0], activate, *COMMANDS[1:]]
     (environment / "topkd").chmod(0o755)
     monkeypatch.setenv("PATH", str(environment))
-    assert typed(own_run(RUN)) == COMMANDS
+    assert typed(print_next_steps(RUN)) == COMMANDS
 
 
 def test_without_an_environment_to_activate_the_commands_name_the_script(environment):
     (environment / "activate").unlink()
-    assert typed(own_run(RUN)) == [f".venv/bin/{command}" for command in COMMANDS]
+    assert typed(print_next_steps(RUN)) == [f".venv/bin/{command}" for command in COMMANDS]
 
 
 def test_a_run_that_is_there_already_is_not_offered_again_and_a_folder_with_spaces_is_quoted(environment):
     (environment.parent.parent / "runs" / "first").mkdir(parents=True)
     (environment.parent.parent / "runs" / "first" / "metrics.jsonl").touch()
-    lines = own_run(Path("my runs/run.toml"))
+    lines = print_next_steps(Path("my runs/run.toml"))
     assert typed(lines)[-2:] == ["topkd train 'my runs/run.toml' --out runs/first-2", "topkd report runs/first-2"]
     assert lines[-1] == "Then open runs/first-2/report.html in a browser."
 
@@ -69,7 +69,7 @@ def test_a_run_that_is_there_already_is_not_offered_again_and_a_folder_with_spac
 )
 def test_a_stopped_demo_says_what_was_kept_and_where(capsys, name, code, steps, kept):
     with pytest.raises(typer.Exit) as left:
-        stopped(RunResult(Path("runs/a"), steps, [], stopped=name))
+        print_stopped_and_exit(RunResult(Path("runs/a"), steps, [], stopped=name))
     assert left.value.exit_code == code
     assert kept in capsys.readouterr().err
 

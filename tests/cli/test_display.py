@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from topkd.cli.output.progress import Display, left, told
+from topkd.cli.output.progress import Display, format_eta, print_result
 from topkd.compose.train import RunResult
 
 STEP = {"step": 3, "kl_k1": 0.0, "grad_norm": math.nan, "tokens": 40, "lost": {}}
@@ -17,7 +17,7 @@ CLOCKS = {"sample_s": 1.0, "score_wait_s": 0.5, "learn_s": 0.5}
 
 
 def test_json_of_a_run_is_strict_whatever_its_numbers(capsys):
-    told(RunResult(Path("runs/a"), [STEP], [{"step": 3, "reverse_kl": math.inf}]), "done", as_json=True)
+    print_result(RunResult(Path("runs/a"), [STEP], [{"step": 3, "reverse_kl": math.inf}]), "done", as_json=True)
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -28,14 +28,14 @@ def test_json_of_a_run_is_strict_whatever_its_numbers(capsys):
 
 
 def test_a_finished_run_says_where_it_lies(capsys):
-    told(RunResult(Path("runs/a"), [STEP], []), "replayed", as_json=False)
+    print_result(RunResult(Path("runs/a"), [STEP], []), "replayed", as_json=False)
     assert capsys.readouterr().out.startswith("3 steps replayed; last kl_k1 0 nats; student: runs/a/student, ")
     first = {**STEP, "step": 1, "kl_k1": 0.7989920601175624}
-    told(RunResult(Path("runs/my run"), [first], []), "done", as_json=False)
+    print_result(RunResult(Path("runs/my run"), [first], []), "done", as_json=False)
     out = capsys.readouterr().out
     assert out.startswith("1 step done; last kl_k1 0.799 nats; student: runs/my run/student, ")
     assert out.splitlines()[-1] == "its page: topkd report 'runs/my run'"
-    told(RunResult(Path("runs/a"), [{**STEP, "kl_k1": None}], []), "done", as_json=False)
+    print_result(RunResult(Path("runs/a"), [{**STEP, "kl_k1": None}], []), "done", as_json=False)
     assert "3 steps done; no signal in the last step; student" in capsys.readouterr().out
 
 
@@ -52,7 +52,7 @@ def test_a_kl_of_exactly_zero_is_shown_as_zero_and_an_absent_one_as_what_there_i
 
 def test_a_warm_start_on_data_ends_with_its_own_measure(capsys):
     last = {key: value for key, value in STEP.items() if key != "kl_k1"} | {"sft_loss": 2.5}
-    told(RunResult(Path("runs/a"), [last], []), "done", as_json=False)
+    print_result(RunResult(Path("runs/a"), [last], []), "done", as_json=False)
     assert "last sft_loss 2.5 nats;" in capsys.readouterr().out
 
 
@@ -61,7 +61,7 @@ def test_a_warm_start_on_data_ends_with_its_own_measure(capsys):
 )
 def test_a_replay_of_imported_lists_is_judged_by_its_loss_unless_they_list_nothing(capsys, mass, shown):
     last = STEP | {"kl_k1": None, "loss": 5.25, "teacher_mass": mass}
-    told(RunResult(Path("runs/a"), [last], []), "replayed", as_json=False)
+    print_result(RunResult(Path("runs/a"), [last], []), "replayed", as_json=False)
     assert shown in capsys.readouterr().out
 
 
@@ -107,7 +107,7 @@ def test_plain_lines_say_how_long_a_stage_still_takes_at_its_own_pace(capsys, mo
         "train the teacher: 160/600 loss 5.4 (124 s, about 3 min left)",
         "train the teacher: 600/600 loss 5.4 (600 s)",
     ]
-    assert left(0, 0.0, 44, 88, 50.0) == ", about 50 s left"
+    assert format_eta(0, 0.0, 44, 88, 50.0) == ", about 50 s left"
 
 
 def test_brackets_in_what_a_stage_tells_are_no_markup():

@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 
 from tests.engine.pieces import model_folder
 from topkd.cli.app import app
-from topkd.cli.output.dry_run_page import show
+from topkd.cli.output.dry_run_page import print_dry_run
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.run_prompts import load_prompts
-from topkd.compose.dry_run import dry_run, settings
+from topkd.compose.dry_run import dry_run, list_settings
 from topkd.compose.progress import Progress
-from topkd.compose.run.student import load_pieces
+from topkd.compose.run.student import load_student
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk import Rollout, SamplingParams, TopK
@@ -97,7 +97,7 @@ async def test_the_page_fits_80_columns_and_shows_mask_colours_only_where_colour
     for colour in (True, False):
         console = Console(width=80, record=True, quiet=False, force_terminal=colour, no_color=not colour, file=None)
         with console.capture() as captured:
-            show(found, config, console)
+            print_dry_run(found, config, console)
         pages[colour] = captured.get()
     assert "\x1b[1;32mtwo<|im_end|>" in pages[True]
     assert "\x1b[33m<|im_start|>user" in pages[True]
@@ -136,7 +136,7 @@ async def test_an_id_that_the_student_does_not_have_is_a_problem_here_as_in_the_
     assert words in problem
     assert load_prompts(config, Progress()).rows, "nothing but the id is wrong"
     with pytest.raises(TopkdError) as caught:
-        load_pieces(config, Progress())
+        load_student(config, Progress())
     assert str(caught.value) == problem
 
 
@@ -158,7 +158,7 @@ async def test_in_a_file_what_was_given_is_starred_and_no_path_or_number_is_cut(
     config = run_config(folder, server.url, data=table, k=21, steps=3210)
     console = Console(width=80, record=True, force_terminal=False)
     with console.capture() as captured:
-        show(await dry_run(config), config, console)
+        print_dry_run(await dry_run(config), config, console)
     page = captured.get()
     assert "SETTINGS  (*: given" in page
     assert "*steps 3210" in page
@@ -182,7 +182,7 @@ async def test_problems_end_the_page_each_in_whole(folder):
     found = await dry_run(config)
     console = Console(width=80, record=True, force_terminal=False)
     with console.capture() as captured:
-        show(found, config, console)
+        print_dry_run(found, config, console)
     lines = captured.get().splitlines()
     assert lines[-1] == "2 problems stand in the way of this run"
     assert [line for line in lines[-12:] if line.startswith("problem  ")]
@@ -286,7 +286,7 @@ def test_the_command_exits_2_on_a_problem_and_its_json_says_which(folder, kept, 
 
 
 def test_settings_say_what_was_given_and_what_is_a_default(folder):
-    found = {key: (value, given) for key, value, given in settings(run_config(folder, "http://x", k=7))}
+    found = {key: (value, given) for key, value, given in list_settings(run_config(folder, "http://x", k=7))}
     assert found["k"] == (7, True)
     assert found["steps"] == (100, False)
     assert found["rollout.overlong"] == ("drop", True)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.engine.pieces import model_folder
 from topkd.cli.commands import train
-from topkd.cli.output.run_summary import resumable
+from topkd.cli.output.run_summary import hint_resume
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import ConfigError, ServerUnreachableError
 
@@ -18,7 +18,7 @@ AGAIN = "topkd train run.toml --out run --resume"
 
 def failing(out, *, written, error=ServerUnreachableError):
     def run():
-        with resumable(out, AGAIN):
+        with hint_resume(out, AGAIN):
             if written:
                 (out / "metrics.jsonl").write_text("{}\n")
             raise error("gone")

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tests.clients.probing import served
 from tests.clients.vllm_toy import VllmToy
 from topkd.cli.app import app
-from topkd.cli.commands.probe import show
+from topkd.cli.commands.probe import print_probe
 from topkd.clients.probe.findings import Capabilities, Finding, Load, LoadLevel, ProbeReport
 
 MODEL = "/somewhere/deep/in/a/home/checkpoints/step-00012000/teacher"
@@ -20,7 +20,7 @@ MODEL = "/somewhere/deep/in/a/home/checkpoints/step-00012000/teacher"
 
 def printed(report: ProbeReport, width: int = 80) -> list[str]:
     out = io.StringIO()
-    show(report, Console(file=out, width=width, highlight=False))
+    print_probe(report, Console(file=out, width=width, highlight=False))
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 

@@ -7,7 +7,7 @@ import urllib.request
 import pytest
 
 from topkd.cli.output.progress import Display
-from topkd.cli.output.run_summary import watched
+from topkd.cli.output.run_summary import serve_page
 
 OPEN = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
@@ -16,10 +16,10 @@ def test_the_page_follows_the_run_until_it_ends_and_only_when_wanted(tmp_path, m
     said = []
     display = Display(quiet=True)
     monkeypatch.setattr(display, "note", said.append)
-    with watched(tmp_path, display, wanted=False):
+    with serve_page(tmp_path, display, wanted=False):
         pass
     assert said == []
-    with watched(tmp_path, display, wanted=True):
+    with serve_page(tmp_path, display, wanted=True):
         url = said[0].removeprefix("follow the run at ")
         (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "step", "step": 1, "loss": 0.5}) + "\n")
         with OPEN(url) as reply:

@@ -14,8 +14,8 @@ from tests.clients.replies import score_body, score_reply, score_rows
 from topkd.clients.decoding import vllm as decode
 from topkd.clients.decoding import vllm_numba as decode_numba
 from topkd.clients.decoding import vllm_numpy as decode_numpy
-from topkd.clients.decoding.checks import ranked, scored
-from topkd.clients.decoding.vllm_typed import prompt_rows, scored_choice
+from topkd.clients.decoding.checks import build_ranked_scores, build_scores
+from topkd.clients.decoding.vllm_typed import read_prompt_rows, scored_choice
 from topkd.topk.errors import AlignmentError, ResponseError
 from topkd.topk.types import TopK
 
@@ -23,11 +23,11 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CAPTURES = sorted((GOLDEN / "vllm-0.32.0").glob("a*.json"))
 READERS = {"numpy": decode_numpy.read_rows}
 if decode_numba.available():
-    READERS["numba"] = decode_numba.read_rows
+    READERS["numba"] = decode_numba.read_rows_compiled
 
 
 def typed(body: bytes, ids: np.ndarray, start: int, k: int, vocab: int | None = None) -> tuple[TopK, int]:
-    return scored(prompt_rows(scored_choice(body), ids, start), ids, start, k, vocab)
+    return build_scores(read_prompt_rows(scored_choice(body), ids, start), ids, start, k, vocab)
 
 
 def by_hand(rows: list, ids: np.ndarray, start: int, k: int) -> TopK:
@@ -55,7 +55,7 @@ def test_every_reading_gives_what_a_plain_loop_gives(reader, length: int, k: int
     fast = reader(body, ids, start, k)
     assert fast is not None, "vLLM's own form must take the fast path"
     expected = by_hand(rows, ids, start, k)
-    assert ranked(fast[0], ids, start)[0] == expected
+    assert build_ranked_scores(fast[0], ids, start)[0] == expected
     assert typed(body, ids, start, k)[0] == expected
     assert json.loads(fast[1])["choices"][0]["prompt_logprobs"] is None, "the envelope is the reply without its rows"
 
@@ -87,7 +87,7 @@ def test_every_float32_that_a_server_writes_comes_back_bit_for_bit(values: list[
     for name, read in READERS.items():
         fast = read(body, ids, 0, 4)
         assert fast is not None, name
-        assert ranked(fast[0], ids, 0) == (expected, zeros), name
+        assert build_ranked_scores(fast[0], ids, 0) == (expected, zeros), name
     want = np.float32([v if v > -9000 else -np.inf for v in logp])
     assert expected.actual_logp[0] == want[4]
     assert np.array_equal(np.sort(expected.logp[0]), np.sort(want[:4]))
@@ -118,7 +118,7 @@ def test_a_real_servers_rows_are_read_alike_by_all(path: Path):
             for name, read in READERS.items():
                 fast = read(body, ids, start, k)
                 assert fast is not None, name
-                assert ranked(fast[0], ids, start, 2048)[0] == expected, name
+                assert build_ranked_scores(fast[0], ids, start, 2048)[0] == expected, name
 
 
 def test_the_peers_recorded_rows_are_read_by_id_not_by_order():
@@ -146,7 +146,7 @@ def test_a_spelled_out_form_of_the_json_is_read_too():
     ids, rows = score_rows(12, 4)
     loose = json.dumps(json.loads(score_body(ids, rows)), indent=1).encode()
     assert all(read(loose, ids, 2, 4) is None for read in READERS.values())
-    assert decode.score_reply(loose, ids=ids, start=2, k=4)[0] == by_hand(rows, ids, 2, 4)
+    assert decode.read_vllm_scores(loose, ids=ids, start=2, k=4)[0] == by_hand(rows, ids, 2, 4)
 
 
 def test_minus_9999_is_probability_zero_and_counted():
@@ -160,14 +160,14 @@ def test_minus_9999_is_probability_zero_and_counted():
     assert np.isneginf(expected[0].logp[:, 2]).all()
     assert (expected[0].ids >= 0).all(), "the id stays: its probability is known to be zero"
     for name, read in READERS.items():
-        assert ranked(read(body, ids, 0, 3)[0], ids, 0) == expected, name
+        assert build_ranked_scores(read(body, ids, 0, 3)[0], ids, 0) == expected, name
 
 
 def test_equal_logprobs_are_ordered_by_id_whatever_the_server_does():
     ids = np.array([1, 9], dtype=np.int32)
     for order in ([9, 4, 2], [9, 2, 4]):
         row = {t: (-1.5, 1 + order.index(t)) for t in order}
-        topk = decode.score_reply(score_body(ids, [None, row]), ids=ids, start=0, k=3)[0]
+        topk = decode.read_vllm_scores(score_body(ids, [None, row]), ids=ids, start=0, k=3)[0]
         assert topk.ids.tolist() == [[2, 4, 9]]
 
 
@@ -249,7 +249,7 @@ def test_a_reply_that_lies_is_refused_with_its_place(change, kind, words, reader
     assert len(body) > decode._WORTH_IT, "large enough for the fast path to be tried"
     monkeypatch.setattr(decode, "fast_reader", lambda: READERS[reader_name])
     with pytest.raises(kind, match=words) as caught:
-        decode.score_reply(body, ids=ids, start=99, k=4, vocab_size=2048)
+        decode.read_vllm_scores(body, ids=ids, start=99, k=4, vocab_size=2048)
     place = {_shift: "row 0, predicting", _heavy: "source position 249", _drop_last: "rows", _repeat_last: "rows"}
     assert place.get(change, "row 150, predicting position 250") in str(caught.value)
 
@@ -258,7 +258,7 @@ def test_rows_before_the_start_may_be_anything():
     ids, rows = score_rows(300, 4, seed=5)
     expected = by_hand(rows, ids, 200, 4)
     rows[100] = None
-    assert decode.score_reply(score_body(ids, rows), ids=ids, start=200, k=4)[0] == expected
+    assert decode.read_vllm_scores(score_body(ids, rows), ids=ids, start=200, k=4)[0] == expected
 
 
 def test_another_prompt_in_the_reply_is_refused():
@@ -267,7 +267,7 @@ def test_another_prompt_in_the_reply_is_refused():
     other[3] += 1
     body = score_body(ids, rows, prompt_token_ids=other.tolist())
     with pytest.raises(AlignmentError, match="another prompt"):
-        decode.score_reply(body, ids=ids, start=100, k=4)
+        decode.read_vllm_scores(body, ids=ids, start=100, k=4)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_another_prompt_in_the_reply_is_refused():
 def test_an_unreadable_reply_is_one_clear_response_error(body: bytes, words: str):
     ids = np.array([3, 5], dtype=np.int32)
     with pytest.raises(ResponseError, match=words) as caught:
-        decode.score_reply(body, ids=ids, start=0, k=1)
+        decode.read_vllm_scores(body, ids=ids, start=0, k=1)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
 
@@ -308,7 +308,7 @@ def test_a_listed_id_twice_is_refused():
         b'"5":{"logprob":-1.5,"rank":2,"decoded_token":"a"}}]}],"pad":"' + b"x" * 20_000 + b'"}'
     )
     with pytest.raises(ResponseError):
-        decode.score_reply(body, ids=np.array([3, 5], dtype=np.int32), start=0, k=2)
+        decode.read_vllm_scores(body, ids=np.array([3, 5], dtype=np.int32), start=0, k=2)
 
 
 def test_without_numba_the_numpy_reading_is_taken(monkeypatch: pytest.MonkeyPatch):
@@ -331,10 +331,10 @@ def test_without_a_folder_to_cache_in_numba_still_compiles(monkeypatch: pytest.M
         return real(**options)
 
     monkeypatch.setattr(numba, "njit", njit)
-    assert callable(decode_numba.kernel.__wrapped__())
+    assert callable(decode_numba.load_reader.__wrapped__())
     assert [bool(options.get("cache")) for options in asked] == [True, False]
 
 
 def test_a_long_reply_takes_the_fast_path():
     body, ids = score_reply(200, 20)
-    assert decode.score_reply(body, ids=ids, start=0, k=20)[2]
+    assert decode.read_vllm_scores(body, ids=ids, start=0, k=20)[2]

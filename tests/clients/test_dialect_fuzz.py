@@ -19,7 +19,7 @@ from tests.clients.vllm_toy import VllmToy
 from topkd.clients.decoding import generate_sampled as vllm_generate_sampled
 from topkd.clients.decoding import openai as openai_replies
 from topkd.clients.decoding import sglang as sglang_replies
-from topkd.clients.decoding.sampled import Asked
+from topkd.clients.decoding.sampled import SampleRequest
 from topkd.clients.dialects import fireworks, vllm_generate
 from topkd.topk.errors import TopkdError
 from topkd.topk.samples import SamplingParams
@@ -48,7 +48,7 @@ ODD: list[Any] = [
     [None],
     {"a": 1},
 ]
-ASKED = Asked(np.array([5, 6, 7, 8], dtype=np.int32), 1, SamplingParams(6, seed=1), 3, VOCAB, True)
+ASKED = SampleRequest(np.array([5, 6, 7, 8], dtype=np.int32), 1, SamplingParams(6, seed=1), 3, VOCAB, True)
 
 
 def _sglang(flat: bool, k: int = 5) -> Any:
@@ -89,11 +89,14 @@ def _scored() -> Any:
 
 
 CASES: dict[str, tuple[Any, Callable[[bytes], Any]]] = {
-    "generate score": (_scored(), lambda b: vllm_generate.score_reply(b, ids=IDS, start=2, k=5, vocab_size=VOCAB)[0]),
+    "generate score": (
+        _scored(),
+        lambda b: vllm_generate.read_generate_scores(b, ids=IDS, start=2, k=5, vocab_size=VOCAB)[0],
+    ),
     "generate candidates": (_candidates(), lambda b: vllm_generate.candidates_reply(b, rows=8, columns=4)),
     "generate draw": (
         generated("ranked", TOY.draw([8], 6), k=4, cut=True),
-        lambda b: vllm_generate_sampled.rollouts(b, asked=ASKED),
+        lambda b: vllm_generate_sampled.read_generate_rollouts(b, asked=ASKED),
     ),
     "sglang flat": (
         _sglang(flat=True),
@@ -103,7 +106,7 @@ CASES: dict[str, tuple[Any, Callable[[bytes], Any]]] = {
         _sglang(flat=False),
         lambda b: sglang_replies.scored_rows(b, ids=IDS, start=2, k=5, vocab_size=VOCAB)[0],
     ),
-    "fireworks echo": (_echo(), lambda b: fireworks.score_reply(b, ids=IDS, start=2, k=5, vocab_size=VOCAB)),
+    "fireworks echo": (_echo(), lambda b: fireworks.read_fireworks_scores(b, ids=IDS, start=2, k=5, vocab_size=VOCAB)),
     "chat": (_chat(), lambda b: openai_replies.chat_reply(b, asked=ASKED, table=None)),
 }
 

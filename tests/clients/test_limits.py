@@ -9,7 +9,7 @@ import pytest
 
 from tests.fakes.turns import turns
 from topkd.clients.config import ClientConfig
-from topkd.clients.http.admission import Budget, Gate, Window
+from topkd.clients.http.admission import AdaptiveWindow, Admission, MemoryBudget
 from topkd.clients.http.metrics import Metrics
 from topkd.topk.errors import ConfigError
 
@@ -21,9 +21,9 @@ class Clock:
         return self.now
 
 
-def window(**options) -> tuple[Window, Clock]:
+def window(**options) -> tuple[AdaptiveWindow, Clock]:
     clock = Clock()
-    return Window(ClientConfig(**options), Metrics(), clock), clock
+    return AdaptiveWindow(ClientConfig(**options), Metrics(), clock), clock
 
 
 def test_the_window_doubles_each_round_until_the_first_overload_then_grows_by_one_per_32():
@@ -65,7 +65,7 @@ def test_a_window_that_was_not_full_does_not_grow():
 
 
 async def test_after_a_cut_the_excess_drains_before_anything_new_goes():
-    gate = Gate(ClientConfig(window_start=4, max_in_flight=4), Metrics())
+    gate = Admission(ClientConfig(window_start=4, max_in_flight=4), Metrics())
     permits = [await gate.enter(1) for _ in range(4)]
     waiting = asyncio.create_task(gate.enter(1))
     await turns()
@@ -83,8 +83,8 @@ async def test_after_a_cut_the_excess_drains_before_anything_new_goes():
 
 
 async def test_the_budget_is_held_until_decoded_and_shared_by_gates():
-    budget = Budget(100)
-    one, two = (Gate(ClientConfig(), Metrics(), budget) for _ in range(2))
+    budget = MemoryBudget(100)
+    one, two = (Admission(ClientConfig(), Metrics(), budget) for _ in range(2))
     first = await one.enter(80)
     waiting = asyncio.create_task(two.enter(50))
     await turns()
@@ -99,7 +99,7 @@ async def test_the_budget_is_held_until_decoded_and_shared_by_gates():
 
 
 async def test_a_request_larger_than_the_budget_goes_alone_instead_of_never():
-    gate = Gate(ClientConfig(budget_token_k=10), Metrics())
+    gate = Admission(ClientConfig(budget_token_k=10), Metrics())
     big = await gate.enter(1000)
     small = asyncio.create_task(gate.enter(1))
     await turns()
@@ -110,7 +110,7 @@ async def test_a_request_larger_than_the_budget_goes_alone_instead_of_never():
 
 
 async def test_small_requests_do_not_overtake_a_large_one():
-    gate = Gate(ClientConfig(budget_token_k=100), Metrics())
+    gate = Admission(ClientConfig(budget_token_k=100), Metrics())
     first = await gate.enter(60)
     order: list[str] = []
 
@@ -128,7 +128,7 @@ async def test_small_requests_do_not_overtake_a_large_one():
 
 
 async def test_a_full_queue_refuses_with_a_hint_instead_of_growing():
-    gate = Gate(ClientConfig(window_start=1, max_queued=2), Metrics())
+    gate = Admission(ClientConfig(window_start=1, max_queued=2), Metrics())
     held = await gate.enter(1)
     tasks = [asyncio.create_task(gate.enter(1)) for _ in range(2)]
     await turns()
@@ -142,7 +142,7 @@ async def test_a_full_queue_refuses_with_a_hint_instead_of_growing():
 
 
 async def test_a_waiter_cancelled_in_the_moment_it_is_admitted_gives_its_place_back():
-    gate = Gate(ClientConfig(window_start=1, max_in_flight=1), Metrics())
+    gate = Admission(ClientConfig(window_start=1, max_in_flight=1), Metrics())
     held = await gate.enter(1)
     first, second = (asyncio.create_task(gate.enter(1)) for _ in range(2))
     await turns()
@@ -154,7 +154,7 @@ async def test_a_waiter_cancelled_in_the_moment_it_is_admitted_gives_its_place_b
 
 
 def test_one_gate_serves_several_loops_and_threads_at_once():
-    gate = Gate(ClientConfig(window_start=2, max_in_flight=2), Metrics())
+    gate = Admission(ClientConfig(window_start=2, max_in_flight=2), Metrics())
     inside, peak, lock = [0], [0], threading.Lock()
 
     async def work() -> None:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.clients.toy import scripted
 from topkd.clients.config import ClientConfig
-from topkd.clients.decoding.byte_map import ByteMap, bytemap_of, load_bytemap
+from topkd.clients.decoding.byte_map import ByteMap, load_bytemap, read_byte_map
 from topkd.clients.dialects.openai import ROUTE, OpenAIChat
 from topkd.topk.errors import AlignmentError, ConfigError, KLimitError, ResponseError, UnsupportedError
 from topkd.topk.samples import SamplingParams
@@ -39,7 +39,7 @@ def table() -> ByteMap:
     """ids of the words that the captures show (the recorded vocabulary itself is not kept)."""
     names = [" a", "chars", "CH", " fa", "stack", " format", "&", "an", "X", "root", "unk", "\n", "é"]
     alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return bytemap_of(byte_level({alphabet.pre_tokenize_str(name)[0][0]: at for at, name in enumerate(names)}))
+    return read_byte_map(byte_level({alphabet.pre_tokenize_str(name)[0][0]: at for at, name in enumerate(names)}))
 
 
 def entry(token: str, logprob: float, **more: Any) -> dict[str, Any]:
@@ -107,7 +107,7 @@ async def test_vllms_list_with_the_sampled_token_in_front_keeps_only_what_is_wit
 
 
 async def test_a_draw_with_an_ambiguous_token_is_left_out_and_counted_never_guessed():
-    twice = bytemap_of(byte_level({"x": 0, "a": 1}))
+    twice = read_byte_map(byte_level({"x": 0, "a": 1}))
     ambiguous = ByteMap({**twice.token_bytes, 2: b"a"}, frozenset(), twice.tokenizer)
     body = reply(entry("a", -0.5))
     body["choices"].append(reply(entry("x", -0.25))["choices"][0] | {"index": 1})
@@ -195,7 +195,7 @@ async def test_replies_that_cannot_be_right_are_refused(table: ByteMap, body: di
 
 def test_a_byte_level_table_spells_every_byte_and_the_special_tokens():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    table = bytemap_of(byte_level({piece: at for at, piece in enumerate(alphabet)}, {"<|end|>": 256}))
+    table = read_byte_map(byte_level({piece: at for at, piece in enumerate(alphabet)}, {"<|end|>": 256}))
     assert sorted(spelt for token, spelt in table.token_bytes.items() if token < 256) == [
         bytes([b]) for b in range(256)
     ]
@@ -208,7 +208,7 @@ def test_a_sentencepiece_table_knows_spaces_and_byte_tokens_and_its_ambiguities(
     pieces = [("<unk>", 0.0), ("▁the", -1.0), ("a", -2.0), ("<0x61>", -3.0), ("<0xE6>", -3.0)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    table = bytemap_of(tokenizer)
+    table = read_byte_map(tokenizer)
     assert table.token_bytes[1] == b" the"
     assert table.token_bytes[4] == b"\xe6"
     assert table.ids_of[b"a"] == (2, 3)
@@ -223,7 +223,7 @@ def test_a_tokenizer_that_is_not_there_or_of_no_known_kind_is_one_clear_line(tmp
     with pytest.raises(ConfigError, match="cannot be read"):
         load_bytemap(tmp_path)
     with pytest.raises(ConfigError, match="neither"):
-        bytemap_of(Tokenizer(models.WordPiece({"a": 0}, unk_token="a")))
+        read_byte_map(Tokenizer(models.WordPiece({"a": 0}, unk_token="a")))
 
 
 async def test_draws_of_the_embedded_server_are_read_back_as_the_ids_it_drew(tmp_path: Path):

@@ -11,8 +11,8 @@ import pytest
 
 from tests.clients.probing import probed
 from topkd.clients.config import ClientConfig
-from topkd.clients.probe.alignment import alignment
-from topkd.clients.probe.openai import echo_alignment
+from topkd.clients.probe.alignment import check_alignment
+from topkd.clients.probe.openai import check_echo_alignment
 from topkd.topk.types import TopK
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llama-cpp"
@@ -36,7 +36,7 @@ def _drawn(content: list[dict[str, Any]]) -> dict[str, Any]:
 def test_the_off_by_one_of_a_recorded_llama_cpp_python_echo_is_caught():
     """Its echo puts the distribution *after* a token into that token's row. The draw is the same model's own."""
     drawn = _drawn([{"token": "tri", "logprob": -1.5375}])  # ll_b1: the most probable token, drawn at temperature 0
-    test = echo_alignment(drawn, _choice("lcp_b1b_echo_mt0"))
+    test = check_echo_alignment(drawn, _choice("lcp_b1b_echo_mt0"))
     assert test is not None
     assert (test.aligned, test.shift) == (False, 1)
     assert test.worst > 15
@@ -68,12 +68,12 @@ def test_an_honest_echo_passes_and_none_is_none():
     lists = [None, {"b": -0.5, "x": -1.0}, {"c": -0.7, "y": -0.8}, {"d": -0.2, "z": -3.0}]
     honest = {"logprobs": {"tokens": names, "token_logprobs": [None, -0.5, -0.7, -0.2], "top_logprobs": lists}}
     drawn = _drawn([{"token": "c", "logprob": -0.7}, {"token": "d", "logprob": -0.2}])
-    test = echo_alignment(drawn, honest)
+    test = check_echo_alignment(drawn, honest)
     assert test is not None
     assert test.aligned
-    assert echo_alignment(_drawn([]), honest) is None
-    assert echo_alignment({"logprobs": None}, honest) is None
-    assert echo_alignment(drawn, {"logprobs": {"tokens": ["c", "d"], "token_logprobs": [-0.7, -0.2]}}) is None
+    assert check_echo_alignment(_drawn([]), honest) is None
+    assert check_echo_alignment({"logprobs": None}, honest) is None
+    assert check_echo_alignment(drawn, {"logprobs": {"tokens": ["c", "d"], "token_logprobs": [-0.7, -0.2]}}) is None
 
 
 def test_alignment_tells_a_shift_from_noise_and_from_nothing():
@@ -87,9 +87,9 @@ def test_alignment_tells_a_shift_from_noise_and_from_nothing():
         lists = [list(enumerate(row)) for row in table]
         return TopK.from_lists(lists, actual_ids=tokens, actual_logp=table[np.arange(12), tokens].astype(np.float32))
 
-    assert alignment(scores(rows), tokens, drawn).aligned
-    assert alignment(scores(rows - 0.02), tokens, drawn).worst == pytest.approx(0.02, abs=1e-6)
-    assert alignment(scores(np.roll(rows, -1, axis=0)), tokens, drawn).shift == 1
-    assert alignment(scores(np.roll(rows, 1, axis=0)), tokens, drawn).shift == -1
-    assert alignment(scores(rows[rng.permutation(12)]), tokens, drawn).shift is None
-    assert alignment(scores(rows), tokens[:0], drawn[:0]).shift is None
+    assert check_alignment(scores(rows), tokens, drawn).aligned
+    assert check_alignment(scores(rows - 0.02), tokens, drawn).worst == pytest.approx(0.02, abs=1e-6)
+    assert check_alignment(scores(np.roll(rows, -1, axis=0)), tokens, drawn).shift == 1
+    assert check_alignment(scores(np.roll(rows, 1, axis=0)), tokens, drawn).shift == -1
+    assert check_alignment(scores(rows[rng.permutation(12)]), tokens, drawn).shift is None
+    assert check_alignment(scores(rows), tokens[:0], drawn[:0]).shift is None

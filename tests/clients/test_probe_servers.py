@@ -16,7 +16,7 @@ import pytest
 from tests.clients.probing import served
 from tests.clients.vllm_toy import VllmToy
 from topkd.clients.probe.probe import probe
-from topkd.compose.data.byte_maps import student_bytemap
+from topkd.compose.data.byte_maps import load_student_byte_map
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def embedded(model: Path) -> Iterator[str]:
 
 
 async def test_the_embedded_server_can_teach_its_own_student(embedded: str, model: Path):
-    report = await probe(embedded, student=student_bytemap(model))
+    report = await probe(embedded, student=load_student_byte_map(model))
     assert report.verdict.startswith("can teach: K <= 20; scores candidates (rows)")
     assert not [finding for finding in report.findings if finding.status == "fail"]
     has = report.capabilities
@@ -50,12 +50,12 @@ def test_a_tokenizer_is_compared_as_transformers_loads_it(model: Path, tmp_path:
     from transformers import AutoTokenizer
 
     text = "def f(x):\n        return x + 1024"
-    table = student_bytemap(model)
+    table = load_student_byte_map(model)
     loaded = AutoTokenizer.from_pretrained(model).encode(text, add_special_tokens=False)
     assert table.encode_as_loaded(text) == loaded
     alone = tmp_path / "tokenizer.json"
     alone.write_bytes((model / "tokenizer.json").read_bytes())
-    assert student_bytemap(alone).encode_as_loaded(text) is None, "a file alone does not say what model it is of"
+    assert load_student_byte_map(alone).encode_as_loaded(text) is None, "a file alone does not say what model it is of"
 
 
 def _command(*arguments: str, columns: int = 80) -> subprocess.CompletedProcess[str]:
@@ -113,7 +113,7 @@ async def test_a_real_vllm_can_teach_and_both_dialects_say_the_same(model: Path,
     need_vllm()
     options = {"model": "t", "log": tmp_path / "vllm.log", "max_logprobs": 32, "max_model_len": 512}
     with vllm_server(model, **options, lora=True) as up:
-        report = await probe(up.url, student=student_bytemap(model))
+        report = await probe(up.url, student=load_student_byte_map(model))
         assert report.verdict.startswith("can teach: K <= 32"), report.verdict
         has = report.capabilities
         assert (report.dialect, has.vocab_size, has.max_model_len) == ("vllm_generate", 2048, 512)
@@ -148,7 +148,7 @@ async def test_a_real_llama_cpp_cannot_teach_and_the_verdict_says_why(model: Pat
     command = [str(LLAMA_PYTHON), str(contract / "llama_serve.py"), str(gguf), str(port)]
     url = f"http://127.0.0.1:{port}"
     with running(command, env=environment, log=tmp_path / "llama.log", ready=f"{url}/health", timeout_s=240):
-        report = await probe(url, student=student_bytemap(model))
+        report = await probe(url, student=load_student_byte_map(model))
         done = await asyncio.to_thread(_command, url)
     assert report.dialect == "openai"
     assert report.verdict.startswith("cannot teach: it answers 200 to prompt_logprobs but leaves the scores out")

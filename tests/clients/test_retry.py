@@ -7,7 +7,7 @@ import pytest
 from topkd.clients.config import ClientConfig
 from topkd.clients.http.metrics import Metrics
 from topkd.clients.http.retry import with_retries
-from topkd.clients.http.status_errors import refusal, repeating, repeats, retry_after_s
+from topkd.clients.http.status_errors import error_from_reply, is_repeating, mark_repeating, retry_after_s
 from topkd.clients.http.transport import Reply
 from topkd.topk.errors import (
     AlignmentError,
@@ -122,10 +122,10 @@ async def test_no_pause_goes_past_the_total_time():
 
 
 async def test_an_error_that_repeats_is_tried_once_more_only():
-    result, _, seen = await run([repeating(ServerFailedError("NaN"))] * 9)
+    result, _, seen = await run([mark_repeating(ServerFailedError("NaN"))] * 9)
     assert isinstance(result, ServerFailedError)
     assert len(seen) == 2
-    assert repeats(result)
+    assert is_repeating(result)
 
 
 def reply(status: int, body: str, **headers: str) -> Reply:
@@ -217,19 +217,19 @@ def reply(status: int, body: str, **headers: str) -> Reply:
     ],
 )
 def test_a_status_becomes_the_right_error_with_the_servers_words(answer: Reply, kind, words: str):
-    error = refusal(answer, where="http://h, model x", k=64, model="x")
+    error = error_from_reply(answer, where="http://h, model x", k=64, model="x")
     assert type(error) is kind
     assert words in str(error)
     assert "http://h" in str(error)
     assert len(str(error)) < 1200
-    assert repeats(error) == ("NaN" in str(error))
+    assert is_repeating(error) == ("NaN" in str(error))
 
 
 def test_the_k_limit_carries_the_servers_number():
     answer = reply(
         400, '{"error":{"message":"Requested sample logprobs of 257, which is greater than max allowed: 256"}}'
     )
-    error = refusal(answer, where="")
+    error = error_from_reply(answer, where="")
     assert isinstance(error, KLimitError)
     assert error.limit == 256
 
@@ -253,4 +253,4 @@ def test_retry_after_is_read_in_all_its_forms(headers: dict, seconds: float | No
 
 
 def test_a_server_that_says_do_not_retry_is_believed():
-    assert repeats(refusal(reply(500, "", x_should_retry="false"), where=""))
+    assert is_repeating(error_from_reply(reply(500, "", x_should_retry="false"), where=""))

@@ -13,7 +13,7 @@ from tests.clients.probing import served
 from tests.fakes.virtual_time import in_virtual_time
 from tests.faults.server import KEY, VOCAB, FaultyServer
 from topkd.clients import ClientConfig, VllmCompletions
-from topkd.clients.http.endpoint import clean_url
+from topkd.clients.http.endpoint import normalize_url
 from topkd.clients.http.transport import HttpxTransport, Request, _connect_error
 from topkd.topk.errors import (
     ConfigError,
@@ -79,7 +79,7 @@ async def test_every_exception_of_the_http_library_leaves_as_one_of_ours(kind, m
     ],
 )
 def test_the_usual_spellings_of_a_base_url_are_one(url: str, clean: str):
-    assert clean_url(url) == clean
+    assert normalize_url(url) == clean
 
 
 @pytest.mark.parametrize(
@@ -98,13 +98,13 @@ def test_the_usual_spellings_of_a_base_url_are_one(url: str, clean: str):
 )
 def test_what_is_no_base_url_is_refused_before_anything_is_sent(url: str):
     with pytest.raises(ConfigError, match="http"):
-        clean_url(url)
+        normalize_url(url)
 
 
 @pytest.mark.parametrize("url", ["h:8000", "127.0.0.1:8000", "localhost:8000/v1", "gpu-3.lab"])
 def test_a_url_without_its_scheme_is_told_the_whole_one(url: str):
     with pytest.raises(ConfigError, match=f"did you mean http://{url}"):
-        clean_url(url)
+        normalize_url(url)
 
 
 async def test_tls_asked_of_a_server_without_it_says_so():
@@ -147,7 +147,7 @@ async def test_a_server_that_hangs_is_noticed_by_the_first_question_before_a_sco
 
 def test_a_password_in_the_url_is_refused_without_showing_it():
     with pytest.raises(ConfigError, match="api_key") as caught:
-        clean_url("http://user:hunter2@h:8000")
+        normalize_url("http://user:hunter2@h:8000")
     assert "hunter2" not in str(caught.value)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.clients.toy import VOCAB, Toy, Wire, npy, refused, scripted
 from topkd.clients.config import ClientConfig
-from topkd.clients.dialects.vllm_generate import ROUTE, VllmGenerate, candidates_reply, score_reply, windows
+from topkd.clients.dialects.vllm_generate import ROUTE, VllmGenerate, candidates_reply, read_generate_scores, windows
 from topkd.topk.errors import (
     AlignmentError,
     ConfigError,
@@ -42,7 +42,7 @@ def test_a_recorded_score_without_strings_is_read_like_the_one_of_completions():
     _, twin = capture("a1_completions_prompt_logprobs_mt1")
     ids = np.array(request["token_ids"], dtype=np.int32)
     k = request["sampling_params"]["prompt_logprobs"]
-    rows, zeros, _ = score_reply(json.dumps(body).encode(), ids=ids, start=11, k=k, vocab_size=2048)
+    rows, zeros, _ = read_generate_scores(json.dumps(body).encode(), ids=ids, start=11, k=k, vocab_size=2048)
     assert (rows.start, rows.rows, rows.k, zeros) == (11, ids.size - 12, k, 0)
     for at, row in enumerate(twin["choices"][0]["prompt_logprobs"][12:]):
         truth = {int(token): entry["logprob"] for token, entry in row.items()}
@@ -56,7 +56,7 @@ def test_a_score_of_another_prompt_is_refused():
     ids = np.array(request["token_ids"], dtype=np.int32)
     ids[-1] += 1
     with pytest.raises(AlignmentError):
-        score_reply(json.dumps(body).encode(), ids=ids, start=0, k=5)
+        read_generate_scores(json.dumps(body).encode(), ids=ids, start=0, k=5)
 
 
 @pytest.mark.parametrize("name", ["v1_all_rows", "v2_start", "v4_ragged", "v3_negative_pad"])

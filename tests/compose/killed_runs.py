@@ -23,7 +23,7 @@ from topkd.clients.dialects.vllm import VllmCompletions
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.progress import Progress
 from topkd.compose.train import train
-from topkd.engine.checkpoint.snapshots import fault_of
+from topkd.engine.checkpoint.snapshots import find_fault
 from topkd.offline import ScoreStore
 
 EARLY = 0.2  # share of the kills that come at any moment since the process began, also before its first step
@@ -54,7 +54,7 @@ def main(config_path: str, out: str, kills: str, seed: str) -> None:
         killed += 1
         before_a_step += _steps(folder) == reached and early
         reached = max(reached, _kept(folder))
-        faults += [fault for path in folder.glob("checkpoints/step-*") if (fault := fault_of(path)) is not None]
+        faults += [fault for path in folder.glob("checkpoints/step-*") if (fault := find_fault(path)) is not None]
     print(json.dumps({"killed": killed, "before_a_step": before_a_step, "faults": faults}))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.fakes.interrupts import interruptible
 from topkd.compose.compare import compare
-from topkd.compose.comparison.cell import finished
+from topkd.compose.comparison.cell import read_finished
 from topkd.compose.comparison.config import CompareConfig
 from topkd.compose.demo_assets.assets import build_assets, cache_root
 from topkd.compose.progress import Progress
@@ -153,12 +153,12 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path, moment):
 
 def test_a_cell_whose_settings_changed_is_not_taken_for_finished(whole):
     config, done = whole
-    from topkd.compose.compare import _cell
+    from topkd.compose.compare import _build_cell
 
-    cell = _cell(config, config.arms[0], 0, None, "live")
-    assert finished(done.out / "cells", cell) is not None
+    cell = _build_cell(config, config.arms[0], 0, None, "live")
+    assert read_finished(done.out / "cells", cell) is not None
     wider = config.model_copy(update={"probes": 7})
-    assert finished(done.out / "cells", _cell(wider, config.arms[0], 0, None, "live")) is None
+    assert read_finished(done.out / "cells", _build_cell(wider, config.arms[0], 0, None, "live")) is None
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from topkd.compose.compare import _cell, _tuned, compare
-from topkd.compose.comparison.cell import FORMER, Cell, _make_room, finished, superseded
-from topkd.compose.comparison.config import EMBEDDED, CompareConfig, _arm, from_runs, load_compare, parse_grid
-from topkd.compose.config.run_config import RunConfig, read_toml, validated
-from topkd.compose.run.folder import claimed
+from topkd.compose.compare import _build_cell, _tune_rates, compare
+from topkd.compose.comparison.cell import FORMER, Cell, _make_room, is_superseded, read_finished
+from topkd.compose.comparison.config import EMBEDDED, CompareConfig, _build_arm, from_runs, load_compare, parse_grid
+from topkd.compose.config.run_config import RunConfig, read_toml, validate_config
+from topkd.compose.run.folder import lock_folder
 from topkd.topk.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +125,7 @@ def test_run_files_that_start_or_are_measured_otherwise_cannot_be_paired(tmp_pat
 
 def test_an_arm_of_any_spelling_has_a_folder_of_its_own_and_keeps_its_words():
     labels = ["kind=gjs", "model=/a b/c", "(odd)", *(f"{'x' * 80}{end}" for end in "12"), "--"]
-    arms = [_arm(label, {}) for label in labels]
+    arms = [_build_arm(label, {}) for label in labels]
     assert [arm.shown for arm in arms] == labels
     assert len({arm.name for arm in arms}) == len(labels)
     assert [arm.name for arm in arms[:3]] == ["kind=gjs", "model=-a-b-c", "odd-"]
@@ -163,7 +163,7 @@ def test_only_the_embedded_pair_is_replayed(tmp_path):
 )
 def test_what_is_no_list_name_or_rate_is_told_in_plain_words(changes, message):
     with pytest.raises(ConfigError, match=message):
-        validated(CompareConfig, {"arms": ARMS, "seeds": [0], **changes}, where="a.toml")
+        validate_config(CompareConfig, {"arms": ARMS, "seeds": [0], **changes}, where="a.toml")
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_other_prompts_or_weights_under_the_same_names_make_another_cell(tmp_pat
         data.write_text(prompts)
         (student / "model.safetensors").write_bytes(weights)
         told = config(base=str(base))
-        return _cell(told, told.arms[0], 0, None, "live").digest
+        return _build_cell(told, told.arms[0], 0, None, "live").digest
 
     before = digest("{}", b"one")
     assert digest("{}", b"one") == before
@@ -243,8 +243,8 @@ def test_other_prompts_or_weights_under_the_same_names_make_another_cell(tmp_pat
 def test_a_replay_of_other_rollouts_is_another_cell_though_its_own_arm_is_as_it_was():
     def replays(**changes):
         told = config(replay=True, arms=[{**ARMS[0], "set": {**ARMS[0]["set"], **changes}}, ARMS[1]])
-        live = _cell(told, told.arms[0], 0, None, "live")
-        return [_cell(told, arm, 0, None, "replay", drawn={live.id: live.digest}) for arm in told.arms]
+        live = _build_cell(told, told.arms[0], 0, None, "live")
+        return [_build_cell(told, arm, 0, None, "replay", drawn={live.id: live.digest}) for arm in told.arms]
 
     (_, before), (_, same), (_, after) = replays(), replays(), replays(seed=1, steps=9)
     assert (before.values, before.digest) == (after.values, same.digest)
@@ -262,20 +262,20 @@ def test_a_finished_cell_whose_place_is_taken_is_kept_and_an_unfinished_one_begi
     cells = tmp_path / "cells"
     old, new = (Cell("live-a-seed0", "live", "a", 0, None, EMBEDDED, {"steps": steps}, 4) for steps in (200, 20))
     finish(cells, old, "a night's work")
-    assert (superseded(cells, new), superseded(cells, old)) == (True, False)
+    assert (is_superseded(cells, new), is_superseded(cells, old)) == (True, False)
     (_make_room(cells, new) / "metrics.jsonl").write_text("half")
     kept = json.loads((tmp_path / FORMER / f"{old.id}-{old.digest}" / "result.json").read_text())
     assert kept["said"] == "a night's work"
-    assert not superseded(cells, old)
+    assert not is_superseded(cells, old)
     finish(cells, new, "done")
     assert [path.name for path in (cells / new.id).iterdir()] == ["result.json"]
-    assert finished(cells, new)["said"] == "done"
+    assert read_finished(cells, new)["said"] == "done"
     assert [path.name for path in (tmp_path / FORMER).iterdir()] == [f"{old.id}-{old.digest}"]
 
 
 def test_one_comparison_has_its_folder_for_itself(tmp_path):
     told, out = config(), tmp_path / "out"
-    with claimed(out), pytest.raises(ConfigError, match="another process is at work"):
+    with lock_folder(out), pytest.raises(ConfigError, match="another process is at work"):
         compare(told, out)
     assert [path.name for path in out.iterdir()] == [".lock"]
 
@@ -305,7 +305,7 @@ TUNED = {"tuning": {"rates": [1e-4, 3e-4, 9e-4], "seeds": [8, 9], "extensions": 
 
 def test_each_arm_gets_its_own_rate_and_all_arms_as_many_trials():
     runs = PlantedRuns({"a": 3e-4, "b": 9e-4})
-    rates, tables = _tuned(config(**TUNED), runs)
+    rates, tables = _tune_rates(config(**TUNED), runs)
     assert rates == {"a": 3e-4, "b": 9e-4}
     assert tables["b"]["edge"] == ""  # the grid grew past 9e-4 and the best stayed inside
     for trials in runs.trials:
@@ -315,5 +315,5 @@ def test_each_arm_gets_its_own_rate_and_all_arms_as_many_trials():
 
 
 def test_a_best_rate_that_stays_at_the_edge_is_marked():
-    _, tables = _tuned(config(**TUNED), PlantedRuns({"a": 3e-4, "b": 1.0}))
+    _, tables = _tune_rates(config(**TUNED), PlantedRuns({"a": 3e-4, "b": 1.0}))
     assert (tables["a"]["edge"], tables["b"]["edge"]) == ("", "high")

@@ -6,9 +6,9 @@ import pytest
 
 from tests.fakes.tinymodels import make_tiny_model
 from topkd.compose.compare import compare
-from topkd.compose.comparison.cell import _entries, by_moment
+from topkd.compose.comparison.cell import _entries, group_by_step
 from topkd.compose.comparison.config import from_runs, parse_grid
-from topkd.compose.comparison.statistics import curve_facts
+from topkd.compose.comparison.statistics import summarize_curve
 from topkd.engine import EngineConfig
 from topkd.engine.loop.metrics import read_metrics
 
@@ -20,9 +20,9 @@ def test_evaluations_on_other_prefixes_are_no_points_of_the_curve():
         {"step": 4, "prefixes": "fixed", "reverse_kl": 1.0},
         {"step": 4, "prefixes": "fresh", "reverse_kl": 9.0},
     ]
-    first, last = by_moment(evals)
+    first, last = group_by_step(evals)
     assert (first["reverse_kl"], last["reverse_kl"], last["fresh"]["reverse_kl"]) == (2.0, 1.0, 9.0)
-    facts = curve_facts([first | {"tokens": 0}, last | {"tokens": 8}], "reverse_kl", 0.5)
+    facts = summarize_curve([first | {"tokens": 0}, last | {"tokens": 8}], "reverse_kl", 0.5)
     assert (facts["area"], facts["final"]) == (0.75, 1.0)
 
 

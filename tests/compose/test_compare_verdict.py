@@ -3,16 +3,16 @@
 import pytest
 
 from tests.compose.test_compare_stats import result
-from topkd.compose.comparison.statistics import arm_summaries
-from topkd.compose.comparison.summary import verdict
+from topkd.compose.comparison.statistics import summarize_arms
+from topkd.compose.comparison.summary import state_verdict
 
 SHOWN = {"a": "A", "b": "B", "c": "C"}
 
 
 def said_of(curves, seeds=(0, 1, 2), controls=()):
     arms = sorted({arm for arm, _ in curves})
-    rows = arm_summaries(arms, {key: result(values) for key, values in curves.items()}, seeds, "reverse_kl", 0.8)
-    return verdict(rows, SHOWN, "reverse_kl", controls)
+    rows = summarize_arms(arms, {key: result(values) for key, values in curves.items()}, seeds, "reverse_kl", 0.8)
+    return state_verdict(rows, SHOWN, "reverse_kl", controls)
 
 
 def curves(**shapes):

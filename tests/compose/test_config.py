@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from topkd.compose.config.api_keys import api_key
-from topkd.compose.config.run_config import RunConfig, load_config, validated
+from topkd.compose.config.api_keys import read_api_key
+from topkd.compose.config.run_config import RunConfig, load_config, validate_config
 from topkd.topk.errors import ConfigError
 
 GOOD = """
@@ -162,7 +162,7 @@ def test_a_mistake_on_the_command_line_is_blamed_on_its_set_in_plain_words(tmp_p
 def test_what_makes_no_sense_together_is_refused_with_the_reason(teacher, changes, message):
     values = {"student": {"model": "m"}, "data": {"path": "p"}, "teacher": teacher, **changes}
     with pytest.raises(ConfigError, match=message):
-        validated(RunConfig, values, where="run.toml")
+        validate_config(RunConfig, values, where="run.toml")
 
 
 def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path):
@@ -201,7 +201,7 @@ def test_a_key_in_place_of_its_variables_name_is_refused_and_not_repeated(tmp_pa
 
 def test_an_option_that_holds_the_key_itself_is_refused_and_not_repeated():
     with pytest.raises(ConfigError, match="--api-key-env: expected the name of an environment variable") as caught:
-        api_key("sk-hunter2", said="--api-key-env")
+        read_api_key("sk-hunter2", said="--api-key-env")
     assert "hunter2" not in str(caught.value)
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from topkd.compose.data import digests as contents
-from topkd.compose.data.digests import content_digest, rows_note
+from topkd.compose.data.digests import describe_rows, digest_contents
 from topkd.compose.run.folder import RUN_LOG
 from topkd.compose.run.resume import check_same_rows
 from topkd.engine.loop.prompts import PromptRow
@@ -21,24 +21,24 @@ class Image:
 
 
 def test_columns_that_are_objects_are_the_same_in_another_process_and_others_are_not():
-    notes = [rows_note([PromptRow([1], [1], columns={"image": image})]) for image in (Image(), Image(), Image(5))]
+    notes = [describe_rows([PromptRow([1], [1], columns={"image": image})]) for image in (Image(), Image(), Image(5))]
     assert notes[0] == notes[1] != notes[2]
 
 
 def test_a_process_of_a_machine_without_the_run_log_goes_on_and_one_with_it_compares(tmp_path):
-    note = rows_note([PromptRow([1], [1])])
+    note = describe_rows([PromptRow([1], [1])])
     check_same_rows(tmp_path / "nowhere", note, where="x")
     (tmp_path / RUN_LOG).write_text(json.dumps({"kind": "event", "prompts": note}) + "\n")
     check_same_rows(tmp_path, note, where="x")
     with pytest.raises(DataError, match="not those that the run began with"):
-        check_same_rows(tmp_path, rows_note([PromptRow([2], [2])]), where="x")
+        check_same_rows(tmp_path, describe_rows([PromptRow([2], [2])]), where="x")
 
 
 def test_a_folder_of_many_files_is_read_once_for_all_cells_and_then_what_changed_alone(tmp_path):
     def read():
-        before = contents._file_digest.cache_info().misses
-        digest = content_digest(tmp_path)
-        return digest, contents._file_digest.cache_info().misses - before
+        before = contents._digest_file.cache_info().misses
+        digest = digest_contents(tmp_path)
+        return digest, contents._digest_file.cache_info().misses - before
 
     for number in range(300):
         (tmp_path / f"{number}.json").write_text("{}")
@@ -50,5 +50,5 @@ def test_a_folder_of_many_files_is_read_once_for_all_cells_and_then_what_changed
 
 
 def test_what_cannot_be_looked_at_has_no_digest(tmp_path):
-    assert content_digest(tmp_path / "nothing") == ""
-    assert content_digest(tmp_path / ("n" * 300)) == ""
+    assert digest_contents(tmp_path / "nothing") == ""
+    assert digest_contents(tmp_path / ("n" * 300)) == ""

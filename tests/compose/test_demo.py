@@ -11,9 +11,9 @@ import pytest
 from topkd.compose import demo
 from topkd.compose.config.run_config import load_config
 from topkd.compose.demo_assets import assets, corpus
-from topkd.compose.demo_assets.folders import own_folder, scratch
+from topkd.compose.demo_assets.folders import open_demo_folder, open_scratch_folder
 from topkd.compose.progress import Progress
-from topkd.compose.run.signals import Stops
+from topkd.compose.run.signals import StopSignals
 from topkd.compose.train import train
 from topkd.engine.loop.metrics import read_metrics
 from topkd.serve import ServeConfig, ServerProcess
@@ -69,18 +69,18 @@ async def test_the_demo_runs_from_corpus_to_curve_and_reuses_what_it_trained(sma
 
 
 def test_the_corpus_is_the_same_every_time_and_a_mixture_from_the_start():
-    files = corpus.standard_library_files(500_000)
-    assert files == corpus.standard_library_files(500_000)
+    files = corpus.list_library_files(500_000)
+    assert files == corpus.list_library_files(500_000)
     assert len({path.parent for path in files[:20]}) > 3
     assert sum(path.stat().st_size for path in files) <= 500_000
 
 
 def test_encoding_and_decoding_lose_nothing(tmp_path):
-    texts = corpus.read_texts(corpus.standard_library_files(200_000))
+    texts = corpus.read_texts(corpus.list_library_files(200_000))
     corpus.train_tokenizer(texts, 512, tmp_path)
     from transformers import AutoTokenizer
 
-    ids = corpus.encode(texts[:2], tmp_path)
+    ids = corpus.encode_texts(texts[:2], tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     end = tokenizer.eos_token
     assert tokenizer.decode(ids) == texts[0] + end + texts[1] + end
@@ -99,10 +99,10 @@ async def test_a_folder_that_holds_anything_is_refused_before_the_work_and_left_
 
 def test_a_second_demo_goes_beside_the_first_and_says_so(tmp_path):
     usual, told = tmp_path / "runs" / "demo", Told()
-    with own_folder(None, usual, told) as first:
+    with open_demo_folder(None, usual, told) as first:
         pass
     (first / "run.toml").write_text("mine")
-    with own_folder(None, usual, told) as second, own_folder(None, usual, told) as third:
+    with open_demo_folder(None, usual, told) as second, open_demo_folder(None, usual, told) as third:
         pass
     assert [path.name for path in (first, second, third)] == ["demo", "demo-2", "demo-3"]
     assert [note.split(": ")[1] for note in told.notes] == [f"this demo goes to {path}" for path in (second, third)]
@@ -113,7 +113,7 @@ def test_what_ends_before_the_run_leaves_no_folder_and_keeps_an_empty_one(tmp_pa
     mine = tmp_path / "mine"
     mine.mkdir()
     for out in (None, mine):
-        with pytest.raises(KeyboardInterrupt), own_folder(out, tmp_path / "runs" / "demo", Told()):
+        with pytest.raises(KeyboardInterrupt), open_demo_folder(out, tmp_path / "runs" / "demo", Told()):
             raise KeyboardInterrupt
     assert list(mine.iterdir()) == list((tmp_path / "runs").iterdir()) == []
 
@@ -126,7 +126,7 @@ def test_a_place_that_can_never_be_had_is_an_error_and_no_search_without_end(tmp
         (tmp_path / "runs" / "mine", tmp_path / "demo", r"runs.mine\): got File exists"),
         (None, tmp_path / "loop" / "demo", r"loop.demo\): got Too many levels of symbolic links"),
     ):
-        with pytest.raises(ConfigError, match=where), own_folder(out, usual, Told()):
+        with pytest.raises(ConfigError, match=where), open_demo_folder(out, usual, Told()):
             pass
 
 
@@ -137,11 +137,11 @@ def test_scratch_of_the_dead_is_cleaned_and_of_the_living_is_waited_for(tmp_path
     release = threading.Event()
 
     def second():
-        with scratch(models, told) as staging:
+        with open_scratch_folder(models, told) as staging:
             release.set()
             assert staging.is_dir()
 
-    with scratch(models, Told()) as staging:
+    with open_scratch_folder(models, Told()) as staging:
         assert not dead.exists()
         other = threading.Thread(target=second)
         other.start()
@@ -159,7 +159,7 @@ async def test_a_demo_that_is_stopped_keeps_what_it_learnt_and_says_no_class_of_
                 self.kinds.append(kind)
                 os.kill(os.getpid(), signal.SIGINT)
 
-    with Stops() as stops:
+    with StopSignals() as stops:
         result = await demo.demo(
             "gjs", steps=50, out=tmp_path / "a", cache=tmp_path / "cache", progress=Impatient(), stops=stops
         )

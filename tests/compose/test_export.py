@@ -119,7 +119,7 @@ def test_what_cannot_be_exported_is_one_line(base, tmp_path):
 
 def test_a_folder_that_does_not_reload_as_its_student_is_not_there(base, tmp_path, monkeypatch):
     a_run(base, tmp_path)
-    monkeypatch.setattr("topkd.compose.export._difference", lambda *_: 1.0)
+    monkeypatch.setattr("topkd.compose.export._measure_difference", lambda *_: 1.0)
     with pytest.raises(TrainingError, match=r"does not reload.*differs by 1, expected at most 0.0001"):
         export(tmp_path, tmp_path / "made" / "model")
     assert not list((tmp_path / "made").iterdir())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from topkd.compose.run.folder import fresh_folder
+from topkd.compose.run.folder import prepare_folder
 from topkd.topk.errors import ConfigError, DataError
 
 STARTED = '{"kind": "event", "event": "start"}\n'
@@ -27,32 +27,32 @@ def test_a_run_log_of_another_program_is_not_taken_for_a_run_that_took_no_step(t
     (tmp_path / "metrics.jsonl").write_text(lines)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(error, match=message):
-        fresh_folder(tmp_path)
+        prepare_folder(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == lines
 
 
 def test_a_run_that_took_no_step_makes_room(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(STARTED)
-    fresh_folder(tmp_path)
+    prepare_folder(tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
     (tmp_path / "metrics.jsonl").write_text(STARTED[:9])  # killed while it wrote its first line
     (tmp_path / "config.json").write_text('{"rollout": {}, "learner": {}, "objective": {}}')
-    fresh_folder(tmp_path)
+    prepare_folder(tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_run_that_took_a_step_is_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(STARTED + '{"kind": "step", "step": 1}\n')
     with pytest.raises(ConfigError, match="already holds a run"):
-        fresh_folder(tmp_path)
+        prepare_folder(tmp_path)
 
 
 def test_a_name_that_no_folder_can_have_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"the output folder cannot be read .*too long"):
-        fresh_folder(tmp_path / ("a" * 300))
+        prepare_folder(tmp_path / ("a" * 300))
 
 
 def test_a_name_of_bytes_that_are_no_text_is_refused_before_any_weight_is_lost(tmp_path):
     with pytest.raises(ConfigError, match="the output folder's name is not UTF-8"):
-        fresh_folder(tmp_path / "run\udcff")
+        prepare_folder(tmp_path / "run\udcff")
     assert not list(tmp_path.iterdir())

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tests.fakes.in_process import InProcessTeacher, lists
-from topkd.compose.cache.identity import served_identity, served_name
-from topkd.compose.score import ScoreConfig
+from topkd.compose import score as job
+from topkd.compose.bulk.score_config import ScoreConfig
+from topkd.compose.cache.identity import build_served_identity, normalize_served_name
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.serve import ServeConfig
 from topkd.topk.errors import ConfigError
@@ -27,26 +28,26 @@ from topkd.topk.errors import ConfigError
     ],
 )
 def test_ways_to_write_one_folder_are_one_name(spelling, name):
-    assert served_name(spelling) == name
+    assert normalize_served_name(spelling) == name
 
 
 def test_names_that_may_be_two_models_stay_two():
     names = {"a/student", "b/student", "student", "/student", "../student", "Student", "org/student"}
-    assert len({served_name(name) for name in names}) == len(names)
+    assert len({normalize_served_name(name) for name in names}) == len(names)
 
 
 @pytest.mark.parametrize("name", [".", "./", "..", "../../", "/"])
 def test_a_name_that_says_nothing_needs_a_revision(tmp_path, name):
     with ScoreStore(tmp_path, mode="a") as store:
         with pytest.raises(ConfigError, match="says nothing of the model"):
-            served_identity(store, name)
-        assert served_identity(store, name, "v1").revision == "v1"
+            build_served_identity(store, name)
+        assert build_served_identity(store, name, "v1").revision == "v1"
 
 
 @pytest.mark.parametrize("name", ["http://10.0.0.1:8000/m", "https://key@host/m", " "])
 def test_an_address_is_no_name_in_any_spelling(tmp_path, name):
     with ScoreStore(tmp_path, mode="a") as store, pytest.raises(ConfigError, match="teacher identity"):
-        served_identity(store, name, "v1")
+        build_served_identity(store, name, "v1")
 
 
 @pytest.mark.parametrize("spelling", ["./teacher", "teacher/", "teacher"])
@@ -58,9 +59,9 @@ def test_a_cache_goes_on_under_the_name_it_was_begun_with(tmp_path, spelling, se
     first.close() if sealed else first.commit()
     with ScoreStore(tmp_path, mode="a") as store:
         for again in ("teacher", "./teacher", "./teacher/"):
-            assert served_identity(store, again, "v1") == old
-        assert served_identity(store, "./teacher", "v2") == TeacherIdentity("teacher", revision="v2")
-        assert served_identity(store, "./other", "v1") == TeacherIdentity("other", revision="v1")
+            assert build_served_identity(store, again, "v1") == old
+        assert build_served_identity(store, "./teacher", "v2") == TeacherIdentity("teacher", revision="v2")
+        assert build_served_identity(store, "./other", "v1") == TeacherIdentity("other", revision="v1")
     first.close()
 
 
@@ -70,7 +71,7 @@ def test_beside_a_name_in_its_own_spelling_another_one_is_not_chosen(tmp_path):
         for name in ("./teacher", "teacher"):
             store.put(TeacherIdentity(name), ids, lists(ids, 1))
     with ScoreStore(tmp_path) as store:
-        assert served_identity(store, "./teacher") == TeacherIdentity("teacher")
+        assert build_served_identity(store, "./teacher") == TeacherIdentity("teacher")
 
 
 async def test_scores_under_one_spelling_cost_nothing_under_another(tmp_path, monkeypatch):
@@ -81,7 +82,7 @@ async def test_scores_under_one_spelling_cost_nothing_under_another(tmp_path, mo
 
     async def score(model, **changes):
         config = ScoreConfig(data=data, out=tmp_path / "cache", teachers=("vllm:x",), model=model, k=2, **changes)
-        return await score(config)
+        return await job.score(config)
 
     assert (await score("./teacher/")).scored == 9
     assert (await score("teacher", estimate=True)).tokens_sent == 0

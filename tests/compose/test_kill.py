@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from tests.engine.pieces import model_folder
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.train import train
-from topkd.engine.loop.metrics import outcome, read_metrics
+from topkd.engine.loop.metrics import drop_timings, read_metrics
 from topkd.serve import ServeConfig, ServerProcess
 
 KILLS, STEPS = 30, 110
@@ -67,7 +67,7 @@ async def test_thirty_kills_change_no_number_and_ask_nothing_kept_again(folders,
     assert "is not used" not in done.stderr
 
     whole, killed = (
-        [outcome(record) for kind in ("step", "eval") for record in read_metrics(folder / "metrics.jsonl", kind)]
+        [drop_timings(record) for kind in ("step", "eval") for record in read_metrics(folder / "metrics.jsonl", kind)]
         for folder in (tmp_path / "whole", out)
     )
     assert [record["step"] for record in killed] == [*range(1, STEPS + 1)]

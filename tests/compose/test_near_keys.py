@@ -5,7 +5,7 @@ import re
 import pytest
 
 from topkd.compose.comparison.config import CompareConfig
-from topkd.compose.config.run_config import load_config, validated
+from topkd.compose.config.run_config import load_config, validate_config
 from topkd.topk.errors import ConfigError
 
 GOOD = """
@@ -62,7 +62,7 @@ def test_a_table_stands_for_a_table(tmp_path):
 def test_the_arms_of_a_comparison_have_keys_of_their_own():
     values = {"seeds": [0], "arms": [{"name": "a"}, {"name": "b", "sett": {}}]}
     with pytest.raises(ConfigError, match=r"'arms.1.sett' \(here\); did you mean 'arms.1.set'\?"):
-        validated(CompareConfig, values, where="here")
+        validate_config(CompareConfig, values, where="here")
 
 
 def test_a_misspelt_table_is_named_before_the_one_that_is_missing_for_it(tmp_path):

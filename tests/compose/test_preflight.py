@@ -9,15 +9,15 @@ import pytest
 from tests.engine.pieces import model_folder
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.run_prompts import load_prompts
-from topkd.compose.preflight.lengths import check_lengths, compared_ends
+from topkd.compose.preflight.lengths import check_lengths, compare_ends
 from topkd.compose.preflight.preflight import ready
-from topkd.compose.preflight.teachers import Met, meet_teachers
+from topkd.compose.preflight.teachers import TeacherInfo, check_teachers
 from topkd.compose.progress import Progress
-from topkd.compose.teachers.local import same_ids
+from topkd.compose.teachers.local import check_same_ids
 from topkd.compose.train import train
 from topkd.engine.loop.metrics import read_metrics
 from topkd.engine.loop.prompts import PromptRow
-from topkd.engine.loop.rollouts import draw
+from topkd.engine.loop.rollouts import draw_rollouts
 from topkd.engine.loop.scoring import score_rollouts
 from topkd.engine.models.tokenizer import load_tokenizer
 from topkd.serve import ServeConfig, ServerProcess
@@ -104,18 +104,18 @@ async def test_a_mistyped_path_is_told_before_the_teacher_is_asked(folder, tmp_p
 
 async def test_a_server_is_met_once_and_not_asked_again_by_a_resume(folder, server, tmp_path):
     config, kept = run_config(folder, server.url), tmp_path / "teachers.json"
-    met = (await meet_teachers(config, Progress(), kept))[""]
+    met = (await check_teachers(config, Progress(), kept))[""]
     assert (met.model, met.context, met.k, met.tokenizer) == ("t", 64, 20, "same")
     (entry,) = json.loads(kept.read_text())
     assert entry == asdict(met) | {"student": entry["student"]}
     found = json.dumps([entry | {"tokenizer": "yes, as it was found"}])
     kept.write_text(found)
-    again = (await meet_teachers(config, Progress(), kept, resumed=True))[""]
+    again = (await check_teachers(config, Progress(), kept, resumed=True))[""]
     assert again.tokenizer == "yes, as it was found"  # the questions were not asked
     wider = run_config(folder, server.url, k=5)
-    assert (await meet_teachers(wider, Progress(), kept, resumed=True))[""].tokenizer == "same"  # another question
+    assert (await check_teachers(wider, Progress(), kept, resumed=True))[""].tokenizer == "same"  # another question
     kept.write_text(found)
-    assert (await meet_teachers(config, Progress(), kept))[""].tokenizer == "same"  # a new run asks anew
+    assert (await check_teachers(config, Progress(), kept))[""].tokenizer == "same"  # a new run asks anew
 
 
 async def test_what_was_not_compared_is_compared_by_the_next_start_and_the_words_name_the_student(
@@ -123,20 +123,20 @@ async def test_what_was_not_compared_is_compared_by_the_next_start_and_the_words
 ):
     notes, kept = Notes(), tmp_path / "teachers.json"
     missing = run_config(folder, server.url, student={"model": "./nope"})
-    await meet_teachers(missing, notes, kept)
+    await check_teachers(missing, notes, kept)
     assert notes.said[-1].endswith("not compared with the student's: student.model './nope': no tokenizer there")
     for resumed in (False, True):
-        await meet_teachers(missing, Progress(), kept)
-        met = await meet_teachers(run_config(folder, server.url), Progress(), kept, resumed=resumed)
+        await check_teachers(missing, Progress(), kept)
+        met = await check_teachers(run_config(folder, server.url), Progress(), kept, resumed=resumed)
         assert met[""].tokenizer == "same"
 
 
 async def test_a_comparison_with_one_tokenizer_is_none_with_another(folder, server, tmp_path):
     kept = tmp_path / "teachers.json"
-    await meet_teachers(run_config(folder, server.url), Progress(), kept)
+    await check_teachers(run_config(folder, server.url), Progress(), kept)
     other = run_config(folder, server.url, student={"model": str(folder / "other")})
     with pytest.raises(ConfigError, match="cannot teach this student"):
-        await meet_teachers(other, Progress(), kept, resumed=True)
+        await check_teachers(other, Progress(), kept, resumed=True)
 
 
 async def test_a_corrected_command_compares_what_the_failed_start_could_not(folder, server, tmp_path):
@@ -168,8 +168,8 @@ async def test_a_teacher_with_other_tokens_is_refused_with_the_first_id_that_dif
         await train(config, tmp_path / "run")
     assert f"id {low} is" in str(caught.value) or f"id {high} is" in str(caught.value)
     with pytest.raises(ConfigError, match=rf"2 ids differ, the first is {low}: 'a' there and 'e' here"):
-        same_ids(str(folder / "student"), str(folder / "other"))
-    same_ids(str(folder / "student"), str(folder / "student"))
+        check_same_ids(str(folder / "student"), str(folder / "other"))
+    check_same_ids(str(folder / "student"), str(folder / "student"))
 
 
 async def test_a_completion_that_does_not_fit_the_teachers_context_is_refused_at_the_start(folder, server):
@@ -181,10 +181,12 @@ async def test_a_completion_that_does_not_fit_the_teachers_context_is_refused_at
 def test_the_one_token_that_scoring_generates_and_the_students_positions_count(folder, tmp_path):
     prompts = load_prompts(run_config(folder, "http://x"), Progress())
     size = prompts.rows[0].prompt_ids.size
-    met = {"": Met("http://x", "t", "vllm", "", size + 8 + 1, 20, "same")}
+    met = {"": TeacherInfo("http://x", "t", "vllm", "", size + 8 + 1, 20, "same")}
     check_lengths(run_config(folder, "http://x"), prompts, met)
     with pytest.raises(ConfigError, match="teacher's context"):
-        check_lengths(run_config(folder, "http://x"), prompts, {"": Met("http://x", "t", "vllm", "", size + 8, 20, "")})
+        check_lengths(
+            run_config(folder, "http://x"), prompts, {"": TeacherInfo("http://x", "t", "vllm", "", size + 8, 20, "")}
+        )
     with pytest.raises(ConfigError, match=r"student's positions.*at most 4096"):
         check_lengths(run_config(folder, "http://x", rollout={"max_completion_tokens": 4096}), prompts, {})
     lines = [{"prompt_ids": [5], "completion_ids": [6] * 4096}]
@@ -203,15 +205,15 @@ def test_a_base_student_of_an_instruct_teacher_is_told_which_end_it_lacks(folder
     tokenizer.save_pretrained(base)
     teacher = {"url": "http://x", "tokenizer": str(folder / "student")}
     config = run_config(folder, "http://x", student={"model": str(base)}, teacher=teacher)
-    ends = compared_ends(config, load_prompts(config, Progress()))
+    ends = compare_ends(config, load_prompts(config, Progress()))
     assert ends.stops == (base_end,)
     assert (ends.template, ends.teachers) == (end, {"": end})
     assert len(ends.notes) == 2
     assert all(f"rollout.stop_token_ids = [{end}]" in note for note in ends.notes)
     mended = config.model_copy(update={"rollout": config.rollout.model_copy(update={"stop_token_ids": (end,)})})
-    assert compared_ends(mended, load_prompts(mended, Progress())).notes == ()
+    assert compare_ends(mended, load_prompts(mended, Progress())).notes == ()
     same = run_config(folder, "http://x", teacher={"url": "http://x", "tokenizer": str(folder / "student")})
-    assert compared_ends(same, load_prompts(same, Progress())).notes == ()
+    assert compare_ends(same, load_prompts(same, Progress())).notes == ()
 
 
 async def test_a_stop_id_of_the_config_ends_a_completion_and_stays_in_it(folder):
@@ -224,7 +226,7 @@ async def test_a_stop_id_of_the_config_ends_a_completion_and_stays_in_it(folder)
         rollout={"max_completion_tokens": 16, "prompts_per_step": 8, "samples_per_prompt": 2, "stop_token_ids": stops},
     )  # fmt: skip
     sampler = InProcessSampler(Student.load(str(folder / "student"), "cpu"))
-    _, rollouts = await draw(config, [PromptRow(np.array([200, 201]), np.array([200, 201]))], sampler, 0)
+    _, rollouts = await draw_rollouts(config, [PromptRow(np.array([200, 201]), np.array([200, 201]))], sampler, 0)
     stopped = [rollout for rollout in rollouts if rollout.finish_reason == "stop"]
     assert len(stopped) > 8
     for rollout in stopped:

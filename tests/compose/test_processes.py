@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.engine.pieces import model_folder
-from topkd.engine.loop.metrics import outcome, read_metrics
+from topkd.engine.loop.metrics import drop_timings, read_metrics
 from topkd.serve import ServeConfig, ServerProcess
 
 STEPS = 6
@@ -66,7 +66,7 @@ def done(process):
 
 
 def run_log(folder, kind="step"):
-    return [outcome(record) for record in read_metrics(folder / "metrics.jsonl", kind)]
+    return [drop_timings(record) for record in read_metrics(folder / "metrics.jsonl", kind)]
 
 
 @pytest.mark.slow

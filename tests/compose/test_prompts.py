@@ -8,7 +8,7 @@ import pytest
 from tests.fakes.tinymodels import make_tokenizer
 from topkd.compose.data.chat_templates import Side
 from topkd.compose.data.prompts import Readers, read_prompts
-from topkd.compose.data.rows import checked_row
+from topkd.compose.data.rows import check_row
 from topkd.compose.data.sequences import BadRow, read_sequences
 from topkd.topk.errors import DataError
 
@@ -78,7 +78,7 @@ def test_a_message_nested_as_deeply_as_python_goes_is_a_bad_row():
     for _ in range(5000):
         content = [content]
     with pytest.raises(DataError, match=r"messages cannot be read \(x:1\): expected something nested less deeply"):
-        checked_row({"messages": [{"role": "user", "content": content}]}, "x:1")
+        check_row({"messages": [{"role": "user", "content": content}]}, "x:1")
 
 
 def test_overlong_rows_are_dropped_and_counted_when_asked(tmp_path):

@@ -11,15 +11,15 @@ import torch
 from safetensors.numpy import load_file
 
 from tests.engine.pieces import model_folder
-from topkd.compose.cache.identity import identities_with
-from topkd.compose.cache.rollouts import RecordedSampler, policy_identity
+from topkd.compose.cache.identity import list_identities
+from topkd.compose.cache.rollouts import RecordedSampler, build_policy_identity
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.progress import Progress
 from topkd.compose.replay import replay
-from topkd.compose.run.student import load_pieces
+from topkd.compose.run.student import load_student
 from topkd.compose.teachers.usage import FIELDS as TRAFFIC
 from topkd.compose.train import train
-from topkd.engine.loop.metrics import outcome, read_metrics
+from topkd.engine.loop.metrics import drop_timings, read_metrics
 from topkd.engine.loop.prompts import PromptRow
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.store.records import ROLLOUT
@@ -71,7 +71,7 @@ def sent_tokens(server):
 
 def steps_of(run):
     records = read_metrics(run / "metrics.jsonl", "step")
-    return [{key: value for key, value in outcome(record).items() if key not in CLOCKS} for record in records]
+    return [{key: value for key, value in drop_timings(record).items() if key not in CLOCKS} for record in records]
 
 
 def same(left, right):
@@ -147,12 +147,12 @@ async def test_another_live_run_in_the_same_cache_samples_for_itself(folders, se
     shutil.copytree(recorded / "cache", tmp_path / "cache")
     other = run_config(folders, server.url, tmp_path / "cache", objective={"kind": "gjs"})
     await train(other, tmp_path / "gjs")
-    assert len(identities_with(tmp_path / "cache", ROLLOUT)) == 2
+    assert len(list_identities(tmp_path / "cache", ROLLOUT)) == 2
     with pytest.raises(ConfigError, match="which recorded run") as caught:
         await replay(run_config(folders, NOWHERE), tmp_path / "which", cache=tmp_path / "cache")
-    revisions = [policy.revision for policy in identities_with(tmp_path / "cache", ROLLOUT)]
+    revisions = [policy.revision for policy in list_identities(tmp_path / "cache", ROLLOUT)]
     assert all(revision in str(caught.value) for revision in revisions)
-    (first,) = identities_with(recorded / "cache", ROLLOUT)
+    (first,) = list_identities(recorded / "cache", ROLLOUT)
     chosen = run_config(folders, NOWHERE, replay={"policy": first.revision})
     await replay(chosen, tmp_path / "first", cache=tmp_path / "cache")
     same(steps_of(tmp_path / "first"), steps_of(recorded / "live"))
@@ -265,7 +265,9 @@ def test_runs_whose_rows_have_other_teachers_are_other_policies(folders):
     student = SimpleNamespace(model=torch.nn.Linear(1, 1))
     teachers = {name: TeacherIdentity(name) for name in ("a", "b")}
     revisions = {
-        policy_identity(two, student, [PromptRow([5, 9], [5, 9], names[0]), PromptRow([6], [6], names[1])], teachers)
+        build_policy_identity(
+            two, student, [PromptRow([5, 9], [5, 9], names[0]), PromptRow([6], [6], names[1])], teachers
+        )
         for names in (("a", "b"), ("b", "a"), ("a", "b"))
     }
     assert len(revisions) == 2
@@ -276,4 +278,4 @@ def test_an_id_past_the_students_vocabulary_is_refused_by_its_row(folders, tmp_p
     data.write_text('{"prompt_ids": [5, 9]}\n{"prompt_ids": [5, 300], "id": "far"}\n')
     config = run_config(folders, NOWHERE, data={"path": str(data)})
     with pytest.raises(DataError, match=r"the student does not have \(.*far.jsonl, far\): got 300, expected below 300"):
-        load_pieces(config, Progress())
+        load_student(config, Progress())

@@ -7,7 +7,7 @@ import pytest
 
 from tests.engine.pieces import model_folder
 from topkd.compose.config.run_config import RunConfig
-from topkd.compose.teachers.usage import FIELDS, Traffic
+from topkd.compose.teachers.usage import FIELDS, TeacherUsage
 from topkd.compose.train import train
 from topkd.engine.loop.metrics import read_metrics
 from topkd.serve import ServeConfig, ServerProcess
@@ -60,7 +60,7 @@ def test_a_password_in_any_of_the_urls_is_refused(tmp_path):
 def test_traffic_is_what_was_added_since_the_last_record_summed_over_teachers():
     counts = [{"tries": 5.0, "scored_rows": 40.0}, {"tries": 1.0}]
     hits = {"hits": 0, "joined": 0}
-    traffic = Traffic()
+    traffic = TeacherUsage()
     for count in counts:
         traffic.client(lambda count=count: count)
     traffic.cache(lambda: hits)

@@ -17,9 +17,9 @@ from topkd.compose.config.run_config import RunConfig
 from topkd.compose.dry_run import dry_run
 from topkd.compose.progress import Progress
 from topkd.compose.replay import replay
-from topkd.compose.run.folder import claimed
+from topkd.compose.run.folder import lock_folder
 from topkd.compose.train import train
-from topkd.engine.loop.metrics import outcome, read_metrics
+from topkd.engine.loop.metrics import drop_timings, read_metrics
 from topkd.topk.errors import ConfigError, DataError, TrainingError
 
 
@@ -54,7 +54,7 @@ class Ear(Progress):
 
 
 def told(out, kind="step"):
-    return [outcome(record) for record in read_metrics(out / "metrics.jsonl", kind)]
+    return [drop_timings(record) for record in read_metrics(out / "metrics.jsonl", kind)]
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ async def test_what_cannot_be_resumed_is_one_line(folders, tmp_path):
     assert not (tmp_path / "none").exists()
     out = tmp_path / "run"
     await train(run_config(folders, steps=2), out)
-    with claimed(out), pytest.raises(ConfigError, match="another process is at work"):
+    with lock_folder(out), pytest.raises(ConfigError, match="another process is at work"):
         await train(run_config(folders, steps=3), out, resume=True)
     with pytest.raises(ConfigError, match=r"already holds a run.*--resume"):
         await train(run_config(folders, steps=2), out)
@@ -229,7 +229,7 @@ async def test_a_replay_is_resumed_by_replay(folders, tmp_path):
     with pytest.raises(ConfigError, match="made by topkd replay"):
         await train(config, out, resume=True)
     result = await replay(config, out, resume=True)
-    assert json.dumps([outcome(record) for record in result.steps]) == json.dumps(told_plain(out))
+    assert json.dumps([drop_timings(record) for record in result.steps]) == json.dumps(told_plain(out))
     assert [record["loss"] for record in result.steps] == [record["loss"] for record in recorded.steps]
 
 

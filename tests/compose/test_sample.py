@@ -8,8 +8,8 @@ import pytest
 
 from tests.compose.chat_server import AMBIGUOUS, LOGP, ChatServer
 from tests.engine.pieces import model_folder
-from topkd.compose.bulk.sample_config import Purse, SampleConfig
-from topkd.compose.cache.identity import check_off_policy, off_policy, sampled_policy
+from topkd.compose.bulk.sample_config import SampleConfig, SamplingBudget
+from topkd.compose.cache.identity import build_sampled_policy, check_off_policy, is_off_policy
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.replay import replay
 from topkd.compose.sample import SampleJob, sample
@@ -164,7 +164,7 @@ async def test_a_cap_is_never_crossed_and_what_was_set_aside_comes_back(config, 
 
 
 def test_a_purse_gives_what_is_left_and_not_more(config):
-    purse = Purse(config(max_tokens=100))
+    purse = SamplingBudget(config(max_tokens=100))
     assert purse.take(40, 60)
     assert not purse.take(1, 0)
     purse.give_back(50)
@@ -246,11 +246,11 @@ async def test_an_objective_that_cannot_learn_off_policy_is_refused_with_the_rea
 
 
 def test_a_recorded_run_is_no_off_policy_data(student, tmp_path):
-    assert off_policy(sampled_policy(TeacherIdentity("t", revision="v2")))
-    assert off_policy(TeacherIdentity("data", revision="run-notes"))
-    assert not off_policy(TeacherIdentity("student", revision="run-12ab"))
+    assert is_off_policy(build_sampled_policy(TeacherIdentity("t", revision="v2")))
+    assert is_off_policy(TeacherIdentity("data", revision="run-notes"))
+    assert not is_off_policy(TeacherIdentity("student", revision="run-12ab"))
     direct = run_config(student, "d", objective={"kind": "fkl"}, learner={"importance": {"kind": "none"}})
-    check_off_policy(direct, sampled_policy(CHATTY))  # no sampled token, no weight
+    check_off_policy(direct, build_sampled_policy(CHATTY))  # no sampled token, no weight
 
 
 async def test_a_server_that_continues_ids_samples_for_prompts_of_any_form_with_hints(student, tokenizer, tmp_path):

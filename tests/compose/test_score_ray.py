@@ -14,9 +14,9 @@ from tests.compose.test_score import keys, sent_tokens, written
 from tests.engine.pieces import model_folder
 from topkd.compose.bulk.ray_runner import Ledger
 from topkd.compose.bulk.score_config import ScoreConfig, ScoreReport
-from topkd.compose.bulk.selection import Verdict
-from topkd.compose.data.files import UNIT, Portion, joined
-from topkd.compose.data.sequences import ScoreInput, read_sequences, units
+from topkd.compose.bulk.selection import Claim
+from topkd.compose.data.files import UNIT, RowChunk, group_chunks
+from topkd.compose.data.sequences import ScoreInput, iter_chunks, read_sequences
 from topkd.compose.score import score
 from topkd.offline import ScoreStore, verify
 from topkd.serve import ServeConfig, ServerProcess
@@ -47,7 +47,7 @@ def test_portions_of_every_source_hold_each_row_once_and_in_order(tmp_path):
         whole = list(read_sequences(source))
         assert len(whole) == expected
         for limit in (None, 100, UNIT, 1000):
-            portions = joined(units(source), workers=2, limit=limit)
+            portions = group_chunks(iter_chunks(source), workers=2, limit=limit)
             parts = [item for portion in portions for item in read_sequences(source, None, portion)]
             assert [item.number for item in parts] == [item.number for item in whole][: limit or expected]
             same = zip(parts, whole, strict=False)
@@ -57,7 +57,7 @@ def test_portions_of_every_source_hold_each_row_once_and_in_order(tmp_path):
 
 def test_portions_are_large_for_large_files_and_small_enough_for_every_worker():
     def cut(rows, workers):
-        return joined((Portion(first, UNIT) for first in range(0, rows, UNIT)), workers=workers)
+        return group_chunks((RowChunk(first, UNIT) for first in range(0, rows, UNIT)), workers=workers)
 
     assert {portion.rows for portion in cut(1_000_000, 4)[:-1]} == {16 * UNIT}
     assert len(cut(16 * UNIT, 4)) == 16
@@ -66,11 +66,11 @@ def test_portions_are_large_for_large_files_and_small_enough_for_every_worker():
 
 def test_the_ledger_gives_a_sequence_to_one_portion_and_never_more_than_the_cap(tmp_path):
     ledger = Ledger(config("d", tmp_path, max_tokens=30))
-    assert ledger.claim(0, [(b"a", 10), (b"b", 10)]) == [Verdict.ASK, Verdict.ASK]
-    assert ledger.claim(64, [(b"a", 10), (b"c", 5)]) == [Verdict.ELSEWHERE, Verdict.ASK]
+    assert ledger.claim(0, [(b"a", 10), (b"b", 10)]) == [Claim.ASK, Claim.ASK]
+    assert ledger.claim(64, [(b"a", 10), (b"c", 5)]) == [Claim.ELSEWHERE, Claim.ASK]
     # A portion that is done anew keeps its claim, and what it sends again is counted again.
-    assert ledger.claim(0, [(b"a", 10)]) == [Verdict.CAP]
-    assert ledger.claim(64, [(b"d", 1)]) == [Verdict.CAP]
+    assert ledger.claim(0, [(b"a", 10)]) == [Claim.CAP]
+    assert ledger.claim(64, [(b"d", 1)]) == [Claim.CAP]
 
 
 def test_what_workers_are_sent_and_send_back_survives_pickling(tmp_path):

@@ -12,7 +12,7 @@ from tests.faults.server import FaultyServer
 from topkd.clients import VllmGenerate
 from topkd.clients.weights.sinks import VllmWeightSink
 from topkd.compose.config.run_config import RunConfig
-from topkd.compose.preflight.sampler import meet_sampler
+from topkd.compose.preflight.sampler import check_sampler
 from topkd.compose.train import train
 from topkd.engine.loop.metrics import read_metrics
 from topkd.engine.models.local_teacher import LocalTeacher
@@ -166,7 +166,7 @@ async def test_a_server_that_keeps_its_old_head_is_told_within_two_pushes_though
     folders, teacher, sampler, tmp_path, monkeypatch
 ):
     """vLLM on CPU does so with tied embeddings: the head's packed copy is not made anew by a reload."""
-    heads, real = [], sync.merged
+    heads, real = [], sync.merge_adapter
 
     def with_the_first_head(model):
         whole = copy.deepcopy(real(model))
@@ -174,7 +174,7 @@ async def test_a_server_that_keeps_its_old_head_is_told_within_two_pushes_though
         whole.lm_head.weight = torch.nn.Parameter(heads[0])
         return whole
 
-    monkeypatch.setattr(sync, "merged", with_the_first_head)
+    monkeypatch.setattr(sync, "merge_adapter", with_the_first_head)
     await train(run_config(folders, teacher, sampler), tmp_path / "run")
     events = read_metrics(tmp_path / "run" / "metrics.jsonl", "event")
     [alarm] = [event for event in events if event.get("alarm") == "sync_kl"]
@@ -219,7 +219,7 @@ async def test_a_server_that_takes_no_weights_is_refused_before_a_model_is_opene
     async with FaultyServer() as fixed:  # speaks vLLM's scoring and sampling routes, none that change anything
         config = run_config(folders, teacher, fixed, student={"model": "/no/model/is/opened"} | student)
         with pytest.raises(UnsupportedError, match=words):
-            await meet_sampler(config)
+            await check_sampler(config)
 
 
 async def test_a_stopped_cached_run_goes_on_and_asks_the_sampler_only_for_what_is_new(

@@ -11,10 +11,10 @@ from tests.engine.pieces import model_folder
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.run_prompts import load_prompts
 from topkd.compose.progress import Progress
-from topkd.compose.run.answer_scorers import answer_scorer, exact_match, numeric_match
+from topkd.compose.run.answer_scorers import exact_match, load_answer_scorer, score_numeric_match
 from topkd.compose.run.evaluation import Evaluation
-from topkd.compose.run.observers import numbers
-from topkd.compose.teachers.feedback import feedback_context
+from topkd.compose.run.observers import select_numbers
+from topkd.compose.teachers.feedback import build_feedback_context
 from topkd.compose.train import train
 from topkd.engine.loop.metrics import read_metrics
 from topkd.engine.models.divergences import Probe, exact_divergences
@@ -130,7 +130,7 @@ def test_tensorboard_holds_the_numbers_of_the_run_log(whole):
 
 def test_a_record_gives_its_finite_numbers_by_name():
     record = {"loss": 1.5, "lost": {"a": 2}, "ok": True, "nan": float("nan"), "list": [1], "mode": "x", "n": 3}
-    assert dict(numbers(record)) == {"loss": 1.5, "lost/a": 2.0, "n": 3.0}
+    assert dict(select_numbers(record)) == {"loss": 1.5, "lost/a": 2.0, "n": 3.0}
 
 
 async def test_wandb_goes_on_with_the_same_run_after_a_resume(folder, tmp_path, monkeypatch):
@@ -174,7 +174,7 @@ def test_feedback_on_the_very_completion_stands_in_the_teachers_prompt_alone(fol
     data = {"path": str(folder / "data.jsonl"), "feedback": f"{folder / 'mine.py'}:feedback"}
     config = run_config(folder, data=data)
     prompts = load_prompts(config, Progress())
-    context, row, tokenizer = feedback_context(config, prompts), prompts.rows[0], prompts.tokenizer
+    context, row, tokenizer = build_feedback_context(config, prompts), prompts.rows[0], prompts.tokenizer
 
     def answered(text):
         ids = np.array(tokenizer(text)["input_ids"], np.int32)
@@ -184,12 +184,12 @@ def test_feedback_on_the_very_completion_stands_in_the_teachers_prompt_alone(fol
     assert "you wrote ' 7', not 1" in tokenizer.decode(told.teacher_prompt_ids)
     assert told.prompt_ids is row.prompt_ids
     assert answered("1") is row
-    assert feedback_context(run_config(folder), prompts) is None
+    assert build_feedback_context(run_config(folder), prompts) is None
 
 
 def test_scorers_take_the_last_number_or_the_whole_text():
     row = {"answer": "1,200"}
-    assert [numeric_match(row, text) for text in ("so 3 and then 1200.0", "1,200", "12", "none")] == [1, 1, 0, 0]
+    assert [score_numeric_match(row, text) for text in ("so 3 and then 1200.0", "1,200", "12", "none")] == [1, 1, 0, 0]
     assert [exact_match({"answer": 7}, text) for text in (" 7\n", "7.", "77")] == [1, 0, 0]
     with pytest.raises(DataError, match=r"needs an answer .*columns \['prompt'\]"):
         exact_match({"prompt": "x"}, "y")
@@ -206,12 +206,12 @@ def test_scorers_take_the_last_number_or_the_whole_text():
 )
 def test_a_scorer_that_is_not_there_is_one_line(folder, name, message):
     with pytest.raises(ConfigError, match=message):
-        answer_scorer(name.format(mine=folder / "mine.py"))
+        load_answer_scorer(name.format(mine=folder / "mine.py"))
 
 
 def test_a_scorer_that_fails_names_its_row(folder):
     with pytest.raises(ConfigError, match=r"the scorer failed .*row 3\): got KeyError: 'nothing'"):
-        answer_scorer(f"{folder / 'mine.py'}:broken")({"id": 3}, "x")
+        load_answer_scorer(f"{folder / 'mine.py'}:broken")({"id": 3}, "x")
 
 
 async def test_an_evaluation_that_cannot_measure_is_refused_before_the_first_step(folder, tmp_path):

@@ -7,11 +7,11 @@ import pytest
 from tests.contract.conftest import API_KEY
 from tests.contract.servers import Endpoint
 from topkd.clients.probe.probe import probe
-from topkd.compose.data.byte_maps import student_bytemap
+from topkd.compose.data.byte_maps import load_student_byte_map
 
 
 async def test_the_probe_finds_the_servers_limits_and_passes_it_as_a_teacher(server: Endpoint):
-    report = await probe(server.url, api_key=server.api_key, student=student_bytemap(server.model_dir))
+    report = await probe(server.url, api_key=server.api_key, student=load_student_byte_map(server.model_dir))
     assert report.can_teach, report.verdict
     assert f"K <= {server.max_logprobs}" in report.verdict
     can = report.capabilities
@@ -54,5 +54,5 @@ async def test_a_student_with_another_tokenizer_is_noticed(embedded: Endpoint, s
     from tests.fakes.tinymodels import make_tiny_model
 
     other = make_tiny_model(tmp_path / student, vocab=1024)
-    report = await probe(embedded.url, api_key=API_KEY, student=student_bytemap(other))
+    report = await probe(embedded.url, api_key=API_KEY, student=load_student_byte_map(other))
     assert report["tokenizer"].status in {"warn", "fail"}, report["tokenizer"]

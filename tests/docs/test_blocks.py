@@ -48,7 +48,7 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[]
             folder = tmp_path_factory.mktemp("server")
             make_tiny_model(folder / "model")
             # The tokenizer that the pages' own students are made with: a teacher must share it.
-            texts = corpus.read_texts(corpus.standard_library_files(400_000))
+            texts = corpus.read_texts(corpus.list_library_files(400_000))
             corpus.train_tokenizer(texts, 2048, folder / "model")
             config = ServeConfig(model=str(folder / "model"), port=0)
             return stack.enter_context(ServerProcess(config, log_path=folder / "server.log")).url
@@ -93,17 +93,17 @@ def load_toml(text: str, where: str) -> None:
     """Parses; what sets anything of a run is validated as a run config, a fragment after completion."""
     tables = tomllib.loads(text)
     from topkd.compose.comparison.config import CompareConfig
-    from topkd.compose.config.run_config import RunConfig, validated
+    from topkd.compose.config.run_config import RunConfig, validate_config
 
     if "arms" in tables:
-        validated(CompareConfig, tables, where=where)
+        validate_config(CompareConfig, tables, where=where)
         return
     if not RunConfig.model_fields.keys() & tables.keys():
         return
     rest = {"student": {"model": "m"}, "teacher": {"url": "http://127.0.0.1:8000"}, "data": {"path": "p.jsonl"}}
     if "teachers" in tables:
         del rest["teacher"]
-    validated(RunConfig, rest | tables, where=where)
+    validate_config(RunConfig, rest | tables, where=where)
 
 
 def _run(command: list[str], block: Block, folder: Path) -> None:

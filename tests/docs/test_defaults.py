@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.docs.blocks import ROOT
-from topkd.compose.config.run_config import RunConfig, validated
+from topkd.compose.config.run_config import RunConfig, validate_config
 
 BARE = {"student": {"model": "m"}, "teacher": {"url": "http://127.0.0.1:8000"}, "data": {"path": "p.jsonl"}}
 SERVED = {"sampler": {"kind": "server", "url": "http://127.0.0.1:8001"}}
@@ -36,7 +36,7 @@ def plain(text):
 def defaults(key):
     """What the key is by default: in a bare run where that has it, else in each variant that does."""
     for variant in VARIANTS:
-        found = validated(RunConfig, BARE | variant, where="test")
+        found = validate_config(RunConfig, BARE | variant, where="test")
         for name in key.split("."):
             if not hasattr(found, name):
                 break

@@ -4,13 +4,13 @@ import asyncio
 
 import pytest
 
-from topkd.engine.checkpoint.checkpoint import newest_checkpoint, restore, save_checkpoint
+from topkd.engine.checkpoint.checkpoint import find_newest_checkpoint, restore, save_checkpoint
 from topkd.engine.config.engine_config import CheckpointConfig, EngineConfig, RolloutConfig
 from topkd.engine.config.learner import LearnerConfig
 from topkd.engine.learner.learner import Learner
 from topkd.engine.loop.hooks import Hooks
 from topkd.engine.loop.loop import distil
-from topkd.engine.loop.metrics import MetricsLog, outcome, read_metrics
+from topkd.engine.loop.metrics import MetricsLog, drop_timings, read_metrics
 from topkd.engine.loop.position import Position
 from topkd.engine.loop.prompts import PromptRow
 from topkd.engine.models.local_teacher import LocalTeacher
@@ -92,7 +92,7 @@ async def leg(
     learner = Learner(student, engine.learner, engine.objective, lock=sampler.lock, steps=steps)
     start, stop = Position(), asyncio.Event()
     breaks = Breaks(broken)
-    if (found := newest_checkpoint(out, pytest.fail)) is not None:
+    if (found := find_newest_checkpoint(out, pytest.fail)) is not None:
         restore(found, learner)
         start = found.position
         (out / "metrics.jsonl").write_bytes((out / "metrics.jsonl").read_bytes()[: found.run_log_bytes])
@@ -143,4 +143,4 @@ async def leg(
 
 
 def told(out):
-    return [outcome(record) for record in read_metrics(out / "metrics.jsonl")]
+    return [drop_timings(record) for record in read_metrics(out / "metrics.jsonl")]

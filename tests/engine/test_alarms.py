@@ -1,6 +1,6 @@
 """Alarms sound once, when something begins to go wrong, and never for a steady run."""
 
-from topkd.engine.loop.alarms import alarms
+from topkd.engine.loop.alarms import find_alarms
 
 
 def run(**series):
@@ -8,7 +8,7 @@ def run(**series):
 
 
 def sounded(records):
-    return [(i, alarm["alarm"]) for i in range(len(records)) for alarm in alarms(records[: i + 1])]
+    return [(i, alarm["alarm"]) for i in range(len(records)) for alarm in find_alarms(records[: i + 1])]
 
 
 def test_a_steady_run_is_silent():

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from tests.engine.pieces import scalar_sample
-from topkd.engine.learner.batching import micro_batches
+from topkd.engine.learner.batching import make_micro_batches
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ def samples(seed=0, count=40):
 
 
 def batches(chosen, budget):
-    return list(micro_batches(chosen, [sample.core.mask for sample in chosen], budget, CPU))
+    return list(make_micro_batches(chosen, [sample.core.mask for sample in chosen], budget, CPU))
 
 
 def test_every_sample_is_in_one_batch_within_the_budget():
@@ -65,5 +65,5 @@ def test_rows_predict_their_targets_and_nothing_trains_on_padding():
 def test_samples_without_a_trained_token_are_left_out():
     chosen = samples(count=5)
     masks = [sample.core.mask & (i % 2 == 0) for i, sample in enumerate(chosen)]
-    made = list(micro_batches(chosen, masks, 1000, CPU))
+    made = list(make_micro_batches(chosen, masks, 1000, CPU))
     assert {id(sample) for batch in made for sample in batch.samples} == {id(chosen[i]) for i in (0, 2, 4)}

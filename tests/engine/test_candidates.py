@@ -9,7 +9,7 @@ from topkd.engine.config.engine_config import EngineConfig, RolloutConfig
 from topkd.engine.config.learner import LearnerConfig
 from topkd.engine.config.objectives import TopKPolicyGradient
 from topkd.engine.learner.learner import Learner
-from topkd.engine.loop.candidates import check_support, on_support, supported
+from topkd.engine.loop.candidates import build_support_rows, check_support, move_to_support
 from topkd.engine.loop.loop import distil
 from topkd.engine.loop.metrics import MetricsLog
 from topkd.engine.loop.prompts import PromptRow
@@ -35,7 +35,7 @@ async def test_rows_on_a_support_are_the_teachers_own_probabilities_and_the_tail
     [rollout] = await InProcessSampler(student).sample([5, 6, 7], 1, SamplingParams(max_tokens=12, seed=3), k=K)
     ids = [5, 6, 7, *rollout.completion_ids.tolist()]
     scores = await LocalTeacher(teacher).score(ids, 2, K)
-    rows = await supported(LocalTeacher(teacher), ids, scores, rollout, support)
+    rows = await move_to_support(LocalTeacher(teacher), ids, scores, rollout, support)
     with torch.inference_mode():
         logits = teacher.model(input_ids=torch.tensor([ids])).logits[0, 2:-1]
     exact = torch.log_softmax(logits.double(), dim=-1).numpy()
@@ -56,13 +56,13 @@ def test_zero_probability_pads_and_holes_stay_what_they_are():
     )
     wanted = np.array([[9, 7, -1], [3, 4, 5]], dtype=np.int32)
     values = np.array([[np.log(0.25), -np.inf, -np.inf], [-1.0, -2.0, -3.0]], dtype=np.float32)
-    union = on_support(scores, wanted, values, "union")
+    union = build_support_rows(scores, wanted, values, "union")
     assert union.ids[0].tolist() == [4, 9, 7, -1, -1], "7 is known to have no probability; a pad is no token"
     assert np.exp(union.tail_logp[0]) == pytest.approx(0.25, abs=1e-6)
     assert union.ids[1].tolist() == [-1] * 5
     assert np.isnan(union.tail_logp[1])
     assert not union.signal[1]
-    alone = on_support(scores, wanted, values, "student")
+    alone = build_support_rows(scores, wanted, values, "student")
     assert alone.ids[0].tolist() == [9, 7, -1]
     assert np.exp(alone.tail_logp[0]) == pytest.approx(0.75, abs=1e-6)
 

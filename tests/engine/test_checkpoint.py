@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 
 from tests.engine.legs import leg, told
 from tests.engine.pieces import model_folder
-from topkd.engine.checkpoint.checkpoint import FOLDER, newest_checkpoint, restore, save_checkpoint
-from topkd.engine.checkpoint.snapshots import MANIFEST, fault_of, newest_snapshot, write_folder, write_snapshot
+from topkd.engine.checkpoint.checkpoint import FOLDER, find_newest_checkpoint, restore, save_checkpoint
+from topkd.engine.checkpoint.snapshots import MANIFEST, find_fault, find_newest_snapshot, write_folder, write_snapshot
 from topkd.engine.config.engine_config import EngineConfig
 from topkd.engine.config.learner import LearnerConfig
 from topkd.engine.learner.learner import Learner
@@ -43,7 +43,7 @@ async def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(folders, tmp_p
 async def test_rollouts_in_flight_are_in_the_checkpoint_unless_somebody_remembers_them(folders, tmp_path):
     await leg(folders, tmp_path / "kept", staleness=2, stop_at=4)
     await leg(folders, tmp_path / "left", staleness=2, stop_at=4, remembered=True)
-    kept, left = (newest_checkpoint(tmp_path / name, pytest.fail) for name in ("kept", "left"))
+    kept, left = (find_newest_checkpoint(tmp_path / name, pytest.fail) for name in ("kept", "left"))
     assert [(queued.step, queued.version) for queued in kept.position.queue] == [(4, 2), (5, 3)]
     assert all(len(queued.rollouts) == 6 for queued in kept.position.queue)
     assert [queued.rollouts for queued in left.position.queue] == [None, None]
@@ -63,7 +63,7 @@ async def test_a_batch_that_nobody_remembers_any_more_is_drawn_again_and_said(fo
 
 async def test_an_evaluation_that_the_stop_came_before_is_made_up_for(folders, tmp_path):
     await leg(folders, tmp_path, stop_at=4)
-    at = newest_checkpoint(tmp_path, pytest.fail)
+    at = find_newest_checkpoint(tmp_path, pytest.fail)
     assert (at.position.step, at.position.evaluated) == (4, 4)
     state = at.path / "state.json"
     values = json.loads(state.read_text())
@@ -106,7 +106,7 @@ def flipped(path):
 def test_a_damaged_snapshot_is_passed_over_and_named(snapshots, damage, words):
     heard = []
     damage(snapshots / "step-00000010")
-    assert newest_snapshot(snapshots, heard.append) == snapshots / "step-00000005"
+    assert find_newest_snapshot(snapshots, heard.append) == snapshots / "step-00000005"
     assert len(heard) == 1
     assert "step-00000010" in heard[0]
     assert words in heard[0]
@@ -119,7 +119,7 @@ def test_a_snapshot_whose_writing_was_cut_off_at_any_point_is_not_there(snapshot
 
     with pytest.raises(KeyboardInterrupt):
         write_snapshot(snapshots, 15, dies, keep=3)
-    assert newest_snapshot(snapshots, pytest.fail) == snapshots / "step-00000010"
+    assert find_newest_snapshot(snapshots, pytest.fail) == snapshots / "step-00000010"
     write_snapshot(snapshots, 20, lambda folder: (folder / "data").write_bytes(b"y"), keep=2)
     left = sorted(path.name for path in snapshots.iterdir())
     assert left == ["step-00000010", "step-00000020"]  # the wreck is gone, and only two stay
@@ -128,7 +128,7 @@ def test_a_snapshot_whose_writing_was_cut_off_at_any_point_is_not_there(snapshot
 def test_a_snapshot_of_the_same_step_replaces_a_damaged_one(snapshots):
     flipped(snapshots / "step-00000010")
     write_snapshot(snapshots, 10, lambda folder: (folder / "data").write_bytes(b"new"), keep=3)
-    assert fault_of(snapshots / "step-00000010") is None
+    assert find_fault(snapshots / "step-00000010") is None
     assert (snapshots / "step-00000010" / "data").read_bytes() == b"new"
 
 
@@ -155,7 +155,7 @@ def test_a_checkpoint_keeps_random_numbers_and_whatever_else_has_a_state(folders
             stateful={"teacher": average},
         )  # fmt: skip
         drawn = torch.rand(3), np.random.random()  # noqa: NPY002
-        found = newest_checkpoint(tmp_path, pytest.fail)
+        found = find_newest_checkpoint(tmp_path, pytest.fail)
         other = Average()
         other.weights = {}
         restore(found, learner, {"teacher": other})
@@ -176,10 +176,10 @@ def test_weights_of_another_student_are_refused(folders, tmp_path):
     own = Learner(Student.load(str(folders[0]), "cpu"), config, objective)
     before = own.student.head.weight.clone()
     with pytest.raises(ConfigError, match="weights of another student"):
-        restore(newest_checkpoint(tmp_path, pytest.fail), own)
+        restore(find_newest_checkpoint(tmp_path, pytest.fail), own)
     assert torch.equal(own.student.head.weight, before)
     shutil.rmtree(tmp_path / FOLDER)
-    assert newest_checkpoint(tmp_path, pytest.fail) is None
+    assert find_newest_checkpoint(tmp_path, pytest.fail) is None
 
 
 @pytest.mark.parametrize(

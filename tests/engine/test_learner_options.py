@@ -13,7 +13,7 @@ from topkd.engine.config.learner import LearnerConfig, LoRAConfig
 from topkd.engine.config.objectives import SFT, TAID, DirectGJS, TopKPolicyGradient
 from topkd.engine.learner.batching import TextSample
 from topkd.engine.learner.learner import Learner
-from topkd.engine.models.lora import merged
+from topkd.engine.models.lora import merge_adapter
 from topkd.engine.models.sampler import InProcessSampler
 from topkd.engine.models.student import Precision, Student
 from topkd.topk import SamplingParams
@@ -141,7 +141,7 @@ def test_an_adapter_alone_trains_starts_as_no_change_and_merges_into_what_was_tr
     assert all(torch.equal(value, student.model.get_parameter(name)) for name, value in frozen.items())
     with torch.no_grad():
         trained = student.token_logprobs(ids, mask, rows, wanted)
-    merged(student.model).save_pretrained(tmp_path / "whole")
+    merge_adapter(student.model).save_pretrained(tmp_path / "whole")
     whole = Student.load(str(tmp_path / "whole"), "cpu")
     with torch.no_grad():
         torch.testing.assert_close(whole.token_logprobs(ids, mask, rows, wanted), trained, rtol=1e-4, atol=1e-4)

@@ -16,7 +16,7 @@ from topkd.engine.config.objectives import GJS, ScalarKL, TopKPolicyGradient
 from topkd.engine.learner.learner import Learner
 from topkd.engine.loop.hooks import Hooks
 from topkd.engine.loop.loop import distil
-from topkd.engine.loop.metrics import MetricsLog, outcome, read_metrics, strict
+from topkd.engine.loop.metrics import MetricsLog, drop_timings, make_strict_json, read_metrics
 from topkd.engine.loop.prompts import PromptRow, step_indices
 from topkd.engine.models.divergences import Probe, exact_divergences
 from topkd.engine.models.local_teacher import LocalTeacher
@@ -82,8 +82,8 @@ async def test_the_exact_divergence_falls(folders, tmp_path, objective):
 async def test_a_run_repeats_itself_exactly(folders, tmp_path):
     first, _ = await run(folders, tmp_path / "a", config(TopKPolicyGradient()))
     second, _ = await run(folders, tmp_path / "b", config(TopKPolicyGradient()))
-    assert [outcome(record) for record in first] == [outcome(record) for record in second]
-    timed = first[0].keys() - outcome(first[0]).keys()
+    assert [drop_timings(record) for record in first] == [drop_timings(record) for record in second]
+    timed = first[0].keys() - drop_timings(first[0]).keys()
     assert timed == {"sample_s", "score_wait_s", "learn_s", "publish_s", "elapsed_s"}
 
 
@@ -230,7 +230,7 @@ def test_ids_that_both_models_exclude_add_nothing_to_a_divergence(folders):
 
 def test_a_number_that_json_cannot_say_is_null_at_any_depth():
     told = {"last_step": {"kl_k1": math.nan, "lost": {}, "of": [1.5, (math.inf, -math.inf)]}, "out": "runs/a"}
-    assert json.loads(json.dumps(strict(told), allow_nan=False)) == {
+    assert json.loads(json.dumps(make_strict_json(told), allow_nan=False)) == {
         "last_step": {"kl_k1": None, "lost": {}, "of": [1.5, [None, None]]},
         "out": "runs/a",
     }

@@ -6,7 +6,12 @@ import pytest
 from tests.engine.pieces import model_folder
 from topkd.engine.config.engine_config import EngineConfig
 from topkd.engine.learner.learner import Learner
-from topkd.engine.loop.data_mixing import data_rollouts, data_rows, data_texts, on_policy_prompts
+from topkd.engine.loop.data_mixing import (
+    build_data_rollouts,
+    build_data_texts,
+    count_on_policy_prompts,
+    select_data_rows,
+)
 from topkd.engine.loop.hooks import Hooks
 from topkd.engine.loop.loop import distil
 from topkd.engine.loop.metrics import MetricsLog
@@ -123,21 +128,21 @@ async def test_the_teacher_scores_the_datas_completions_for_a_direct_loss(folder
 
 def test_which_rows_a_step_takes_depends_on_seed_and_step_alone():
     engine = config("topk_pg", on_policy_fraction=0.34)
-    assert on_policy_prompts(engine) == 2
-    names = [[row.sample_id for row in data_rows(engine, ROWS, step)] for step in range(3)]
-    assert names == [[row.sample_id for row in data_rows(engine, ROWS, step)] for step in range(3)]
+    assert count_on_policy_prompts(engine) == 2
+    names = [[row.sample_id for row in select_data_rows(engine, ROWS, step)] for step in range(3)]
+    assert names == [[row.sample_id for row in select_data_rows(engine, ROWS, step)] for step in range(3)]
     assert all(name.startswith("data") for step in names for name in step)
     assert sorted(name for step in names for name in step) == sorted([f"data{i}" for i in range(4)] * 3)
-    assert data_rollouts(engine, ROWS, 0) == ([], [])
-    text = data_texts(engine, ROWS, 0)[0].core
+    assert build_data_rollouts(engine, ROWS, 0) == ([], [])
+    text = build_data_texts(engine, ROWS, 0)[0].core
     assert text.mask.tolist() == [True, False, True]
-    assert data_texts(config("gjs_direct", on_policy_fraction=0.34, data_loss="objective"), ROWS, 0) == []
+    assert build_data_texts(config("gjs_direct", on_policy_fraction=0.34, data_loss="objective"), ROWS, 0) == []
 
 
 @pytest.mark.parametrize("fraction", [0.9, 0.1])
 async def test_a_mixture_that_rounds_to_one_side_alone_is_refused(folders, tmp_path, fraction):
     engine = config("gjs_direct", on_policy_fraction=fraction, rollout={"prompts_per_step": 4})
-    assert on_policy_prompts(engine) == (4 if fraction > 0.5 else 0)
+    assert count_on_policy_prompts(engine) == (4 if fraction > 0.5 else 0)
     with pytest.raises(ConfigError, match="too small for on_policy_fraction"):
         await run(folders, tmp_path, engine)
 

@@ -7,7 +7,7 @@ import torch
 
 from tests.engine.legs import leg, told
 from tests.engine.pieces import model_folder
-from topkd.engine.checkpoint.checkpoint import newest_checkpoint
+from topkd.engine.checkpoint.checkpoint import find_newest_checkpoint
 from topkd.engine.loop.metrics import read_metrics
 from topkd.topk.errors import AuthError, ConfigError, SyncError, TrainingError
 
@@ -53,7 +53,7 @@ async def test_an_error_ends_the_run_once_and_the_run_goes_on_from_there(folders
     steps = [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl", "step")]
     assert steps == [*range(1, len(steps) + 1)]
     assert len(steps) in taken
-    assert newest_checkpoint(tmp_path, pytest.fail).position.step == len(steps)
+    assert find_newest_checkpoint(tmp_path, pytest.fail).position.step == len(steps)
 
     learner = await leg(folders, tmp_path, own_weights=own_weights, every=3)
     out, whole = wholes[own_weights]
@@ -83,7 +83,7 @@ async def test_a_run_that_is_cancelled_keeps_what_it_learnt(folders, wholes, tmp
     with pytest.raises(asyncio.CancelledError):
         await run
     taken = len(read_metrics(tmp_path / "metrics.jsonl", "step"))
-    assert newest_checkpoint(tmp_path, pytest.fail).position.step == taken < 9
+    assert find_newest_checkpoint(tmp_path, pytest.fail).position.step == taken < 9
     await leg(folders, tmp_path, every=100)
     steps = [record for record in told(tmp_path) if record["kind"] == "step"]
     assert steps == [record for record in told(wholes[False][0]) if record["kind"] == "step"] or _redrawn(tmp_path)

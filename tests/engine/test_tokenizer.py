@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from tests.engine.pieces import model_folder
-from topkd.compose.bulk.job import text_tokenizer
+from topkd.compose.bulk.job import load_text_tokenizer
 from topkd.engine.models.tokenizer import load_tokenizer
 from topkd.topk.errors import ConfigError
 
@@ -23,7 +23,7 @@ def _holding(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
-@pytest.mark.parametrize("load", [load_tokenizer, text_tokenizer])
+@pytest.mark.parametrize("load", [load_tokenizer, load_text_tokenizer])
 @pytest.mark.parametrize(
     ("harm", "got"),
     [
@@ -46,4 +46,4 @@ def test_a_folder_without_a_whole_tokenizer_is_refused_in_one_line(whole, tmp_pa
 
 def test_a_whole_one_is_opened_and_none_is_none(whole):
     assert load_tokenizer(str(whole)).encode("ab")
-    assert text_tokenizer(None) is None
+    assert load_text_tokenizer(None) is None

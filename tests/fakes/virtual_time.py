@@ -90,12 +90,12 @@ def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[
 def _use(clock: Callable[[], float], patch: pytest.MonkeyPatch) -> None:
     from topkd.clients.fleet.circuit_breaker import Breaker
     from topkd.clients.http import watchdog
-    from topkd.clients.http.admission import Window
+    from topkd.clients.http.admission import AdaptiveWindow
     from topkd.clients.http.retry import Total
 
     class Time:
         monotonic = staticmethod(clock)
 
     patch.setattr(watchdog, "time", Time)
-    for owner in (Breaker, Window, Total):
+    for owner in (Breaker, AdaptiveWindow, Total):
         patch.setattr(owner.__init__, "__defaults__", (clock,))

@@ -18,9 +18,9 @@ from tests.clients.replies import score_body, score_rows
 from topkd.clients.decoding import vllm as decode
 from topkd.clients.decoding import vllm_numba as decode_numba
 from topkd.clients.decoding import vllm_numpy as decode_numpy
-from topkd.clients.decoding.binary import flat_lists, npy_matrix
-from topkd.clients.decoding.sampled import Asked, rollouts
-from topkd.clients.http.status_errors import refusal
+from topkd.clients.decoding.binary import read_flat_lists, read_npy_matrix
+from topkd.clients.decoding.sampled import SampleRequest, read_rollouts
+from topkd.clients.http.status_errors import error_from_reply
 from topkd.clients.http.transport import Reply
 from topkd.topk.errors import ServerBusyError, ServerError, TopkdError
 from topkd.topk.samples import SamplingParams
@@ -135,7 +135,7 @@ def check_score(body: bytes, ids: np.ndarray, start: int, k: int) -> str:
     outcomes = {}
     readers = {"typed": lambda *a: None, "numpy": decode_numpy.read_rows}
     if decode_numba.available():
-        readers["numba"] = decode_numba.read_rows
+        readers["numba"] = decode_numba.read_rows_compiled
     for name, read in readers.items():
         try:
             outcomes[name] = _with(read, body, ids, start, k)
@@ -164,7 +164,7 @@ def _with(read, body, ids, start, k):
     if fast is None:
         choice = decode.scored_choice(body)
         decode.check_prompt(choice.prompt_token_ids, ids)
-        return decode.scored(decode.prompt_rows(choice, ids, start), ids, start, k, VOCAB)
+        return decode.build_scores(decode.read_prompt_rows(choice, ids, start), ids, start, k, VOCAB)
     rows, envelope = fast
     decode.check_prompt(decode.scored_choice(envelope).prompt_token_ids, ids)
     return decode.ranked(rows, ids, start, VOCAB)
@@ -185,7 +185,7 @@ def fuzz_scores(n: int, seed: int) -> dict[str, int]:
 def fuzz_samples(n: int, seed: int) -> dict[str, int]:
     rng = random.Random(seed)
     prompt = np.array([5, 6], dtype=np.int32)
-    asked = Asked(prompt, 2, SamplingParams(max_tokens=4), 2, VOCAB, exact=True)
+    asked = SampleRequest(prompt, 2, SamplingParams(max_tokens=4), 2, VOCAB, exact=True)
     choices = [
         {
             "index": i,
@@ -201,11 +201,11 @@ def fuzz_samples(n: int, seed: int) -> dict[str, int]:
         for i in range(2)
     ]
     body = json.dumps({"choices": choices}, separators=(",", ":")).encode()
-    assert len(rollouts(body, asked=asked)) == 2
+    assert len(read_rollouts(body, asked=asked)) == 2
     seen: dict[str, int] = {}
     for _ in range(n):
         try:
-            drawn = rollouts(mutate_text(body, rng), asked=asked)
+            drawn = read_rollouts(mutate_text(body, rng), asked=asked)
         except (TopkdError, ServerBusyError) as error:
             outcome = type(error).__name__
         else:
@@ -227,9 +227,9 @@ def fuzz_binary(n: int, seed: int) -> dict[str, int]:
     for _ in range(n):
         try:
             if rng.random() < 0.7:
-                out = npy_matrix(mutate_text(raw, rng), rows=4, k=3)
+                out = read_npy_matrix(mutate_text(raw, rng), rows=4, k=3)
             else:
-                _, out = flat_lists(mutate_text(matrix.tobytes(), rng), mutate_text(ids, rng), rows=4, k=3)
+                _, out = read_flat_lists(mutate_text(matrix.tobytes(), rng), mutate_text(ids, rng), rows=4, k=3)
         except TopkdError as error:
             outcome = type(error).__name__
         else:
@@ -247,7 +247,7 @@ def fuzz_refusals(n: int, seed: int) -> None:
     for _ in range(n):
         status = rng.choice((301, 400, 401, 404, 408, 409, 422, 429, 500, 503, 599))
         headers = {"retry-after": rng.choice(("1", "-1", "x", "9" * 30, "Wed, 21 Oct 2015 07:28:00 GMT", "\x00"))}
-        error = refusal(Reply(status, headers, mutate_text(said, rng)), where="http://h", k=64, model="m")
+        error = error_from_reply(Reply(status, headers, mutate_text(said, rng)), where="http://h", k=64, model="m")
         assert isinstance(error, ServerError)
         assert "\n" not in str(error)
         assert len(str(error)) < 1500
@@ -285,7 +285,7 @@ def test_a_mutated_refusal_is_still_one_line_of_the_right_family():
 
 def test_a_binary_matrix_of_another_dtype_or_shape_is_refused():
     good = -np.ones((4, 3), dtype="<f4")
-    assert np.array_equal(npy_matrix(_npy(good), rows=4, k=3), good)
+    assert np.array_equal(read_npy_matrix(_npy(good), rows=4, k=3), good)
     for bad in (
         good.astype("<f8"),
         good.astype(">f4"),
@@ -296,12 +296,12 @@ def test_a_binary_matrix_of_another_dtype_or_shape_is_refused():
         good[None],
     ):
         with pytest.raises(TopkdError):
-            npy_matrix(_npy(bad), rows=4, k=3)
+            read_npy_matrix(_npy(bad), rows=4, k=3)
     holed = good.copy()
     holed[1, 1] = np.nan
     for bad in (_npy(holed), _npy(-holed), _npy(-good), _npy(good)[:-1], _npy(good) + b"x", b"", b"\x93NUMPY"):
         with pytest.raises(TopkdError):
-            npy_matrix(bad, rows=4, k=3)
+            read_npy_matrix(bad, rows=4, k=3)
 
 
 @pytest.mark.slow

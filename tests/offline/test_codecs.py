@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tests.offline.samples import checked, same, scored
-from topkd.offline.store.codecs import ACTUAL_IS_NEXT, CODECS, HAS_PADS, PLAIN, decode, encode, narrowed
+from topkd.offline.store.codecs import ACTUAL_IS_NEXT, CODECS, HAS_PADS, PLAIN, decode, encode, narrow_scores
 from topkd.topk import TopK
 from topkd.topk.errors import CacheCorruptError, ResponseError
 
@@ -154,19 +154,19 @@ def test_a_payload_of_the_wrong_length_is_corrupt_not_read(codec):
 
 def test_narrowing_adds_the_dropped_mass_to_the_tail():
     _, scores = scored(8, k=8)
-    cut = narrowed(scores, 9, 3)
+    cut = narrow_scores(scores, 9, 3)
     expected = np.log(
         np.exp(scores.logp[4:, 3:].astype(np.float64)).sum(1) + np.exp(scores.tail_logp[4:].astype(float))
     )
     assert cut.start == 9
     assert np.allclose(cut.tail_logp, expected, atol=1e-6)
     assert cut.ids.tolist() == scores.ids[4:, :3].tolist()
-    assert same(narrowed(scores, 5, 8), scores)
+    assert same(narrow_scores(scores, 5, 8), scores)
 
 
 def test_an_empty_list_leaves_all_mass_outside():
     _, scores = scored(9, odd=True)
-    cut = narrowed(scores, 5, 0)
+    cut = narrow_scores(scores, 5, 0)
     assert cut.k == 0
     assert np.isnan(cut.tail_logp[0])  # a hole stays one
     assert (cut.tail_logp[1:] == 0).all()

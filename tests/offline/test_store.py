@@ -13,7 +13,7 @@ import pytest
 from tests.offline.samples import checked, same, scored
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.store import index, segments
-from topkd.offline.store.keys import rollout_key, score_key, token_array
+from topkd.offline.store.keys import check_token_array, rollout_key, score_key
 from topkd.offline.store.records import ROLLOUT, SCORE
 from topkd.topk import Rollout, SamplingParams, TopK
 from topkd.topk.errors import AlignmentError, CacheError, ConfigError, DataError, TopkdError
@@ -130,7 +130,7 @@ def test_every_part_of_an_identity_and_every_token_changes_the_key():
 
 def test_keys_do_not_depend_on_how_ids_are_given():
     forms = ([1, 2, 3], (1, 2, 3), np.array([1, 2, 3]), np.array([1, 2, 3], np.uint16), np.array([9, 1, 2, 3])[1:])
-    assert len({score_key(TEACHER, token_array(form)) for form in forms}) == 1
+    assert len({score_key(TEACHER, check_token_array(form)) for form in forms}) == 1
 
 
 def test_an_identity_is_never_a_url():

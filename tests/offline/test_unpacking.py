@@ -8,7 +8,7 @@ import pytest
 from tests.offline.samples import same, scored
 from topkd.offline.store import codecs, unpacking
 from topkd.offline.store.codecs import _from_half, _join
-from topkd.offline.store.unpacking import Unpacker, kernel
+from topkd.offline.store.unpacking import Unpacker, load_unpacker
 
 
 def every_pattern(seed=0):
@@ -37,7 +37,7 @@ def test_compiled_lists_equal_numpys_bit_for_bit():
 
 def test_the_compiler_is_loaded_only_after_much_work_and_never_for_small_lists(monkeypatch):
     asked = []
-    monkeypatch.setattr(unpacking, "kernel", lambda: asked.append(1))
+    monkeypatch.setattr(unpacking, "load_unpacker", lambda: asked.append(1))
     low, high, bits = every_pattern()
     unpacker = Unpacker(3 * low.size)
     for _ in range(3):
@@ -50,12 +50,12 @@ def test_the_compiler_is_loaded_only_after_much_work_and_never_for_small_lists(m
 
 
 def test_without_numba_there_is_no_kernel(monkeypatch):
-    kernel.cache_clear()
+    load_unpacker.cache_clear()
     monkeypatch.setitem(sys.modules, "numba", None)
     try:
-        assert kernel() is None
+        assert load_unpacker() is None
     finally:
-        kernel.cache_clear()
+        load_unpacker.cache_clear()
 
 
 def test_a_record_reads_the_same_before_and_after_the_compiler_takes_over(monkeypatch):

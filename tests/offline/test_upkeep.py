@@ -183,7 +183,7 @@ def test_a_profile_gives_quantiles_of_mass_and_entropy_and_counts_holes(tmp_path
 
 
 def test_what_another_machine_left_is_read_but_not_sealed_unless_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("topkd.offline.store.segment_writer.host_id", lambda: 7)
+    monkeypatch.setattr("topkd.offline.store.segment_writer.find_host_id", lambda: 7)
     away = ScoreStore(tmp_path / "live", mode="a")
     away.put(A, *scored(1))
     away.commit()

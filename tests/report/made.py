@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from topkd.compose.comparison.statistics import arm_summaries
-from topkd.compose.comparison.summary import verdict
-from topkd.engine.loop.metrics import strict
+from topkd.compose.comparison.statistics import summarize_arms
+from topkd.compose.comparison.summary import state_verdict
+from topkd.engine.loop.metrics import make_strict_json
 
 EDGES = [2.0**power for power in range(-4, 5)]
 NASTY = "</script><script>window.pwned=1</script><!-- <img src=x onerror=window.pwned=1> \u2028 & '\""
@@ -158,8 +158,8 @@ def write_comparison(folder: Path, *, seeds: int = 3, steps: int = 20, finished:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if not finished:
         return folder
-    rows = arm_summaries([*labels], results, range(seeds), "reverse_kl", 0.893)
-    said = verdict(rows, labels, "reverse_kl")
+    rows = summarize_arms([*labels], results, range(seeds), "reverse_kl", 0.893)
+    said = state_verdict(rows, labels, "reverse_kl")
     tuning = {"rates": [3e-4, 1e-3, 3e-3, 1e-2], "areas": [0.97, 0.93, 0.95, None], "best": 1e-3, "edge": ""}
     summary = config | {
         "note": "Made up.",
@@ -174,7 +174,7 @@ def write_comparison(folder: Path, *, seeds: int = 3, steps: int = 20, finished:
         "refused": [],
         "verdict": said,
     }
-    (folder / "compare.json").write_text(json.dumps(strict(summary)), encoding="utf-8")
+    (folder / "compare.json").write_text(json.dumps(make_strict_json(summary)), encoding="utf-8")
     return folder
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from tests.report.made import write_comparison, write_run
 from tests.report.test_live import get, news_of
 from topkd.report.load.collection import gather
-from topkd.report.page.content import build
+from topkd.report.page.content import build_content
 from topkd.report.page.live_server import LivePage
 
 
 def test_the_cells_so_far_are_told_by_their_arms_and_replays_are_kept_apart(tmp_path: Path) -> None:
     folder = write_comparison(tmp_path / "cmp", finished=False)
-    page = build(gather([folder]))
+    page = build_content(gather([folder]))
     assert page.title == "scalar against top-K"
     assert [(group.label, len(group.runs), group.replayed) for group in page.groups] == [
         ("sampled token", 3, False),

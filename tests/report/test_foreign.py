@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 from tests.report.made import write_run
-from topkd.report.analysis.formatting import number
+from topkd.report.analysis.formatting import format_number
 from topkd.report.analysis.outcome import SAMPLED
 from topkd.report.load.collection import gather
-from topkd.report.page.content import Page, build
+from topkd.report.page.content import Page, build_content
 
 
 def written(folder: Path, kind: str = "gjs", *, foreign: bool, shift: float = 0.0, seed: int = 0) -> Path:
@@ -26,7 +26,7 @@ def written(folder: Path, kind: str = "gjs", *, foreign: bool, shift: float = 0.
 
 
 def page_of(*paths: Path) -> Page:
-    return build(gather(paths))
+    return build_content(gather(paths))
 
 
 def chart(page: Page) -> dict[str, str]:
@@ -78,9 +78,9 @@ def test_against_a_run_on_its_own_rollouts_it_neither_wins_nor_loses(tmp_path: P
     assert chart(page)["note"].endswith(" none: gjs.")
     at = {name: place for place, name in enumerate(page.summary.columns)}
     cells = {row[0]: row for row in page.summary.rows}
-    assert cells["gjs"][at["KL(S‖T), estimate"]] == number(None)
+    assert cells["gjs"][at["KL(S‖T), estimate"]] == format_number(None)
     assert cells["gjs"][at["log(S/T), replayed"]].startswith("−")
-    assert cells["topk_pg"][at["log(S/T), replayed"]] == number(None)
+    assert cells["topk_pg"][at["log(S/T), replayed"]] == format_number(None)
 
 
 def test_two_replays_are_not_ranked_by_it(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from tests.report.made import evaluation, write_run
-from topkd.compose.run.folder import claimed
+from topkd.compose.run.folder import lock_folder
 from topkd.report.page import live_server as live
-from topkd.report.page.content import build
+from topkd.report.page.content import build_content
 from topkd.report.page.live_server import LivePage, serve_run
 from topkd.topk.errors import ConfigError
 
@@ -78,13 +78,13 @@ def test_a_run_that_has_not_begun_is_waited_for(tmp_path: Path) -> None:
 def test_a_run_that_is_killed_and_one_that_goes_on_are_told_without_a_new_record(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", done=20)
     with serve_run(path) as page:
-        with claimed(path):
+        with lock_folder(path):
             news = news_of(page)
             assert news["data"]["state"]["text"] == "running, step 20 of 60"
         news = news_of(page, news["version"])
         assert news["data"]["state"]["text"] == "unfinished, step 20 of 60"
         assert "no process of this machine is at work on it" in news["html"]["verdict"]
-        with claimed(path, resume=True):
+        with lock_folder(path, resume=True):
             assert news_of(page, news["version"])["data"]["state"]["text"] == "running, step 20 of 60"
 
 
@@ -130,10 +130,10 @@ def test_a_page_that_takes_long_to_make_takes_a_tenth_of_the_time_at_most(tmp_pa
         nonlocal now_s
         now_s += 1.0
         made.append(now_s)
-        return build(*args, **options)
+        return build_content(*args, **options)
 
     monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: now_s))
-    monkeypatch.setattr(live, "build", slow)
+    monkeypatch.setattr(live, "build_content", slow)
     with serve_run(path) as page, (path / "metrics.jsonl").open("a") as file:
         for _ in range(25):
             file.write(json.dumps({"kind": "event", "event": "tick"}) + "\n")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from tests.report.made import write_comparison, write_run
 from topkd.report.load.collection import gather
-from topkd.report.page.content import build
+from topkd.report.page.content import build_content
 
 
 def page_of(*paths: Path):
-    return build(gather(paths))
+    return build_content(gather(paths))
 
 
 def failed(folder: Path, arm: str, seed: int, **last) -> None:

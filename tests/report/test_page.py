@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tests.report.made import NASTY, write_comparison, write_run
 from topkd.report.load.collection import gather
-from topkd.report.page.html import embeddable, render
-from topkd.report.page.token_explorer import transcripts
+from topkd.report.page.html import escape_json, render
+from topkd.report.page.token_explorer import select_transcripts
 
 
 class Elements(HTMLParser):
@@ -66,8 +66,8 @@ def test_embedded_texts_come_back_as_they_were(tmp_path: Path) -> None:
     assert body["prompt"] == f"Say something: {NASTY}"
     assert body["tokens"][0]["text"] == NASTY
     assert body["texts"]["11"] == f"t1{NASTY}"
-    assert not set("<>&") & set(embeddable(NASTY))
-    assert json.loads(embeddable(json.dumps(NASTY, ensure_ascii=False))) == NASTY
+    assert not set("<>&") & set(escape_json(NASTY))
+    assert json.loads(escape_json(json.dumps(NASTY, ensure_ascii=False))) == NASTY
 
 
 def test_the_policy_allows_this_script_and_this_style_and_no_connection(tmp_path: Path) -> None:
@@ -96,9 +96,9 @@ def test_the_page_names_no_address_to_load_from(tmp_path: Path) -> None:
 
 def test_rollouts_over_the_budget_are_left_out_evenly_and_counted(tmp_path: Path) -> None:
     groups = gather([write_run(tmp_path / "run", rollouts=40)]).groups()
-    whole = transcripts(groups)
+    whole = select_transcripts(groups)
     assert (len(whole.heads), whole.note) == (40, "")
-    part = transcripts(groups, budget=sum(map(len, whole.bodies)) // 4)
+    part = select_transcripts(groups, budget=sum(map(len, whole.bodies)) // 4)
     assert 5 <= len(part.heads) <= 20
     assert part.note == f"{len(part.heads)} of 40 recorded rollouts are on this page; tokens.jsonl has all."
     steps = [head["step"] for head in part.heads]
@@ -117,7 +117,7 @@ def test_a_rollout_that_says_nonsense_is_shown_as_unknown(tmp_path: Path) -> Non
         "student": 7,
     }
     (path / "tokens.jsonl").write_text(json.dumps({"step": 1, "tokens": [token, None]}) + "\n")
-    (body,) = map(json.loads, transcripts(gather([path]).groups()).bodies)
+    (body,) = map(json.loads, select_transcripts(gather([path]).groups()).bodies)
     (shown,) = body["tokens"]
     assert (shown["a"], shown["d"], shown["b"]) == (None, None, None)
     assert shown["T"] == [[1, -0.1]]

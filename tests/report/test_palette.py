@@ -7,7 +7,15 @@ import itertools
 import numpy as np
 import pytest
 
-from topkd.report.page.palette import GROUPS, RAMP_ENDS, RAMP_STEPS, THEMES, contrast, ramp, stylesheet
+from topkd.report.page.palette import (
+    GROUPS,
+    RAMP_ENDS,
+    RAMP_STEPS,
+    THEMES,
+    compute_contrast,
+    make_ramp,
+    write_stylesheet,
+)
 
 BOTH = pytest.mark.parametrize("theme", ["light", "dark"])
 # Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
@@ -20,8 +28,8 @@ VISIONS = {
 
 
 def test_contrast_is_the_wcag_ratio() -> None:
-    assert contrast("#000000", "#ffffff") == pytest.approx(21.0)
-    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+    assert compute_contrast("#000000", "#ffffff") == pytest.approx(21.0)
+    assert compute_contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
 
 
 @BOTH
@@ -30,22 +38,22 @@ def test_text_reaches_four_and_a_half_to_one(theme: str, surface: str) -> None:
     colours = THEMES[theme]
     texts = ["ink"] if surface in ("warn-card", "mark") else ["ink", "soft", "accent"]
     for name in texts + (["warn"] if surface == "warn-card" else []):
-        assert contrast(colours[name], colours[surface]) >= 4.5, (theme, name, surface)
+        assert compute_contrast(colours[name], colours[surface]) >= 4.5, (theme, name, surface)
 
 
 @BOTH
 def test_lines_borders_and_the_focus_ring_reach_three_to_one(theme: str) -> None:
     colours = THEMES[theme]
     for colour in [*GROUPS[theme], colours["axis"], colours["focus"], colours["accent"]]:
-        assert contrast(colour, colours["card"]) >= 3.0, (theme, colour)
-    assert contrast(colours["focus"], colours["page"]) >= 3.0
+        assert compute_contrast(colour, colours["card"]) >= 3.0, (theme, colour)
+    assert compute_contrast(colours["focus"], colours["page"]) >= 3.0
 
 
 @BOTH
 def test_every_token_colour_leaves_its_text_legible(theme: str) -> None:
     for end in RAMP_ENDS[theme]:
-        for colour in ramp(theme, end):
-            assert contrast(THEMES[theme]["ink"], colour) >= 4.5, (theme, end, colour)
+        for colour in make_ramp(theme, end):
+            assert compute_contrast(THEMES[theme]["ink"], colour) >= 4.5, (theme, end, colour)
 
 
 @BOTH
@@ -60,14 +68,14 @@ def test_settings_and_signs_are_told_apart(theme: str, vision: str) -> None:
 @BOTH
 def test_token_ramps_move_steadily_away_from_the_card(theme: str) -> None:
     for end in RAMP_ENDS[theme]:
-        steps = [distance(THEMES[theme]["card"], colour, "full") for colour in ramp(theme, end)]
+        steps = [distance(THEMES[theme]["card"], colour, "full") for colour in make_ramp(theme, end)]
         assert len(steps) == RAMP_STEPS
         assert steps[0] == 0.0
         assert all(later - earlier > 3.0 for earlier, later in itertools.pairwise(steps))
 
 
 def test_the_stylesheet_follows_the_system_and_the_readers_choice() -> None:
-    text = stylesheet()
+    text = write_stylesheet()
     assert "@media screen and (prefers-color-scheme: dark){:root:not([data-theme=light])" in text
     assert text.count(f"--ink:{THEMES['dark']['ink']}") == 2  # by the system, and by choice
     assert ".g17{--c:var(--g5);--dash:2 3}" in text

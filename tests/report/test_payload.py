@@ -12,8 +12,8 @@ import pytest
 from tests.report.made import write_comparison, write_run
 from topkd.engine import EngineConfig, LearnerConfig
 from topkd.report.load.collection import gather
-from topkd.report.load.columns import column
-from topkd.report.page.content import build
+from topkd.report.load.columns import read_column
+from topkd.report.page.content import build_content
 from topkd.report.page.panels import SECTIONS
 from topkd.report.page.series import POINTS
 from topkd.topk.errors import DataError
@@ -22,7 +22,7 @@ ALL = {panel.key for section in SECTIONS for panel in section.panels} | {"ratio_
 
 
 def data_of(*paths: Path) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(json.dumps(build(gather(paths)).data, allow_nan=False))
+    data: dict[str, Any] = json.loads(json.dumps(build_content(gather(paths)).data, allow_nan=False))
     return data
 
 
@@ -88,8 +88,8 @@ def test_a_group_is_drawn_as_the_mean_of_its_seeds_where_all_of_them_have_a_valu
 
 
 def test_a_number_beyond_a_float_is_a_hole_too(tmp_path: Path) -> None:
-    assert np.isnan(column([{"ess": 10**400}, {"ess": None}, {"ess": True}], "ess")).all()
-    assert column([{"ess": 10**300}], "ess").tolist() == [1e300]
+    assert np.isnan(read_column([{"ess": 10**400}, {"ess": None}, {"ess": True}], "ess")).all()
+    assert read_column([{"ess": 10**300}], "ess").tolist() == [1e300]
 
 
 def test_null_in_a_run_log_is_a_hole_in_the_curve(tmp_path: Path) -> None:
@@ -105,14 +105,14 @@ def test_null_in_a_run_log_is_a_hole_in_the_curve(tmp_path: Path) -> None:
 def test_a_long_run_is_shortened_and_the_page_says_so(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", steps=3000, every=1000)
     append(path, {"kind": "step", "step": 3001, "tokens": 100, "kl_k1": 77.0})
-    page = build(gather([path]))
+    page = build_content(gather([path]))
     raw, main = panels(page.data)["kl_k1"]["lines"][""]
     assert (raw["role"], main["role"]) == ("raw", "main")
     assert len(raw["y"]) <= POINTS
     assert max(raw["y"]) == 77
     assert any("Down-sampled" in note and "3,001" in note for note in page.notes)
     assert any("centred means over" in note for note in page.notes)
-    assert not any("Down-sampled" in note for note in build(gather([write_run(tmp_path / "short")])).notes)
+    assert not any("Down-sampled" in note for note in build_content(gather([write_run(tmp_path / "short")])).notes)
 
 
 def test_the_ratio_histogram_adds_up_all_steps(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_what_only_some_runs_have_is_not_missed(tmp_path: Path) -> None:
 
 def test_settings_that_differ_are_marked_and_seeds_are_not_a_setting(tmp_path: Path) -> None:
     paths = [write_run(tmp_path / f"{kind}{seed}", kind, seed=seed) for kind in ("gjs", "topk_pg") for seed in (0, 1)]
-    page = build(gather(paths))
+    page = build_content(gather(paths))
     assert [(group.label, len(group.runs)) for group in page.groups] == [("gjs", 2), ("topk_pg", 2)]
     assert page.settings.rows[0] == ["objective.kind", "gjs", "topk_pg"]
     assert {row for row, _ in page.settings.marked} == {0}
@@ -148,7 +148,7 @@ def test_settings_that_differ_are_marked_and_seeds_are_not_a_setting(tmp_path: P
 
 
 def test_a_lone_run_is_held_against_the_defaults(tmp_path: Path) -> None:
-    page = build(gather([write_run(tmp_path / "run")]), baseline={"k": 20, "learner": {"lr": 2e-6}})
+    page = build_content(gather([write_run(tmp_path / "run")]), baseline={"k": 20, "learner": {"lr": 2e-6}})
     assert page.settings.columns == ["setting", "this run", "topkd's default"]
     assert page.settings.rows[0] == ["learner.lr", "0.001", "2e-06"]
     assert {row for row, _ in page.settings.marked} == {0}
@@ -196,7 +196,7 @@ def test_a_run_log_that_was_cut_back_is_read_anew(tmp_path: Path) -> None:
 
 
 def test_a_rate_that_is_left_to_the_kind_of_run_is_shown_with_its_values(tmp_path: Path) -> None:
-    page = build(gather([write_run(tmp_path / "run")]), baseline=EngineConfig().model_dump(mode="json"))
+    page = build_content(gather([write_run(tmp_path / "run")]), baseline=EngineConfig().model_dump(mode="json"))
     (row,) = (row for row in page.settings.rows if row[0] == "learner.lr")
     rates = [LearnerConfig().learning_rate(lora=lora) for lora in (False, True)]
     assert row[1:] == ["0.001", "2e-6; 1e-4 where only an adapter trains"]
@@ -206,7 +206,7 @@ def test_a_rate_that_is_left_to_the_kind_of_run_is_shown_with_its_values(tmp_pat
 def test_an_unfinished_comparison_shows_its_cells_so_far(tmp_path: Path) -> None:
     folder = write_comparison(tmp_path / "cmp", seeds=1)
     (folder / "compare.json").unlink()
-    page = build(gather([folder]))
+    page = build_content(gather([folder]))
     assert len(page.runs.rows) == 4
     assert any("not finished" in warning for warning in page.verdict.warnings)
 
@@ -222,7 +222,7 @@ def test_the_exact_divergences_begin_at_zero_all_of_them_or_none(tmp_path: Path,
         record |= {"reverse_kl": 1.5, "forward_kl": 1.5, "jsd": 1.5}
     evals[-1]["reverse_kl"] = low
     run_log.write_text("".join(json.dumps(record) + "\n" for record in records))
-    panels = {panel["key"]: panel for panel in build(gather([path])).data["sections"][0]["panels"]}
+    panels = {panel["key"]: panel for panel in build_content(gather([path])).data["sections"][0]["panels"]}
     assert [panels[key]["zero"] for key in ("reverse_kl", "forward_kl", "jsd")] == [zero] * 3
     assert panels["kl_k1"]["zero"] is None
 
@@ -244,8 +244,8 @@ def test_a_schedule_and_a_single_wait_are_drawn_as_they_were(tmp_path: Path) -> 
 
 def test_on_the_embedded_pair_accuracy_is_said_to_be_of_no_task(tmp_path: Path) -> None:
     folder = write_comparison(tmp_path / "cmp")
-    page = build(gather([folder]))
+    page = build_content(gather([folder]))
     assert "Next token of real text" in [label for label, *_ in page.verdict.facts]
     assert "Task accuracy" not in json.dumps(page.data["sections"])
-    run = build(gather([write_run(tmp_path / "run")]))
+    run = build_content(gather([write_run(tmp_path / "run")]))
     assert "Task accuracy" in [label for label, *_ in run.verdict.facts]

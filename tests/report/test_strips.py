@@ -12,11 +12,11 @@ from scipy import stats
 
 from tests.report.made import write_comparison, write_run
 from topkd.report.load.collection import gather
-from topkd.report.page.content import build
+from topkd.report.page.content import build_content
 
 
 def strips_of(*paths: Path):
-    return {one["key"]: one["strips"] for one in build(gather(paths)).data["seeds"]}
+    return {one["key"]: one["strips"] for one in build_content(gather(paths)).data["seeds"]}
 
 
 def test_the_paired_ratio_is_the_t_interval_of_the_log_ratio_to_the_best(tmp_path: Path) -> None:

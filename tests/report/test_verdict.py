@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from tests.report.made import write_comparison, write_run
-from topkd.compose.run.folder import claimed
+from topkd.compose.run.folder import lock_folder
 from topkd.report.load.collection import gather
-from topkd.report.page.content import build
+from topkd.report.page.content import build_content
 from topkd.report.page.html import render_page
 
 
 def page_of(*paths: Path):
-    return build(gather(paths))
+    return build_content(gather(paths))
 
 
 def test_one_run_tells_where_its_kl_began_and_ended(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_one_look_is_no_change(tmp_path: Path) -> None:
 
 def test_before_the_first_step_the_page_waits(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    assert build(gather([tmp_path / "run"], waiting=True)).verdict.tone == "waiting"
+    assert build_content(gather([tmp_path / "run"], waiting=True)).verdict.tone == "waiting"
 
 
 def without_evals(path: Path, change=dict) -> Path:
@@ -281,7 +281,7 @@ def test_an_unfinished_run_that_has_long_been_silent_is_asked_about(tmp_path: Pa
 
 def test_a_run_whose_process_is_gone_is_unfinished_at_once_and_counts_beside_no_other(tmp_path: Path) -> None:
     path, whole = write_run(tmp_path / "run", done=20), write_run(tmp_path / "whole", seed=1)
-    with claimed(path):
+    with lock_folder(path):
         assert page_of(path).data["state"]["text"] == "running, step 20 of 60"
     page = page_of(path)
     assert page.data["state"] == {"running": 0, "text": "unfinished, step 20 of 60"}
@@ -295,7 +295,7 @@ def test_a_run_whose_process_is_gone_is_unfinished_at_once_and_counts_beside_no_
     for elsewhere in ("another.example", ""):  # copied while it runs there, or of a shared disk without locks
         (path / ".lock").write_text(elsewhere)
         assert page_of(path).data["state"]["text"] == "running, step 20 of 60"
-    with claimed(whole):
+    with lock_folder(whole):
         pass
     assert page_of(whole).data["state"]["text"] == "finished, step 60 of 60"
 

@@ -18,7 +18,7 @@ from topkd.topk.losses import (
     sparse_divergence_loss,
     taid_loss,
 )
-from topkd.topk.losses.divergence import log_tail
+from topkd.topk.losses.divergence import log_tail_torch
 
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 
@@ -63,7 +63,7 @@ def teacher_rows(teacher: Tensor, k: int) -> SparseTeacher:
     logp = torch.log_softmax(teacher.double(), -1).reshape(-1, teacher.shape[-1])
     top, ids = logp.topk(k)
     n = ids.shape[0]
-    return SparseTeacher(ids, top, log_tail(top), torch.full((n,), -1), torch.full((n,), math.nan).double())
+    return SparseTeacher(ids, top, log_tail_torch(top), torch.full((n,), -1), torch.full((n,), math.nan).double())
 
 
 LOSSES = {

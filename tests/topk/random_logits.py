@@ -20,7 +20,7 @@ from topkd.topk.losses import (
     taid_loss,
     topk_policy_gradient_loss,
 )
-from topkd.topk.losses.divergence import log_tail
+from topkd.topk.losses.divergence import log_tail_torch
 
 EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True)
 EPS = 1e-9
@@ -66,7 +66,7 @@ def listed(teacher: Tensor, k: int, y: Tensor | None = None) -> SparseTeacher:
     hole = torch.isnan(top)
     ids, top = ids.masked_fill(hole, -1), top.masked_fill(hole, -math.inf)
     y = ids_for(teacher) if y is None else y
-    return SparseTeacher(ids, top, log_tail(top), y, logp.gather(-1, y[:, None])[:, 0])
+    return SparseTeacher(ids, top, log_tail_torch(top), y, logp.gather(-1, y[:, None])[:, 0])
 
 
 def policy(student: Tensor, teacher: Tensor, mask: Tensor | None = None, **options: object) -> Tensor:

@@ -27,7 +27,7 @@ from topkd.topk.losses import (
     taid_loss,
     teacher_entropy,
 )
-from topkd.topk.losses.divergence import divergence, log_softmax, log_tail
+from topkd.topk.losses.divergence import divergence, log_softmax, log_tail_torch
 from topkd.topk.losses.entropy import forward_kl_on_top
 from topkd.topk.losses.jsd import with_tail
 from topkd.topk.losses.policy import importance_ratio
@@ -226,7 +226,11 @@ def shared(case: Case, ids: Tensor) -> tuple[SparseTeacher, Tensor]:
     logp = logp.gather(-1, order)
     n = logp.shape[0]
     rows = SparseTeacher(
-        ids.flatten(0, 1).gather(-1, order), logp, log_tail(logp), torch.full((n,), -1), torch.full((n,), math.nan)
+        ids.flatten(0, 1).gather(-1, order),
+        logp,
+        log_tail_torch(logp),
+        torch.full((n,), -1),
+        torch.full((n,), math.nan),
     )
     return rows, case.i("student_logits").requires_grad_()
 
@@ -243,7 +247,7 @@ def test_sparse_divergences_equal_trl_and_sdpo_on_a_shared_support(number: int) 
     listed = case.i("teacher_topk_logprobs")
     given = torch.log_softmax(student, -1).gather(-1, case.i("teacher_topk_ids"))
     close(given.detach(), case.i("student_at_teacher_ids"), 1e-6, 1e-6)
-    as_upstream = divergence(with_tail(listed, log_tail(listed)), with_tail(given, log_tail(given)), beta)
+    as_upstream = divergence(with_tail(listed, log_tail_torch(listed)), with_tail(given, log_tail_torch(given)), beta)
     close(as_upstream.detach(), case.e("tail"), 5e-5, 5e-5)
     close(torch.autograd.grad(as_upstream.sum(), student)[0], case.e("grad_tail_sum_student_logits"), 5e-5, 5e-4)
     close(tail.detach(), case.e("tail"), 5e-5, 5e-4)
@@ -275,7 +279,7 @@ def test_the_renormalised_divergence_with_truncated_ratios_equals_claas(number: 
     rows = SparseTeacher(
         case.i("teacher_indices").gather(-1, order).flatten(0, 1),
         logp.gather(-1, order).flatten(0, 1),
-        log_tail(logp).flatten(),
+        log_tail_torch(logp).flatten(),
         torch.full((n,), -1),
         torch.full((n,), math.nan),
     )

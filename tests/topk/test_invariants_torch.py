@@ -32,7 +32,7 @@ from topkd.topk.losses import (
     sparse_divergence_loss,
     topk_policy_gradient_loss,
 )
-from topkd.topk.losses.divergence import divergence, divergence_terms, log_tail
+from topkd.topk.losses.divergence import divergence, divergence_terms, log_tail_torch
 from topkd.topk.losses.topk_policy import advantage
 
 
@@ -74,7 +74,7 @@ def test_i04_i05_sides_and_order(pair: tuple[Tensor, Tensor], beta: float, k: in
 def test_i08_the_partial_sum_lies_between_zero_and_the_bucket(pair: tuple[Tensor, Tensor], beta: float, k: int) -> None:
     student, teacher = (torch.log_softmax(side, -1)[:, :k] for side in pair)
     partial = divergence_terms(teacher, student, beta).sum(-1)
-    bins = (torch.cat([side, log_tail(side)[:, None]], -1) for side in (teacher, student))
+    bins = (torch.cat([side, log_tail_torch(side)[:, None]], -1) for side in (teacher, student))
     assert (partial >= -EPS).all()
     assert (partial <= divergence(*bins, beta) + EPS).all()
 

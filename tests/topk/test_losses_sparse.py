@@ -25,7 +25,7 @@ from topkd.topk.losses import (
     teacher_entropy,
 )
 from topkd.topk.losses import sparse_objectives as objectives
-from topkd.topk.losses.divergence import log_tail
+from topkd.topk.losses.divergence import log_tail_torch
 
 
 def pair(seed: int, shape: tuple[int, ...] = (5, 8), scale: float = 1.5) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def listed(teacher: Tensor, k: int, y: Tensor | None = None) -> SparseTeacher:
     logp = torch.log_softmax(teacher, -1)
     top, ids = logp.topk(k)
     y = torch.zeros(teacher.shape[0], dtype=torch.long) if y is None else y
-    return SparseTeacher(ids, top, log_tail(top), y, logp.gather(-1, y[:, None])[:, 0])
+    return SparseTeacher(ids, top, log_tail_torch(top), y, logp.gather(-1, y[:, None])[:, 0])
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
@@ -69,7 +69,7 @@ def test_entropy_bounds_hold_the_entropy_and_equal_numpys() -> None:
     exact = teacher_entropy(teacher)
     for k in (1, 4, 29, 30):
         rows = listed(teacher, k)
-        low, high = objectives.entropy_bounds(rows, 30)
+        low, high = objectives.bound_entropy(rows, 30)
         assert (low <= exact + 2e-6).all()
         assert (high >= exact - 2e-6).all()
         topk = TopK.from_lists(
@@ -94,7 +94,7 @@ def test_entropy_aware_on_a_full_list_is_the_dense_loss_and_else_between_its_bou
 def test_entropy_aware_from_a_short_list_mixes_both_kls_by_the_lower_bound() -> None:
     student, teacher = pair(9, (6, 8))
     rows = listed(teacher, 3)
-    low, high = objectives.entropy_bounds(rows, 8)
+    low, high = objectives.bound_entropy(rows, 8)
     weight = low / math.log(8)
     assert ((high - low) / math.log(8) > 0.02).all()
     forward, reverse = (sparse_divergence_loss(student, rows, beta=beta, reduction="none") for beta in (0.0, 1.0))
@@ -117,7 +117,7 @@ def test_eopd_from_a_list_is_the_dense_one_where_the_bounds_decide() -> None:
     assert metrics["gate_fraction"] == dense["gate_fraction"]
     torch.testing.assert_close(*[torch.autograd.grad(x, student, retain_graph=True)[0] for x in (ours, wanted)])
     _, metrics = sparse_eopd_loss(student, listed(teacher, 3, y), **kwargs)
-    low, high = objectives.entropy_bounds(listed(teacher, 3, y), 8)
+    low, high = objectives.bound_entropy(listed(teacher, 3, y), 8)
     assert metrics["undecided"] == ((low < tau) & (high >= tau)).sum().item() > 0
     assert metrics["gate_fraction"] == pytest.approx((low >= tau).double().mean().item())
     # a row whose bounds do not decide has the sampled term alone

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 import topkd
 from topkd.cli.commands import cache, compare, demo, export, probe, replay, report, sample, score, serve, train
-from topkd.cli.options import flag, paragraphs
+from topkd.cli.options import flag, join_paragraphs
 from topkd.topk.errors import TopkdError
 
 # What typer raises for a command line that does not fit: click's class, or its own copy of it, as its version has it.
@@ -40,7 +40,7 @@ class _Interruptible(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             # Newer typers make a silent exit code of it; _fail says it, and --debug shows where it was.
-            _fail("stopped", 130)
+            _exit_with_message("stopped", 130)
 
 
 app = typer.Typer(
@@ -61,21 +61,23 @@ for panel, modules in {
     for module in modules:
         name = module.__name__.rpartition(".")[2]
         function = getattr(module, f"{name}_command")
-        app.command(name, help=paragraphs(function), rich_help_panel=panel)(function)
+        app.command(name, help=join_paragraphs(function), rich_help_panel=panel)(function)
 app.add_typer(cache.app, name="cache", rich_help_panel="Scores kept in a cache")
 
 
-def _version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"topkd {topkd.__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def options(
+def set_debug(
     version: Annotated[  # noqa: ARG001 - handled by its callback
         bool,
-        typer.Option("--version", metavar="", callback=_version, is_eager=True, help="Show the version and exit."),
+        typer.Option(
+            "--version", metavar="", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
     debug: Annotated[bool, flag("--debug", "Show a traceback before the one line of an error.")] = False,
 ) -> None:
@@ -100,11 +102,11 @@ def _main() -> None:
     try:
         code = app(prog_name="topkd", standalone_mode=False)
     except TopkdError as error:
-        _fail(f"error: {error}", error.exit_code)
+        _exit_with_message(f"error: {error}", error.exit_code)
     except _Misuse as error:
-        _misused(error)
+        _exit_on_misuse(error)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped", 130)
+        _exit_with_message("stopped", 130)
     except BrokenPipeError:
         # The reader of our output went away (`topkd ... | head`); keep Python from flushing into it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -114,13 +116,13 @@ def _main() -> None:
             name = str(error.filename)
             name = name if len(name) < _NAME else f"{name[:_NAME]}..."
             what = f"error: a file or folder cannot be used ({name}): got {error.strerror}"
-            _fail(what, 1 if error.errno in _FULL else 2)
-        _fail(f"internal error: {type(error).__name__}: {error} (topkd --debug shows where)", 1)
+            _exit_with_message(what, 1 if error.errno in _FULL else 2)
+        _exit_with_message(f"internal error: {type(error).__name__}: {error} (topkd --debug shows where)", 1)
 
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _misused(error: Any) -> NoReturn:
+def _exit_on_misuse(error: Any) -> NoReturn:
     """A command that was written wrongly: one line, as for every other mistake."""
     message = " ".join(str(error.format_message()).split()).rstrip(".")
     for theirs, ours in _WORDS.items():
@@ -134,7 +136,7 @@ def _misused(error: Any) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _exit_with_message(message: str, code: int) -> NoReturn:
     if os.environ.get("TOPKD_DEBUG"):
         traceback.print_exc()
     typer.echo(f"topkd: {' '.join(message.split())}", err=True)

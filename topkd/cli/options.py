@@ -13,7 +13,7 @@ import typer
 from topkd.topk.errors import ConfigError
 
 
-def paragraphs(command: Callable[..., None]) -> str:
+def join_paragraphs(command: Callable[..., None]) -> str:
     """The docstring of a command with each paragraph on one line: terminals break it where they end."""
     text = inspect.cleandoc(command.__doc__ or "")
     return "\n\n".join(part.replace("\n", " ") for part in text.split("\n\n"))
@@ -66,7 +66,7 @@ MaxCost = Annotated[float | None, option("Stop before more is spent.", "X", pane
 Strict = Annotated[bool, flag("--strict", "Stop at the first row that is refused.")]
 
 
-def needs(command: str, *modules: str, extra: str) -> None:
+def require_extra(command: str, *modules: str, extra: str) -> None:
     """Raise one clear line when a module of the extra is not installed."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:

@@ -160,12 +160,12 @@ async def open_client(
         raise ConfigError("unknown dialect", got=repr(dialect), expected="auto, " + ", ".join(sorted(DIALECTS)))
     if dialect == "auto":
         async with HttpClient(url, model=model, api_key=api_key, config=config) as asking:
-            if not _hosted(url):
+            if not _is_hosted(url):
                 await asking.server_info()
             dialect = await detect(asking)
     client = DIALECTS[dialect](url, model=model, api_key=api_key, config=config, **options)
     try:
-        if not _hosted(url):
+        if not _is_hosted(url):
             await client.server_info()
     except BaseException:
         await client.aclose()
@@ -173,7 +173,7 @@ async def open_client(
     return client
 
 
-def _hosted(url: str) -> bool:
+def _is_hosted(url: str) -> bool:
     """Whether listing models would list a catalogue."""
     host = urlsplit(url).hostname or ""
     return host.endswith(".fireworks.ai") or host in {"fireworks.ai", "api.openai.com"}

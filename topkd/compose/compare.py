@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from topkd.compose.comparison.cell import FORMER, Cell, Phase, finished, run_cell, superseded
+from topkd.compose.comparison.cell import FORMER, Cell, Phase, is_superseded, read_finished, run_cell
 from topkd.compose.comparison.config import EMBEDDED, Arm, CompareConfig
-from topkd.compose.comparison.statistics import curve_facts
-from topkd.compose.comparison.summary import summarised
-from topkd.compose.config.run_config import saved
-from topkd.compose.data.digests import content_digest
+from topkd.compose.comparison.statistics import summarize_curve
+from topkd.compose.comparison.summary import build_summary
+from topkd.compose.config.run_config import save_config
+from topkd.compose.data.digests import digest_contents
 from topkd.compose.progress import Progress
-from topkd.compose.run.folder import claimed
-from topkd.engine.loop.metrics import strict
+from topkd.compose.run.folder import lock_folder
+from topkd.engine.loop.metrics import make_strict_json
 from topkd.topk.errors import ConfigError, TrainingError
 
 FILE, CONFIG = "compare.json", "config.json"
@@ -47,32 +47,32 @@ def compare(config: CompareConfig, out: Path, progress: Progress | None = None) 
     """Run what is missing of a comparison; a second call continues where the first one stopped."""
     progress = progress or Progress()
     _check_free(config, out)
-    with claimed(out):
-        saved(config, out / CONFIG)
-        return _compared(config, out, progress)
+    with lock_folder(out):
+        save_config(config, out / CONFIG)
+        return _run_comparison(config, out, progress)
 
 
-def _compared(config: CompareConfig, out: Path, progress: Progress) -> Comparison:
+def _run_comparison(config: CompareConfig, out: Path, progress: Progress) -> Comparison:
     if config.base == EMBEDDED:
         from topkd.compose.demo_assets.assets import build_assets, cache_root
 
         build_assets(cache_root(), progress)  # once, before workers would all train the same models
     with _Workers(config, out / "cells", progress) as workers:
-        tuned, tables = _tuned(config, workers)
-        live = [_cell(config, arm, seed, tuned[arm.name], "live") for arm in config.arms for seed in config.seeds]
+        tuned, tables = _tune_rates(config, workers)
+        live = [_build_cell(config, arm, seed, tuned[arm.name], "live") for arm in config.arms for seed in config.seeds]
         results = workers.finish("live runs", live)
         replayed = []
         if config.replay:
             drawn = {cell.id: cell.digest for cell in live}
             replayed = [
-                _cell(config, arm, seed, tuned[arm.name], "replay", drawn=drawn)
+                _build_cell(config, arm, seed, tuned[arm.name], "replay", drawn=drawn)
                 for arm in config.arms
                 for seed in config.seeds
             ]
             results |= workers.finish("matched replays", replayed)
-    summary = summarised(config, tables, [*live, *replayed], results)
+    summary = build_summary(config, tables, [*live, *replayed], results)
     staging = out / f".{FILE}.partial"
-    staging.write_text(json.dumps(strict(summary), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    staging.write_text(json.dumps(make_strict_json(summary), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     staging.replace(out / FILE)
     return Comparison(out, summary)
 
@@ -98,11 +98,11 @@ class _Workers:
 
     def finish(self, stage: str, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
         """Results by cell id, of cells run now and of those that already lay there."""
-        results = {cell.id: found for cell in cells if (found := finished(self.cells, cell)) is not None}
+        results = {cell.id: found for cell in cells if (found := read_finished(self.cells, cell)) is not None}
         self.progress.stage(stage, len(cells))
         if results:
             self.progress.advance(len(results), "found finished")
-        if former := sum(superseded(self.cells, cell) for cell in cells):
+        if former := sum(is_superseded(self.cells, cell) for cell in cells):
             self.progress.note(
                 f"{former} finished cell{'s' * (former > 1)} of other settings kept in {self.cells.with_name(FORMER)}"
             )
@@ -155,21 +155,21 @@ def _as_worker() -> None:
     threading.Thread(target=follow, daemon=True, name="topkd-parent").start()
 
 
-def _tuned(config: CompareConfig, workers: _Workers) -> tuple[dict[str, float | None], dict[str, dict[str, Any]]]:
+def _tune_rates(config: CompareConfig, workers: _Workers) -> tuple[dict[str, float | None], dict[str, dict[str, Any]]]:
     """Each arm's learning rate, and the trials it was chosen by: as many for every arm."""
     if config.tuning is None:
         return {arm.name: None for arm in config.arms}, {}
     rates = list(config.tuning.rates)
     for extension in range(config.tuning.extensions + 1):
         cells = {
-            (arm.name, rate, seed): _cell(config, arm, seed, rate, "tune")
+            (arm.name, rate, seed): _build_cell(config, arm, seed, rate, "tune")
             for arm in config.arms
             for rate in rates
             for seed in config.tuning.seeds
         }
         results = workers.finish("tuning" if not extension else "tuning, wider", list(cells.values()))
         tables = {
-            arm.name: _trials(
+            arm.name: _run_trials(
                 arm, rates, [[results[cells[arm.name, r, s].id] for s in config.tuning.seeds] for r in rates], config
             )
             for arm in config.arms
@@ -179,17 +179,19 @@ def _tuned(config: CompareConfig, workers: _Workers) -> tuple[dict[str, float | 
         if not (low or high) or extension == config.tuning.extensions:
             break
         step = rates[1] / rates[0]
-        rates = [_rounded(rates[0] / step)] * low + rates + [_rounded(rates[-1] * step)] * high
+        rates = [_round_rate(rates[0] / step)] * low + rates + [_round_rate(rates[-1] * step)] * high
     return {name: table["best"] for name, table in tables.items()}, tables
 
 
-def _trials(
+def _run_trials(
     arm: Arm, rates: Sequence[float], results: Sequence[Sequence[Mapping[str, Any]]], config: CompareConfig
 ) -> dict[str, Any]:
     areas = []
     for per_seed in results:
         facts = [
-            curve_facts(result["evals"], config.metric, config.target)["area"] if result["status"] == "done" else None
+            summarize_curve(result["evals"], config.metric, config.target)["area"]
+            if result["status"] == "done"
+            else None
             for result in per_seed
         ]
         # A rate at which one trial broke is not a rate to choose.
@@ -205,7 +207,7 @@ def _trials(
     return {"rates": list(rates), "areas": areas, "best": rates[best], "edge": edge}
 
 
-def _cell(
+def _build_cell(
     config: CompareConfig,
     arm: Arm,
     seed: int,
@@ -223,15 +225,15 @@ def _cell(
             rollouts = f"live-{reference}-seed{seed}"
     name = f"{phase}-{arm.name}{rate if phase == 'tune' else ''}-seed{seed}"
     values, by = config.values(arm, seed, lr), "" if drawn is None else drawn[rollouts]
-    given = "" if config.base == EMBEDDED else _given(values)
+    given = "" if config.base == EMBEDDED else _digest_inputs(values)
     return Cell(name, phase, arm.name, seed, lr, config.base, values, config.probes, rollouts, by, given)
 
 
-def _given(values: Mapping[str, Any]) -> str:
+def _digest_inputs(values: Mapping[str, Any]) -> str:
     """Digests of the prompts, the held-out prompts and the student that a cell's settings name."""
     named = (("data", "path"), ("eval", "path"), ("student", "model"))
     paths = [(values.get(table) or {}).get(key) for table, key in named]
-    return " ".join(content_digest(Path(path)) if path else "" for path in paths)
+    return " ".join(digest_contents(Path(path)) if path else "" for path in paths)
 
 
 def _check_free(config: CompareConfig, out: Path) -> None:
@@ -255,5 +257,5 @@ def _check_free(config: CompareConfig, out: Path) -> None:
             )  # fmt: skip
 
 
-def _rounded(rate: float) -> float:
+def _round_rate(rate: float) -> float:
     return float(f"{rate:.3g}")

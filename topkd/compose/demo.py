@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 import topkd
 from topkd.clients import ClientConfig, connect
-from topkd.compose.config.run_config import saved
-from topkd.compose.demo_assets.assets import PROMPT_TOKENS, build_assets, cache_root, prompt_rows
-from topkd.compose.demo_assets.first_run import FOLDER, leave
-from topkd.compose.demo_assets.folders import SUMMARY, own_folder
+from topkd.compose.config.run_config import save_config
+from topkd.compose.demo_assets.assets import PROMPT_TOKENS, build_assets, cache_root, choose_prompts
+from topkd.compose.demo_assets.first_run import FOLDER, write_first_run
+from topkd.compose.demo_assets.folders import SUMMARY, open_demo_folder
 from topkd.compose.progress import Progress
 from topkd.compose.run.runner import RunResult, run
-from topkd.compose.run.signals import Stops
+from topkd.compose.run.signals import StopSignals
 from topkd.engine import EngineConfig, LearnerConfig, RolloutConfig
 from topkd.engine.config.objectives import GJS, Objective, ScalarKL, TopKPolicyGradient
 from topkd.report.page.demo_figure import write_demo_curve
@@ -63,7 +63,7 @@ async def demo(
     out: Path | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
-    stops: Stops | None = None,
+    stops: StopSignals | None = None,
 ) -> DemoResult | RunResult:
     """Build (or reuse) the tiny models, serve the teacher, distil over HTTP, measure exactly, draw the curve.
 
@@ -82,17 +82,17 @@ async def demo(
     from topkd.engine.models.tokenizer import load_tokenizer
 
     progress = progress or Progress()
-    config = demo_config(objective, steps, seed)
+    config = build_demo_config(objective, steps, seed)
     began, usual = time.perf_counter(), Path("runs") / f"demo-{objective}-seed{seed}"
-    with _told_if_stopped(progress, "nothing was kept"), own_folder(out, usual, progress) as folder:
+    with _note_if_stopped(progress, "nothing was kept"), open_demo_folder(out, usual, progress) as folder:
         assets = build_assets(cache or cache_root(), progress, None if stops is None else stops.obey)
     assets_s = time.perf_counter() - began
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))  # the other half belongs to the server
 
     tokenizer = load_tokenizer(str(assets.student))
     student, judge = Student.load(str(assets.student), "cpu"), Student.load(str(assets.teacher), "cpu")
-    probes = await held_out_probes(student, assets.held_out, tokenizer)
-    text_before = await _completion(student, probes[0].ids[: probes[0].prompt_len], tokenizer)
+    probes = await build_probes(student, assets.held_out, tokenizer)
+    text_before = await _complete(student, probes[0].ids[: probes[0].prompt_len], tokenizer)
 
     def evaluate() -> dict[str, Any]:
         from topkd.engine.models.divergences import exact_divergences
@@ -105,14 +105,14 @@ async def demo(
         model=str(assets.teacher), served_model_name="teacher", port=0, max_logprobs=config.k, max_batch_tokens=1
     )
     began = time.perf_counter()
-    saved(config, folder / "config.json")
+    save_config(config, folder / "config.json")
     with contextlib.ExitStack() as stack:
-        with _told_if_stopped(progress, "the models are kept for the next demo"):
+        with _note_if_stopped(progress, "the models are kept for the next demo"):
             server = stack.enter_context(ServerProcess(serve, log_path=folder / "server.log"))
         progress.note(f"teacher at {server.url} (process {server.pid}); K = {config.k}, objective {objective}")
         client = await connect(server.url, model="teacher", config=ClientConfig(total_timeout_s=300.0))
         async with client:
-            rows = prompt_rows(assets.training, seed)
+            rows = choose_prompts(assets.training, seed)
             result = await run(
                 config,
                 student=student,
@@ -130,10 +130,10 @@ async def demo(
     samples = {
         "prompt": tokenizer.decode(probes[0].ids[: probes[0].prompt_len]),
         "student before": text_before,
-        "student after": await _completion(student, probes[0].ids[: probes[0].prompt_len], tokenizer),
-        "teacher": await _completion(judge, probes[0].ids[: probes[0].prompt_len], tokenizer),
+        "student after": await _complete(student, probes[0].ids[: probes[0].prompt_len], tokenizer),
+        "teacher": await _complete(judge, probes[0].ids[: probes[0].prompt_len], tokenizer),
     }
-    run_file = leave(
+    run_file = write_first_run(
         folder / FOLDER,
         config,
         teacher=assets.teacher,
@@ -144,7 +144,7 @@ async def demo(
     return _finish(result, samples, seconds, objective, run_file)
 
 
-def demo_config(objective: ObjectiveName, steps: int, seed: int) -> EngineConfig:
+def build_demo_config(objective: ObjectiveName, steps: int, seed: int) -> EngineConfig:
     """The engine settings the demo runs with; printed nowhere else, saved beside the run."""
     objectives: dict[ObjectiveName, Objective] = {
         "scalar_kl": ScalarKL(),
@@ -165,25 +165,25 @@ def demo_config(objective: ObjectiveName, steps: int, seed: int) -> EngineConfig
     )
 
 
-async def held_out_probes(student: Any, held_out: NDArray[np.int32], tokenizer: Any) -> list[Any]:
+async def build_probes(student: Any, held_out: NDArray[np.int32], tokenizer: Any) -> list[Any]:
     """Held-out prompts, each continued by the untrained student: fixed prefixes to measure on, whatever the seed."""
     from topkd.engine.models.divergences import Probe
 
     starts = np.random.default_rng(0).integers(0, len(held_out) - PROMPT_TOKENS, size=PROBES)
     prompts = [held_out[start : start + PROMPT_TOKENS] for start in starts]
-    rollouts = await _sampled(student, prompts, tokenizer, PROBE_TOKENS)
+    rollouts = await _sample(student, prompts, tokenizer, PROBE_TOKENS)
     return [
         Probe(np.concatenate([prompt, rollout.completion_ids]), PROMPT_TOKENS)
         for prompt, rollout in zip(prompts, rollouts, strict=True)
     ]
 
 
-async def _completion(model: Any, prompt: NDArray[np.int32], tokenizer: Any) -> str:
-    (rollout,) = await _sampled(model, [prompt], tokenizer, 40)
+async def _complete(model: Any, prompt: NDArray[np.int32], tokenizer: Any) -> str:
+    (rollout,) = await _sample(model, [prompt], tokenizer, 40)
     return str(tokenizer.decode(rollout.completion_ids, skip_special_tokens=True))
 
 
-async def _sampled(model: Any, prompts: list[NDArray[np.int32]], tokenizer: Any, tokens: int) -> list[Any]:
+async def _sample(model: Any, prompts: list[NDArray[np.int32]], tokenizer: Any, tokens: int) -> list[Any]:
     from topkd.engine.models.sampler import InProcessSampler
     from topkd.topk import SamplingParams
 
@@ -193,7 +193,7 @@ async def _sampled(model: Any, prompts: list[NDArray[np.int32]], tokenizer: Any,
 
 
 @contextlib.contextmanager
-def _told_if_stopped(progress: Progress, kept: str) -> Iterator[None]:
+def _note_if_stopped(progress: Progress, kept: str) -> Iterator[None]:
     """Says what is left of a demo that a signal ends before its run begins."""
     try:
         yield

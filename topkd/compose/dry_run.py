@@ -13,19 +13,19 @@ import numpy as np
 from pydantic import BaseModel
 
 from topkd.clients.probe.probe import probe
-from topkd.compose.cache.contents import as_replayed, cache_folder, recording
+from topkd.compose.cache.contents import as_replayed, cache_folder, find_recorded_run
 from topkd.compose.cache.shuffled import ShuffledRollouts
 from topkd.compose.config.run_config import RunConfig
-from topkd.compose.data.digests import rows_note
+from topkd.compose.data.digests import describe_rows
 from topkd.compose.data.run_prompts import Prompts, load_prompts
 from topkd.compose.preflight.forecast import Forecast, forecast
-from topkd.compose.preflight.lengths import check_ids, check_lengths, compared_ends, vocabulary
-from topkd.compose.preflight.sampler import meet_sampler
-from topkd.compose.preflight.teachers import Met, meet_teachers
+from topkd.compose.preflight.lengths import check_lengths, check_token_ids_fit, compare_ends, read_vocab_size
+from topkd.compose.preflight.sampler import check_sampler
+from topkd.compose.preflight.teachers import TeacherInfo, check_teachers
 from topkd.compose.progress import Progress
 from topkd.compose.run.folder import CHECKPOINTS
-from topkd.compose.run.resume import check_same_rows, foreseen
-from topkd.engine.loop.data_mixing import on_policy_prompts
+from topkd.compose.run.resume import check_same_rows, preview_resume
+from topkd.engine.loop.data_mixing import count_on_policy_prompts
 from topkd.engine.loop.prompts import PromptRow
 from topkd.engine.models.hub import check_there
 from topkd.offline import ReplayScorer, ScoreStore
@@ -36,7 +36,7 @@ _UNSAID = (".ema", ".hint", ".reference", ".feedback", ".revision")
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class EndpointFinding:
     """A teacher's server and what a probe of it says."""
 
     teacher: str
@@ -77,7 +77,7 @@ class DryRun:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     device: str = ""
-    endpoints: list[Endpoint] = field(default_factory=list)
+    endpoints: list[EndpointFinding] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     prompts: list[Rendered] = field(default_factory=list)
     forecast: Forecast | None = None
@@ -109,27 +109,29 @@ async def dry_run(
         resume: The run would go on with what is there.
         cache: Of a replay; None takes the config's.
     """
-    found = DryRun(_in_force(config, served=served), config=config.model_dump(mode="json"))
+    found = DryRun(_list_used_settings(config, served=served), config=config.model_dump(mode="json"))
     if out is not None:
         try:
-            found.notes += filter(None, [foreseen(out, config, command="train" if served else "replay", resume=resume)])
+            found.notes += filter(
+                None, [preview_resume(out, config, command="train" if served else "replay", resume=resume)]
+            )
         except TopkdError as error:
             found.problems.append(str(error))
-    met: dict[str, Met] = {}
-    missing = await asyncio.to_thread(_missing, config)
+    met: dict[str, TeacherInfo] = {}
+    missing = await asyncio.to_thread(_find_missing_model, config)
     if missing:  # what else would fail for it is the same problem
         found.problems.append(missing)
     if served:
         try:
-            met = {} if missing else await meet_teachers(config, _Notes(found))
+            met = {} if missing else await check_teachers(config, _Notes(found))
         except TopkdError as error:
             found.problems.append(str(error))
         await _probe_all(config, found, student=None if missing else config.student.model)
         try:
-            found.notes += filter(None, [await meet_sampler(config)])
+            found.notes += filter(None, [await check_sampler(config)])
         except TopkdError as error:
             found.problems.append(str(error))
-    answers = not served and _look_into(cache, config, found)
+    answers = not served and _check_cache(cache, config, found)
     if missing:
         return found
     try:
@@ -137,27 +139,27 @@ async def dry_run(
     except TopkdError as error:
         found.problems.append(str(error))
         return found
-    found.data = _data(prompts)
-    found.prompts = _rendered(prompts)
-    found.problems += _unfit(config, prompts, met)
+    found.data = _describe_data(prompts)
+    found.prompts = _render_first_row(prompts)
+    found.problems += _check_rows_fit(config, prompts, met)
     if resume and out is not None and any((out / CHECKPOINTS).glob("step-*")):
         try:
-            check_same_rows(out, rows_note(prompts.rows), where=str(out))
+            check_same_rows(out, describe_rows(prompts.rows), where=str(out))
         except TopkdError as error:
             found.problems.append(str(error))
     if answers and config.replay.order == "shuffled":
-        await asyncio.to_thread(_draw, cache, config, prompts, found)
-    found.notes += compared_ends(config, prompts).notes
+        await asyncio.to_thread(_check_draws, cache, config, prompts, found)
+    found.notes += compare_ends(config, prompts).notes
     _estimate(config, prompts, met, found)
     return found
 
 
-def _unfit(config: RunConfig, prompts: Prompts, met: dict[str, Met]) -> Iterator[str]:
+def _check_rows_fit(config: RunConfig, prompts: Prompts, met: dict[str, TeacherInfo]) -> Iterator[str]:
     """What of the rows does not fit the student or its teachers: ids, and lengths."""
-    size = vocabulary(config.student.model)
+    size = read_vocab_size(config.student.model)
     try:
         if size is not None:
-            check_ids(config, prompts.rows, size)
+            check_token_ids_fit(config, prompts.rows, size)
     except TopkdError as error:
         yield str(error)
     try:
@@ -166,14 +168,16 @@ def _unfit(config: RunConfig, prompts: Prompts, met: dict[str, Met]) -> Iterator
         yield str(error)
 
 
-def _look_into(cache: Path | None, config: RunConfig, found: DryRun) -> bool:
+def _check_cache(cache: Path | None, config: RunConfig, found: DryRun) -> bool:
     """Whether a cache has what a replay needs; whose it is becomes a note."""
     try:
         with ScoreStore(cache_folder(config, cache)) as store:
-            kept = recording(store, config)
+            kept = find_recorded_run(store, config)
             scorers = " and ".join(repr(teacher.name) for teacher in kept.teachers.values())
             policy = f"rollouts of {kept.policy.name!r} (replay.policy = {kept.policy.revision!r})"
-            given = f"scores, for the completions of {config.data.path}" if not on_policy_prompts(config) else policy
+            given = (
+                f"scores, for the completions of {config.data.path}" if not count_on_policy_prompts(config) else policy
+            )
             found.notes.append(f"{store.path} has {given}, scored by {scorers}")
     except TopkdError as error:
         found.problems.append(str(error))
@@ -181,11 +185,11 @@ def _look_into(cache: Path | None, config: RunConfig, found: DryRun) -> bool:
     return True
 
 
-def _draw(cache: Path | None, config: RunConfig, prompts: Prompts, found: DryRun) -> None:
+def _check_draws(cache: Path | None, config: RunConfig, prompts: Prompts, found: DryRun) -> None:
     """Whether a cache's completions are of these prompts, and scored: what a shuffled replay draws from."""
     try:
         with ScoreStore(cache_folder(config, cache)) as store:
-            kept = recording(store, config)
+            kept = find_recorded_run(store, config)
             teachers = {name: ReplayScorer(store, who) for name, who in kept.teachers.items()}
             ShuffledRollouts(
                 store, kept.policy, prompts.rows, teachers=teachers, config=as_replayed(config), progress=_Notes(found)
@@ -194,26 +198,26 @@ def _draw(cache: Path | None, config: RunConfig, prompts: Prompts, found: DryRun
         found.problems.append(str(error))
 
 
-def settings(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+def list_settings(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
     """Every setting in force, by dotted key, and whether it was given; tables that are left out are not listed."""
     for name in type(model).model_fields:
         value, given = getattr(model, name), name in model.model_fields_set
         if isinstance(value, BaseModel):
-            yield from settings(value, f"{prefix}{name}.")
+            yield from list_settings(value, f"{prefix}{name}.")
         elif isinstance(value, dict) and any(isinstance(entry, BaseModel) for entry in value.values()):
             for key, entry in value.items():
-                yield from settings(entry, f"{prefix}{name}.{key}.")
+                yield from list_settings(entry, f"{prefix}{name}.{key}.")
         elif value is not None or given:
             yield f"{prefix}{name}", value, given
 
 
-def _in_force(config: RunConfig, *, served: bool) -> list[tuple[str, Any, bool]]:
+def _list_used_settings(config: RunConfig, *, served: bool) -> list[tuple[str, Any, bool]]:
     """The settings that this run reads, a rate that depends on what trains with its value."""
     asks = served and any(teacher.urls for teacher in config.teacher_map().values())
     silent = {"client": not asks, "replay": served}
     found = [
         (key, value, given)
-        for key, value, given in settings(config)
+        for key, value, given in list_settings(config)
         if not silent.get(key.split(".")[0]) and (given or (value not in ("", {}, ()) and not key.endswith(_UNSAID)))
     ]
     if config.learner.lr is None:
@@ -223,7 +227,7 @@ def _in_force(config: RunConfig, *, served: bool) -> list[tuple[str, Any, bool]]
     return found
 
 
-def _missing(config: RunConfig) -> str:
+def _find_missing_model(config: RunConfig) -> str:
     """The problem with a student that is not here; "" when it is."""
     try:
         check_there(config.student.model)
@@ -241,7 +245,7 @@ async def _probe_all(config: RunConfig, found: DryRun, *, student: str | None) -
                     dialect=teacher.dialect, cached=True,
                 )  # fmt: skip
             except TopkdError as error:
-                found.endpoints.append(Endpoint(name, url, error.what, can_teach=False))
+                found.endpoints.append(EndpointFinding(name, url, error.what, can_teach=False))
                 if not any(url in problem for problem in found.problems):
                     found.problems.append(str(error))
                 continue
@@ -249,7 +253,7 @@ async def _probe_all(config: RunConfig, found: DryRun, *, student: str | None) -
             found.notes += [f"{url}: {one.title}: {', '.join(filter(None, (one.value, one.detail)))}" for one in warned]
             known = report.capabilities
             found.endpoints.append(
-                Endpoint(
+                EndpointFinding(
                     name,
                     url,
                     report.verdict,
@@ -264,7 +268,7 @@ async def _probe_all(config: RunConfig, found: DryRun, *, student: str | None) -
                 found.problems.append(f"the endpoint {report.verdict} ({url})")
 
 
-def _data(prompts: Prompts) -> dict[str, Any]:
+def _describe_data(prompts: Prompts) -> dict[str, Any]:
     own = [row.prompt_ids.size for row in prompts.rows]
     told = [row.teacher_prompt_ids.size for row in prompts.rows]
     teachers: dict[str, int] = {}
@@ -283,18 +287,18 @@ def _data(prompts: Prompts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _rendered(prompts: Prompts) -> list[Rendered]:
+def _render_first_row(prompts: Prompts) -> list[Rendered]:
     row, tokenizer = prompts.rows[0], prompts.tokenizer
     sides = [("student", row.prompt_ids)]
     if not np.array_equal(row.prompt_ids, row.teacher_prompt_ids):
         sides.append((f"teacher {row.teacher_id}".strip(), row.teacher_prompt_ids))
     return [
-        Rendered(side, int(ids.size), [(tokenizer.decode(ids), False), *_completion_parts(row, tokenizer)])
+        Rendered(side, int(ids.size), [(tokenizer.decode(ids), False), *_split_completion(row, tokenizer)])
         for side, ids in sides
     ]
 
 
-def _completion_parts(row: PromptRow, tokenizer: Any) -> Iterator[tuple[str, bool]]:
+def _split_completion(row: PromptRow, tokenizer: Any) -> Iterator[tuple[str, bool]]:
     if row.completion_ids is None:
         return
     mask = np.ones(row.completion_ids.size, dtype=bool) if row.completion_mask is None else row.completion_mask
@@ -303,7 +307,7 @@ def _completion_parts(row: PromptRow, tokenizer: Any) -> Iterator[tuple[str, boo
         yield tokenizer.decode(row.completion_ids[first:last]), bool(mask[first])
 
 
-def _estimate(config: RunConfig, prompts: Prompts, met: dict[str, Met], found: DryRun) -> None:
+def _estimate(config: RunConfig, prompts: Prompts, met: dict[str, TeacherInfo], found: DryRun) -> None:
     from topkd.engine.models.student import pick_device
 
     try:

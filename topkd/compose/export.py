@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import topkd
-from topkd.compose.config.run_config import RunConfig, validated
+from topkd.compose.config.run_config import RunConfig, validate_config
 from topkd.compose.data.chat_templates import Side
 from topkd.compose.run.folder import CONFIG, RUN_LOG, STUDENT
 from topkd.engine.checkpoint.snapshots import write_folder
@@ -55,8 +55,8 @@ def export(
         dtype: Of the written weights, as in "bf16"; those that trained when left out.
         best: The best student by the run's ``eval.best`` instead of the last one.
     """
-    config = _config(run)
-    source = _source(run, best=best)
+    config = _read_config(run)
+    source = _find_source(run, best=best)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError("unknown dtype", got=repr(dtype), expected=", ".join(sorted(set(DTYPES))))
     out = out or run / "export"
@@ -67,20 +67,22 @@ def export(
     if merge and not adapter:
         raise ConfigError("there is no adapter to merge", where=str(source), hint="leave --merge out")
     wanted = DTYPES[dtype] if dtype is not None else config.student.dtype
-    model = _opened(source, config, wanted, adapter=adapter)
+    model = _open_model(source, config, wanted, adapter=adapter)
     if merge:
         model = model.merge_and_unload()
     alone = adapter and not merge
-    tokenizer = _tokenizer(source, config)
-    _generation(model, tokenizer, config)
+    tokenizer = _load_tokenizer(source, config)
+    _write_generation_config(model, tokenizer, config)
     found: dict[str, float] = {}
 
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(_card(run, source, config, adapter=alone, dtype=wanted), encoding="utf-8")
-        again = _opened(folder, config, wanted, adapter=alone)
-        found["difference"] = difference = _difference(model, again, tokenizer)
+        (folder / "README.md").write_text(
+            _write_card(run, source, config, adapter=alone, dtype=wanted), encoding="utf-8"
+        )
+        again = _open_model(folder, config, wanted, adapter=alone)
+        found["difference"] = difference = _measure_difference(model, again, tokenizer)
         if difference > _TOLERANCE[wanted]:
             shutil.rmtree(folder)
             raise TrainingError(
@@ -94,7 +96,7 @@ def export(
     return Exported(out, "adapter" if alone else "model", wanted, int(found["parameters"]), found["difference"])
 
 
-def _source(run: Path, *, best: bool) -> Path:
+def _find_source(run: Path, *, best: bool) -> Path:
     source = run / ("student-best" if best else STUDENT)
     if not source.exists():
         hint = "the run has no eval.best" if best else "the run has not ended: let it end, or resume it"
@@ -102,7 +104,7 @@ def _source(run: Path, *, best: bool) -> Path:
     return source
 
 
-def _config(run: Path) -> RunConfig:
+def _read_config(run: Path) -> RunConfig:
     place = run / CONFIG
     try:
         values: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
@@ -113,10 +115,12 @@ def _config(run: Path) -> RunConfig:
         raise ConfigError("not a run's folder", where=str(run), got=got, hint="give the --out of a run")
     if "student" not in values:
         raise ConfigError("a run that names no student model cannot be exported", where=str(run), hint="copy student/")
-    return validated(RunConfig, {key: value for key, value in values.items() if value is not None}, where=str(place))
+    return validate_config(
+        RunConfig, {key: value for key, value in values.items() if value is not None}, where=str(place)
+    )
 
 
-def _opened(folder: Path, config: RunConfig, dtype: str, *, adapter: bool) -> Any:
+def _open_model(folder: Path, config: RunConfig, dtype: str, *, adapter: bool) -> Any:
     from topkd.engine.models.student import load_causal_lm
 
     if not adapter:
@@ -130,7 +134,7 @@ def _opened(folder: Path, config: RunConfig, dtype: str, *, adapter: bool) -> An
         return peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False).eval()
 
 
-def _tokenizer(source: Path, config: RunConfig) -> Any:
+def _load_tokenizer(source: Path, config: RunConfig) -> Any:
     from topkd.engine.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(source))
@@ -140,7 +144,7 @@ def _tokenizer(source: Path, config: RunConfig) -> Any:
     return tokenizer
 
 
-def _generation(model: Any, tokenizer: Any, config: RunConfig) -> None:
+def _write_generation_config(model: Any, tokenizer: Any, config: RunConfig) -> None:
     """The base model's generation config, with the ends that the student was trained to stop at."""
     ends = [*([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]), *config.rollout.stop_token_ids]
     settings = getattr(model, "generation_config", None)
@@ -148,7 +152,7 @@ def _generation(model: Any, tokenizer: Any, config: RunConfig) -> None:
         settings.eos_token_id = ends[0] if len(ends) == 1 else list(dict.fromkeys(ends))
 
 
-def _difference(written: Any, again: Any, tokenizer: Any) -> float:
+def _measure_difference(written: Any, again: Any, tokenizer: Any) -> float:
     import torch
 
     ids = tokenizer("The quick brown fox. def f(x): return 1")["input_ids"][:32]
@@ -158,7 +162,7 @@ def _difference(written: Any, again: Any, tokenizer: Any) -> float:
     return float((logits[0] - logits[1]).abs().max())
 
 
-def _card(run: Path, source: Path, config: RunConfig, *, adapter: bool, dtype: str) -> str:
+def _write_card(run: Path, source: Path, config: RunConfig, *, adapter: bool, dtype: str) -> str:
     base = config.student.model
     state = json.loads((source / "topkd.json").read_text(encoding="utf-8"))
     teachers = sorted(
@@ -175,7 +179,7 @@ def _card(run: Path, source: Path, config: RunConfig, *, adapter: bool, dtype: s
         f"{origin}; {dtype} weights of step {state.get('version', '?')}.", "",
         f"- objective: {objective}", f"- learning rate: {rate}",
         f"- steps: {config.steps}, {work} of at most {rollout.max_completion_tokens} tokens, seed {config.seed}",
-        f"- prompts: {Path(config.data.path).name}", "", *_measured(run),
+        f"- prompts: {Path(config.data.path).name}", "", *_list_measurements(run),
     ]  # fmt: skip
     if adapter:
         lines += ["Load it with `peft.PeftModel.from_pretrained(base, folder)` on the base model named above.", ""]
@@ -184,7 +188,7 @@ def _card(run: Path, source: Path, config: RunConfig, *, adapter: bool, dtype: s
     return "\n".join(lines)
 
 
-def _measured(run: Path) -> list[str]:
+def _list_measurements(run: Path) -> list[str]:
     found = read_metrics(run / RUN_LOG, "eval")
     evals = [record for record in found if record.get("prefixes", "fixed") == "fixed"]
     names = [name for name in ("accuracy", "reverse_kl", "forward_kl", "agreement") if evals and name in evals[0]]

@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from topkd.compose.cache.contents import as_replayed, cache_folder, recording
-from topkd.compose.cache.rollouts import RecordedSampler, policy_identity
+from topkd.compose.cache.contents import as_replayed, cache_folder, find_recorded_run
+from topkd.compose.cache.rollouts import RecordedSampler, build_policy_identity
 from topkd.compose.cache.shuffled import ShuffledRollouts
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.run_prompts import load_prompts
 from topkd.compose.progress import Progress
-from topkd.compose.run.observers import watching
-from topkd.compose.run.resume import entered
+from topkd.compose.run.observers import open_observers
+from topkd.compose.run.resume import enter_run
 from topkd.compose.run.runner import RunResult, run
-from topkd.compose.run.signals import Stops
-from topkd.compose.run.student import load_pieces
-from topkd.compose.teachers.feedback import feedback_context
+from topkd.compose.run.signals import StopSignals
+from topkd.compose.run.student import load_student
+from topkd.compose.teachers.feedback import build_feedback_context
 from topkd.offline import ReplayScorer, ScoreStore
 
 
@@ -27,7 +27,7 @@ async def replay(
     *,
     cache: Path | None = None,
     resume: bool = False,
-    stops: Stops | None = None,
+    stops: StopSignals | None = None,
 ) -> RunResult:
     """Train from what a cache holds; a miss is a CacheMissError.
 
@@ -46,20 +46,20 @@ async def replay(
     progress = progress or Progress()
     path, config = cache_folder(config, cache), as_replayed(config)
     with ScoreStore(path) as store, contextlib.ExitStack() as stack:
-        found = recording(store, config)
+        found = find_recorded_run(store, config)
         teachers, policy = {name: ReplayScorer(store, who) for name, who in found.teachers.items()}, found.policy
-        former, ranks = stack.enter_context(entered(out, config, progress, command="replay", resume=resume))
+        former, ranks = stack.enter_context(enter_run(out, config, progress, command="replay", resume=resume))
         if former.finished:
             return RunResult.of_finished(out, former)
         prompts = load_prompts(config, progress)
-        pieces = load_pieces(config, progress, prompts)
+        pieces = load_student(config, progress, prompts)
         sampler = RecordedSampler(None, store, policy)
-        itself = policy_identity(config, pieces.student, pieces.rows, found.teachers) == policy
+        itself = build_policy_identity(config, pieces.student, pieces.rows, found.teachers) == policy
         source = None
         if config.replay.order == "shuffled":
             source = ShuffledRollouts(store, policy, pieces.rows, teachers=teachers, config=config, progress=progress)
-        async with watching(
-            _without_ceiling(config), student=pieces.student, prompts=prompts, models={}, teachers={}, out=out,
+        async with open_observers(
+            _drop_ceiling(config), student=pieces.student, prompts=prompts, models={}, teachers={}, out=out,
             progress=progress, former=former,
         ) as watch:  # fmt: skip
             return await run(
@@ -72,7 +72,7 @@ async def replay(
                 progress=progress,
                 evaluate=watch.evaluate,
                 on_record=watch.heard,
-                context=feedback_context(config, prompts),
+                context=build_feedback_context(config, prompts),
                 wrap=lambda _: sampler,
                 source=source,
                 foreign=not itself,
@@ -89,7 +89,7 @@ async def replay(
             )
 
 
-def _without_ceiling(config: RunConfig) -> RunConfig:
+def _drop_ceiling(config: RunConfig) -> RunConfig:
     """There is no teacher here that could answer for itself."""
     if config.eval is None or not config.eval.ceiling:
         return config

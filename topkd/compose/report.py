@@ -7,7 +7,7 @@ from pathlib import Path
 
 from topkd.engine import EngineConfig
 from topkd.report.load.collection import gather
-from topkd.report.page.content import Page, build
+from topkd.report.page.content import Page, build_content
 from topkd.report.page.html import render_page
 from topkd.topk.errors import ConfigError
 
@@ -21,7 +21,7 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> tuple[Page, Pat
         runs: Folders of runs, or of one comparison.
         out: The page; beside a single run, or ``report.html`` here, when left out.
     """
-    page = build(gather(list(runs)), baseline=EngineConfig().model_dump(mode="json"))
+    page = build_content(gather(list(runs)), baseline=EngineConfig().model_dump(mode="json"))
     path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     text = render_page(page).encode()
     try:

@@ -14,14 +14,14 @@ import numpy as np
 
 from topkd.clients import OpenAIChat
 from topkd.clients.connection import open_client
-from topkd.compose.bulk.job import text_tokenizer
+from topkd.compose.bulk.job import load_text_tokenizer
 from topkd.compose.bulk.report import GIVE_UP_AFTER, JOB_TROUBLE, ROW_TROUBLE, Troubles, committing
-from topkd.compose.bulk.sample_config import Purse, SampleConfig, SampleReport, SamplingDialect
-from topkd.compose.cache.identity import sampled_policy, served_identity
-from topkd.compose.data.files import check_rows, count_rows, json_object, raw_rows
-from topkd.compose.data.rows import checked_row, prompt_tokens
+from topkd.compose.bulk.sample_config import SampleConfig, SampleReport, SamplingBudget, SamplingDialect
+from topkd.compose.cache.identity import build_sampled_policy, build_served_identity
+from topkd.compose.data.files import check_has_rows, count_rows, iter_raw_rows, parse_json_object
+from topkd.compose.data.rows import check_row, tokenize_prompt
 from topkd.compose.progress import Progress
-from topkd.engine.loop.waiting import first_of
+from topkd.engine.loop.waiting import root_exception
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.store.folder import FORMAT_FILE
 from topkd.topk.errors import ConfigError, DataError, ResponseError, UnsupportedError
@@ -57,14 +57,14 @@ async def sample(config: SampleConfig, progress: Progress | None = None) -> Samp
         ServerError: one that every row would meet; what was drawn until then is kept.
     """
     progress = progress or Progress()
-    check_rows(config.data)
-    tokenizer = text_tokenizer(config.tokenizer)
+    check_has_rows(config.data)
+    tokenizer = load_text_tokenizer(config.tokenizer)
     report = SampleReport(str(config.out), k=config.k, estimate=config.estimate)
     began = time.monotonic()
     if config.estimate:
         await _estimate(config, tokenizer, report)
     else:
-        client = await _opened(config)
+        client = await _open_client(config)
         config = config.model_copy(update={"dialect": client.dialect})
         async with client:
             report.teacher = await client.model_name()
@@ -72,7 +72,7 @@ async def sample(config: SampleConfig, progress: Progress | None = None) -> Samp
                 job = SampleJob(config, client, store=store, report=report, progress=progress)
                 try:
                     total = min(await asyncio.to_thread(count_rows, config.data), config.limit or 1 << 62)
-                    await job.run(_prompts(config, tokenizer), total)
+                    await job.run(_iter_prompts(config, tokenizer), total)
                 except asyncio.CancelledError:
                     progress.note(
                         f"stopped: {report.completions} completions drawn and kept in {config.out}; "
@@ -86,7 +86,7 @@ async def sample(config: SampleConfig, progress: Progress | None = None) -> Samp
     return report
 
 
-async def _opened(config: SampleConfig) -> Any:
+async def _open_client(config: SampleConfig) -> Any:
     """A client of the dialect that samples best there."""
     table = {"tokenizer": config.tokenizer} if config.dialect == "openai" else {}
     client = await open_client(
@@ -98,7 +98,7 @@ async def _opened(config: SampleConfig) -> Any:
     if config.dialect != "auto" or better is None:
         return client
     await client.aclose()
-    return await _opened(config.model_copy(update={"dialect": better}))
+    return await _open_client(config.model_copy(update={"dialect": better}))
 
 
 class SampleJob:
@@ -110,9 +110,9 @@ class SampleJob:
         if not isinstance(client, OpenAIChat | Sampler):
             raise UnsupportedError("this server cannot sample", where=client.where(), got=f"dialect {client.dialect}")
         self.config, self.client, self.store, self.report, self.progress = config, client, store, report, progress
-        self.teacher = served_identity(store, report.teacher, config.revision)
-        self.policy = sampled_policy(self.teacher)
-        self.purse = Purse(config)
+        self.teacher = build_served_identity(store, report.teacher, config.revision)
+        self.policy = build_sampled_policy(self.teacher)
+        self.purse = SamplingBudget(config)
         self.room = asyncio.Semaphore(config.in_flight)
         self.settled = asyncio.Event()
         self.under_way: set[tuple[bytes, int | None]] = set()
@@ -131,7 +131,7 @@ class SampleJob:
                 await self._all(prompts)
                 saving.cancel()
         except BaseExceptionGroup as errors:
-            raise first_of(errors) from errors
+            raise root_exception(errors) from errors
 
     async def _all(self, prompts: Iterator[Prompt | tuple[int, DataError]]) -> None:
         async with asyncio.TaskGroup() as group:
@@ -250,7 +250,7 @@ class SampleJob:
 
 def is_kept(prompt: Prompt, store: ScoreStore, teacher: TeacherIdentity, k: int) -> bool:
     """Whether a cache has the completions of a prompt, and the teacher's lists of at least k with them."""
-    found = store.get_rollouts(sampled_policy(teacher), prompt.ids, None, prompt.params)
+    found = store.get_rollouts(build_sampled_policy(teacher), prompt.ids, None, prompt.params)
     if found is None:
         return False
     start = prompt.teacher_ids.size - 1
@@ -258,27 +258,27 @@ def is_kept(prompt: Prompt, store: ScoreStore, teacher: TeacherIdentity, k: int)
     return not k or all(store.covers(teacher, ids, start, k, read=True) for ids in sequences)
 
 
-def _prompts(config: SampleConfig, tokenizer: Any) -> Iterator[Prompt | tuple[int, DataError]]:
-    for number, raw in islice(raw_rows(config.data), config.limit):
+def _iter_prompts(config: SampleConfig, tokenizer: Any) -> Iterator[Prompt | tuple[int, DataError]]:
+    for number, raw in islice(iter_raw_rows(config.data), config.limit):
         where = f"{config.data}:{number}"
         try:
-            yield _prompt(config, number, checked_row(json_object(raw, where), where), tokenizer, where)
+            yield _build_prompt(config, number, check_row(parse_json_object(raw, where), where), tokenizer, where)
         except DataError as error:
             yield number, error
 
 
-def _prompt(config: SampleConfig, number: int, row: Any, tokenizer: Any, where: str) -> Prompt:
+def _build_prompt(config: SampleConfig, number: int, row: Any, tokenizer: Any, where: str) -> Prompt:
     if tokenizer is None and (row.prompt_ids is None or row.hint is not None):
         what = "rows of text" if row.prompt_ids is None else "rows with a hint"
         raise ConfigError(f"{what} need the served model's tokenizer", where=where, hint="give --tokenizer PATH")
     if row.messages is not None and (not row.messages or row.messages[-1].get("role") == "assistant"):
         raise DataError("the messages must end before the answer that is to be drawn", where=where)
-    ids = np.array(prompt_tokens(row, tokenizer, None, where), np.int32)
+    ids = np.array(tokenize_prompt(row, tokenizer, None, where), np.int32)
     seen = ids
     if row.hint is not None:
         if config.dialect == "openai":
             raise DataError("a hint needs a server that continues ids", where=where, hint="write it into the messages")
-        seen = np.array(prompt_tokens(row, tokenizer, row.hint, where), np.int32)
+        seen = np.array(tokenize_prompt(row, tokenizer, row.hint, where), np.int32)
     # One request for a prompt, an n and a K, whatever the file's order; another seed is another draw.
     named = hashlib.blake2b(f"{config.seed} {config.n} {config.k}".encode() + seen.tobytes(), digest_size=4).digest()
     params = SamplingParams(max_tokens=config.max_new_tokens, seed=int.from_bytes(named, "big") >> 1)
@@ -292,10 +292,10 @@ async def _estimate(config: SampleConfig, tokenizer: Any, report: SampleReport) 
         return
     report.teacher = config.model or ""
     if config.model is None:  # what of the cache counts depends on the name; asking for it is free
-        async with await _opened(config) as client:
+        async with await _open_client(config) as client:
             report.teacher = await client.model_name()
     with ScoreStore(config.out) as store:
-        teacher = served_identity(store, report.teacher, config.revision)
+        teacher = build_served_identity(store, report.teacher, config.revision)
         await asyncio.to_thread(
             _count, config, tokenizer, report, lambda prompt: is_kept(prompt, store, teacher, config.k)
         )
@@ -303,7 +303,7 @@ async def _estimate(config: SampleConfig, tokenizer: Any, report: SampleReport) 
 
 def _count(config: SampleConfig, tokenizer: Any, report: SampleReport, held: Callable[[Prompt], bool]) -> None:
     seen: set[bytes] = set()
-    for prompt in _prompts(config, tokenizer):
+    for prompt in _iter_prompts(config, tokenizer):
         report.rows += 1
         if isinstance(prompt, tuple):
             report.refused += 1

@@ -7,10 +7,10 @@ import contextlib
 import time
 from collections.abc import Mapping
 
-from topkd.compose.bulk.job import BulkJob, lanes_of, opened, summed, text_tokenizer
+from topkd.compose.bulk.job import BulkJob, build_queues, load_text_tokenizer, open_job_teacher, sum_counters
 from topkd.compose.bulk.score_config import ScoreConfig, ScoreReport
-from topkd.compose.bulk.selection import Budget, Selection, digest_of
-from topkd.compose.cache.identity import served_identity
+from topkd.compose.bulk.selection import Selection, SpendingLimit, digest_of
+from topkd.compose.cache.identity import build_served_identity
 from topkd.compose.data.sequences import BadRow, check_source
 from topkd.compose.progress import Progress
 from topkd.offline import ScoreStore, TeacherIdentity
@@ -28,7 +28,7 @@ async def score(config: ScoreConfig, progress: Progress | None = None) -> ScoreR
     """
     progress = progress or Progress()
     check_source(config.data)
-    selection = Selection(config, text_tokenizer(config.tokenizer))
+    selection = Selection(config, load_text_tokenizer(config.tokenizer))
     if config.estimate:
         return await _estimate(config, selection)
     began = time.monotonic()
@@ -47,12 +47,14 @@ async def score(config: ScoreConfig, progress: Progress | None = None) -> ScoreR
 async def _score_here(config: ScoreConfig, selection: Selection, progress: Progress) -> ScoreReport:
     report = ScoreReport(str(config.out), k=config.k)
     async with contextlib.AsyncExitStack() as stack:
-        teachers = {name: await stack.enter_async_context(opened(config, asked))
+        teachers = {name: await stack.enter_async_context(open_job_teacher(config, asked))
                     for name, asked in config.asked().items()}  # fmt: skip
         report.teacher = ", ".join(dict.fromkeys(teacher.name for teacher in teachers.values()))
         with ScoreStore(config.out, mode="a", codec=config.codec) as store:
-            lanes = lanes_of(config, teachers, store)
-            job = BulkJob(config, report=report, progress=progress, store=store, lanes=lanes, permits=Budget(config))
+            lanes = build_queues(config, teachers, store)
+            job = BulkJob(
+                config, report=report, progress=progress, store=store, lanes=lanes, permits=SpendingLimit(config)
+            )
             try:
                 await job.run(selection)
             except asyncio.CancelledError:
@@ -64,7 +66,7 @@ async def _score_here(config: ScoreConfig, selection: Selection, progress: Progr
                 raise
             finally:
                 job.account()
-                report.client = summed(teacher.metrics() for teacher in teachers.values())
+                report.client = sum_counters(teacher.metrics() for teacher in teachers.values())
     return report
 
 
@@ -80,11 +82,13 @@ async def _estimate(config: ScoreConfig, selection: Selection) -> ScoreReport:
             if asked.model is not None:
                 names[name] = asked.model
                 continue
-            async with opened(config, asked) as teacher:  # which scores count depends on it; asking for it is free
+            async with open_job_teacher(
+                config, asked
+            ) as teacher:  # which scores count depends on it; asking for it is free
                 names[name] = teacher.name
         report.teacher = ", ".join(dict.fromkeys(names.values()))
         with ScoreStore(config.out) as store:
-            who = {name: served_identity(store, names[name], asked.revision)
+            who = {name: build_served_identity(store, names[name], asked.revision)
                    for name, asked in config.asked().items()}  # fmt: skip
             await asyncio.to_thread(_count, config, selection, report, store, who)
     if config.price_per_million is not None:

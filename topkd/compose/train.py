@@ -13,16 +13,16 @@ from topkd.compose.cache.live import LiveCache
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.preflight.preflight import TEACHERS, ready
 from topkd.compose.progress import Progress
-from topkd.compose.run.observers import watching
-from topkd.compose.run.resume import entered
+from topkd.compose.run.observers import open_observers
+from topkd.compose.run.resume import enter_run
 from topkd.compose.run.runner import RunResult, run
 from topkd.compose.run.sampler import open_sampling
-from topkd.compose.run.signals import Stops
-from topkd.compose.run.student import load_pieces
-from topkd.compose.teachers.feedback import feedback_context
-from topkd.compose.teachers.local import LocalModel, following, open_local
+from topkd.compose.run.signals import StopSignals
+from topkd.compose.run.student import load_student
+from topkd.compose.teachers.feedback import build_feedback_context
+from topkd.compose.teachers.local import LocalModel, open_local, publish_with_followers
 from topkd.compose.teachers.served import open_teacher
-from topkd.compose.teachers.usage import Traffic
+from topkd.compose.teachers.usage import TeacherUsage
 from topkd.topk.errors import ConfigError
 from topkd.topk.protocols import TeacherScorer
 
@@ -38,7 +38,7 @@ async def train(
     progress: Progress | None = None,
     *,
     resume: bool = False,
-    stops: Stops | None = None,
+    stops: StopSignals | None = None,
     loss: TokenLoss | None = None,
 ) -> RunResult:
     """Run one config to its end; checkpoint, metrics and provenance lie in ``out`` afterwards.
@@ -56,18 +56,18 @@ async def train(
     """
     progress = progress or Progress()
     async with contextlib.AsyncExitStack() as stack:
-        former, ranks = stack.enter_context(entered(out, config, progress, command="train", resume=resume))
+        former, ranks = stack.enter_context(enter_run(out, config, progress, command="train", resume=resume))
         if ranks is not None and not ranks.main:
             progress = Progress()
         if former.finished:
             return RunResult.of_finished(out, former)
         before = await ready(config, progress, kept=out / TEACHERS, resumed=former.resumed)
-        pieces = load_pieces(config, progress, before.prompts)
+        pieces = load_student(config, progress, before.prompts)
         cache = stack.enter_context(LiveCache(config.cache)) if config.cache is not None else None
         teachers: dict[str, TeacherScorer] = {}
         scorers: dict[str, TeacherScorer] = {}
         fingerprints: dict[str, dict[str, Any]] = {}
-        traffic = Traffic()
+        traffic = TeacherUsage()
         if ranks is not None and config.sampler.kind != "in_process":
             raise ConfigError(
                 "several processes sample from the student in their own memory",
@@ -104,7 +104,7 @@ async def train(
                 traffic.cache(scorer.metrics.as_dict)
                 teachers[name] = scorer
         watch = await stack.enter_async_context(
-            watching(
+            open_observers(
                 config,
                 student=pieces.student,
                 prompts=before.prompts,
@@ -125,8 +125,8 @@ async def train(
             progress=progress,
             evaluate=watch.evaluate,
             on_record=watch.heard,
-            context=feedback_context(config, before.prompts),
-            sampling=replace(sampling, publish=following(traffic.joining(sampling.publish, ranks), local)),
+            context=build_feedback_context(config, before.prompts),
+            sampling=replace(sampling, publish=publish_with_followers(traffic.joining(sampling.publish, ranks), local)),
             wrap=None if cache is None else cache.recorder(config, pieces.student, pieces.rows, loss),
             account=None if cache is None else cache.account,
             notes={"teachers": fingerprints, **before.notes()},

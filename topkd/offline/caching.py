@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from topkd.offline.store.codecs import narrowed
-from topkd.offline.store.keys import TeacherIdentity, rollout_key, score_key, token_array
+from topkd.offline.store.codecs import narrow_scores
+from topkd.offline.store.keys import TeacherIdentity, check_token_array, rollout_key, score_key
 from topkd.offline.store.store import ScoreStore
 from topkd.topk.errors import CacheError, CacheMissError
 from topkd.topk.protocols import Ids, Sampler, TeacherScorer, Version
@@ -82,7 +82,7 @@ class CachingScorer:
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
         """As ``TeacherScorer.score``."""
-        array = token_array(ids)
+        array = check_token_array(ids)
         found = self._look(array, start, k)
         if found is not None:
             self.metrics.hits += 1
@@ -99,7 +99,7 @@ class CachingScorer:
         else:
             self.metrics.joined += 1
             self.metrics.saved_tokens += array.size
-        return narrowed(await _wait(flight), start, k)
+        return narrow_scores(await _wait(flight), start, k)
 
     def _look(self, ids: Int32, start: int, k: int) -> TopK | None:
         found = self._store.get(self.identity, ids, start, k)
@@ -137,7 +137,7 @@ class ReplayScorer:
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
         """As ``TeacherScorer.score``."""
-        array = token_array(ids)
+        array = check_token_array(ids)
         found = self._store.get(self.identity, array, start, k)
         if found is None:
             self._store.refresh()
@@ -198,7 +198,7 @@ class CachingSampler:
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
         """As ``Sampler.sample``."""
-        prompt, version = token_array(prompt_ids), self._version()
+        prompt, version = check_token_array(prompt_ids), self._version()
         plain = rollout_key(self.identity, prompt, params, version=version)
         occurrence = 0
         if params.seed is None:

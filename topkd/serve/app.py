@@ -19,9 +19,9 @@ from topkd.serve.engine.refusal import Refusal
 from topkd.serve.engine.served import VLLM_DIALECT, Served
 from topkd.serve.routes import generate, openai, sglang
 from topkd.serve.routes.control import Control
-from topkd.serve.routes.requests import DetokenizeBody, TokenizeBody, check_ids
+from topkd.serve.routes.requests import DetokenizeBody, TokenizeBody, check_request_ids
 from topkd.serve.routes.sglang_control import SglangControl
-from topkd.serve.routes.wire import KeyGuard, answered, detail, json_reply, read
+from topkd.serve.routes.wire import KeyGuard, answer_errors, detail, json_reply, read
 
 
 def create_app(model: Any, tokenizer: Any, config: ServeConfig) -> Starlette:
@@ -33,11 +33,14 @@ def create_app(model: Any, tokenizer: Any, config: ServeConfig) -> Starlette:
         yield
         served.engine.stop()
 
-    routes = [*_information(served), *openai.routes(served)]
+    routes = [*_information(served), *openai.list_openai_routes(served)]
     if config.dialect == "sglang":
-        routes += [*sglang.routes(served), *(SglangControl(served).routes() if config.control_routes else [])]
+        routes += [
+            *sglang.list_sglang_routes(served),
+            *(SglangControl(served).routes() if config.control_routes else []),
+        ]
     else:
-        routes += [*generate.routes(served), *(Control(served).routes() if config.control_routes else [])]
+        routes += [*generate.list_generate_routes(served), *(Control(served).routes() if config.control_routes else [])]
     middleware = [] if config.api_key is None else [Middleware(KeyGuard, key=config.api_key.get_secret_value())]
     app = Starlette(routes=routes, middleware=middleware, lifespan=lifespan, exception_handlers={HTTPException: detail})
     app.state.served = served
@@ -86,14 +89,14 @@ def _information(served: Served) -> list[Route]:
     async def detokenize(request: Request) -> Response:
         body = await read(request, DetokenizeBody, served.config.max_body_bytes)
         served.adapter_of(body.model)
-        return json_reply({"prompt": served.words.decode(list(check_ids(body.tokens, served.vocab)))})
+        return json_reply({"prompt": served.words.decode(list(check_request_ids(body.tokens, served.vocab)))})
 
     gets = {"/v1/models": models, "/load": load, "/metrics": metrics}
     if served.config.dialect == "vllm":
         gets["/version"] = version
     return [
-        *(Route(path, answered(healthy), methods=["GET", "POST"]) for path in ("/health", "/ping")),
-        *(Route(path, answered(handler), methods=["GET"]) for path, handler in gets.items()),
-        Route("/tokenize", answered(tokenize), methods=["POST"]),
-        Route("/detokenize", answered(detokenize), methods=["POST"]),
+        *(Route(path, answer_errors(healthy), methods=["GET", "POST"]) for path in ("/health", "/ping")),
+        *(Route(path, answer_errors(handler), methods=["GET"]) for path, handler in gets.items()),
+        Route("/tokenize", answer_errors(tokenize), methods=["POST"]),
+        Route("/detokenize", answer_errors(detokenize), methods=["POST"]),
     ]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
+def silence_loading() -> Iterator[None]:
     """No progress bars, and no reports of what a folder lacks or holds besides."""
     from transformers.utils import logging
 

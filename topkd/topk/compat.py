@@ -16,8 +16,8 @@ from topkd.topk.errors import AlignmentError, ConfigError
 from topkd.topk.inputs import check_beta, check_floor, logp64
 from topkd.topk.maths.divergence import integrand
 from topkd.topk.maths.pairs import log_renormalised
-from topkd.topk.maths.ragged import padded
-from topkd.topk.maths.scalars import whole
+from topkd.topk.maths.ragged import pad_rows
+from topkd.topk.maths.scalars import check_integer
 from topkd.topk.types import PAD_ID, Float64, Int32
 
 Position: TypeAlias = Sequence[tuple[int, float]]
@@ -51,8 +51,8 @@ def compute_topk_gjs(
         )
     if len(teacher_topk) == 0:  # not its truth value: a NumPy array has none
         return []
-    teacher_ids, teacher_logp = _padded("teacher_topk", teacher_topk)
-    student_ids, student_logp = _padded("student_topk", student_topk)
+    teacher_ids, teacher_logp = _pad("teacher_topk", teacher_topk)
+    student_ids, student_logp = _pad("student_topk", student_topk)
     pair = align(teacher_ids, teacher_logp, student_ids, student_logp)
     student = np.where(pair.in_teacher & ~pair.in_student, floor_logprob, pair.student)
     student = log_renormalised(np.where(pair.in_teacher, student, -np.inf))
@@ -75,8 +75,8 @@ def extract_token_logprobs(
         raise AlignmentError("topk and token_ids differ in length", got=f"{len(topk)} and {len(token_ids)}")
     if len(topk) == 0:
         return []
-    ids, logp = _padded("topk", topk)
-    tokens = np.array([whole("token_ids: a token id", token) for token in token_ids], dtype=np.int64)
+    ids, logp = _pad("topk", topk)
+    tokens = np.array([check_integer("token_ids: a token id", token) for token in token_ids], dtype=np.int64)
     hit = (ids == tokens[:, None]) & (ids >= 0)
     found = np.where(hit, logp, -np.inf).max(axis=1, initial=-np.inf)
     absent = np.nan if floor_logprob is None else check_floor("floor_logprob", floor_logprob)
@@ -92,7 +92,10 @@ def slice_completion_topk(
     ``full[i]`` scores token i given the tokens before it, so the completion starts at ``prompt_len``. An empty list is
     a hole (no signal), not a distribution. A reply that is too short gives fewer positions: check the length.
     """
-    prompt_len, completion_len = whole("prompt_len", prompt_len), whole("completion_len", completion_len)
+    prompt_len, completion_len = (
+        check_integer("prompt_len", prompt_len),
+        check_integer("completion_len", completion_len),
+    )
     _check_lists(full=full)
     if prompt_len < 0 or completion_len < 0:
         raise ConfigError("prompt_len and completion_len must not be negative", got=f"{prompt_len}, {completion_len}")
@@ -109,7 +112,7 @@ def _check_lists(**values: object) -> None:
             raise ConfigError(f"{name}: not a list", got=type(value).__name__)
 
 
-def _padded(name: str, positions: Sequence[Position | None]) -> tuple[Int32, Float64]:
+def _pad(name: str, positions: Sequence[Position | None]) -> tuple[Int32, Float64]:
     """[R, K] ids and float64 logprobs, -1 and -inf at pads; refused where a logprob is above 0."""
-    ids, logp = padded(name, positions, PAD_ID)
+    ids, logp = pad_rows(name, positions, PAD_ID)
     return ids, logp64(name, logp)

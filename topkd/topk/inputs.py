@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.maths.scalars import real
+from topkd.topk.maths.scalars import check_real
 from topkd.topk.types import Float64, TopK
 
 LOGP_TOLERANCE = 1e-3  # float32 rounding of a served logprob stays far below; above it, the numbers are logits
@@ -59,7 +59,7 @@ def result_dtype(*values: ArrayLike) -> np.dtype[np.floating]:
     return np.dtype(np.float32 if narrow else np.float64)
 
 
-def narrowed(value: Float64, dtype: np.dtype[np.floating]) -> NDArray[np.floating]:
+def to_dtype(value: Float64, dtype: np.dtype[np.floating]) -> NDArray[np.floating]:
     """``value`` in ``dtype``; what float32 cannot hold becomes infinite, as it must, without a warning."""
     with np.errstate(over="ignore"):
         return value.astype(dtype, copy=False)
@@ -67,7 +67,7 @@ def narrowed(value: Float64, dtype: np.dtype[np.floating]) -> NDArray[np.floatin
 
 def check_beta(beta: float, name: str = "beta") -> float:
     """``beta`` as a float in [0, 1]: the mixture weight of the *teacher*."""
-    number = real(name, beta)
+    number = check_real(name, beta)
     if not 0.0 <= number <= 1.0:
         raise ConfigError(
             f"{name} out of range", got=beta, expected="0 (forward KL) .. 1 (reverse KL), the teacher's mixture weight"
@@ -77,7 +77,7 @@ def check_beta(beta: float, name: str = "beta") -> float:
 
 def check_floor(name: str, value: float) -> float:
     """A log-probability below 0 that stands for a missing id, as a float (-inf = no probability at all)."""
-    number = real(name, value)
+    number = check_real(name, value)
     if not number < 0.0:
         raise ConfigError(f"{name} must be a negative log-probability", got=number)
     return number

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.maths.scalars import real, whole
+from topkd.topk.maths.scalars import check_integer, check_real
 
 _SMALLEST_LOSS = 1e-8  # the relative change against a loss of zero would be 1e15 and stay in the momentum for good
 
@@ -39,9 +39,9 @@ class TAIDScheduler:
         beta: float = 0.99,
         disable_adaptive: bool = False,
     ) -> None:
-        t_start, t_end = real("t_start", t_start), real("t_end", t_end)
-        alpha, beta = real("alpha", alpha), real("beta", beta)
-        if whole("num_train_steps", num_train_steps) < 1:
+        t_start, t_end = check_real("t_start", t_start), check_real("t_end", t_end)
+        alpha, beta = check_real("alpha", alpha), check_real("beta", beta)
+        if check_integer("num_train_steps", num_train_steps) < 1:
             raise ConfigError("num_train_steps must be at least 1", got=num_train_steps)
         if not 0.0 <= t_start < t_end <= 1.0:
             raise ConfigError("TAID needs 0 <= t_start < t_end <= 1", got=f"t_start {t_start}, t_end {t_end}")
@@ -87,11 +87,11 @@ class TAIDScheduler:
             loss: The step's loss (a float or a one-element tensor).
             global_step: Number of optimiser steps taken, 0-based.
         """
-        step = real("global_step", global_step)
+        step = check_real("global_step", global_step)
         if math.isnan(step):
             raise ConfigError("global_step must be a number", got=step)
         with np.errstate(over="ignore"):
-            value = np.float32(real("loss", loss))
+            value = np.float32(check_real("loss", loss))
         if not math.isfinite(value):
             self._skipped += 1
             return None
@@ -120,9 +120,11 @@ class TAIDScheduler:
         missing = {"t", "momentum", "prev_loss"} - state.keys()
         if missing:
             raise ConfigError("TAIDScheduler state lacks keys", got=sorted(state), expected=sorted(missing))
-        loaded = {key: real(f"TAIDScheduler state: {key}", state[key]) for key in ("t", "momentum")}
-        previous = None if state["prev_loss"] is None else real("TAIDScheduler state: prev_loss", state["prev_loss"])
-        skipped = whole("TAIDScheduler state: skipped", state.get("skipped", 0))
+        loaded = {key: check_real(f"TAIDScheduler state: {key}", state[key]) for key in ("t", "momentum")}
+        previous = (
+            None if state["prev_loss"] is None else check_real("TAIDScheduler state: prev_loss", state["prev_loss"])
+        )
+        skipped = check_integer("TAIDScheduler state: skipped", state.get("skipped", 0))
         if not 0.0 <= loaded["t"] <= 1.0 or not all(map(math.isfinite, (loaded["momentum"], previous or 0.0))):
             raise ConfigError("TAIDScheduler state out of range", got=state, expected="t in [0, 1], finite numbers")
         self._t, self._momentum = np.float32(loaded["t"]), np.float32(loaded["momentum"])

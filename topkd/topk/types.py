@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from topkd.topk.errors import ConfigError, ResponseError
-from topkd.topk.maths.ragged import padded
-from topkd.topk.maths.scalars import whole
+from topkd.topk.maths.ragged import pad_rows
+from topkd.topk.maths.scalars import check_integer
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -48,7 +48,7 @@ class TopK:
 
     def __post_init__(self) -> None:
         for name, dtype in _FIELDS.items():
-            object.__setattr__(self, name, _frozen(name, getattr(self, name), dtype))
+            object.__setattr__(self, name, _freeze(name, getattr(self, name), dtype))
         _check(self)
 
     @property
@@ -127,7 +127,7 @@ class TopK:
         first, stop, step = (rows or slice(None)).indices(self.rows)
         if step != 1:
             raise ConfigError("TopK.slice: only contiguous rows keep their source positions", got=f"step {step}")
-        if k is not None and whole("TopK.slice: k", k) < 1:
+        if k is not None and check_integer("TopK.slice: k", k) < 1:
             raise ConfigError("TopK.slice: k must be at least 1", got=k)
         part = slice(first, max(first, stop))
         ids, logp, tail = self.ids[part], self.logp[part], self.tail_logp[part]
@@ -167,7 +167,7 @@ class TopK:
         padded to the longest list. The tail mass comes from the given (unrounded) values. Dialect sentinels such as
         -9999 must be resolved by the caller: what they mean differs between servers.
         """
-        ids, logp = padded("TopK.from_lists", positions, PAD_ID)
+        ids, logp = pad_rows("TopK.from_lists", positions, PAD_ID)
         return cls(
             start,
             ids,
@@ -237,7 +237,7 @@ def tail_logp(logp: ArrayLike) -> Float32:
     return np.where(np.isfinite(values).any(axis=-1), tail, np.nan).astype(np.float32)
 
 
-def _frozen(name: str, value: object, dtype: type[np.generic]) -> NDArray[Any]:
+def _freeze(name: str, value: object, dtype: type[np.generic]) -> NDArray[Any]:
     array = np.asarray(value)
     wanted = "iu" if dtype is np.int32 else "iuf"
     if array.dtype.kind not in wanted and array.size:
@@ -259,7 +259,7 @@ def _check(topk: TopK) -> None:
     for name in ("actual_ids", "actual_logp", "tail_logp"):
         if getattr(topk, name).shape != (rows,):
             raise ConfigError(f"TopK.{name}: wrong shape", got=getattr(topk, name).shape, expected=(rows,))
-    if whole("TopK.start", topk.start) < 0:
+    if check_integer("TopK.start", topk.start) < 0:
         raise ConfigError("TopK.start must be at least 0", got=topk.start)
     listed = topk.ids >= 0
     _refuse(np.isnan(topk.logp), topk, "logprob is NaN")

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from topkd.cli.options import AsJson, flag, option
-from topkd.cli.output.cache_stats import described, numbered
+from topkd.cli.output.cache_stats import count_things, describe_stats
 from topkd.topk.errors import ConfigError, DataError
 
 app = typer.Typer(help="Look into a cache, check it, tidy it, bring scores in and out.", no_args_is_help=True)
@@ -47,7 +47,7 @@ class ImportFormat(StrEnum):
 
 
 @app.command("stats")
-def stats(cache: Folder, as_json: AsJson = False) -> None:
+def stats_command(cache: Folder, as_json: AsJson = False) -> None:
     """What a cache holds, with pictures of K, captured mass, entropy and lengths.
 
     Example: topkd cache stats cache --json
@@ -59,12 +59,12 @@ def stats(cache: Folder, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(found | {"profile": shapes}))
         return
-    for line in described(found, shapes):
+    for line in describe_stats(found, shapes):
         typer.echo(line)
 
 
 @app.command("verify")
-def verify(cache: Folder, as_json: AsJson = False) -> None:
+def verify_command(cache: Folder, as_json: AsJson = False) -> None:
     """Read every byte; exit code 1 when something that was acknowledged may be lost, each piece of it named.
 
     Example: topkd cache verify cache
@@ -80,7 +80,7 @@ def verify(cache: Folder, as_json: AsJson = False) -> None:
             typer.echo(f"{'damage' if item.fatal else 'left by a crash'}: {item.what} ({place})")
         word = "whole" if found.ok else "DAMAGED: score again what it held (topkd cache gc drops the rest of it)"
         typer.echo(
-            f"{cache}: {numbered(found.records, 'record')} in {numbered(found.segments, 'segment')}, "
+            f"{cache}: {count_things(found.records, 'record')} in {count_things(found.segments, 'segment')}, "
             f"{found.bytes:,} bytes, {found.duplicates:,} superfluous: {word}"
         )
     if not found.ok:
@@ -88,7 +88,7 @@ def verify(cache: Folder, as_json: AsJson = False) -> None:
 
 
 @app.command("ls")
-def ls(
+def ls_command(
     cache: Folder,
     limit: Annotated[int, option("Records at most.", "N", min=1)] = 50,
     as_json: AsJson = False,
@@ -97,7 +97,7 @@ def ls(
 
     Example: topkd cache ls cache --limit 5
     """
-    for number, row in enumerate(islice(_listed(cache), min(limit + 1, sys.maxsize))):
+    for number, row in enumerate(islice(_list_records(cache), min(limit + 1, sys.maxsize))):
         if number == limit:
             if not as_json:
                 typer.echo("... (--limit shows more)")
@@ -113,7 +113,7 @@ def ls(
 
 
 @app.command("gc")
-def gc(
+def gc_command(
     cache: Folder,
     codec: Annotated[Codec | None, option("Write the records anew as packed, raw or cold.", "NAME")] = None,
     foreign: Annotated[
@@ -127,11 +127,11 @@ def gc(
     """
     from topkd.offline import gc as compact
 
-    _told(compact(cache, codec=None if codec is None else codec.value, foreign=foreign), as_json)
+    _print_exchange(compact(cache, codec=None if codec is None else codec.value, foreign=foreign), as_json)
 
 
 @app.command("merge")
-def merge(
+def merge_command(
     sources: Annotated[list[Path], typer.Argument(help="Caches to copy from.", metavar="CACHE")],
     out: Annotated[Path, option("The cache that gains what it lacks.", "CACHE")],
     as_json: AsJson = False,
@@ -142,11 +142,11 @@ def merge(
     """
     from topkd.offline import merge as joined
 
-    _told(joined(sources, out), as_json)
+    _print_exchange(joined(sources, out), as_json)
 
 
 @app.command("export")
-def export(
+def export_command(
     cache: Folder,
     out: Annotated[Path, typer.Argument(help="Folder for the files.", metavar="FOLDER")],
     form: Annotated[
@@ -159,25 +159,25 @@ def export(
     Example: topkd cache export cache exported --format parquet
     """
     from topkd.offline import export_parquet, to_dataset
-    from topkd.offline.exchange.exchange import writing
+    from topkd.offline.exchange.exchange import convert_write_errors
     from topkd.offline.store.folder import FORMAT_FILE
 
     if (out / FORMAT_FILE).exists():
         raise ConfigError("the folder to export to is a cache", where=str(out), hint="choose another one")
     if form is ExportFormat.parquet:
         done = export_parquet(cache, out)
-        _told(done, as_json)
+        _print_exchange(done, as_json)
         if done.refused:
             raise typer.Exit(1)
         return
     dataset = to_dataset(cache)
-    with writing(out):
+    with convert_write_errors(out):
         dataset.save_to_disk(str(out))
     typer.echo(json.dumps({"records": len(dataset)}) if as_json else f"{len(dataset)} scores in {out}")
 
 
 @app.command("import")
-def import_(
+def import_command(
     cache: Folder,
     source: Annotated[Path, typer.Argument(help="File or folder with scores.", metavar="SOURCE")],
     form: Annotated[
@@ -194,30 +194,30 @@ def import_(
     """
     from topkd.offline import ScoreStore, TeacherIdentity, from_dataset, import_axolotl, import_distillkit
     from topkd.offline import import_parquet as parquet
-    from topkd.offline.store.folder import begun
+    from topkd.offline.store.folder import begin_cache
 
     if not source.exists():
         raise DataError("no such file or folder", where=str(source), expected="something to import")
-    with begun(cache), ScoreStore(cache, mode="a", codec=codec.value) as store:
+    with begin_cache(cache), ScoreStore(cache, mode="a", codec=codec.value) as store:
         if form is ImportFormat.parquet:
             done = parquet(source, store)
         elif form is ImportFormat.dataset:
-            done = from_dataset(_dataset(source), store)
+            done = from_dataset(_load_dataset(source), store)
         elif teacher is None:
             raise ConfigError(f"--format {form.value} needs --teacher", hint="the source does not say who scored it")
         elif form is ImportFormat.axolotl:
             named = TeacherIdentity(teacher, revision=revision)
-            done = import_axolotl(_plain_rows(source), store, named, where=str(source))
+            done = import_axolotl(_iter_plain_rows(source), store, named, where=str(source))
         else:
             done = import_distillkit(source, store, TeacherIdentity(teacher, revision=revision))
         if not (done.records or done.refused):
             raise DataError("nothing to import", where=str(source), got="no rows")
-    _told(done, as_json)
+    _print_exchange(done, as_json)
     if done.refused:
         raise typer.Exit(1)
 
 
-def _told(result: Any, as_json: bool) -> None:
+def _print_exchange(result: Any, as_json: bool) -> None:
     values = dataclasses.asdict(result)
     if as_json:
         typer.echo(json.dumps(values))
@@ -231,7 +231,7 @@ def _told(result: Any, as_json: bool) -> None:
             typer.echo(f"  {key}: {len(items) - 20} more (--json lists them)")
 
 
-def _listed(cache: Path) -> Iterator[dict[str, Any]]:
+def _list_records(cache: Path) -> Iterator[dict[str, Any]]:
     from topkd.offline import ScoreStore
     from topkd.offline.store.codecs import CODEC_NAMES
     from topkd.offline.store.records import KIND_NAMES, ROLLOUT, SCORE
@@ -258,7 +258,7 @@ def _listed(cache: Path) -> Iterator[dict[str, Any]]:
             }
 
 
-def _dataset(path: Path) -> Any:
+def _load_dataset(path: Path) -> Any:
     try:
         from datasets import load_from_disk
     except ImportError as error:
@@ -269,8 +269,8 @@ def _dataset(path: Path) -> Any:
         raise DataError("not a saved dataset", where=str(path), got=str(error).splitlines()[0]) from error
 
 
-def _plain_rows(path: Path) -> Iterator[dict[str, Any]]:
-    from topkd.compose.data.files import json_object, raw_rows
+def _iter_plain_rows(path: Path) -> Iterator[dict[str, Any]]:
+    from topkd.compose.data.files import iter_raw_rows, parse_json_object
 
-    for number, raw in raw_rows(path):
-        yield json_object(raw, f"{path}:{number}")
+    for number, raw in iter_raw_rows(path):
+        yield parse_json_object(raw, f"{path}:{number}")

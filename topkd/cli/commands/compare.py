@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from topkd.cli.options import AsJson, needs, option
-from topkd.cli.output.formatting import size
+from topkd.cli.options import AsJson, option, require_extra
+from topkd.cli.output.formatting import format_bytes
 from topkd.cli.output.progress import Display
 from topkd.topk.errors import ConfigError
 
@@ -47,10 +47,10 @@ def compare_command(
 
     Example: topkd compare --grid objective.kind=gjs,topk_pg --out runs/kinds
     """
-    config = _config(files or [], grid or [], seeds, overrides or [])
+    config = _load_config(files or [], grid or [], seeds, overrides or [])
     if workers is not None:
         config = config.model_copy(update={"workers": workers})
-    needs("compare", "torch", "transformers", "safetensors", extra="train")
+    require_extra("compare", "torch", "transformers", "safetensors", extra="train")
     from topkd.compose.compare import FILE, compare
 
     try:
@@ -63,14 +63,14 @@ def compare_command(
         typer.echo((result.out / FILE).read_text(encoding="utf-8").strip())
     else:
         _show(result.summary)
-        typer.echo(f"\n{result.out / FILE}; {_page(result.out)}")
+        typer.echo(f"\n{result.out / FILE}; {_write_page(result.out)}")
     if not result.complete:
         for cell, reason in result.summary["failed"].items():
             typer.echo(f"topkd: cell {cell} failed: {reason}", err=True)
         raise typer.Exit(1)
 
 
-def _page(out: Path) -> str:
+def _write_page(out: Path) -> str:
     """The report's page beside the comparison, where its extra is installed; else how to get it."""
     if importlib.util.find_spec("jinja2") is None:
         return f"the page: pip install 'topkd[report]', then topkd report {out}"
@@ -79,11 +79,11 @@ def _page(out: Path) -> str:
     return f"the page: {write_page([out])[1]}"
 
 
-def _config(files: list[Path], grid: list[str], seeds: str | None, overrides: list[str]) -> CompareConfig:
+def _load_config(files: list[Path], grid: list[str], seeds: str | None, overrides: list[str]) -> CompareConfig:
     from topkd.compose.comparison.config import SEEDS, from_runs, load_compare, parse_grid
     from topkd.compose.config.run_config import read_toml
 
-    wanted = _seeds(seeds)
+    wanted = _parse_seeds(seeds)
     if len(files) == 1 and not grid:
         if "arms" not in read_toml(files[0]):
             raise ConfigError(
@@ -96,7 +96,7 @@ def _config(files: list[Path], grid: list[str], seeds: str | None, overrides: li
     return from_runs(files, parse_grid(grid), wanted or SEEDS, overrides)
 
 
-def _seeds(text: str | None) -> list[int] | None:
+def _parse_seeds(text: str | None) -> list[int] | None:
     if text is None:
         return None
     try:
@@ -114,13 +114,15 @@ def _show(summary: dict[str, Any]) -> None:
     for text in (summary["verdict"]["ends"], summary["note"]):
         if text:
             console.print(text, markup=False, soft_wrap=True)
-    _table(console, summary, summary["live"]["arms"], "live, on-policy at staleness 0")
+    _build_table(console, summary, summary["live"]["arms"], "live, on-policy at staleness 0")
     if summary["replay"]:
-        _table(console, summary, summary["replay"]["arms"], "matched replay: an off-policy test of the estimators")
+        _build_table(
+            console, summary, summary["replay"]["arms"], "matched replay: an off-policy test of the estimators"
+        )
         console.print(summary["replay"]["verdict"]["text"], markup=False, soft_wrap=True)
 
 
-def _table(console: Console, summary: dict[str, Any], rows: list[dict[str, Any]], title: str) -> None:
+def _build_table(console: Console, summary: dict[str, Any], rows: list[dict[str, Any]], title: str) -> None:
     labels = {arm["name"]: arm["label"] for arm in summary["arms"]}
     rates = {arm["name"]: arm["lr"] for arm in summary["arms"]}
     table = Table(title=f"\n{title}", title_justify="left", box=None, pad_edge=False, title_style="bold")
@@ -136,10 +138,10 @@ def _table(console: Console, summary: dict[str, Any], rows: list[dict[str, Any]]
         if any(rates.values()):
             cells.append(f"{rates[row['arm']]:.2g}")
         cells += [
-            _spread(row["final"]),
-            _ratio(row["area_ratio"]) if row["arm"] != summary["reference"] else "reference",
-            _reached(row),
-            _bill(row),
+            _format_spread(row["final"]),
+            _format_ratio(row["area_ratio"]) if row["arm"] != summary["reference"] else "reference",
+            _format_reached(row),
+            _format_cost(row),
         ]
         table.add_row(*cells)
     console.print(table)
@@ -150,25 +152,25 @@ def _table(console: Console, summary: dict[str, Any], rows: list[dict[str, Any]]
     )  # fmt: skip
 
 
-def _spread(value: dict[str, Any]) -> str:
+def _format_spread(value: dict[str, Any]) -> str:
     if value["mean"] is None:
         return "-"
     return f"{value['mean']:.3f}" + ("" if value["sd"] is None else f"±{value['sd']:.3f}")
 
 
-def _ratio(ratio: dict[str, Any]) -> str:
+def _format_ratio(ratio: dict[str, Any]) -> str:
     if ratio["ratio"] is None:
         return "-"
     spread = "" if ratio["low"] is None else f" ({ratio['low']:.2f}-{ratio['high']:.2f})"
     return f"{ratio['ratio']:.3f}{spread}"
 
 
-def _bill(row: dict[str, Any]) -> str:
+def _format_cost(row: dict[str, Any]) -> str:
     known = [fact["teacher_bytes"] for fact in row["seeds"].values()]
-    return size(sum(known) / len(known)) if known else "-"
+    return format_bytes(sum(known) / len(known)) if known else "-"
 
 
-def _reached(row: dict[str, Any]) -> str:
+def _format_reached(row: dict[str, Any]) -> str:
     mean, runs = row["tokens_to_target"], len(row["seeds"])
     late = f" ({row['censored']}/{runs} never)" if row["censored"] else ""
     return "-" + late if mean is None else f"{mean:,.0f}{late}"

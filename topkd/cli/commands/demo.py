@@ -18,7 +18,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from topkd.cli.options import AsJson, needs, option
+from topkd.cli.options import AsJson, option, require_extra
 from topkd.cli.output.progress import Display
 from topkd.cli.output.run_summary import CODES
 
@@ -50,14 +50,14 @@ def demo_command(
 
     Example: topkd demo --objective gjs --seed 1
     """
-    needs("demo", "torch", "transformers", "starlette", "uvicorn", "matplotlib", extra="train,serve,report")
+    require_extra("demo", "torch", "transformers", "starlette", "uvicorn", "matplotlib", extra="train,serve,report")
     from topkd.compose.demo import DemoResult, demo
-    from topkd.compose.run.signals import Stops
+    from topkd.compose.run.signals import StopSignals
 
-    with Stops() as stops, Display() as display:
+    with StopSignals() as stops, Display() as display:
         result = asyncio.run(demo(objective.value, steps=steps, seed=seed, out=out, progress=display, stops=stops))
     if not isinstance(result, DemoResult):
-        stopped(result)
+        print_stopped_and_exit(result)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result), default=str))
         return
@@ -85,31 +85,31 @@ def demo_command(
         soft_wrap=True,
     )
     console.print()
-    for line in own_run(_shown(result.run_file)):
+    for line in print_next_steps(_shorten_path(result.run_file)):
         console.print(Text(line, style="" if line.startswith(" ") else "bold"), soft_wrap=True)
 
 
-def _shown(path: Path) -> Path:
+def _shorten_path(path: Path) -> Path:
     """Relative to the working folder where it lies in it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def own_run(run_file: Path) -> list[str]:
+def print_next_steps(run_file: Path) -> list[str]:
     """What this reader types next, in order, indented below what it is for.
 
     ``make demo`` runs in an environment that need not be active: each terminal then begins with that.
     """
     from topkd.compose.demo_assets.first_run import PORT
-    from topkd.compose.demo_assets.folders import free_place
+    from topkd.compose.demo_assets.folders import find_free_folder
 
-    script, out = Path(sys.executable).with_name("topkd"), free_place(Path("runs/first"))
-    activate, topkd = _shown(script.with_name("activate")), "topkd"
+    script, out = Path(sys.executable).with_name("topkd"), find_free_folder(Path("runs/first"))
+    activate, topkd = _shorten_path(script.with_name("activate")), "topkd"
     first: list[str] = []
     if shutil.which("topkd") is None and script.exists():
         if activate.exists():
             first = [f"  source {shlex.quote(str(activate))}"]
         else:
-            topkd = shlex.quote(str(_shown(script)))
+            topkd = shlex.quote(str(_shorten_path(script)))
     return [
         'The same pair as a run of your own. In one terminal, until it says "ready":',
         *first,
@@ -122,9 +122,9 @@ def own_run(run_file: Path) -> list[str]:
     ]
 
 
-def stopped(result: RunResult) -> NoReturn:
+def print_stopped_and_exit(result: RunResult) -> NoReturn:
     """Say what a demo that was stopped has left, and leave as signals do."""
-    out, steps = _shown(result.out), len(result.steps)
+    out, steps = _shorten_path(result.out), len(result.steps)
     kept = f"the run log and the student so far lie in {out} (topkd report {out})" if steps else f"{out} holds no step"
     typer.echo(f"topkd: {result.stopped}: stopped after step {steps}; {kept}", err=True)
     raise typer.Exit(CODES[result.stopped])

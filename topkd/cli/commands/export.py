@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from topkd.cli.options import AsJson, flag, needs, option
+from topkd.cli.options import AsJson, flag, option, require_extra
 
 
 def export_command(
@@ -27,7 +27,7 @@ def export_command(
 
     Example: topkd export runs/first --dtype bf16 --out models/first
     """
-    needs("export", "torch", "transformers", "safetensors", extra="train")
+    require_extra("export", "torch", "transformers", "safetensors", extra="train")
     from topkd.compose.export import export
 
     done = export(run, out, merge=merge, dtype=dtype, best=best)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from topkd.cli.options import ApiKeyEnv, AsJson, flag, option
 from topkd.clients.probe.findings import Load, ProbeReport
-from topkd.compose.config.api_keys import api_key
+from topkd.compose.config.api_keys import read_api_key
 
 DIALECTS = ("auto", "vllm", "vllm_generate", "sglang", "fireworks", "openai")
 _MARKS = {
@@ -51,7 +51,7 @@ def probe_command(
     Example: topkd probe http://127.0.0.1:8000 --student ./models/student
     """
     from topkd.clients.probe.probe import probe
-    from topkd.compose.data.byte_maps import student_bytemap
+    from topkd.compose.data.byte_maps import load_student_byte_map
 
     console = Console(highlight=False)
     with Console(stderr=True, quiet=as_json).status("asking", spinner="line"):
@@ -59,9 +59,9 @@ def probe_command(
             probe(
                 url,
                 model=model,
-                student=None if student is None else student_bytemap(student),
+                student=None if student is None else load_student_byte_map(student),
                 dialect=dialect,
-                api_key=api_key(api_key_env, said="--api-key-env"),
+                api_key=read_api_key(api_key_env, said="--api-key-env"),
                 load=load,
                 batch=batch,
                 load_tokens=tokens,
@@ -71,12 +71,12 @@ def probe_command(
     if as_json:
         typer.echo(json.dumps(report.as_json(), allow_nan=False))
     else:
-        show(report, console)
+        print_probe(report, console)
     if not report.can_teach:
         sys.exit(1)
 
 
-def show(report: ProbeReport, console: Console) -> None:
+def print_probe(report: ProbeReport, console: Console) -> None:
     """The findings as a table, and the verdict as its last line."""
     ascii_only = (console.encoding or "").lower().replace("-", "") not in {"utf8", "utf16", "utf32"}
     table = Table(box=None, padding=(0, 1, 0, 0), show_header=False, pad_edge=False)
@@ -101,14 +101,14 @@ def show(report: ProbeReport, console: Console) -> None:
     console.print(f"[bold]{escape(report.url)}[/bold]  [dim]{escape(report.dialect)} dialect[/dim]\n")
     console.print(table)
     if report.load is not None:
-        _show_load(report.load, console)
+        _print_load(report.load, console)
     for line in report.advice:
         console.print(Text(f"advice: {line}", style="dim"))
     console.print(f"\n[dim]{report.requests} requests, {report.seconds:.1f} s[/dim]")
     console.print(Text(report.verdict, style="bold green" if report.can_teach else "bold red"), soft_wrap=True)
 
 
-def _show_load(load: Load, console: Console) -> None:
+def _print_load(load: Load, console: Console) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title_justify="left", header_style="dim")
     for name in ("in flight", "tokens/s", "p50", "p95", "failed"):
         table.add_column(name, justify="right")

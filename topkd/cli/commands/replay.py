@@ -8,10 +8,16 @@ from typing import Annotated
 
 import typer
 
-from topkd.cli.options import AsJson, DryRun, Overrides, Resume, RunFile, RunFolder, Watch, needs, option
-from topkd.cli.output.dry_run_page import dry_run_command
+from topkd.cli.options import AsJson, DryRun, Overrides, Resume, RunFile, RunFolder, Watch, option, require_extra
+from topkd.cli.output.dry_run_page import run_dry_run
 from topkd.cli.output.progress import Display
-from topkd.cli.output.run_summary import again, ended, first_process, resumable, watched
+from topkd.cli.output.run_summary import (
+    hint_resume,
+    is_first_process,
+    print_result_and_exit,
+    resume_command,
+    serve_page,
+)
 
 
 def replay_command(
@@ -31,19 +37,19 @@ def replay_command(
     from topkd.compose.config.run_config import load_config
 
     run_config = load_config(config, overrides or [], lambda line: typer.echo(f"note: {line}", err=True))
-    needs("replay", "torch", "transformers", "safetensors", extra="train")
+    require_extra("replay", "torch", "transformers", "safetensors", extra="train")
     if dry_run:
-        dry_run_command(run_config, served=False, out=out, resume=resume, as_json=as_json, cache=cache)
+        run_dry_run(run_config, served=False, out=out, resume=resume, as_json=as_json, cache=cache)
         return
     from topkd.compose.replay import replay
-    from topkd.compose.run.signals import Stops
+    from topkd.compose.run.signals import StopSignals
 
-    onwards = again("replay", config, out, overrides or [], cache=cache)
+    onwards = resume_command("replay", config, out, overrides or [], cache=cache)
     with (
-        Stops() as stops,
-        Display(quiet=not first_process()) as display,
-        watched(out, display, wanted=watch and first_process()),
-        resumable(out, onwards),
+        StopSignals() as stops,
+        Display(quiet=not is_first_process()) as display,
+        serve_page(out, display, wanted=watch and is_first_process()),
+        hint_resume(out, onwards),
     ):
         result = asyncio.run(replay(run_config, out, display, cache=cache, resume=resume, stops=stops))
-    ended(result, "replayed", again=onwards, as_json=as_json)
+    print_result_and_exit(result, "replayed", again=onwards, as_json=as_json)

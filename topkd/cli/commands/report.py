@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from topkd.cli.options import AsJson, flag, needs, option
+from topkd.cli.options import AsJson, flag, option, require_extra
 from topkd.topk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def report_command(
 
     Example: topkd report --follow runs/first
     """
-    needs("report", "jinja2", *(["matplotlib"] if figures else []), extra="report")
+    require_extra("report", "jinja2", *(["matplotlib"] if figures else []), extra="report")
     if follow:
         if out or figures:
             raise ConfigError(
@@ -52,7 +52,7 @@ def report_command(
 
         drawn = write_figures(page, figures)
     if as_json:
-        typer.echo(json.dumps(_told(page, path, drawn), ensure_ascii=False))
+        typer.echo(json.dumps(_print_page(page, path, drawn), ensure_ascii=False))
         return
     typer.echo(page.verdict.headline)
     if page.verdict.detail:
@@ -77,7 +77,7 @@ def _follow(runs: list[Path], port: int, *, as_json: bool) -> None:
             time.sleep(3600)
 
 
-def _told(page: Page, path: Path, drawn: list[Path]) -> dict[str, Any]:
+def _print_page(page: Page, path: Path, drawn: list[Path]) -> dict[str, Any]:
     said = page.verdict
     return {
         "out": str(path),

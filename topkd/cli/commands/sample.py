@@ -21,9 +21,9 @@ from topkd.cli.options import (
     flag,
     option,
 )
-from topkd.cli.output.job_summary import costing, counted, finished
+from topkd.cli.output.job_summary import format_cost, format_counts, print_report_and_exit
 from topkd.cli.output.progress import Display
-from topkd.compose.config.api_keys import api_key
+from topkd.compose.config.api_keys import read_api_key
 
 DIALECTS = ("auto", "openai", "vllm", "vllm_generate", "sglang")
 
@@ -73,29 +73,29 @@ def sample_command(
     Example: topkd sample rows.jsonl --teacher URL --tokenizer MODEL --out cache
     """
     from topkd.compose.bulk.sample_config import SampleConfig
-    from topkd.compose.config.run_config import validated
+    from topkd.compose.config.run_config import validate_config
     from topkd.compose.sample import sample
 
     values = {
         "data": data, "out": out, "teacher": teacher, "model": model, "dialect": dialect, "tokenizer": tokenizer,
         "k": k, "n": n, "max_new_tokens": max_new_tokens, "seed": seed, "revision": revision,
-        "api_key": api_key(api_key_env, said="--api-key-env"),
+        "api_key": read_api_key(api_key_env, said="--api-key-env"),
         "limit": limit, "max_tokens": max_tokens, "max_cost": max_cost,
         "price_in": price_in, "price_out": price_out, "estimate": estimate, "codec": codec, "in_flight": in_flight,
         "strict": strict,
     }  # fmt: skip
-    config = validated(SampleConfig, values, where="topkd sample")
+    config = validate_config(SampleConfig, values, where="topkd sample")
     with Display() as display:
         report = asyncio.run(sample(config, display))
-    finished(report, lambda: _lines(report), as_json=as_json)
+    print_report_and_exit(report, lambda: _format_lines(report), as_json=as_json)
 
 
-def _lines(report: SampleReport) -> list[str]:
-    lines = [f"{report.rows} prompts: {counted(report, 'sampled', 'to sample', ('cached', 'refused', 'failed'))}"]
+def _format_lines(report: SampleReport) -> list[str]:
+    lines = [f"{report.rows} prompts: {format_counts(report, 'sampled', 'to sample', ('cached', 'refused', 'failed'))}"]
     paid = f"{report.prompt_tokens} prompt tokens, "
     if report.estimate:
-        return [*lines, f"{paid}at most {report.completion_tokens} sampled{costing(report)}"]
-    paid += f"{report.completion_tokens} sampled{costing(report)}"
+        return [*lines, f"{paid}at most {report.completion_tokens} sampled{format_cost(report)}"]
+    paid += f"{report.completion_tokens} sampled{format_cost(report)}"
     lines.append(f"{report.completions} completions kept with K = {report.k}; {paid}")
     if report.ambiguous_completions:
         lines.append(f"{report.ambiguous_completions} completions dropped: bytes in them name no single token id")

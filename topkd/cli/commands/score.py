@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from topkd.cli.options import COST, AsJson, CacheOut, CodecName, InFlight, Limit, MaxCost, Strict, flag, option
-from topkd.cli.output.job_summary import costing, counted, finished
+from topkd.cli.output.job_summary import format_cost, format_counts, print_report_and_exit
 from topkd.cli.output.progress import Display
-from topkd.compose.config.api_keys import api_key
+from topkd.compose.config.api_keys import read_api_key
 from topkd.topk.errors import ConfigError
 
 DIALECTS = ("auto", "vllm", "vllm_generate", "sglang", "fireworks")
@@ -113,37 +113,37 @@ def score_command(
 
     Example: topkd score data.jsonl --teacher http://127.0.0.1:8000 --out cache
     """
-    from topkd.compose.config.run_config import validated
+    from topkd.compose.config.run_config import validate_config
     from topkd.compose.score import ScoreConfig, score
 
-    routes, wanted = _routes(teacher_id or [])
+    routes, wanted = _parse_routes(teacher_id or [])
     if bool(teacher) == bool(routes):
         raise ConfigError(
             "who scores?", got="both" if teacher else "no server",
             expected="--teacher URL, or --teacher-id NAME=URL for each teacher that the rows name",
         )  # fmt: skip
-    one_model, models = _named(model or [], routes, "--model")
-    one_revision, revisions = _named(revision or [], routes, "--revision")
-    one_size, sizes = _named(vocab_size or [], routes, "--vocab-size")
+    one_model, models = _split_named(model or [], routes, "--model")
+    one_revision, revisions = _split_named(revision or [], routes, "--revision")
+    one_size, sizes = _split_named(vocab_size or [], routes, "--vocab-size")
     values = {
         "data": data, "out": out, "teachers": tuple(teacher or ()), "routes": routes, "model": one_model,
         "models": models, "dialect": dialect, "k": k, "tokenizer": tokenizer, "revision": one_revision or "",
         "revisions": revisions, "vocab_size": one_size, "vocab_sizes": sizes, "teacher_id": wanted, "limit": limit,
-        "api_key": api_key(api_key_env, said="--api-key-env"),
-        "shard": _shard(shard), "dedupe": dedupe, "max_tokens": max_tokens, "max_cost": max_cost,
+        "api_key": read_api_key(api_key_env, said="--api-key-env"),
+        "shard": _parse_shard(shard), "dedupe": dedupe, "max_tokens": max_tokens, "max_cost": max_cost,
         "price_per_million": price_per_million, "estimate": estimate, "codec": codec, "in_flight": in_flight,
         "strict": strict, "runner": runner, "workers": workers, "gpus_per_worker": gpus_per_worker,
-        "engine": dict(_argument(text) for text in engine or []),
+        "engine": dict(_parse_argument(text) for text in engine or []),
         "ray_address": ray_address,
     }  # fmt: skip
-    config = validated(ScoreConfig, values, where="topkd score")
+    config = validate_config(ScoreConfig, values, where="topkd score")
     # Ray prints what happens to its workers; standard output is for the report alone.
     with Display() as display, contextlib.redirect_stdout(sys.stderr):
         report = asyncio.run(score(config, display))
-    finished(report, lambda: _lines(report), as_json=as_json)
+    print_report_and_exit(report, lambda: _format_lines(report), as_json=as_json)
 
 
-def _routes(given: list[str]) -> tuple[dict[str, tuple[str, ...]], str]:
+def _parse_routes(given: list[str]) -> tuple[dict[str, tuple[str, ...]], str]:
     """NAME=URL pairs as URLs by name, and the one NAME that came alone."""
     routes: dict[str, tuple[str, ...]] = {}
     alone = [text for text in given if "=" not in text]
@@ -158,7 +158,7 @@ def _routes(given: list[str]) -> tuple[dict[str, tuple[str, ...]], str]:
     return routes, alone[0] if alone else ""
 
 
-def _argument(text: str) -> tuple[str, object]:
+def _parse_argument(text: str) -> tuple[str, object]:
     """KEY=VALUE; the value as TOML has it, or a bare word."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
@@ -169,7 +169,7 @@ def _argument(text: str) -> tuple[str, object]:
         return key.strip(), value
 
 
-def _named(given: list[str], routes: dict[str, tuple[str, ...]], flag: str) -> tuple[str | None, dict[str, str]]:
+def _split_named(given: list[str], routes: dict[str, tuple[str, ...]], flag: str) -> tuple[str | None, dict[str, str]]:
     """What holds for every teacher, and what for one by its name; a name may itself hold an equals sign."""
     plain: list[str] = []
     by_name: dict[str, str] = {}
@@ -186,19 +186,19 @@ def _named(given: list[str], routes: dict[str, tuple[str, ...]], flag: str) -> t
     return plain[0] if plain else None, by_name
 
 
-def _lines(report: ScoreReport) -> list[str]:
-    counts = counted(report, "scored", "to score", ("cached", "duplicates", "skipped", "refused", "failed"))
+def _format_lines(report: ScoreReport) -> list[str]:
+    counts = format_counts(report, "scored", "to score", ("cached", "duplicates", "skipped", "refused", "failed"))
     verb = "to send" if report.estimate else "sent"
     lines = [
         f"{report.rows} rows: {counts}; {report.positions} positions at K = {report.k}",
-        f"{report.tokens_sent} tokens {verb}, {report.saved_tokens} spared by the cache{costing(report)}",
+        f"{report.tokens_sent} tokens {verb}, {report.saved_tokens} spared by the cache{format_cost(report)}",
     ]
     if report.estimate and report.unbounded and report.positions:
         lines.append(f"largest id {report.largest_id}; --vocab-size N names the rows that a teacher of N ids refuses")
     return lines
 
 
-def _shard(text: str) -> tuple[int, int]:
+def _parse_shard(text: str) -> tuple[int, int]:
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
         raise ConfigError("--shard takes i/n", got=text, expected="1/4 to 4/4, say")

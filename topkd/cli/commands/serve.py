@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from topkd.cli.options import ApiKeyEnv, needs, option
-from topkd.compose.config.api_keys import api_key
+from topkd.cli.options import ApiKeyEnv, option, require_extra
+from topkd.compose.config.api_keys import read_api_key
 
 
 def serve_command(
@@ -34,8 +34,8 @@ def serve_command(
 
     Example: topkd serve ./models/teacher --port 8011 --max-logprobs 64
     """
-    needs("serve", "torch", "transformers", "starlette", "uvicorn", extra="serve")
-    from topkd.compose.config.run_config import validated
+    require_extra("serve", "torch", "transformers", "starlette", "uvicorn", extra="serve")
+    from topkd.compose.config.run_config import validate_config
     from topkd.serve import ServeConfig, serve
 
     values: dict[str, Any] = {
@@ -43,11 +43,11 @@ def serve_command(
         "host": host,
         "port": port,
         "served_model_name": served_model_name,
-        "api_key": api_key(api_key_env, said="--api-key-env"),
+        "api_key": read_api_key(api_key_env, said="--api-key-env"),
         "max_logprobs": max_logprobs,
         "max_model_len": max_model_len,
         "dialect": dialect,
         "dtype": dtype,
         "device": device,
     }
-    serve(validated(ServeConfig, values, where="topkd serve"))
+    serve(validate_config(ServeConfig, values, where="topkd serve"))

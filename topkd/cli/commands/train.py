@@ -6,10 +6,16 @@ import asyncio
 
 import typer
 
-from topkd.cli.options import AsJson, DryRun, Overrides, Resume, RunFile, RunFolder, Watch, needs
-from topkd.cli.output.dry_run_page import dry_run_command
+from topkd.cli.options import AsJson, DryRun, Overrides, Resume, RunFile, RunFolder, Watch, require_extra
+from topkd.cli.output.dry_run_page import run_dry_run
 from topkd.cli.output.progress import Display
-from topkd.cli.output.run_summary import again, ended, first_process, resumable, watched
+from topkd.cli.output.run_summary import (
+    hint_resume,
+    is_first_process,
+    print_result_and_exit,
+    resume_command,
+    serve_page,
+)
 
 
 def train_command(
@@ -31,23 +37,23 @@ def train_command(
     from topkd.compose.config.run_config import load_config
 
     run_config = load_config(config, overrides or [], lambda line: typer.echo(f"note: {line}", err=True))
-    needs("train", "torch", "transformers", "safetensors", extra="train")
+    require_extra("train", "torch", "transformers", "safetensors", extra="train")
     if dry_run:
-        dry_run_command(run_config, served=True, out=out, resume=resume, as_json=as_json)
+        run_dry_run(run_config, served=True, out=out, resume=resume, as_json=as_json)
         return
     if not resume:  # a run that is finished needs nothing of it any more
         from topkd.compose.preflight.preflight import check_here
 
         check_here(run_config)  # before torch is imported, which takes seconds
-    from topkd.compose.run.signals import Stops
+    from topkd.compose.run.signals import StopSignals
     from topkd.compose.train import train
 
-    onwards = again("train", config, out, overrides or [])
+    onwards = resume_command("train", config, out, overrides or [])
     with (
-        Stops() as stops,
-        Display(quiet=not first_process()) as display,
-        watched(out, display, wanted=watch and first_process()),
-        resumable(out, onwards),
+        StopSignals() as stops,
+        Display(quiet=not is_first_process()) as display,
+        serve_page(out, display, wanted=watch and is_first_process()),
+        hint_resume(out, onwards),
     ):
         result = asyncio.run(train(run_config, out, display, resume=resume, stops=stops))
-    ended(result, "done", again=onwards, as_json=as_json)
+    print_result_and_exit(result, "done", again=onwards, as_json=as_json)

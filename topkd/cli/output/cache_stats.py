@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from topkd.cli.output.histograms import between, counts, histogram, side_by_side
+from topkd.cli.output.histograms import draw_histogram, join_side_by_side, label_bins, label_counts
 
 _BARS = 8  # of the picture of K
 _WIDTH, _REVISION = 80, 22  # columns of a table, and of a revision in it
 
 
-def described(found: dict[str, Any], shapes: dict[str, Any]) -> Iterator[str]:
+def describe_stats(found: dict[str, Any], shapes: dict[str, Any]) -> Iterator[str]:
     """What a cache holds, line by line: counts, whose records, and pictures of K, lengths, missing mass and entropy.
 
     Args:
@@ -19,17 +19,17 @@ def described(found: dict[str, Any], shapes: dict[str, Any]) -> Iterator[str]:
         shapes: ``offline.profile``.
     """
     per_token = "" if found["bytes_per_token"] is None else f", {found['bytes_per_token']:.1f} a token"
-    rollouts = numbered(found["rollouts"], "rollout")
+    rollouts = count_things(found["rollouts"], "rollout")
     answers = found["live"] - found["scores"]  # of a request for several completions: one record
     if answers != found["rollouts"]:
-        rollouts += f" in {numbered(answers, 'record')}"
-    yield f"{numbered(found['scores'], 'score')}, {rollouts}, {numbered(found['tokens'], 'token')}"
-    yield f"{found['bytes']:,} bytes{per_token}; {numbered(found['segments'], 'segment')}, {found['sealed']} sealed"
+        rollouts += f" in {count_things(answers, 'record')}"
+    yield f"{count_things(found['scores'], 'score')}, {rollouts}, {count_things(found['tokens'], 'token')}"
+    yield f"{found['bytes']:,} bytes{per_token}; {count_things(found['segments'], 'segment')}, {found['sealed']} sealed"
     if dead := found["records"] - found["live"]:
-        yield f"{numbered(dead, 'superseded record')}, which topkd cache gc drops"
+        yield f"{count_things(dead, 'superseded record')}, which topkd cache gc drops"
     if found["teachers"]:
         yield ""
-        yield from _columns(
+        yield from _format_columns(
             ("TEACHERS AND SAMPLED POLICIES", "revision", "records", "tokens"),
             [(one["name"], one["revision"] or "-", f"{one['records']:,}", f"{one['tokens']:,}")
              for one in found["teachers"]],
@@ -45,53 +45,55 @@ def described(found: dict[str, Any], shapes: dict[str, Any]) -> Iterator[str]:
     asked = sorted(found["k"].items())
     if len(asked) > _BARS:
         asked = [*asked[: _BARS - 1], (-1, sum(number for _, number in asked[_BARS - 1 :]))]
-    k = histogram("K of the scores", ["wider" if k < 0 else str(k) for k, _ in asked], [n / total for _, n in asked])
-    lengths = histogram(
-        "positions of a score", counts(drawn["lengths"]["edges"]), drawn["lengths"]["shares"],
+    k = draw_histogram(
+        "K of the scores", ["wider" if k < 0 else str(k) for k, _ in asked], [n / total for _, n in asked]
+    )
+    lengths = draw_histogram(
+        "positions of a score", label_counts(drawn["lengths"]["edges"]), drawn["lengths"]["shares"],
         [f"all {spread['max']:.0f}" if spread["min"] == spread["max"] else
          f"half <= {at('lengths', 0.5, '{:.0f}')}, 99 % <= {at('lengths', 0.99, '{:.0f}')}"],
     )  # fmt: skip
     yield ""
-    yield from side_by_side(k, lengths)
+    yield from join_side_by_side(k, lengths)
     if not shapes["mass"]:
         return
     edges = [100 * edge for edge in drawn["missing"]["edges"]]
-    mass = histogram(
-        "mass outside the list, %", between(edges), drawn["missing"]["shares"],
-        [f"half <= {_missing(shapes, 0.5)}, 95 % <= {_missing(shapes, 0.05)}"],
+    mass = draw_histogram(
+        "mass outside the list, %", label_bins(edges), drawn["missing"]["shares"],
+        [f"half <= {_bound_missing_mass(shapes, 0.5)}, 95 % <= {_bound_missing_mass(shapes, 0.05)}"],
     )  # fmt: skip
     entropy = []
     if shapes["entropy"]:
-        entropy = histogram(
-            "entropy in nats, at least", between(drawn["entropy"]["edges"]), drawn["entropy"]["shares"],
+        entropy = draw_histogram(
+            "entropy in nats, at least", label_bins(drawn["entropy"]["edges"]), drawn["entropy"]["shares"],
             [f"half <= {at('entropy', 0.5, '{:.3g}')}, 95 % <= {at('entropy', 0.95, '{:.3g}')}"],
         )  # fmt: skip
     yield ""
-    yield from side_by_side(mass, entropy)
+    yield from join_side_by_side(mass, entropy)
     holes = f"; {shapes['holes']:,} without a list" if shapes["holes"] else ""
     yield ""
     yield f"mass and entropy of {shapes['rows']:,} positions of {shapes['scores']:,} scores{holes}"
 
 
-def _missing(shapes: dict[str, Any], quantile: float) -> str:
+def _bound_missing_mass(shapes: dict[str, Any], quantile: float) -> str:
     """The share of positions' upper bound on what lies outside: a quantile of the mass, from the other side."""
     return f"{100 * max(0.0, 1 - shapes['mass'][shapes['quantiles'].index(quantile)]):.2g} %"
 
 
-def numbered(count: int, thing: str) -> str:
+def count_things(count: int, thing: str) -> str:
     """A count of things: one of it, or several."""
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
-def _columns(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
+def _format_columns(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
     """A table without lines in 80 columns: names on the left, cut where the numbers on the right leave no room."""
-    rows = [(row[0], _cut(row[1], _REVISION), *row[2:]) for row in rows]
+    rows = [(row[0], _cut_text(row[1], _REVISION), *row[2:]) for row in rows]
     widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
     room = min(widths[0], max(_WIDTH - sum(2 + width for width in widths[1:]), len(head[0])))
     for name, revision, *numbers in [head, *rows]:
         shown = "  ".join(f"{number:>{width}}" for number, width in zip(numbers, widths[2:], strict=True))
-        yield f"{_cut(name, room):<{room}}  {revision:<{widths[1]}}  {shown}".rstrip()
+        yield f"{_cut_text(name, room):<{room}}  {revision:<{widths[1]}}  {shown}".rstrip()
 
 
-def _cut(text: str, width: int) -> str:
+def _cut_text(text: str, width: int) -> str:
     return text if len(text) <= width else "..." + text[3 - width :]

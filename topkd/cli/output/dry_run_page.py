@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from topkd.cli.output.formatting import count, size
+from topkd.cli.output.formatting import format_bytes, format_count
 
 if TYPE_CHECKING:
     from topkd.compose.config.run_config import RunConfig
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _SHOWN = 1200  # characters of a prompt's beginning and of its end
 
 
-def dry_run_command(
+def run_dry_run(
     config: RunConfig, *, served: bool, out: Path, resume: bool, as_json: bool, cache: Path | None = None
 ) -> None:
     """Show what the run would do; exit code 2 when something would end it."""
@@ -34,33 +34,35 @@ def dry_run_command(
     if as_json:
         typer.echo(json.dumps(found.as_json(), default=str))
     else:
-        show(found, config, Console(highlight=False))
+        print_dry_run(found, config, Console(highlight=False))
     if found.problems:
         raise typer.Exit(2)
 
 
-def show(found: DryRun, config: RunConfig, console: Console) -> None:
+def print_dry_run(found: DryRun, config: RunConfig, console: Console) -> None:
     """Everything as sections of one page: what is looked up first, what is decided upon last, where the eye ends."""
     mark = "" if console.is_terminal else "*"  # bold is lost in a file
     title = f"SETTINGS  ({mark or 'bold'}: given; the others are defaults, docs/defaults.md)"
-    _section(console, title, _settings(found, mark=mark))
+    _print_section(console, title, _print_settings(found, mark=mark))
     for rendered in found.prompts:
-        _section(console, f"FIRST PROMPT, {rendered.side.upper()} ({rendered.tokens} tokens)", _prompt(rendered))
+        _print_section(
+            console, f"FIRST PROMPT, {rendered.side.upper()} ({rendered.tokens} tokens)", _print_prompt(rendered)
+        )
     if any(rendered.parts[1:] for rendered in found.prompts):
         legend = Text.assemble("  ", ("prompt", "dim"), "  ", ("trains", "bold green"), "  ", ("masked", "yellow"))
         console.print(legend, Text(""), sep="\n")
     if found.data:
-        _section(console, "DATA", _pairs(_data(found, config)))
+        _print_section(console, "DATA", _print_pairs(_print_data(found, config)))
     if found.forecast is not None:
-        _section(console, "STUDENT", _pairs(_student(found, config, found.forecast)))
-        _section(console, "WORK", _pairs(_work(config, found.forecast)))
-    _section(console, "RUN", _pairs(_run(found, config)))
+        _print_section(console, "STUDENT", _print_pairs(_print_student(found, config, found.forecast)))
+        _print_section(console, "WORK", _print_pairs(_print_work(config, found.forecast)))
+    _print_section(console, "RUN", _print_pairs(_print_run(found, config)))
     if found.endpoints:
-        _section(console, "ENDPOINTS", _pairs(_endpoints(found, config)))
+        _print_section(console, "ENDPOINTS", _print_pairs(_print_endpoints(found, config)))
     for note in found.notes:
-        console.print(_pointed("note", "yellow", note))
+        console.print(_format_bullet("note", "yellow", note))
     for problem in found.problems:
-        console.print(_pointed("problem", "bold red", problem))
+        console.print(_format_bullet("problem", "bold red", problem))
     if found.problems:
         count = "1 problem stands" if len(found.problems) == 1 else f"{len(found.problems)} problems stand"
         console.print(Text(f"{count} in the way of this run", style="bold red"))
@@ -68,7 +70,7 @@ def show(found: DryRun, config: RunConfig, console: Console) -> None:
         console.print(Text("nothing stands in the way of this run", style="green"))
 
 
-def _pointed(word: str, style: str, text: str) -> Table:
+def _format_bullet(word: str, style: str, text: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(ratio=1, overflow="fold")
@@ -76,7 +78,7 @@ def _pointed(word: str, style: str, text: str) -> Table:
     return table
 
 
-def _endpoints(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
+def _print_endpoints(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for one in found.endpoints:
         fine = one.can_teach and (one.k is None or one.k < 0 or one.k >= config.k)
@@ -88,12 +90,12 @@ def _endpoints(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
     return rows
 
 
-def _section(console: Console, title: str, body: Any) -> None:
+def _print_section(console: Console, title: str, body: Any) -> None:
     console.print(Text(title, style="bold"))
     console.print(Padding(body, (0, 0, 1, 2)))
 
 
-def _pairs(rows: list[tuple[str, Any]]) -> Table:
+def _print_pairs(rows: list[tuple[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(ratio=1, overflow="fold")
@@ -102,7 +104,7 @@ def _pairs(rows: list[tuple[str, Any]]) -> Table:
     return table
 
 
-def _run(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
+def _print_run(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
     objective = ", ".join(f"{key} {value}" for key, value in config.objective.model_dump().items() if key != "kind")
     rows = [
         ("objective", f"{config.objective.kind}{f' ({objective})' if objective else ''}"),
@@ -114,7 +116,7 @@ def _run(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
     return rows
 
 
-def _data(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
+def _print_data(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
     data = found.data
     own, told = data["prompt_tokens"], data["teacher_prompt_tokens"]
     rows = [
@@ -133,30 +135,35 @@ def _data(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
     return rows
 
 
-def _student(found: DryRun, config: RunConfig, forecast: Forecast) -> list[tuple[str, Any]]:
+def _print_student(found: DryRun, config: RunConfig, forecast: Forecast) -> list[tuple[str, Any]]:
     model = forecast.model
     share = 100 * model.trained / model.parameters
     trained = (
-        "all of them train" if model.trained == model.parameters else f"{count(model.trained)} train ({share:.2g} %)"
+        "all of them train"
+        if model.trained == model.parameters
+        else f"{format_count(model.trained)} train ({share:.2g} %)"
     )
-    parts = ", ".join(f"{name} {size(number)}" for name, number in forecast.memory.items())
-    there = f" of {size(forecast.available)} on {found.device}" if forecast.available else ""
+    parts = ", ".join(f"{name} {format_bytes(number)}" for name, number in forecast.memory.items())
+    there = f" of {format_bytes(forecast.available)} on {found.device}" if forecast.available else ""
     return [
         ("model", config.student.model),
-        ("parameters", f"{count(model.parameters)}; {trained}"),
-        ("memory, about", f"{size(forecast.memory_total)}{there}: {parts}"),
+        ("parameters", f"{format_count(model.parameters)}; {trained}"),
+        ("memory, about", f"{format_bytes(forecast.memory_total)}{there}: {parts}"),
     ]
 
 
-def _work(config: RunConfig, forecast: Forecast) -> list[tuple[str, Any]]:
+def _print_work(config: RunConfig, forecast: Forecast) -> list[tuple[str, Any]]:
     totals = forecast.totals
     rows = [
-        ("epochs", f"{_few(forecast.epochs)} of the rows in {config.steps:,} step{'s' * (config.steps > 1)}"),
+        (
+            "epochs",
+            f"{_format_few_digits(forecast.epochs)} of the rows in {config.steps:,} step{'s' * (config.steps > 1)}",
+        ),
         (
             "a step",
             (
                 f"{forecast.prompts_per_step} prompts x {config.rollout.samples_per_prompt} completions, "
-                f"at most {count(forecast.tokens_per_step)} tokens"
+                f"at most {format_count(forecast.tokens_per_step)} tokens"
             ),
         ),
     ]
@@ -165,27 +172,29 @@ def _work(config: RunConfig, forecast: Forecast) -> list[tuple[str, Any]]:
             (
                 "teacher, a step",
                 (
-                    f"{forecast.teacher_requests_per_step:,} requests, {count(forecast.teacher_tokens_per_step)} "
-                    f"tokens, replies about {size(forecast.teacher_reply_bytes_per_step)}"
+                    f"{forecast.teacher_requests_per_step:,} requests, "
+                    f"{format_count(forecast.teacher_tokens_per_step)} "
+                    f"tokens, replies about {format_bytes(forecast.teacher_reply_bytes_per_step)}"
                 ),
             ),
             (
                 "teacher, all",
                 (
-                    f"{totals['teacher_requests']:,} requests, {count(totals['teacher_tokens'])} tokens at most, "
-                    f"replies about {size(totals['teacher_reply_bytes'])}"
+                    f"{totals['teacher_requests']:,} requests, "
+                    f"{format_count(totals['teacher_tokens'])} tokens at most, "
+                    f"replies about {format_bytes(totals['teacher_reply_bytes'])}"
                 ),
             ),
         ]
     return rows
 
 
-def _few(number: float) -> str:
+def _format_few_digits(number: float) -> str:
     """Two digits of a small number, a large one in whole."""
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
-def _prompt(rendered: Rendered) -> Text:
+def _print_prompt(rendered: Rendered) -> Text:
     text = Text()
     for place, (part, trains) in enumerate(rendered.parts):
         style = "dim" if place == 0 else "bold green" if trains else "yellow"
@@ -196,7 +205,7 @@ def _prompt(rendered: Rendered) -> Text:
     return text
 
 
-def _settings(found: DryRun, *, mark: str) -> Table:
+def _print_settings(found: DryRun, *, mark: str) -> Table:
     """The settings in force, by table; those that were given in bold, with ``mark`` before them."""
     tables: dict[str, Text] = {}
     quiet = 0  # how a server is asked has many settings, and most runs change none
@@ -209,16 +218,16 @@ def _settings(found: DryRun, *, mark: str) -> Table:
         if text:
             text.append(", ", style="dim")
         text.append(f"{mark if given else ''}{name if dot else key} ", style="dim")
-        text.append(_toml(value), style="bold" if given else "")
+        text.append(_format_toml(value), style="bold" if given else "")
     if quiet:
         text = tables.setdefault("client", Text())
         text.append(f"{', ' if text else ''}{quiet} {'others ' if text else ''}at their defaults", style="dim")
-    return _pairs(list(tables.items()))
+    return _print_pairs(list(tables.items()))
 
 
-def _toml(value: Any) -> str:
+def _format_toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return f"[{', '.join(_toml(entry) for entry in value)}]"
+        return f"[{', '.join(_format_toml(entry) for entry in value)}]"
     return json.dumps(value) if isinstance(value, str) else str(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 _TO_THE_NEXT = 0.9995  # from here three digits round up to 1000 of the unit below
 
 
-def count(number: int) -> str:
+def format_count(number: int) -> str:
     """Whole below ten thousand (9,999), in thousands, millions or billions above (12 k, 1.54 B)."""
     if number < 10_000:
         return f"{number:,}"
@@ -15,7 +15,7 @@ def count(number: int) -> str:
     return f"{number / one:.3g} {unit}"
 
 
-def size(number: float) -> str:
+def format_bytes(number: float) -> str:
     """Bytes, in powers of a thousand: 512 B, 64.5 kB, 1.25 GB."""
     for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= _TO_THE_NEXT * one:

@@ -10,23 +10,23 @@ WIDTH = 38  # of one picture; two and a gap are 80
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
-def histogram(title: str, labels: Sequence[str], shares: Sequence[float], notes: Sequence[str] = ()) -> list[str]:
+def draw_histogram(title: str, labels: Sequence[str], shares: Sequence[float], notes: Sequence[str] = ()) -> list[str]:
     """A title, a bar for each label (the largest share fills the width), and lines of words below."""
     widest = max((len(label) for label in labels), default=0)
     room, top = WIDTH - widest - 8, max(shares, default=0.0) or 1.0
     lines = [title[:WIDTH]]
     for label, share in zip(labels, shares, strict=True):
-        lines.append(f"{label:>{widest}} {bar(share / top, room)} {percent(share):>6}")
+        lines.append(f"{label:>{widest}} {draw_bar(share / top, room)} {format_share(share):>6}")
     return [*lines, *(note[:WIDTH] for note in notes)]
 
 
-def side_by_side(left: Sequence[str], right: Sequence[str]) -> Iterator[str]:
+def join_side_by_side(left: Sequence[str], right: Sequence[str]) -> Iterator[str]:
     """The lines of two pictures, each pair as one."""
     for one, other in zip_longest(left, right, fillvalue=""):
         yield f"{one:<{WIDTH + 4}}{other}".rstrip()
 
 
-def bar(share: float, width: int) -> str:
+def draw_bar(share: float, width: int) -> str:
     """A bar of so much of the width, to an eighth of a column; something, however little, is never nothing."""
     eighths = round(8 * width * max(0.0, min(1.0, share)))
     if share > 0:
@@ -37,20 +37,20 @@ def bar(share: float, width: int) -> str:
     return ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(width)
 
 
-def percent(share: float) -> str:
+def format_share(share: float) -> str:
     """A share with as many digits as tell it from nothing and from all."""
     if 0 < share < 0.001 or 0.999 < share < 1:
         return "<0.1 %" if share < 0.5 else ">99.9%"
     return f"{100 * share:.0f} %" if share >= 0.1 or not share else f"{100 * share:.1f} %"
 
 
-def between(edges: Sequence[float], show: str = "{:g}") -> list[str]:
+def label_bins(edges: Sequence[float], show: str = "{:g}") -> list[str]:
     """Labels of the bins that edges make, the last without an upper one."""
     shown = [show.format(edge) for edge in edges]
     return [*(f"{low} to {high}" for low, high in pairwise(shown)), f"{shown[-1]} and up"]
 
 
-def counts(edges: Sequence[float]) -> list[str]:
+def label_counts(edges: Sequence[float]) -> list[str]:
     """The same for whole numbers, where an upper edge is not in the bin."""
     whole = [int(edge) for edge in edges]
     bins = (str(low) if high == low + 1 else f"{low} to {high - 1}" for low, high in pairwise(whole))

@@ -14,29 +14,29 @@ if TYPE_CHECKING:
 _SHOWN = 10  # refused rows that are named on a terminal
 
 
-def finished(report: JobReport, lines: Callable[[], Sequence[str]], *, as_json: bool) -> None:
+def print_report_and_exit(report: JobReport, lines: Callable[[], Sequence[str]], *, as_json: bool) -> None:
     """Prints the report, as its own ``lines`` and what is common to all jobs or as JSON; exit code 1 if rows lack."""
     if as_json:
         typer.echo(json.dumps(report.as_dict()))
     else:
-        for line in (*lines(), *_setbacks(report)):
+        for line in (*lines(), *_list_failures(report)):
             typer.echo(line)
     if not report.complete or (report.refused and not report.estimate):
         raise typer.Exit(1)
 
 
-def counted(report: JobReport, done: str, ahead: str, others: Sequence[str]) -> str:
+def format_counts(report: JobReport, done: str, ahead: str, others: Sequence[str]) -> str:
     """The count called ``done`` (``ahead``, where it is an estimate), and the others that are not zero."""
     told = [f"{getattr(report, done)} {ahead if report.estimate else done}"]
     return ", ".join(told + [f"{count} {name}" for name in others if (count := getattr(report, name))])
 
 
-def costing(report: JobReport) -> str:
+def format_cost(report: JobReport) -> str:
     """What it cost, where there is a price; the currency is known to whoever gave that."""
     return "" if report.cost is None else f", cost {report.cost:.4f} (in the currency of the price)"
 
 
-def _setbacks(report: JobReport) -> list[str]:
+def _list_failures(report: JobReport) -> list[str]:
     lines = [f"  {number} x {what}" for what, number in report.reasons.items()]
     lines += [f"  row {refusal['row']}: {refusal['reason']}" for refusal in report.refusals[:_SHOWN]]
     if len(report.refusals) > _SHOWN:

@@ -71,22 +71,22 @@ class Display(Told):
             self._bars.update(self._task, completed=done, detail=detail)
         elif done == self._total or now - self._said_at > _PLAIN_EVERY_S:
             self._said_at = now
-            clock = f"{now - self._began:.0f} s{left(*self._first, done, self._total, now)}"
+            clock = f"{now - self._began:.0f} s{format_eta(*self._first, done, self._total, now)}"
             self.note(f"{self._name}: {done}/{self._total} {detail} ({clock})")
 
     def record(self, kind: str, record: dict[str, Any]) -> None:
         """A step moves the bar; an evaluation gets a line of its own."""
         if kind == "eval":
-            self.note(f"step {record['step']:>4}: {evaluated(record)}")
+            self.note(f"step {record['step']:>4}: {format_evaluation(record)}")
             return
         seconds = record["sample_s"] + record["score_wait_s"] + record["learn_s"]
-        detail = f"{learnt(record)}  {record['tokens'] / max(seconds, 1e-9):.0f} tok/s"
+        detail = f"{format_step(record)}  {record['tokens'] / max(seconds, 1e-9):.0f} tok/s"
         if record["lost"]:
             detail += f"  lost {sum(record['lost'].values())}"
         self.advance(record["step"], detail)
 
 
-def left(first: int, since: float, done: int, total: int, now: float) -> str:
+def format_eta(first: int, since: float, done: int, total: int, now: float) -> str:
     """How long the rest of a stage takes at the pace so far; nothing while there is no pace, or no rest."""
     if done <= first or done >= total:
         return ""
@@ -94,13 +94,13 @@ def left(first: int, since: float, done: int, total: int, now: float) -> str:
     return f", about {seconds:.0f} s left" if seconds < 120 else f", about {seconds / 60:.0f} min left"
 
 
-def learnt(record: dict[str, Any]) -> str:
+def format_step(record: dict[str, Any]) -> str:
     """What a step is judged by, in a few words."""
-    measure = _measure(record)
+    measure = _find_measure(record)
     return "no signal" if measure is None else f"{_MEASURES[measure]} {record[measure]:.3f}"
 
 
-def _measure(record: dict[str, Any]) -> str | None:
+def _find_measure(record: dict[str, Any]) -> str | None:
     """The sampled KL; where nothing was sampled the likelihood of the data, or the loss on the teacher's lists for it.
 
     Lists that were imported say nothing of a token that is in none of them, so that there is no KL of the data's own.
@@ -109,7 +109,7 @@ def _measure(record: dict[str, Any]) -> str | None:
     return next((name for name in _MEASURES if record.get(name) is not None and (name != "loss" or listed)), None)
 
 
-def evaluated(record: dict[str, Any]) -> str:
+def format_evaluation(record: dict[str, Any]) -> str:
     """An evaluation in one line: what was measured, and on which prefixes where there are several kinds."""
     parts = []
     if "accuracy" in record:
@@ -124,15 +124,15 @@ def evaluated(record: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def told(result: RunResult, verb: str, *, as_json: bool) -> None:
+def print_result(result: RunResult, verb: str, *, as_json: bool) -> None:
     """A finished run on standard output: where it lies and how it ended, as a sentence or as strict JSON."""
-    from topkd.engine.loop.metrics import strict
+    from topkd.engine.loop.metrics import make_strict_json
 
     last = result.steps[-1]
-    measure = _measure(last)
+    measure = _find_measure(last)
     ended = "no signal in the last step" if measure is None else f"last {measure} {last[measure]:.4g} nats"
     if as_json:
-        typer.echo(json.dumps(strict({"out": str(result.out), "last_step": last, "evals": result.evals})))
+        typer.echo(json.dumps(make_strict_json({"out": str(result.out), "last_step": last, "evals": result.evals})))
         return
     typer.echo(
         f"{last['step']} step{'s' * (last['step'] != 1)} {verb}; {ended}; student: {result.out / 'student'}, "

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from topkd.cli.options import needs
-from topkd.cli.output.progress import Display, told
+from topkd.cli.options import require_extra
+from topkd.cli.output.progress import Display, print_result
 
 if TYPE_CHECKING:
     from topkd.compose.run.runner import RunResult
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 CODES = {"SIGTERM": 0, "SIGINT": 130}
 
 
-def first_process() -> bool:
+def is_first_process() -> bool:
     """Whether this process speaks: the only one, or torchrun's first."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def again(command: str, config: Path, out: Path, overrides: list[str], *, cache: Path | None = None) -> str:
+def resume_command(command: str, config: Path, out: Path, overrides: list[str], *, cache: Path | None = None) -> str:
     """The command line that goes on with a run: as it was called, since a resumed run must be the same one."""
-    words = [*_launched(), command, str(config), *(["--cache", str(cache)] if cache else []), "--out", str(out)]
+    words = [*_launch_words(), command, str(config), *(["--cache", str(cache)] if cache else []), "--out", str(out)]
     for pair in overrides:
         words += ["--set", pair]
     return shlex.join([*words, "--resume"])
 
 
-def _launched() -> list[str]:
+def _launch_words() -> list[str]:
     """``topkd``, or what starts it as often as it runs now: fewer processes would draw other completions."""
     size, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
     if "RANK" not in os.environ or size == "1":
@@ -44,7 +44,7 @@ def _launched() -> list[str]:
 
 
 @contextlib.contextmanager
-def resumable(out: Path, again: str) -> Iterator[None]:
+def hint_resume(out: Path, again: str) -> Iterator[None]:
     """Around a run: where it fails after it has written here, and a checkpoint lies here, it is said how to go on.
 
     Args:
@@ -53,16 +53,16 @@ def resumable(out: Path, again: str) -> Iterator[None]:
     """
     from topkd.compose.run.folder import CHECKPOINTS, RUN_LOG
 
-    before = _written(out / RUN_LOG)
+    before = _find_write_time(out / RUN_LOG)
     try:
         yield
     except BaseException:
-        if first_process() and _written(out / RUN_LOG) != before and any((out / CHECKPOINTS).glob("step-*")):
+        if is_first_process() and _find_write_time(out / RUN_LOG) != before and any((out / CHECKPOINTS).glob("step-*")):
             typer.echo(f"once that is mended, go on with: {again}", err=True)
         raise
 
 
-def _written(file: Path) -> int | None:
+def _find_write_time(file: Path) -> int | None:
     """When a file was last written to; None where there is none."""
     try:
         return file.stat().st_mtime_ns
@@ -70,7 +70,7 @@ def _written(file: Path) -> int | None:
         return None
 
 
-def ended(result: RunResult, verb: str, *, again: str, as_json: bool) -> None:
+def print_result_and_exit(result: RunResult, verb: str, *, again: str, as_json: bool) -> None:
     """Say how the run ended on standard output (standard error for what is not its result), and exit accordingly.
 
     Args:
@@ -79,25 +79,25 @@ def ended(result: RunResult, verb: str, *, again: str, as_json: bool) -> None:
         again: The command that goes on with it.
         as_json: The result as strict JSON.
     """
-    if not first_process():
+    if not is_first_process():
         raise typer.Exit(CODES.get(result.stopped, 0))
     if result.already:
         typer.echo(f"{result.out} is finished: {len(result.steps)} steps; nothing to resume", err=True)
     if result.stopped:
         typer.echo(f"{result.stopped}: stopped after step {len(result.steps)}; go on with: {again}", err=True)
     if result.steps and (as_json or not result.stopped):
-        told(result, verb, as_json=as_json)
+        print_result(result, verb, as_json=as_json)
     if result.stopped:
         raise typer.Exit(CODES.get(result.stopped, 1))
 
 
 @contextlib.contextmanager
-def watched(out: Path, display: Display, *, wanted: bool) -> Iterator[None]:
+def serve_page(out: Path, display: Display, *, wanted: bool) -> Iterator[None]:
     """Serve the page of the run in ``out`` until it ends, and say where; nothing unless ``wanted``."""
     if not wanted:
         yield
         return
-    needs("--watch", "jinja2", extra="report")
+    require_extra("--watch", "jinja2", extra="report")
     from topkd.engine import EngineConfig
     from topkd.report.page.live_server import serve_run
 

@@ -18,7 +18,7 @@ _MAGIC = b"\x93NUMPY"
 _HEADER_LIMIT = 4096
 
 
-def npy_matrix(raw: bytes, *, rows: int, k: int, what: str = "npy matrix") -> Float32:
+def read_npy_matrix(raw: bytes, *, rows: int, k: int, what: str = "npy matrix") -> Float32:
     """float32 [rows, K] of a ``.npy`` buffer, a read-only view of it.
 
     Raises:
@@ -30,16 +30,20 @@ def npy_matrix(raw: bytes, *, rows: int, k: int, what: str = "npy matrix") -> Fl
         raise ResponseError(f"{what}: not a .npy buffer", got=f"{len(raw)} bytes, {raw[:8]!r}")
     width = 2 if version == 1 else 4
     body = 8 + width + int.from_bytes(raw[8 : 8 + width], "little")
-    header = _header(raw[8 + width : body], body - 8 - width, what)
+    header = _read_header(raw[8 + width : body], body - 8 - width, what)
     if header.get("descr") != "<f4" or header.get("fortran_order") is not False:
         got = f"{header.get('descr')!r}, fortran_order {header.get('fortran_order')}"
         raise ResponseError(f"{what}: another dtype", got=got, expected="'<f4', fortran_order False")
     if header.get("shape") != (rows, k):
         raise AlignmentError(f"{what}: another shape", got=header.get("shape"), expected=(rows, k))
-    return _logprobs(np.frombuffer(_whole(raw, body, rows * k * 4, what), dtype="<f4", offset=body), rows, k, what)
+    return _read_logprobs(
+        np.frombuffer(_check_whole(raw, body, rows * k * 4, what), dtype="<f4", offset=body), rows, k, what
+    )
 
 
-def flat_lists(values: bytes, indices: bytes, *, rows: int, k: int, what: str = "flat top-K") -> tuple[Int32, Float32]:
+def read_flat_lists(
+    values: bytes, indices: bytes, *, rows: int, k: int, what: str = "flat top-K"
+) -> tuple[Int32, Float32]:
     """ids int32 [rows, K] and logprobs float32 [rows, K] of two flat little-endian buffers.
 
     Raises:
@@ -54,10 +58,10 @@ def flat_lists(values: bytes, indices: bytes, *, rows: int, k: int, what: str = 
     ids = np.frombuffer(indices, dtype="<i4").reshape(rows, k)
     if ids.size and int(ids.min()) < 0:
         raise ResponseError(f"{what}: a negative token id", got=int(ids.min()))
-    return ids, _logprobs(np.frombuffer(values, dtype="<f4"), rows, k, what)
+    return ids, _read_logprobs(np.frombuffer(values, dtype="<f4"), rows, k, what)
 
 
-def _header(text: bytes, announced: int, what: str) -> dict[str, Any]:
+def _read_header(text: bytes, announced: int, what: str) -> dict[str, Any]:
     if len(text) == announced <= _HEADER_LIMIT:
         try:
             header = ast.literal_eval(text.decode("latin-1").strip())
@@ -70,13 +74,13 @@ def _header(text: bytes, announced: int, what: str) -> dict[str, Any]:
     )
 
 
-def _whole(raw: bytes, body: int, size: int, what: str) -> bytes:
+def _check_whole(raw: bytes, body: int, size: int, what: str) -> bytes:
     if len(raw) - body != size:
         raise AlignmentError(f"{what}: wrong size", got=f"{len(raw) - body} bytes of data", expected=size)
     return raw
 
 
-def _logprobs(flat: NDArray[np.float32], rows: int, k: int, what: str) -> Float32:
+def _read_logprobs(flat: NDArray[np.float32], rows: int, k: int, what: str) -> Float32:
     matrix = flat.reshape(rows, k)
     # One pass each, no mask array: NaN propagates through max.
     top = float(matrix.max(initial=-np.inf))

@@ -90,10 +90,10 @@ def load_bytemap(source: str | Path) -> ByteMap:
     except Exception as error:  # the Rust side raises bare Exception
         raise ConfigError("the tokenizer cannot be read", where=str(path), got=str(error)) from error
     folder = path.parent if (path.parent / "config.json").exists() else None
-    return replace(bytemap_of(tokenizer, where=str(path)), source=folder)
+    return replace(read_byte_map(tokenizer, where=str(path)), source=folder)
 
 
-def bytemap_of(tokenizer: Any, *, where: str = "tokenizer") -> ByteMap:
+def read_byte_map(tokenizer: Any, *, where: str = "tokenizer") -> ByteMap:
     """The byte map of a ``tokenizers.Tokenizer``."""
     definition = json.loads(tokenizer.to_str())
     added = {entry["id"]: entry for entry in definition.get("added_tokens") or []}

@@ -49,7 +49,7 @@ class Ranked:
     extra: Bool
 
 
-def request_ids(ids: Ids, start: int, k: int, vocab_size: int | None = None) -> Int32:
+def check_request_ids(ids: Ids, start: int, k: int, vocab_size: int | None = None) -> Int32:
     """The ids as int32, refused where no server could score them.
 
     Raises:
@@ -82,7 +82,7 @@ def check_vocabulary(ids: NDArray[np.integer], vocab_size: int | None) -> None:
         )
 
 
-def scored(entries: Entries, ids: Int32, start: int, k: int, vocab_size: int | None = None) -> tuple[TopK, int]:
+def build_scores(entries: Entries, ids: Int32, start: int, k: int, vocab_size: int | None = None) -> tuple[TopK, int]:
     """Rows of a K-or-(K+1)-entry reply (vLLM's form) as ``TopK``, and how many -inf sentinels it held.
 
     A row lists the top K; the realised token is among them, or is one more entry that no entry lies below. It is found
@@ -93,7 +93,7 @@ def scored(entries: Entries, ids: Int32, start: int, k: int, vocab_size: int | N
         ResponseError: fewer or more entries, mass above 1, NaN, an id outside the vocabulary or listed twice.
     """
     actual = ids[start + 1 :]
-    check_rows(entries.ids.shape[0], actual.size)
+    check_reply_rows(entries.ids.shape[0], actual.size)
     listed = np.asarray(entries.ids >= 0)
     _check_values(entries.ids, entries.logp, start, vocab_size)
     _refuse(
@@ -116,10 +116,10 @@ def scored(entries: Entries, ids: Int32, start: int, k: int, vocab_size: int | N
     if extra.any():
         drop = extra[:, None] & hit
         kept_ids, logp = np.where(drop, PAD_ID, kept_ids), np.where(drop, -np.inf, logp)
-    return ordered(kept_ids, logp, start=start, k=want, actual_ids=actual, actual_logp=actual_logp), zeros
+    return build_sorted_scores(kept_ids, logp, start=start, k=want, actual_ids=actual, actual_logp=actual_logp), zeros
 
 
-def ranked(rows: Ranked, ids: Int32, start: int, vocab_size: int | None = None) -> tuple[TopK, int]:
+def build_ranked_scores(rows: Ranked, ids: Int32, start: int, vocab_size: int | None = None) -> tuple[TopK, int]:
     """The same from a fast decoder's rows."""
     _check_values(rows.ids, rows.logp, start, vocab_size)
     _check_values(ids[start + 1 :, None], rows.actual_logp[:, None], start, vocab_size)
@@ -130,7 +130,9 @@ def ranked(rows: Ranked, ids: Int32, start: int, vocab_size: int | None = None) 
         zeros = int(np.count_nonzero(zero) + np.count_nonzero(actual_zero & rows.extra))
         logp, actual_logp = np.where(zero, -np.inf, logp), np.where(actual_zero, -np.inf, actual_logp)
     k = rows.ids.shape[1]
-    return ordered(rows.ids, logp, start=start, k=k, actual_ids=ids[start + 1 :], actual_logp=actual_logp), zeros
+    return build_sorted_scores(
+        rows.ids, logp, start=start, k=k, actual_ids=ids[start + 1 :], actual_logp=actual_logp
+    ), zeros
 
 
 def _extra(entries: Entries, listed: Bool, logp: Float64, actual_logp: Float64, *, start: int, want: int) -> Bool:
@@ -153,7 +155,7 @@ def _extra(entries: Entries, listed: Bool, logp: Float64, actual_logp: Float64, 
     return extra
 
 
-def ordered(
+def build_sorted_scores(
     ids: Int32, logp: Float64, *, start: int, k: int, actual_ids: Int32, actual_logp: Float64 | Float32
 ) -> TopK:
     """``TopK`` of entries in any order: by logprob, ties by id, cut to ``k`` columns (pads last)."""
@@ -177,7 +179,7 @@ def ordered(
     )
 
 
-def check_rows(got: int, expected: int) -> None:
+def check_reply_rows(got: int, expected: int) -> None:
     """Refuses a reply that is a row short or long."""
     if got != expected:
         raise AlignmentError(

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from topkd.clients.decoding.sampled import Asked, Logprobs, Sampled, SampledChoice, Span
-from topkd.clients.decoding.sampled import rollouts as completions_rollouts
+from topkd.clients.decoding.sampled import Logprobs, Sampled, SampledChoice, SampleRequest, Span, read_rollouts
 from topkd.clients.decoding.vllm_typed import typed
 from topkd.topk.errors import ResponseError
 from topkd.topk.samples import Rollout
@@ -56,10 +55,10 @@ class _Generated(msgspec.Struct):
 _DECODER = msgspec.json.Decoder(_Generated)
 
 
-def rollouts(body: bytes, *, asked: Asked) -> list[Rollout]:
-    """The n rollouts of a reply; errors as ``sampled.rollouts``."""
+def read_generate_rollouts(body: bytes, *, asked: SampleRequest) -> list[Rollout]:
+    """The n rollouts of a reply; errors as ``sampled.read_rollouts``."""
     choices = [_choice(choice, asked.k) for choice in typed(body, _DECODER).choices]
-    return completions_rollouts(msgspec.json.encode(Sampled(choices)), asked=asked)
+    return read_rollouts(msgspec.json.encode(Sampled(choices)), asked=asked)
 
 
 def _choice(choice: _Choice, k: int) -> SampledChoice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from topkd.clients.decoding.checks import ordered
+from topkd.clients.decoding.checks import build_sorted_scores
 from topkd.topk.errors import AlignmentError, ResponseError
 from topkd.topk.types import MASS_TOLERANCE, Float32, Float64, Int32, TopK
 
@@ -12,7 +12,7 @@ _SAME = 1e-3
 _LOWEST = -1e30  # dialects turn their sentinels for zero probability into -inf before
 
 
-def beside(ids: Int32, logp: Float64, *, start: int, k: int, actual_ids: Int32, actual_logp: Float64) -> TopK:
+def topk_with_actual(ids: Int32, logp: Float64, *, start: int, k: int, actual_ids: Int32, actual_logp: Float64) -> TopK:
     """``TopK`` of lists (-1 pads) and realised tokens that were served apart, after a check that they agree.
 
     A realised token that is listed must have one logprob, and one that is not must not beat the list: rows that belong
@@ -26,7 +26,7 @@ def beside(ids: Int32, logp: Float64, *, start: int, k: int, actual_ids: Int32, 
         bad = np.isnan(values) | (values > _SAME) | ((values < _LOWEST) & ~np.isneginf(values))
         if bad.any():
             raise ResponseError("a value is no logprob", got=float(values[bad][0]), expected="a number <= 0")
-    topk = ordered(ids, logp, start=start, k=k, actual_ids=actual_ids, actual_logp=actual_logp)
+    topk = build_sorted_scores(ids, logp, start=start, k=k, actual_ids=actual_ids, actual_logp=actual_logp)
     if not topk.k:
         return topk
     hit = topk.ids == topk.actual_ids[:, None]
@@ -48,7 +48,7 @@ def beside(ids: Int32, logp: Float64, *, start: int, k: int, actual_ids: Int32, 
     return topk
 
 
-def trusted(values: Float32, wanted: Int32, start: int) -> Float32:
+def check_candidates(values: Float32, wanted: Int32, start: int) -> Float32:
     """Candidates' logprobs [R, K], pads checked to be -inf and a row's distinct ids to hold at most all probability."""
     pads = wanted < 0
     if not np.isneginf(values[pads]).all():

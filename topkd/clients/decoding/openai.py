@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 
 from topkd.clients.decoding.byte_map import ByteMap
-from topkd.clients.decoding.listed import beside
-from topkd.clients.decoding.sampled import Asked, Span, versions
+from topkd.clients.decoding.listed import topk_with_actual
+from topkd.clients.decoding.sampled import SampleRequest, Span, versions
 from topkd.clients.decoding.vllm_typed import typed
 from topkd.topk.errors import AlignmentError, ResponseError
 from topkd.topk.samples import FinishReason, Rollout
@@ -70,7 +70,7 @@ class Recovered:
     ambiguous_rollouts: int
 
 
-def chat_reply(body: bytes, *, asked: Asked, table: ByteMap | None) -> Recovered:
+def chat_reply(body: bytes, *, asked: SampleRequest, table: ByteMap | None) -> Recovered:
     """The draws of a reply whose every token names one id.
 
     Raises:
@@ -160,7 +160,7 @@ def _same(one: _Entry, other: _Entry) -> bool:
     return (one.token, one.bytes, one.id) == (other.token, other.bytes, other.id)
 
 
-def _rollout(choice: _Choice, content: list[_Position], ids: Int32, rows: list[_Row], asked: Asked) -> Rollout:
+def _rollout(choice: _Choice, content: list[_Position], ids: Int32, rows: list[_Row], asked: SampleRequest) -> Rollout:
     where = f"choice {choice.index}"
     text = (choice.message.content or "" if choice.message else "").rstrip("�").encode()
     if all(position.bytes is not None for position in content):
@@ -193,11 +193,11 @@ def _bytes(entry: _Entry) -> bytes:
         raise ResponseError("a token's bytes hold a number that is no byte", got=str(error)) from error
 
 
-def _topk(rows: list[_Row], ids: Int32, logp: Float64, asked: Asked) -> TopK:
+def _topk(rows: list[_Row], ids: Int32, logp: Float64, asked: SampleRequest) -> TopK:
     listed = np.full((len(rows), asked.k), PAD_ID, dtype=np.int32)
     values = np.full((len(rows), asked.k), -np.inf)
     for at, row in enumerate(rows):
         width = min(asked.k, len(row.ids))
         listed[at, :width], values[at, :width] = row.ids[:width], row.logp[:width]
     start = int(asked.prompt.size) - 1
-    return beside(listed, values, start=start, k=asked.k, actual_ids=ids, actual_logp=logp)
+    return topk_with_actual(listed, values, start=start, k=asked.k, actual_ids=ids, actual_logp=logp)

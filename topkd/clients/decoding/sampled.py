@@ -8,7 +8,7 @@ from typing import cast
 import msgspec
 import numpy as np
 
-from topkd.clients.decoding.checks import LOWEST, Entries, scored
+from topkd.clients.decoding.checks import LOWEST, Entries, build_scores
 from topkd.clients.decoding.vllm_typed import Logprob, as_ids, entries_of, typed
 from topkd.topk.errors import AlignmentError, ResponseError, ServerBusyError
 from topkd.topk.samples import FinishReason, Rollout, SamplingParams
@@ -53,7 +53,7 @@ _DECODER = msgspec.json.Decoder(Sampled)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class SampleRequest:
     """What a sampling request asked for.
 
     Attributes:
@@ -74,7 +74,7 @@ class Asked:
     exact: bool
 
 
-def rollouts(body: bytes, *, asked: Asked) -> list[Rollout]:
+def read_rollouts(body: bytes, *, asked: SampleRequest) -> list[Rollout]:
     """The n rollouts of a reply, in the order of their index.
 
     Raises:
@@ -90,7 +90,7 @@ def rollouts(body: bytes, *, asked: Asked) -> list[Rollout]:
     return [_rollout(choice, reply, asked) for choice in choices]
 
 
-def _rollout(choice: SampledChoice, reply: Sampled, asked: Asked) -> Rollout:
+def _rollout(choice: SampledChoice, reply: Sampled, asked: SampleRequest) -> Rollout:
     where = f"choice {choice.index}"
     if choice.finish_reason == "abort":
         raise ServerBusyError("the server aborted the generation", where=where, hint="was it paused for new weights?")
@@ -151,7 +151,7 @@ def _sampled_logp(logprobs: Logprobs, ids: Int32, where: str) -> Float64:
     return logp
 
 
-def _topk(logprobs: Logprobs, ids: Int32, logp: Float64, asked: Asked, where: str) -> TopK:
+def _topk(logprobs: Logprobs, ids: Int32, logp: Float64, asked: SampleRequest, where: str) -> TopK:
     lists = logprobs.top_logprobs
     if lists is None or len(lists) != ids.size:
         raise AlignmentError(
@@ -174,7 +174,7 @@ def _topk(logprobs: Logprobs, ids: Int32, logp: Float64, asked: Asked, where: st
         ) from error
     source = np.concatenate([asked.prompt, ids])
     entries: Entries = entries_of(rows, ids.tolist())
-    topk, _ = scored(entries, source, asked.prompt.size - 1, asked.k, asked.vocab_size)
+    topk, _ = build_scores(entries, source, asked.prompt.size - 1, asked.k, asked.vocab_size)
     if ids.size and not np.allclose(topk.actual_logp, logp, atol=1e-3):
         raise AlignmentError("top_logprobs and token_logprobs disagree about the sampled token", where=where)
     return topk

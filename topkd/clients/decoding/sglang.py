@@ -12,10 +12,10 @@ from typing import Any, cast
 import msgspec
 import numpy as np
 
-from topkd.clients.decoding.binary import flat_lists
-from topkd.clients.decoding.checks import check_rows
-from topkd.clients.decoding.listed import beside
-from topkd.clients.decoding.sampled import Asked
+from topkd.clients.decoding.binary import read_flat_lists
+from topkd.clients.decoding.checks import check_reply_rows
+from topkd.clients.decoding.listed import topk_with_actual
+from topkd.clients.decoding.sampled import SampleRequest
 from topkd.clients.decoding.vllm_typed import as_ids, typed
 from topkd.topk.errors import AlignmentError, ResponseError, ServerBusyError
 from topkd.topk.samples import FinishReason, Rollout
@@ -74,7 +74,7 @@ def scored_rows(
     zero = logp <= _LOWEST
     logp = np.where(zero, -np.inf, logp)
     actual = ids[start + 1 :]
-    topk = beside(listed, logp, start=start, k=want, actual_ids=actual, actual_logp=actual_logp)
+    topk = topk_with_actual(listed, logp, start=start, k=want, actual_ids=actual, actual_logp=actual_logp)
     return topk, int(np.count_nonzero(zero)), flat
 
 
@@ -101,7 +101,7 @@ def candidate_rows(body: bytes, *, ids: Int32, start: int, union: Int32) -> Floa
     return np.where(logp <= _LOWEST, -np.inf, logp).astype(np.float32)
 
 
-def sampled_rollouts(body: bytes, *, asked: Asked) -> list[Rollout]:
+def sampled_rollouts(body: bytes, *, asked: SampleRequest) -> list[Rollout]:
     """The n rollouts of a reply (an object for one, a list for more)."""
     reply = typed(body, _MANY)
     replies = reply if isinstance(reply, list) else [reply]
@@ -110,7 +110,7 @@ def sampled_rollouts(body: bytes, *, asked: Asked) -> list[Rollout]:
     return [_rollout(one, asked, index) for index, one in enumerate(replies)]
 
 
-def _rollout(reply: _Reply, asked: Asked, index: int) -> Rollout:
+def _rollout(reply: _Reply, asked: SampleRequest, index: int) -> Rollout:
     meta, where = reply.meta_info, f"completion {index}"
     _refuse_abort(meta)
     reason = meta.finish_reason.type if isinstance(meta.finish_reason, _Finish) else meta.finish_reason
@@ -139,7 +139,7 @@ def _rollout(reply: _Reply, asked: Asked, index: int) -> Rollout:
         listed, values = _nested(meta.output_top_logprobs, ids.size, want, "output_top_logprobs", first_null=False)
         values = np.where(values <= _LOWEST, -np.inf, values)
         start = int(asked.prompt.size) - 1
-        topk = beside(listed, values, start=start, k=want, actual_ids=ids, actual_logp=logp)
+        topk = topk_with_actual(listed, values, start=start, k=want, actual_ids=ids, actual_logp=logp)
     return Rollout(
         prompt_ids=asked.prompt,
         completion_ids=ids,
@@ -160,7 +160,7 @@ def _realised(meta: _Meta, ids: Int32, start: int) -> Float64:
     entries = meta.input_token_logprobs
     if entries is None:
         raise ResponseError("the reply has no input_token_logprobs", hint="the server ignored return_logprob")
-    check_rows(len(entries), int(ids.size) - start)
+    check_reply_rows(len(entries), int(ids.size) - start)
     got = [entry[1] for entry in entries]
     if got != ids[start:].tolist():
         at = next(i for i, (a, b) in enumerate(zip(got, ids[start:].tolist(), strict=True)) if a != b)
@@ -193,7 +193,7 @@ def _flat(meta: _Meta, rows: int, k: int) -> tuple[Int32, Float64]:
     skipped = shape[0] - rows
     if shape[1] != k or skipped not in {0, 1}:
         raise AlignmentError("flat top-K: another shape", got=shape, expected=[rows, k])
-    ids, logp = flat_lists(values[skipped * k * 4 :], indices[skipped * k * 4 :], rows=rows, k=k)
+    ids, logp = read_flat_lists(values[skipped * k * 4 :], indices[skipped * k * 4 :], rows=rows, k=k)
     return ids, logp.astype(np.float64)
 
 
@@ -203,7 +203,7 @@ def _nested(
     if lists is None:
         raise ResponseError(f"the reply has no {what}")
     kept: list[Any] = lists[1:] if first_null else lists
-    check_rows(len(kept), rows)
+    check_reply_rows(len(kept), rows)
     short = next((row for row, entries in enumerate(kept) if entries is None or len(entries) != k), None)
     if short is not None:
         got = None if kept[short] is None else len(kept[short])

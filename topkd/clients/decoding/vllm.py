@@ -7,8 +7,8 @@ from functools import cache
 
 from topkd.clients.decoding import vllm_numba as decode_numba
 from topkd.clients.decoding import vllm_numpy as decode_numpy
-from topkd.clients.decoding.checks import Ranked, ranked, scored
-from topkd.clients.decoding.vllm_typed import prompt_rows, scored_choice
+from topkd.clients.decoding.checks import Ranked, build_ranked_scores, build_scores
+from topkd.clients.decoding.vllm_typed import read_prompt_rows, scored_choice
 from topkd.topk.errors import AlignmentError
 from topkd.topk.types import Int32, TopK
 
@@ -19,10 +19,10 @@ _WORTH_IT = 16_384  # bytes below which the typed decoder is as fast
 @cache
 def fast_reader() -> Reader:
     """numba's where it is installed, else NumPy's."""
-    return decode_numba.read_rows if decode_numba.available() else decode_numpy.read_rows
+    return decode_numba.read_rows_compiled if decode_numba.available() else decode_numpy.read_rows
 
 
-def score_reply(
+def read_vllm_scores(
     body: bytes, *, ids: Int32, start: int, k: int, vocab_size: int | None = None
 ) -> tuple[TopK, int, bool]:
     """Bytes of a ``/v1/completions`` reply to checked rows.
@@ -34,10 +34,10 @@ def score_reply(
     if fast is None:
         choice = scored_choice(body)
         check_prompt(choice.prompt_token_ids, ids)
-        return *scored(prompt_rows(choice, ids, start), ids, start, k, vocab_size), False
+        return *build_scores(read_prompt_rows(choice, ids, start), ids, start, k, vocab_size), False
     rows, envelope = fast
     check_prompt(scored_choice(envelope).prompt_token_ids, ids)
-    return *ranked(rows, ids, start, vocab_size), True
+    return *build_ranked_scores(rows, ids, start, vocab_size), True
 
 
 def check_prompt(echoed: list[int] | None, ids: Int32) -> None:

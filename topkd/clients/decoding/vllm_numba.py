@@ -37,7 +37,7 @@ def available() -> bool:
     return True
 
 
-def read_rows(body: bytes, ids: Int32, start: int, k: int) -> tuple[Ranked, bytes] | None:
+def read_rows_compiled(body: bytes, ids: Int32, start: int, k: int) -> tuple[Ranked, bytes] | None:
     """As ``decode_numpy.read_rows``."""
     first = body.find(_START)
     if first < 0 or k < 1 or body[first + len(_START) :][:6] != b"null,{":
@@ -49,14 +49,14 @@ def read_rows(body: bytes, ids: Int32, start: int, k: int) -> tuple[Ranked, byte
     extra = np.zeros(rows, dtype=np.bool_)
     buffer = np.frombuffer(body, dtype=np.uint8)
     begin = first + len(_START) + 5
-    end = int(kernel()(buffer, begin, ids, start, _KEY, _RANK, _TOKEN, _POW10, tokens, logp, actual_logp, extra))
+    end = int(load_reader()(buffer, begin, ids, start, _KEY, _RANK, _TOKEN, _POW10, tokens, logp, actual_logp, extra))
     if end < 0 or body.find(_START, end) >= 0:
         return None
     return Ranked(tokens, logp, actual_logp, extra), body[: first + len(_START) - 1] + b"null" + body[end:]
 
 
 @functools.cache
-def kernel() -> Callable[..., Any]:
+def load_reader() -> Callable[..., Any]:
     """The compiled pass (compiled once a machine, then read from numba's cache)."""
     import numba
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
-from topkd.clients.decoding.checks import Entries, check_rows
+from topkd.clients.decoding.checks import Entries, check_reply_rows
 from topkd.topk.errors import ResponseError
 from topkd.topk.types import PAD_ID, Int32
 
@@ -85,7 +85,7 @@ def scored_choice(body: bytes) -> ScoredChoice:
     return choices[0]
 
 
-def prompt_rows(choice: ScoredChoice, ids: Int32, start: int) -> Entries:
+def read_prompt_rows(choice: ScoredChoice, ids: Int32, start: int) -> Entries:
     """Rows ``start + 1 ..`` of a choice's ``prompt_logprobs`` for the prompt ``ids``.
 
     Raises:
@@ -100,7 +100,7 @@ def prompt_rows(choice: ScoredChoice, ids: Int32, start: int) -> Entries:
             expected=f"{ids.size} rows",
             hint="the server ignored the field: it cannot score prompts on this route",
         )
-    check_rows(len(rows), ids.size)
+    check_reply_rows(len(rows), ids.size)
     wanted = rows[start + 1 :]
     for offset, row in enumerate(wanted):
         if not row:

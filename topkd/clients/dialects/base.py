@@ -12,7 +12,7 @@ from pydantic import SecretStr
 
 from topkd.clients.config import ClientConfig
 from topkd.clients.decoding.vllm_typed import typed
-from topkd.clients.http.admission import Budget
+from topkd.clients.http.admission import MemoryBudget
 from topkd.clients.http.endpoint import Endpoint
 from topkd.clients.http.metrics import Metrics
 from topkd.clients.http.transport import Transport
@@ -61,7 +61,7 @@ class HttpClient:
         model: str | None = None,
         api_key: str | SecretStr | None = None,
         config: ClientConfig | None = None,
-        budget: Budget | None = None,
+        budget: MemoryBudget | None = None,
         metrics: Metrics | None = None,
         transport: Transport | None = None,
     ) -> None:

@@ -14,12 +14,12 @@ import numpy as np
 from pydantic import SecretStr
 
 from topkd.clients.config import ClientConfig
-from topkd.clients.decoding.checks import check_rows, check_vocabulary, request_ids
-from topkd.clients.decoding.listed import beside
-from topkd.clients.decoding.sampled import Asked, sent
+from topkd.clients.decoding.checks import check_reply_rows, check_request_ids, check_vocabulary
+from topkd.clients.decoding.listed import topk_with_actual
+from topkd.clients.decoding.sampled import SampleRequest, sent
 from topkd.clients.decoding.vllm_typed import as_ids, typed
 from topkd.clients.dialects.base import HttpClient, ServerInfo
-from topkd.clients.http.admission import Budget
+from topkd.clients.http.admission import MemoryBudget
 from topkd.clients.http.metrics import Metrics
 from topkd.clients.http.transport import Transport
 from topkd.topk.errors import AlignmentError, ConfigError, KLimitError, ResponseError
@@ -59,7 +59,7 @@ class _Reply(msgspec.Struct):
 _DECODER = msgspec.json.Decoder(_Reply)
 
 
-def score_body(model: str, ids: Int32, start: int, k: int) -> dict[str, Any]:
+def build_fireworks_score(model: str, ids: Int32, start: int, k: int) -> dict[str, Any]:
     """A request that echoes the last R tokens with their logprobs; the default would silently cut a long prompt."""
     return {
         "model": model,
@@ -74,7 +74,7 @@ def score_body(model: str, ids: Int32, start: int, k: int) -> dict[str, Any]:
     }
 
 
-def sample_body(model: str, prompt: Int32, n: int, params: SamplingParams, k: int) -> dict[str, Any]:
+def build_fireworks_sample(model: str, prompt: Int32, n: int, params: SamplingParams, k: int) -> dict[str, Any]:
     """A sampling request with every parameter said that the service knows; it refuses unknown ones."""
     return {
         "model": model,
@@ -96,13 +96,13 @@ def sample_body(model: str, prompt: Int32, n: int, params: SamplingParams, k: in
     }
 
 
-def score_reply(body: bytes, *, ids: Int32, start: int, k: int, vocab_size: int | None = None) -> TopK:
+def read_fireworks_scores(body: bytes, *, ids: Int32, start: int, k: int, vocab_size: int | None = None) -> TopK:
     """Checked rows. A full echo begins with an unconditional row for token 0, which predicts nothing of ours."""
     actual = ids[start + 1 :]
     content = _content(body, 1)[0]
     if len(content) == ids.size:
         content = content[start + 1 :]
-    check_rows(len(content), int(actual.size))
+    check_reply_rows(len(content), int(actual.size))
     got = as_ids([position.token_id for position in content], "echo")
     if (got != actual).any():
         row = int(np.argmax(got != actual))
@@ -110,7 +110,7 @@ def score_reply(body: bytes, *, ids: Int32, start: int, k: int, vocab_size: int 
     return _rows(content, start=start, k=k, actual=actual, vocab_size=vocab_size)
 
 
-def sample_reply(body: bytes, *, asked: Asked) -> list[Rollout]:
+def sample_reply(body: bytes, *, asked: SampleRequest) -> list[Rollout]:
     """The n rollouts of a reply, in the order of their index."""
     choices = sorted(typed(body, _DECODER).choices, key=lambda choice: choice.index)
     if [choice.index for choice in choices] != list(range(asked.n)):
@@ -159,7 +159,7 @@ def _rows(content: list[_Position], *, start: int, k: int, actual: Int32, vocab_
     ids = as_ids([entry.token_id for entries in lists for entry in entries], "top_logprobs").reshape(len(lists), k)
     logp: Float64 = np.array([e.logprob for entries in lists for e in entries], dtype=np.float64).reshape(len(lists), k)
     check_vocabulary_of(ids, vocab_size)
-    return beside(ids, logp, start=start, k=k, actual_ids=actual, actual_logp=actual_logp)
+    return topk_with_actual(ids, logp, start=start, k=k, actual_ids=actual, actual_logp=actual_logp)
 
 
 def check_vocabulary_of(ids: Int32, vocab_size: int | None) -> None:
@@ -192,7 +192,7 @@ class FireworksEcho(HttpClient):
         api_key: str | SecretStr | None = None,
         config: ClientConfig | None = None,
         vocab_size: int | None = None,
-        budget: Budget | None = None,
+        budget: MemoryBudget | None = None,
         metrics: Metrics | None = None,
         transport: Transport | None = None,
     ) -> None:
@@ -218,13 +218,13 @@ class FireworksEcho(HttpClient):
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
         """As ``TeacherScorer``, for K <= 5."""
         _limit(k, self.where())
-        array = request_ids(ids, start, k, self.vocab_size)
+        array = check_request_ids(ids, start, k, self.vocab_size)
         model = await self.model_name()
         topk = await self.endpoint.call(
             "POST",
             ROUTE,
-            score_body(model, array, start, k),
-            decode=partial(score_reply, ids=array, start=start, k=k, vocab_size=self.vocab_size),
+            build_fireworks_score(model, array, start, k),
+            decode=partial(read_fireworks_scores, ids=array, start=start, k=k, vocab_size=self.vocab_size),
             where=self.where(f"{array.size} tokens, K = {k}"),
             tokens=int(array.size),
             entries=int(array.size) * (k + 1),
@@ -250,8 +250,8 @@ class FireworksEcho(HttpClient):
         return await self.endpoint.call(
             "POST",
             ROUTE,
-            sample_body(model, prompt, n, params, k),
-            decode=partial(sample_reply, asked=Asked(prompt, n, params, k, self.vocab_size, params.exact)),
+            build_fireworks_sample(model, prompt, n, params, k),
+            decode=partial(sample_reply, asked=SampleRequest(prompt, n, params, k, self.vocab_size, params.exact)),
             where=self.where(f"{n} x {params.max_tokens} tokens"),
             tokens=int(prompt.size) + params.max_tokens,
             entries=n * params.max_tokens * (k + 1),

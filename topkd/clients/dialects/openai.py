@@ -20,9 +20,9 @@ from topkd.clients.config import ClientConfig
 from topkd.clients.decoding.byte_map import ByteMap, load_bytemap
 from topkd.clients.decoding.checks import check_vocabulary
 from topkd.clients.decoding.openai import Recovered, chat_reply
-from topkd.clients.decoding.sampled import Asked, sent
+from topkd.clients.decoding.sampled import SampleRequest, sent
 from topkd.clients.dialects.base import HttpClient
-from topkd.clients.http.admission import Budget
+from topkd.clients.http.admission import MemoryBudget
 from topkd.clients.http.metrics import Metrics
 from topkd.clients.http.transport import Transport
 from topkd.topk.errors import ConfigError, KLimitError, ResponseError, UnsupportedError
@@ -104,7 +104,7 @@ class OpenAIChat(HttpClient):
         tokenizer: str | Path | ByteMap | None = None,
         api_key: str | SecretStr | None = None,
         config: ClientConfig | None = None,
-        budget: Budget | None = None,
+        budget: MemoryBudget | None = None,
         metrics: Metrics | None = None,
         transport: Transport | None = None,
     ) -> None:
@@ -162,7 +162,7 @@ class OpenAIChat(HttpClient):
             )
         model = await self.model_name()
         params = params if params.seed is not None else sent(params, secrets.randbelow(2**31))
-        asked = Asked(prompt, n, params, k, self._table.size if self._table else None, params.exact)
+        asked = SampleRequest(prompt, n, params, k, self._table.size if self._table else None, params.exact)
         recovered: Recovered = await self.endpoint.call(
             "POST",
             ROUTE,

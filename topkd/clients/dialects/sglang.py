@@ -14,12 +14,12 @@ import numpy as np
 from pydantic import SecretStr
 
 from topkd.clients.config import ClientConfig
-from topkd.clients.decoding.checks import check_vocabulary, request_ids
-from topkd.clients.decoding.sampled import Asked, sent
+from topkd.clients.decoding.checks import check_request_ids, check_vocabulary
+from topkd.clients.decoding.sampled import SampleRequest, sent
 from topkd.clients.decoding.sglang import candidate_rows, sampled_rollouts, scored_rows
 from topkd.clients.dialects.base import HttpClient, ServerInfo
 from topkd.clients.dialects.raw_requests import Wire
-from topkd.clients.http.admission import Budget
+from topkd.clients.http.admission import MemoryBudget
 from topkd.clients.http.metrics import Metrics
 from topkd.clients.http.transport import Transport
 from topkd.topk.errors import ConfigError, UnsupportedError
@@ -31,7 +31,7 @@ ROUTE = "/generate"
 _UNION_CELLS = 4_000_000  # rows x distinct ids of one request: nested JSON of about 40 bytes each
 
 
-def score_body(ids: Int32, start: int, k: int) -> dict[str, Any]:
+def build_sglang_score(ids: Int32, start: int, k: int) -> dict[str, Any]:
     """A request that scores rows ``start ..``; nothing is generated. Entry 0 of the reply is null by design."""
     return {
         "input_ids": ids.tolist(),
@@ -45,12 +45,12 @@ def score_body(ids: Int32, start: int, k: int) -> dict[str, Any]:
     }
 
 
-def candidates_body(ids: Int32, start: int, candidates: Int32) -> dict[str, Any]:
+def build_sglang_candidates(ids: Int32, start: int, candidates: Int32) -> dict[str, Any]:
     """A request that scores the same ``candidates`` at every row ``start ..``."""
-    return score_body(ids, start, 0) | {"token_ids_logprob": candidates.tolist()}
+    return build_sglang_score(ids, start, 0) | {"token_ids_logprob": candidates.tolist()}
 
 
-def sample_body(prompt: Int32, params: SamplingParams, n: int, k: int) -> dict[str, Any]:
+def build_sglang_sample(prompt: Int32, params: SamplingParams, n: int, k: int) -> dict[str, Any]:
     """A sampling request with every parameter said."""
     return {
         "input_ids": prompt.tolist(),
@@ -102,7 +102,7 @@ class Sglang(HttpClient):
         api_key: str | SecretStr | None = None,
         config: ClientConfig | None = None,
         vocab_size: int | None = None,
-        budget: Budget | None = None,
+        budget: MemoryBudget | None = None,
         metrics: Metrics | None = None,
         transport: Transport | None = None,
     ) -> None:
@@ -122,12 +122,12 @@ class Sglang(HttpClient):
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
         """As ``TeacherScorer``: only rows ``start .. len(ids) - 2`` are sent, a cached prefix is used up to there."""
-        array = request_ids(ids, start, k, self.vocab_size)
+        array = check_request_ids(ids, start, k, self.vocab_size)
         rows = int(array.size) - 1 - start
         topk, zeros, flat = await self.endpoint.call(
             "POST",
             ROUTE,
-            score_body(array, start, k),
+            build_sglang_score(array, start, k),
             decode=partial(scored_rows, ids=array, start=start, k=k, vocab_size=self.vocab_size),
             where=self.where(f"{array.size} tokens, K = {k}"),
             tokens=int(array.size),
@@ -145,7 +145,7 @@ class Sglang(HttpClient):
         Raises:
             UnsupportedError: rows times distinct candidates is more than one reply should hold.
         """
-        array = request_ids(ids, start, 0, self.vocab_size)
+        array = check_request_ids(ids, start, 0, self.vocab_size)
         rows = int(array.size) - 1 - start
         wanted = np.asarray(candidates)
         if wanted.ndim != 2 or wanted.shape[0] != rows or wanted.shape[1] < 1 or wanted.dtype.kind not in "iu":
@@ -167,7 +167,7 @@ class Sglang(HttpClient):
         matrix = await self.endpoint.call(
             "POST",
             ROUTE,
-            candidates_body(array, start, union),
+            build_sglang_candidates(array, start, union),
             decode=partial(candidate_rows, ids=array, start=start, union=union),
             where=self.where(f"{rows} rows, {union.size} candidates"),
             tokens=int(array.size),
@@ -197,11 +197,11 @@ class Sglang(HttpClient):
         tempered = SamplingParams(params.max_tokens, stop_token_ids=params.stop_token_ids, seed=params.seed)
         # A tempered draw's own logprob is what SGLang serves; whether it is depends on a server flag, so only
         # temperature 1, where both readings agree, counts as exact.
-        asked = Asked(prompt, n, params, k, self.vocab_size, params == tempered)
+        asked = SampleRequest(prompt, n, params, k, self.vocab_size, params == tempered)
         result = await self.endpoint.call(
             "POST",
             ROUTE,
-            sample_body(prompt, params, n, k),
+            build_sglang_sample(prompt, params, n, k),
             decode=partial(sampled_rollouts, asked=asked),
             where=self.where(f"{n} x {params.max_tokens} tokens"),
             tokens=int(prompt.size) + params.max_tokens,

@@ -15,8 +15,8 @@ from typing import Any, Self, cast
 
 import numpy as np
 
-from topkd.clients.decoding.checks import check_rows, check_vocabulary, request_ids
-from topkd.clients.decoding.listed import beside, trusted
+from topkd.clients.decoding.checks import check_reply_rows, check_request_ids, check_vocabulary
+from topkd.clients.decoding.listed import check_candidates, topk_with_actual
 from topkd.topk.errors import (
     AuthError,
     ConfigError,
@@ -87,7 +87,7 @@ class TinkerClient:
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
         """As ``TeacherScorer``; only the rows asked for are computed."""
-        array = request_ids(ids, start, k, self.vocab_size)
+        array = check_request_ids(ids, start, k, self.vocab_size)
         actual = array[start + 1 :]
         reply = await self._sample(
             array,
@@ -100,7 +100,7 @@ class TinkerClient:
         if reply.prompt_logprobs_np is None:
             raise ResponseError("the reply has no prompt logprobs", hint="this model or SDK gives none")
         logp = np.asarray(reply.prompt_logprobs_np, dtype=np.float64)
-        check_rows(int(logp.size), int(array.size))
+        check_reply_rows(int(logp.size), int(array.size))
         return _rows(
             reply.topk_prompt_logprobs_np,
             logp[start + 1 :],
@@ -114,7 +114,7 @@ class TinkerClient:
 
     async def score_candidates(self, ids: Ids, start: int, candidates: Int32) -> Float32:
         """As ``CandidateScorer``: own ids at each row; rows before ``start`` are not computed."""
-        array = request_ids(ids, start, 0, self.vocab_size)
+        array = check_request_ids(ids, start, 0, self.vocab_size)
         wanted = np.asarray(candidates)
         rows = int(array.size) - 1 - start
         if wanted.ndim != 2 or wanted.shape[0] != rows or wanted.shape[1] < 1 or wanted.dtype.kind not in "iu":
@@ -131,11 +131,11 @@ class TinkerClient:
         if reply.target_prompt_logprobs is None:
             raise ResponseError("the reply has no target_prompt_logprobs", hint="the SDK is too old")
         values = np.asarray(reply.target_prompt_logprobs.to_numpy(), dtype=np.float32)
-        check_rows(values.size, asked.size)
+        check_reply_rows(values.size, asked.size)
         kept = values.reshape(asked.shape)[start:]
         if not np.isfinite(kept[wanted >= 0]).all() or (kept[wanted >= 0] > 1e-3).any():
             raise ResponseError("a candidate's logprob cannot be one", expected="a finite number <= 0")
-        return trusted(np.where(wanted >= 0, kept, -np.inf).astype(np.float32), wanted.astype(np.int32), start)
+        return check_candidates(np.where(wanted >= 0, kept, -np.inf).astype(np.float32), wanted.astype(np.int32), start)
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
         """As ``Sampler``; NaN logprobs unless the draw is the policy's own."""
@@ -161,7 +161,7 @@ class TinkerClient:
         if not 1 <= ids.size <= params.max_tokens:
             raise ResponseError("wrong number of tokens", got=ids.size, expected=f"1..{params.max_tokens}")
         logp = np.asarray(sequence.logprobs_np, dtype=np.float64)
-        check_rows(int(logp.size), int(ids.size))
+        check_reply_rows(int(logp.size), int(ids.size))
         topk = _rows(
             sequence.topk_logprobs_np,
             logp,
@@ -226,11 +226,11 @@ def _rows(
     want = k if vocab_size is None else min(k, vocab_size)
     if want == 0:
         none = np.empty((actual.size, 0))
-        return beside(none.astype(np.int32), none, start=start, k=0, actual_ids=actual, actual_logp=logp)
+        return topk_with_actual(none.astype(np.int32), none, start=start, k=0, actual_ids=actual, actual_logp=logp)
     if lists is None:
         raise ResponseError("the reply has no top-k logprobs")
     ids, values = np.asarray(lists.token_ids), np.asarray(lists.logprobs, dtype=np.float64)
-    check_rows(int(ids.shape[0]), length)
+    check_reply_rows(int(ids.shape[0]), length)
     ids, values = ids[first:, :want], values[first:, :want]
     if ids.shape != (actual.size, want) or values.shape != ids.shape:
         raise ResponseError("wrong number of entries", got=ids.shape, expected=(actual.size, want))
@@ -242,7 +242,7 @@ def _rows(
         raise ResponseError("a logprob is NaN or above 0")
     if (ids < 0).any() or (ids >= (2**31 if vocab_size is None else vocab_size)).any():
         raise ResponseError("id outside the vocabulary", got=f"{ids.min()}..{ids.max()}")
-    return beside(ids.astype(np.int32), values, start=start, k=want, actual_ids=actual, actual_logp=logp)
+    return topk_with_actual(ids.astype(np.int32), values, start=start, k=want, actual_ids=actual, actual_logp=logp)
 
 
 _STATUS: dict[int, tuple[type[TopkdError], str]] = {

@@ -16,15 +16,15 @@ import numpy as np
 from pydantic import SecretStr
 
 from topkd.clients.config import ClientConfig
-from topkd.clients.decoding.checks import check_vocabulary, request_ids
-from topkd.clients.decoding.sampled import Asked, rollouts, sent
-from topkd.clients.decoding.vllm import score_reply
+from topkd.clients.decoding.checks import check_request_ids, check_vocabulary
+from topkd.clients.decoding.sampled import SampleRequest, read_rollouts, sent
+from topkd.clients.decoding.vllm import read_vllm_scores
 from topkd.clients.decoding.vllm_typed import typed
 from topkd.clients.dialects.base import HttpClient
-from topkd.clients.http.admission import Budget
+from topkd.clients.http.admission import MemoryBudget
 from topkd.clients.http.metrics import Metrics
 from topkd.clients.http.retry import Try
-from topkd.clients.http.status_errors import repeats
+from topkd.clients.http.status_errors import is_repeating
 from topkd.clients.http.transport import Transport
 from topkd.topk.errors import ConfigError, FinalServerError, ResponseError, TopkdError
 from topkd.topk.protocols import Ids
@@ -42,7 +42,7 @@ class _Weights(msgspec.Struct):
 _WEIGHTS = msgspec.json.Decoder(_Weights)
 
 
-def score_body(model: str, ids: Int32, k: int) -> dict[str, Any]:
+def build_vllm_score(model: str, ids: Int32, k: int) -> dict[str, Any]:
     """A request that scores every position of ``ids``; the one token it must generate is thrown away."""
     return {
         "model": model,
@@ -55,7 +55,7 @@ def score_body(model: str, ids: Int32, k: int) -> dict[str, Any]:
     }
 
 
-def sample_body(model: str, prompt: Int32, n: int, params: SamplingParams, k: int) -> dict[str, Any]:
+def build_vllm_sample(model: str, prompt: Int32, n: int, params: SamplingParams, k: int) -> dict[str, Any]:
     """A sampling request with every parameter said, so that no ``generation_config`` of the model's can leak in."""
     return {
         "model": model,
@@ -113,7 +113,7 @@ class VllmCompletions(HttpClient):
         config: ClientConfig | None = None,
         vocab_size: int | None = None,
         logprobs_mode: LogprobsMode = "raw_logprobs",
-        budget: Budget | None = None,
+        budget: MemoryBudget | None = None,
         metrics: Metrics | None = None,
         transport: Transport | None = None,
     ) -> None:
@@ -127,18 +127,18 @@ class VllmCompletions(HttpClient):
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
         """Rows ``start .. len(ids) - 2`` with the K most probable tokens and the exact realised logprob of each."""
-        array = request_ids(ids, start, k, self.vocab_size)
+        array = check_request_ids(ids, start, k, self.vocab_size)
         model = await self.model_name()
 
         def build(one: Try) -> dict[str, Any]:
             # The same broken cache entry gives the same NaN again: the one retry asks for another.
-            return score_body(model, array, k) | _salt(one)
+            return build_vllm_score(model, array, k) | _salt(one)
 
         topk, zeros, fast = await self.endpoint.call(
             "POST",
             _ROUTE,
             build,
-            decode=partial(score_reply, ids=array, start=start, k=k, vocab_size=self.vocab_size),
+            decode=partial(read_vllm_scores, ids=array, start=start, k=k, vocab_size=self.vocab_size),
             where=self.where(f"{array.size} tokens, K = {k}"),
             tokens=int(array.size),
             entries=int(array.size) * (k + 1),
@@ -176,8 +176,8 @@ class VllmCompletions(HttpClient):
             self.endpoint.call(
                 "POST",
                 _ROUTE,
-                lambda one: sample_body(model, prompt, n, params, k) | _salt(one),
-                decode=partial(rollouts, asked=Asked(prompt, n, params, k, self.vocab_size, exact)),
+                lambda one: build_vllm_sample(model, prompt, n, params, k) | _salt(one),
+                decode=partial(read_rollouts, asked=SampleRequest(prompt, n, params, k, self.vocab_size, exact)),
                 where=self.where(f"{n} x {params.max_tokens} tokens"),
                 tokens=int(prompt.size) + params.max_tokens,
                 entries=n * params.max_tokens * (k + 2) + int(prompt.size),
@@ -243,4 +243,4 @@ class VllmCompletions(HttpClient):
 
 
 def _salt(one: Try) -> dict[str, str]:
-    return {"cache_salt": f"retry-{one.number}"} if one.failure is not None and repeats(one.failure) else {}
+    return {"cache_salt": f"retry-{one.number}"} if one.failure is not None and is_repeating(one.failure) else {}

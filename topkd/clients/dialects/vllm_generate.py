@@ -15,16 +15,16 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from topkd.clients.decoding.binary import npy_matrix
-from topkd.clients.decoding.checks import check_vocabulary, ranked, request_ids, scored
-from topkd.clients.decoding.generate_sampled import rollouts
-from topkd.clients.decoding.listed import trusted
-from topkd.clients.decoding.sampled import Asked, sent
+from topkd.clients.decoding.binary import read_npy_matrix
+from topkd.clients.decoding.checks import build_ranked_scores, build_scores, check_request_ids, check_vocabulary
+from topkd.clients.decoding.generate_sampled import read_generate_rollouts
+from topkd.clients.decoding.listed import check_candidates
+from topkd.clients.decoding.sampled import SampleRequest, sent
 from topkd.clients.decoding.vllm import check_prompt, fast_reader
-from topkd.clients.decoding.vllm_typed import Row, ScoredChoice, prompt_rows, typed
+from topkd.clients.decoding.vllm_typed import Row, ScoredChoice, read_prompt_rows, typed
 from topkd.clients.dialects.vllm import VllmCompletions
 from topkd.clients.http.retry import Try
-from topkd.clients.http.status_errors import repeats
+from topkd.clients.http.status_errors import is_repeating
 from topkd.topk.errors import ConfigError, KLimitError, RequestRefusedError, ResponseError, UnsupportedError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
@@ -52,13 +52,13 @@ _SCORED = msgspec.json.Decoder(_Scored)
 _CANDIDATES = msgspec.json.Decoder(_Candidates)
 
 
-def score_body(model: str, ids: Int32, k: int) -> dict[str, Any]:
+def build_generate_score(model: str, ids: Int32, k: int) -> dict[str, Any]:
     """A request that scores every position of ``ids`` without a string in the reply."""
     sampling = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": k, "detokenize": False}
     return {"model": model, "token_ids": ids.tolist(), "sampling_params": sampling, "return_token_ids": True}
 
 
-def sample_body(model: str, prompt: Int32, n: int, params: SamplingParams, logprobs: int) -> dict[str, Any]:
+def build_generate_sample(model: str, prompt: Int32, n: int, params: SamplingParams, logprobs: int) -> dict[str, Any]:
     """A sampling request with every parameter said."""
     sampling = {
         "n": n,
@@ -80,7 +80,7 @@ def sample_body(model: str, prompt: Int32, n: int, params: SamplingParams, logpr
     return {"model": model, "token_ids": prompt.tolist(), "sampling_params": sampling}
 
 
-def candidates_body(model: str, ids: Int32, start: int, candidates: list[Any]) -> dict[str, Any]:
+def build_generate_candidates(model: str, ids: Int32, start: int, candidates: list[Any]) -> dict[str, Any]:
     """A request that scores ``candidates`` (a list a row, or one for all) at rows ``start ..``."""
     sampling = {
         "max_tokens": 1,
@@ -92,7 +92,7 @@ def candidates_body(model: str, ids: Int32, start: int, candidates: list[Any]) -
     return {"model": model, "token_ids": ids.tolist(), "sampling_params": sampling}
 
 
-def score_reply(
+def read_generate_scores(
     body: bytes, *, ids: Int32, start: int, k: int, vocab_size: int | None = None
 ) -> tuple[TopK, int, bool]:
     """Bytes to checked rows, as ``decode.score_reply`` does for completions."""
@@ -100,11 +100,11 @@ def score_reply(
     if fast is None:
         reply = typed(body, _SCORED)
         check_prompt(reply.prompt_token_ids, ids)
-        rows = prompt_rows(ScoredChoice(prompt_logprobs=reply.prompt_logprobs), ids, start)
-        return *scored(rows, ids, start, k, vocab_size), False
+        rows = read_prompt_rows(ScoredChoice(prompt_logprobs=reply.prompt_logprobs), ids, start)
+        return *build_scores(rows, ids, start, k, vocab_size), False
     found, envelope = fast
     check_prompt(typed(envelope, _SCORED).prompt_token_ids, ids)
-    return *ranked(found, ids, start, vocab_size), True
+    return *build_ranked_scores(found, ids, start, vocab_size), True
 
 
 def candidates_reply(body: bytes, *, rows: int, columns: int) -> Float32:
@@ -122,7 +122,7 @@ def candidates_reply(body: bytes, *, rows: int, columns: int) -> Float32:
             expected=f"a matrix of {rows} x {columns}",
             hint="the server ignored the field, or began behind its start because of a cached prefix",
         )
-    return npy_matrix(raw, rows=rows, k=columns, what="prompt_token_id_logprobs")
+    return read_npy_matrix(raw, rows=rows, k=columns, what="prompt_token_id_logprobs")
 
 
 class VllmGenerate(VllmCompletions):
@@ -142,14 +142,14 @@ class VllmGenerate(VllmCompletions):
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
         """As ``TeacherScorer``: rows ``start .. len(ids) - 2``."""
-        array = request_ids(ids, start, k, self.vocab_size)
+        array = check_request_ids(ids, start, k, self.vocab_size)
         model = await self.model_name()
         try:
             topk, zeros, fast = await self.endpoint.call(
                 "POST",
                 ROUTE,
-                lambda one: score_body(model, array, k) | _salt(one),
-                decode=partial(score_reply, ids=array, start=start, k=k, vocab_size=self.vocab_size),
+                lambda one: build_generate_score(model, array, k) | _salt(one),
+                decode=partial(read_generate_scores, ids=array, start=start, k=k, vocab_size=self.vocab_size),
                 where=self.where(f"{array.size} tokens, K = {k}"),
                 tokens=int(array.size),
                 entries=int(array.size) * (k + 1),
@@ -177,7 +177,7 @@ class VllmGenerate(VllmCompletions):
         model = await self.model_name()
         params = params if params.seed is not None else sent(params, secrets.randbelow(2**31))
         processed = self.logprobs_mode == "processed_logprobs" and params.temperature > 0
-        asked = Asked(prompt, n, params, k, self.vocab_size, params.exact or processed)
+        asked = SampleRequest(prompt, n, params, k, self.vocab_size, params.exact or processed)
         wide = k if k == 0 or await self.version() >= _COMPLETE else k + 1
         try:
             result = await self._versioned(
@@ -185,8 +185,8 @@ class VllmGenerate(VllmCompletions):
                 self.endpoint.call(
                     "POST",
                     ROUTE,
-                    lambda one: sample_body(model, prompt, n, params, wide) | _salt(one),
-                    decode=lambda body: rollouts(body, asked=asked),
+                    lambda one: build_generate_sample(model, prompt, n, params, wide) | _salt(one),
+                    decode=lambda body: read_generate_rollouts(body, asked=asked),
                     where=self.where(f"{n} x {params.max_tokens} tokens"),
                     tokens=int(prompt.size) + params.max_tokens,
                     entries=n * params.max_tokens * (k + 2) + int(prompt.size),
@@ -211,7 +211,7 @@ class VllmGenerate(VllmCompletions):
         Raises:
             UnsupportedError: the server scores no candidates, or the rows share too few of them for its schema.
         """
-        array = request_ids(ids, start, 0, self.vocab_size)
+        array = check_request_ids(ids, start, 0, self.vocab_size)
         wanted = _candidates(candidates, array.size - 1 - start, self.vocab_size)
         if self._schema is None:
             version = await self.version()
@@ -248,7 +248,7 @@ class VllmGenerate(VllmCompletions):
     async def _shared_limit(self) -> int:
         """Ids of one shared list: the server's limit on K, from the refusal of far too many."""
         if self._limit is None:
-            body = score_body(await self.model_name(), np.array([1, 1], dtype=np.int32), 10_000_000)
+            body = build_generate_score(await self.model_name(), np.array([1, 1], dtype=np.int32), 10_000_000)
             try:
                 await self.endpoint.call(
                     "POST", ROUTE, body, decode=lambda _: None, where=self.where(), entries=300_000
@@ -263,8 +263,8 @@ class VllmGenerate(VllmCompletions):
         return await self.endpoint.call(
             "POST",
             ROUTE,
-            lambda one: candidates_body(model, ids, start, asked) | _salt(one),
-            decode=lambda body: trusted(candidates_reply(body, rows=rows, columns=columns), wanted, start),
+            lambda one: build_generate_candidates(model, ids, start, asked) | _salt(one),
+            decode=lambda body: check_candidates(candidates_reply(body, rows=rows, columns=columns), wanted, start),
             where=self.where(f"{rows} rows, {columns} candidates"),
             tokens=int(ids.size),
             entries=rows * columns,
@@ -312,7 +312,7 @@ def _candidates(candidates: Int32, rows: int, vocab_size: int | None) -> Int32:
 
 
 def _salt(one: Try) -> dict[str, str]:
-    return {"cache_salt": f"retry-{one.number}"} if one.failure is not None and repeats(one.failure) else {}
+    return {"cache_salt": f"retry-{one.number}"} if one.failure is not None and is_repeating(one.failure) else {}
 
 
 def _other_schema(error: RequestRefusedError) -> bool:

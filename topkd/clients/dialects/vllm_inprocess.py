@@ -17,8 +17,8 @@ from typing import Any, Self, cast
 
 import numpy as np
 
-from topkd.clients.decoding.checks import check_rows, check_vocabulary, request_ids
-from topkd.clients.decoding.listed import beside, trusted
+from topkd.clients.decoding.checks import check_reply_rows, check_request_ids, check_vocabulary
+from topkd.clients.decoding.listed import check_candidates, topk_with_actual
 from topkd.topk.errors import (
     AlignmentError,
     ConfigError,
@@ -92,14 +92,14 @@ class VllmInProcess:
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
         """As ``TeacherScorer``."""
-        array = request_ids(ids, start, k, self.vocab_size)
+        array = check_request_ids(ids, start, k, self.vocab_size)
         fields = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k, "flat_logprobs": True, "detokenize": False}
         reply = await self._generate(array.tolist(), fields)
         return flat_rows(reply.prompt_logprobs, array, start, k, self.vocab_size)
 
     async def score_candidates(self, ids: Ids, start: int, candidates: Int32) -> Float32:
         """As ``CandidateScorer``; needs vLLM 0.32 and its model runner V2."""
-        array = request_ids(ids, start, 0, self.vocab_size)
+        array = check_request_ids(ids, start, 0, self.vocab_size)
         wanted = np.asarray(candidates)
         rows = int(array.size) - 1 - start
         if wanted.ndim != 2 or wanted.shape[0] != rows or wanted.shape[1] < 1 or wanted.dtype.kind not in "iu":
@@ -120,7 +120,7 @@ class VllmInProcess:
         values = np.asarray(matrix, dtype=np.float32)
         if values.shape != wanted.shape:
             raise AlignmentError("candidate logprobs of another shape", got=values.shape, expected=wanted.shape)
-        return trusted(values, wanted.astype(np.int32), start)
+        return check_candidates(values, wanted.astype(np.int32), start)
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
         """As ``Sampler``; NaN logprobs under inexact parameters, as the engine's are of the untempered model."""
@@ -178,7 +178,7 @@ class VllmInProcess:
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, call)
         except Exception as error:
-            raise refusal(error) from error
+            raise convert_engine_error(error) from error
 
     def _adopt(self, update: WeightUpdate) -> None:
         from vllm import SamplingParams as EngineParams
@@ -196,7 +196,7 @@ class VllmInProcess:
 
             sampling = EngineParams(**fields)
         except Exception as error:  # vLLM's own validation errors are no ValueError
-            raise refusal(error) from error
+            raise convert_engine_error(error) from error
         loop = asyncio.get_running_loop()
         job = _Job(prompt, sampling, loop.create_future(), loop, self._adapter)
         with self._lock:
@@ -214,15 +214,15 @@ class VllmInProcess:
         try:
             self._answer(jobs)
         except Exception as error:  # noqa: BLE001 - every kind reaches the caller, as one of ours
-            if len(jobs) == 1 or not isinstance(refusal(error), RequestRefusedError | UnsupportedError):
+            if len(jobs) == 1 or not isinstance(convert_engine_error(error), RequestRefusedError | UnsupportedError):
                 for job in jobs:
-                    _settle(job, refusal(error))
+                    _settle(job, convert_engine_error(error))
                 return
             for job in jobs:
                 try:
                     self._answer([job])
                 except Exception as own:  # noqa: BLE001
-                    _settle(job, refusal(own))
+                    _settle(job, convert_engine_error(own))
 
     def _answer(self, jobs: list[_Job]) -> None:
         inputs = [{"prompt_token_ids": job.prompt} for job in jobs]
@@ -275,7 +275,7 @@ def flat_rows(table: Any, ids: Int32, start: int, k: int, vocab_size: int | None
     """Checked rows ``start ..`` of flat prompt logprobs: one empty row, then the realised token and K more a row."""
     if table is None:
         raise ResponseError("the engine gives no prompt logprobs")
-    check_rows(len(table.start_indices), int(ids.size))
+    check_reply_rows(len(table.start_indices), int(ids.size))
     return _rows(table, start + 1, ids[start + 1 :], start=start, k=k, vocab_size=vocab_size)
 
 
@@ -286,7 +286,7 @@ def rollout(
     if output.finish_reason not in {"stop", "length"}:
         raise ResponseError("unknown finish_reason", got=output.finish_reason, expected="stop or length")
     ids = np.array(list(output.token_ids), dtype=np.int32)
-    check_rows(len(output.logprobs.start_indices), int(ids.size))
+    check_reply_rows(len(output.logprobs.start_indices), int(ids.size))
     topk = _rows(output.logprobs, 0, ids, start=int(prompt.size) - 1, k=k, vocab_size=vocab_size)
     return Rollout(
         prompt_ids=prompt,
@@ -320,10 +320,10 @@ def _rows(table: Any, first: int, actual: Int32, *, start: int, k: int, vocab_si
     if (ids < 0).any() or (vocab_size is not None and (ids >= vocab_size).any()):
         raise ResponseError("id outside the vocabulary", got=f"{ids.min()}..{ids.max()}")
     listed = ids[:, 1:].astype(np.int32)
-    return beside(listed, logp[:, 1:], start=start, k=want, actual_ids=actual, actual_logp=logp[:, 0])
+    return topk_with_actual(listed, logp[:, 1:], start=start, k=want, actual_ids=actual, actual_logp=logp[:, 0])
 
 
-def refusal(error: Exception) -> TopkdError:
+def convert_engine_error(error: Exception) -> TopkdError:
     """The engine's exception as one of ours."""
     text = str(error) or type(error).__name__
     said = _LIMIT.search(text)

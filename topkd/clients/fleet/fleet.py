@@ -17,7 +17,7 @@ from topkd.clients.dialects.scoring import ScoringClient
 from topkd.clients.dialects.vllm import VllmCompletions
 from topkd.clients.fleet.circuit_breaker import Breaker
 from topkd.clients.fleet.hedging import Hedging
-from topkd.clients.http.admission import Budget
+from topkd.clients.http.admission import MemoryBudget
 from topkd.clients.http.metrics import Metrics
 from topkd.clients.http.retry import Try, with_retries
 from topkd.topk.errors import (
@@ -86,7 +86,7 @@ class Fleet:
             raise ConfigError("a fleet needs distinct replica URLs", got=list(urls))
         self.config = config or ClientConfig()
         self.metrics_ = Metrics()
-        budget = Budget(self.config.budget_token_k)
+        budget = MemoryBudget(self.config.budget_token_k)
         # One owner of retries: the fleet's. A replica's client makes single tries.
         single = self.config.model_copy(update={"max_retries": 0, "response_retries": 0})
         makes = [make] * len(urls) if isinstance(make, type) else list(make)

@@ -18,7 +18,7 @@ from topkd.clients.http.metrics import Metrics
 from topkd.topk.errors import ConfigError
 
 
-class Window:
+class AdaptiveWindow:
     """Additive increase, multiplicative decrease of the requests in flight at one replica.
 
     Grows by one for each clean reply until the first overload (so it doubles every round trip), then by one per
@@ -55,13 +55,13 @@ class Window:
             self._metrics.add("window_cuts")
 
 
-class Budget:
+class MemoryBudget:
     """Tokens x (K + 1) in flight, shared by every gate that is built on it."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.used = capacity, 0
         self.lock = threading.RLock()
-        self.gates: list[Gate] = []
+        self.gates: list[Admission] = []
 
     def fits(self, cost: int) -> bool:
         """True when ``cost`` may go now; a request larger than the whole budget goes alone."""
@@ -79,7 +79,7 @@ class _Waiter:
 class Permit:
     """One admitted try: holds a place in the window until the reply is whole, and budget until it is decoded."""
 
-    def __init__(self, gate: Gate, cost: int) -> None:
+    def __init__(self, gate: Admission, cost: int) -> None:
         self._gate, self._cost = gate, cost
         self._in_window = self._in_budget = True
 
@@ -97,13 +97,13 @@ class Permit:
             self._gate.leave_budget(self._cost)
 
 
-class Gate:
+class Admission:
     """The door of one replica: first come, first served, at most ``max_queued`` waiting."""
 
-    def __init__(self, config: ClientConfig, metrics: Metrics, budget: Budget | None = None) -> None:
+    def __init__(self, config: ClientConfig, metrics: Metrics, budget: MemoryBudget | None = None) -> None:
         self._config, self._metrics = config, metrics
-        self.budget = budget or Budget(config.budget_token_k)
-        self.window = Window(config, metrics)
+        self.budget = budget or MemoryBudget(config.budget_token_k)
+        self.window = AdaptiveWindow(config, metrics)
         self._waiters: deque[_Waiter] = deque()
 
     @property

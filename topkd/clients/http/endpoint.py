@@ -15,11 +15,11 @@ import msgspec
 from pydantic import SecretStr
 
 from topkd.clients.config import ClientConfig
-from topkd.clients.http.admission import Budget, Gate, Permit
+from topkd.clients.http.admission import Admission, MemoryBudget, Permit
 from topkd.clients.http.metrics import Metrics
 from topkd.clients.http.retry import Total, Try, with_retries
 from topkd.clients.http.secrets import load_key
-from topkd.clients.http.status_errors import refusal
+from topkd.clients.http.status_errors import error_from_reply
 from topkd.clients.http.transport import HttpxTransport, Reply, Request, Transport
 from topkd.clients.http.watchdog import Watchdog
 from topkd.topk.errors import (
@@ -54,15 +54,15 @@ class Endpoint:
         *,
         api_key: str | SecretStr | None = None,
         config: ClientConfig | None = None,
-        budget: Budget | None = None,
+        budget: MemoryBudget | None = None,
         metrics: Metrics | None = None,
         transport: Transport | None = None,
         key_header: str = "authorization",
     ) -> None:
-        self.url = clean_url(base_url)
+        self.url = normalize_url(base_url)
         self.config = config or ClientConfig()
         self.metrics = metrics or Metrics()
-        self.gate = Gate(self.config, self.metrics, budget)
+        self.gate = Admission(self.config, self.metrics, budget)
         self._key, self._key_header = load_key(api_key, where=self.url), key_header
         self._transport = transport or HttpxTransport(self.config)
         self._threads: ThreadPoolExecutor | None = None
@@ -169,7 +169,7 @@ class Endpoint:
             raise
         self.metrics.add("reply_bytes", len(reply.body))
         if reply.status != 200:
-            failed = refusal(reply, where=where, k=k, model=model)
+            failed = error_from_reply(reply, where=where, k=k, model=model)
             permit.replied(overload=isinstance(failed, ServerBusyError), neutral=True)
             self.metrics.add(f"http_{reply.status}")
             raise failed
@@ -186,7 +186,7 @@ class Endpoint:
             return await asyncio.get_running_loop().run_in_executor(self._threads, decode, reply.body)
         except ResponseError as error:
             self.metrics.add("bad_replies")
-            raise located(error, where) from error
+            raise add_location(error, where) from error
         finally:
             self.metrics.add("decode_s", time.perf_counter() - started)
 
@@ -197,7 +197,7 @@ class Endpoint:
         return {self._key_header: f"Bearer {value}" if self._key_header == "authorization" else value}
 
 
-def located(error: ResponseError, where: str) -> ResponseError:
+def add_location(error: ResponseError, where: str) -> ResponseError:
     """The same error, saying which endpoint, model and request it is about."""
     if where in error.where:
         return error
@@ -205,7 +205,7 @@ def located(error: ResponseError, where: str) -> ResponseError:
     return type(error)(error.what, where=place, got=error.got, expected=error.expected, hint=error.hint)
 
 
-def clean_url(base_url: str) -> str:
+def normalize_url(base_url: str) -> str:
     """``scheme://host[:port][/prefix]`` without a trailing slash or ``/v1``; a ConfigError when it is no such thing."""
     text = base_url.strip().rstrip("/")
     try:

@@ -18,7 +18,7 @@ import tenacity
 
 from topkd.clients.config import ClientConfig
 from topkd.clients.http.metrics import Metrics
-from topkd.clients.http.status_errors import repeats
+from topkd.clients.http.status_errors import is_repeating
 from topkd.topk.errors import ResponseError, RetryableServerError, ServerTimeoutError, TopkdError
 
 Result = TypeVar("Result")
@@ -117,7 +117,7 @@ class _Policy:
             return self._responses <= self._response_retries
         if not isinstance(error, RetryableServerError):
             return False
-        if repeats(error):
+        if is_repeating(error):
             self._repeating += 1
             return self._repeating <= 1
         return (error.retry_after_s or 0.0) <= self._config.retry_after_max_s

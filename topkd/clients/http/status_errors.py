@@ -45,7 +45,7 @@ _SHOWN = 400
 _Error = TypeVar("_Error", bound=RetryableServerError)
 
 
-def refusal(reply: Reply, *, where: str, k: int = 0, model: str = "") -> ServerError:
+def error_from_reply(reply: Reply, *, where: str, k: int = 0, model: str = "") -> ServerError:
     """The error a non-200 reply stands for. Pure.
 
     Args:
@@ -76,7 +76,7 @@ def refusal(reply: Reply, *, where: str, k: int = 0, model: str = "") -> ServerE
         failed = ServerFailedError(
             f"the server computed NaN: {said}", where=where, got=status, hint="the model or its cache is broken there"
         )
-        return repeating(failed)
+        return mark_repeating(failed)
     if reply.status == 404:
         return _not_found(said, where=where, model=model)
     if 400 <= reply.status < 500:
@@ -125,18 +125,18 @@ def _retryable(reply: Reply, said: str, status: str, where: str) -> RetryableSer
         return None
     error.retry_after_s = retry_after_s(reply.headers)
     if reply.headers.get("x-should-retry", "").lower() == "false":
-        repeating(error)
+        mark_repeating(error)
     return error
 
 
-def repeating(error: _Error) -> _Error:
+def mark_repeating(error: _Error) -> _Error:
     """Marks an error that the same request will most likely meet again: one more try is enough to know."""
     error.__dict__["repeats"] = True
     return error
 
 
-def repeats(error: BaseException) -> bool:
-    """True for an error marked by ``repeating``."""
+def is_repeating(error: BaseException) -> bool:
+    """True for an error marked by ``mark_repeating``."""
     return bool(getattr(error, "__dict__", {}).get("repeats"))
 
 

@@ -38,7 +38,7 @@ class Alignment:
         return self.shift == 0
 
 
-def alignment(scores: TopK, tokens: Int32, drawn_logp: Float32) -> Alignment:
+def check_alignment(scores: TopK, tokens: Int32, drawn_logp: Float32) -> Alignment:
     """Compares scored rows with drawn logprobs.
 
     Args:

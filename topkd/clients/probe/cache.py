@@ -22,12 +22,12 @@ MAX_AGE_S = 3600.0
 _FORMAT = 1
 
 
-def folder() -> Path:
+def find_probe_folder() -> Path:
     """``$XDG_CACHE_HOME/topkd/probes``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "topkd" / "probes"
 
 
-def recall(url: str, info: ServerInfo, student: str, *, max_age_s: float = MAX_AGE_S) -> ProbeReport | None:
+def read_kept_report(url: str, info: ServerInfo, student: str, *, max_age_s: float = MAX_AGE_S) -> ProbeReport | None:
     """The kept report for what this server says of itself; None when there is none that may be used."""
     try:
         kept = json.loads(_place(url, info, student).read_text(encoding="utf-8"))
@@ -58,7 +58,7 @@ def _identity(url: str, info: ServerInfo, student: str) -> list[Any]:
 
 
 def _place(url: str, info: ServerInfo, student: str) -> Path:
-    return folder() / f"{xxhash.xxh3_128_hexdigest(json.dumps(_identity(url, info, student)).encode())}.json"
+    return find_probe_folder() / f"{xxhash.xxh3_128_hexdigest(json.dumps(_identity(url, info, student)).encode())}.json"
 
 
 def _report(value: dict[str, Any]) -> ProbeReport:

@@ -131,7 +131,7 @@ class ProbeReport:
         return dataclasses.asdict(self)
 
 
-def verdict(capabilities: Capabilities, findings: tuple[Finding, ...]) -> tuple[bool, str]:
+def state_probe_verdict(capabilities: Capabilities, findings: tuple[Finding, ...]) -> tuple[bool, str]:
     """Whether the endpoint can teach, and one line that says so."""
     failed = [finding for finding in findings if finding.status == "fail"]
     if failed:

@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from topkd.clients.probe.findings import Capabilities, Load, LoadLevel
-from topkd.clients.probe.scores import long_prompt
+from topkd.clients.probe.scores import build_long_prompt
 from topkd.clients.probe.session import Session
 from topkd.topk.errors import ConfigError, TopkdError
 
@@ -75,7 +75,7 @@ async def _level(session: Session, concurrency: int, length: int, k: int) -> Loa
         nonlocal count
         while count < least or (count < most and time.perf_counter() - began < _ENOUGH_S):
             number, count = count, count + 1
-            ids = long_prompt(session, length, seed=1000 * concurrency + number)
+            ids = build_long_prompt(session, length, seed=1000 * concurrency + number)
             started = time.perf_counter()
             try:
                 await session.teacher.score(ids, 0, k)
@@ -99,7 +99,7 @@ async def _level(session: Session, concurrency: int, length: int, k: int) -> Loa
     )
 
 
-def advice(dialect: str, capabilities: Capabilities, load: Load | None) -> tuple[str, ...]:
+def list_advice(dialect: str, capabilities: Capabilities, load: Load | None) -> tuple[str, ...]:
     """Serve flags worth changing, most useful first."""
     if not dialect.startswith("vllm") or capabilities.score_k is None:
         return ()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from topkd.clients.dialects.raw_requests import plain
-from topkd.clients.probe.alignment import Alignment, alignment
+from topkd.clients.probe.alignment import Alignment, check_alignment
 from topkd.clients.probe.session import SAMPLING, SCORING, Session
 from topkd.topk.errors import AuthError, ServerTimeoutError, ServerUnreachableError, TopkdError
 from topkd.topk.types import TopK
@@ -15,7 +15,7 @@ from topkd.topk.types import TopK
 _TEXT = "def get(self, key):\n    return self.data[key]\n"
 
 
-async def chat_sampling(session: Session) -> None:
+async def check_chat_sampling(session: Session) -> None:
     """Logprobs of chat completions, and how their tokens are named."""
     body = {
         "model": session.info.model,
@@ -45,7 +45,7 @@ async def chat_sampling(session: Session) -> None:
     session.add("sampling", SAMPLING, title, "ok" if k else "warn", f"top {k}", f"tokens are named {named}")
 
 
-async def echo(session: Session) -> None:
+async def check_echo(session: Session) -> None:
     """Some servers echo a prompt with logprobs. Draws are scored again that way, and the two compared."""
     title = "echo"
     body = {"model": session.info.model, "prompt": _TEXT, "temperature": 0, "logprobs": 5}
@@ -53,7 +53,7 @@ async def echo(session: Session) -> None:
     text = _choice(drawn).get("text")
     full = _TEXT + text if isinstance(text, str) else _TEXT
     echoed = await session.wire.post("/v1/completions", body | {"prompt": full, "max_tokens": 1, "echo": True})
-    test = echo_alignment(_choice(drawn), _choice(echoed))
+    test = check_echo_alignment(_choice(drawn), _choice(echoed))
     if test is None:
         session.add("echo", SCORING, title, "info", "no scores", "echo brings no logprobs of the prompt")
     elif test.aligned:
@@ -63,7 +63,7 @@ async def echo(session: Session) -> None:
         session.add("echo", SCORING, title, "fail", shift, f"its echoed logprobs are {shift}: rows of another token")
 
 
-def echo_alignment(drawn: dict[str, Any], echoed: dict[str, Any]) -> Alignment | None:
+def check_echo_alignment(drawn: dict[str, Any], echoed: dict[str, Any]) -> Alignment | None:
     """Compares a draw's logprobs with those of its echo; None when the echo scores nothing.
 
     Both are choices of ``/v1/completions`` in OpenAI's legacy form; tokens are known by their text.
@@ -86,7 +86,7 @@ def echo_alignment(drawn: dict[str, Any], echoed: dict[str, Any]) -> Alignment |
         actual_logp=np.array([np.nan if value is None else value for value in values[begin:last]], dtype=np.float32),
     )
     wanted = np.array([ids[name] for name in tokens], dtype=np.int32)
-    return alignment(scores, wanted, np.array(logp, dtype=np.float32))
+    return check_alignment(scores, wanted, np.array(logp, dtype=np.float32))
 
 
 def _choice(reply: dict[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from topkd.clients.probe import scores as probe_scores
 from topkd.clients.probe import sglang as probe_sglang
 from topkd.clients.probe import tokens as probe_tokens
 from topkd.clients.probe import vllm as probe_vllm
-from topkd.clients.probe.findings import Load, ProbeReport, verdict
-from topkd.clients.probe.load import advice, measure_load
+from topkd.clients.probe.findings import Load, ProbeReport, state_probe_verdict
+from topkd.clients.probe.load import list_advice, measure_load
 from topkd.clients.probe.session import GROUPS, OPERATION, SAMPLING, SCORING, SERVER, TOKENS, Session, Teacher
 
 # A probe asks what will be refused, and must not wait long for what is broken.
@@ -71,28 +71,28 @@ async def probe(
         wire = Wire(client)
         info = await client.server_info()
         tokens = "" if known is None else known.fingerprint
-        kept = probe_cache.recall(client.endpoint.url, info, tokens) if cached and not load else None
+        kept = probe_cache.read_kept_report(client.endpoint.url, info, tokens) if cached and not load else None
         if kept is not None:
             return kept
         prompt = await probe_tokens.probe_prompt(wire, info.model, known)
         session = Session(client, cast("Teacher", client), wire, info, prompt, known)
         _server(session)
         await _QUESTIONS[client.dialect](session)
-        measured = await measure_load(session, tokens=load_tokens, batch=batch) if load and teaches(session) else None
-        found = report(session, client.endpoint.url, client.dialect, started, measured)
+        measured = await measure_load(session, tokens=load_tokens, batch=batch) if load and can_teach(session) else None
+        found = build_report(session, client.endpoint.url, client.dialect, started, measured)
         probe_cache.keep(found, info, tokens)
         return found
 
 
-def teaches(session: Session) -> bool:
+def can_teach(session: Session) -> bool:
     """Whether what was found so far allows teaching."""
-    return verdict(session.capabilities, tuple(session.findings))[0]
+    return state_probe_verdict(session.capabilities, tuple(session.findings))[0]
 
 
-def report(session: Session, url: str, dialect: str, started: float, load: Load | None) -> ProbeReport:
+def build_report(session: Session, url: str, dialect: str, started: float, load: Load | None) -> ProbeReport:
     """The report of a session that has asked everything."""
     findings = tuple(sorted(session.findings, key=lambda finding: GROUPS.index(finding.group)))
-    can_teach, words = verdict(session.capabilities, findings)
+    can_teach, words = state_probe_verdict(session.capabilities, findings)
     return ProbeReport(
         url=url,
         model=session.info.model,
@@ -104,7 +104,7 @@ def report(session: Session, url: str, dialect: str, started: float, load: Load 
         requests=session.wire.requests,
         seconds=time.perf_counter() - started,
         load=load,
-        advice=advice(dialect, session.capabilities, load),
+        advice=list_advice(dialect, session.capabilities, load),
     )
 
 
@@ -120,49 +120,49 @@ def _server(session: Session) -> None:
 async def _ask_vllm(session: Session) -> None:
     """Every question of the vLLM dialects, in an order in which later ones may use earlier answers."""
     ask = session.ask
-    await ask("speculative", SERVER, "speculative decoding", probe_vllm.speculative)
+    await ask("speculative", SERVER, "speculative decoding", probe_vllm.check_speculative)
     if await ask("k_max", SCORING, "largest K", probe_vllm.score_limit, on_error="fail") and session.scores:
         await _ask_teacher(session)
         await ask("score_temperature", SCORING, "sampling temperature", probe_vllm.score_temperature)
-        await ask("context", SCORING, "longest prompt", probe_vllm.context_room)
-        await ask("candidates", SCORING, "candidate scoring", probe_vllm.candidates)
-        await ask("suffix", SCORING, "suffix scoring", probe_vllm.suffix)
-        await ask("spelling", TOKENS, "spelling of ids", probe_tokens.spelling)
-        await ask("vocabulary", TOKENS, "vocabulary", probe_tokens.vocabulary)
-        await ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.tokenizer)
-        await ask("speed", OPERATION, "speed of scoring", probe_scores.speed)
-    await ask("sync", OPERATION, "new weights", probe_vllm.sync_routes)
+        await ask("context", SCORING, "longest prompt", probe_vllm.check_context_room)
+        await ask("candidates", SCORING, "candidate scoring", probe_vllm.check_vllm_candidates)
+        await ask("suffix", SCORING, "suffix scoring", probe_vllm.check_suffix_scores)
+        await ask("spelling", TOKENS, "spelling of ids", probe_tokens.check_spelling)
+        await ask("vocabulary", TOKENS, "vocabulary", probe_tokens.check_vocabulary)
+        await ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.check_tokenizer)
+        await ask("speed", OPERATION, "speed of scoring", probe_scores.measure_speed)
+    await ask("sync", OPERATION, "new weights", probe_vllm.check_vllm_sync)
 
 
 async def _ask_teacher(session: Session) -> None:
     """What any teacher must answer, through its client."""
     ask = session.ask
-    await ask("realised_token", SCORING, "realised token's logprob", probe_scores.realised_token, on_error="fail")
-    await ask("alignment", SCORING, "alignment self-test", probe_scores.self_test, on_error="fail")
-    await ask("sampling", SAMPLING, "ids and logprobs", probe_sampling.sampling_list)
+    await ask("realised_token", SCORING, "realised token's logprob", probe_scores.check_realised_token, on_error="fail")
+    await ask("alignment", SCORING, "alignment self-test", probe_scores.check_self_scores, on_error="fail")
+    await ask("sampling", SAMPLING, "ids and logprobs", probe_sampling.check_sampling_list)
     await ask("sample_temperature", SAMPLING, "logprobs are of", probe_sampling.sample_temperature)
 
 
 async def _ask_sglang(session: Session) -> None:
     ask = session.ask
-    await ask("speculative", SERVER, "speculative decoding", probe_vllm.speculative)
-    confirm = partial(probe_scores.widest, asked=256, limit=-1)
+    await ask("speculative", SERVER, "speculative decoding", probe_vllm.check_speculative)
+    confirm = partial(probe_scores.confirm_widest_k, asked=256, limit=-1)
     if await ask("k_max", SCORING, "largest K", confirm, on_error="fail"):
         session.know(prefix_cached_scoring=True)
         await _ask_teacher(session)
-        await ask("candidates", SCORING, "candidate scoring", probe_sglang.candidates)
-        await ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.tokenizer)
-        await ask("speed", OPERATION, "speed of scoring", probe_scores.speed)
-    await ask("sync", OPERATION, "new weights", probe_sglang.sync_routes)
+        await ask("candidates", SCORING, "candidate scoring", probe_sglang.check_sglang_candidates)
+        await ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.check_tokenizer)
+        await ask("speed", OPERATION, "speed of scoring", probe_scores.measure_speed)
+    await ask("sync", OPERATION, "new weights", probe_sglang.check_sglang_sync)
 
 
 async def _ask_fireworks(session: Session) -> None:
     ask = session.ask
-    confirm = partial(probe_scores.widest, asked=MAX_K, limit=MAX_K)
+    confirm = partial(probe_scores.confirm_widest_k, asked=MAX_K, limit=MAX_K)
     if await ask("k_max", SCORING, "largest K", confirm, on_error="fail"):
         await _ask_teacher(session)
-        await ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.tokenizer)
-        await ask("speed", OPERATION, "speed of scoring", probe_scores.speed)
+        await ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.check_tokenizer)
+        await ask("speed", OPERATION, "speed of scoring", probe_scores.measure_speed)
 
 
 async def _ask_openai(session: Session) -> None:
@@ -170,8 +170,8 @@ async def _ask_openai(session: Session) -> None:
     ask = session.ask
     if await ask("k_max", SCORING, "largest K", probe_vllm.score_limit, on_error="fail"):
         session.add("dialect", SERVER, "dialect", "warn", "vllm, it seems", "it scores: probe it with --dialect vllm")
-    await ask("echo", SCORING, "echo", probe_openai.echo)
-    await ask("sampling", SAMPLING, "chat draws", probe_openai.chat_sampling)
+    await ask("echo", SCORING, "echo", probe_openai.check_echo)
+    await ask("sampling", SAMPLING, "chat draws", probe_openai.check_chat_sampling)
 
 
 _QUESTIONS = {

@@ -18,7 +18,7 @@ _SAID: dict[SampleTemp, tuple[Status, str, str]] = {
 }
 
 
-async def sampling_list(session: Session) -> None:
+async def check_sampling_list(session: Session) -> None:
     """Ids and exact logprobs of sampled tokens, and the sampler's own list with them."""
     [rollout] = await session.teacher.sample(session.prompt, 1, SamplingParams(2, seed=2), k=session.sample_k)
     exact = bool(np.isfinite(rollout.logp).all())
@@ -40,7 +40,7 @@ async def sample_temperature(session: Session) -> None:
     raw = dict(zip(rows.ids[0].tolist(), rows.logp[0].tolist(), strict=True))
     hot = await _listed(session, SamplingParams(1, temperature=2.0, seed=3))
     cut = await _listed(session, SamplingParams(1, min_p=1.0, seed=3))
-    kind = sampled_kind(raw, hot, cut)
+    kind = check_sampled_kind(raw, hot, cut)
     session.know(sample_temp=kind)
     status, value, detail = _SAID[kind]
     session.add("sample_temperature", SAMPLING, "logprobs are of", status, value, detail)
@@ -55,7 +55,7 @@ async def sample_temperature(session: Session) -> None:
     )
 
 
-def sampled_kind(raw: dict[int, float], hot: dict[int, float], cut: dict[int, float]) -> SampleTemp:
+def check_sampled_kind(raw: dict[int, float], hot: dict[int, float], cut: dict[int, float]) -> SampleTemp:
     """How logprobs of a draw at temperature 2, and one of only the top token, relate to the scores."""
     shared = [token for token in hot if token in raw and np.isfinite(hot[token])]
     if len(shared) < 2:

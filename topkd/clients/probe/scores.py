@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from topkd.clients.probe.alignment import EXACT, alignment
+from topkd.clients.probe.alignment import EXACT, check_alignment
 from topkd.clients.probe.session import OPERATION, SCORING, Session
 from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import Int32
@@ -15,7 +15,7 @@ DRAWN = 12
 _SPEED_TOKENS = 512
 
 
-async def widest(session: Session, asked: int, *, limit: int) -> None:
+async def confirm_widest_k(session: Session, asked: int, *, limit: int) -> None:
     """Confirms K on a dialect whose limit is known beforehand (-1 = none)."""
     scores = await session.teacher.score(session.prompt, 0, asked)
     session.seen_ids.update(scores.ids[scores.listed].tolist())
@@ -30,7 +30,7 @@ async def widest(session: Session, asked: int, *, limit: int) -> None:
     )
 
 
-async def realised_token(session: Session) -> None:
+async def check_realised_token(session: Session) -> None:
     """The exact logprob of the token that is there, whether or not it is among the K."""
     scores = await session.teacher.score(session.prompt, 0, 1)
     session.seen_ids.update(scores.ids.ravel().tolist())
@@ -49,7 +49,7 @@ async def realised_token(session: Session) -> None:
     )
 
 
-async def self_test(session: Session) -> None:
+async def check_self_scores(session: Session) -> None:
     """Scores what was just drawn, greedily and at temperature 1, against the logprobs it was drawn with."""
     prompt = session.prompt
     drawn: list[Rollout] = []
@@ -66,7 +66,7 @@ async def self_test(session: Session) -> None:
         # One row before the completion, so that a shift is seen in both directions.
         start = max(0, prompt.size - 2)
         scores = await session.teacher.score(full, start, session.k)
-        tests.append(alignment(scores, rollout.completion_ids, rollout.logp))
+        tests.append(check_alignment(scores, rollout.completion_ids, rollout.logp))
     tokens = sum(test.tokens for test in tests)
     worst = max((test.worst for test in tests), key=lambda value: (np.isnan(value), value))
     if all(test.aligned for test in tests):
@@ -120,7 +120,7 @@ def _with_logp(rollout: Rollout, logp: list[np.ndarray]) -> Rollout:
     return Rollout(rollout.prompt_ids, rollout.completion_ids, logp[0], rollout.finish_reason, rollout.sampling)
 
 
-async def speed(session: Session) -> None:
+async def measure_speed(session: Session) -> None:
     """Latency of a short score, and tokens/s of a long one, one request at a time."""
     short = []
     for _ in range(3):
@@ -139,7 +139,7 @@ async def speed(session: Session) -> None:
     length = max(int(session.prompt.size), min(_SPEED_TOKENS, room))
     long = []
     for seed in range(3):  # the first one of its length may pay for warming up
-        ids = long_prompt(session, length, seed=seed)
+        ids = build_long_prompt(session, length, seed=seed)
         started = time.perf_counter()
         await session.teacher.score(ids, 0, session.k)
         long.append(time.perf_counter() - started)
@@ -154,7 +154,7 @@ async def speed(session: Session) -> None:
     )
 
 
-def long_prompt(session: Session, length: int, *, seed: int) -> Int32:
+def build_long_prompt(session: Session, length: int, *, seed: int) -> Int32:
     """``length`` ids that the server is known to take, in an order that no cache has seen."""
     known = np.array(sorted(set(session.prompt.tolist())), dtype=np.int32)
     return np.random.default_rng([seed, length]).choice(known, length).astype(np.int32)

@@ -14,7 +14,7 @@ _SYNC = {
 }
 
 
-async def candidates(session: Session) -> None:
+async def check_sglang_candidates(session: Session) -> None:
     """Chosen ids at every position through one shared list; the values must be the scores'."""
     if not isinstance(session.client, Sglang):
         return
@@ -35,7 +35,7 @@ async def candidates(session: Session) -> None:
     )
 
 
-async def sync_routes(session: Session) -> None:
+async def check_sglang_sync(session: Session) -> None:
     """Ways for new weights, by which routes are mounted; nothing is called."""
     found = [
         kind for kind, (_, routes) in _SYNC.items() if all([await session.wire.mounted(route) for route in routes])

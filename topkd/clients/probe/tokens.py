@@ -10,7 +10,7 @@ import numpy as np
 from topkd.clients.decoding.byte_map import ByteMap
 from topkd.clients.decoding.vllm_typed import as_ids
 from topkd.clients.dialects.raw_requests import Wire
-from topkd.clients.dialects.vllm import score_body
+from topkd.clients.dialects.vllm import build_vllm_score
 from topkd.clients.probe.session import TEXT, TOKENS, Session
 from topkd.clients.probe.vllm import ROUTE
 from topkd.topk.errors import FinalServerError, ResponseError, ServerFailedError
@@ -25,13 +25,13 @@ _SPELT = 24
 
 async def probe_prompt(wire: Wire, model: str, student: ByteMap | None) -> Int32:
     """Ids to score: the server's own reading of a text, else the student's, else small numbers."""
-    ids = await tokenized(wire, model, TEXT)
+    ids = await tokenize_remotely(wire, model, TEXT)
     if ids is None and student is not None:
         ids = np.array(student.encode(TEXT), dtype=np.int32)
     return _PLAIN if ids is None or ids.size < 8 else ids[:_LONGEST]
 
 
-async def tokenized(wire: Wire, model: str, text: str) -> Int32 | None:
+async def tokenize_remotely(wire: Wire, model: str, text: str) -> Int32 | None:
     """What ``/tokenize`` makes of a text, without special tokens; None where there is no such route."""
     body = {"model": model, "prompt": text, "content": text, "add_special_tokens": False, "add_special": False}
     try:
@@ -43,7 +43,7 @@ async def tokenized(wire: Wire, model: str, text: str) -> Int32 | None:
     return None
 
 
-async def vocabulary(session: Session) -> None:
+async def check_vocabulary(session: Session) -> None:
     """The model's own vocabulary, its last id taken, the next refused, and every id of a reply inside."""
     size = session.capabilities.vocab_size
     title = "vocabulary"
@@ -69,17 +69,17 @@ async def vocabulary(session: Session) -> None:
 async def _taken(session: Session, token: int) -> bool:
     ids = np.array([int(session.prompt[0]), token], dtype=np.int64)
     try:
-        await session.wire.post(ROUTE, score_body(session.info.model, ids, 1))  # type: ignore[arg-type]
+        await session.wire.post(ROUTE, build_vllm_score(session.info.model, ids, 1))  # type: ignore[arg-type]
     except (FinalServerError, ServerFailedError):
         return False
     return True
 
 
-async def spelling(session: Session) -> None:
+async def check_spelling(session: Session) -> None:
     """How the server spells the ids of one wide score: evidence for the tokenizer it uses."""
     limit = session.capabilities.score_k or 1
     k = _LISTED if limit < 0 else min(_LISTED, limit)
-    body = score_body(session.info.model, session.prompt, k)
+    body = build_vllm_score(session.info.model, session.prompt, k)
     reply = await session.wire.post(ROUTE, body, entries=int(session.prompt.size) * (k + 1), k=k)
     rows: Any = reply["choices"][0].get("prompt_logprobs") if reply.get("choices") else None
     for row in rows if isinstance(rows, list) else []:
@@ -90,7 +90,7 @@ async def spelling(session: Session) -> None:
             session.seen_ids.add(int(token))
 
 
-async def tokenizer(session: Session) -> None:
+async def check_tokenizer(session: Session) -> None:
     """Whether the server's ids are the student's ids, by what they spell and by how a text is cut."""
     student, title = session.student, "the student's tokenizer"
     if student is None:
@@ -116,7 +116,7 @@ async def tokenizer(session: Session) -> None:
         value = f"no: {len(differ)} of {len(session.decoded)}"
         session.add("tokenizer", TOKENS, title, "fail", value, why)
         return
-    ids = await tokenized(session.wire, session.info.model, TEXT)
+    ids = await tokenize_remotely(session.wire, session.info.model, TEXT)
     cut = None if ids is None else await asyncio.to_thread(_cut_alike, student, ids.tolist())
     seen = f"{len(session.decoded)} ids are spelt alike"
     if not session.decoded and not cut:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from topkd.clients.decoding.binary import npy_matrix
-from topkd.clients.decoding.vllm import score_reply
-from topkd.clients.dialects.vllm import score_body
+from topkd.clients.decoding.binary import read_npy_matrix
+from topkd.clients.decoding.vllm import read_vllm_scores
+from topkd.clients.dialects.vllm import build_vllm_score
 from topkd.clients.probe.session import OPERATION, SCORING, SERVER, Session
 from topkd.topk.errors import (
     ContextLimitError,
@@ -66,7 +66,7 @@ async def score_limit(session: Session) -> None:
 
 async def _stated_limit(session: Session) -> int:
     """The server's own limit (-1 = none), learnt by asking for far too many; the vocabulary by asking for all."""
-    body = score_body(session.info.model, session.prompt[:2], _HUGE)
+    body = build_vllm_score(session.info.model, session.prompt[:2], _HUGE)
     try:
         reply = await session.wire.post(ROUTE, body, entries=300_000, k=_HUGE)
     except KLimitError as error:
@@ -121,12 +121,12 @@ async def score_temperature(session: Session) -> None:
 
 async def _scored(session: Session, fields: dict[str, Any]) -> TopK:
     k = session.k
-    body = score_body(session.info.model, session.prompt, k) | fields
+    body = build_vllm_score(session.info.model, session.prompt, k) | fields
     return await session.client.endpoint.call(
         "POST",
         ROUTE,
         body,
-        decode=lambda reply: score_reply(reply, ids=session.prompt, start=0, k=k)[0],
+        decode=lambda reply: read_vllm_scores(reply, ids=session.prompt, start=0, k=k)[0],
         where=session.client.where("temperature"),
         tokens=int(session.prompt.size),
         entries=int(session.prompt.size) * (k + 1),
@@ -134,7 +134,7 @@ async def _scored(session: Session, fields: dict[str, Any]) -> TopK:
     )
 
 
-async def context_room(session: Session) -> None:
+async def check_context_room(session: Session) -> None:
     """A score generates one token that is thrown away, so prompt + 1 must fit."""
     limit = session.info.max_model_len
     session.know(max_model_len=limit)
@@ -145,14 +145,14 @@ async def context_room(session: Session) -> None:
         return
     ids = np.resize(session.prompt, limit)
     try:
-        await session.wire.post(ROUTE, score_body(session.info.model, ids, 1), tokens=limit, entries=4 * limit)
+        await session.wire.post(ROUTE, build_vllm_score(session.info.model, ids, 1), tokens=limit, entries=4 * limit)
     except (ContextLimitError, RequestRefusedError):
         session.add("context", SCORING, "longest prompt", "ok", f"{limit - 1:,} tokens", f"prompt + 1 fit {limit:,}")
         return
     session.add("context", SCORING, "longest prompt", "ok", f"{limit:,} tokens", "a full context is scored")
 
 
-async def candidates(session: Session) -> None:
+async def check_vllm_candidates(session: Session) -> None:
     """Chosen ids at every position: which schema, and whether the values are right."""
     title = "candidate scoring"
     if not await session.wire.mounted(GENERATE):
@@ -201,12 +201,12 @@ async def _matrix(session: Session, ids: Int32, wanted: list[Any], *, rows: int,
     if not isinstance(text, str):
         raise ResponseError("it answers 200 without prompt_token_id_logprobs: the field was ignored")
     try:
-        return npy_matrix(base64.b64decode(text, validate=True), rows=rows, k=k)
+        return read_npy_matrix(base64.b64decode(text, validate=True), rows=rows, k=k)
     except binascii.Error as error:
         raise ResponseError("prompt_token_id_logprobs is not base64") from error
 
 
-async def suffix(session: Session) -> None:
+async def check_suffix_scores(session: Session) -> None:
     """Whether a score can leave the prompt's rows out; on no released vLLM it can."""
     title = "suffix scoring"
     start = int(session.prompt.size) - 3
@@ -223,7 +223,7 @@ async def suffix(session: Session) -> None:
     )
 
 
-async def speculative(session: Session) -> None:
+async def check_speculative(session: Session) -> None:
     """Speculative decoding corrupts prompt logprobs without a sign in the reply: such a teacher is refused."""
     title = "speculative decoding"
     metrics = await session.wire.text("/metrics")
@@ -272,7 +272,7 @@ _SYNC_WORDS = {
 }
 
 
-async def sync_routes(session: Session) -> None:
+async def check_vllm_sync(session: Session) -> None:
     """Ways for new weights, by which routes are mounted; nothing is called."""
     found = []
     for kind, routes in _SYNC.items():

@@ -12,13 +12,13 @@ from itertools import islice
 from typing import Any, Protocol, TypeGuard
 
 from topkd.compose.bulk.report import JOB_TROUBLE, ROW_TROUBLE, Troubles, committing
-from topkd.compose.bulk.score_config import Asked, ScoreConfig, ScoreReport
-from topkd.compose.bulk.selection import Selection, Verdict, digest_of
-from topkd.compose.cache.identity import GIVEN, served_identity
+from topkd.compose.bulk.score_config import ScoreConfig, ScoreReport, TeacherAddress
+from topkd.compose.bulk.selection import Claim, Selection, digest_of
+from topkd.compose.cache.identity import GIVEN, build_served_identity
 from topkd.compose.data.sequences import BadRow, Item, ScoreInput
 from topkd.compose.progress import Progress
 from topkd.compose.teachers.served import OpenTeacher, open_teacher
-from topkd.engine.loop.waiting import first_of
+from topkd.engine.loop.waiting import root_exception
 from topkd.engine.models.tokenizer import load_tokenizer
 from topkd.offline import CachingScorer, ScoreStore, TeacherIdentity
 from topkd.topk.errors import DataError
@@ -29,17 +29,17 @@ from topkd.topk.types import TopK
 _CHUNK = 64
 
 
-class Permits(Protocol):
+class RequestBudget(Protocol):
     """Who may ask for what."""
 
     reached: str  # the cap that a Verdict.CAP is about
 
-    async def claim(self, wanted: Sequence[tuple[bytes, int]]) -> list[Verdict]:
+    async def claim(self, wanted: Sequence[tuple[bytes, int]]) -> list[Claim]:
         """A verdict for each row, by its digest and the tokens it would send."""
         ...
 
 
-class Lane:
+class TeacherQueue:
     """One teacher of a job, with the cache before it.
 
     Args:
@@ -53,7 +53,7 @@ class Lane:
         self.scorer = CachingScorer(self.live, store, identity)
         self.asked = False
 
-    def price(self, tokens: int) -> int:
+    def cost_tokens(self, tokens: int) -> int:
         """Tokens that asking for a sequence sends, with the one that is generated."""
         return (tokens + 1) * (1 if self.asked else self.teacher.first_cost)
 
@@ -65,7 +65,7 @@ class Lane:
 
 
 @dataclass(slots=True)
-class Answered:
+class CountAnswers:
     """Counted while the job runs."""
 
     rows: int = 0
@@ -91,13 +91,13 @@ class BulkJob:
         report: ScoreReport,
         progress: Progress,
         store: ScoreStore,
-        lanes: Mapping[str, Lane],
-        permits: Permits,
+        lanes: Mapping[str, TeacherQueue],
+        permits: RequestBudget,
     ) -> None:
         self.config, self.report, self.progress, self.store = config, report, progress, store
         self.lanes, self.permits = lanes, permits
         self.queue: asyncio.Queue[ScoreInput | None] = asyncio.Queue(2 * config.in_flight)
-        self.answered, self.total = Answered(), 0
+        self.answered, self.total = CountAnswers(), 0
         self.troubles = Troubles(report, strict=config.strict)
         self.began = time.monotonic()
 
@@ -115,28 +115,28 @@ class BulkJob:
                 await asyncio.wait(workers)
                 saving.cancel()
         except BaseExceptionGroup as errors:
-            raise first_of(errors) from errors
+            raise root_exception(errors) from errors
 
     async def _feed(self, selection: Selection) -> None:
         items, report = iter(selection), self.report
         while chunk := await asyncio.to_thread(lambda: [(item, self._held(item)) for item in islice(items, _CHUNK)]):
             report.duplicates, report.skipped = selection.duplicates, selection.skipped
             wanted = [item for item, held in chunk if self._is_new(item, held=held)]
-            priced = [(digest_of(item), self._lane(item).price(int(item.ids.size))) for item in wanted]
+            priced = [(digest_of(item), self._lane(item).cost_tokens(int(item.ids.size))) for item in wanted]
             verdicts = await self.permits.claim(priced) if wanted else []
             for item, verdict in zip(wanted, verdicts, strict=True):
-                if verdict is Verdict.CAP:
+                if verdict is Claim.CAP:
                     report.stopped = self.permits.reached
                     return
                 report.rows += 1
-                if verdict is Verdict.ELSEWHERE:
+                if verdict is Claim.ELSEWHERE:
                     self._elsewhere(item)
                     continue
                 await self._lane(item).meet(item, self.config.k)
                 await self.queue.put(item)
             self._show()
 
-    def _lane(self, item: ScoreInput) -> Lane:
+    def _lane(self, item: ScoreInput) -> TeacherQueue:
         return self.lanes[item.teacher_id]
 
     def _held(self, item: Item) -> bool:
@@ -242,14 +242,16 @@ class _Counting:
         return rows
 
 
-def lanes_of(config: ScoreConfig, teachers: Mapping[str, OpenTeacher], store: ScoreStore) -> dict[str, Lane]:
+def build_queues(
+    config: ScoreConfig, teachers: Mapping[str, OpenTeacher], store: ScoreStore
+) -> dict[str, TeacherQueue]:
     """Each open teacher with the cache before it, by the teacher_id of its rows."""
     revisions = {name: asked.revision for name, asked in config.asked().items()}
-    return {name: Lane(teacher, store, served_identity(store, teacher.name, revisions[name]))
+    return {name: TeacherQueue(teacher, store, build_served_identity(store, teacher.name, revisions[name]))
             for name, teacher in teachers.items()}  # fmt: skip
 
 
-def summed(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def sum_counters(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Counters of several clients as one's."""
     total: dict[str, float] = {}
     for one in counters:
@@ -258,7 +260,7 @@ def summed(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return total
 
 
-def opened(config: ScoreConfig, asked: Asked) -> AbstractAsyncContextManager[OpenTeacher]:
+def open_job_teacher(config: ScoreConfig, asked: TeacherAddress) -> AbstractAsyncContextManager[OpenTeacher]:
     """One of the job's teachers, met when the context is entered."""
     return open_teacher(
         asked.urls,
@@ -272,6 +274,6 @@ def opened(config: ScoreConfig, asked: Asked) -> AbstractAsyncContextManager[Ope
     )
 
 
-def text_tokenizer(path: str | None) -> Any:
+def load_text_tokenizer(path: str | None) -> Any:
     """The tokenizer for rows of text, None when none is named."""
     return None if path is None else load_tokenizer(path)

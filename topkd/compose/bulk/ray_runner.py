@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from topkd.compose.bulk.job import BulkJob, lanes_of, opened, summed, text_tokenizer
+from topkd.compose.bulk.job import BulkJob, build_queues, load_text_tokenizer, open_job_teacher, sum_counters
 from topkd.compose.bulk.score_config import ScoreConfig, ScoreReport
-from topkd.compose.bulk.selection import Budget, Selection, Verdict
-from topkd.compose.data.files import Portion, joined
-from topkd.compose.data.sequences import units
+from topkd.compose.bulk.selection import Claim, Selection, SpendingLimit
+from topkd.compose.data.files import RowChunk, group_chunks
+from topkd.compose.data.sequences import iter_chunks
 from topkd.compose.progress import Progress
 from topkd.compose.teachers.served import OpenTeacher
 from topkd.offline import ScoreStore
@@ -42,17 +42,17 @@ class Ledger:
     """
 
     def __init__(self, config: ScoreConfig) -> None:
-        self.budget = Budget(config)
+        self.budget = SpendingLimit(config)
         self.owners: dict[bytes, int] = {}
 
-    def claim(self, portion: int, wanted: Sequence[tuple[bytes, int]]) -> list[Verdict]:
+    def claim(self, portion: int, wanted: Sequence[tuple[bytes, int]]) -> list[Claim]:
         """A verdict for each (digest, tokens)."""
         verdicts = []
         for digest, tokens in wanted:
             if self.owners.setdefault(digest, portion) != portion:
-                verdicts.append(Verdict.ELSEWHERE)
+                verdicts.append(Claim.ELSEWHERE)
             else:
-                verdicts.append(Verdict.ASK if self.budget.take(tokens) else Verdict.CAP)
+                verdicts.append(Claim.ASK if self.budget.take(tokens) else Claim.CAP)
         return verdicts
 
 
@@ -74,27 +74,27 @@ class ScoreWorker:
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """One row in, one row out: what became of the portion, or the error that ends the job."""
-        portion = Portion(*(int(batch[name][0]) for name in ("first", "rows", "line", "offset")))
+        portion = RowChunk(*(int(batch[name][0]) for name in ("first", "rows", "line", "offset")))
         report, error = ScoreReport(str(self.config.out), k=self.config.k), None
         try:
             self._runner.run(self._score(portion, report))
         except TopkdError as reason:
             error = reason
-        counters = summed(teacher.metrics() for teacher in (self._teachers or {}).values())
+        counters = sum_counters(teacher.metrics() for teacher in (self._teachers or {}).values())
         told = pickle.dumps((self.name, report, error, counters))
         return {"told": np.array([told], dtype=object)}
 
-    async def _score(self, portion: Portion, report: ScoreReport) -> None:
+    async def _score(self, portion: RowChunk, report: ScoreReport) -> None:
         if self._teachers is None:
-            self._tokenizer = text_tokenizer(self.config.tokenizer)
-            self._teachers = {name: await self._open.enter_async_context(opened(self.config, asked))
+            self._tokenizer = load_text_tokenizer(self.config.tokenizer)
+            self._teachers = {name: await self._open.enter_async_context(open_job_teacher(self.config, asked))
                               for name, asked in self.config.asked().items()}  # fmt: skip
             self._store = ScoreStore(self.config.out, mode="a", codec=self.config.codec)
         assert self._store is not None  # noqa: S101 - opened with the teachers
         self._store.refresh()  # what other workers have written, one that died on this portion above all
         report.teacher = ", ".join(dict.fromkeys(teacher.name for teacher in self._teachers.values()))
-        lanes = lanes_of(self.config, self._teachers, self._store)
-        permits = _Claims(self.ledger, portion.first, Budget(self.config).reached)
+        lanes = build_queues(self.config, self._teachers, self._store)
+        permits = _Claims(self.ledger, portion.first, SpendingLimit(self.config).reached)
         job = BulkJob(self.config, report=report, progress=Progress(), store=self._store, lanes=lanes, permits=permits)
         try:
             await job.run(Selection(self.config, self._tokenizer, portion))
@@ -109,8 +109,8 @@ class _Claims:
     def __init__(self, ledger: Any, portion: int, reached: str) -> None:
         self._ledger, self._portion, self.reached = ledger, portion, reached
 
-    async def claim(self, wanted: Sequence[tuple[bytes, int]]) -> list[Verdict]:
-        found: list[Verdict] = await self._ledger.claim.remote(self._portion, list(wanted))
+    async def claim(self, wanted: Sequence[tuple[bytes, int]]) -> list[Claim]:
+        found: list[Claim] = await self._ledger.claim.remote(self._portion, list(wanted))
         return found
 
 
@@ -122,7 +122,9 @@ async def score_on_ray(config: ScoreConfig, progress: Progress) -> ScoreReport:
         TopkdError: What would end a job on one machine ends this one.
     """
     config = config.model_copy(update={"data": config.data.absolute(), "out": config.out.absolute()})
-    portions = await asyncio.to_thread(lambda: joined(units(config.data), workers=config.workers, limit=config.limit))
+    portions = await asyncio.to_thread(
+        lambda: group_chunks(iter_chunks(config.data), workers=config.workers, limit=config.limit)
+    )
     report = ScoreReport(str(config.out), k=config.k)
     with ScoreStore(config.out, mode="a", codec=config.codec):
         pass  # a folder that cannot be written is said here, in one line
@@ -131,12 +133,12 @@ async def score_on_ray(config: ScoreConfig, progress: Progress) -> ScoreReport:
     total = -(-sum(portion.rows for portion in portions) // config.shard[1])
     counters: dict[str, dict[str, float]] = {}
     began = time.monotonic()
-    with _cluster(config) as ray:
+    with _join_cluster(config) as ray:
         progress.note(f"{len(portions)} portions for {config.workers} workers")
         progress.stage("score", total)
         ledger = ray.remote(Ledger).options(num_cpus=0).remote(config)
         try:
-            async for told in _results(config, portions, ledger):
+            async for told in _iter_results(config, portions, ledger):
                 worker, part, error, counters[worker] = pickle.loads(told)  # noqa: S301 - our own workers wrote it
                 report.add(part)
                 if error is not None:
@@ -147,13 +149,13 @@ async def score_on_ray(config: ScoreConfig, progress: Progress) -> ScoreReport:
             progress.note(f"stopped: what was scored is kept in {config.out}; run the same command again to go on")
             raise
         finally:
-            report.client = summed(counters.values())
+            report.client = sum_counters(counters.values())
             ray.kill(ledger)
     await asyncio.to_thread(_seal, config)
     return report
 
 
-async def _results(config: ScoreConfig, portions: Sequence[Portion], ledger: Any) -> AsyncIterator[bytes]:
+async def _iter_results(config: ScoreConfig, portions: Sequence[RowChunk], ledger: Any) -> AsyncIterator[bytes]:
     """What workers tell, one portion after the other as they are done."""
     import ray.data
 
@@ -177,7 +179,7 @@ async def _results(config: ScoreConfig, portions: Sequence[Portion], ledger: Any
 
 
 @contextlib.contextmanager
-def _cluster(config: ScoreConfig) -> Iterator[Any]:
+def _join_cluster(config: ScoreConfig) -> Iterator[Any]:
     """Ray, joined or started; what was started here is stopped again."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else every actor is announced as an error
@@ -192,7 +194,7 @@ def _cluster(config: ScoreConfig) -> Iterator[Any]:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
-            _reach(address)
+            _check_reachable(address)
             ray.init(address=address, **quiet)
         else:
             ray.init(address="local", num_cpus=config.workers, include_dashboard=False, **quiet)
@@ -207,7 +209,7 @@ def _cluster(config: ScoreConfig) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _reach(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Raises OSError where nobody answers: Ray itself would wait for ever."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():  # else it is a name that Ray resolves on this machine ("auto")

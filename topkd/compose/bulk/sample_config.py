@@ -85,7 +85,7 @@ class SampleConfig(BaseModel):
         return (prompt * self.price_in + completion * self.price_out) / 1e6
 
 
-class Purse:
+class SamplingBudget:
     """What may still be spent. A request takes its most, and what it did not use comes back with its answer."""
 
     def __init__(self, config: SampleConfig) -> None:

@@ -108,12 +108,12 @@ class ScoreConfig(BaseModel):
                 raise ValueError(f"a model, revision or vocabulary size for {strange}, which has no URL")
         return self
 
-    def asked(self) -> dict[str, Asked]:
+    def asked(self) -> dict[str, TeacherAddress]:
         """The teachers of the job by the teacher_id of their rows."""
         if self.teachers:
-            return {self.teacher_id: Asked(self.teachers, self.model, self.revision, self.vocab_size)}
+            return {self.teacher_id: TeacherAddress(self.teachers, self.model, self.revision, self.vocab_size)}
         return {
-            name: Asked(
+            name: TeacherAddress(
                 urls,
                 self.models.get(name, self.model),
                 self.revisions.get(name, self.revision),
@@ -124,7 +124,7 @@ class ScoreConfig(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TeacherAddress:
     """One teacher as the config names it: URLs of its replicas, its served name, its revision, its size."""
 
     urls: tuple[str, ...]

@@ -11,8 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from topkd.compose.bulk.score_config import Asked, ScoreConfig
-from topkd.compose.data.files import Portion, count_rows
+from topkd.compose.bulk.score_config import ScoreConfig, TeacherAddress
+from topkd.compose.data.files import RowChunk, count_rows
 from topkd.compose.data.sequences import BadRow, Item, ScoreInput, read_sequences
 from topkd.compose.teachers.served import IN_PROCESS
 from topkd.topk.errors import DataError
@@ -29,7 +29,7 @@ class Selection:
         portion: Only these rows of the data.
     """
 
-    def __init__(self, config: ScoreConfig, tokenizer: Any, portion: Portion | None = None) -> None:
+    def __init__(self, config: ScoreConfig, tokenizer: Any, portion: RowChunk | None = None) -> None:
         self.config, self.tokenizer, self.portion = config, tokenizer, portion
         self.duplicates = self.skipped = 0
         self._teachers = config.asked()
@@ -96,7 +96,7 @@ class Selection:
         ))  # fmt: skip
 
 
-def _vocabulary(asked: Asked) -> int | None:
+def _vocabulary(asked: TeacherAddress) -> int | None:
     """Ids that a teacher has: as it was told, or as the config of a model that is to be loaded here says."""
     if asked.vocab_size is not None or not asked.urls[0].startswith(IN_PROCESS):
         return asked.vocab_size
@@ -108,7 +108,7 @@ def _vocabulary(asked: Asked) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
-class Verdict(Enum):
+class Claim(Enum):
     """What a row may do."""
 
     ASK = "ask"
@@ -116,7 +116,7 @@ class Verdict(Enum):
     CAP = "cap"
 
 
-class Budget:
+class SpendingLimit:
     """Tokens that may still be sent. What was taken is never given back: a failed request may have been billed."""
 
     def __init__(self, config: ScoreConfig) -> None:
@@ -139,9 +139,9 @@ class Budget:
         self.left -= tokens
         return True
 
-    async def claim(self, wanted: Sequence[tuple[bytes, int]]) -> list[Verdict]:
+    async def claim(self, wanted: Sequence[tuple[bytes, int]]) -> list[Claim]:
         """A verdict for each row, by its digest and the tokens it would send."""
-        return [Verdict.ASK if self.take(tokens) else Verdict.CAP for _, tokens in wanted]
+        return [Claim.ASK if self.take(tokens) else Claim.CAP for _, tokens in wanted]
 
 
 def digest_of(item: ScoreInput) -> bytes:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from topkd.compose.cache.identity import GIVEN, check_off_policy, identities_with, off_policy, served_identity
-from topkd.compose.cache.rollouts import chosen_policy
+from topkd.compose.cache.identity import GIVEN, build_served_identity, check_off_policy, is_off_policy, list_identities
+from topkd.compose.cache.rollouts import choose_policy
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import TeacherConfig
-from topkd.engine.loop.data_mixing import on_policy_prompts
+from topkd.engine.loop.data_mixing import count_on_policy_prompts
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.store.records import SCORE
 from topkd.topk.errors import CacheMissError, ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class Recording:
+class RecordedRun:
     """What a run file finds in a cache.
 
     Attributes:
@@ -42,35 +42,35 @@ def as_replayed(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"max_lost_fraction": 0.0}) if config.replay.missing == "error" else config
 
 
-def recording(store: ScoreStore, config: RunConfig) -> Recording:
+def find_recorded_run(store: ScoreStore, config: RunConfig) -> RecordedRun:
     """What the cache has for this run file.
 
     Raises:
         CacheMissError: No rollouts, or no scores of these teachers that are as wide as K.
         ConfigError: It is not clear which are meant, or the objective cannot learn from them.
     """
-    teachers = {name: _teacher(store, name, teacher, config) for name, teacher in config.teacher_map().items()}
-    if not on_policy_prompts(config) and config.replay.policy is None and config.replay.order == "recorded":
+    teachers = {name: _find_teacher(store, name, teacher, config) for name, teacher in config.teacher_map().items()}
+    if not count_on_policy_prompts(config) and config.replay.policy is None and config.replay.order == "recorded":
         # Every completion comes with the data, in the order of the data: scores are all that is asked of the cache.
-        return Recording(TeacherIdentity(GIVEN, revision=Path(config.data.path).stem), teachers)
-    policy = chosen_policy(store.path, config.replay.policy)
-    if off_policy(policy):
+        return RecordedRun(TeacherIdentity(GIVEN, revision=Path(config.data.path).stem), teachers)
+    policy = choose_policy(store.path, config.replay.policy)
+    if is_off_policy(policy):
         if config.replay.order == "recorded":
             raise ConfigError(
                 "completions that no recorded run drew have no recorded order", where=str(store.path),
                 hint='set replay.order = "shuffled"',
             )  # fmt: skip
         check_off_policy(config, policy)
-    return Recording(policy, teachers)
+    return RecordedRun(policy, teachers)
 
 
-def _teacher(store: ScoreStore, name: str, teacher: TeacherConfig, config: RunConfig) -> TeacherIdentity:
+def _find_teacher(store: ScoreStore, name: str, teacher: TeacherConfig, config: RunConfig) -> TeacherIdentity:
     """Whose scores to read: the config's teacher, or the only one of that revision in the cache."""
-    found = identities_with(store.path, SCORE)
+    found = list_identities(store.path, SCORE)
     where = f"{store.path}, teacher {name!r}" if name else str(store.path)
     shown = " or ".join(f"{one.name!r} (revision {one.revision!r}, {one.semantics})" for one in found)
     if teacher.kind == "server" and teacher.model is not None:
-        named = served_identity(store, teacher.model, teacher.revision)
+        named = build_served_identity(store, teacher.model, teacher.revision)
         fitting = [named] if named in found else []
         expected = f"{named.name!r} (revision {named.revision!r})"
     elif teacher.kind == "server":

@@ -11,11 +11,11 @@ import numpy as np
 from topkd.engine import EngineConfig
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.store.records import IDENTITY
-from topkd.offline.store.tables import close_all, read_tables, teachers_of
+from topkd.offline.store.tables import close_all, read_tables, read_teachers
 from topkd.topk.errors import ConfigError
 
 
-def served_name(name: str) -> str:
+def normalize_served_name(name: str) -> str:
     """A served name in one spelling.
 
     Servers call a model by the path it was started with: ``./models/teacher/`` and ``models/teacher`` are one folder.
@@ -26,7 +26,7 @@ def served_name(name: str) -> str:
     return posixpath.normpath(name)
 
 
-def served_identity(store: ScoreStore, name: str, revision: str = "") -> TeacherIdentity:
+def build_served_identity(store: ScoreStore, name: str, revision: str = "") -> TeacherIdentity:
     """Who a server is, to this cache.
 
     A cache that was begun under another spelling of the name goes on under it: what was paid for stays found.
@@ -36,22 +36,22 @@ def served_identity(store: ScoreStore, name: str, revision: str = "") -> Teacher
         name: As the server, or the user, says it.
         revision: Of the weights behind it.
     """
-    wanted = TeacherIdentity(served_name(name), revision=revision)
+    wanted = TeacherIdentity(normalize_served_name(name), revision=revision)
     if not revision and not wanted.name.strip("./"):
         raise ConfigError(
             "a served name that says nothing of the model", got=repr(name),
             hint="name its weights with a revision, or serve it under a name of its own",
         )  # fmt: skip
     held = {record.identity() for record in store.records(kinds=(IDENTITY,), live=False)}
-    spelt = [one for one in held if replace(one, name=served_name(one.name)) == wanted]
+    spelt = [one for one in held if replace(one, name=normalize_served_name(one.name)) == wanted]
     return wanted if wanted in spelt or not spelt else min(spelt, key=TeacherIdentity.to_json)
 
 
-def identities_with(path: Path, kind: int) -> dict[TeacherIdentity, int]:
+def list_identities(path: Path, kind: int) -> dict[TeacherIdentity, int]:
     """Whose records of a kind a cache holds, each with the widest K of them."""
     segments, table = read_tables(path)
     try:
-        names, rows = teachers_of(segments, table), table[table["kind"] == kind]
+        names, rows = read_teachers(segments, table), table[table["kind"] == kind]
         tags = [tag for tag in np.unique(rows["tag"]).tolist() if tag in names]
         widest = {names[tag]: int(rows["asked"][rows["tag"] == tag].max()) for tag in tags}
         return dict(sorted(widest.items(), key=lambda one: one[0].to_json()))
@@ -65,12 +65,12 @@ GIVEN = "data"  # name of the policy of completions that came with a data file
 _SAMPLED = "sampled"
 
 
-def sampled_policy(teacher: TeacherIdentity) -> TeacherIdentity:
+def build_sampled_policy(teacher: TeacherIdentity) -> TeacherIdentity:
     """Whose rollouts a teacher's own completions are."""
     return TeacherIdentity(teacher.name, revision="-".join(part for part in (_SAMPLED, teacher.revision) if part))
 
 
-def off_policy(policy: TeacherIdentity) -> bool:
+def is_off_policy(policy: TeacherIdentity) -> bool:
     """True when a policy is no recorded run of a student."""
     return policy.name == GIVEN or policy.revision.partition("-")[0] == _SAMPLED
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from topkd.compose.cache.identity import served_identity
-from topkd.compose.cache.rollouts import RecordedSampler, policy_identity
+from topkd.compose.cache.identity import build_served_identity
+from topkd.compose.cache.rollouts import RecordedSampler, build_policy_identity
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import CacheConfig
 from topkd.engine.loop.prompts import PromptRow
@@ -33,7 +33,7 @@ class LiveCache:
 
     def scorer(self, name: str, live: TeacherScorer, model: str, revision: str) -> CachingScorer:
         """The teacher called ``name`` in the config, with the cache before it."""
-        found = CachingScorer(live, self.store, served_identity(self.store, model, revision))
+        found = CachingScorer(live, self.store, build_served_identity(self.store, model, revision))
         self._scorers[name] = found
         return found
 
@@ -42,7 +42,7 @@ class LiveCache:
     ) -> Callable[[Sampler], Sampler]:
         """Puts the keeping of rollouts around a sampler; call it when all teachers are there."""
         teachers = {name: scorer.identity for name, scorer in self._scorers.items()}
-        policy = policy_identity(config, student, rows, teachers, loss=loss)
+        policy = build_policy_identity(config, student, rows, teachers, loss=loss)
 
         def wrap(sampler: Sampler) -> Sampler:
             self._sampler = RecordedSampler(sampler, self.store, policy)

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from topkd.compose.cache.identity import identities_with
+from topkd.compose.cache.identity import list_identities
 from topkd.compose.config.run_config import RunConfig
-from topkd.compose.data.digests import weights_digest
+from topkd.compose.data.digests import digest_weights
 from topkd.engine.loop.prompts import PromptRow
-from topkd.engine.loop.rollouts import BatchSampler, derived_seed
+from topkd.engine.loop.rollouts import BatchSampler, derive_seed
 from topkd.offline import CacheMetrics, ScoreStore, TeacherIdentity
 from topkd.offline.store.records import ROLLOUT
 from topkd.topk.errors import CacheError, CacheMissError, ConfigError
@@ -55,7 +55,7 @@ class RecordedSampler:
         """n rollouts for each prompt; ``Rollout.sampling`` names the prompt's own seed."""
         if params.seed is None:
             raise ConfigError("rollouts are kept under their seed", got="no seed")
-        own = [replace(params, seed=derived_seed(params.seed, "prompt", place)) for place in range(len(prompts))]
+        own = [replace(params, seed=derive_seed(params.seed, "prompt", place)) for place in range(len(prompts))]
         found = self._found(prompts, n, own, k)
         missing = [place for place, rollouts in enumerate(found) if rollouts is None]
         if missing:
@@ -109,7 +109,7 @@ class RecordedSampler:
         )
 
 
-def policy_identity(
+def build_policy_identity(
     config: RunConfig,
     student: Any,
     rows: Sequence[PromptRow],
@@ -128,7 +128,7 @@ def policy_identity(
         prompts.update(row.teacher_id.encode() + b"\0")
     shaping = {
         "config": config.model_dump(mode="json", exclude=_UNSHAPING) | config.sampler.shaping(),
-        "student": [config.student.device, config.student.dtype, weights_digest(student)],
+        "student": [config.student.device, config.student.dtype, digest_weights(student)],
         "teachers": {name: identity.to_json() for name, identity in teachers.items()},
         "prompts": prompts.hexdigest(),
     }
@@ -149,9 +149,9 @@ def _source(loss: Callable[..., Any]) -> list[str]:
         ) from error  # fmt: skip
 
 
-def chosen_policy(path: Path, revision: str | None) -> TeacherIdentity:
+def choose_policy(path: Path, revision: str | None) -> TeacherIdentity:
     """The policy to replay: the one of that revision, or the cache's only one."""
-    found = identities_with(path, ROLLOUT)
+    found = list_identities(path, ROLLOUT)
     chosen = [policy for policy in found if revision is None or policy.revision == revision]
     if not found:
         raise CacheMissError(

@@ -12,7 +12,7 @@ import numpy as np
 from topkd.compose.progress import Progress
 from topkd.engine import EngineConfig
 from topkd.engine.loop.prompts import PromptRow, step_indices
-from topkd.engine.loop.scoring import teacher_for
+from topkd.engine.loop.scoring import find_teacher
 from topkd.offline import ReplayScorer, ScoreStore, TeacherIdentity
 from topkd.offline.store.records import ROLLOUT
 from topkd.topk.errors import CacheMissError, ConfigError
@@ -92,7 +92,7 @@ class ShuffledRollouts:
             if row is None:
                 strange += len(rollouts)
                 continue
-            seen, identity = self._rows[row].teacher_prompt_ids, teacher_for(teachers, self._rows[row].teacher_id)
+            seen, identity = self._rows[row].teacher_prompt_ids, find_teacher(teachers, self._rows[row].teacher_id)
             assert isinstance(identity, ReplayScorer)  # noqa: S101 - what went in comes out
             for which, rollout in enumerate(rollouts):
                 ids = np.concatenate([seen, rollout.completion_ids])

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from topkd.compose.comparison.config import EMBEDDED
-from topkd.compose.config.run_config import RunConfig, validated
+from topkd.compose.config.run_config import RunConfig, validate_config
 from topkd.engine import EngineConfig
-from topkd.engine.loop.metrics import strict
+from topkd.engine.loop.metrics import make_strict_json
 from topkd.topk.errors import TopkdError
 
 if TYPE_CHECKING:
@@ -67,13 +67,13 @@ class Cell:
         return hashlib.blake2b(json.dumps(shaping, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
-def finished(folder: Path, cell: Cell) -> dict[str, Any] | None:
+def read_finished(folder: Path, cell: Cell) -> dict[str, Any] | None:
     """The result that lies in the cell's folder, when it is of exactly these settings and did not fail."""
-    result = _done(folder / cell.id)
+    result = _read_result(folder / cell.id)
     return result if result is not None and result.get("digest") == cell.digest else None
 
 
-def _done(folder: Path) -> dict[str, Any] | None:
+def _read_result(folder: Path) -> dict[str, Any] | None:
     """The result of a cell that ended well, whatever its settings."""
     try:
         result: Any = json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -82,15 +82,15 @@ def _done(folder: Path) -> dict[str, Any] | None:
     return result if isinstance(result, dict) and result.get("status") == "done" else None
 
 
-def superseded(folder: Path, cell: Cell) -> bool:
+def is_superseded(folder: Path, cell: Cell) -> bool:
     """Whether a finished cell of other settings lies where this one goes: it moves to ``FORMER``, beside the cells."""
-    return _done(folder / cell.id) is not None and finished(folder, cell) is None
+    return _read_result(folder / cell.id) is not None and read_finished(folder, cell) is None
 
 
 def _make_room(cells: Path, cell: Cell) -> Path:
     """The cell's folder, new; what was finished there is kept, what was not is begun again."""
     folder = cells / cell.id
-    former = _done(folder)
+    former = _read_result(folder)
     if former is not None:
         kept = cells.with_name(FORMER) / f"{cell.id}-{former.get('digest', 'unknown')}"
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -110,36 +110,36 @@ def run_cell(cells: str, cell: Cell, threads: int) -> dict[str, Any]:
     began = time.perf_counter()
     result: dict[str, Any] = {"id": cell.id, "digest": cell.digest, "status": "done", "error": ""}
     try:
-        train = _embedded if cell.base == EMBEDDED else _from_file
+        train = _run_embedded if cell.base == EMBEDDED else _run_file
         result |= asyncio.run(train(cell, Path(cells), folder))
     except TopkdError as error:
         result |= {"status": "failed", "error": str(error)}
     result["seconds"] = time.perf_counter() - began
     partial = folder / ".result.partial"
-    partial.write_text(json.dumps(strict(result), allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(make_strict_json(result), allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(folder / "result.json")
     return result
 
 
-async def _embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]:
-    from topkd.compose.comparison.embedded import Measures, Recording, StepTeacher, read_rollouts
-    from topkd.compose.config.run_config import saved
-    from topkd.compose.demo_assets.assets import prompt_rows
+async def _run_embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]:
+    from topkd.compose.comparison.embedded import Measures, RolloutRecorder, StepTeacher, read_cell_rollouts
+    from topkd.compose.config.run_config import save_config
+    from topkd.compose.demo_assets.assets import choose_prompts
     from topkd.compose.progress import Progress
     from topkd.compose.run.runner import run
-    from topkd.compose.run.sampler import in_process
+    from topkd.compose.run.sampler import open_in_process
     from topkd.engine.models.student import Student
     from topkd.engine.models.tokenizer import load_tokenizer
 
-    config = validated(EngineConfig, cell.values, where=f"cell {cell.id}")
-    assets = _assets()
+    config = validate_config(EngineConfig, cell.values, where=f"cell {cell.id}")
+    assets = _load_assets()
     student, teacher = Student.load(str(assets.student), "cpu"), Student.load(str(assets.teacher), "cpu")
-    saved(config, folder / "config.json")
-    rows = prompt_rows(assets.training, cell.seed)
+    save_config(config, folder / "config.json")
+    rows = choose_prompts(assets.training, cell.seed)
     measures = await Measures.prepared(student, teacher, assets.held_out, cell.probes)
     scorer = StepTeacher(teacher)
-    recording = Recording(scorer.expect)
-    replayed = read_rollouts(cells / cell.rollouts_of, rows, scorer.expect) if cell.phase == "replay" else None
+    recording = RolloutRecorder(scorer.expect)
+    replayed = read_cell_rollouts(cells / cell.rollouts_of, rows, scorer.expect) if cell.phase == "replay" else None
     result = await run(
         config,
         student=student,
@@ -150,18 +150,18 @@ async def _embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]:
         progress=Progress(),
         evaluate=measures,
         # No stop token: every completion has its full length, so that every arm learns from as many valid tokens.
-        sampling=in_process(config, student, None),
+        sampling=open_in_process(config, student, None),
         wrap=recording.around if replayed is None else None,
         source=replayed,
     )
     shutil.rmtree(folder / "student", ignore_errors=True)  # what is compared are the measurements
     if cell.rollouts_of == cell.id:
         recording.write(folder)
-    return account(result.steps, result.evals, _entries(config))
+    return summarize_run(result.steps, result.evals, _entries(config))
 
 
 @functools.cache
-def _assets() -> Assets:
+def _load_assets() -> Assets:
     """The embedded pair, looked for once a worker: its cache is keyed by the corpus, which has to be read for that."""
     from topkd.compose.demo_assets.assets import build_assets, cache_root
     from topkd.compose.progress import Progress
@@ -169,15 +169,15 @@ def _assets() -> Assets:
     return build_assets(cache_root(), Progress())
 
 
-async def _from_file(cell: Cell, _: Path, folder: Path) -> dict[str, Any]:
+async def _run_file(cell: Cell, _: Path, folder: Path) -> dict[str, Any]:
     from topkd.compose.train import train
 
-    config = validated(RunConfig, cell.values, where=f"cell {cell.id}")
+    config = validate_config(RunConfig, cell.values, where=f"cell {cell.id}")
     result = await train(config, folder)
-    return account(result.steps, by_moment(result.evals), _entries(config))
+    return summarize_run(result.steps, group_by_step(result.evals), _entries(config))
 
 
-def by_moment(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def group_by_step(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A run's evaluations, one record a step: on fixed prefixes, those on other prefixes within it by their name."""
     moments: dict[int, dict[str, Any]] = {}
     for record in evals:
@@ -195,7 +195,9 @@ def _entries(config: EngineConfig) -> Callable[[int], int]:
     return lambda tokens: tokens * per_token
 
 
-def account(steps: list[dict[str, Any]], evals: list[dict[str, Any]], entries: Callable[[int], int]) -> dict[str, Any]:
+def summarize_run(
+    steps: list[dict[str, Any]], evals: list[dict[str, Any]], entries: Callable[[int], int]
+) -> dict[str, Any]:
     """A cell's evaluations against tokens trained on, and what its steps looked like on average."""
     trained = [0]
     for record in steps:

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from topkd.compose.config.overrides import apply_override, merged, parsed, put
-from topkd.compose.config.run_config import RunConfig, read_toml, validated
+from topkd.compose.config.overrides import apply_override, merge_settings, parse_value, put_value
+from topkd.compose.config.run_config import RunConfig, read_toml, validate_config
 from topkd.engine import EngineConfig
 from topkd.engine.config.learner import Frozen
 from topkd.topk.errors import ConfigError
@@ -114,7 +114,7 @@ class CompareConfig(Frozen):
         """The full settings of one cell, as plain values: base, overrides, arm, seed, rate."""
         values = self._base_values()
         for source in (self.overrides, arm.set):
-            values = merged(values, source, RunConfig)
+            values = merge_settings(values, source, RunConfig)
         values["seed"] = seed
         if lr is not None:
             values["learner"] = {**values.get("learner", {}), "lr": lr}
@@ -132,11 +132,11 @@ class CompareConfig(Frozen):
         for arm in self.arms:
             values = self.values(arm, self.seeds[0], None)
             model = EngineConfig if self.base == EMBEDDED else RunConfig
-            config = validated(model, values, where=f"arm {arm.name!r}")
+            config = validate_config(model, values, where=f"arm {arm.name!r}")
             if isinstance(config, RunConfig):
                 self._check_measured(arm, config)
                 first = first or config
-                _check_alike(arm, _shared(config), self.arms[0], _shared(first))
+                _check_alike(arm, _select_shared(config), self.arms[0], _select_shared(first))
             if config.max_staleness and not self.replay:
                 raise ConfigError(
                     "a comparison trains on-policy", where=f"arm {arm.name!r}",
@@ -181,7 +181,7 @@ class CompareConfig(Frozen):
         return values
 
 
-def _shared(config: RunConfig) -> dict[str, Any]:
+def _select_shared(config: RunConfig) -> dict[str, Any]:
     """What paired runs have in common: where they start, what they are asked, how and by whom they are measured."""
     measured = {} if config.eval is None else config.eval.model_dump(mode="json")
     if measured.get("teacher") is None:
@@ -230,8 +230,8 @@ def load_compare(path: str | Path, overrides: Sequence[str] = (), seeds: Sequenc
         values["seeds"] = list(seeds)
     if isinstance(base := values.get("base"), str) and base != EMBEDDED:
         values["base"] = str(path.parent / base)
-    config = validated(CompareConfig, values, where=str(path))
-    return _overridden(config, overrides).checked()
+    config = validate_config(CompareConfig, values, where=str(path))
+    return _apply_overrides(config, overrides).checked()
 
 
 def from_runs(
@@ -242,10 +242,10 @@ def from_runs(
         raise ConfigError("a grid takes one base file", got=f"{len(paths)} files", hint="give one, or drop --grid")
     if len(paths) > 1:
         base = read_toml(paths[0])
-        arms = [_arm(_unique(path, paths), _difference(base, path)) for path in paths]
+        arms = [_build_arm(_make_unique(path, paths), _diff_runs(base, path)) for path in paths]
         values: dict[str, Any] = {"base": str(paths[0]), "name": " against ".join(arm.name for arm in arms)}
     else:
-        arms = [_grid_arm(dict(zip(grid, point, strict=True))) for point in itertools.product(*grid.values())]
+        arms = [_build_grid_arm(dict(zip(grid, point, strict=True))) for point in itertools.product(*grid.values())]
         if len(arms) < 2:
             raise ConfigError(
                 "one arm is nothing to compare",
@@ -255,7 +255,7 @@ def from_runs(
             )
         values = {"base": str(paths[0]) if paths else EMBEDDED, "name": "grid over " + ", ".join(grid)}
     values |= {"arms": [arm.model_dump() for arm in arms], "seeds": list(seeds)}
-    return _overridden(validated(CompareConfig, values, where="the command line"), overrides).checked()
+    return _apply_overrides(validate_config(CompareConfig, values, where="the command line"), overrides).checked()
 
 
 def parse_grid(entries: Sequence[str]) -> dict[str, list[Any]]:
@@ -266,18 +266,18 @@ def parse_grid(entries: Sequence[str]) -> dict[str, list[Any]]:
         parts = [part.strip() for part in text.split(",") if part.strip()]
         if not separator or not key.strip() or not parts:
             raise ConfigError("--grid takes key=value,value", got=entry, hint="as in --grid objective.kind=gjs,topk_pg")
-        grid.setdefault(key.strip(), []).extend(parsed(part) for part in parts)
+        grid.setdefault(key.strip(), []).extend(parse_value(part) for part in parts)
     return grid
 
 
-def _grid_arm(point: Mapping[str, Any]) -> Arm:
+def _build_grid_arm(point: Mapping[str, Any]) -> Arm:
     table: dict[str, Any] = {}
     for key, value in point.items():
-        put(table, key, value, said="--grid")
-    return _arm("+".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in point.items()), table)
+        put_value(table, key, value, said="--grid")
+    return _build_arm("+".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in point.items()), table)
 
 
-def _arm(label: str, table: dict[str, Any]) -> Arm:
+def _build_arm(label: str, table: dict[str, Any]) -> Arm:
     """An arm under a name that is a folder's, shown as it was typed."""
     name = re.sub(r"[^A-Za-z0-9_.=+-]+", "-", label).lstrip("_.=+-")
     if not name or len(name) > NAME_LENGTH:  # the end tells arms apart, and what is cut off may have done so
@@ -286,14 +286,14 @@ def _arm(label: str, table: dict[str, Any]) -> Arm:
     return Arm(name=name, label="" if name == label else label, set=table)
 
 
-def _overridden(config: CompareConfig, overrides: Sequence[str]) -> CompareConfig:
+def _apply_overrides(config: CompareConfig, overrides: Sequence[str]) -> CompareConfig:
     table = copy.deepcopy(config.overrides)
     for override in overrides:
         apply_override(table, override)
     return config.model_copy(update={"overrides": table})
 
 
-def _difference(base: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _diff_runs(base: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """What gives another file's run when laid over the first one's: its values, and its defaults for keys it lacks."""
     other = read_toml(path)
     if gone := sorted(set(base) - set(other)):
@@ -301,18 +301,18 @@ def _difference(base: Mapping[str, Any], path: Path) -> dict[str, Any]:
             "the run files differ in a table that only the first has", got=gone[0],
             hint="give every file the same tables, or write a comparison file with arms",
         )  # fmt: skip
-    whole = validated(RunConfig, other, where=str(path)).model_dump(mode="json")
+    whole = validate_config(RunConfig, other, where=str(path)).model_dump(mode="json")
     differing = {key: value for key, value in other.items() if value != base.get(key)}
-    return {key: _explicit(value, base.get(key), whole.get(key)) for key, value in differing.items()}
+    return {key: _list_explicit(value, base.get(key), whole.get(key)) for key, value in differing.items()}
 
 
-def _explicit(value: Any, former: Any, whole: Any) -> Any:
+def _list_explicit(value: Any, former: Any, whole: Any) -> Any:
     if not (isinstance(value, Mapping) and isinstance(former, Mapping) and isinstance(whole, Mapping)):
         return value
     made = {key: whole[key] for key in former if key not in value and key in whole}
-    return made | {key: _explicit(entry, former.get(key), whole.get(key)) for key, entry in value.items()}
+    return made | {key: _list_explicit(entry, former.get(key), whole.get(key)) for key, entry in value.items()}
 
 
-def _unique(path: Path, paths: Sequence[Path]) -> str:
+def _make_unique(path: Path, paths: Sequence[Path]) -> str:
     same = [other for other in paths if other.stem == path.stem]
     return path.stem if len(same) == 1 else f"{path.resolve().parent.name}-{path.stem}"

@@ -57,8 +57,8 @@ class Measures:
             student,
             judge,
             prompts,
-            await _continued(student, prompts),
-            await _continued(judge, prompts),
+            await _continue_prompts(student, prompts),
+            await _continue_prompts(judge, prompts),
             [Probe(ids, PROMPT_TOKENS) for ids in whole],
         )
 
@@ -66,20 +66,20 @@ class Measures:
         """The record of this moment; call it outside an event loop (the engine evaluates in a thread)."""
         record: dict[str, Any] = exact_divergences(self.student, self.judge, self.fixed)
         record["fresh"] = exact_divergences(
-            self.student, self.judge, asyncio.run(_continued(self.student, self.prompts))
+            self.student, self.judge, asyncio.run(_continue_prompts(self.student, self.prompts))
         )
         record["teacher"] = exact_divergences(self.student, self.judge, self.taught)
-        record["accuracy"] = _accuracy(self.student, self.text)
+        record["accuracy"] = _measure_accuracy(self.student, self.text)
         return record
 
 
-async def _continued(model: Student, prompts: list[Int32]) -> list[Probe]:
+async def _continue_prompts(model: Student, prompts: list[Int32]) -> list[Probe]:
     drawn = await InProcessSampler(model).sample_batch(prompts, 1, SamplingParams(max_tokens=PROBE_TOKENS, seed=7))
     return [Probe(np.concatenate([one.prompt_ids, one.completion_ids]), one.prompt_ids.size) for (one,) in drawn]
 
 
 @torch.inference_mode()
-def _accuracy(student: Student, text: list[Probe]) -> float:
+def _measure_accuracy(student: Student, text: list[Probe]) -> float:
     ids = torch.from_numpy(np.stack([probe.ids for probe in text]).astype(np.int64)).to(student.device)
     inputs = ids[:, :-1]
     first = text[0].prompt_len - 1
@@ -155,7 +155,7 @@ FILE = "rollouts.npz"
 Drawn: TypeAlias = Callable[[Sequence[Rollout]], None]
 
 
-class Recording:
+class RolloutRecorder:
     """Keeps every rollout that passes, step by step; ``around`` a sampler, then ``write``.
 
     ``drawn`` is told each step's rollouts, before anybody else sees them.
@@ -202,7 +202,7 @@ class Recording:
         )
 
 
-def read_rollouts(folder: Path, rows: Sequence[PromptRow], drawn: Drawn) -> Source:
+def read_cell_rollouts(folder: Path, rows: Sequence[PromptRow], drawn: Drawn) -> Source:
     """The rollouts that a cell wrote, as the source of another's batches; ``drawn`` is told each step's."""
     with np.load(folder / FILE) as stored:
         counts, sizes, lengths = stored["steps"], stored["prompts"], stored["lengths"]

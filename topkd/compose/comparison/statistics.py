@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from topkd.report.analysis.intervals import t95
+from topkd.report.analysis.intervals import t_quantile
 
 
-def curve_facts(evals: Sequence[Mapping[str, Any]], metric: str, target: float) -> dict[str, Any]:
+def summarize_curve(evals: Sequence[Mapping[str, Any]], metric: str, target: float) -> dict[str, Any]:
     """One run's curve in three numbers.
 
     ``area`` is the mean of metric / first metric over the tokens trained on (trapezoids; 1 = learnt nothing, lower is
@@ -38,7 +38,7 @@ def curve_facts(evals: Sequence[Mapping[str, Any]], metric: str, target: float) 
     }
 
 
-def paired_ratio(ours: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
+def estimate_paired_ratio(ours: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
     """Geometric mean of ours / reference over pairs, with a 95 % t-interval of the mean log ratio.
 
     One pair has no interval: ``low`` and ``high`` are None then.
@@ -49,17 +49,20 @@ def paired_ratio(ours: Sequence[float], reference: Sequence[float]) -> dict[str,
         return {"ratio": None, "low": None, "high": None, "pairs": 0}
     mean, low, high = float(logs.mean()), None, None
     if logs.size > 1:
-        half = t95(logs.size - 1) * float(logs.std(ddof=1)) / math.sqrt(logs.size)
+        half = t_quantile(logs.size - 1) * float(logs.std(ddof=1)) / math.sqrt(logs.size)
         low, high = math.exp(mean - half), math.exp(mean + half)
     return {"ratio": math.exp(mean), "low": low, "high": high, "pairs": int(logs.size)}
 
 
-def arm_summaries(
+def summarize_arms(
     arms: Sequence[str], results: Mapping[tuple[str, int], Mapping[str, Any]], seeds: Sequence[int], metric: str,
     target: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row an arm: spread over seeds, and ratios to the first arm on the same seeds."""
-    facts = {key: {**curve_facts(result["evals"], metric, target), **_costs(result)} for key, result in results.items()}
+    facts = {
+        key: {**summarize_curve(result["evals"], metric, target), **_sum_costs(result)}
+        for key, result in results.items()
+    }
     rows = []
     for arm in arms:
         mine = {seed: facts[arm, seed] for seed in seeds if (arm, seed) in facts}
@@ -67,15 +70,17 @@ def arm_summaries(
         row: dict[str, Any] = {"arm": arm, "seeds": {str(seed): fact for seed, fact in mine.items()}}
         for name in ("area", "final"):
             values = [fact[name] for fact in mine.values()]
-            row[name] = {"mean": _mean(values), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
-            row[f"{name}_ratio"] = paired_ratio(
+            row[name] = {"mean": _mean_known(values), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+            row[f"{name}_ratio"] = estimate_paired_ratio(
                 [mine[seed][name] for seed in pairs], [facts[arms[0], seed][name] for seed in pairs]
             )
         reached = [seed for seed in pairs if not (mine[seed]["censored"] or facts[arms[0], seed]["censored"])]
-        row["tokens_to_target"] = _mean([fact["tokens_to_target"] for fact in mine.values() if not fact["censored"]])
+        row["tokens_to_target"] = _mean_known(
+            [fact["tokens_to_target"] for fact in mine.values() if not fact["censored"]]
+        )
         row["censored"] = sum(fact["censored"] for fact in mine.values())
         # Only pairs in which both arrived: a censored run has no number, and leaving it out flatters the slower arm.
-        row["tokens_ratio"] = paired_ratio(
+        row["tokens_ratio"] = estimate_paired_ratio(
             [mine[seed]["tokens_to_target"] for seed in reached],
             [facts[arms[0], seed]["tokens_to_target"] for seed in reached],
         )
@@ -83,7 +88,7 @@ def arm_summaries(
     return rows
 
 
-def _costs(result: Mapping[str, Any]) -> dict[str, Any]:
+def _sum_costs(result: Mapping[str, Any]) -> dict[str, Any]:
     names = ("tokens", "teacher_calls", "teacher_tokens", "teacher_entries", "teacher_bytes", "clipped", "truncated")
     last = result["evals"][-1]
     facts: dict[str, Any] = {name: result[name] for name in names}
@@ -94,5 +99,5 @@ def _costs(result: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def _mean_known(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if len(values) else None

@@ -13,11 +13,11 @@ import numpy as np
 import topkd
 from topkd.compose.comparison.cell import Cell
 from topkd.compose.comparison.config import CompareConfig
-from topkd.compose.comparison.statistics import arm_summaries, paired_ratio
+from topkd.compose.comparison.statistics import estimate_paired_ratio, summarize_arms
 from topkd.report.analysis.formatting import NAMES
 
 
-def verdict(
+def state_verdict(
     rows: Sequence[Mapping[str, Any]], shown: Mapping[str, str], metric: str, controls: Container[str] = ()
 ) -> dict[str, Any]:
     """Which arm learnt fastest (the smallest area) and which ends lowest, as far as paired seeds tell it.
@@ -26,16 +26,16 @@ def verdict(
     and no other arm that clearly ends lower: where the two disagree, ``text`` names both and nobody has won.
     ``controls`` are ranked nowhere; ``ends`` closes with what each came to beside the best of the others.
     """
-    whole = [row for row in rows if all(_known(row[name]["mean"]) for name in ("area", "final"))]
+    whole = [row for row in rows if all(_keep_known(row[name]["mean"]) for name in ("area", "final"))]
     able = [row for row in whole if row["arm"] not in controls]
     left = [shown[row["arm"]] for row in rows if row not in whole]
     wanting = f" Not ranked, for want of a whole curve: {', '.join(left)}." if left else ""
     if len(able) < 2:
-        beside = [_beside(row, able[0], shown) for row in whole if row["arm"] in controls] if able else []
+        beside = [_describe_beside(row, able[0], shown) for row in whole if row["arm"] in controls] if able else []
         few = "Controls aside, fewer" if any(row["arm"] in controls for row in rows) else "Fewer"
         text = f"{few} than two arms finished: nothing to compare.{wanting}"
         return {"winner": None, "text": text, "ends": " ".join(beside)}
-    area, final = _ranking(able, "area"), _ranking(able, "final")
+    area, final = _rank_arms(able, "area"), _rank_arms(able, "final")
     said: dict[str, Any] = {"winner": None, "best": area.best, "against": area.against, "lowest_end": final.best}
     best, end, curve = shown[area.best], shown[final.best], f"area under {NAMES.get(metric, metric)}"
     behind = next((entry for entry in final.against if entry["arm"] == area.best), None)
@@ -51,15 +51,15 @@ def verdict(
         text = f"No clear winner: {best} has the smallest {curve}, but paired seeds do not tell it from {tied}."
     elif behind is not None and behind["clear"]:
         text = (
-            f"Divided: {best} learns faster, with an {curve} of {_first(area, shown)}; "
-            f"{end} ends lower, with a last value of {_interval(behind)} of {best}'s."
+            f"Divided: {best} learns faster, with an {curve} of {_describe_first(area, shown)}; "
+            f"{end} ends lower, with a last value of {_format_interval(behind)} of {best}'s."
         )
     else:
         said["winner"] = area.best
-        text = f"{best} wins: its {curve} is {_first(area, shown)}{_rest(area)}."
+        text = f"{best} wins: its {curve} is {_describe_first(area, shown)}{_describe_rest(area)}."
     first = next(row for row in able if row["arm"] == area.best)
-    yardsticks = [_beside(row, first, shown) for row in whole if row["arm"] in controls]
-    return said | {"text": text + wanting, "ends": " ".join([_ends(area, final, behind, shown), *yardsticks])}
+    yardsticks = [_describe_beside(row, first, shown) for row in whole if row["arm"] in controls]
+    return said | {"text": text + wanting, "ends": " ".join([_describe_ends(area, final, behind, shown), *yardsticks])}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class _Ranking:
         return [entry for entry in self.against if not entry["clear"]]
 
 
-def _ranking(rows: Sequence[Mapping[str, Any]], name: str) -> _Ranking:
+def _rank_arms(rows: Sequence[Mapping[str, Any]], name: str) -> _Ranking:
     """Ranked over the seeds that all arms have: a seed that an arm lacks moves nobody else's mean."""
     common = set.intersection(*(set(row["seeds"]) for row in rows))
 
@@ -84,60 +84,60 @@ def _ranking(rows: Sequence[Mapping[str, Any]], name: str) -> _Ranking:
     best, *others = sorted(rows, key=mean)
     against = []
     for other in others:
-        ratio = _paired(best, other, name)
+        ratio = _describe_paired(best, other, name)
         against.append({"arm": other["arm"], **ratio, "clear": ratio["high"] is not None and ratio["high"] < 1.0})
     return _Ranking(best["arm"], against)
 
 
-def _ends(area: _Ranking, final: _Ranking, behind: Mapping[str, Any] | None, shown: Mapping[str, str]) -> str:
+def _describe_ends(area: _Ranking, final: _Ranking, behind: Mapping[str, Any] | None, shown: Mapping[str, str]) -> str:
     """What the last values say, in words that fit what was said of the areas."""
     who = shown[final.best] if behind is not None else f"{shown[final.best]} also"
     if final.against[0]["high"] is None:
         return f"{who} ends lowest, {'on that one seed' if final.against[0]['pairs'] else 'unpaired as well'}."
     if not final.tied:
-        return f"{who} ends lowest: its last value is {_first(final, shown)}{_rest(final)}."
+        return f"{who} ends lowest: its last value is {_describe_first(final, shown)}{_describe_rest(final)}."
     doubt = f"{who} ends lowest, but paired seeds do not tell its last value from those of {_all(final.tied, shown)}."
     if behind is not None and behind["clear"] and area.tied:
-        return f"{doubt} It is {_interval(behind)} of {shown[area.best]}'s."
+        return f"{doubt} It is {_format_interval(behind)} of {shown[area.best]}'s."
     return doubt
 
 
-def _beside(control: Mapping[str, Any], best: Mapping[str, Any], shown: Mapping[str, str]) -> str:
-    area, final = (_interval(_paired(control, best, name)) for name in ("area", "final"))
+def _describe_beside(control: Mapping[str, Any], best: Mapping[str, Any], shown: Mapping[str, str]) -> str:
+    area, final = (_format_interval(_describe_paired(control, best, name)) for name in ("area", "final"))
     name, other = shown[control["arm"]], shown[best["arm"]]
     return f"{name}, a control, has an area of {area} of {other}'s, and a last value of {final}."
 
 
-def _paired(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _describe_paired(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> dict[str, Any]:
     seeds = [seed for seed in one["seeds"] if seed in other["seeds"]]
-    return paired_ratio([one["seeds"][s][name] for s in seeds], [other["seeds"][s][name] for s in seeds])
+    return estimate_paired_ratio([one["seeds"][s][name] for s in seeds], [other["seeds"][s][name] for s in seeds])
 
 
 def _all(entries: Sequence[Mapping[str, Any]], shown: Mapping[str, str]) -> str:
-    return " and ".join(f"{shown[entry['arm']]}, ratio {_interval(entry)}" for entry in entries)
+    return " and ".join(f"{shown[entry['arm']]}, ratio {_format_interval(entry)}" for entry in entries)
 
 
-def _first(ranking: _Ranking, shown: Mapping[str, str]) -> str:
+def _describe_first(ranking: _Ranking, shown: Mapping[str, str]) -> str:
     runner_up = ranking.against[0]
-    return f"{_interval(runner_up)} of the runner-up's, {shown[runner_up['arm']]}"
+    return f"{_format_interval(runner_up)} of the runner-up's, {shown[runner_up['arm']]}"
 
 
-def _rest(ranking: _Ranking) -> str:
+def _describe_rest(ranking: _Ranking) -> str:
     return ", and below every other arm's on paired seeds" if len(ranking.against) > 1 else ""
 
 
-def _interval(ratio: Mapping[str, Any]) -> str:
+def _format_interval(ratio: Mapping[str, Any]) -> str:
     if ratio["ratio"] is None:
         return "unknown (no pair)"
     span = "one pair" if ratio["low"] is None else f"{ratio['low']:.3f} to {ratio['high']:.3f}"
     return f"{ratio['ratio']:.3f} ({span})"
 
 
-def _known(value: float | None) -> bool:
+def _keep_known(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def summarised(
+def build_summary(
     config: CompareConfig,
     tables: Mapping[str, Mapping[str, Any]],
     cells: Iterable[Cell],
@@ -165,8 +165,8 @@ def summarised(
             for cell in cells
             if cell.phase == phase and results[cell.id]["status"] == "done"
         }
-        rows = arm_summaries([arm.name for arm in config.arms], done, config.seeds, config.metric, config.target)
-        said = verdict(rows, shown, config.metric, {arm.name for arm in config.arms if arm.control})
+        rows = summarize_arms([arm.name for arm in config.arms], done, config.seeds, config.metric, config.target)
+        said = state_verdict(rows, shown, config.metric, {arm.name for arm in config.arms if arm.control})
         if refused:  # an arm that was not tuned makes every ranking that it is in worthless
             said |= {"winner": None, "text": f"No verdict: {'; '.join(refused)}. Widen tuning.rates.", "ends": ""}
         phases[phase] = {"arms": rows, "verdict": said}

@@ -14,17 +14,17 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NOT_A_NAME = "the name of an environment variable, not the key itself"
 
 
-def _named(variable: str) -> str:
+def _check_env_name(variable: str) -> str:
     """Refused while the config is read: a key written here would be copied into the run's folder."""
     if not _NAME.fullmatch(variable):
         raise ValueError(_NOT_A_NAME)
     return variable
 
 
-KeyVariable: TypeAlias = Annotated[str, AfterValidator(_named)]
+KeyVariable: TypeAlias = Annotated[str, AfterValidator(_check_env_name)]
 
 
-def api_key(variable: str | None, *, said: str) -> SecretStr | None:
+def read_api_key(variable: str | None, *, said: str) -> SecretStr | None:
     """The key in the environment; naming a variable that is not set is an error.
 
     Args:

@@ -33,7 +33,7 @@ _SECRET = re.compile(r"^(?!max_)(?:.*_)?(?:key|secret|password|token)(?:_env)?$"
 _NAMED = 3  # other problems that a line has room for
 
 
-def in_words(problem: Mapping[str, Any]) -> str:
+def describe_error(problem: Mapping[str, Any]) -> str:
     """What was expected, from one of pydantic's errors."""
     if (kind := str(problem["type"])) in _WORDS:
         return _WORDS[kind]
@@ -50,7 +50,7 @@ def in_words(problem: Mapping[str, Any]) -> str:
     return message[:1].lower() + message[1:] if message[:2].istitle() else message
 
 
-def config_error(
+def build_config_error(
     error: ValidationError,
     model: type[BaseModel],
     values: Mapping[str, Any],
@@ -64,11 +64,11 @@ def config_error(
     """
     problems = sorted(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
     problem = problems[0]
-    path, kind = _path(problem["loc"], values)
+    path, kind = _find_path(problem["loc"], values)
     key = ".".join(path) or "(top level)"
-    more = _more(problems, values, key)
+    more = _describe_others(problems, values, key)
     secret = bool(_SECRET.search(path[-1])) if path else False
-    given = next((given for given in reversed(overrides) if _about(given, path)), None)
+    given = next((given for given in reversed(overrides) if _is_about(given, path)), None)
     if given is not None:
         where = f"--set {given.partition('=')[0]}=***" if secret else f"--set {given}"
     context = problem.get("ctx", {})
@@ -85,10 +85,10 @@ def config_error(
         case "extra_forbidden" if kind is not None:
             return ConfigError(
                 f"{'.'.join(path[:-1])} kind {kind!r} has no key {path[-1]!r}{more}", where=where,
-                hint=in_a_hint(near_keys(model, path, values)) or f"remove {key}",
+                hint=format_suggestion(suggest_keys(model, path, values)) or f"remove {key}",
             )  # fmt: skip
         case "extra_forbidden":
-            hint = in_a_hint(near_keys(model, path, values)) or "remove it or check the spelling"
+            hint = format_suggestion(suggest_keys(model, path, values)) or "remove it or check the spelling"
             if secret:
                 hint = "a key never stands in a config: api_key_env names the environment variable that holds it"
             return ConfigError(f"unknown config key {key!r}{more}", where=where, hint=hint)
@@ -97,18 +97,18 @@ def config_error(
         case _:
             whole = problem["type"] == "value_error" and not path  # keys that do not go together: it says which
             return ConfigError(
-                f"{in_words(problem) if whole else f'config key {key!r}'}{more}", where=where,
-                got=None if whole or secret else _shown(problem.get("input")),
-                expected=None if whole else in_words(problem),
+                f"{describe_error(problem) if whole else f'config key {key!r}'}{more}", where=where,
+                got=None if whole or secret else _show_value(problem.get("input")),
+                expected=None if whole else describe_error(problem),
             )  # fmt: skip
 
 
-def _more(problems: Sequence[Mapping[str, Any]], values: Mapping[str, Any], key: str) -> str:
+def _describe_others(problems: Sequence[Mapping[str, Any]], values: Mapping[str, Any], key: str) -> str:
     """What else is wrong, by key where that is short."""
     state = {"missing": " is missing", "extra_forbidden": " is unknown"}
     others: dict[str, str] = {}  # one key that could have been several things is one problem
     for one in problems[1:]:
-        other = ".".join(_path(one["loc"], values)[0])
+        other = ".".join(_find_path(one["loc"], values)[0])
         if other != key:
             others.setdefault(other, f"{other!r}{state.get(str(one['type']), '')}")
     if not others:
@@ -116,7 +116,7 @@ def _more(problems: Sequence[Mapping[str, Any]], values: Mapping[str, Any], key:
     return f" (and {len(others)} more{': ' + ', '.join(others.values()) if len(others) <= _NAMED else ''})"
 
 
-def _path(loc: Sequence[int | str], values: Mapping[str, Any]) -> tuple[list[str], str | None]:
+def _find_path(loc: Sequence[int | str], values: Mapping[str, Any]) -> tuple[list[str], str | None]:
     """The key as its file has it: pydantic puts the kind of a table between the table and its key."""
     path: list[str] = []
     here: Any = values
@@ -135,12 +135,12 @@ def _path(loc: Sequence[int | str], values: Mapping[str, Any]) -> tuple[list[str
     return path, kind
 
 
-def _about(override: str, path: Sequence[str]) -> bool:
+def _is_about(override: str, path: Sequence[str]) -> bool:
     given = override.partition("=")[0].strip().split(".")
     return given == list(path[: len(given)]) or list(path) == given[: len(path)] != []
 
 
-def _shown(value: object) -> str:
+def _show_value(value: object) -> str:
     if isinstance(value, dict):
         return f"a table with {', '.join(sorted(map(str, value))) or 'nothing in it'}"
     return re.sub(r"//[^/]*@", "//***@", repr(value))
@@ -166,7 +166,7 @@ _ALIKE, _NEAR = 0.8, 0.6  # of two spellings; a key of the right name in another
 _SHOWN = 3
 
 
-def near_keys(model: type[BaseModel], path: Sequence[str], values: Mapping[str, Any]) -> list[str]:
+def suggest_keys(model: type[BaseModel], path: Sequence[str], values: Mapping[str, Any]) -> list[str]:
     """Dotted keys that the unknown ``path`` may stand for, those of its own table first; empty where none is near.
 
     Args:
@@ -200,7 +200,7 @@ def near_keys(model: type[BaseModel], path: Sequence[str], values: Mapping[str, 
     return [key for key in everywhere if far and key.rpartition(".")[2] == far[0]][:_SHOWN]
 
 
-def in_a_hint(keys: Sequence[str]) -> str:
+def format_suggestion(keys: Sequence[str]) -> str:
     """The question to ask; empty without keys."""
     return f"did you mean {' or '.join(map(repr, keys))}?" if keys else ""
 

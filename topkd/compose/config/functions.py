@@ -12,13 +12,13 @@ from typing import Any
 from topkd.topk.errors import ConfigError
 
 
-def imported(name: str, key: str, *, expected: str = "module:function or file.py:function") -> Callable[..., Any]:
+def load_function(name: str, key: str, *, expected: str = "module:function or file.py:function") -> Callable[..., Any]:
     """The function that ``module:function`` or ``file.py:function`` names; ``key`` is where the config says so."""
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:
         raise ConfigError(f"{key} names no function", got=repr(name), expected=expected)
     try:
-        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:
         raise ConfigError(f"{key} cannot be imported", where=place, got=f"{type(error).__name__}: {error}") from error
     function = getattr(module, attribute, None)
@@ -27,7 +27,7 @@ def imported(name: str, key: str, *, expected: str = "module:function or file.py
     return function  # type: ignore[no-any-return]
 
 
-def _from_file(path: Path) -> Any:
+def _load_file(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"topkd_user_{path.stem}", path)
     if spec is None or spec.loader is None or not path.exists():
         raise FileNotFoundError(f"no file {path}")

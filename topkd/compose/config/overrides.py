@@ -11,17 +11,17 @@ from pydantic import BaseModel
 from topkd.topk.errors import ConfigError
 
 
-def overridden(values: dict[str, Any], overrides: Sequence[str], model: type[BaseModel]) -> list[str]:
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str], model: type[BaseModel]) -> list[str]:
     """Lay every ``table.key=value`` over plain values; returns what was left out on the way, a line each.
 
     Kinds first, whatever the order: ``objective.beta=0.3 objective.kind=gjs`` is the same as the reverse.
     """
     said: list[str] = []
-    for override in sorted(overrides, key=lambda given: not _key(given).endswith(".kind")):
-        table, _, name = _key(override).rpartition(".")
+    for override in sorted(overrides, key=lambda given: not _split_key(given).endswith(".kind")):
+        table, _, name = _split_key(override).rpartition(".")
         if name == "kind" and isinstance(values.get(table), Mapping):
-            kind = parsed(override.partition("=")[2].strip())
-            kept, dropped = switched(values[table], table, kind, model)
+            kind = parse_value(override.partition("=")[2].strip())
+            kept, dropped = switch_kind(values[table], table, kind, model)
             if dropped:
                 stays = ", ".join(f"{key} = {value!r}" for key, value in kept.items() if key != "kind")
                 said.append(
@@ -38,10 +38,10 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError("--set takes key=value", got=override, hint="for instance --set objective.kind=gjs")
-    put(values, key.strip(), parsed(text.strip()), said=f"--set {override}")
+    put_value(values, key.strip(), parse_value(text.strip()), said=f"--set {override}")
 
 
-def put(values: dict[str, Any], key: str, value: Any, *, said: str) -> None:
+def put_value(values: dict[str, Any], key: str, value: Any, *, said: str) -> None:
     """Lay a value over plain ones, at a dotted key; ``said`` is how the user wrote it."""
     *path, last = key.split(".")
     table = values
@@ -52,18 +52,18 @@ def put(values: dict[str, Any], key: str, value: Any, *, said: str) -> None:
     table[last] = value
 
 
-def merged(base: Mapping[str, Any], change: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+def merge_settings(base: Mapping[str, Any], change: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
     """``change`` laid over ``base``, table by table; where its kind differs, over the keys that both kinds share."""
     made = dict(base)
     for key, value in change.items():
         old = made.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping) and "kind" in value:
-            old, _ = switched(old, key, value["kind"], model)
-        made[key] = _laid(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+            old, _ = switch_kind(old, key, value["kind"], model)
+        made[key] = _merge_tables(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return made
 
 
-def switched(
+def switch_kind(
     table: Mapping[str, Any], name: str, kind: Any, model: type[BaseModel]
 ) -> tuple[dict[str, Any], list[str]]:
     """A table's keys under another kind, and the names of those that were left out.
@@ -71,7 +71,7 @@ def switched(
     A key stays when both kinds define it alike, default included: TAID's alpha is not EOPD's. Where there is no such
     table or kind, or no change, everything stays, for the validation to judge.
     """
-    kinds, default = kinds_of(model, name)
+    kinds, default = list_kinds(model, name)
     old, new = kinds.get(str(table.get("kind", default))), kinds.get(str(kind))
     if old is None or new is None or old is new:
         return dict(table), []
@@ -84,7 +84,7 @@ def switched(
     return {key: value for key, value in table.items() if key not in dropped}, dropped
 
 
-def kinds_of(model: type[BaseModel], name: str) -> tuple[dict[str, type[BaseModel]], str]:
+def list_kinds(model: type[BaseModel], name: str) -> tuple[dict[str, type[BaseModel]], str]:
     """kind -> its model, for a table whose keys depend on it; and the kind of a table that names none."""
     field = model.model_fields.get(name)
     if field is None or field.discriminator != "kind":
@@ -93,19 +93,19 @@ def kinds_of(model: type[BaseModel], name: str) -> tuple[dict[str, type[BaseMode
     return kinds, str(getattr(field.default, "kind", ""))
 
 
-def _laid(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+def _merge_tables(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     made = dict(base)
     for key, value in change.items():
         old = made.get(key)
-        made[key] = _laid(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        made[key] = _merge_tables(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return made
 
 
-def _key(override: str) -> str:
+def _split_key(override: str) -> str:
     return override.partition("=")[0].strip()
 
 
-def parsed(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """A value as it is typed: TOML, or else a word that needs no quotes, as in --set objective.kind=gjs."""
     try:
         return tomllib.loads(f"value = {text}")["value"]

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from topkd.clients import ClientConfig
-from topkd.compose.config.errors import config_error
-from topkd.compose.config.overrides import overridden
+from topkd.compose.config.errors import build_config_error
+from topkd.compose.config.overrides import apply_overrides
 from topkd.compose.config.tables import (
     CacheConfig,
     DataConfig,
@@ -81,9 +81,9 @@ def load_config(
     """
     path = Path(path)
     values = read_toml(path)
-    for line in overridden(values, overrides, RunConfig):
+    for line in apply_overrides(values, overrides, RunConfig):
         on_note(line)
-    return validated(RunConfig, values, where=str(path), overrides=overrides)
+    return validate_config(RunConfig, values, where=str(path), overrides=overrides)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -102,15 +102,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError("the config cannot be read", where=str(path), got=reason) from error
 
 
-def validated(model: type[M], values: Mapping[str, Any], *, where: str, overrides: Sequence[str] = ()) -> M:
+def validate_config(model: type[M], values: Mapping[str, Any], *, where: str, overrides: Sequence[str] = ()) -> M:
     """``model`` from plain values; the first problem becomes one ConfigError, blamed on ``overrides`` if of those."""
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise config_error(error, model, values, where=where, overrides=overrides) from None
+        raise build_config_error(error, model, values, where=where, overrides=overrides) from None
 
 
-def saved(config: BaseModel, path: Path) -> None:
+def save_config(config: BaseModel, path: Path) -> None:
     """Write the resolved config beside the run, as JSON; secrets are not in it (only names of variables are).
 
     A process killed while it writes leaves the former file or none.

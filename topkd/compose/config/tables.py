@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, field_validator, model_validator
 
-from topkd.compose.config.api_keys import KeyVariable, api_key
+from topkd.compose.config.api_keys import KeyVariable, read_api_key
 from topkd.engine.config.learner import Frozen, LoRAConfig
 
 ScoringDialect: TypeAlias = Literal["auto", "vllm", "vllm_generate", "sglang", "fireworks"]
@@ -78,7 +78,7 @@ class TeacherConfig(Frozen):
 
     def api_key(self) -> SecretStr | None:
         """The key from the environment; naming a variable that is not set is an error."""
-        return api_key(self.api_key_env, said="teacher.api_key_env")
+        return read_api_key(self.api_key_env, said="teacher.api_key_env")
 
 
 class PrivilegedConfig(Frozen):
@@ -204,7 +204,7 @@ class ServerSampling(_Synced):
 
     def api_key(self) -> SecretStr | None:
         """The key from the environment; naming a variable that is not set is an error."""
-        return api_key(self.api_key_env, said="sampler.api_key_env")
+        return read_api_key(self.api_key_env, said="sampler.api_key_env")
 
 
 class VllmSampling(_Synced):

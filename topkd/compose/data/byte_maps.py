@@ -9,7 +9,7 @@ from typing import Any
 from topkd.clients.decoding.byte_map import ByteMap, load_bytemap
 
 
-def student_bytemap(source: str | Path) -> ByteMap:
+def load_student_byte_map(source: str | Path) -> ByteMap:
     """The byte map of a tokenizer, with ``loaded`` where transformers is installed and the source is a model folder."""
     table = load_bytemap(source)
     if table.source is None:

@@ -47,7 +47,7 @@ class Side:
 
     def chat(self, messages: Sequence[Message], where: str) -> list[int]:
         """Ids of a conversation, ready for the assistant's answer."""
-        rendered = self._rendered(messages, where, tokenize=True, add_generation_prompt=True)
+        rendered = self._render(messages, where, tokenize=True, add_generation_prompt=True)
         return [int(token) for token in rendered]
 
     def behind_answer(self, messages: Sequence[Message], later: Sequence[Message], where: str) -> str:
@@ -56,7 +56,7 @@ class Side:
         With nothing later it is the end of the answer alone.
         """
         whole = [*messages, {"role": "assistant", "content": _MARK}, *later]
-        text = str(self._rendered(whole, where, tokenize=False, add_generation_prompt=bool(later)))
+        text = str(self._render(whole, where, tokenize=False, add_generation_prompt=bool(later)))
         _, mark, behind = text.rpartition(_MARK)
         if not mark:
             raise DataError("the chat template does not write an answer as it is", where=where, hint="give prompt_ids")
@@ -75,7 +75,7 @@ class Side:
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         return {*self.tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
 
-    def _rendered(self, messages: Sequence[Message], where: str, **options: Any) -> Any:
+    def _render(self, messages: Sequence[Message], where: str, **options: Any) -> Any:
         if self.tokenizer is None:
             raise ConfigError("messages need the student's tokenizer", where=where)
         if not (self.chat_template or getattr(self.tokenizer, "chat_template", None)):

@@ -74,7 +74,7 @@ class Conversation:
         return ids[: ends[0] + 1] if ends else []
 
 
-def recorded(side: Side, messages: Sequence[Message], first: int, where: str) -> Conversation:
+def read_conversation(side: Side, messages: Sequence[Message], first: int, where: str) -> Conversation:
     """A conversation that lies finished in the data: ``messages[first]`` is the first answer, all later ones train."""
     conversation = Conversation(side, messages[:first], where)
     place = first

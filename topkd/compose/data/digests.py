@@ -11,34 +11,34 @@ from typing import Any
 
 import xxhash
 
-from topkd.engine.checkpoint.snapshots import file_entry
+from topkd.engine.checkpoint.snapshots import describe_file
 from topkd.engine.loop.prompts import PromptRow
 
 
-def rows_note(rows: Sequence[PromptRow]) -> dict[str, Any]:
+def describe_rows(rows: Sequence[PromptRow]) -> dict[str, Any]:
     """What the run log's first event says of a run's prompts: how many, and a digest of every one."""
     digest = xxhash.xxh3_128()
     for row in rows:
         names = [row.teacher_id, row.sample_id, row.columns]
-        digest.update(json.dumps(names, sort_keys=True, default=_shown, skipkeys=True).encode())
+        digest.update(json.dumps(names, sort_keys=True, default=_to_text, skipkeys=True).encode())
         for array in (row.prompt_ids, row.teacher_prompt_ids, row.completion_ids, row.completion_mask):
             digest.update(b"-" if array is None else b"%d:" % array.size + array.tobytes())
     return {"rows": len(rows), "xxh3_128": digest.hexdigest()}
 
 
-def _shown(value: Any) -> str:
+def _to_text(value: Any) -> str:
     """A column that JSON has no word for (a date, an image); where it lies in memory is another place in each run."""
     return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(value))
 
 
-def content_digest(path: Path) -> str:
+def digest_contents(path: Path) -> str:
     """Of a file, or of a folder's files and their names; "" where there is none."""
     digest = xxhash.xxh3_128()
     try:
         files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
         for file in files:
             stat = file.stat()
-            name, content = file.relative_to(path), _file_digest(file, stat.st_size, stat.st_mtime_ns)
+            name, content = file.relative_to(path), _digest_file(file, stat.st_size, stat.st_mtime_ns)
             digest.update(f"{name}\0{content}\0".encode(errors="surrogateescape"))
     except OSError:
         return ""  # who opens it says what is wrong with it
@@ -46,11 +46,11 @@ def content_digest(path: Path) -> str:
 
 
 @cache  # of every file: a bounded one that a folder overflows would read all of it again for each cell
-def _file_digest(file: Path, _size: int, _changed: int) -> str:
-    return str(file_entry(file)["xxh3_128"])
+def _digest_file(file: Path, _size: int, _changed: int) -> str:
+    return str(describe_file(file)["xxh3_128"])
 
 
-def weights_digest(student: Any) -> str:
+def digest_weights(student: Any) -> str:
     """Hash of every weight of a model."""
     import torch
 

@@ -19,20 +19,20 @@ _JSON_NAMES = {str: "a string", list: "a list", int: "a number", float: "a numbe
                type(None): "null"}  # fmt: skip
 
 
-def check_rows(path: Path) -> None:
+def check_has_rows(path: Path) -> None:
     """Raises DataError for data that is not there, and for data without a row: a job of nothing is a mistake."""
     if not path.exists():
         raise DataError("no such file or folder", where=str(path))
     if not (path.is_file() or path.is_dir()):
         raise DataError("neither a file nor a folder", where=str(path), hint="a pipe is read once: save its rows first")
-    if next(raw_rows(path), None) is None:
+    if next(iter_raw_rows(path), None) is None:
         raise DataError("the data holds no row", where=str(path), hint="was whatever wrote it cut short?")
 
 
 def count_rows(path: Path) -> int:
     """How many rows there are, for a forecast; 0 when that is not known beforehand."""
     if path.is_dir():
-        return 0 if (path / FORMAT_FILE).exists() else len(_dataset(path))
+        return 0 if (path / FORMAT_FILE).exists() else len(_open_dataset(path))
     if path.suffix == ".parquet":
         return int(open_parquet(path).metadata.num_rows)
     try:
@@ -42,21 +42,21 @@ def count_rows(path: Path) -> int:
         raise DataError("cannot read the data file", where=str(path), got=error.strerror) from error
 
 
-def raw_rows(path: Path, portion: Portion | None = None) -> Iterator[tuple[int, Any]]:
+def iter_raw_rows(path: Path, portion: RowChunk | None = None) -> Iterator[tuple[int, Any]]:
     """Rows as they stand: bytes of a JSONL line with its number from 1, else mappings with theirs from 0."""
     first, last = (0, None) if portion is None else (portion.first, portion.first + portion.rows)
     if path.is_dir():
-        data = _dataset(path)
+        data = _open_dataset(path)
         yield from enumerate(data if last is None else data.select(range(first, last)), first)
     elif path.suffix == ".parquet":
-        rows = ((number, row) for start, batch in _batches(path, first, last)
+        rows = ((number, row) for start, batch in _iter_batches(path, first, last)
                 for number, row in enumerate(batch.to_pylist(), start) if number >= first)  # fmt: skip
         yield from rows if last is None else islice(rows, last - first)
     else:
-        yield from islice(_lines(path, portion), None if portion is None else portion.rows)
+        yield from islice(_iter_lines(path, portion), None if portion is None else portion.rows)
 
 
-def _lines(path: Path, portion: Portion | None) -> Iterator[tuple[int, bytes]]:
+def _iter_lines(path: Path, portion: RowChunk | None) -> Iterator[tuple[int, bytes]]:
     try:
         with path.open("rb") as file:
             if portion is not None:
@@ -67,15 +67,15 @@ def _lines(path: Path, portion: Portion | None) -> Iterator[tuple[int, bytes]]:
         raise DataError("cannot read the data file", where=str(path), got=error.strerror) from error
 
 
-def _line_units(path: Path) -> Iterator[Portion]:
+def _iter_line_chunks(path: Path) -> Iterator[RowChunk]:
     rows = offset = 0
-    begun: Portion | None = None
+    begun: RowChunk | None = None
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     if begun is None:
-                        begun = Portion(rows, 0, number, offset)
+                        begun = RowChunk(rows, 0, number, offset)
                     rows += 1
                     if rows - begun.first == UNIT:
                         yield replace(begun, rows=UNIT)
@@ -87,7 +87,7 @@ def _line_units(path: Path) -> Iterator[Portion]:
         yield replace(begun, rows=rows - begun.first)
 
 
-def _batches(path: Path, first: int, last: int | None) -> Iterator[tuple[int, Any]]:
+def _iter_batches(path: Path, first: int, last: int | None) -> Iterator[tuple[int, Any]]:
     """Batches of the row groups that hold rows first to last, each with the number of its first row."""
     file, start = open_parquet(path), 0
     groups = []
@@ -106,7 +106,7 @@ def _batches(path: Path, first: int, last: int | None) -> Iterator[tuple[int, An
                 break
 
 
-def _dataset(path: Path) -> Any:
+def _open_dataset(path: Path) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -124,7 +124,7 @@ def _dataset(path: Path) -> Any:
     return found
 
 
-def json_object(raw: Any, where: str) -> dict[str, Any]:
+def parse_json_object(raw: Any, where: str) -> dict[str, Any]:
     """A row as a mapping; what is no JSON is refused with the column where it stops being some."""
     if isinstance(raw, bytes):
         try:
@@ -155,7 +155,7 @@ _EACH = 8  # portions a worker at least, so that none waits long for the last
 
 
 @dataclass(frozen=True, slots=True)
-class Portion:
+class RowChunk:
     """Consecutive rows.
 
     Attributes:
@@ -171,7 +171,7 @@ class Portion:
     offset: int = 0
 
 
-def joined(units: Iterator[Portion], *, workers: int, limit: int | None = None) -> list[Portion]:
+def group_chunks(units: Iterator[RowChunk], *, workers: int, limit: int | None = None) -> list[RowChunk]:
     """Units of a file, cut at the limit, as portions of a size that keeps all workers busy.
 
     Args:

@@ -11,9 +11,9 @@ import numpy as np
 
 from topkd.compose.config.tables import PrivilegedConfig
 from topkd.compose.data.chat_templates import Side
-from topkd.compose.data.conversations import recorded
-from topkd.compose.data.files import json_object, raw_rows
-from topkd.compose.data.rows import DataRow, checked_row, rendered, valid_ids
+from topkd.compose.data.conversations import read_conversation
+from topkd.compose.data.files import iter_raw_rows, parse_json_object
+from topkd.compose.data.rows import DataRow, check_row, check_token_ids, render_prompt
 from topkd.engine.loop.prompts import PromptRow
 from topkd.topk.errors import DataError
 
@@ -73,10 +73,10 @@ def read_prompts(
     """
     rows: list[PromptRow] = []
     dropped: list[str] = []
-    for number, raw in _objects(path):
+    for number, raw in _iter_objects(path):
         if limit is not None and len(rows) >= limit:
             break
-        row = _prompt_row(raw, number, readers, f"{path}:{number}")
+        row = _build_prompt_row(raw, number, readers, f"{path}:{number}")
         longest = max(row.prompt_ids.size, row.teacher_prompt_ids.size)
         if longest > max_tokens:
             if overlong == "error":
@@ -98,19 +98,19 @@ def read_prompts(
 
 def check_opens(path: Path) -> None:
     """Raises DataError for a data file that is not there, cannot be opened or holds nothing: its first row is read."""
-    if next(_objects(path), None) is None:
+    if next(_iter_objects(path), None) is None:
         raise DataError("no usable prompt", where=str(path), got="no rows")
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _iter_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not path.exists():
         raise DataError("cannot read the data file", where=str(path), got="no such file or folder")
-    for number, raw in raw_rows(path):
-        yield number, json_object(raw, f"{path}:{number}")
+    for number, raw in iter_raw_rows(path):
+        yield number, parse_json_object(raw, f"{path}:{number}")
 
 
-def _prompt_row(raw: dict[str, Any], number: int, readers: Readers, where: str) -> PromptRow:
-    row = checked_row(raw, where)
+def _build_prompt_row(raw: dict[str, Any], number: int, readers: Readers, where: str) -> PromptRow:
+    row = check_row(raw, where)
     teacher_id, teacher = readers.teacher_of(raw, where)
     name = str(row.id) if row.id is not None else f"line {number}"
     completion, mask = None, None
@@ -122,13 +122,13 @@ def _prompt_row(raw: dict[str, Any], number: int, readers: Readers, where: str) 
             completion.append(int(readers.student.tokenizer.eos_token_id))
     elif row.completion_ids is not None:
         completion = row.completion_ids
-    prompt = rendered(row, readers.student, {}, readers.privileged, where)
+    prompt = render_prompt(row, readers.student, {}, readers.privileged, where)
     if row.teacher_prompt_ids is not None:
         if row.privileged:
             raise DataError("teacher_prompt_ids is the teacher's whole prompt", where=where, got=sorted(row.privileged))
-        told = valid_ids(row.teacher_prompt_ids, "a teacher's prompt", where)
+        told = check_token_ids(row.teacher_prompt_ids, "a teacher's prompt", where)
     elif row.privileged or teacher != readers.student:
-        told = rendered(row, teacher, row.privileged, readers.privileged, where)
+        told = render_prompt(row, teacher, row.privileged, readers.privileged, where)
     else:
         told = prompt
     return PromptRow(
@@ -136,7 +136,7 @@ def _prompt_row(raw: dict[str, Any], number: int, readers: Readers, where: str) 
         np.array(told),
         teacher_id,
         name,
-        None if completion is None else np.array(valid_ids(completion, "a completion", where)),
+        None if completion is None else np.array(check_token_ids(completion, "a completion", where)),
         mask,
         {key: value for key, value in raw.items() if value is not None and not key.endswith("_ids")},
     )
@@ -155,6 +155,6 @@ def _split(row: DataRow, readers: Readers, where: str) -> tuple[DataRow, list[in
     if first == 0:
         raise DataError("a conversation needs a message before the first answer", where=where)
     whole = messages[: answers[-1] + 1]
-    conversation = recorded(readers.student, whole, first, where)
+    conversation = read_conversation(readers.student, whole, first, where)
     ids, mask = conversation.ids[conversation.prompt_len :], conversation.mask[conversation.prompt_len :]
     return row.model_copy(update={"messages": messages[:first]}), ids.tolist(), None if mask.all() else mask

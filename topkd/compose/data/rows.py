@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from topkd.compose.config.errors import in_words
+from topkd.compose.config.errors import describe_error
 from topkd.compose.config.tables import PRIVILEGED, PrivilegedConfig
 from topkd.compose.data.chat_templates import Side
 from topkd.topk.errors import DataError
@@ -56,14 +56,14 @@ class DataRow(BaseModel):
         return {name: text for name in PRIVILEGED if (text := getattr(self, name)) is not None}
 
 
-def checked_row(raw: dict[str, Any], where: str) -> DataRow:
+def check_row(raw: dict[str, Any], where: str) -> DataRow:
     """The row, in exactly one of its three forms; nulls (tables have every column in every row) are absent keys."""
     try:
-        row = DataRow.model_validate({key: _without_nulls(value) for key, value in raw.items() if value is not None})
+        row = DataRow.model_validate({key: _drop_nulls(value) for key, value in raw.items() if value is not None})
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in problem["loc"]) or "the row"
-        raise DataError(f"{key} cannot be read", where=where, expected=in_words(problem)) from None
+        raise DataError(f"{key} cannot be read", where=where, expected=describe_error(problem)) from None
     given = [name for name in ("prompt_ids", "prompt", "messages") if getattr(row, name) is not None]
     if len(given) != 1:
         raise DataError(
@@ -76,27 +76,27 @@ def checked_row(raw: dict[str, Any], where: str) -> DataRow:
     return row
 
 
-def _without_nulls(value: Any) -> Any:
+def _drop_nulls(value: Any) -> Any:
     """A message of a table has every field that any message has."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return [{key: entry for key, entry in message.items() if entry is not None} for message in value]
     return value
 
 
-def prompt_tokens(row: DataRow, tokenizer: Any, hint: str | None, where: str) -> list[int]:
+def tokenize_prompt(row: DataRow, tokenizer: Any, hint: str | None, where: str) -> list[int]:
     """The prompt as ids, for a side with the tokenizer's own template; with a hint, as the teacher sees it."""
     extra = {} if hint is None else {"hint": hint}
-    return rendered(row, Side(tokenizer), extra, PrivilegedConfig(), where)
+    return render_prompt(row, Side(tokenizer), extra, PrivilegedConfig(), where)
 
 
-def teacher_tokens(row: DataRow, tokenizer: Any, where: str) -> list[int]:
+def tokenize_for_teacher(row: DataRow, tokenizer: Any, where: str) -> list[int]:
     """The prompt as the teacher sees it, told all that the row has for it alone, by the tokenizer's own template."""
     if row.teacher_prompt_ids is not None:
-        return valid_ids(row.teacher_prompt_ids, "a teacher's prompt", where)
-    return rendered(row, Side(tokenizer), row.privileged, PrivilegedConfig(), where)
+        return check_token_ids(row.teacher_prompt_ids, "a teacher's prompt", where)
+    return render_prompt(row, Side(tokenizer), row.privileged, PrivilegedConfig(), where)
 
 
-def rendered(
+def render_prompt(
     row: DataRow, side: Side, privileged: dict[str, str], templates: PrivilegedConfig, where: str
 ) -> list[int]:
     """The prompt as one side sees it, with what is told to that side only.
@@ -109,15 +109,15 @@ def rendered(
         where: For error messages.
     """
     if row.prompt_ids is not None:
-        ids: Sequence[int] = _told_ids(row.prompt_ids, side, privileged, templates, where)
+        ids: Sequence[int] = _add_privileged_ids(row.prompt_ids, side, privileged, templates, where)
     elif row.prompt is not None:
-        ids = side.text(_told_text(row.prompt, privileged, templates), where)
+        ids = side.text(_add_privileged_text(row.prompt, privileged, templates), where)
     else:
-        ids = side.chat(_told_messages(row.messages or [], privileged, templates, where), where)
-    return valid_ids(ids, "a prompt", where)
+        ids = side.chat(_add_privileged_messages(row.messages or [], privileged, templates, where), where)
+    return check_token_ids(ids, "a prompt", where)
 
 
-def valid_ids(ids: Sequence[int], what: str, where: str) -> list[int]:
+def check_token_ids(ids: Sequence[int], what: str, where: str) -> list[int]:
     """The same ids, when every one can be an id; a vocabulary's own bound is checked where it is known."""
     if not len(ids) or min(ids) < 0:
         raise DataError(f"{what} needs at least one token and no negative id", where=where, got=list(ids[:8]))
@@ -126,7 +126,7 @@ def valid_ids(ids: Sequence[int], what: str, where: str) -> list[int]:
     return [int(token) for token in ids]
 
 
-def _told_ids(
+def _add_privileged_ids(
     ids: Sequence[int], side: Side, privileged: dict[str, str], templates: PrivilegedConfig, where: str
 ) -> Sequence[int]:
     """The prompt's ids as they are, what is told as text before them, behind a beginning of text that they have."""
@@ -139,7 +139,7 @@ def _told_ids(
                 hint=f"give the teacher's whole prompt as teacher_prompt_ids, or a data.privileged.{name} "
                 "without {prompt}, which stands before the ids",
             )  # fmt: skip
-        before = f"{_filled(template, {name: told})}\n{before}"
+        before = f"{_fill_template(template, {name: told})}\n{before}"
     if not before:
         return ids
     text = side.text(before, where, special=False)
@@ -147,35 +147,35 @@ def _told_ids(
     return [*ids[:opening], *text, *ids[opening:]]
 
 
-def _told_text(prompt: str, privileged: dict[str, str], templates: PrivilegedConfig) -> str:
+def _add_privileged_text(prompt: str, privileged: dict[str, str], templates: PrivilegedConfig) -> str:
     for name, told in privileged.items():
         template = getattr(templates, name)
-        text = _filled(template, {name: told, "prompt": prompt})
+        text = _fill_template(template, {name: told, "prompt": prompt})
         prompt = text if "{prompt}" in template else f"{text}\n{prompt}"
     return prompt
 
 
-def _told_messages(
+def _add_privileged_messages(
     messages: Sequence[dict[str, Any]], privileged: dict[str, str], templates: PrivilegedConfig, where: str
 ) -> list[dict[str, Any]]:
     told = [dict(message) for message in messages]
     for name, secret in privileged.items():
         template = getattr(templates, name)
         if "{prompt}" not in template:
-            text = _filled(template, {name: secret})
+            text = _fill_template(template, {name: secret})
             if told and told[0].get("role") == "system":
-                told[0]["content"] = f"{text}\n\n{_content(told[0], where)}"
+                told[0]["content"] = f"{text}\n\n{_read_content(told[0], where)}"
             else:
                 told.insert(0, {"role": "system", "content": text})
             continue
         last = next((message for message in reversed(told) if message.get("role") == "user"), None)
         if last is None:
             raise DataError(f"the template of {name} rewrites the user's message, and there is none", where=where)
-        last["content"] = _filled(template, {name: secret, "prompt": _content(last, where)})
+        last["content"] = _fill_template(template, {name: secret, "prompt": _read_content(last, where)})
     return told
 
 
-def _content(message: dict[str, Any], where: str) -> str:
+def _read_content(message: dict[str, Any], where: str) -> str:
     content = message.get("content")
     if not isinstance(content, str):
         raise DataError(
@@ -184,6 +184,6 @@ def _content(message: dict[str, Any], where: str) -> str:
     return content
 
 
-def _filled(template: str, values: dict[str, str]) -> str:
+def _fill_template(template: str, values: dict[str, str]) -> str:
     """Every ``{name}`` replaced in one pass: braces in what is told stay as they are."""
     return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)

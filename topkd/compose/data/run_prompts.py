@@ -36,7 +36,7 @@ def load_prompts(config: RunConfig, progress: Progress) -> Prompts:
     from topkd.engine.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.student.model)
-    readers = readers_of(config, tokenizer)
+    readers = build_readers(config, tokenizer)
     rows, dropped = read_prompts(
         Path(config.data.path),
         readers,
@@ -46,11 +46,11 @@ def load_prompts(config: RunConfig, progress: Progress) -> Prompts:
     )
     if dropped:
         progress.note(f"{len(dropped)} prompts longer than {config.rollout.max_prompt_tokens} tokens were dropped")
-    _check_told(config, rows)
+    _check_privileged_columns(config, rows)
     return Prompts(tokenizer, readers, rows, dropped)
 
 
-def _check_told(config: RunConfig, rows: list[PromptRow]) -> None:
+def _check_privileged_columns(config: RunConfig, rows: list[PromptRow]) -> None:
     """Raises where the config has templates for what only the teacher sees, and no row has any of it to tell."""
     data = config.data
     named = data.privileged.given()
@@ -66,7 +66,7 @@ def _check_told(config: RunConfig, rows: list[PromptRow]) -> None:
         )  # fmt: skip
 
 
-def readers_of(config: RunConfig, tokenizer: Any) -> Readers:
+def build_readers(config: RunConfig, tokenizer: Any) -> Readers:
     """Student's and teachers' sides; what a teacher leaves out it shares with the student."""
     student = Side.of(tokenizer, config.student.chat_template, config.student.chat_template_kwargs)
     teachers = {}

@@ -11,11 +11,19 @@ from typing import Any, TypeAlias
 import numpy as np
 from pydantic import ValidationError
 
-from topkd.compose.config.errors import in_words
+from topkd.compose.config.errors import describe_error
 from topkd.compose.data.chat_templates import Side
-from topkd.compose.data.conversations import recorded
-from topkd.compose.data.files import UNIT, Portion, _line_units, check_rows, count_rows, json_object, raw_rows
-from topkd.compose.data.rows import DataRow, teacher_tokens, valid_ids
+from topkd.compose.data.conversations import read_conversation
+from topkd.compose.data.files import (
+    UNIT,
+    RowChunk,
+    _iter_line_chunks,
+    check_has_rows,
+    count_rows,
+    iter_raw_rows,
+    parse_json_object,
+)
+from topkd.compose.data.rows import DataRow, check_token_ids, tokenize_for_teacher
 from topkd.offline import ScoreStore
 from topkd.offline.store.folder import FORMAT_FILE
 from topkd.offline.store.records import ROLLOUT
@@ -71,22 +79,24 @@ class BadRow:
 Item: TypeAlias = ScoreInput | BadRow
 
 
-def read_sequences(path: Path, tokenizer: Any = None, portion: Portion | None = None) -> Iterator[Item]:
+def read_sequences(path: Path, tokenizer: Any = None, portion: RowChunk | None = None) -> Iterator[Item]:
     """Every row in order, lazily; a bad one comes as a ``BadRow`` in its place.
 
     Args:
         path: A JSONL or Parquet file, a folder of ``datasets.Dataset.save_to_disk``, or a cache (its rollouts).
         tokenizer: For rows of text; None when all rows hold ids.
-        portion: Only these rows (of ``units``).
+        portion: Only these rows (of ``iter_chunks``).
     """
     if path.is_dir() and (path / FORMAT_FILE).exists():
         yield from (
-            _rollouts(path) if portion is None else islice(_rollouts(path), portion.first, portion.first + portion.rows)
+            _iter_rollouts(path)
+            if portion is None
+            else islice(_iter_rollouts(path), portion.first, portion.first + portion.rows)
         )
         return
-    for number, raw in raw_rows(path, portion):
+    for number, raw in iter_raw_rows(path, portion):
         try:
-            yield _sequence(number, raw, tokenizer, f"{path}:{number}")
+            yield _build_sequence(number, raw, tokenizer, f"{path}:{number}")
         except DataError as error:
             yield BadRow(number, error)
 
@@ -94,27 +104,27 @@ def read_sequences(path: Path, tokenizer: Any = None, portion: Portion | None = 
 def check_source(path: Path) -> None:
     """Raises DataError for what is not there, for no rows, and for a cache where no rollouts wait to be scored."""
     if not (path.is_dir() and (path / FORMAT_FILE).exists()):
-        check_rows(path)
-    elif next(_rollouts(path), None) is None:
+        check_has_rows(path)
+    elif next(_iter_rollouts(path), None) is None:
         raise DataError(
             "the cache holds no rollouts to score", where=str(path), expected="what a run with [cache] recorded",
             hint="a data file goes in its place",
         )  # fmt: skip
 
 
-def units(path: Path) -> Iterator[Portion]:
+def iter_chunks(path: Path) -> Iterator[RowChunk]:
     """Where the rows of a source may be divided."""
     if path.is_dir() and (path / FORMAT_FILE).exists():
-        rows = sum(1 for _ in _rollouts(path))
+        rows = sum(1 for _ in _iter_rollouts(path))
     elif path.is_dir() or path.suffix == ".parquet":
         rows = count_rows(path)
     else:
-        yield from _line_units(path)
+        yield from _iter_line_chunks(path)
         return
-    yield from (Portion(first, min(UNIT, rows - first)) for first in range(0, rows, UNIT))
+    yield from (RowChunk(first, min(UNIT, rows - first)) for first in range(0, rows, UNIT))
 
 
-def _rollouts(path: Path) -> Iterator[Item]:
+def _iter_rollouts(path: Path) -> Iterator[Item]:
     numbers = count()
     with ScoreStore(path) as store:
         for record in store.records(kinds=(ROLLOUT,)):
@@ -126,19 +136,19 @@ def _rollouts(path: Path) -> Iterator[Item]:
                     yield ScoreInput(number, ids, rollout.prompt_ids.size - 1, f"rollout {number}", "")
 
 
-def _sequence(number: int, raw: Any, tokenizer: Any, where: str) -> ScoreInput:
-    row = _parsed(raw, where)
+def _build_sequence(number: int, raw: Any, tokenizer: Any, where: str) -> ScoreInput:
+    row = _parse_row(raw, where)
     told = row.privileged and row.teacher_prompt_ids is None
     if tokenizer is None and (row.prompt_ids is None or told):
         what = "rows of text" if row.prompt_ids is None else f"rows with a {next(iter(row.privileged))}"
         raise ConfigError(f"{what} need a tokenizer", where=where, hint="give --tokenizer PATH")
     if row.prompt_ids is not None:
-        prompt, completion = teacher_tokens(row, tokenizer, where), row.completion_ids or []
+        prompt, completion = tokenize_for_teacher(row, tokenizer, where), row.completion_ids or []
     elif row.completion is not None:
-        prompt = teacher_tokens(row, tokenizer, where)
+        prompt = tokenize_for_teacher(row, tokenizer, where)
         completion = tokenizer(row.completion, add_special_tokens=False)["input_ids"]
     else:
-        prompt, completion = _last_answer(row, tokenizer, where)
+        prompt, completion = _find_last_answer(row, tokenizer, where)
     if not completion or min(completion) < 0:
         raise DataError(
             "a completion needs at least one token and no negative id", where=where, got=list(completion[:8])
@@ -162,12 +172,12 @@ def _sequence(number: int, raw: Any, tokenizer: Any, where: str) -> ScoreInput:
             hint="give NaN where a logprob is unknown",
         )  # fmt: skip
     ids = np.array([*prompt, *completion], np.int32)
-    asked = None if logp is None else np.array(valid_ids(row.prompt_ids or [], "a prompt", where), np.int32)
+    asked = None if logp is None else np.array(check_token_ids(row.prompt_ids or [], "a prompt", where), np.int32)
     return ScoreInput(number, ids, len(prompt) - 1, name, row.teacher_id, logp, row.finish_reason, asked)
 
 
-def _parsed(raw: Any, where: str) -> ScoredRow:
-    raw = json_object(raw, where)
+def _parse_row(raw: Any, where: str) -> ScoredRow:
+    raw = parse_json_object(raw, where)
     try:
         # Tables have every column in every row: a null is an absent key.
         row = ScoredRow.model_validate({key: value for key, value in raw.items() if value is not None})
@@ -177,7 +187,7 @@ def _parsed(raw: Any, where: str) -> ScoredRow:
         got = repr(problem["input"])
         raise DataError(
             f"{key} cannot be read", where=where, got=got if len(got) < 60 else got[:57] + "...",
-            expected=in_words(problem),
+            expected=describe_error(problem),
         ) from None  # fmt: skip
     names = ("prompt_ids", "completion_ids", "prompt", "completion", "messages")
     given = [name for name in names if getattr(row, name) is not None]
@@ -186,7 +196,7 @@ def _parsed(raw: Any, where: str) -> ScoredRow:
     return row
 
 
-def _last_answer(row: ScoredRow, tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
+def _find_last_answer(row: ScoredRow, tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
     """The conversation up to the last assistant message, and that message with the token that ends it."""
     messages = row.messages or []
     if len(messages) < 2 or messages[-1].get("role") != "assistant":
@@ -194,6 +204,6 @@ def _last_answer(row: ScoredRow, tokenizer: Any, where: str) -> tuple[list[int],
             "the last of at least two messages must be the assistant's", where=where,
             got=[message.get("role") for message in messages][-4:],
         )  # fmt: skip
-    prompt = teacher_tokens(row.model_copy(update={"messages": messages[:-1]}), tokenizer, where)
-    talk = recorded(Side(tokenizer), messages, len(messages) - 1, where)
+    prompt = tokenize_for_teacher(row.model_copy(update={"messages": messages[:-1]}), tokenizer, where)
+    talk = read_conversation(Side(tokenizer), messages, len(messages) - 1, where)
     return prompt, [int(token) for token in talk.ids[talk.prompt_len :]]

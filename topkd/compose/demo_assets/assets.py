@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topkd.compose.demo_assets import corpus
-from topkd.compose.demo_assets.folders import scratch
+from topkd.compose.demo_assets.folders import open_scratch_folder
 from topkd.compose.progress import Progress
 from topkd.engine.loop.prompts import PromptRow
 
@@ -43,7 +43,7 @@ def cache_root() -> Path:
 
 def build_assets(cache: Path, progress: Progress, check_stop: Callable[[], None] | None = None) -> Assets:
     """Tokenizer, teacher and student from the cache, or trained now; the key is everything they depend on."""
-    files = corpus.standard_library_files(CORPUS_BYTES)
+    files = corpus.list_library_files(CORPUS_BYTES)
     texts = corpus.read_texts(files)
     recipe = json.dumps({"vocab": VOCAB, "teacher": TEACHER, "student": STUDENT, "held_out": HELD_OUT_TOKENS})
     digest = hashlib.blake2b(recipe.encode(), digest_size=8)
@@ -64,25 +64,25 @@ def _train_assets(texts: list[str], folder: Path, progress: Progress, check_stop
         if check_stop is not None:
             check_stop()
 
-    with scratch(folder, progress) as staging:
+    with open_scratch_folder(folder, progress) as staging:
         if (folder / "stream.npy").exists():  # made by another demo meanwhile
             return
         progress.note("training a byte-level BPE on the Python standard library's sources")
         corpus.train_tokenizer(texts[: len(texts) // 2], VOCAB, staging / "tokenizer")
-        stream = corpus.encode(texts, staging / "tokenizer")
+        stream = corpus.encode_texts(texts, staging / "tokenizer")
         for name, shape in (("teacher", TEACHER), ("student", STUDENT)):
             spec = tiny.TinyModel(vocab_size=VOCAB, **shape)
-            model = tiny.build(spec)
+            model = tiny.build_model(spec)
             progress.stage(f"train the {name}", spec.steps)
-            tiny.train(model, spec, stream[:-HELD_OUT_TOKENS], learnt)
-            tiny.save(model, staging / name)
+            tiny.train_model(model, spec, stream[:-HELD_OUT_TOKENS], learnt)
+            tiny.save_model(model, staging / name)
             shutil.copytree(staging / "tokenizer", staging / name, dirs_exist_ok=True)
         np.save(staging / "stream.npy", stream)
         if not folder.exists():  # where files have no locks another demo may have finished first: as good
             staging.rename(folder)
 
 
-def prompt_rows(training: NDArray[np.int32], seed: int) -> list[PromptRow]:
+def choose_prompts(training: NDArray[np.int32], seed: int) -> list[PromptRow]:
     """Random windows of the training stream, 4,096 of them, chosen by the seed."""
     starts = np.random.default_rng([seed, 1]).integers(0, len(training) - PROMPT_TOKENS, size=4096)
     windows = [training[start : start + PROMPT_TOKENS] for start in starts]

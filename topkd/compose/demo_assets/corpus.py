@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def standard_library_files(max_bytes: int) -> list[Path]:
+def list_library_files(max_bytes: int) -> list[Path]:
     """Modules and packages of the running Python's standard library in a fixed, mixed order, up to ``max_bytes``."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__", "encodings", "pydoc_data"}
@@ -71,7 +71,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> None:
     wrapped.save_pretrained(folder)
 
 
-def encode(texts: list[str], folder: Path) -> NDArray[np.int32]:
+def encode_texts(texts: list[str], folder: Path) -> NDArray[np.int32]:
     """All texts as one stream of ids, each ended by the end-of-text token."""
     from tokenizers import Tokenizer
 

@@ -52,7 +52,7 @@ teacher = {teacher_q}
 """
 
 
-def leave(
+def write_first_run(
     folder: Path,
     config: EngineConfig,
     *,

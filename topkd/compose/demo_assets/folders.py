@@ -16,14 +16,14 @@ from topkd.topk.errors import ConfigError
 SUMMARY = "demo.json"  # in a demo's folder: what it has to show, empty until it ends
 
 
-def free_place(usual: Path) -> Path:
+def find_free_folder(usual: Path) -> Path:
     """``usual``, or the first of ``usual-2``, ``usual-3``, ... where nothing lies yet."""
     names = itertools.chain([usual], (usual.with_name(f"{usual.name}-{number}") for number in itertools.count(2)))
-    return next(path for path in names if _free(path))
+    return next(path for path in names if _is_free(path))
 
 
 @contextlib.contextmanager
-def own_folder(out: Path | None, usual: Path, progress: Progress) -> Iterator[Path]:
+def open_demo_folder(out: Path | None, usual: Path, progress: Progress) -> Iterator[Path]:
     """A folder that holds nothing but this demo's summary; what raises within leaves it as it was.
 
     Args:
@@ -32,8 +32,8 @@ def own_folder(out: Path | None, usual: Path, progress: Progress) -> Iterator[Pa
         progress: Told when that is so.
     """
     while True:
-        folder = out or free_place(usual)
-        if out is not None and not _free(out):
+        folder = out or find_free_folder(usual)
+        if out is not None and not _is_free(out):
             raise ConfigError(
                 "the demo's --out is " + ("not empty" if out.is_dir() else "no folder"), where=str(out),
                 expected="a new or an empty folder", hint="choose another: the demo writes over nothing",
@@ -44,7 +44,7 @@ def own_folder(out: Path | None, usual: Path, progress: Progress) -> Iterator[Pa
             (folder / SUMMARY).open("x", encoding="utf-8").close()
             break
         except OSError as error:
-            if isinstance(error, FileExistsError) and not _free(folder):
+            if isinstance(error, FileExistsError) and not _is_free(folder):
                 continue  # another demo came first: look again
             raise ConfigError("cannot make the output folder", where=str(folder), got=error.strerror) from error
     if folder not in (out, usual):
@@ -60,13 +60,13 @@ def own_folder(out: Path | None, usual: Path, progress: Progress) -> Iterator[Pa
 
 
 @contextlib.contextmanager
-def scratch(beside: Path, progress: Progress) -> Iterator[Path]:
+def open_scratch_folder(beside: Path, progress: Progress) -> Iterator[Path]:
     """A folder to make ``beside`` in, for one process at a time; gone afterwards, with those of dead processes."""
     prefix = f".{beside.name}-"
     with contextlib.ExitStack() as stack:
         try:
             beside.parent.mkdir(parents=True, exist_ok=True)
-            if _locked(stack.enter_context((beside.parent / ".lock").open("a")), progress):
+            if _take_lock(stack.enter_context((beside.parent / ".lock").open("a")), progress):
                 for left in beside.parent.glob(f"{prefix}*"):
                     shutil.rmtree(left, ignore_errors=True)
             staging = Path(tempfile.mkdtemp(prefix=prefix, dir=beside.parent))
@@ -76,7 +76,7 @@ def scratch(beside: Path, progress: Progress) -> Iterator[Path]:
         yield staging
 
 
-def _locked(file: TextIO, progress: Progress) -> bool:
+def _take_lock(file: TextIO, progress: Progress) -> bool:
     """Takes the lock, waiting for whoever has it; False where files have no such locks."""
     try:
         import fcntl
@@ -92,7 +92,7 @@ def _locked(file: TextIO, progress: Progress) -> bool:
     return True
 
 
-def _free(path: Path) -> bool:
+def _is_free(path: Path) -> bool:
     try:
         return not path.is_symlink() and (not path.exists() or (path.is_dir() and not any(path.iterdir())))
     except OSError as error:

@@ -33,7 +33,7 @@ class TinyModel:
         return asdict(self)
 
 
-def build(spec: TinyModel) -> Any:
+def build_model(spec: TinyModel) -> Any:
     """A freshly initialised Llama with ``spec``'s shape, the same weights for the same seed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -55,7 +55,7 @@ def build(spec: TinyModel) -> Any:
     )
 
 
-def train(
+def train_model(
     model: Any, spec: TinyModel, stream: NDArray[np.int32], on_step: Callable[[int, float], None] | None = None
 ) -> float:
     """Plain next-token training on random windows of ``stream``; returns the mean loss of the last tenth of it."""
@@ -82,6 +82,6 @@ def train(
     return float(np.mean(losses[-max(1, spec.steps // 10) :]))
 
 
-def save(model: Any, folder: Path) -> None:
+def save_model(model: Any, folder: Path) -> None:
     """As a Hugging Face model folder."""
     model.save_pretrained(folder)

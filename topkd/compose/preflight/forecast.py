@@ -94,12 +94,12 @@ _REPLIES = {
 }
 
 
-def reply_shape(dialect: str) -> ReplyShape:
+def find_reply_shape(dialect: str) -> ReplyShape:
     """Of a dialect's scores."""
     return _REPLIES.get(dialect, _JSON)
 
 
-def model_shape(config: RunConfig) -> Model:
+def read_model_shape(config: RunConfig) -> Model:
     """The student's shape from its config file; no weight is read."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -142,7 +142,7 @@ def forecast(config: RunConfig, rows: list[PromptRow], device: Any, dialects: Ma
         device: The torch device.
         dialects: teacher_id -> how that teacher is asked, of those behind servers.
     """
-    model, rollout = model_shape(config), config.rollout
+    model, rollout = read_model_shape(config), config.rollout
     prompts = rollout.prompts_per_step
     completions = prompts * rollout.samples_per_prompt
     own = float(np.mean([row.prompt_ids.size for row in rows]))
@@ -151,7 +151,9 @@ def forecast(config: RunConfig, rows: list[PromptRow], device: Any, dialects: Ma
     served = sum(row.teacher_id in dialects for row in rows) / len(rows)
     asked = round(completions * served)
     longest_reply = [
-        reply_shape(dialects[row.teacher_id]).size(row.teacher_prompt_ids.size, rollout.max_completion_tokens, config.k)
+        find_reply_shape(dialects[row.teacher_id]).size(
+            row.teacher_prompt_ids.size, rollout.max_completion_tokens, config.k
+        )
         for row in rows
         if row.teacher_id in dialects
     ]
@@ -163,8 +165,8 @@ def forecast(config: RunConfig, rows: list[PromptRow], device: Any, dialects: Ma
     }
     return Forecast(
         model=model,
-        memory=_memory(config, model, longest + rollout.max_completion_tokens, device),
-        available=_available(device),
+        memory=_estimate_memory(config, model, longest + rollout.max_completion_tokens, device),
+        available=_find_available_memory(device),
         epochs=config.steps * prompts / len(rows),
         prompts_per_step=prompts,
         completions_per_step=completions,
@@ -176,7 +178,7 @@ def forecast(config: RunConfig, rows: list[PromptRow], device: Any, dialects: Ma
     )
 
 
-def _memory(config: RunConfig, model: Model, longest: int, device: Any) -> dict[str, int]:
+def _estimate_memory(config: RunConfig, model: Model, longest: int, device: Any) -> dict[str, int]:
     learner, size = config.learner, _BYTES[config.student.dtype]
     moments = 2 if learner.optimizer == "adamw_8bit" else 2 * size
     half = learner.autocast == "bfloat16" or (learner.autocast == "auto" and device.type == "cuda")
@@ -202,7 +204,7 @@ def _memory(config: RunConfig, model: Model, longest: int, device: Any) -> dict[
     return {name: value for name, value in parts.items() if value}
 
 
-def _available(device: Any) -> int:
+def _find_available_memory(device: Any) -> int:
     if device.type == "cuda":
         import torch
 

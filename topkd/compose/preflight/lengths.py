@@ -8,7 +8,7 @@ from typing import Any
 
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.run_prompts import Prompts
-from topkd.compose.preflight.teachers import Met
+from topkd.compose.preflight.teachers import TeacherInfo
 from topkd.engine.loop.prompts import PromptRow
 from topkd.topk.errors import ConfigError, DataError
 
@@ -30,16 +30,16 @@ class Ends:
     notes: tuple[str, ...] = ()
 
 
-def check_lengths(config: RunConfig, prompts: Prompts, met: Mapping[str, Met]) -> None:
+def check_lengths(config: RunConfig, prompts: Prompts, met: Mapping[str, TeacherInfo]) -> None:
     """Raises ConfigError when the longest prompt leaves no room for its completion, on either side."""
     room = config.rollout.max_completion_tokens
-    limit = position_limit(config.student.model)
-    longest = max(prompts.rows, key=lambda row: row.prompt_ids.size + _answer(row, room))
-    if limit is not None and longest.prompt_ids.size + _answer(longest, room) > limit:
+    limit = read_position_limit(config.student.model)
+    longest = max(prompts.rows, key=lambda row: row.prompt_ids.size + _count_answer_tokens(row, room))
+    if limit is not None and longest.prompt_ids.size + _count_answer_tokens(longest, room) > limit:
         raise ConfigError(
             "a prompt and its completion are longer than the student's positions",
             where=f"{config.data.path}, {longest.sample_id}",
-            got=f"{longest.prompt_ids.size} + {_answer(longest, room)} tokens",
+            got=f"{longest.prompt_ids.size} + {_count_answer_tokens(longest, room)} tokens",
             expected=f"at most {limit}",
             hint="lower rollout.max_completion_tokens or rollout.max_prompt_tokens",
         )
@@ -59,22 +59,22 @@ def check_lengths(config: RunConfig, prompts: Prompts, met: Mapping[str, Met]) -
             )  # fmt: skip
 
 
-def _answer(row: PromptRow, room: int) -> int:
+def _count_answer_tokens(row: PromptRow, room: int) -> int:
     """Tokens behind the prompt at most: the student's own, or the answer that came with the row."""
     return room if row.completion_ids is None else max(room, row.completion_ids.size)
 
 
-def position_limit(model: str) -> int | None:
+def read_position_limit(model: str) -> int | None:
     """Positions that a model folder's config states; None when it states none."""
-    return _stated(model, "max_position_embeddings")
+    return _read_model_config(model, "max_position_embeddings")
 
 
-def vocabulary(model: str) -> int | None:
+def read_vocab_size(model: str) -> int | None:
     """Ids that a model folder's config states; None when it states none."""
-    return _stated(model, "vocab_size")
+    return _read_model_config(model, "vocab_size")
 
 
-def _stated(model: str, name: str) -> int | None:
+def _read_model_config(model: str, name: str) -> int | None:
     from transformers import AutoConfig
 
     try:
@@ -86,7 +86,7 @@ def _stated(model: str, name: str) -> int | None:
     return int(found) if isinstance(found, int) and found > 0 else None
 
 
-def compared_ends(config: RunConfig, prompts: Prompts) -> Ends:
+def compare_ends(config: RunConfig, prompts: Prompts) -> Ends:
     """Where completions end, and what does not fit together; nothing is changed in secret."""
     from topkd.engine.models.tokenizer import load_tokenizer
 
@@ -96,7 +96,7 @@ def compared_ends(config: RunConfig, prompts: Prompts) -> Ends:
     chat = any("messages" in row.columns for row in prompts.rows)
     template = prompts.readers.student.answer_end() if chat else None
     notes = []
-    shown = " or ".join(_shown(tokenizer, stop) for stop in stops) or "nothing"
+    shown = " or ".join(_show_token(tokenizer, stop) for stop in stops) or "nothing"
     if not stops:
         notes.append(
             "the student's tokenizer has no end of text: every completion runs to "
@@ -104,7 +104,8 @@ def compared_ends(config: RunConfig, prompts: Prompts) -> Ends:
         )
     if template is not None and template not in stops:
         notes.append(
-            f"the chat template ends an answer with {_shown(tokenizer, template)}, and the student stops at {shown} "
+            f"the chat template ends an answer with {_show_token(tokenizer, template)}, and the student stops at "
+            f"{shown} "
             "only: a teacher that was trained on the template ends there, and what the student writes behind it is "
             "scored as nonsense; "
             f"set rollout.stop_token_ids = [{template}]"
@@ -121,18 +122,19 @@ def compared_ends(config: RunConfig, prompts: Prompts) -> Ends:
         if int(end) not in stops:
             who = f"teacher {name!r}" if name else "the teacher"
             notes.append(
-                f"{who} ends its text with {_shown(tokenizer, int(end))}, the student with {shown}: the student is "
+                f"{who} ends its text with {_show_token(tokenizer, int(end))}, the student with {shown}: "
+                f"the student is "
                 "taught an end at which its own sampling does not stop; "
                 f"set rollout.stop_token_ids = [{int(end)}] (a base student of an instruct teacher wants this)"
             )
     return Ends(stops, template, teachers, tuple(notes))
 
 
-def _shown(tokenizer: Any, token: int) -> str:
+def _show_token(tokenizer: Any, token: int) -> str:
     return f"{tokenizer.convert_ids_to_tokens(token)!r} (id {token})"
 
 
-def check_ids(config: RunConfig, rows: list[PromptRow], vocab_size: int) -> None:
+def check_token_ids_fit(config: RunConfig, rows: list[PromptRow], vocab_size: int) -> None:
     """Raises where the config or a row holds an id that a student of so many ids does not have."""
     for stop in config.rollout.stop_token_ids:
         if stop >= vocab_size:

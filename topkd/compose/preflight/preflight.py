@@ -10,9 +10,9 @@ from typing import Any
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.prompts import check_opens
 from topkd.compose.data.run_prompts import Prompts, load_prompts
-from topkd.compose.preflight.lengths import Ends, check_lengths, compared_ends
-from topkd.compose.preflight.sampler import meet_sampler
-from topkd.compose.preflight.teachers import Met, meet_teachers
+from topkd.compose.preflight.lengths import Ends, check_lengths, compare_ends
+from topkd.compose.preflight.sampler import check_sampler
+from topkd.compose.preflight.teachers import TeacherInfo, check_teachers
 from topkd.compose.progress import Progress
 from topkd.engine.models.hub import check_there
 
@@ -30,7 +30,7 @@ class Ready:
     """
 
     prompts: Prompts
-    met: dict[str, Met]
+    met: dict[str, TeacherInfo]
     ends: Ends
 
     def notes(self) -> dict[str, Any]:
@@ -46,12 +46,12 @@ class Ready:
 async def ready(config: RunConfig, progress: Progress, kept: Path | None = None, *, resumed: bool = False) -> Ready:
     """Raises what would end the run anyway, before it has cost anything; says what is worth knowing."""
     await asyncio.to_thread(check_here, config)
-    met = await meet_teachers(config, progress, kept, resumed=resumed)
-    if sampler := await meet_sampler(config):
+    met = await check_teachers(config, progress, kept, resumed=resumed)
+    if sampler := await check_sampler(config):
         progress.note(sampler)
     prompts = load_prompts(config, progress)
     check_lengths(config, prompts, met)
-    ends = compared_ends(config, prompts)
+    ends = compare_ends(config, prompts)
     for note in ends.notes:
         progress.note(f"note: {note}")
     return Ready(prompts, met, ends)

@@ -8,7 +8,7 @@ from topkd.clients.dialects.sglang import Sglang
 from topkd.clients.dialects.vllm import VllmCompletions
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import ServerSampling
-from topkd.compose.preflight.teachers import quick
+from topkd.compose.preflight.teachers import shorten_patience
 from topkd.topk.errors import UnsupportedError
 
 _HINTS = {
@@ -17,7 +17,7 @@ _HINTS = {
 }
 
 
-async def meet_sampler(config: RunConfig) -> str:
+async def check_sampler(config: RunConfig) -> str:
     """What the server of ``[sampler]`` is, in a line; "" where the student is sampled in this process.
 
     Raises:
@@ -29,7 +29,11 @@ async def meet_sampler(config: RunConfig) -> str:
         return ""
     by_adapter = table.weights == "lora" or (table.weights == "auto" and config.student.lora is not None)
     async with await open_client(
-        table.url, dialect=table.dialect, model=table.model, api_key=table.api_key(), config=quick(config.client)
+        table.url,
+        dialect=table.dialect,
+        model=table.model,
+        api_key=table.api_key(),
+        config=shorten_patience(config.client),
     ) as client:
         info = await client.server_info()
         if isinstance(client, VllmCompletions):

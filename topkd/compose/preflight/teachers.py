@@ -16,7 +16,7 @@ from topkd.clients.probe import tokens as probe_tokens
 from topkd.clients.probe.session import SCORING, TOKENS, Session, Teacher
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import TeacherConfig
-from topkd.compose.data.byte_maps import student_bytemap
+from topkd.compose.data.byte_maps import load_student_byte_map
 from topkd.compose.progress import Progress
 from topkd.topk.errors import ConfigError
 
@@ -27,7 +27,7 @@ _SHORT = 8  # tokens of the score that asks for K
 
 
 @dataclass(frozen=True, slots=True)
-class Met:
+class TeacherInfo:
     """What a teacher's server said before the run.
 
     Attributes:
@@ -49,9 +49,9 @@ class Met:
     tokenizer: str
 
 
-async def meet_teachers(
+async def check_teachers(
     config: RunConfig, progress: Progress, kept: Path | None = None, *, resumed: bool = False
-) -> dict[str, Met]:
+) -> dict[str, TeacherInfo]:
     """Every teacher behind a server, met; one that cannot teach this student is an error that says why.
 
     Args:
@@ -66,14 +66,14 @@ async def meet_teachers(
         KLimitError: K is above the server's limit.
         ConfigError: The teacher's ids are not the student's.
     """
-    served = {name: teacher for name, teacher in _asked(config).items() if teacher.kind == "server"}
-    student = _bytemap(config.student.model) if served else ""
-    known = _known(kept, student) if kept is not None and resumed else {}
-    met: dict[str, Met] = {}
+    served = {name: teacher for name, teacher in _select_teachers(config).items() if teacher.kind == "server"}
+    student = _load_byte_map(config.student.model) if served else ""
+    known = _read_known(kept, student) if kept is not None and resumed else {}
+    met: dict[str, TeacherInfo] = {}
     for name, teacher in served.items():
         for url in teacher.urls:
             progress.note(f"asking the teacher at {url}")
-            known[url] = found = await _meet(url, teacher, config, student, known.get(url))
+            known[url] = found = await _check_teacher(url, teacher, config, student, known.get(url))
             if found.tokenizer != "same":
                 progress.note(f"the tokenizer at {url} was not compared with the student's: {found.tokenizer}")
             if name not in met or (found.context or 0) < (met[name].context or 0):
@@ -85,12 +85,12 @@ async def meet_teachers(
     return met
 
 
-def _asked(config: RunConfig) -> dict[str, TeacherConfig]:
+def _select_teachers(config: RunConfig) -> dict[str, TeacherConfig]:
     """Cross-entropy on the data's own completions asks no teacher."""
     return {} if config.objective.kind == "sft" else config.teacher_map()
 
 
-def quick(config: ClientConfig) -> ClientConfig:
+def shorten_patience(config: ClientConfig) -> ClientConfig:
     """The run's settings with the patience of a first question: seconds, not minutes."""
     return config.model_copy(
         update={
@@ -101,18 +101,20 @@ def quick(config: ClientConfig) -> ClientConfig:
     )
 
 
-async def _meet(url: str, teacher: TeacherConfig, config: RunConfig, student: ByteMap | str, known: Met | None) -> Met:
+async def _check_teacher(
+    url: str, teacher: TeacherConfig, config: RunConfig, student: ByteMap | str, known: TeacherInfo | None
+) -> TeacherInfo:
     key, model = teacher.api_key(), teacher.model
     async with await connect(
         url,
         dialect=teacher.dialect,
         model=model,
         api_key=key,
-        config=quick(config.client),
+        config=shorten_patience(config.client),
         vocab_size=teacher.vocab_size,
     ) as client:
         info = await client.server_info()
-        said = Met(url, info.model, client.dialect, info.version, info.max_model_len, config.k, "")
+        said = TeacherInfo(url, info.model, client.dialect, info.version, info.max_model_len, config.k, "")
         if known is not None and asdict(known) == asdict(said) | {"tokenizer": known.tokenizer}:
             return known
         wire = Wire(client)
@@ -121,14 +123,14 @@ async def _meet(url: str, teacher: TeacherConfig, config: RunConfig, student: By
         await client.score(prompt[:_SHORT], 0, config.k)
         session = Session(client, cast("Teacher", client), wire, info, prompt, table)
         session.know(score_k=config.k)
-        verdict = student if isinstance(student, str) else await _compared(session, client, url)
+        verdict = student if isinstance(student, str) else await _compare_tokenizers(session, client, url)
     return replace(said, tokenizer=verdict)
 
 
-async def _compared(session: Session, client: ScoringClient, url: str) -> str:
+async def _compare_tokenizers(session: Session, client: ScoringClient, url: str) -> str:
     if client.dialect in _SPELLING:
-        await session.ask("spelling", SCORING, "spelling of ids", probe_tokens.spelling)
-    if not await session.ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.tokenizer):
+        await session.ask("spelling", SCORING, "spelling of ids", probe_tokens.check_spelling)
+    if not await session.ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.check_tokenizer):
         return session.findings[-1].detail
     found = next(finding for finding in session.findings if finding.key == "tokenizer")
     if found.status == "fail":
@@ -139,22 +141,22 @@ async def _compared(session: Session, client: ScoringClient, url: str) -> str:
     return "same" if found.value.startswith("yes") else f"{found.value}, {found.detail}"
 
 
-def _bytemap(student: str) -> ByteMap | str:
+def _load_byte_map(student: str) -> ByteMap | str:
     """What the student's ids stand for, or why that is not known."""
     try:
-        return student_bytemap(student)
+        return load_student_byte_map(student)
     except ConfigError as error:
         return f"student.model {student!r}: {error.what}"
 
 
-def _known(kept: Path, student: ByteMap | str) -> dict[str, Met]:
+def _read_known(kept: Path, student: ByteMap | str) -> dict[str, TeacherInfo]:
     """What an earlier start found of servers that were compared with this very tokenizer."""
     if isinstance(student, str):
         return {}
     try:
         entries: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
         mine = [entry for entry in entries if entry.pop(_STUDENT, None) == student.fingerprint]
-        found = [Met(**entry) for entry in mine]
+        found = [TeacherInfo(**entry) for entry in mine]
         return {one.url: one for one in found if one.tokenizer.startswith(_COMPARED)}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}  # then it is asked again

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from topkd.compose.config.functions import imported
+from topkd.compose.config.functions import load_function
 from topkd.topk.errors import ConfigError, DataError
 
 Row: TypeAlias = Mapping[str, Any]
@@ -18,21 +18,21 @@ _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
 
 def exact_match(row: Row, completion: str) -> float:
     """1 when the completion is the row's ``answer``, white space at both ends aside."""
-    return float(completion.strip() == _answer(row).strip())
+    return float(completion.strip() == _read_answer(row).strip())
 
 
-def numeric_match(row: Row, completion: str) -> float:
+def score_numeric_match(row: Row, completion: str) -> float:
     """1 when the completion's last number equals the last number of the row's ``answer`` (to 1e-6 of it)."""
-    wanted, said = _last_number(_answer(row)), _last_number(completion)
+    wanted, said = _find_last_number(_read_answer(row)), _find_last_number(completion)
     if wanted is None:
         raise DataError("the answer holds no number", got=repr(row.get("answer")), hint='use scorer = "exact_match"')
     return float(said is not None and math.isclose(said, wanted, rel_tol=1e-6, abs_tol=1e-9))
 
 
-_NAMED: dict[str, AnswerScorer] = {"exact_match": exact_match, "numeric_match": numeric_match}
+_NAMED: dict[str, AnswerScorer] = {"exact_match": exact_match, "numeric_match": score_numeric_match}
 
 
-def answer_scorer(name: str) -> AnswerScorer:
+def load_answer_scorer(name: str) -> AnswerScorer:
     """The scorer a config names; whatever goes wrong inside a user's own is one clear line.
 
     Args:
@@ -40,7 +40,9 @@ def answer_scorer(name: str) -> AnswerScorer:
     """
     if name in _NAMED:
         return _NAMED[name]
-    function = imported(name, "eval.scorer", expected="exact_match, numeric_match, module:function or file.py:function")
+    function = load_function(
+        name, "eval.scorer", expected="exact_match, numeric_match, module:function or file.py:function"
+    )
 
     def score(row: Row, completion: str) -> float:
         try:
@@ -57,7 +59,7 @@ def answer_scorer(name: str) -> AnswerScorer:
     return score
 
 
-def _answer(row: Row) -> str:
+def _read_answer(row: Row) -> str:
     answer = row.get("answer")
     if answer is None or isinstance(answer, list | dict):
         raise DataError(
@@ -67,6 +69,6 @@ def _answer(row: Row) -> str:
     return str(answer)
 
 
-def _last_number(text: str) -> float | None:
+def _find_last_number(text: str) -> float | None:
     found = _NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None

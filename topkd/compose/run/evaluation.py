@@ -15,10 +15,10 @@ from topkd.compose.config.tables import EvalConfig
 from topkd.compose.data.prompts import read_prompts
 from topkd.compose.data.run_prompts import Prompts
 from topkd.compose.progress import Progress
-from topkd.compose.run.answer_scorers import AnswerScorer, answer_scorer
+from topkd.compose.run.answer_scorers import AnswerScorer, load_answer_scorer
 from topkd.engine.loop.hooks import Record
 from topkd.engine.loop.prompts import PromptRow
-from topkd.engine.loop.rollouts import BatchSampler, derived_seed
+from topkd.engine.loop.rollouts import BatchSampler, derive_seed
 from topkd.engine.models.divergences import Probe, exact_divergences
 from topkd.engine.models.sampler import AnswerSampler
 from topkd.engine.models.student import Student, load_causal_lm
@@ -55,7 +55,7 @@ class Evaluation:
     ) -> None:
         self._config, self.table, self._student, self._out = config, table, student, out
         self._tokenizer = prompts.tokenizer
-        self._scorer: AnswerScorer | None = None if table.scorer is None else answer_scorer(table.scorer)
+        self._scorer: AnswerScorer | None = None if table.scorer is None else load_answer_scorer(table.scorer)
         self.rows, _ = read_prompts(
             Path(table.path),
             prompts.readers,
@@ -102,8 +102,10 @@ class Evaluation:
             if not isinstance(sampler, Sampler):  # a runtime check: a teacher need not sample
                 progress.note("the teacher's ceiling is not measured: its server does not sample")
                 return
-            answers = await _drawn(sampler, [row.teacher_prompt_ids for row in rows], self._params(0), self.table)
-            scores += [self._scored(row, drawn) for row, drawn in zip(rows, answers, strict=True)]
+            answers = await _draw_completions(
+                sampler, [row.teacher_prompt_ids for row in rows], self._build_params(0), self.table
+            )
+            scores += [self._score_completions(row, drawn) for row, drawn in zip(rows, answers, strict=True)]
         self._ceiling = float(np.mean(scores))
         progress.note(f"the teacher's own accuracy on {len(scores)} prompts: {100 * self._ceiling:.1f} %")
 
@@ -123,8 +125,10 @@ class Evaluation:
 
     def _accuracy(self) -> Record:
         sampler = AnswerSampler(self._student, batch_size=self._config.rollout.batch_size)
-        drawn = asyncio.run(_drawn(sampler, [row.prompt_ids for row in self.rows], self._params(0), self.table))
-        scores = [self._scored(row, answers) for row, answers in zip(self.rows, drawn, strict=True)]
+        drawn = asyncio.run(
+            _draw_completions(sampler, [row.prompt_ids for row in self.rows], self._build_params(0), self.table)
+        )
+        scores = [self._score_completions(row, answers) for row, answers in zip(self.rows, drawn, strict=True)]
         sizes = [answer.size for answers in drawn for answer in answers]
         record: Record = {
             "accuracy": float(np.mean(scores)),
@@ -148,7 +152,7 @@ class Evaluation:
 
     def _probes(self, kind: str, name: str, rows: Sequence[PromptRow]) -> list[Probe]:
         if kind == "fresh":
-            return _probes(rows, self._written(self._student, [row.prompt_ids for row in rows], self._step))
+            return _build_probes(rows, self._written(self._student, [row.prompt_ids for row in rows], self._step))
         kept = self._kept_prefixes()
         if (key := f"{kind} {name}") not in kept:
             by_teacher = kind == "teacher"
@@ -156,14 +160,14 @@ class Evaluation:
             prompts = [row.teacher_prompt_ids if by_teacher else row.prompt_ids for row in rows]
             kept[key] = [ids.tolist() for ids in self._written(model, prompts, 0)]
             (self._out / _PREFIXES).write_text(json.dumps(kept), encoding="utf-8")
-        return _probes(rows, [np.array(ids, dtype=np.int32) for ids in kept[key]])
+        return _build_probes(rows, [np.array(ids, dtype=np.int32) for ids in kept[key]])
 
     def _written(self, model: Student, prompts: list[Any], step: int) -> list[Any]:
         """Continuations at temperature 1: divergences are means over what a policy itself writes."""
         params = SamplingParams(
             max_tokens=self.table.max_tokens,
-            stop_token_ids=self._stops(),
-            seed=derived_seed(self._config.seed, "eval prefixes", step),
+            stop_token_ids=self._list_stop_ids(),
+            seed=derive_seed(self._config.seed, "eval prefixes", step),
         )
         sampler = AnswerSampler(model, batch_size=self._config.rollout.batch_size)
         drawn = asyncio.run(sampler.sample_batch(prompts, 1, params))
@@ -200,7 +204,7 @@ class Evaluation:
             rows.setdefault(row.teacher_id, []).append(row)
         return rows
 
-    def _scored(self, row: PromptRow, answers: Sequence[Any]) -> float:
+    def _score_completions(self, row: PromptRow, answers: Sequence[Any]) -> float:
         texts = [self._tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
         return float(np.mean([self._score(row, text) for text in texts]))
 
@@ -214,20 +218,22 @@ class Evaluation:
                 hint=error.hint,
             ) from error  # fmt: skip
 
-    def _params(self, step: int) -> SamplingParams:
+    def _build_params(self, step: int) -> SamplingParams:
         return SamplingParams(
             max_tokens=self.table.max_tokens,
             temperature=self.table.temperature,
-            stop_token_ids=self._stops(),
-            seed=derived_seed(self._config.seed, "eval", step),
+            stop_token_ids=self._list_stop_ids(),
+            seed=derive_seed(self._config.seed, "eval", step),
         )
 
-    def _stops(self) -> tuple[int, ...]:
+    def _list_stop_ids(self) -> tuple[int, ...]:
         own = self._tokenizer.eos_token_id
         return tuple(dict.fromkeys([*([] if own is None else [int(own)]), *self._config.rollout.stop_token_ids]))
 
 
-async def _drawn(sampler: Sampler, prompts: list[Any], params: SamplingParams, table: EvalConfig) -> list[list[Any]]:
+async def _draw_completions(
+    sampler: Sampler, prompts: list[Any], params: SamplingParams, table: EvalConfig
+) -> list[list[Any]]:
     if isinstance(sampler, BatchSampler):
         drawn = await sampler.sample_batch(prompts, table.samples, params)
     else:
@@ -235,7 +241,7 @@ async def _drawn(sampler: Sampler, prompts: list[Any], params: SamplingParams, t
     return [[rollout.completion_ids for rollout in rollouts] for rollouts in drawn]
 
 
-def _probes(rows: Sequence[PromptRow], written: Sequence[Any]) -> list[Probe]:
+def _build_probes(rows: Sequence[PromptRow], written: Sequence[Any]) -> list[Probe]:
     return [
         Probe(np.concatenate([row.prompt_ids, ids]), row.prompt_ids.size, row.teacher_prompt_ids)
         for row, ids in zip(rows, written, strict=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import topkd
 from topkd.engine.loop.metrics import RECORD_KINDS, read_metrics
-from topkd.report.load.run_lock import LOCK, this_machine
+from topkd.report.load.run_lock import LOCK, describe_machine
 from topkd.topk.errors import ConfigError
 
 RUN_LOG, CONFIG, TOKENS, STUDENT, CHECKPOINTS = "metrics.jsonl", "config.json", "tokens.jsonl", "student", "checkpoints"
@@ -33,7 +33,7 @@ def check_free(out: Path) -> None:
         raise ConfigError(
             "the output folder's name is not UTF-8", where=str(out), hint="choose another --out"
         ) from error
-    others = _entries(out)
+    others = _list_entries(out)
     if others is None:
         return
     run_log = out / RUN_LOG
@@ -51,7 +51,7 @@ def check_free(out: Path) -> None:
         )
 
 
-def _entries(out: Path) -> list[str] | None:
+def _list_entries(out: Path) -> list[str] | None:
     """Names in a folder, in order; None where there is none yet.
 
     Without those that begin with a dot: a lock, or the half-written config of a run killed at its first moment.
@@ -66,7 +66,7 @@ def _entries(out: Path) -> list[str] | None:
         raise ConfigError("the output folder cannot be read", where=str(out), got=error.strerror) from error
 
 
-def fresh_folder(out: Path) -> None:
+def prepare_folder(out: Path) -> None:
     """Make ``out``, or clear it of a run that took no step; see ``check_free`` for what is refused."""
     check_free(out)
     try:
@@ -85,7 +85,7 @@ def _is_run_config(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def claimed(out: Path, *, resume: bool = False) -> Iterator[None]:
+def lock_folder(out: Path, *, resume: bool = False) -> Iterator[None]:
     """Keeps other processes out of a run's folder (made now, or there to be resumed) until this one leaves or dies."""
     if resume and not (out / CONFIG).exists():
         raise ConfigError("there is no run to resume", where=str(out), hint="leave out --resume")
@@ -110,11 +110,11 @@ def claimed(out: Path, *, resume: bool = False) -> Iterator[None]:
                 time.sleep(0.02)  # a page that asks whether anybody is at work holds it for a moment
         with contextlib.suppress(OSError):  # a full disk: then nobody knows whose lock it is
             file.truncate(0)
-            file.write(this_machine())
+            file.write(describe_machine())
         yield
 
 
-def provenance(student: Any) -> dict[str, Any]:
+def collect_provenance(student: Any) -> dict[str, Any]:
     """What ran: versions, device, threads, and git revisions: of topkd's checkout, and of the folder it is run from."""
     import torch
 
@@ -125,8 +125,8 @@ def provenance(student: Any) -> dict[str, Any]:
     device = student.device
     return {
         "topkd": topkd.__version__,
-        "revision": revision(Path(topkd.__file__).parent.parent, own=True),
-        "project_revision": revision(Path.cwd()),
+        "revision": find_revision(Path(topkd.__file__).parent.parent, own=True),
+        "project_revision": find_revision(Path.cwd()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": str(device),
@@ -136,20 +136,20 @@ def provenance(student: Any) -> dict[str, Any]:
     }
 
 
-def revision(folder: Path, *, own: bool = False) -> str | None:
+def find_revision(folder: Path, *, own: bool = False) -> str | None:
     """The git revision of a checkout, with "-dirty" when tracked files differ from it; None outside of one.
 
     ``own``: only when ``folder`` itself is the checkout, not a folder within another one.
     """
     if own and not (folder / ".git").exists():
         return None
-    head = _git(folder, "rev-parse", "HEAD")
+    head = _run_git(folder, "rev-parse", "HEAD")
     if head is None:
         return None
-    return head + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    return head + ("-dirty" if _run_git(folder, "status", "--porcelain", "--untracked-files=no") else "")
 
 
-def _git(folder: Path, *words: str) -> str | None:
+def _run_git(folder: Path, *words: str) -> str | None:
     try:
         done = subprocess.run(  # noqa: S603 - fixed arguments
             ["git", "-C", str(folder), *words],  # noqa: S607

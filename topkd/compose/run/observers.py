@@ -15,12 +15,12 @@ from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import TrackConfig
 from topkd.compose.data.run_prompts import Prompts
 from topkd.compose.progress import Progress
-from topkd.compose.run.resume import Former
+from topkd.compose.run.resume import PreviousRun
 from topkd.topk.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class Watch:
+class Observers:
     """Hooks of a run, as ``run`` takes them.
 
     Attributes:
@@ -35,7 +35,7 @@ class Watch:
 
 
 @contextlib.asynccontextmanager
-async def watching(
+async def open_observers(
     config: RunConfig,
     *,
     student: Any,
@@ -44,8 +44,8 @@ async def watching(
     teachers: Mapping[str, object],
     out: Path,
     progress: Progress,
-    former: Former,
-) -> AsyncIterator[Watch]:
+    former: PreviousRun,
+) -> AsyncIterator[Observers]:
     """Open what the config asks for; the teacher's ceiling is measured here, before the first step.
 
     Args:
@@ -75,7 +75,7 @@ async def watching(
                 evaluation.heard(kind, record)
             tracking.heard(kind, record)
 
-        yield Watch(config, evaluation, heard)
+        yield Observers(config, evaluation, heard)
 
 
 _WANDB_ID = "wandb_id"
@@ -114,7 +114,7 @@ class Tracking:
         if kind == "event" or not self._trackers:
             return
         place = kind if record.get("prefixes", "fixed") == "fixed" else f"{kind}_{record['prefixes']}"
-        values = {f"{place}/{name}": value for name, value in numbers(record) if name != "step"}
+        values = {f"{place}/{name}": value for name, value in select_numbers(record) if name != "step"}
         for tracker in self._trackers:
             tracker.log(values, int(record["step"]))
 
@@ -132,11 +132,11 @@ class Tracking:
         self.close()
 
 
-def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def select_numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """The finite numbers of a record by name; those of a table inside it under ``table/name``. Lists are left out."""
     for name, value in record.items():
         if isinstance(value, Mapping):
-            yield from numbers(value, f"{prefix}{name}/")
+            yield from select_numbers(value, f"{prefix}{name}/")
         elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             yield f"{prefix}{name}", float(value)
 

@@ -12,9 +12,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from topkd.compose.config.run_config import saved, validated
+from topkd.compose.config.run_config import save_config, validate_config
 from topkd.compose.progress import Progress
-from topkd.compose.run.folder import CONFIG, RUN_LOG, STUDENT, TOKENS, check_free, claimed, fresh_folder
+from topkd.compose.run.folder import CONFIG, RUN_LOG, STUDENT, TOKENS, check_free, lock_folder, prepare_folder
 from topkd.engine import EngineConfig
 from topkd.engine.loop.metrics import read_metrics
 from topkd.topk.errors import ConfigError, DataError, TopkdError, TrainingError
@@ -30,7 +30,7 @@ _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 
 
 @dataclass(frozen=True, slots=True)
-class Former:
+class PreviousRun:
     """What a run has left in its folder.
 
     Attributes:
@@ -51,29 +51,32 @@ class Former:
 
 
 @contextlib.contextmanager
-def entered(
+def enter_run(
     out: Path, config: EngineConfig, progress: Progress, *, command: str, resume: bool
-) -> Iterator[tuple[Former, Ranks | None]]:
-    """A run's folder, claimed and ``opened``; under torchrun by the first process, and known to all of them."""
+) -> Iterator[tuple[PreviousRun, Ranks | None]]:
+    """Lock a run's folder and read what lies in it.
+
+    Under torchrun the first process does so and tells the others.
+    """
     if not resume:
         check_free(out)  # before a lock file lies in it
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        with _written_or_told(out), claimed(out, resume=resume):
-            yield opened(out, config, progress, command=command, resume=resume), None
+        with _convert_write_errors(out), lock_folder(out, resume=resume):
+            yield read_previous_run(out, config, progress, command=command, resume=resume), None
         return
-    from topkd.engine.learner.distributed import Ranks, broken
+    from topkd.engine.learner.distributed import Ranks, is_rank_lost
 
     ranks = Ranks.from_environment()
     try:
         with contextlib.ExitStack() as stack:
-            former = Former()
-            stack.enter_context(_written_or_told(out))
+            former = PreviousRun()
+            stack.enter_context(_convert_write_errors(out))
             if ranks.main:
-                stack.enter_context(claimed(out, resume=resume))
-                former = opened(out, config, progress, command=command, resume=resume)
+                stack.enter_context(lock_folder(out, resume=resume))
+                former = read_previous_run(out, config, progress, command=command, resume=resume)
             yield ranks.first(former), ranks
     except RuntimeError as error:
-        if not broken(error):
+        if not is_rank_lost(error):
             raise
         raise TrainingError(
             "another process of this run is gone, or does not answer", where=f"process {ranks.rank} of {ranks.size}",
@@ -84,7 +87,7 @@ def entered(
 
 
 @contextlib.contextmanager
-def _written_or_told(out: Path) -> Iterator[None]:
+def _convert_write_errors(out: Path) -> Iterator[None]:
     """A file of the run that cannot be written, wherever that is noticed, ends it with one line."""
     try:
         yield
@@ -97,37 +100,46 @@ def _written_or_told(out: Path) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def opened(out: Path, config: EngineConfig, progress: Progress, *, command: str, resume: bool) -> Former:
-    """The run's folder: empty but for its config, or (``resume``) as it was left, until ``taken_up`` cuts it back."""
+def read_previous_run(
+    out: Path, config: EngineConfig, progress: Progress, *, command: str, resume: bool
+) -> PreviousRun:
+    """Prepare an empty run folder, or (``resume``) read the run that lies there.
+
+    Nothing is cut back before ``truncate_to_checkpoint``.
+    """
     if not resume:
-        fresh_folder(out)
-        saved(config, out / CONFIG)
-        return Former()
+        prepare_folder(out)
+        save_config(config, out / CONFIG)
+        return PreviousRun()
     _refuse_another_command(out, command)
     _refuse_changes(out, config)
-    if _done(out) >= config.steps:
+    if _count_finished_steps(out) >= config.steps:
         records = read_metrics(out / RUN_LOG)
-        return Former(None, _of(records, "step"), _of(records, "eval"), finished=True, resumed=True)
-    from topkd.engine.checkpoint.checkpoint import newest_checkpoint
+        return PreviousRun(
+            None, _select_kind(records, "step"), _select_kind(records, "eval"), finished=True, resumed=True
+        )
+    from topkd.engine.checkpoint.checkpoint import find_newest_checkpoint
 
-    checkpoint = newest_checkpoint(out, progress.note)
+    checkpoint = find_newest_checkpoint(out, progress.note)
     step = 0 if checkpoint is None else checkpoint.position.step
     if step > config.steps:
         raise ConfigError("the run has gone further", where=str(out), got=f"steps = {config.steps}", expected=step)
-    length = _kept(out, checkpoint)
+    length = _find_log_end(out, checkpoint)
     progress.note(f"resuming after step {step}" if step else "no checkpoint yet: starting from the beginning")
     records = read_metrics(out / RUN_LOG, end=length) if length else []
-    return Former(checkpoint, _of(records, "step"), _of(records, "eval"), resumed=True, config=config)
+    return PreviousRun(
+        checkpoint, _select_kind(records, "step"), _select_kind(records, "eval"), resumed=True, config=config
+    )
 
 
-def taken_up(out: Path, former: Former) -> None:
+def truncate_to_checkpoint(out: Path, former: PreviousRun) -> None:
     """Cut a resumed run's folder back to its checkpoint, once all is there to go on: a refusal costs nothing."""
     if former.resumed and former.config is not None:
         _cut(out, former.checkpoint)
-        saved(former.config, out / CONFIG)
+        save_config(former.config, out / CONFIG)
 
 
-def foreseen(out: Path, config: EngineConfig, *, command: str, resume: bool) -> str:
+def preview_resume(out: Path, config: EngineConfig, *, command: str, resume: bool) -> str:
     """What a run would find in its folder, in a line ("": nothing); raises what it would be refused for."""
     if not resume:
         check_free(out)
@@ -136,12 +148,12 @@ def foreseen(out: Path, config: EngineConfig, *, command: str, resume: bool) -> 
         raise ConfigError("there is no run to resume", where=str(out), hint="leave out --resume")
     _refuse_another_command(out, command)
     _refuse_changes(out, config)
-    if (done := _done(out)) >= config.steps:
+    if (done := _count_finished_steps(out)) >= config.steps:
         return f"{out} is finished: {done} steps; nothing to resume"
-    from topkd.engine.checkpoint.checkpoint import newest_checkpoint
+    from topkd.engine.checkpoint.checkpoint import find_newest_checkpoint
 
     said: list[str] = []
-    checkpoint = newest_checkpoint(out, said.append)
+    checkpoint = find_newest_checkpoint(out, said.append)
     where = "from the beginning" if checkpoint is None else f"after step {checkpoint.position.step}"
     return "; ".join([*said, f"the run in {out} would go on {where}"])
 
@@ -161,8 +173,8 @@ def _refuse_changes(out: Path, config: EngineConfig) -> None:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError("the run's config cannot be read", where=str(path), got=str(error)) from error
-    before = _flat(validated(type(config), values, where=str(path)).model_dump(mode="json"))
-    now = _flat(config.model_dump(mode="json"))
+    before = _flatten(validate_config(type(config), values, where=str(path)).model_dump(mode="json"))
+    now = _flatten(config.model_dump(mode="json"))
     changed = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -177,7 +189,7 @@ def _refuse_changes(out: Path, config: EngineConfig) -> None:
         )  # fmt: skip
 
 
-def _done(out: Path) -> int:
+def _count_finished_steps(out: Path) -> int:
     """Steps of a run that ended as it should; 0 for any other."""
     try:
         state = json.loads((out / STUDENT / "topkd.json").read_text(encoding="utf-8"))
@@ -186,7 +198,7 @@ def _done(out: Path) -> int:
         return 0
 
 
-def _kept(out: Path, checkpoint: Checkpoint | None) -> int:
+def _find_log_end(out: Path, checkpoint: Checkpoint | None) -> int:
     """How many bytes of the run log stand: those before the checkpoint."""
     run_log, length = out / RUN_LOG, 0 if checkpoint is None else checkpoint.run_log_bytes
     there = run_log.stat().st_size if run_log.exists() else 0
@@ -200,35 +212,35 @@ def _kept(out: Path, checkpoint: Checkpoint | None) -> int:
 
 def _cut(out: Path, checkpoint: Checkpoint | None) -> None:
     """Take back what was written after the checkpoint: it will be written again."""
-    length, step = _kept(out, checkpoint), 0 if checkpoint is None else checkpoint.position.step
+    length, step = _find_log_end(out, checkpoint), 0 if checkpoint is None else checkpoint.position.step
     if (out / RUN_LOG).exists():
         os.truncate(out / RUN_LOG, length)
     tokens = out / TOKENS
     if tokens.exists():
-        kept = [line for line in tokens.read_bytes().splitlines(keepends=True) if _within(line, step)]
+        kept = [line for line in tokens.read_bytes().splitlines(keepends=True) if _is_within(line, step)]
         staging = tokens.with_name(f".{TOKENS}.partial")
         staging.write_bytes(b"".join(kept))
         staging.replace(tokens)
 
 
-def _within(line: bytes, step: int) -> bool:
+def _is_within(line: bytes, step: int) -> bool:
     try:
         return bool(json.loads(line)["step"] <= step)
     except (ValueError, KeyError, TypeError):
         return False  # torn by the end of the process
 
 
-def _of(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+def _select_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [
         {key: value for key, value in record.items() if key != "kind"} for record in records if record["kind"] == kind
     ]
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
@@ -242,11 +254,11 @@ def check_same_rows(out: Path, note: dict[str, Any], where: str) -> None:
         raise DataError(
             "the prompts are not those that the run began with",
             where=where,
-            got=_told(note),
-            expected=_told(began),
+            got=_describe_change(note),
+            expected=_describe_change(began),
             hint="put the former file back, or start a new run in another --out",
         )
 
 
-def _told(note: dict[str, Any]) -> str:
+def _describe_change(note: dict[str, Any]) -> str:
     return f"{note['rows']} rows, digest {note['xxh3_128'][:8]}"

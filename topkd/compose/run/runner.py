@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from topkd.compose.data.digests import rows_note
+from topkd.compose.data.digests import describe_rows
 from topkd.compose.progress import Progress
-from topkd.compose.run.folder import RUN_LOG, provenance
-from topkd.compose.run.resume import Former, check_same_rows, taken_up
-from topkd.compose.run.sampler import Sampling, in_process, stop_ids
-from topkd.compose.run.signals import Stops
+from topkd.compose.run.folder import RUN_LOG, collect_provenance
+from topkd.compose.run.resume import PreviousRun, check_same_rows, truncate_to_checkpoint
+from topkd.compose.run.sampler import SamplingSetup, open_in_process, stop_ids
+from topkd.compose.run.signals import StopSignals
 from topkd.engine import EngineConfig
 from topkd.engine.loop.hooks import Hooks
 from topkd.engine.loop.loop import Source
@@ -54,7 +54,7 @@ class RunResult:
     already: bool = False
 
     @classmethod
-    def of_finished(cls, out: Path, former: Former) -> RunResult:
+    def of_finished(cls, out: Path, former: PreviousRun) -> RunResult:
         """A resume that found nothing to do."""
         return cls(out, former.steps, former.evals, already=True)
 
@@ -69,7 +69,7 @@ async def run(
     out: Path,
     progress: Progress,
     evaluate: Callable[[], dict[str, Any] | list[dict[str, Any]]] | None = None,
-    sampling: Sampling | None = None,
+    sampling: SamplingSetup | None = None,
     wrap: Callable[[Sampler], Sampler] | None = None,
     on_batch: Callable[[int, ScoredBatch], None] | None = None,
     context: Context | None = None,
@@ -78,9 +78,9 @@ async def run(
     account: Callable[[], dict[str, Any]] | None = None,
     notes: Mapping[str, Any] | None = None,
     stateful: Mapping[str, Stateful] | None = None,
-    former: Former | None = None,
+    former: PreviousRun | None = None,
     command: str = "train",
-    stops: Stops | None = None,
+    stops: StopSignals | None = None,
     ranks: Ranks | None = None,
     loss: TokenLoss | None = None,
     foreign: bool = False,
@@ -112,15 +112,15 @@ async def run(
         loss: An objective of one's own, in place of the config's.
         foreign: The rollouts are those of a run that is not this one.
     """
-    from topkd.compose.run.saving import Keeper, bring_state, bring_weights
+    from topkd.compose.run.saving import RunSaver, restore_state, restore_weights
     from topkd.engine.learner.learner import Learner
     from topkd.engine.loop.loop import distil
 
-    former, prompts = former or Former(), rows_note(rows)
+    former, prompts = former or PreviousRun(), describe_rows(rows)
     if former.checkpoint is not None:
         check_same_rows(out, prompts, where=str(out))
-    sampling = sampling or in_process(config, student, tokenizer)
-    bring_weights(former, student)
+    sampling = sampling or open_in_process(config, student, tokenizer)
+    restore_weights(former, student)
     objective = loss or config.objective
     learner = Learner(
         student,
@@ -131,10 +131,10 @@ async def run(
         ranks=ranks,
         stop_ids=[*stop_ids(tokenizer), *config.rollout.stop_token_ids],
     )
-    start = bring_state(former, learner, stateful)
+    start = restore_state(former, learner, stateful)
     if learner.ranks.main:
-        taken_up(out, former)
-    transcripts = _transcripts(objective, config, out, student, tokenizer, lock=sampling.lock, note=progress.note)
+        truncate_to_checkpoint(out, former)
+    transcripts = _build_transcripts(objective, config, out, student, tokenizer, lock=sampling.lock, note=progress.note)
     evals = [*former.evals]
 
     def recorded(kind: str, record: dict[str, Any]) -> None:
@@ -150,16 +150,16 @@ async def run(
         main = learner.ranks.main
         log = stack.enter_context(MetricsLog(out / RUN_LOG if main else Path(os.devnull)))
         remembered = wrap is not None or source is not None
-        keeper = Keeper(out, config, learner, tokenizer, log, remembered, stateful, progress)
+        keeper = RunSaver(out, config, learner, tokenizer, log, remembered, stateful, progress)
         stop = None if stops is None else stack.enter_context(stops.listening())
         event = {"event": "resumed", "step": start.step} if former.resumed else {"event": "start"}
-        if former.resumed and not config.rollout.shards and (said := _other_processes(out, learner.ranks.size)):
+        if former.resumed and not config.rollout.shards and (said := _describe_process_change(out, learner.ranks.size)):
             progress.note(said)
         log.write(
             "event",
             {
                 **event, "command": command, "processes": learner.ranks.size, "prompts": prompts,
-                **provenance(student), **(notes or {}),
+                **collect_provenance(student), **(notes or {}),
             },
         )  # fmt: skip
         try:
@@ -202,7 +202,7 @@ async def run(
     return RunResult(out, former.steps + steps, evals, stopped=reason)
 
 
-def _other_processes(out: Path, size: int) -> str:
+def _describe_process_change(out: Path, size: int) -> str:
     """What a run that goes on with more or fewer processes than before is told; "" for any other."""
     events = read_metrics(out / RUN_LOG, "event") if (out / RUN_LOG).exists() else []  # one machine of several has it
     former = [event["processes"] for event in events if "processes" in event]
@@ -214,16 +214,16 @@ def _other_processes(out: Path, size: int) -> str:
     )
 
 
-def _transcripts(
+def _build_transcripts(
     objective: Objective | TokenLoss, config: EngineConfig, out: Path, student: Any, tokenizer: Any, *,
     lock: threading.Lock, note: Callable[[str], None],
 ) -> Callable[[int, ScoredBatch], None] | None:  # fmt: skip
     """The hook that records a few rollouts for the report; None for one of several processes."""
-    from topkd.engine.loop.transcripts import Transcripts
+    from topkd.engine.loop.transcripts import TranscriptRecorder
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # a sharded student cannot be looked at by one rank alone
         return None
-    return Transcripts(
+    return TranscriptRecorder(
         out / "tokens.jsonl",
         student=student,
         tokenizer=tokenizer,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, assert_never
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import InProcessSampling, ServerSampling, VllmSampling
 from topkd.compose.progress import Progress
-from topkd.compose.run.student import Pieces
+from topkd.compose.run.student import LoadedStudent
 from topkd.engine import EngineConfig
 from topkd.engine.loop.hooks import Record
 from topkd.topk.errors import ConfigError, UnsupportedError
@@ -28,30 +28,34 @@ KEPT_ADAPTERS = 2  # the last one may still be sampled from while the next is lo
 
 
 @contextlib.asynccontextmanager
-async def open_sampling(config: RunConfig, pieces: Pieces, *, out: Path, progress: Progress) -> AsyncIterator[Sampling]:
+async def open_sampling(
+    config: RunConfig, pieces: LoadedStudent, *, out: Path, progress: Progress
+) -> AsyncIterator[SamplingSetup]:
     """Where this run's rollouts come from, met and ready; left clean when the run is over."""
     table, student = config.sampler, pieces.student
     match table:
         case InProcessSampling():
-            yield in_process(config, student, pieces.tokenizer)
+            yield open_in_process(config, student, pieces.tokenizer)
         case ServerSampling():
-            kind = _kind(table, student)
+            kind = _find_kind(table, student)
             keep = KEPT_ADAPTERS + config.max_staleness
-            async with _server(table, config, kind, student.vocab_size, keep) as destination:
-                with _synced(config, pieces, out, destination) as sampling:
+            async with _open_server(table, config, kind, student.vocab_size, keep) as destination:
+                with _push_weights(config, pieces, out, destination) as sampling:
                     yield sampling
         case VllmSampling():
             progress.note("starting vLLM beside the learner")
-            kind = _kind(table, student)
-            async with _engine(table, config, kind, student) as destination:
-                with _synced(config, pieces, out, destination) as sampling:
+            kind = _find_kind(table, student)
+            async with _open_engine(table, config, kind, student) as destination:
+                with _push_weights(config, pieces, out, destination) as sampling:
                     yield sampling
         case _:
             assert_never(table)
 
 
 @contextlib.contextmanager
-def _synced(config: RunConfig, pieces: Pieces, out: Path, destination: Destination) -> Iterator[Sampling]:
+def _push_weights(
+    config: RunConfig, pieces: LoadedStudent, out: Path, destination: Destination
+) -> Iterator[SamplingSetup]:
     from topkd.engine.weight_sync.sync import SyncedSampler
     from topkd.engine.weight_sync.sync_probe import SyncProbe
 
@@ -70,12 +74,12 @@ def _synced(config: RunConfig, pieces: Pieces, out: Path, destination: Destinati
         every=table.sync_every,
     )
     try:
-        yield Sampling(sampler, sampler.publish, sampler.lock, sampler.capture, destination.beside)
+        yield SamplingSetup(sampler, sampler.publish, sampler.lock, sampler.capture, destination.beside)
     finally:
         sampler.close()
 
 
-def _kind(table: ServerSampling | VllmSampling, student: Any) -> Literal["lora", "full"]:
+def _find_kind(table: ServerSampling | VllmSampling, student: Any) -> Literal["lora", "full"]:
     if table.weights == "lora" and not student.lora:
         raise ConfigError('sampler.weights is "lora" and the student trains no adapter', hint="add [student.lora]")
     if table.weights == "auto":
@@ -84,7 +88,7 @@ def _kind(table: ServerSampling | VllmSampling, student: Any) -> Literal["lora",
 
 
 @contextlib.asynccontextmanager
-async def _server(
+async def _open_server(
     table: ServerSampling, config: RunConfig, kind: Literal["lora", "full"], vocab_size: int, keep: int
 ) -> AsyncIterator[Destination]:
     from topkd.clients import SglangWeightSink, VllmWeightSink
@@ -120,7 +124,7 @@ async def _server(
 
 
 @contextlib.asynccontextmanager
-async def _engine(
+async def _open_engine(
     table: VllmSampling, config: RunConfig, kind: Literal["lora", "full"], student: Any
 ) -> AsyncIterator[Destination]:
     from topkd.clients import VllmInProcess
@@ -187,7 +191,7 @@ class _Sleeper:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SamplingSetup:
     """A sampler and the way weights reach it.
 
     Attributes:
@@ -205,7 +209,7 @@ class Sampling:
     beside: bool = False
 
 
-def in_process(config: EngineConfig, student: Any, tokenizer: Any) -> Sampling:
+def open_in_process(config: EngineConfig, student: Any, tokenizer: Any) -> SamplingSetup:
     """The student itself, in this process: new weights are there at once."""
     from topkd.engine.models.sampler import InProcessSampler
 
@@ -216,7 +220,7 @@ def in_process(config: EngineConfig, student: Any, tokenizer: Any) -> Sampling:
     async def publish(version: int) -> None:
         sampler.version = str(version)
 
-    return Sampling(sampler, publish, sampler.lock)
+    return SamplingSetup(sampler, publish, sampler.lock)
 
 
 def stop_ids(tokenizer: Any) -> list[int]:

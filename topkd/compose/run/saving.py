@@ -9,24 +9,24 @@ from typing import Any
 
 from topkd.compose.progress import Progress
 from topkd.compose.run.folder import STUDENT
-from topkd.compose.run.resume import Former
+from topkd.compose.run.resume import PreviousRun
 from topkd.engine.checkpoint.checkpoint import (
     Stateful,
     load_weights,
+    read_weights,
     restore,
     save_checkpoint,
     save_student,
-    weights_of,
 )
 from topkd.engine.config.engine_config import EngineConfig
 from topkd.engine.learner.learner import Learner
-from topkd.engine.learner.objectives import described
+from topkd.engine.learner.objectives import describe_objective
 from topkd.engine.loop.metrics import MetricsLog
 from topkd.engine.loop.position import Position
 
 
 @dataclass(frozen=True, slots=True)
-class Keeper:
+class RunSaver:
     """Writes for one run; of several processes the first alone does.
 
     Attributes:
@@ -74,7 +74,7 @@ class Keeper:
             self.log.write("event", {"event": "stopped", "version": learner.version, "reason": reason})
         if not learner.version:
             return
-        state = {"version": learner.version, **described(learner.objective), "stopped": bool(reason)}
+        state = {"version": learner.version, **describe_objective(learner.objective), "stopped": bool(reason)}
         save_student(learner.student, self.tokenizer, self.out / STUDENT, state)
         if reason:
             self.progress.note(
@@ -82,13 +82,13 @@ class Keeper:
             )
 
 
-def bring_weights(former: Former, student: Any) -> None:
+def restore_weights(former: PreviousRun, student: Any) -> None:
     """Set the student to the checkpoint's weights; before its learner is made, which may copy them into shards."""
     if former.checkpoint is not None:
-        load_weights(student, weights_of(former.checkpoint), where=str(former.checkpoint.path))
+        load_weights(student, read_weights(former.checkpoint), where=str(former.checkpoint.path))
 
 
-def bring_state(former: Former, learner: Learner, stateful: Mapping[str, Stateful] | None) -> Position:
+def restore_state(former: PreviousRun, learner: Learner, stateful: Mapping[str, Stateful] | None) -> Position:
     """Set everything else, and give the position to go on from."""
     if former.checkpoint is None:
         return Position()

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Self
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stops:
+class StopSignals:
     """While it is entered, the first signal asks the run to stop, and a second one interrupts it where it is.
 
     Before and after the run itself (a model is being loaded, say) there is nothing to keep: Ctrl-C is KeyboardInterrupt

@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from topkd.compose.config.functions import imported
+from topkd.compose.config.functions import load_function
 from topkd.compose.config.run_config import RunConfig
-from topkd.compose.data.rows import checked_row, rendered
+from topkd.compose.data.rows import check_row, render_prompt
 from topkd.compose.data.run_prompts import Prompts
 from topkd.engine.loop.prompts import PromptRow
 from topkd.topk.errors import ConfigError, ContextLimitError
 from topkd.topk.samples import Rollout
 
 
-def feedback_context(config: RunConfig, prompts: Prompts) -> Callable[[PromptRow, Rollout], PromptRow] | None:
+def build_feedback_context(config: RunConfig, prompts: Prompts) -> Callable[[PromptRow, Rollout], PromptRow] | None:
     """What ``[data] feedback`` makes of a row once it has been answered; None when the config names no function.
 
     The function is called with the row's columns and the completion's text, in a thread of its own; it must give the
@@ -25,7 +25,7 @@ def feedback_context(config: RunConfig, prompts: Prompts) -> Callable[[PromptRow
     if config.data.feedback is None:
         return None
     name = config.data.feedback
-    function = imported(name, "data.feedback")
+    function = load_function(name, "data.feedback")
 
     def told(row: PromptRow, rollout: Rollout) -> PromptRow:
         completion = prompts.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
@@ -40,13 +40,13 @@ def feedback_context(config: RunConfig, prompts: Prompts) -> Callable[[PromptRow
             return row
         if not isinstance(feedback, str):
             raise ConfigError("feedback is text or None", where=f"{name}; {where}", got=type(feedback).__name__)
-        data = checked_row({key: value for key, value in row.columns.items() if key != "completion"}, where)
+        data = check_row({key: value for key, value in row.columns.items() if key != "completion"}, where)
         if data.messages and data.messages[-1].get("role") == "assistant":
             data = data.model_copy(update={"messages": data.messages[:-1]})
         sides = prompts.readers.teachers or {}
         side = sides.get(row.teacher_id, prompts.readers.student)
         privileged = {**data.privileged, "feedback": feedback}
-        ids = rendered(data, side, privileged, prompts.readers.privileged, where)
+        ids = render_prompt(data, side, privileged, prompts.readers.privileged, where)
         if len(ids) > config.rollout.max_prompt_tokens:
             raise ContextLimitError(
                 "the teacher's prompt with its feedback is too long", where=where, got=f"{len(ids)} tokens",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from topkd.clients.decoding.byte_map import load_bytemap
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import TeacherConfig
-from topkd.compose.data.digests import weights_digest
+from topkd.compose.data.digests import digest_weights
 from topkd.engine.loop.hooks import Record
 from topkd.topk.errors import ConfigError
 from topkd.topk.protocols import TeacherScorer
@@ -59,19 +59,19 @@ def open_local(teacher: TeacherConfig, config: RunConfig, student: Any, lock: th
         from topkd.engine.models.local_teacher import SelfTeacher
 
         own = SelfTeacher(student, teacher.ema, lock)
-        revision = teacher.revision or (weights_digest(student) if teacher.ema == 1.0 else "moving")
+        revision = teacher.revision or (digest_weights(student) if teacher.ema == 1.0 else "moving")
         state = None if teacher.ema in {0.0, 1.0} else own
         return LocalModel(own, f"{Path(config.student.model).name} (self)", revision, own.model, state)
     from topkd.engine.models.local_teacher import LocalTeacher
     from topkd.engine.models.student import Student
 
     folder = str(teacher.model)
-    same_ids(folder, config.student.model)
+    check_same_ids(folder, config.student.model)
     model = Student.load(folder, config.student.device, config.student.dtype)
-    return LocalModel(LocalTeacher(model), Path(folder).name, teacher.revision or weights_digest(model), model)
+    return LocalModel(LocalTeacher(model), Path(folder).name, teacher.revision or digest_weights(model), model)
 
 
-def same_ids(teacher: str, student: str) -> None:
+def check_same_ids(teacher: str, student: str) -> None:
     """Raises ConfigError with the first id that the two tokenizers spell differently."""
     theirs, mine = load_bytemap(teacher), load_bytemap(student)
     if theirs.fingerprint == mine.fingerprint:
@@ -89,7 +89,7 @@ def same_ids(teacher: str, student: str) -> None:
     )  # fmt: skip
 
 
-def following(publish: Publish, local: Mapping[str, LocalModel]) -> Publish:
+def publish_with_followers(publish: Publish, local: Mapping[str, LocalModel]) -> Publish:
     """``publish``, before which the teachers that follow take the step too; the first call is before any step."""
     states = [model.state for model in local.values() if model.state is not None]
     if not states:

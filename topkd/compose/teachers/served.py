@@ -81,7 +81,7 @@ async def open_teacher(
         if len(urls) > 1:
             raise ConfigError("one model in this process, or replicas by URL", got=", ".join(urls))
         async with await asyncio.to_thread(
-            _loaded, urls[0].removeprefix(IN_PROCESS), k, vocab_size, engine or {}
+            _load_in_process, urls[0].removeprefix(IN_PROCESS), k, vocab_size, engine or {}
         ) as loaded:
             yield OpenTeacher(loaded, model or Path(urls[0].removeprefix(IN_PROCESS)).name, None)
         return
@@ -99,7 +99,7 @@ async def open_teacher(
         yield OpenTeacher(fleet, info.model, info.max_model_len, fleet, info.version)
 
 
-def _loaded(model: str, k: int, vocab_size: int | None, engine: Mapping[str, Any]) -> VllmInProcess:
+def _load_in_process(model: str, k: int, vocab_size: int | None, engine: Mapping[str, Any]) -> VllmInProcess:
     if not model:
         raise ConfigError("vllm: without a model's folder or id", expected="vllm:models/teacher, say")
     return VllmInProcess(model, vocab_size=vocab_size, **{"max_logprobs": max(k, 1), **engine})

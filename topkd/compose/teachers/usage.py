@@ -22,7 +22,7 @@ _CLIENT = {
 }
 
 
-class Traffic:
+class TeacherUsage:
     """Counters of every teacher of a run, read as the difference since the last reading.
 
     ``requests`` are HTTP exchanges (tries), ``retries`` those after a first one, ``failed_requests`` requests that were

@@ -16,8 +16,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from topkd.engine.checkpoint.snapshots import newest_snapshot, write_folder, write_snapshot
-from topkd.engine.checkpoint.tensor_files import load_tensors, random_state, save_tensors, set_random_state
+from topkd.engine.checkpoint.snapshots import find_newest_snapshot, write_folder, write_snapshot
+from topkd.engine.checkpoint.tensor_files import collect_random_state, load_tensors, save_tensors, set_random_state
 from topkd.engine.learner.learner import Learner, LearnerState
 from topkd.engine.loop.position import Position, Queued
 from topkd.engine.models.student import Student
@@ -86,8 +86,8 @@ def save_checkpoint(
         notes: Kept as they are.
     """
     state = learner.state_dict()
-    trained = trained_weights(learner.student)
-    queue = [_described(queued, remembered=remembered) for queued in position.queue]
+    trained = collect_trained_weights(learner.student)
+    queue = [_describe_queue(queued, remembered=remembered) for queued in position.queue]
     values = {
         "step": position.step,
         "evaluated": position.evaluated,
@@ -95,7 +95,7 @@ def save_checkpoint(
         "queue": queue,
         "diary_bytes": run_log_bytes,
         "learner": state.values,
-        "frozen": frozen_print(learner.student),
+        "frozen": fingerprint_frozen(learner.student),
         "stateful": sorted(stateful or {}),
         "notes": dict(notes or {}),
     }
@@ -103,7 +103,7 @@ def save_checkpoint(
     def fill(folder: Path) -> None:
         save_tensors(trained, folder / _WEIGHTS)
         save_tensors(state.tensors, folder / _OPTIMIZER)
-        save_tensors(random_state(), folder / _RANDOM)
+        save_tensors(collect_random_state(), folder / _RANDOM)
         for name, thing in (stateful or {}).items():
             save_tensors(thing.state_dict(), folder / f"{name}.safetensors")
         for queued, entry in zip(position.queue, queue, strict=True):
@@ -114,9 +114,9 @@ def save_checkpoint(
     return write_snapshot(out / FOLDER, position.step, fill, keep=keep)
 
 
-def newest_checkpoint(out: Path, told: Callable[[str], None]) -> Checkpoint | None:
+def find_newest_checkpoint(out: Path, told: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint of a run; ``told`` hears of each that is damaged."""
-    path = newest_snapshot(out / FOLDER, told)
+    path = find_newest_snapshot(out / FOLDER, told)
     if path is None:
         return None
     values = json.loads((path / _STATE).read_text(encoding="utf-8"))
@@ -135,7 +135,7 @@ def newest_checkpoint(out: Path, told: Callable[[str], None]) -> Checkpoint | No
 def restore(checkpoint: Checkpoint, learner: Learner, stateful: Mapping[str, Stateful] | None = None) -> None:
     """Bring learner, random numbers and whatever else has a state to where the checkpoint left them."""
     values = json.loads((checkpoint.path / _STATE).read_text(encoding="utf-8"))
-    if values["frozen"] != frozen_print(learner.student):
+    if values["frozen"] != fingerprint_frozen(learner.student):
         raise ConfigError(
             "the student's frozen weights are not those that the run began with", where=str(checkpoint.path),
             hint="bring back the base model that student.model named",
@@ -145,26 +145,26 @@ def restore(checkpoint: Checkpoint, learner: Learner, stateful: Mapping[str, Sta
             "the checkpoint is of a run with other parts", where=str(checkpoint.path),
             got=values["stateful"], expected=sorted(stateful or {}),
         )  # fmt: skip
-    load_weights(learner.student, weights_of(checkpoint), where=str(checkpoint.path))
+    load_weights(learner.student, read_weights(checkpoint), where=str(checkpoint.path))
     learner.load_state_dict(LearnerState(values["learner"], load_tensors(checkpoint.path / _OPTIMIZER)))
     for name, thing in (stateful or {}).items():
         thing.load_state_dict(load_tensors(checkpoint.path / f"{name}.safetensors"))
     set_random_state(load_tensors(checkpoint.path / _RANDOM))
 
 
-def weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The checkpoint's trained weights."""
     return load_tensors(checkpoint.path / _WEIGHTS)
 
 
-def trained_weights(student: Student) -> dict[str, Tensor]:
+def collect_trained_weights(student: Student) -> dict[str, Tensor]:
     """The parameters that training changes, by name; tied ones once."""
     return {name: p.detach() for name, p in student.model.named_parameters() if p.requires_grad}
 
 
 def load_weights(student: Student, weights: Mapping[str, Tensor], *, where: str) -> None:
     """Set the trained parameters; another set of them, or another shape, is refused."""
-    own = trained_weights(student)
+    own = collect_trained_weights(student)
     if differing := sorted(own.keys() ^ weights.keys()):
         raise ConfigError("weights of another student", where=where, got=f"{differing[0]} ({len(differing)} differ)")
     for name, parameter in own.items():
@@ -179,7 +179,7 @@ def load_weights(student: Student, weights: Mapping[str, Tensor], *, where: str)
             parameter.copy_(weights[name])
 
 
-def frozen_print(student: Student) -> str:
+def fingerprint_frozen(student: Student) -> str:
     """A fingerprint of what training does not change (some of each tensor): "" when all is trained."""
     frozen = [(name, p.detach()) for name, p in student.model.named_parameters() if not p.requires_grad]
     if not frozen:
@@ -204,7 +204,7 @@ def save_student(student: Student, tokenizer: Any, path: Path, state: Mapping[st
     return write_folder(path, fill)
 
 
-def _described(queued: Queued, *, remembered: bool) -> dict[str, Any]:
+def _describe_queue(queued: Queued, *, remembered: bool) -> dict[str, Any]:
     places = queued.places
     return {
         "step": queued.step,

@@ -50,11 +50,11 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> Path:
         shutil.rmtree(former, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise _unwritten(path, error) from error
+        raise _convert_write_error(path, error) from error
     return path
 
 
-def _unwritten(path: Path, error: Exception) -> TopkdError:
+def _convert_write_error(path: Path, error: Exception) -> TopkdError:
     reason = getattr(error, "strerror", None) or str(error)
     if "No space left" in reason or getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT}:
         return TrainingError("cannot write the folder", where=str(path), got=reason, hint="make room on the disk")
@@ -66,31 +66,31 @@ def write_snapshot(root: Path, step: int, fill: Callable[[Path], None], *, keep:
 
     def whole(folder: Path) -> None:
         fill(folder)
-        files = {file.name: file_entry(file) for file in sorted(folder.iterdir())}
+        files = {file.name: describe_file(file) for file in sorted(folder.iterdir())}
         for file in folder.iterdir():
             _flush(file)  # before the manifest vouches for them
         text = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=2)
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
     path = write_folder(root / name_of(step), whole)
-    for older in _candidates(root)[keep:]:  # out of sight first: a process killed while deleting leaves no half
+    for older in _list_candidates(root)[keep:]:  # out of sight first: a process killed while deleting leaves no half
         older.rename(older.with_name(f".{older.name}.former"))
     for left in (*root.glob(f".{_PREFIX}*.partial"), *root.glob(f".{_PREFIX}*.former")):
         shutil.rmtree(left, ignore_errors=True)
     return path
 
 
-def newest_snapshot(root: Path, told: Callable[[str], None]) -> Path | None:
+def find_newest_snapshot(root: Path, told: Callable[[str], None]) -> Path | None:
     """The newest whole snapshot, or None. ``told`` hears of each that is passed over, and why."""
-    for path in _candidates(root):
-        fault = fault_of(path)
+    for path in _list_candidates(root):
+        fault = find_fault(path)
         if fault is None:
             return path
         told(f"checkpoint {path.name} is not used: {fault}")
     return None
 
 
-def fault_of(path: Path) -> str | None:
+def find_fault(path: Path) -> str | None:
     """What is wrong with a snapshot, or None: every file is read and compared with the manifest."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -103,7 +103,7 @@ def fault_of(path: Path) -> str | None:
         return f"it has format {form}, this topkd reads {FORMAT}"
     for name, expected in files.items():
         try:
-            found = file_entry(path / name)
+            found = describe_file(path / name)
         except OSError:
             return f"{name} is missing"
         if found != expected:
@@ -111,12 +111,12 @@ def fault_of(path: Path) -> str | None:
     return None
 
 
-def _candidates(root: Path) -> list[Path]:
+def _list_candidates(root: Path) -> list[Path]:
     folders = (path for path in root.glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdigit() and path.is_dir())
     return sorted(folders, key=lambda path: int(path.name[len(_PREFIX) :]), reverse=True)
 
 
-def file_entry(file: Path) -> dict[str, int | str]:
+def describe_file(file: Path) -> dict[str, int | str]:
     """Size and checksum of a file."""
     digest = xxhash.xxh3_128()
     with file.open("rb") as data:

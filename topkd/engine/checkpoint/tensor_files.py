@@ -33,7 +33,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return dict(load_file(path))
 
 
-def random_state() -> dict[str, Tensor]:
+def collect_random_state() -> dict[str, Tensor]:
     """Where the generators of torch (CPU and CUDA), NumPy and Python stand."""
     version, words, gauss = random.getstate()
     _, keys, place, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - what libraries draw from

@@ -51,7 +51,7 @@ class MicroBatch(Generic[S]):
         return int(self.rows.shape[0])
 
 
-def micro_batches(
+def make_micro_batches(
     samples: Sequence[S], masks: Sequence[Bool], budget_tokens: int, device: torch.device
 ) -> Iterator[MicroBatch[S]]:
     """Groups of similar length whose padded size stays within ``budget_tokens`` (a longer sample goes alone).
@@ -65,14 +65,14 @@ def micro_batches(
     group: list[tuple[S, Bool]] = []
     for pair in order:
         if group and (len(group) + 1) * pair[0].core.full_ids.size > budget_tokens:
-            yield _padded(group, device)
+            yield _pad(group, device)
             group = []
         group.append(pair)
     if group:
-        yield _padded(group, device)
+        yield _pad(group, device)
 
 
-def _padded(pairs: list[tuple[S, Bool]], device: torch.device) -> MicroBatch[S]:
+def _pad(pairs: list[tuple[S, Bool]], device: torch.device) -> MicroBatch[S]:
     samples = [sample for sample, _ in pairs]
     width = max(sample.core.input_ids.size for sample in samples)
     input_ids = np.zeros((len(samples), width), dtype=np.int64)

@@ -8,12 +8,12 @@ from typing import assert_never
 from torch import Tensor
 
 from topkd.engine.config.objectives import EOPD, KD, TAID, Direct, DirectGJS, EntropyAware, ForwardKL, ReverseKL
-from topkd.engine.learner.policy_gradients import without_zeros
+from topkd.engine.learner.policy_gradients import drop_zero_entries
 from topkd.engine.learner.token_view import TokenView
 from topkd.topk.losses.divergence import divergence
 from topkd.topk.losses.entropy import sampled_reverse_kl, with_covering
 from topkd.topk.losses.sparse import bins
-from topkd.topk.losses.sparse_objectives import entropy_aware_rows, gated_rows, taid_rows
+from topkd.topk.losses.sparse_objectives import entropy_aware_rows, gate_rows, taid_rows
 
 
 def direct_loss(objective: Direct, view: TokenView, *, t: float) -> tuple[Tensor, dict[str, float]]:
@@ -30,9 +30,9 @@ def direct_loss(objective: Direct, view: TokenView, *, t: float) -> tuple[Tensor
         case ForwardKL():
             per_row = divergence(*bins(logp, rows, objective.tail), 0.0)
         case ReverseKL():
-            per_row = divergence(*bins(logp, without_zeros(rows), objective.tail), 1.0)
+            per_row = divergence(*bins(logp, drop_zero_entries(rows), objective.tail), 1.0)
         case DirectGJS():
-            rows = without_zeros(rows) if objective.beta == 1.0 else rows
+            rows = drop_zero_entries(rows) if objective.beta == 1.0 else rows
             per_row = divergence(*bins(logp, rows, objective.tail), objective.beta)
         case KD():
             per_row, kl = taid_rows(logp, rows, t=1.0, tail=objective.tail)
@@ -42,7 +42,9 @@ def direct_loss(objective: Direct, view: TokenView, *, t: float) -> tuple[Tensor
             means["objective_kl"] = kl
         case EntropyAware():
             limit = math.log(view.vocab_size) if objective.h_max is None else objective.h_max
-            per_row, low, high = entropy_aware_rows(logp, without_zeros(rows), h_max=limit, vocab_size=view.vocab_size)
+            per_row, low, high = entropy_aware_rows(
+                logp, drop_zero_entries(rows), h_max=limit, vocab_size=view.vocab_size
+            )
             means |= {"entropy_weight_lo": low, "entropy_weight_hi": high}
         case _:
             assert_never(objective)
@@ -59,7 +61,7 @@ def eopd_loss_of(objective: EOPD, view: TokenView) -> tuple[Tensor, Tensor, dict
         view.importance.cap if truncated else None,
         objective.advantage_clip,
     )
-    covering, low, high = gated_rows(
+    covering, low, high = gate_rows(
         view.logp_at_ids, view.teacher, tau=objective.tau, k=objective.top, vocab_size=view.vocab_size
     )
     undecided = (low < objective.tau) & (high >= objective.tau)

@@ -107,7 +107,7 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def broken(error: BaseException) -> bool:
+def is_rank_lost(error: BaseException) -> bool:
     """Whether this is what a rank is told when another one is gone: gloo has no class for it."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from topkd.engine.config.learner import Frozen, ImportanceSampling, LearnerConfig
 from topkd.engine.config.objectives import TAID, Objective, conflict
-from topkd.engine.learner.batching import MicroBatch, TextSample, micro_batches
+from topkd.engine.learner.batching import MicroBatch, TextSample, make_micro_batches
 from topkd.engine.learner.distributed import Ranks
-from topkd.engine.learner.objectives import TokenStats, objective_loss, text_loss, valid_tokens
+from topkd.engine.learner.objectives import TokenStats, compute_objective_loss, compute_text_loss, find_valid_tokens
 from topkd.engine.learner.optimizers import (
     build_optimizer,
     check_schedule,
+    collect_optimizer_tensors,
+    compute_rate_factor,
     load_optimizer_tensors,
-    optimizer_tensors,
-    rate_factor,
 )
-from topkd.engine.learner.parallel import clip_gradients, trainee
-from topkd.engine.learner.token_metrics import GradientNoise, batch_metrics, over_passes, sample_facts, token_metrics
+from topkd.engine.learner.parallel import clip_gradients, make_parallel_model
+from topkd.engine.learner.token_metrics import GradientNoise, average_passes, batch_metrics, sample_facts, token_metrics
 from topkd.engine.learner.token_view import TokenLoss
 from topkd.engine.models.student import Precision, Student
 from topkd.topk.errors import ConfigError, TrainingError
@@ -92,8 +92,8 @@ class Learner:
         self.version = 0
         self._skipped_in_a_row = 0
         self._taid = _scheduler(objective, steps)
-        self._precision = precision_of(config, student.device)
-        self._trainee = trainee(
+        self._precision = choose_precision(config, student.device)
+        self._trainee = make_parallel_model(
             student, self.ranks, config.strategy, self._precision, checkpointing=config.gradient_checkpointing
         )
         self._trained = list(self._trainee.named.values())
@@ -111,7 +111,7 @@ class Learner:
             samples: Scored samples for the objective (this rank's share).
             texts: Completions from the data, trained by cross-entropy (this rank's share).
         """
-        masks = [valid_tokens(sample, self.objective, self.student.vocab_size) for sample in samples]
+        masks = [find_valid_tokens(sample, self.objective, self.student.vocab_size) for sample in samples]
         given = sum(int(sample.core.mask.sum()) for sample in samples)
         scored = sum(int(mask.sum()) for mask in masks)
         plain = sum(int(text.core.mask.sum()) for text in texts)
@@ -119,7 +119,7 @@ class Learner:
         num_tokens = scored + plain
         made: list[_Pass] = []
         with self.lock:
-            rate = self._peak * rate_factor(self.config, self.version, self.steps)
+            rate = self._peak * compute_rate_factor(self.config, self.version, self.steps)
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
             while num_tokens and len(made) < self.config.inner_steps and not (made and made[-1].skipped):
@@ -152,7 +152,7 @@ class Learner:
         importance = self.config.importance if weighted else ImportanceSampling(kind="none")
         gathered = [[part for rank in self.ranks.gather(one.stats) for part in rank] for one in counted]
         if measured := [token_metrics(stats, importance) for stats in gathered if stats]:
-            record |= over_passes(measured)
+            record |= average_passes(measured)
             record["mismatch_kl"] = measured[0].get("behavior_kl_k3")
         self._count_skips(skipped)
         return record
@@ -186,13 +186,13 @@ class Learner:
         noise: GradientNoise,
     ) -> None:
         budget, device = self.config.micro_batch_tokens, self.student.device
-        scored = list(micro_batches(samples, masks, budget, device))
-        plain = list(micro_batches(texts, [text.core.mask for text in texts], budget, device))
+        scored = list(make_micro_batches(samples, masks, budget, device))
+        plain = list(make_micro_batches(texts, [text.core.mask for text in texts], budget, device))
         done = 0
         rounds = self._trainee.rounds(len(scored) + len(plain))
         for i in range(rounds):
             if i < len(scored):
-                loss, tokens = objective_loss(
+                loss, tokens = compute_objective_loss(
                     self.objective,
                     score=self._trainee.score,
                     batch=scored[i],
@@ -207,11 +207,13 @@ class Learner:
                 done += scored[i].tokens
             elif i < len(scored) + len(plain):
                 batch = plain[i - len(scored)]
-                loss = text_loss(self._trainee.score, batch, num_tokens)
+                loss = compute_text_loss(self._trainee.score, batch, num_tokens)
                 made.losses[1] += float(loss.detach())
                 done += batch.tokens
             else:  # another rank has one more: the same collectives, and nothing learnt
-                loss = self._trainee.score(_nothing(device), torch.zeros(1, 1, dtype=torch.long, device=device)).sum()
+                loss = self._trainee.score(
+                    _empty_metrics(device), torch.zeros(1, 1, dtype=torch.long, device=device)
+                ).sum()
                 loss = loss * 0.0
             scale = self._trainee.loss_scale
             (loss * scale).backward()  # type: ignore[no-untyped-call]
@@ -227,7 +229,7 @@ class Learner:
             "skipped_in_a_row": self._skipped_in_a_row,
             "objective": {} if self._taid is None else {"taid": self._taid.state_dict()},
         }
-        return LearnerState(values, optimizer_tensors(self._optimizer, self._trainee.named))
+        return LearnerState(values, collect_optimizer_tensors(self._optimizer, self._trainee.named))
 
     def load_state_dict(self, state: LearnerState) -> None:
         """Continue from ``state_dict()`` of a learner with the same parameters; anything else is refused.
@@ -253,7 +255,7 @@ class Learner:
             )
 
 
-def precision_of(config: LearnerConfig, device: torch.device) -> Precision:
+def choose_precision(config: LearnerConfig, device: torch.device) -> Precision:
     """What the forward pass runs in; bfloat16 where it was asked for and is not there is refused."""
     if config.autocast == "off":
         return Precision()
@@ -280,7 +282,7 @@ def _scheduler(objective: Objective | TokenLoss, steps: int | None) -> TAIDSched
     )
 
 
-def _nothing(device: torch.device) -> MicroBatch[TextSample]:
+def _empty_metrics(device: torch.device) -> MicroBatch[TextSample]:
     one = torch.ones(1, 1, dtype=torch.long, device=device)
     row = torch.zeros(1, dtype=torch.long, device=device)
     return MicroBatch([], one, one, row, row, [])

@@ -27,8 +27,15 @@ from topkd.engine.config.objectives import (
 )
 from topkd.engine.learner.batching import MicroBatch, TextSample
 from topkd.engine.learner.direct_losses import direct_loss, eopd_loss_of
-from topkd.engine.learner.policy_gradients import finite_suffix, sampled_loss, topk_loss
-from topkd.engine.learner.token_view import TokenLoss, TokenView, behavior_of, listed, teacher_rows, view_of
+from topkd.engine.learner.policy_gradients import find_finite_suffix, sampled_loss, topk_loss
+from topkd.engine.learner.token_view import (
+    TokenLoss,
+    TokenView,
+    build_view,
+    require_list,
+    select_behavior_logp,
+    select_teacher_rows,
+)
 from topkd.topk.errors import ConfigError
 from topkd.topk.samples import PreparedSample
 from topkd.topk.types import Bool, Float32, Float64
@@ -55,7 +62,7 @@ class TokenStats:
     stop_p: Float64 | None = None
 
 
-def needs_list(objective: Objective | TokenLoss) -> bool:
+def needs_teacher_list(objective: Objective | TokenLoss) -> bool:
     """Whether the teacher's list is looked at, beside the realised token."""
     match objective:
         case ScalarKL() | GJS():
@@ -66,7 +73,7 @@ def needs_list(objective: Objective | TokenLoss) -> bool:
             return True
 
 
-def described(objective: Objective | TokenLoss) -> dict[str, object]:
+def describe_objective(objective: Objective | TokenLoss) -> dict[str, object]:
     """What the run log calls it: its kind and settings, or the name of a function of one's own."""
     if isinstance(objective, Frozen):
         return {"divergence_mode": objective.kind, "objective": objective.model_dump()}
@@ -74,7 +81,7 @@ def described(objective: Objective | TokenLoss) -> dict[str, object]:
     return {"divergence_mode": f"custom: {name}", "objective": {"kind": "custom", "function": name}}
 
 
-def valid_tokens(sample: PreparedSample, objective: Objective | TokenLoss, vocab_size: int) -> Bool:
+def find_valid_tokens(sample: PreparedSample, objective: Objective | TokenLoss, vocab_size: int) -> Bool:
     """Bool [C]: completion tokens that train. Unknown teacher or behaviour logprobs are masked, never replaced.
 
     Where the advantage is a log-ratio (scalar KL, beta = 1), a token to which the teacher gives exactly zero
@@ -83,8 +90,8 @@ def valid_tokens(sample: PreparedSample, objective: Objective | TokenLoss, vocab
     where everything that follows is.
     """
     valid: Bool = sample.core.mask.copy()
-    if needs_list(objective):
-        valid &= listed(sample).within(vocab_size).signal
+    if needs_teacher_list(objective):
+        valid &= require_list(sample).within(vocab_size).signal
     if not isinstance(objective, ForwardKL | ReverseKL | DirectGJS | KD | TAID | EntropyAware):
         valid &= ~np.isnan(sample.teacher_logp) & ~np.isnan(sample.behavior.logp)
     match objective:
@@ -97,12 +104,12 @@ def valid_tokens(sample: PreparedSample, objective: Objective | TokenLoss, vocab
         case _:  # a sum over the list needs no realised token: only the tail term is left out
             pass
     if isinstance(objective, ScalarKL | GJS | TopKPolicyGradient) and objective.gamma > 0.0:
-        known = finite_suffix(valid | ~sample.core.mask)  # what the policy did not say counts for nothing
+        known = find_finite_suffix(valid | ~sample.core.mask)  # what the policy did not say counts for nothing
         valid &= known
     return valid
 
 
-def objective_loss(
+def compute_objective_loss(
     objective: Objective | TokenLoss,
     *,
     score: Score,
@@ -125,15 +132,15 @@ def objective_loss(
         t: TAID's interpolation weight.
         stop_ids: Whose probability the run log shows.
     """
-    rows = teacher_rows(batch, vocab_size, lists=needs_list(objective))
+    rows = select_teacher_rows(batch, vocab_size, lists=needs_teacher_list(objective))
     ids = torch.from_numpy(rows.ids.astype(np.int64)).to(batch.targets.device)
     stops = torch.tensor(stop_ids, dtype=torch.long, device=ids.device).expand(batch.tokens, -1)
     logp = score(batch, torch.cat([ids, batch.targets[:, None], stops], dim=1))
-    view = view_of(batch, logp, rows, importance=importance, num_tokens=num_tokens, vocab_size=vocab_size)
+    view = build_view(batch, logp, rows, importance=importance, num_tokens=num_tokens, vocab_size=vocab_size)
     loss, advantage, counts, means = _dispatch(objective, view, t)
     stats = TokenStats(
         view.logp_new.detach().cpu().numpy(),
-        behavior_of(batch),
+        select_behavior_logp(batch),
         rows.actual_logp,
         advantage,
         counts,
@@ -170,12 +177,12 @@ def _dispatch(
         case SFT():
             raise ConfigError("objective sft learns from the data's completions, not from scored samples")
         case _ if callable(objective):
-            return _own(objective, view), None, {}, {}
+            return _compute_custom_loss(objective, view), None, {}, {}
         case _:
             assert_never(objective)
 
 
-def _own(objective: TokenLoss, view: TokenView) -> Tensor:
+def _compute_custom_loss(objective: TokenLoss, view: TokenView) -> Tensor:
     per_token: object = objective(view)
     if not isinstance(per_token, Tensor) or per_token.shape != view.logp_new.shape:
         raise ConfigError(
@@ -186,6 +193,6 @@ def _own(objective: TokenLoss, view: TokenView) -> Tensor:
     return per_token.sum() / view.num_tokens
 
 
-def text_loss(score: Score, batch: MicroBatch[TextSample], num_tokens: int) -> Tensor:
+def compute_text_loss(score: Score, batch: MicroBatch[TextSample], num_tokens: int) -> Tensor:
     """Cross-entropy of the data's own tokens, -(1/N) sum log s(y), in nats."""
     return -score(batch, batch.targets[:, None]).sum() / num_tokens

@@ -34,7 +34,7 @@ def build_optimizer(config: LearnerConfig, parameters: Iterable[Tensor], lr: flo
     return made
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def collect_optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of all state tensors by "parameter name/entry"; sharded ones are gathered whole (every rank must call)."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in named.items():
@@ -48,7 +48,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tens
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Puts back what ``optimizer_tensors`` gave; state of another student is refused."""
+    """Puts back what ``collect_optimizer_tensors`` gave; state of another student is refused."""
     fresh: dict[str, dict[str, Any]] = {}
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")
@@ -58,13 +58,13 @@ def load_optimizer_tensors(
             raise ConfigError(
                 "optimiser state of another student", where=name, got=tuple(value.shape), expected=expected
             )
-        fresh.setdefault(name, {})[key] = _placed(value, parameter)
+        fresh.setdefault(name, {})[key] = _place_tensor(value, parameter)
     optimizer.state.clear()
     for name, entries in fresh.items():
         optimizer.state[named[name]] = entries
 
 
-def _placed(value: Tensor, parameter: Tensor) -> Tensor:
+def _place_tensor(value: Tensor, parameter: Tensor) -> Tensor:
     if not value.dim():  # a step counter stays where the optimiser keeps it
         return value.clone()
     if isinstance(parameter, DTensor):
@@ -84,7 +84,7 @@ def check_schedule(config: LearnerConfig, steps: int | None) -> None:
         )
 
 
-def rate_factor(config: LearnerConfig, step: int, steps: int | None) -> float:
+def compute_rate_factor(config: LearnerConfig, step: int, steps: int | None) -> float:
     """What the peak rate is multiplied by at 0-based ``step``, in (0, 1].
 
     Warm-up: (step + 1) / warmup_steps. Then, with p from 0 at the first step after it to 1 at the step after the last,

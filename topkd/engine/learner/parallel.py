@@ -19,12 +19,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from topkd.engine.learner.batching import MicroBatch
 from topkd.engine.learner.distributed import Ranks, Strategy
-from topkd.engine.models.lora import without_wrapper
+from topkd.engine.models.lora import unwrap_adapter
 from topkd.engine.models.student import Precision, Student, split_logprobs
 from topkd.topk.errors import ConfigError
 
 
-class Trainee(Protocol):
+class ParallelModel(Protocol):
     """Weights that train, and how a step reaches them."""
 
     named: dict[str, nn.Parameter]
@@ -63,10 +63,10 @@ class Replicated:
     def __init__(self, student: Student, ranks: Ranks, precision: Precision, *, checkpointing: bool) -> None:
         self.student, self.ranks, self.precision = student, ranks, precision
         self.named = student.trained()
-        self._layers = checkpointed_layers(student) if checkpointing else []
+        self._layers = prepare_checkpointed_layers(student) if checkpointing else []
 
     def score(self, batch: MicroBatch[Any], ids: Tensor) -> Tensor:
-        """See ``Trainee``."""
+        """See ``ParallelModel``."""
         return self.student.token_logprobs(batch.input_ids, batch.attention_mask, batch.rows, ids, self.precision)
 
     def rounds(self, batches: int) -> int:
@@ -74,7 +74,7 @@ class Replicated:
         return batches
 
     def reduce(self) -> None:
-        """See ``Trainee``."""
+        """See ``ParallelModel``."""
         self.ranks.sum_gradients(self.named.values())
 
     def publish(self) -> None:
@@ -84,8 +84,8 @@ class Replicated:
         """Nothing: they are the ones that will be."""
 
     def training(self) -> contextlib.AbstractContextManager[None]:
-        """See ``Trainee``."""
-        return recomputing(self._layers)
+        """See ``ParallelModel``."""
+        return enable_recomputation(self._layers)
 
 
 class _Split(nn.Module):
@@ -117,7 +117,7 @@ class Sharded:
         self.loss_scale = float(ranks.size)  # FSDP averages gradients over ranks; the loss is already a global mean
         twin = copy.deepcopy(student.model)
         inner = Student(twin, *_same_modules(student, twin), student.device)
-        self._layers = checkpointed_layers(inner) if checkpointing else []
+        self._layers = prepare_checkpointed_layers(inner) if checkpointing else []
         self.split = _Split(inner.backbone, inner.head, precision)
         names = {id(parameter): name for name, parameter in twin.named_parameters()}
         paths = {path: names[id(parameter)] for path, parameter in self.split.named_parameters()}
@@ -129,7 +129,7 @@ class Sharded:
         self._whole = dict(student.model.named_parameters())
 
     def score(self, batch: MicroBatch[Any], ids: Tensor) -> Tensor:
-        """See ``Trainee``."""
+        """See ``ParallelModel``."""
         made: Tensor = self.split(batch.input_ids, batch.attention_mask, batch.rows, ids)
         return made
 
@@ -157,13 +157,13 @@ class Sharded:
             parameter.copy_(whole)
 
     def training(self) -> contextlib.AbstractContextManager[None]:
-        """See ``Trainee``."""
-        return recomputing(self._layers)
+        """See ``ParallelModel``."""
+        return enable_recomputation(self._layers)
 
 
-def trainee(
+def make_parallel_model(
     student: Student, ranks: Ranks, strategy: Strategy, precision: Precision, *, checkpointing: bool
-) -> Trainee:
+) -> ParallelModel:
     """The student's weights as the strategy holds them."""
     made = Sharded if strategy == "fsdp2" and ranks.size > 1 else Replicated
     return made(student, ranks, precision, checkpointing=checkpointing)
@@ -175,11 +175,11 @@ def clip_gradients(parameters: list[nn.Parameter], most: float) -> float:
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def checkpointed_layers(student: Student) -> list[nn.Module]:
+def prepare_checkpointed_layers(student: Student) -> list[nn.Module]:
     """The layers that recompute their activations in the backward pass, prepared to do so when they are told."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    model = without_wrapper(student.model)
+    model = unwrap_adapter(student.model)
     layers = [module for module in student.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers or not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(
@@ -195,7 +195,7 @@ def checkpointed_layers(student: Student) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def recomputing(layers: list[nn.Module]) -> Iterator[None]:
+def enable_recomputation(layers: list[nn.Module]) -> Iterator[None]:
     """Switch recomputation on: transformers ties it to ``training``, which is set on the layers alone.
 
     Their children stay in eval mode (no dropout), and outside a step the KV cache of a sampler works.

@@ -28,7 +28,7 @@ def sampled_loss(objective: Sampled, view: TokenView) -> tuple[Tensor, Float64]:
     beta = 1.0 if isinstance(objective, ScalarKL) else objective.beta
     advantage = own_advantage(objective, view)
     if objective.baseline == "value" or objective.gamma > 0.0:
-        rows = without_zeros(view.teacher) if beta == 1.0 else view.teacher
+        rows = drop_zero_entries(view.teacher) if beta == 1.0 else view.teacher
         if objective.baseline == "value":
             advantage = advantage - mean_advantage(view.logp_at_ids, rows, beta)
         if objective.gamma > 0.0:
@@ -37,7 +37,7 @@ def sampled_loss(objective: Sampled, view: TokenView) -> tuple[Tensor, Float64]:
             advantage = discounted_return(own, divergence, objective.gamma, lengths=view.lengths)
     if objective.advantage_clip is not None:
         advantage = np.clip(advantage, -objective.advantage_clip, objective.advantage_clip)
-    return weighted(view, advantage), advantage
+    return weight_gradients(view, advantage), advantage
 
 
 def own_advantage(objective: Sampled | TopKPolicyGradient, view: TokenView) -> Float64:
@@ -51,7 +51,7 @@ def own_advantage(objective: Sampled | TopKPolicyGradient, view: TokenView) -> F
 
 def topk_loss(objective: TopKPolicyGradient, view: TokenView) -> tuple[Tensor, Float64, dict[str, float]]:
     """The top-K policy gradient; at gamma > 0 the sampled token has the discounted divergences that follow besides."""
-    reference, cap = _reference(view)
+    reference, cap = _choose_reference(view)
     loss, counted = topk_policy_gradient_loss(
         view.logp_at_ids,
         view.logp_new,
@@ -65,14 +65,14 @@ def topk_loss(objective: TopKPolicyGradient, view: TokenView) -> tuple[Tensor, F
     )
     advantage = own_advantage(objective, view)
     if objective.gamma > 0.0:
-        rows = without_zeros(view.teacher) if objective.beta == 1.0 else view.teacher
+        rows = drop_zero_entries(view.teacher) if objective.beta == 1.0 else view.teacher
         divergence = bucket_rows(view.logp_at_ids, rows, objective.beta).cpu().numpy()
         following = discounted_return(None, divergence, objective.gamma, lengths=view.lengths)
-        loss = loss + weighted(view, following)
+        loss = loss + weight_gradients(view, following)
     return loss, advantage, counted
 
 
-def weighted(view: TokenView, advantage: Float64) -> Tensor:
+def weight_gradients(view: TokenView, advantage: Float64) -> Tensor:
     """-(1/N) sum of advantage times the token's gradient, its ratio bounded as the config says."""
     on_device = torch.from_numpy(advantage).to(view.logp_new.device, view.logp_new.dtype)
     if view.importance.kind == "ppo":
@@ -84,11 +84,11 @@ def weighted(view: TokenView, advantage: Float64) -> Tensor:
             dual_clip=view.importance.dual_clip,
             num_tokens=view.num_tokens,
         )
-    reference, cap = _reference(view)
+    reference, cap = _choose_reference(view)
     return importance_sampling_loss(view.logp_new, reference, on_device, cap=cap, num_tokens=view.num_tokens)
 
 
-def _reference(view: TokenView) -> tuple[Tensor, float]:
+def _choose_reference(view: TokenView) -> tuple[Tensor, float]:
     """(logprobs that ratios are taken against, their cap); without importance sampling every ratio is 1."""
     if view.importance.kind == "truncated":
         return view.behavior_logp, view.importance.cap
@@ -104,12 +104,12 @@ def mean_advantage(student_logp: Tensor, rows: SparseTeacher, beta: float) -> Fl
     return value_baseline(np.where(listed, teacher, -np.inf), student, beta, teacher_tail_logp=tail)
 
 
-def without_zeros(rows: SparseTeacher) -> SparseTeacher:
+def drop_zero_entries(rows: SparseTeacher) -> SparseTeacher:
     """The rows with ids of teacher probability zero left to the tail: at beta = 1 they alone would make it infinite."""
     return replace(rows, ids=torch.where(torch.isneginf(rows.logp), -1, rows.ids))
 
 
-def finite_suffix(
+def find_finite_suffix(
     valid: Sequence[bool] | np.ndarray[tuple[int], np.dtype[np.bool_]],
 ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """Where a place and every later one is valid: a return over what follows is known only there."""

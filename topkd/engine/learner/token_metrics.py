@@ -56,10 +56,10 @@ def token_metrics(stats: Sequence[TokenStats], importance: ImportanceSampling) -
     stops = [part.stop_p for part in stats if part.stop_p is not None]
     if stops:
         metrics["eos_probability"] = _mean(np.concatenate(stops))
-    return metrics | _counted(stats)
+    return metrics | _combine_counts(stats)
 
 
-def over_passes(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def average_passes(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Several optimiser steps on the same tokens as one record: means over them.
 
     Of ``ratio_max`` it is the greatest, of ``ratio_hist`` the sum: every token counts once a pass.
@@ -106,7 +106,7 @@ def _ratio_metrics(
     }
 
 
-def _counted(stats: Sequence[TokenStats]) -> dict[str, float]:
+def _combine_counts(stats: Sequence[TokenStats]) -> dict[str, float]:
     """What the objective itself counted: sums, and means weighted by tokens."""
     tokens = sum(part.logp_new.size for part in stats)
     counts = {name: sum(part.counts[name] for part in stats) for name in stats[0].counts}

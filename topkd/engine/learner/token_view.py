@@ -47,7 +47,7 @@ TokenLoss: TypeAlias = Callable[[TokenView], Tensor]
 """An objective of one's own: the loss of each token, [N], to be summed and divided by ``num_tokens``."""
 
 
-def teacher_rows(batch: MicroBatch[PreparedSample], vocab_size: int, *, lists: bool) -> TopK:
+def select_teacher_rows(batch: MicroBatch[PreparedSample], vocab_size: int, *, lists: bool) -> TopK:
     """The teacher's rows of a batch's tokens, ids past the student's vocabulary moved to the tail.
 
     Without ``lists`` they are rows of K = 0 that know their realised token.
@@ -55,7 +55,7 @@ def teacher_rows(batch: MicroBatch[PreparedSample], vocab_size: int, *, lists: b
     parts = []
     for sample, pick in zip(batch.samples, batch.picks, strict=True):
         if lists:
-            rows = listed(sample)
+            rows = require_list(sample)
             part = TopK(
                 0, rows.ids[pick], rows.logp[pick], rows.actual_ids[pick], rows.actual_logp[pick], rows.tail_logp[pick]
             )
@@ -68,7 +68,7 @@ def teacher_rows(batch: MicroBatch[PreparedSample], vocab_size: int, *, lists: b
     return TopK.concat(parts).within(vocab_size)
 
 
-def listed(sample: PreparedSample) -> TopK:
+def require_list(sample: PreparedSample) -> TopK:
     """The sample's top-K rows; refused where the teacher gave realised tokens only."""
     if not isinstance(sample, TopKPreparedSample):
         raise ConfigError(
@@ -79,13 +79,13 @@ def listed(sample: PreparedSample) -> TopK:
     return sample.teacher
 
 
-def behavior_of(batch: MicroBatch[PreparedSample]) -> Float32:
+def select_behavior_logp(batch: MicroBatch[PreparedSample]) -> Float32:
     """The rollouts' own logprobs at a batch's tokens, float32 [N]; NaN = unknown."""
     pairs = zip(batch.samples, batch.picks, strict=True)
     return np.concatenate([sample.behavior.logp[pick] for sample, pick in pairs])
 
 
-def view_of(
+def build_view(
     batch: MicroBatch[PreparedSample],
     logp: Tensor,
     rows: TopK,
@@ -99,7 +99,7 @@ def view_of(
         logp[:, : rows.k],
         logp[:, rows.k],
         SparseTeacher.from_topk(rows, logp.device, torch.float32),
-        torch.from_numpy(behavior_of(batch)).to(logp.device),
+        torch.from_numpy(select_behavior_logp(batch)).to(logp.device),
         importance,
         tuple(len(pick) for pick in batch.picks),
         num_tokens,

@@ -18,13 +18,13 @@ EOS_FACTOR = 0.1
 MISMATCH_NATS = 0.02  # bfloat16 against float32 stays below a hundredth
 
 
-def alarms(records: Sequence[Record]) -> list[dict[str, Any]]:
+def find_alarms(records: Sequence[Record]) -> list[dict[str, Any]]:
     """The alarms that the last of these step records sets off; the ones before it are the run so far."""
-    before = {alarm["alarm"] for alarm in _standing(records[:-1])}
-    return [alarm for alarm in _standing(records) if alarm["alarm"] not in before]
+    before = {alarm["alarm"] for alarm in _is_standing(records[:-1])}
+    return [alarm for alarm in _is_standing(records) if alarm["alarm"] not in before]
 
 
-def _standing(records: Sequence[Record]) -> list[dict[str, Any]]:
+def _is_standing(records: Sequence[Record]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     mismatch = _mean([record for record in records if record.get("mismatch_kl") is not None][-1:], "mismatch_kl")
     if mismatch is not None and mismatch > MISMATCH_NATS:

@@ -16,7 +16,7 @@ from topkd.topk.types import PAD_ID, Float32, Int32, TopK
 Support = Literal["teacher", "student", "union"]
 
 
-def support_of(objective: Objective) -> Support:
+def read_support(objective: Objective) -> Support:
     """Whose list an objective sums over."""
     return objective.support if isinstance(objective, TopKPolicyGradient) else "teacher"
 
@@ -34,7 +34,7 @@ def check_support(support: Support, teachers: Mapping[str, TeacherScorer]) -> No
             )
 
 
-async def supported(teacher: TeacherScorer, ids: Ids, scores: TopK, rollout: Rollout, support: Support) -> TopK:
+async def move_to_support(teacher: TeacherScorer, ids: Ids, scores: TopK, rollout: Rollout, support: Support) -> TopK:
     """``scores`` with the list that ``support`` names in place of the teacher's own; the realised tokens stay."""
     if support == "teacher":
         return scores
@@ -47,10 +47,10 @@ async def supported(teacher: TeacherScorer, ids: Ids, scores: TopK, rollout: Rol
     if not isinstance(teacher, CandidateScorer):
         raise ConfigError("the teacher scores no chosen ids", got=type(teacher).__name__)
     wanted = rollout.topk.ids
-    return on_support(scores, wanted, await teacher.score_candidates(ids, scores.start, wanted), support)
+    return build_support_rows(scores, wanted, await teacher.score_candidates(ids, scores.start, wanted), support)
 
 
-def on_support(scores: TopK, wanted: Int32, values: Float32, support: Support) -> TopK:
+def build_support_rows(scores: TopK, wanted: Int32, values: Float32, support: Support) -> TopK:
     """The teacher's rows at the ids ``wanted`` [R, K] (-1 pads), whose logprobs are ``values``.
 
     For the union the ids that the teacher lists itself stay as they are, and the tail loses what the others add. The

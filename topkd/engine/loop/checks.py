@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from topkd.engine.config.engine_config import EngineConfig
 from topkd.engine.config.objectives import SFT
-from topkd.engine.loop.candidates import check_support, support_of
+from topkd.engine.loop.candidates import check_support, read_support
 from topkd.engine.loop.data_mixing import check_mixture
 from topkd.engine.loop.prompts import PromptRow
-from topkd.engine.loop.scoring import ScoredBatch, teacher_for
+from topkd.engine.loop.scoring import ScoredBatch, find_teacher
 from topkd.topk.errors import CacheMissError, ConfigError, TrainingError
 from topkd.topk.protocols import TeacherScorer
 
@@ -21,8 +21,8 @@ def check_run(config: EngineConfig, rows: Sequence[PromptRow], teachers: Mapping
     check_mixture(config, rows)
     if not isinstance(config.objective, SFT):
         for teacher_id in {row.teacher_id for row in rows}:
-            teacher_for(teachers, teacher_id)
-    check_support(support_of(config.objective), teachers)
+            find_teacher(teachers, teacher_id)
+    check_support(read_support(config.objective), teachers)
     longest = max(rows, key=lambda row: row.prompt_ids.size)
     if longest.prompt_ids.size > config.rollout.max_prompt_tokens:
         raise ConfigError(

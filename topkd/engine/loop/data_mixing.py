@@ -24,7 +24,7 @@ DATA = "data"  # the version of a completion that no policy of this run has draw
 _POOL = 0x5F7  # keeps the data rows' order apart from the prompts'
 
 
-def on_policy_prompts(config: EngineConfig) -> int:
+def count_on_policy_prompts(config: EngineConfig) -> int:
     """How many of a step's prompts the student completes."""
     share = 0.0 if isinstance(config.objective, SFT) else config.on_policy_fraction
     return round(share * config.rollout.prompts_per_step)
@@ -33,13 +33,13 @@ def on_policy_prompts(config: EngineConfig) -> int:
 def check_mixture(config: EngineConfig, rows: Sequence[PromptRow]) -> None:
     """Refuses a run that wants completions from data that has none, or a mixture that its steps are too small for."""
     prompts = config.rollout.prompts_per_step
-    if 0.0 < config.on_policy_fraction < 1.0 and on_policy_prompts(config) in {0, prompts}:
+    if 0.0 < config.on_policy_fraction < 1.0 and count_on_policy_prompts(config) in {0, prompts}:
         raise ConfigError(
             "a step is too small for on_policy_fraction",
-            got=f"{config.on_policy_fraction:g} of {prompts} prompts, which is {on_policy_prompts(config)}",
+            got=f"{config.on_policy_fraction:g} of {prompts} prompts, which is {count_on_policy_prompts(config)}",
             hint="raise rollout.prompts_per_step, or set on_policy_fraction to 0 or 1",
         )
-    if on_policy_prompts(config) < config.rollout.prompts_per_step and not _pool(rows):
+    if count_on_policy_prompts(config) < config.rollout.prompts_per_step and not _pool(rows):
         what = "objective sft" if isinstance(config.objective, SFT) else "on_policy_fraction below 1"
         raise ConfigError(
             f"{what} learns from completions in the data, and no row has one",
@@ -47,31 +47,33 @@ def check_mixture(config: EngineConfig, rows: Sequence[PromptRow]) -> None:
         )
 
 
-def data_rows(config: EngineConfig, rows: Sequence[PromptRow], step: int) -> list[PromptRow]:
+def select_data_rows(config: EngineConfig, rows: Sequence[PromptRow], step: int) -> list[PromptRow]:
     """The rows whose own completions step ``step`` learns from."""
-    count = config.rollout.prompts_per_step - on_policy_prompts(config)
+    count = config.rollout.prompts_per_step - count_on_policy_prompts(config)
     if not count:
         return []
     pool = _pool(rows)
     return [pool[i] for i in step_indices(len(pool), count, step, config.seed + _POOL)]
 
 
-def data_rollouts(config: EngineConfig, rows: Sequence[PromptRow], step: int) -> tuple[list[PromptRow], list[Rollout]]:
+def build_data_rollouts(
+    config: EngineConfig, rows: Sequence[PromptRow], step: int
+) -> tuple[list[PromptRow], list[Rollout]]:
     """The same as rollouts to be scored, each with its row; none where the data trains by cross-entropy."""
     if config.data_loss == "sft" or isinstance(config.objective, SFT):
         return [], []
-    chosen = data_rows(config, rows, step)
+    chosen = select_data_rows(config, rows, step)
     return chosen, [_rollout(row) for row in chosen]
 
 
-def data_texts(config: EngineConfig, rows: Sequence[PromptRow], step: int) -> list[TextSample]:
+def build_data_texts(config: EngineConfig, rows: Sequence[PromptRow], step: int) -> list[TextSample]:
     """The same as texts; none where the teacher scores them."""
     if config.data_loss == "objective" and not isinstance(config.objective, SFT):
         return []
-    return [_text(row) for row in data_rows(config, rows, step)]
+    return [_text(row) for row in select_data_rows(config, rows, step)]
 
 
-def trained_mask(row: PromptRow, rollout: Rollout) -> Bool:
+def build_trained_mask(row: PromptRow, rollout: Rollout) -> Bool:
     """Which tokens of a rollout train: all that the student drew, and of the data's own those its mask names."""
     if rollout.version == DATA and row.completion_mask is not None:
         return row.completion_mask
@@ -95,7 +97,7 @@ def _text(row: PromptRow) -> TextSample:
     core = SampleCore(
         np.concatenate([row.prompt_ids, rollout.completion_ids]),
         int(row.prompt_ids.size),
-        trained_mask(row, rollout),
+        build_trained_mask(row, rollout),
         row.teacher_prompt_ids,
         row.teacher_id,
         row.sample_id,

@@ -15,19 +15,19 @@ from typing import TypeAlias
 from topkd.engine.config.engine_config import EngineConfig
 from topkd.engine.learner.distributed import Ranks
 from topkd.engine.learner.learner import Learner
-from topkd.engine.learner.objectives import described
-from topkd.engine.loop.alarms import alarms
-from topkd.engine.loop.candidates import support_of
+from topkd.engine.learner.objectives import describe_objective
+from topkd.engine.loop.alarms import find_alarms
+from topkd.engine.loop.candidates import read_support
 from topkd.engine.loop.checks import check_run, refuse_losses
-from topkd.engine.loop.data_mixing import DATA, data_texts
+from topkd.engine.loop.data_mixing import DATA, build_data_texts
 from topkd.engine.loop.hooks import Hooks, Record
 from topkd.engine.loop.metrics import MetricsLog
-from topkd.engine.loop.pipeline import Drawn, InFlight, Supply
+from topkd.engine.loop.pipeline import BatchPipeline, Drawn, InFlight
 from topkd.engine.loop.position import Position
 from topkd.engine.loop.prompts import PromptRow
-from topkd.engine.loop.rollouts import draw
-from topkd.engine.loop.scoring import ScoredBatch, score_rollouts, teacher_facts, teacher_metrics
-from topkd.engine.loop.waiting import before, first_of, whole
+from topkd.engine.loop.rollouts import draw_rollouts
+from topkd.engine.loop.scoring import ScoredBatch, compute_teacher_metrics, score_rollouts, summarize_scores
+from topkd.engine.loop.waiting import root_exception, to_thread_uncancelled, wait_unless_stopped
 from topkd.topk.protocols import Sampler, TeacherScorer
 
 Source: TypeAlias = Callable[[int], Awaitable[Drawn]]
@@ -86,7 +86,7 @@ async def distil(
     except BaseException as error:
         run.failed()
         if isinstance(error, BaseExceptionGroup):
-            raise first_of(error) from error
+            raise root_exception(error) from error
         raise
     return run.records[len(earlier) :]
 
@@ -120,11 +120,11 @@ class _Run:
 
         async def drawn(step: int) -> Drawn:
             if source is None:
-                return await draw(config, rows, sampler, step, ranks)
+                return await draw_rollouts(config, rows, sampler, step, ranks)
             asked, rollouts = await source(step)
             return list(ranks.slice(asked)), list(ranks.slice(rollouts))
 
-        self.supply = Supply(
+        self.supply = BatchPipeline(
             rows=rows,
             steps=config.steps,
             max_staleness=config.max_staleness,
@@ -136,7 +136,7 @@ class _Run:
                 config.k,
                 truncated=config.rollout.truncated,
                 context=hooks.context,
-                support=support_of(config.objective),
+                support=read_support(config.objective),
             ),
             publish=self.publish,
             told=lambda event: self.write("event", event),
@@ -179,24 +179,24 @@ class _Run:
 
     def taken(self, step: int, batch: ScoredBatch) -> Record:
         """The learner's step, and what the step's scores were like on all ranks; in a thread."""
-        texts = self.ranks.slice(data_texts(self.config, self.rows, step))
+        texts = self.ranks.slice(build_data_texts(self.config, self.rows, step))
         learnt = self.learner.step(batch.samples, texts)
-        return learnt | teacher_metrics(self.ranks.gather(teacher_facts(batch)))
+        return learnt | compute_teacher_metrics(self.ranks.gather(summarize_scores(batch)))
 
     async def learn(self, step: int, taken: InFlight, batch: ScoredBatch, waited_s: float) -> None:
         refuse_losses(self.config, batch, step)
         if self.hooks.on_batch is not None and self.ranks.main:
             await asyncio.to_thread(self.hooks.on_batch, step + 1, batch)
         began = time.perf_counter()
-        learnt, cancelled = await whole(self.taken, step, batch)
+        learnt, cancelled = await to_thread_uncancelled(self.taken, step, batch)
         # Of another run's policy no distance to this learner's is known, whatever its versions are called.
         ours = self.source is None and not self.hooks.foreign
         fresh = ours and taken.versions == (str(step),)
         record: Record = {
             "step": step + 1,
-            **described(self.learner.objective),
+            **describe_objective(self.learner.objective),
             "version": step + 1,
-            "staleness": _staleness(step, taken) if ours else None,
+            "staleness": _compute_staleness(step, taken) if ours else None,
             "rollout_versions": [*taken.versions],
             **learnt,
             # Of the very weights that step, before they change: what is left is the sampler's own arithmetic.
@@ -208,7 +208,7 @@ class _Run:
         }
         self.records.append(record)
         self.done = step + 1
-        record["alarms"] = alarms(self.records)
+        record["alarms"] = find_alarms(self.records)
         self.unwritten.append(record)
         if cancelled is not None:
             raise cancelled
@@ -300,7 +300,7 @@ class _Run:
     async def unless_stopped(self, work: Awaitable[object]) -> bool:
         """Wait for the work; False when the run is to stop. Several processes stop together, so they also ask then."""
         if self.ranks.size == 1:
-            return await before(self.stop, work)
+            return await wait_unless_stopped(self.stop, work)
         await work
         return True
 
@@ -309,7 +309,7 @@ class _Run:
         return bool(await asyncio.to_thread(self.ranks.most, int(self.stop.is_set())))
 
 
-def _staleness(step: int, taken: InFlight) -> int | None:
+def _compute_staleness(step: int, taken: InFlight) -> int | None:
     """Versions between the weights that sampled and those that learn; a sampler may be synced less than every step.
 
     None where nothing was sampled.

@@ -30,7 +30,7 @@ class MetricsLog:
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         """One line; numbers that JSON cannot say are written as null."""
-        self._file.write(json.dumps({"kind": kind, **strict(dict(record))}, allow_nan=False) + "\n")
+        self._file.write(json.dumps({"kind": kind, **make_strict_json(dict(record))}, allow_nan=False) + "\n")
         self._file.flush()
 
     def kept(self) -> int:
@@ -76,17 +76,17 @@ def read_metrics(path: Path, kind: str | None = None, *, end: int | None = None)
     return records
 
 
-def outcome(record: Mapping[str, Any]) -> dict[str, Any]:
+def drop_timings(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record without seconds (``*_s``) and traffic: what a deterministic run repeats, and a resumed one ends with."""
     return {key: value for key, value in record.items() if not key.endswith("_s") and key not in TRAFFIC}
 
 
-def strict(value: Any) -> Any:
+def make_strict_json(value: Any) -> Any:
     """The value with every non-finite number as None, at any depth: what strict JSON can say."""
     if isinstance(value, dict):
-        return {key: strict(entry) for key, entry in value.items()}
+        return {key: make_strict_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [strict(entry) for entry in value]
+        return [make_strict_json(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

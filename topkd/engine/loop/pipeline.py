@@ -37,7 +37,7 @@ class InFlight:
     scored: asyncio.Task[ScoredBatch]
 
 
-class Supply:
+class BatchPipeline:
     """Publishes, samples and scores ahead of the learner.
 
     Args:
@@ -77,9 +77,9 @@ class Supply:
         self._flying: deque[InFlight] = deque()
         self._tasks: list[asyncio.Task[Any]] = []
         self._first, self._beside = start.step, beside
-        self.weights, self.released = Milestone(start.step), Milestone(start.step - 1)
-        self._begun = Milestone(start.step - 1)
-        self.published, self.sampled = Milestone(start.step - 1), Milestone(start.step)
+        self.weights, self.released = WaitableCounter(start.step), WaitableCounter(start.step - 1)
+        self._begun = WaitableCounter(start.step - 1)
+        self.published, self.sampled = WaitableCounter(start.step - 1), WaitableCounter(start.step)
 
     def start(self, group: asyncio.TaskGroup) -> None:
         """Begin; the tasks end with the run's last version, with ``stop``, or with the group."""
@@ -167,7 +167,7 @@ class Supply:
         self.sampled.to(step + 1)
 
 
-class Milestone:
+class WaitableCounter:
     """The highest value reached so far."""
 
     def __init__(self, value: int) -> None:

@@ -60,9 +60,9 @@ def step_indices(rows: int, per_step: int, step: int, seed: int) -> list[int]:
     Stateless: a resumed run asks for step n and gets what the uninterrupted run got.
     """
     positions = range(step * per_step, (step + 1) * per_step)
-    return [int(_epoch(rows, position // rows, seed)[position % rows]) for position in positions]
+    return [int(_shuffle_epoch(rows, position // rows, seed)[position % rows]) for position in positions]
 
 
 @lru_cache(maxsize=4)
-def _epoch(rows: int, epoch: int, seed: int) -> NDArray[np.int64]:
+def _shuffle_epoch(rows: int, epoch: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(rows)

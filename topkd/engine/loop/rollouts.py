@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from topkd.engine.config.engine_config import EngineConfig
-from topkd.engine.loop.candidates import support_of
-from topkd.engine.loop.data_mixing import data_rollouts, on_policy_prompts
+from topkd.engine.loop.candidates import read_support
+from topkd.engine.loop.data_mixing import build_data_rollouts, count_on_policy_prompts
 from topkd.engine.loop.prompts import PromptRow, step_indices
 from topkd.topk.errors import ConfigError
 from topkd.topk.protocols import Ids, Sampler
@@ -30,7 +30,7 @@ class BatchSampler(Protocol):
         ...
 
 
-async def draw(
+async def draw_rollouts(
     config: EngineConfig, rows: Sequence[PromptRow], sampler: Sampler, step: int, ranks: Ranks | None = None
 ) -> tuple[list[PromptRow], list[Rollout]]:
     """The rollouts of step ``step``, each with its row: the same for the same seed and weights.
@@ -38,9 +38,9 @@ async def draw(
     A step's prompts are drawn in ``rollout.shards`` parts, each from a seed of its own; of several processes each takes
     as many whole parts. Completions from the data that the teacher is to score follow them.
     """
-    chosen = [rows[i] for i in step_indices(len(rows), on_policy_prompts(config), step, config.seed)]
-    data, given = data_rollouts(config, rows, step)
-    parts = shards(config, ranks)
+    chosen = [rows[i] for i in step_indices(len(rows), count_on_policy_prompts(config), step, config.seed)]
+    data, given = build_data_rollouts(config, rows, step)
+    parts = count_shards(config, ranks)
     mine: Sequence[int] = range(parts)
     if ranks is not None:
         mine, data, given = ranks.slice(mine), list(ranks.slice(data)), list(ranks.slice(given))
@@ -48,13 +48,13 @@ async def draw(
     drawn: list[Rollout] = []
     for part in mine:
         some = chosen[part * len(chosen) // parts : (part + 1) * len(chosen) // parts]
-        seed = derived_seed(config.seed, "rollout", step, *(("part", part, parts) if parts > 1 else ()))
+        seed = derive_seed(config.seed, "rollout", step, *(("part", part, parts) if parts > 1 else ()))
         asked += [row for row in some for _ in range(config.rollout.samples_per_prompt)]
         drawn += await _part(config, some, sampler, seed) if some else []
     return [*asked, *data], [*drawn, *given]
 
 
-def shards(config: EngineConfig, ranks: Ranks | None) -> int:
+def count_shards(config: EngineConfig, ranks: Ranks | None) -> int:
     """Parts that a step's prompts are drawn in: as the config says, else one a process."""
     size = 1 if ranks is None else ranks.size
     parts = config.rollout.shards or size
@@ -71,7 +71,7 @@ async def _part(config: EngineConfig, chosen: Sequence[PromptRow], sampler: Samp
         max_tokens=config.rollout.max_completion_tokens, stop_token_ids=config.rollout.stop_token_ids, seed=seed
     )
     n, prompts = config.rollout.samples_per_prompt, [row.prompt_ids for row in chosen]
-    k = 0 if support_of(config.objective) == "teacher" else config.k  # the student's own lists are seldom needed
+    k = 0 if read_support(config.objective) == "teacher" else config.k  # the student's own lists are seldom needed
     if isinstance(sampler, BatchSampler):
         drawn = await sampler.sample_batch(prompts, n, params, k=k)
     else:
@@ -81,6 +81,6 @@ async def _part(config: EngineConfig, chosen: Sequence[PromptRow], sampler: Samp
     return [rollout for rollouts in drawn for rollout in rollouts]
 
 
-def derived_seed(seed: int, *path: object) -> int:
+def derive_seed(seed: int, *path: object) -> int:
     """A 31-bit seed for one purpose of a run, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr((seed, *path)).encode(), digest_size=4).digest(), "big") >> 1

@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from topkd.engine.loop.candidates import Support, supported
-from topkd.engine.loop.data_mixing import trained_mask
+from topkd.engine.loop.candidates import Support, move_to_support
+from topkd.engine.loop.data_mixing import build_trained_mask
 from topkd.engine.loop.prompts import PromptRow
 from topkd.topk.errors import (
     CacheMissError,
@@ -54,7 +54,7 @@ class ScoredBatch:
         return len(self.samples) + self.lost.total()
 
 
-def teacher_for(teachers: Mapping[str, TeacherScorer], teacher_id: str) -> TeacherScorer:
+def find_teacher(teachers: Mapping[str, TeacherScorer], teacher_id: str) -> TeacherScorer:
     """The teacher a row names; an unmapped name is an error, never a default taken silently."""
     try:
         return teachers[teacher_id]
@@ -93,7 +93,7 @@ async def score_rollouts(
         try:
             told = row if context is None else await asyncio.to_thread(context, row, rollout)
             trains = truncated == "keep" or rollout.finish_reason != "length"
-            teacher = teacher_for(teachers, row.teacher_id)
+            teacher = find_teacher(teachers, row.teacher_id)
             return await _prepare(told, rollout, teacher, k, support=support, trains=trains)
         except LOSABLE as error:
             return error
@@ -114,11 +114,11 @@ async def _prepare(
     row: PromptRow, rollout: Rollout, teacher: TeacherScorer, k: int, *, support: Support, trains: bool
 ) -> PreparedSample:
     start, ids = row.teacher_prompt_ids.size - 1, np.concatenate([row.teacher_prompt_ids, rollout.completion_ids])
-    scores = await supported(teacher, ids, await teacher.score(ids, start, k), rollout, support)
+    scores = await move_to_support(teacher, ids, await teacher.score(ids, start, k), rollout, support)
     core = SampleCore(
         np.concatenate([rollout.prompt_ids, rollout.completion_ids]),
         int(rollout.prompt_ids.size),
-        trained_mask(row, rollout) & trains,
+        build_trained_mask(row, rollout) & trains,
         row.teacher_prompt_ids,
         row.teacher_id,
         row.sample_id,
@@ -127,8 +127,8 @@ async def _prepare(
     return TopKPreparedSample(core, behavior, scores)
 
 
-def teacher_facts(batch: ScoredBatch) -> dict[str, Any]:
-    """What ``teacher_metrics`` needs of one process's share of a step: sums and counts."""
+def summarize_scores(batch: ScoredBatch) -> dict[str, Any]:
+    """What ``compute_teacher_metrics`` needs of one process's share of a step: sums and counts."""
     topks = [sample.teacher for sample in batch.samples if isinstance(sample, TopKPreparedSample)]
     masses = [topk.mass()[topk.signal].astype(np.float64) for topk in topks]  # a hole has no mass, not mass 0
     tails = [np.exp(tail[~np.isnan(tail)]) for tail in (topk.tail_logp.astype(np.float64) for topk in topks)]
@@ -147,7 +147,7 @@ def teacher_facts(batch: ScoredBatch) -> dict[str, Any]:
     }
 
 
-def teacher_metrics(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def compute_teacher_metrics(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the scores of a step look like, over all shares: captured and tail mass, realised tokens inside, holes."""
     lost: Counter[str] = Counter()
     for share in facts:

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from topkd.engine.config.objectives import Objective
-from topkd.engine.learner.objectives import described, valid_tokens
+from topkd.engine.learner.objectives import describe_objective, find_valid_tokens
 from topkd.engine.learner.token_view import TokenLoss
-from topkd.engine.loop.metrics import strict
+from topkd.engine.loop.metrics import make_strict_json
 from topkd.engine.loop.scoring import ScoredBatch
 from topkd.engine.models.student import Student
 from topkd.topk import TopK, gjs_advantage
@@ -32,7 +32,7 @@ _ROWS_AT_ONCE = 256  # bounds the [rows, V] temporaries
 _SAMPLED = {"scalar_kl", "gjs", "topk_pg", "eopd"}
 
 
-class Transcripts:
+class TranscriptRecorder:
     """Writes ``rollouts`` rollouts of each of ``moments`` evenly spaced steps to a file; an ``on_batch`` hook.
 
     Looking at the student takes one forward pass of those rollouts, under the lock, without gradient and without
@@ -69,9 +69,9 @@ class Transcripts:
         problem: Callable[[str], None] | None = None,
     ) -> None:
         self.path, self.student, self.tokenizer, self.objective, self.lock = path, student, tokenizer, objective, lock
-        self.kind = str(described(objective)["divergence_mode"])
+        self.kind = str(describe_objective(objective)["divergence_mode"])
         self.rollouts, self.k, self.max_tokens, self.problem = rollouts, k, max_tokens, problem
-        self.moments = {round(step) for step in np.linspace(1, steps, min(moments, steps))} - _recorded(path)
+        self.moments = {round(step) for step in np.linspace(1, steps, min(moments, steps))} - _read_recorded_steps(path)
 
     def on_batch(self, step: int, batch: ScoredBatch) -> None:
         """Record the first rollouts of a step that is one of the moments."""
@@ -79,8 +79,10 @@ class Transcripts:
             return
         self.moments.discard(step)
         lines = [
-            json.dumps(strict(self.record(step, sample)), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-            for sample in _spread(batch.samples, self.rollouts)
+            json.dumps(
+                make_strict_json(self.record(step, sample)), allow_nan=False, ensure_ascii=False, separators=(",", ":")
+            )
+            for sample in _choose_spread(batch.samples, self.rollouts)
         ]
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -101,23 +103,23 @@ class Transcripts:
         teacher_logp = sample.teacher_logp[:tokens]
         advantage = self._advantage(teacher_logp, student)
         divergence, name = self._divergence(teacher.slice(slice(tokens)), at_teacher)
-        trains = core.mask if self.kind == "sft" else valid_tokens(sample, self.objective, self.student.vocab_size)
+        trains = core.mask if self.kind == "sft" else find_valid_tokens(sample, self.objective, self.student.vocab_size)
         texts: dict[str, str] = {}
         rows = []
         for row in range(tokens):
-            listed = _pairs(teacher.ids[row].tolist(), teacher.logp[row].tolist())[: self.k]
-            own = _pairs(*ids[row])
+            listed = _list_pairs(teacher.ids[row].tolist(), teacher.logp[row].tolist())[: self.k]
+            own = _list_pairs(*ids[row])
             for token, _ in listed + own:
                 texts[str(token)] = texts.get(str(token)) or self._text(token)
             rows.append(
                 {
                     "id": int(core.completion_ids[row]),
                     "text": self._text(int(core.completion_ids[row])),
-                    "behavior_logp": _short(sample.behavior.logp[row]),
-                    "student_logp": _short(student[row]),
-                    "teacher_logp": _short(teacher_logp[row]),
-                    "advantage": _short(advantage[row]),
-                    "divergence": _short(divergence[row]),
+                    "behavior_logp": _round_short(sample.behavior.logp[row]),
+                    "student_logp": _round_short(student[row]),
+                    "teacher_logp": _round_short(teacher_logp[row]),
+                    "advantage": _round_short(advantage[row]),
+                    "divergence": _round_short(divergence[row]),
                     "trains": bool(trains[row]),
                     "teacher": listed if teacher.k else None,
                     "student": own,
@@ -187,23 +189,23 @@ class Transcripts:
         return str(self.tokenizer.decode(ids.tolist()))
 
 
-def _spread(samples: Sequence[PreparedSample], count: int) -> list[PreparedSample]:
+def _choose_spread(samples: Sequence[PreparedSample], count: int) -> list[PreparedSample]:
     """So many samples, from all over the batch: neighbours share a prompt."""
     places = sorted({int(place) for place in np.linspace(0, len(samples) - 1, min(count, len(samples)))})
     return [samples[place] for place in places]
 
 
-def _pairs(ids: list[int], logps: list[float]) -> list[tuple[int, float]]:
+def _list_pairs(ids: list[int], logps: list[float]) -> list[tuple[int, float]]:
     """A list without its pads."""
-    return [(token, _short(logp)) for token, logp in zip(ids, logps, strict=True) if token >= 0]
+    return [(token, _round_short(logp)) for token, logp in zip(ids, logps, strict=True) if token >= 0]
 
 
-def _short(value: float) -> float:
+def _round_short(value: float) -> float:
     """Four digits: enough to look at."""
     return float(f"{float(value):.4g}")
 
 
-def _recorded(path: Path) -> set[int]:
+def _read_recorded_steps(path: Path) -> set[int]:
     """Steps that the file holds whole; a torn last line is taken out, so that the next one starts a line."""
     if not path.exists():
         return set()

@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def before(stop: asyncio.Event, work: Awaitable[object]) -> bool:
+async def wait_unless_stopped(stop: asyncio.Event, work: Awaitable[object]) -> bool:
     """Wait for the work; False when ``stop`` is set first, and the waiting is given up."""
     waiting, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
     try:
@@ -20,7 +20,9 @@ async def before(stop: asyncio.Event, work: Awaitable[object]) -> bool:
     return not stop.is_set()
 
 
-async def whole(function: Callable[..., T], *arguments: object) -> tuple[T, asyncio.CancelledError | None]:
+async def to_thread_uncancelled(
+    function: Callable[..., T], *arguments: object
+) -> tuple[T, asyncio.CancelledError | None]:
     """A thread's work to its end, and the cancellation that came meanwhile: weights must not change unrecorded."""
     work, cancelled = asyncio.ensure_future(asyncio.to_thread(function, *arguments)), None
     while not work.done():
@@ -33,7 +35,7 @@ async def whole(function: Callable[..., T], *arguments: object) -> tuple[T, asyn
     return work.result(), cancelled
 
 
-def first_of(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+def root_exception(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error that ended a group, however deep."""
     error: BaseException = errors
     while isinstance(error, BaseExceptionGroup):

@@ -58,13 +58,13 @@ def exact_divergences(student: Student, teacher: Student, probes: Sequence[Probe
         teacher_logits = teacher.logit_rows(*_on(teacher, told), _rows(told).to(teacher.device))
         for first in range(0, len(rows), _ROWS_AT_ONCE):
             part = slice(first, first + _ROWS_AT_ONCE)
-            sums += _divergence_sums(student_logits[part].cpu(), teacher_logits[part].cpu())
+            sums += _sum_divergences(student_logits[part].cpu(), teacher_logits[part].cpu())
         count += len(rows)
     reverse, forward, jsd, agree = (sums / count).tolist()
     return {"reverse_kl": reverse, "forward_kl": forward, "jsd": jsd, "agreement": agree, "eval_tokens": count}
 
 
-def _divergence_sums(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def _sum_divergences(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     s = torch.log_softmax(student_logits.double(), dim=-1)
     t = torch.log_softmax(teacher_logits.double(), dim=-1)
     m = torch.logaddexp(s, t) - np.log(2.0)

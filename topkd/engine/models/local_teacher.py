@@ -84,7 +84,7 @@ class SelfTeacher:
         if not 0.0 <= ema <= 1.0:
             raise ConfigError("teacher.ema is a share", got=ema, expected="from 0 to 1")
         self.ema, self._student, self._lock = ema, student, lock
-        self.model = student if ema == 0.0 else _copied(student)
+        self.model = student if ema == 0.0 else _copy_weights(student)
         self._scorer = LocalTeacher(self.model)
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
@@ -114,6 +114,6 @@ class SelfTeacher:
             weights.data.copy_(state[name])
 
 
-def _copied(student: Student) -> Student:
+def _copy_weights(student: Student) -> Student:
     model = copy.deepcopy(student.model).float().requires_grad_(requires_grad=False)
     return Student.wrap(model, student.device.type)  # type: ignore[arg-type]

@@ -56,12 +56,12 @@ def has_adapter(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-def without_wrapper(model: Any) -> Any:
+def unwrap_adapter(model: Any) -> Any:
     """The causal LM itself: the adapter's layers are inside it either way."""
     return model.get_base_model() if has_adapter(model) else model
 
 
-def merged(model: Any) -> Any:
+def merge_adapter(model: Any) -> Any:
     """A copy of the model with the adapter added into its weights: an ordinary Hugging Face model."""
     return copy.deepcopy(model).merge_and_unload() if has_adapter(model) else model
 

@@ -117,7 +117,7 @@ class InProcessSampler:
         listed: int,
     ) -> list[_Step]:
         stops = torch.tensor([*self.stop_ids, *params.stop_token_ids], dtype=torch.long)
-        ids, attention = _left_padded(prompts, self.student.device)
+        ids, attention = _pad_left(prompts, self.student.device)
         positions = (attention.cumsum(1) - 1).clamp_min(0)
         alive = torch.ones(len(prompts), dtype=torch.bool)
         steps: list[_Step] = []
@@ -166,7 +166,7 @@ class _Step:
     top: tuple[Int32, Float32, Float32] | None
 
 
-def _left_padded(prompts: list[Int32], device: torch.device) -> tuple[Tensor, Tensor]:
+def _pad_left(prompts: list[Int32], device: torch.device) -> tuple[Tensor, Tensor]:
     width = max(prompt.size for prompt in prompts)
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     attention = torch.zeros_like(ids)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from topkd.engine.config.learner import LoRAConfig
 from topkd.engine.models.hub import check_there
-from topkd.engine.models.lora import has_adapter, head_rows, head_weights, with_adapter, without_wrapper
-from topkd.engine.models.tokenizer import cannot_load, first_line
+from topkd.engine.models.lora import has_adapter, head_rows, head_weights, unwrap_adapter, with_adapter
+from topkd.engine.models.tokenizer import describe_load_failure, quote_first_line
 from topkd.topk.errors import ConfigError
 from topkd.topk.fused import topk_logprobs
 
@@ -50,7 +50,7 @@ class Student:
 
         ``device="auto"`` is cuda, then mps, then cpu.
         """
-        inner = without_wrapper(model)
+        inner = unwrap_adapter(model)
         head = getattr(inner, "get_output_embeddings", lambda: None)()
         backbone = getattr(inner, getattr(inner, "base_model_prefix", "") or "model", None)
         if head is None or backbone is None:
@@ -197,9 +197,12 @@ def load_causal_lm(path: str, dtype: DType = "float32") -> Any:
             path, dtype=getattr(torch, dtype), output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(cannot_load(path, "a causal language model"), got=first_line(error)) from error
+        raise ConfigError(
+            describe_load_failure(path, "a causal language model"), got=quote_first_line(error)
+        ) from error
     if missing := sorted(account["missing_keys"]):
         raise ConfigError(  # transformers would go on with random numbers in their place
-            cannot_load(path, "a causal language model"), got=f"no weights for {missing[0]} ({len(missing)} in all)"
+            describe_load_failure(path, "a causal language model"),
+            got=f"no weights for {missing[0]} ({len(missing)} in all)",
         )
     return model

@@ -22,22 +22,22 @@ def load_tokenizer(path: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # a folder may hold anything, and every library that reads it fails in its own way
-        raise ConfigError(cannot_load(path, "a tokenizer"), got=first_line(error)) from error
+        raise ConfigError(describe_load_failure(path, "a tokenizer"), got=quote_first_line(error)) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
         raise ConfigError(
-            cannot_load(path, "a tokenizer"), got="no token but special ones",
+            describe_load_failure(path, "a tokenizer"), got="no token but special ones",
             hint="put the model's tokenizer.json and tokenizer_config.json beside its weights",
         )  # fmt: skip
     return tokenizer
 
 
-def cannot_load(path: str, what: str) -> str:
+def describe_load_failure(path: str, what: str) -> str:
     """The beginning of an error's message."""
     kind = "folder" if Path(path).exists() else "no such folder here, and not loadable as a hub id"
     return f"cannot load {what} from {path!r} ({kind})"
 
 
-def first_line(error: Exception) -> str:
+def quote_first_line(error: Exception) -> str:
     """What a library said, as far as one line holds it; with its kind where the words alone say little."""
     line = next((line for line in str(error).splitlines() if line.strip()), "")[:200]
     plain = isinstance(error, OSError | ValueError | RuntimeError) and line

@@ -21,8 +21,8 @@ from typing import Any, Literal
 import numpy as np
 
 from topkd.engine.checkpoint.snapshots import write_folder
-from topkd.engine.loop.rollouts import derived_seed
-from topkd.engine.models.lora import merged
+from topkd.engine.loop.rollouts import derive_seed
+from topkd.engine.models.lora import merge_adapter
 from topkd.engine.models.student import Student
 from topkd.engine.weight_sync.sync_probe import SyncProbe
 from topkd.topk.errors import (
@@ -117,7 +117,7 @@ class SyncedSampler:
             if self.destination.kind == "lora":
                 model.save_pretrained(folder, save_embedding_layers=False)
             else:
-                merged(model).save_pretrained(folder)
+                merge_adapter(model).save_pretrained(folder)
 
         with self.lock:
             path = write_folder(self.folder / f"version-{version}", fill)
@@ -139,7 +139,7 @@ class SyncedSampler:
                         got=confirmed, expected=update.version,
                     )  # fmt: skip
                 self._sampler, self.version = self.destination.sampler(update), version
-                params = SamplingParams(max_tokens=1, seed=derived_seed(0, "probe", version))
+                params = SamplingParams(max_tokens=1, seed=derive_seed(0, "probe", version))
                 found = await self.probe.compare(
                     self._sampler, rows, params, self.destination.where, first_nats=self._first_nats
                 )
@@ -177,7 +177,7 @@ class SyncedSampler:
             stops = tuple(sorted({*self.stop_ids, *params.stop_token_ids}))
 
             async def one(place: int, prompt: Ids) -> list[Rollout] | TopkdError:
-                seed = None if params.seed is None else derived_seed(params.seed, "prompt", place)
+                seed = None if params.seed is None else derive_seed(params.seed, "prompt", place)
                 own = replace(params, seed=seed, stop_token_ids=stops)
                 try:
                     return await sampler.sample(prompt, n, own, k=k)

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from topkd.offline.exchange.parquet_files import open_parquet, parquet, read_batches
+from topkd.offline.exchange.parquet_files import import_parquet_module, open_parquet, read_batches
 from topkd.offline.exchange.rollout_tables import (
     ROLLOUT_COLUMNS,
-    flat,
+    describe_owner,
+    flat_column,
     import_rollouts,
-    listed,
-    nested,
-    owner,
+    nested_column,
+    pad_lists,
     rollout_rows,
 )
 from topkd.offline.store.codecs import CODEC_NAMES
-from topkd.offline.store.folder import refused_by_disk
+from topkd.offline.store.folder import describe_disk_error
 from topkd.offline.store.keys import TeacherIdentity
 from topkd.offline.store.records import ROLLOUT, SCORE, Record
 from topkd.offline.store.store import ScoreStore
@@ -55,16 +55,16 @@ def export_parquet(cache: str | os.PathLike[str], folder: str | os.PathLike[str]
 
     Values are float32 as the store returns them. Holes are empty lists, an unknown logprob is NaN, an exact zero -inf.
     """
-    pq, target = parquet(), Path(folder)
+    pq, target = import_parquet_module(), Path(folder)
     done = tokens = 0
-    with ScoreStore(cache) as store, writing(target):
+    with ScoreStore(cache) as store, convert_write_errors(target):
         target.mkdir(parents=True, exist_ok=True)
         names = identities(store.path)
         for kind, name, rows in ((SCORE, SCORES_FILE, _score_rows), (ROLLOUT, ROLLOUTS_FILE, rollout_rows)):
             temporary, writer = target / f".{name}.tmp", None
             try:
                 try:
-                    for batch in _batched(store.records(kinds=(kind,))):
+                    for batch in _iter_batches(store.records(kinds=(kind,))):
                         table = rows(batch, names)
                         writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
                         writer.write_table(table)
@@ -83,14 +83,14 @@ def export_parquet(cache: str | os.PathLike[str], folder: str | os.PathLike[str]
 
 
 @contextlib.contextmanager
-def writing(target: Path) -> Iterator[None]:
+def convert_write_errors(target: Path) -> Iterator[None]:
     """What the file system refuses, as one line."""
     try:
         yield
     except TopkdError:
         raise
     except OSError as error:
-        raise refused_by_disk("cannot export there", target, error) from error
+        raise describe_disk_error("cannot export there", target, error) from error
 
 
 def import_parquet(folder: str | os.PathLike[str], store: ScoreStore) -> Exchange:
@@ -132,7 +132,7 @@ def to_dataset(cache: str | os.PathLike[str]) -> Any:
 
     with ScoreStore(cache) as store:
         names = identities(store.path)
-        tables = [_score_rows(batch, names) for batch in _batched(store.records())]
+        tables = [_score_rows(batch, names) for batch in _iter_batches(store.records())]
         table = pa.concat_tables(tables) if tables else _score_rows([], names)
     return Dataset(InMemoryTable(table))
 
@@ -177,7 +177,7 @@ def import_rows(
 
 
 def _row_scores(row: dict[str, Any]) -> TopK:
-    ids, logp = listed(row)
+    ids, logp = pad_lists(row)
     unknown = np.full(len(ids), np.nan, np.float32)
     actual_ids = row.get("actual_ids")
     if actual_ids is None:
@@ -200,21 +200,21 @@ def _score_rows(batch: Sequence[Record], names: dict[int, TeacherIdentity]) -> p
     lists = [scores for _, scores in decoded]
     return pa.table(
         {
-            "teacher": pa.array([owner(record, names) for record in batch], pa.string()),
-            "ids": flat([ids for ids, _ in decoded], pa.int32()),
+            "teacher": pa.array([describe_owner(record, names) for record in batch], pa.string()),
+            "ids": flat_column([ids for ids, _ in decoded], pa.int32()),
             "start": pa.array([scores.start for _, scores in decoded], pa.int32()),
             "k": pa.array([record.header.asked for record in batch], pa.int32()),
             "codec": pa.array([CODEC_NAMES[record.header.codec] for record in batch], pa.string()),
-            "actual_ids": flat([scores.actual_ids for _, scores in decoded], pa.int32()),
-            "actual_logp": flat([scores.actual_logp for _, scores in decoded], pa.float32()),
-            "tail_logp": flat([scores.tail_logp for _, scores in decoded], pa.float32()),
-            "topk_ids": nested(lists, "ids"),
-            "topk_logp": nested(lists, "logp"),
+            "actual_ids": flat_column([scores.actual_ids for _, scores in decoded], pa.int32()),
+            "actual_logp": flat_column([scores.actual_logp for _, scores in decoded], pa.float32()),
+            "tail_logp": flat_column([scores.tail_logp for _, scores in decoded], pa.float32()),
+            "topk_ids": nested_column(lists, "ids"),
+            "topk_logp": nested_column(lists, "logp"),
         }
     )
 
 
-def _batched(records: Iterable[Record]) -> Iterator[list[Record]]:
+def _iter_batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     batch: list[Record] = []
     for record in records:
         batch.append(record)

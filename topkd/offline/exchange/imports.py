@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from topkd.offline.exchange.distillkit import Layout
 from topkd.offline.exchange.exchange import Exchange
 from topkd.offline.exchange.parquet_files import open_parquet, read_batches
-from topkd.offline.store.keys import RAW_LOGPROBS, TeacherIdentity, token_array
+from topkd.offline.store.keys import RAW_LOGPROBS, TeacherIdentity, check_token_array
 from topkd.offline.store.store import ScoreStore
 from topkd.topk.errors import AlignmentError, CacheError, DataError, TopkdError
 from topkd.topk.types import PAD_ID, Float32, Int32, TopK, tail_logp
@@ -67,9 +67,9 @@ def import_axolotl(
         given = row["input_ids"] if "input_ids" in row else tokenise(row) if tokenise else None
         if given is None:
             raise DataError("a row without input_ids", hint="pass tokenise=, from a row to its token ids")
-        ids = token_array(given)
+        ids = check_token_array(given)
         if "target_logprobs" in row:
-            return _prepared(row, ids, shifted=shifted)
+            return _prepare_rows(row, ids, shifted=shifted)
         if logprobs_field not in row:
             raise DataError("a row without logprobs", got=", ".join(row), expected=logprobs_field)
         return _trailing(row[logprobs_field], row.get("target_token_ids"), ids)
@@ -109,7 +109,7 @@ def import_distillkit(
                     yield from batch.to_pylist()
 
     def read(row: Mapping[str, Any]) -> _Lists:
-        ids = token_array(row["input_ids"])
+        ids = check_token_array(row["input_ids"])
         if "packed_indices" in row:
             raise DataError("DistillKit's legacy layout cannot be read", got="packed_indices", hint="capture again")
         if "top_values" in row:
@@ -200,7 +200,7 @@ def _trailing(captured: Any, structured: Any, ids: Int32) -> _Lists:
     return _Lists(ids, ids.size - 1 - len(rows), top, logp, exact=True)
 
 
-def _prepared(row: Mapping[str, Any], ids: Int32, *, shifted: bool) -> _Lists:
+def _prepare_rows(row: Mapping[str, Any], ids: Int32, *, shifted: bool) -> _Lists:
     lists, tokens = row["target_logprobs"], row["target_token_ids"]
     mask = row.get("target_mask")
     if len(lists) != ids.size or len(tokens) != ids.size or (mask is not None and len(mask) != ids.size):

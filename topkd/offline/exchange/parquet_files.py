@@ -10,7 +10,7 @@ from typing import Any
 from topkd.topk.errors import ConfigError, DataError
 
 
-def parquet() -> Any:
+def import_parquet_module() -> Any:
     """``pyarrow.parquet``, or a ConfigError that says how to get it."""
     try:
         import pyarrow.parquet
@@ -21,15 +21,15 @@ def parquet() -> Any:
 
 def open_parquet(path: Path) -> Any:
     """A ``ParquetFile``; raises DataError where there is none to be read."""
-    with _named(path):
-        return parquet().ParquetFile(path)
+    with _find_columns(path):
+        return import_parquet_module().ParquetFile(path)
 
 
 def read_batches(file: Any, path: Path, **options: Any) -> Iterator[Any]:
     """``file.iter_batches(**options)``; damage that shows only while reading is a DataError too."""
     batches = file.iter_batches(**options)
     while True:
-        with _named(path):
+        with _find_columns(path):
             batch = next(batches, None)
         if batch is None:
             return
@@ -37,8 +37,8 @@ def read_batches(file: Any, path: Path, **options: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    parquet()
+def _find_columns(path: Path) -> Iterator[None]:
+    import_parquet_module()
     from pyarrow import ArrowException
 
     try:

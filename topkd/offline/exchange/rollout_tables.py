@@ -34,20 +34,20 @@ def rollout_rows(batch: Sequence[Record], names: dict[int, TeacherIdentity]) -> 
     lists = [rollout.topk for _, rollout in rows]
     return pa.table(
         {
-            "policy": pa.array([owner(record, names) for record, _ in rows], pa.string()),
+            "policy": pa.array([describe_owner(record, names) for record, _ in rows], pa.string()),
             "request": pa.array([record.header.key.hex() for record, _ in rows], pa.string()),
             "k": pa.array([record.header.asked for record, _ in rows], pa.int32()),
-            "prompt_ids": flat([rollout.prompt_ids for _, rollout in rows], pa.int32()),
-            "completion_ids": flat([rollout.completion_ids for _, rollout in rows], pa.int32()),
-            "logp": flat([rollout.logp for _, rollout in rows], pa.float32()),
+            "prompt_ids": flat_column([rollout.prompt_ids for _, rollout in rows], pa.int32()),
+            "completion_ids": flat_column([rollout.completion_ids for _, rollout in rows], pa.int32()),
+            "logp": flat_column([rollout.logp for _, rollout in rows], pa.float32()),
             "finish_reason": pa.array([rollout.finish_reason for _, rollout in rows], pa.string()),
             "version": pa.array([rollout.version for _, rollout in rows], pa.string()),
             "sampling": pa.array([json.dumps(asdict(rollout.sampling)) for _, rollout in rows], pa.string()),
-            "topk_ids": nested(lists, "ids"),
-            "topk_logp": nested(lists, "logp"),
-            "topk_actual_ids": flat([None if one is None else one.actual_ids for one in lists], pa.int32()),
-            "topk_actual_logp": flat([None if one is None else one.actual_logp for one in lists], pa.float32()),
-            "topk_tail_logp": flat([None if one is None else one.tail_logp for one in lists], pa.float32()),
+            "topk_ids": nested_column(lists, "ids"),
+            "topk_logp": nested_column(lists, "logp"),
+            "topk_actual_ids": flat_column([None if one is None else one.actual_ids for one in lists], pa.int32()),
+            "topk_actual_logp": flat_column([None if one is None else one.actual_logp for one in lists], pa.float32()),
+            "topk_tail_logp": flat_column([None if one is None else one.tail_logp for one in lists], pa.float32()),
         }
     )
 
@@ -88,7 +88,7 @@ def _rollout(row: dict[str, Any]) -> Rollout:
     prompt, completion = np.asarray(row["prompt_ids"]), np.asarray(row["completion_ids"])  # their checks see any float
     topk = None
     if row.get("topk_ids") is not None:
-        ids, logp = listed(row)
+        ids, logp = pad_lists(row)
         exact = (np.array(row[f"topk_{name}_logp"], np.float32) for name in ("actual", "tail"))
         topk = TopK(prompt.size - 1, ids, logp, np.asarray(row["topk_actual_ids"]), *exact)
     return Rollout(
@@ -96,7 +96,7 @@ def _rollout(row: dict[str, Any]) -> Rollout:
     )
 
 
-def listed(row: dict[str, Any]) -> tuple[NDArray[Any], Float32]:
+def pad_lists(row: dict[str, Any]) -> tuple[NDArray[Any], Float32]:
     """The lists of a row, padded to one width."""
     lists, logps = row["topk_ids"], row["topk_logp"]
     if len(lists) != len(logps) or any(len(a) != len(b) for a, b in zip(lists, logps, strict=True)):
@@ -109,13 +109,13 @@ def listed(row: dict[str, Any]) -> tuple[NDArray[Any], Float32]:
     return ids, logp
 
 
-def owner(record: Record, names: dict[int, TeacherIdentity]) -> str | None:
+def describe_owner(record: Record, names: dict[int, TeacherIdentity]) -> str | None:
     """The JSON of whoever gave or sampled a record."""
     identity = names.get(record.header.tag)
     return None if identity is None else identity.to_json()
 
 
-def flat(arrays: Sequence[Any], kind: Any) -> Any:
+def flat_column(arrays: Sequence[Any], kind: Any) -> Any:
     """A column of lists; null where there is none."""
     import pyarrow as pa
 
@@ -123,7 +123,7 @@ def flat(arrays: Sequence[Any], kind: Any) -> Any:
     return pa.ListArray.from_arrays(_offsets(arrays), pa.array(np.concatenate(values) if values else np.zeros(0), kind))
 
 
-def nested(lists: Sequence[TopK | None], field: str) -> Any:
+def nested_column(lists: Sequence[TopK | None], field: str) -> Any:
     """A column of lists of lists, pads left out; null where there is none."""
     import pyarrow as pa
 

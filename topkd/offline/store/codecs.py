@@ -123,7 +123,7 @@ def decode(shape: Shape, payload: memoryview) -> tuple[Int32, TopK]:
         ids = _join(sequence_low, sequence_above, high)
         list_ids, logp = _lists(low, above, bits, shape)
     actual_ids = ids[shape.start + 1 :] if derived else stored
-    return ids, trusted(
+    return ids, make_unchecked_topk(
         shape.start, list_ids.reshape(rows, width), logp.reshape(rows, width), actual_ids, actual_logp, tail
     )
 
@@ -142,7 +142,7 @@ def _lists(
     return ids, _from_half(bits, plain=plain)
 
 
-def trusted(  # noqa: PLR0917 - the fields of TopK, in their order
+def make_unchecked_topk(  # noqa: PLR0917 - the fields of TopK, in their order
     start: int, ids: Int32, logp: Float32, actual_ids: Int32, actual_logp: Float32, tail: Float32
 ) -> TopK:
     """A TopK without the checks of its constructor, for values that passed them before and then a checksum.
@@ -159,7 +159,7 @@ def trusted(  # noqa: PLR0917 - the fields of TopK, in their order
     return scores
 
 
-def narrowed(scores: TopK, start: int, k: int) -> TopK:
+def narrow_scores(scores: TopK, start: int, k: int) -> TopK:
     """The rows from ``start`` on, cut to k columns; the mass of dropped columns is added to the tail."""
     skip = start - scores.start
     if k < scores.k:
@@ -168,11 +168,13 @@ def narrowed(scores: TopK, start: int, k: int) -> TopK:
         # Outside an empty list lies everything: log 1. A row without a known tail stays unknown.
         tail = np.where(np.isnan(scores.tail_logp[skip:]), np.nan, 0.0).astype(np.float32)
         lists = (np.empty((tail.size, 0), np.int32), np.empty((tail.size, 0), np.float32))
-        return trusted(start, *lists, scores.actual_ids[skip:], scores.actual_logp[skip:], tail)
+        return make_unchecked_topk(start, *lists, scores.actual_ids[skip:], scores.actual_logp[skip:], tail)
     if not skip:
         return scores
     lists = (scores.ids[skip:], scores.logp[skip:])
-    return trusted(start, *lists, scores.actual_ids[skip:], scores.actual_logp[skip:], scores.tail_logp[skip:])
+    return make_unchecked_topk(
+        start, *lists, scores.actual_ids[skip:], scores.actual_logp[skip:], scores.tail_logp[skip:]
+    )
 
 
 def _to_half(logp: Float32) -> NDArray[np.float16] | None:

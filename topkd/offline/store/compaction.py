@@ -12,20 +12,20 @@ from pathlib import Path
 import numpy as np
 
 from topkd.offline.store.codecs import CodecName
-from topkd.offline.store.folder import open_folder, refused_by_disk
+from topkd.offline.store.folder import describe_disk_error, open_folder
 from topkd.offline.store.keys import TeacherIdentity
 from topkd.offline.store.records import ROLLOUT, Header, Record, rollout_record, score_record
 from topkd.offline.store.segment_writer import adopt_orphans
 from topkd.offline.store.segments import Damage, Segment, read_index
 from topkd.offline.store.tables import (
     Table,
-    answers,
     close_all,
+    find_live_rows,
     folder_bytes,
-    joined,
-    live_rows,
+    join_tables,
     read_tables,
-    teachers_of,
+    read_teachers,
+    select_answers,
 )
 from topkd.offline.store.writing import SEGMENT_BYTES, RecordLog
 from topkd.topk.errors import CacheCorruptError, CacheError, ConfigError
@@ -73,9 +73,9 @@ def gc(
         try:
             sealed = [position for position, segment in enumerate(segments) if segment.index is not None]
             # A record that another process has not yet committed must not make a durable one superfluous.
-            told = answers(table[np.isin(table["segment"], sealed)])
-            keep = told[live_rows(told)]
-            names = teachers_of(segments, table)
+            told = select_answers(table[np.isin(table["segment"], sealed)])
+            keep = told[find_live_rows(told)]
+            names = read_teachers(segments, table)
             log = RecordLog(root, segment_bytes=segment_bytes)
             copied = _copy(segments, np.sort(keep, order=("segment", "offset")), names, log, codec=codec, damage=damage)
             log.close()
@@ -112,12 +112,12 @@ def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[s
             tables.append(rows)
             if number == 0:
                 own = len(segments)
-        table = joined(tables)
-        told = answers(table)
-        live = told[live_rows(told, own)]
+        table = join_tables(tables)
+        told = select_answers(table)
+        live = told[find_live_rows(told, own)]
         wanted = np.sort(live[live["segment"] >= own], order=("segment", "offset"))
         log = RecordLog(root)
-        copied = _copy(segments, wanted, teachers_of(segments, table), log, codec=None, damage=damage)
+        copied = _copy(segments, wanted, read_teachers(segments, table), log, codec=None, damage=damage)
         log.close()
         offered = int((told["segment"] >= own).sum())
     finally:
@@ -146,12 +146,12 @@ def _copy(
         if codec is None or identity is None:
             log.append(record.header, bytes(record.payload), identity)
         else:
-            log.append(*_recoded(record, identity, codec), identity)
+            log.append(*_recode(record, identity, codec), identity)
         copied += 1
     return copied
 
 
-def _recoded(record: Record, identity: TeacherIdentity, codec: CodecName) -> tuple[Header, bytes]:
+def _recode(record: Record, identity: TeacherIdentity, codec: CodecName) -> tuple[Header, bytes]:
     header = record.header
     if header.kind == ROLLOUT:
         return rollout_record(identity, header.key, record.rollouts(), codec=codec, asked=header.asked)
@@ -164,7 +164,7 @@ def _alone(root: Path) -> Iterator[None]:
     try:
         fd = os.open(root / ".gc.lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise refused_by_disk("cannot compact the cache", root, error) from error
+        raise describe_disk_error("cannot compact the cache", root, error) from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

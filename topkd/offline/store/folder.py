@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from topkd.offline.store.segments import segment_paths
+from topkd.offline.store.segments import list_segments
 from topkd.topk.errors import CacheError
 
 FORMAT_FILE = "topkd-store.json"
@@ -23,14 +23,14 @@ def open_folder(path: Path, *, create: bool) -> None:
     if create:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if not marker.exists() and (segment_paths(path) or _nothing_in(path)):
+            if not marker.exists() and (list_segments(path) or _nothing_in(path)):
                 temporary = path / f"{_BEGUN}{uuid.uuid4().hex[:8]}.tmp"
                 temporary.write_text(json.dumps({"format": "topkd-store", "version": FORMAT_VERSION}) + "\n")
                 temporary.replace(marker)  # several writers may do this at once, with the same content
         except OSError as error:
             if path.exists() and not path.is_dir():
                 raise _no_cache(path) from error
-            raise refused_by_disk("cannot create the cache", path, error) from error
+            raise describe_disk_error("cannot create the cache", path, error) from error
     if not path.is_dir() or not marker.exists():
         raise _no_cache(path)
     try:
@@ -60,13 +60,13 @@ def _nothing_in(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def begun(path: Path) -> Iterator[None]:
+def begin_cache(path: Path) -> Iterator[None]:
     """Around what may begin a cache in ``path``: one that an error leaves without a record is taken away again."""
     there, was_cache = path.exists(), (path / FORMAT_FILE).exists()
     try:
         yield
     except BaseException:
-        if not was_cache and path.is_dir() and not segment_paths(path):
+        if not was_cache and path.is_dir() and not list_segments(path):
             with contextlib.suppress(OSError):  # what stands there besides is not ours, and stays
                 (path / FORMAT_FILE).unlink(missing_ok=True)
                 if not there:
@@ -74,7 +74,7 @@ def begun(path: Path) -> Iterator[None]:
         raise
 
 
-def refused_by_disk(what: str, path: Path, error: OSError) -> CacheError:
+def describe_disk_error(what: str, path: Path, error: OSError) -> CacheError:
     """What the file system said; a place that cannot be written was named by mistake, a full disk was not."""
     refused = CacheError(what, where=str(path), got=error.strerror or str(error))
     refused.exit_code = 1 if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO} else 2

@@ -89,12 +89,12 @@ def _score_hash(identity: TeacherIdentity) -> hashlib.blake2b:
     return hashlib.blake2b(digest_size=KEY_BYTES, key=identity.digest, person=b"score")
 
 
-def identity_of(teacher: Teacher) -> TeacherIdentity:
+def to_identity(teacher: Teacher) -> TeacherIdentity:
     """The identity itself, or the one that a bare name stands for."""
     return TeacherIdentity(teacher) if isinstance(teacher, str) else teacher
 
 
-def token_array(ids: Ids) -> Int32:
+def check_token_array(ids: Ids) -> Int32:
     """int32 [N], checked: one-dimensional, integers, none negative."""
     array = np.asarray(ids)
     if array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:

@@ -15,17 +15,17 @@ import numpy as np
 from topkd.offline.store.codecs import CODEC_NAMES
 from topkd.offline.store.folder import open_folder
 from topkd.offline.store.records import KIND_NAMES, ROLLOUT, SCORE, Header
-from topkd.offline.store.segment_writer import locked_by_writer
-from topkd.offline.store.segments import TORN, Damage, Segment, segment_paths
+from topkd.offline.store.segment_writer import is_locked_by_writer
+from topkd.offline.store.segments import TORN, Damage, Segment, list_segments
 from topkd.offline.store.tables import (
-    answers,
     close_all,
+    find_live_rows,
     folder_bytes,
     header_rows,
-    joined,
-    live_rows,
+    join_tables,
     read_tables,
-    teachers_of,
+    read_teachers,
+    select_answers,
 )
 from topkd.topk.errors import CacheCorruptError
 
@@ -86,12 +86,12 @@ def stats(path: str | os.PathLike[str]) -> CacheStats:
     open_folder(root, create=False)
     segments, table = read_tables(root)
     try:
-        told = answers(table)
-        live = told[live_rows(told)]
+        told = select_answers(table)
+        live = told[find_live_rows(told)]
         scores = live[live["kind"] == SCORE]
         tokens = int(live["rows"].sum(dtype=np.int64))
         size = folder_bytes(root)
-        names = teachers_of(segments, table)
+        names = read_teachers(segments, table)
         return CacheStats(
             path=str(root),
             records=len(told),
@@ -126,7 +126,7 @@ def verify(path: str | os.PathLike[str]) -> Verification:
     damage: list[Damage] = []
     rows: list[np.ndarray[Any, Any]] = []
     count = 0
-    for position, file in enumerate(segment_paths(root)):
+    for position, file in enumerate(list_segments(root)):
         with contextlib.closing(Segment(file)) as segment:
             count += 1
             scan = segment.scan(payloads=True)
@@ -137,13 +137,13 @@ def verify(path: str | os.PathLike[str]) -> Verification:
                         replace(item, what="record does not hold", fatal=True) if item.what == TORN else item
                         for item in inside
                     ]
-                damage += segment.damage + inside + _unindexed(segment, scan.found)
+                damage += segment.damage + inside + _count_unindexed(segment, scan.found)
             else:
-                busy = locked_by_writer(file)  # a record that is being written is no tear
+                busy = is_locked_by_writer(file)  # a record that is being written is no tear
                 damage += segment.damage + [item for item in scan.damage if item.fatal or not busy]
             rows.append(header_rows(position, scan.found))
-    told = answers(joined(rows))
-    live = told[live_rows(told)]
+    told = select_answers(join_tables(rows))
+    live = told[find_live_rows(told)]
     tokens, size = int(live["rows"].sum(dtype=np.int64)), folder_bytes(root)
     return Verification(
         path=str(root), segments=count, records=len(told), duplicates=len(told) - len(live), tokens=tokens, bytes=size,
@@ -164,8 +164,8 @@ def profile(path: str | os.PathLike[str], *, sample: int = 256, seed: int = 0) -
     quantiles = [0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99]
     mass, entropy, holes, rows = [], [], 0, 0
     try:
-        told = answers(table)
-        live = told[live_rows(told)]
+        told = select_answers(table)
+        live = told[find_live_rows(told)]
         scores = live[live["kind"] == SCORE]
         chosen = np.random.default_rng(seed).permutation(len(scores))[:sample]
         for row in scores[np.sort(chosen)]:
@@ -182,7 +182,7 @@ def profile(path: str | os.PathLike[str], *, sample: int = 256, seed: int = 0) -
         close_all(segments)
 
     lengths = scores["rows"].astype(np.float64)
-    masses, entropies = _together(mass), _together(entropy)
+    masses, entropies = _merge_counts(mass), _merge_counts(entropy)
     return {
         "scores": len(chosen),
         "rows": rows,
@@ -199,7 +199,7 @@ def profile(path: str | os.PathLike[str], *, sample: int = 256, seed: int = 0) -
     }
 
 
-def _together(parts: list[Any]) -> np.ndarray[Any, Any]:
+def _merge_counts(parts: list[Any]) -> np.ndarray[Any, Any]:
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
@@ -225,7 +225,7 @@ def _edges(lengths: np.ndarray[Any, Any]) -> list[float]:
     return [float(edge) for edge in np.unique(np.floor(spread)) if edge <= lengths.max()]
 
 
-def _unindexed(segment: Segment, found: list[tuple[int, Header]]) -> list[Damage]:
+def _count_unindexed(segment: Segment, found: list[tuple[int, Header]]) -> list[Damage]:
     index = segment.index
     assert index is not None  # noqa: S101 - only called for sealed segments
     known = set(index.entries["offset"].tolist())

@@ -11,7 +11,7 @@ from topkd.offline.store.index import JoinedIndex, Place, SortedIndex, key_halve
 _FEW = 4  # sorted indexes that are searched one by one without a thought
 
 
-class Places:
+class RecordIndex:
     """From key to places. Not thread-safe: the store holds its lock."""
 
     def __init__(self) -> None:

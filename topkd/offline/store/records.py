@@ -122,7 +122,7 @@ def score_record(
 ) -> tuple[Header, bytes]:
     """Header and payload of one score."""
     shape, payload = encode(ids, scores, codec)
-    return _headed(SCORE, shape, payload, asked=max(asked, scores.k), tag=identity.tag, key=key)
+    return _add_header(SCORE, shape, payload, asked=max(asked, scores.k), tag=identity.tag, key=key)
 
 
 def rollout_record(
@@ -156,18 +156,18 @@ def rollout_record(
     tokens = sum(rollout.completion_ids.size for rollout in rollouts)
     shape = Shape(CODECS[codec], 0, 0, len(rollouts), tokens, width)
     payload = b"".join([_ROLLOUT_HEAD.pack(len(head)), head, *body])
-    return _headed(ROLLOUT, shape, payload, asked=max(asked, width), tag=identity.tag, key=key)
+    return _add_header(ROLLOUT, shape, payload, asked=max(asked, width), tag=identity.tag, key=key)
 
 
 def identity_record(identity: TeacherIdentity) -> tuple[Header, bytes]:
     """Header and payload that name a teacher."""
     payload = identity.to_json().encode()
-    return _headed(
+    return _add_header(
         IDENTITY, Shape(0, 0, 0, 0, 0, 0), payload, asked=0, tag=identity.tag, key=identity.digest[:KEY_BYTES]
     )
 
 
-def _headed(kind: int, shape: Shape, payload: bytes, *, asked: int, tag: int, key: bytes) -> tuple[Header, bytes]:
+def _add_header(kind: int, shape: Shape, payload: bytes, *, asked: int, tag: int, key: bytes) -> tuple[Header, bytes]:
     if len(payload) > _MAX_PAYLOAD:
         raise CacheError("one record would be over 4 GiB", got=f"{shape.rows} rows x {shape.width}", hint="lower K")
     return Header(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import xxhash
 
-from topkd.offline.store.folder import refused_by_disk
+from topkd.offline.store.folder import describe_disk_error
 from topkd.offline.store.index import SortedIndex
 from topkd.offline.store.records import ALIGN, Header, Record, read_header, verified
 from topkd.offline.store.segments import (
@@ -28,7 +28,7 @@ from topkd.offline.store.segments import (
     VERSION,
     Damage,
     Segment,
-    segment_paths,
+    list_segments,
 )
 from topkd.topk.errors import CacheCorruptError, CacheError
 
@@ -49,7 +49,7 @@ class SegmentWriter:
             number += 1
         self.number = number - 1
         packed = SEGMENT_HEADER.pack(
-            SEGMENT_MAGIC, VERSION, ALIGN, writer.encode(), self.number, host_id(), time.time_ns()
+            SEGMENT_MAGIC, VERSION, ALIGN, writer.encode(), self.number, find_host_id(), time.time_ns()
         )
         self._write(packed + CHECK.pack(xxhash.xxh3_64_intdigest(packed)))
 
@@ -112,7 +112,7 @@ class SegmentWriter:
         except FileExistsError:
             raise
         except OSError as error:
-            raise refused_by_disk("cannot write to the cache", self.path.parent, error) from error
+            raise describe_disk_error("cannot write to the cache", self.path.parent, error) from error
         # Between creation and lock another process may take the file for an orphan and seal it: then take the next.
         if not _lock(fd) or os.fstat(fd).st_nlink == 0 or self.path.with_suffix(".idx").exists():
             os.close(fd)
@@ -136,7 +136,7 @@ class SegmentWriter:
         self.end += len(block)
 
 
-def host_id() -> int:
+def find_host_id() -> int:
     """Which machine this is: a lock may not reach over a network file system, so it proves nothing about other ones."""
     return xxhash.xxh3_64_intdigest(socket.gethostname().encode())
 
@@ -149,7 +149,7 @@ def adopt_orphans(root: Path, *, foreign: bool = False) -> list[Damage]:
         foreign: Also those of other machines. They are read all the same; sealing them is for when nobody writes there.
     """
     damage: list[Damage] = []
-    for path in segment_paths(root):
+    for path in list_segments(root):
         if path.with_suffix(".idx").exists():
             continue
         try:
@@ -161,7 +161,7 @@ def adopt_orphans(root: Path, *, foreign: bool = False) -> list[Damage]:
                 continue
             segment = Segment(path)
             try:
-                if segment.host not in {None, host_id()} and not foreign:
+                if segment.host not in {None, find_host_id()} and not foreign:
                     continue
                 scan = segment.scan(payloads=True)
             finally:
@@ -196,7 +196,7 @@ def write_index(path: Path, found: list[tuple[int, Header]], end: int) -> None:
     _sync_folder(path.parent)
 
 
-def locked_by_writer(path: Path) -> bool:
+def is_locked_by_writer(path: Path) -> bool:
     """True while some process writes this segment."""
     try:
         fd = os.open(path, os.O_RDONLY)

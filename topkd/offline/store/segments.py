@@ -63,7 +63,7 @@ class Scan:
     end: int  # end of the last whole record
 
 
-def segment_paths(root: Path) -> list[Path]:
+def list_segments(root: Path) -> list[Path]:
     """The segments of a store, by name."""
     return sorted(path for path in root.iterdir() if _NAME.fullmatch(path.name))
 

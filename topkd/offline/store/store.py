@@ -12,16 +12,16 @@ from typing import Literal, Self, TypeAlias
 
 import numpy as np
 
-from topkd.offline.store.codecs import CODECS, CodecName, narrowed
+from topkd.offline.store.codecs import CODECS, CodecName, narrow_scores
 from topkd.offline.store.folder import open_folder
 from topkd.offline.store.index import Place, place_at
-from topkd.offline.store.keys import Teacher, TeacherIdentity, identity_of, rollout_key, score_key, token_array
+from topkd.offline.store.keys import Teacher, TeacherIdentity, check_token_array, rollout_key, score_key, to_identity
 from topkd.offline.store.maintenance import CacheStats, Verification, stats, verify
-from topkd.offline.store.record_index import Places
+from topkd.offline.store.record_index import RecordIndex
 from topkd.offline.store.records import ALIGN, ROLLOUT, SCORE, Header, Record, rollout_record, score_record
 from topkd.offline.store.segment_writer import SegmentWriter, adopt_orphans
-from topkd.offline.store.segments import Segment, segment_paths
-from topkd.offline.store.validation import check_asked, check_request, check_scores
+from topkd.offline.store.segments import Segment, list_segments
+from topkd.offline.store.validation import check_asked, check_request, check_stored_scores
 from topkd.offline.store.writing import SEGMENT_BYTES, RecordLog
 from topkd.topk.errors import AlignmentError, CacheCorruptError, CacheError, ConfigError
 from topkd.topk.protocols import Ids
@@ -72,16 +72,16 @@ class ScoreStore:
         self._segments: list[Segment | SegmentWriter] = []
         self._ordinal: dict[str, int] = {}  # file name to its place in _segments
         self._growing: dict[str, int] = {}  # unsealed segments of others, and up to where they were read
-        self._places = Places()
+        self._places = RecordIndex()
         self._damaged: dict[tuple[int, int], str] = {}
         self.refresh()
 
     def get(self, teacher: Teacher, ids: Ids, start: int, k: int) -> TopK | None:
         """The stored rows, cut to ``start`` and ``k``; None when the store has none that wide."""
-        array = token_array(ids)
+        array = check_token_array(ids)
         check_request(array.size, start, k)
-        record = self._read(score_key(identity_of(teacher), array), SCORE, start, k)
-        return None if record is None else narrowed(record.score()[1], start, k)
+        record = self._read(score_key(to_identity(teacher), array), SCORE, start, k)
+        return None if record is None else narrow_scores(record.score()[1], start, k)
 
     def put(self, teacher: Teacher, ids: Ids, scores: TopK, *, asked: int | None = None) -> None:
         """Writes scores unless the store already answers as much.
@@ -92,8 +92,8 @@ class ScoreStore:
             scores: The rows.
             asked: The K that was asked for, when the server gave fewer columns and would again.
         """
-        identity, array = identity_of(teacher), token_array(ids)
-        check_scores(array, scores)
+        identity, array = to_identity(teacher), check_token_array(ids)
+        check_stored_scores(array, scores)
         key, k = score_key(identity, array), max(scores.k, check_asked(asked))
         with self._lock:
             if self._read(key, SCORE, scores.start, k) is not None:  # a damaged record is no answer
@@ -114,7 +114,9 @@ class ScoreStore:
         occurrence: int = 0,
     ) -> list[Rollout] | None:
         """n stored rollouts (None: all there are) of exactly this request with lists of at least k, or None."""
-        key = rollout_key(identity_of(student), token_array(prompt_ids), params, version=version, occurrence=occurrence)
+        key = rollout_key(
+            to_identity(student), check_token_array(prompt_ids), params, version=version, occurrence=occurrence
+        )
         record = self._read(key, ROLLOUT, n or 0, k)
         return None if record is None else record.rollouts()[:n]
 
@@ -130,7 +132,7 @@ class ScoreStore:
         occurrence: int = 0,
     ) -> None:
         """Writes the rollouts of one request, logprobs exact, unless the store already has as many."""
-        identity, prompt = identity_of(student), token_array(prompt_ids)
+        identity, prompt = to_identity(student), check_token_array(prompt_ids)
         for rollout in rollouts:
             if not np.array_equal(rollout.prompt_ids, prompt):
                 raise AlignmentError("a rollout of another prompt", got=f"{rollout.prompt_ids[:8].tolist()}..")
@@ -139,7 +141,7 @@ class ScoreStore:
 
     def keep_rollouts(self, student: Teacher, key: bytes, rollouts: Sequence[Rollout], *, k: int = 0) -> None:
         """As ``put_rollouts``, for a request whose key is known from another cache."""
-        identity, k = identity_of(student), check_asked(k)
+        identity, k = to_identity(student), check_asked(k)
         with self._lock:
             if self._read(key, ROLLOUT, len(rollouts), k) is not None:
                 return
@@ -149,7 +151,7 @@ class ScoreStore:
 
     def covers(self, teacher: Teacher, ids: Ids, start: int, k: int, *, read: bool = False) -> bool:
         """Whether ``get`` would find rows: by the index alone, or (``read``) by a record whose checksums hold."""
-        key = score_key(identity_of(teacher), token_array(ids))
+        key = score_key(to_identity(teacher), check_token_array(ids))
         if read:
             return self._read(key, SCORE, start, k) is not None
         with self._lock:
@@ -158,7 +160,7 @@ class ScoreStore:
     def held(self, teacher: Teacher, ids: Ids) -> list[tuple[int, int]]:
         """(start, K) of every record of these ids, for saying why a request is not answered."""
         with self._lock:
-            places = self._places.find(score_key(identity_of(teacher), token_array(ids)))
+            places = self._places.find(score_key(to_identity(teacher), check_token_array(ids)))
             return sorted({(place.start, place.asked) for place in places if place.kind == SCORE})
 
     def commit(self) -> int:
@@ -169,7 +171,7 @@ class ScoreStore:
     def refresh(self) -> None:
         """Takes note of what other processes have written since."""
         with self._lock:
-            for path in segment_paths(self.path):
+            for path in list_segments(self.path):
                 ordinal = self._ordinal.get(path.name)
                 if ordinal is None:
                     with contextlib.suppress(FileNotFoundError):  # removed by a compaction meanwhile

@@ -13,7 +13,7 @@ from topkd.offline.store.folder import open_folder
 from topkd.offline.store.index import ENTRY
 from topkd.offline.store.keys import TeacherIdentity
 from topkd.offline.store.records import IDENTITY, ROLLOUT, SCORE, Header
-from topkd.offline.store.segments import Damage, Segment, segment_paths
+from topkd.offline.store.segments import Damage, Segment, list_segments
 from topkd.topk.errors import CacheCorruptError
 
 ROW = np.dtype([("high", "<u8"), ("segment", "<u4"), *[(name, ENTRY[name]) for name in ENTRY.names or ()]])
@@ -32,7 +32,7 @@ def read_tables(root: Path, *, first: int = 0, damage: list[Damage] | None = Non
     """
     segments: list[Segment] = []
     tables = []
-    for path in segment_paths(root):
+    for path in list_segments(root):
         with contextlib.suppress(FileNotFoundError):
             segment = Segment(path)
             position = first + len(segments)
@@ -48,15 +48,15 @@ def read_tables(root: Path, *, first: int = 0, damage: list[Damage] | None = Non
             for name in ENTRY.names or ():
                 table[name] = segment.index.entries[name]
             tables.append(table)
-    return segments, joined(tables)
+    return segments, join_tables(tables)
 
 
-def joined(tables: list[Table]) -> Table:
+def join_tables(tables: list[Table]) -> Table:
     """One table of several."""
     return np.concatenate(tables) if tables else np.zeros(0, ROW)
 
 
-def answers(table: Table) -> Table:
+def select_answers(table: Table) -> Table:
     """The rows of records that a request can be answered from: scores and rollouts."""
     return np.asarray(table[np.isin(table["kind"], (SCORE, ROLLOUT))])
 
@@ -73,7 +73,7 @@ def header_rows(position: int, found: list[tuple[int, Header]]) -> Table:
     return table
 
 
-def live_rows(table: Table, own: int = 0) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def find_live_rows(table: Table, own: int = 0) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which records no other one makes superfluous; among equals the first by segment and offset stays.
 
     A score is superfluous beside one of the same key that starts no later and is no narrower, a rollout record beside
@@ -98,7 +98,7 @@ def live_rows(table: Table, own: int = 0) -> np.ndarray[Any, np.dtype[np.bool_]]
     return live
 
 
-def teachers_of(segments: list[Segment], table: Table) -> dict[int, TeacherIdentity]:
+def read_teachers(segments: list[Segment], table: Table) -> dict[int, TeacherIdentity]:
     """The teachers of a table by tag."""
     found: dict[int, TeacherIdentity] = {}
     for row in table[table["kind"] == IDENTITY]:
@@ -114,7 +114,7 @@ def identities(path: str | os.PathLike[str]) -> dict[int, TeacherIdentity]:
     open_folder(Path(path), create=False)
     segments, table = read_tables(Path(path))
     try:
-        return teachers_of(segments, table)
+        return read_teachers(segments, table)
     finally:
         close_all(segments)
 

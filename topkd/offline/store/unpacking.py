@@ -42,7 +42,7 @@ class Unpacker:
         if self._left > 0:
             self._left -= low.size
             return None
-        unpack = kernel()
+        unpack = load_unpacker()
         if unpack is None:
             return None
         ids, logp = np.empty(low.size, np.int32), np.empty(low.size, np.float32)
@@ -51,7 +51,7 @@ class Unpacker:
 
 
 @functools.cache
-def kernel() -> Kernel | None:
+def load_unpacker() -> Kernel | None:
     """The compiled loop, or None where numba is not installed or refuses the NumPy beside it."""
     if importlib.util.find_spec("numba") is None:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from topkd.topk.errors import AlignmentError, ConfigError
-from topkd.topk.maths.scalars import whole
+from topkd.topk.maths.scalars import check_integer
 from topkd.topk.types import Int32, TopK
 
 _LARGEST_K = 2**31 - 1
@@ -21,13 +21,13 @@ def check_request(tokens: int, start: int, k: int) -> None:
 
 def check_asked(asked: object) -> int:
     """The K that was asked for; None is 0, what the rows themselves hold."""
-    number = 0 if asked is None else whole("the K that was asked for", asked)
+    number = 0 if asked is None else check_integer("the K that was asked for", asked)
     if not 0 <= number <= _LARGEST_K:
         raise ConfigError("the K that was asked for is out of range", got=number, expected=f"0..{_LARGEST_K}")
     return number
 
 
-def check_scores(ids: Int32, scores: TopK) -> None:
+def check_stored_scores(ids: Int32, scores: TopK) -> None:
     """Rows to the sequence's end, of the sequence's own tokens."""
     expected = ids.size - 1 - scores.start
     if scores.rows != expected:

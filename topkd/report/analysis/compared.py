@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from topkd.report.analysis.formatting import NAMES, number, short
+from topkd.report.analysis.formatting import NAMES, format_number, format_short_count
 from topkd.report.analysis.tables import Table
 
 _TITLES = {
@@ -16,7 +16,7 @@ _TITLES = {
 _COSTS = (("teacher_calls", "teacher calls"), ("teacher_tokens", "teacher tokens"), ("teacher_bytes", "teacher bytes"))
 
 
-def compared(comparison: Mapping[str, Any]) -> list[Table]:
+def build_comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
     """A table for each phase that a comparison had, and one of its tuning; what it does not hold is left out."""
     arms = {arm["name"]: arm for arm in comparison.get("arms") or () if isinstance(arm, dict) and "name" in arm}
     tables = []
@@ -25,11 +25,11 @@ def compared(comparison: Mapping[str, Any]) -> list[Table]:
         if isinstance(found, dict) and (rows := found.get("arms")):
             stated = found.get("verdict") if phase != "live" else None
             said = " ".join(str(stated[key]) for key in ("text", "ends") if stated.get(key)) if stated else ""
-            tables.append(_table(comparison, arms, rows, title, said))
-    return [*tables, *_tuning(comparison, arms)]
+            tables.append(_build_table(comparison, arms, rows, title, said))
+    return [*tables, *_build_tuning_table(comparison, arms)]
 
 
-def _tuning(comparison: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+def _build_tuning_table(comparison: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     """Every learning rate that was tried, and what became of it."""
     trials = {name: one for name, one in (comparison.get("tuning") or {}).items() if isinstance(one, dict)}
     rates = sorted({rate for one in trials.values() for rate in one.get("rates") or ()})
@@ -41,20 +41,28 @@ def _tuning(comparison: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]]
         areas = dict(zip(one.get("rates") or (), one.get("areas") or (), strict=False))
         best, edge = one.get("best"), one.get("edge")
         cells = [
-            "—" if rate not in areas else "broke" if areas[rate] is None else number(areas[rate]) for rate in rates
+            "—" if rate not in areas else "broke" if areas[rate] is None else format_number(areas[rate])
+            for rate in rates
         ]
-        taken = f"{number(best)}: the grid's {edge}est, refused" if edge else number(best)
+        taken = f"{format_number(best)}: the grid's {edge}est, refused" if edge else format_number(best)
         if best in rates:
             marked.add((len(rows), 1 + rates.index(best)))
         rows.append([str(arms.get(name, {}).get("label") or name), *cells, taken])
-    columns = ["arm", *map(number, rates), "taken"]
+    columns = ["arm", *map(format_number, rates), "taken"]
     numeric = [False, *[True] * (len(rates) + 1)]
     return [
-        Table(columns, rows, numeric, frozenset(marked), _tried(comparison, rates), "Learning rates that were tried")
+        Table(
+            columns,
+            rows,
+            numeric,
+            frozenset(marked),
+            _describe_trials(comparison, rates),
+            "Learning rates that were tried",
+        )
     ]
 
 
-def _tried(comparison: Mapping[str, Any], rates: Sequence[float]) -> str:
+def _describe_trials(comparison: Mapping[str, Any], rates: Sequence[float]) -> str:
     tuned = comparison.get("tuned")
     text = "Mean area of the trials at each rate, on seeds and prompts of their own; the lowest is taken."
     if not isinstance(tuned, dict):
@@ -62,13 +70,12 @@ def _tried(comparison: Mapping[str, Any], rates: Sequence[float]) -> str:
     seeds, asked = tuned.get("seeds") or (), tuned.get("rates") or ()
     text += f" Tuning seeds: {', '.join(map(str, seeds))}; as many trials for every arm."
     if len(asked) < len(rates):
-        text += (
-            f" The grid was {', '.join(map(number, asked))}, and grew where the best rate of an arm was at its edge."
-        )
+        grid = ", ".join(map(format_number, asked))
+        text += f" The grid was {grid}, and grew where the best rate of an arm was at its edge."
     return text
 
 
-def _table(
+def _build_table(
     comparison: Mapping[str, Any],
     arms: Mapping[str, Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
@@ -85,7 +92,7 @@ def _table(
         "tokens to target",
         "tokens ratio",
     ]
-    costs = [(key, name) for key, name in _COSTS if any(key in fact for row in rows for fact in _facts(row))]
+    costs = [(key, name) for key, name in _COSTS if any(key in fact for row in rows for fact in _list_facts(row))]
     columns += [name for _, name in costs]
     cells = []
     for row in rows:
@@ -94,13 +101,13 @@ def _table(
         cells.append(
             [
                 str(arm.get("label") or row.get("arm")),
-                number(arm.get("lr")) if arm.get("lr") is not None else "the base's",
-                _spread(row.get("area")),
-                "reference" if first else _ratio(row, "area_ratio"),
-                "reference" if first else _ratio(row, "final_ratio"),
-                _reached(row),
-                "reference" if first else _ratio(row, "tokens_ratio"),
-                *(_mean_cost(row, key) for key, _ in costs),
+                format_number(arm.get("lr")) if arm.get("lr") is not None else "the base's",
+                _format_spread(row.get("area")),
+                "reference" if first else _format_ratio(row, "area_ratio"),
+                "reference" if first else _format_ratio(row, "final_ratio"),
+                _format_reached(row),
+                "reference" if first else _format_ratio(row, "tokens_ratio"),
+                *(_compute_mean_cost(row, key) for key, _ in costs),
             ]
         )
     metric = comparison.get("metric")
@@ -113,36 +120,36 @@ def _table(
     return Table(columns, cells, [False, *[True] * (len(columns) - 1)], note=note, title=title)
 
 
-def _facts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _list_facts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     seeds = row.get("seeds")
     return [fact for fact in seeds.values() if isinstance(fact, dict)] if isinstance(seeds, dict) else []
 
 
-def _spread(value: Any) -> str:
+def _format_spread(value: Any) -> str:
     if not isinstance(value, dict):
         return "?"
     sd = value.get("sd")
-    return number(value.get("mean")) + (f" (sd {number(sd)})" if sd is not None else "")
+    return format_number(value.get("mean")) + (f" (sd {format_number(sd)})" if sd is not None else "")
 
 
-def _ratio(row: Mapping[str, Any], key: str) -> str:
+def _format_ratio(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, dict) or value.get("ratio") is None:
         return "—"
     text = f"{value['ratio']:.3f}"
     if value.get("low") is not None and value.get("high") is not None:
         text += f" [{value['low']:.3f}, {value['high']:.3f}]"
-    pairs, seeds = value.get("pairs"), len(_facts(row))
+    pairs, seeds = value.get("pairs"), len(_list_facts(row))
     return f"{text} ({pairs} of {seeds} pairs)" if isinstance(pairs, int) and pairs < seeds else text
 
 
-def _reached(row: Mapping[str, Any]) -> str:
-    seeds, censored = len(_facts(row)), int(row.get("censored") or 0)
+def _format_reached(row: Mapping[str, Any]) -> str:
+    seeds, censored = len(_list_facts(row)), int(row.get("censored") or 0)
     mean = row.get("tokens_to_target")
-    text = short(mean) if isinstance(mean, int | float) and math.isfinite(mean) else "never"
+    text = format_short_count(mean) if isinstance(mean, int | float) and math.isfinite(mean) else "never"
     return f"{text} ({censored} of {seeds} never)" if censored and text != "never" else text
 
 
-def _mean_cost(row: Mapping[str, Any], key: str) -> str:
-    known = [fact[key] for fact in _facts(row) if isinstance(fact.get(key), int | float)]
-    return short(sum(known) / len(known)) if known else "?"
+def _compute_mean_cost(row: Mapping[str, Any], key: str) -> str:
+    known = [fact[key] for fact in _list_facts(row) if isinstance(fact.get(key), int | float)]
+    return format_short_count(sum(known) / len(known)) if known else "?"

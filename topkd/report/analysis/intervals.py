@@ -32,23 +32,23 @@ class Interval:
         return self.low > 0.0 or self.high < 0.0
 
 
-def t95(freedom: int) -> float:
+def t_quantile(freedom: int) -> float:
     """The 97.5 % quantile of Student's t, to 4 digits; beyond 30 degrees by the first terms of its expansion."""
     if freedom <= len(_T95):
         return _T95[freedom - 1]
     return _Z95 + (_Z95**3 + _Z95) / (4 * freedom) + (5 * _Z95**5 + 16 * _Z95**3 + 3 * _Z95) / (96 * freedom**2)
 
 
-def interval(values: Sequence[float]) -> Interval:
+def compute_interval(values: Sequence[float]) -> Interval:
     """Mean of the values and its 95 % interval."""
     array = np.asarray(values, dtype=np.float64)
     mean = float(array.mean()) if array.size else math.nan
     if array.size < 2:
         return Interval(mean, math.nan, math.nan, int(array.size))
-    half = t95(array.size - 1) * float(array.std(ddof=1)) / math.sqrt(array.size)
+    half = t_quantile(array.size - 1) * float(array.std(ddof=1)) / math.sqrt(array.size)
     return Interval(mean, mean - half, mean + half, int(array.size))
 
 
-def paired(first: dict[int, float], second: dict[int, float]) -> Interval:
+def subtract_paired(first: dict[int, float], second: dict[int, float]) -> Interval:
     """First minus second over the seeds that both have."""
-    return interval([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
+    return compute_interval([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])

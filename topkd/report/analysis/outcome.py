@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from topkd.report.analysis.formatting import NAMES
-from topkd.report.analysis.intervals import Interval, interval
-from topkd.report.load.collection import Group
-from topkd.report.load.columns import column, has, totals
-from topkd.report.load.evaluations import FIXED, eval_source
+from topkd.report.analysis.intervals import Interval, compute_interval
+from topkd.report.load.collection import RunGroup
+from topkd.report.load.columns import has_column, read_column, sum_costs
+from topkd.report.load.evaluations import FIXED, make_eval_source
 from topkd.report.load.run_log import Run
 
 EVALUATED = ("reverse_kl", "forward_kl", "jsd", "agreement", "accuracy")
@@ -56,33 +56,35 @@ ESTIMATES = (SAMPLED, Metric("sft_loss", "−log p of the data", exact=False))
 LOG_RATIO = Metric("log_ratio", "log student/teacher ratio on the completions it replays", exact=False)
 
 
-def main_metric(groups: Sequence[Group], wanted: Any = None) -> Metric | None:
+def main_metric(groups: Sequence[RunGroup], wanted: Any = None) -> Metric | None:
     """The exact held-out divergence where every run has it, else what steps estimate or tell; None before any.
 
     ``wanted`` is the one that a comparison judges by; without one, KL(student || teacher).
     """
     runs = [run for group in groups for run in group.runs]
     exact = Metric(wanted, NAMES[wanted], exact=True) if wanted in NAMES else EXACT
-    if runs and all(has(eval_source(run, FIXED).records, exact.key) for run in runs):
+    if runs and all(has_column(make_eval_source(run, FIXED).records, exact.key) for run in runs):
         return exact
     told = (
-        one for one in ESTIMATES if any(has(run.steps, one.key) for run in runs if one != SAMPLED or not run.foreign)
+        one
+        for one in ESTIMATES
+        if any(has_column(run.steps, one.key) for run in runs if one != SAMPLED or not run.foreign)
     )
     return next(told, LOG_RATIO if any(run.foreign for run in runs) else None)
 
 
-def outcome(run: Run, metric: Metric) -> Outcome:
+def compute_outcome(run: Run, metric: Metric) -> Outcome:
     """The ends of one run."""
-    evals = eval_source(run, FIXED)
+    evals = make_eval_source(run, FIXED)
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     for key in EVALUATED:
-        values = column(evals.records, key)
+        values = read_column(evals.records, key)
         known = values[np.isfinite(values)]
         if known.size:
             first[key], last[key] = float(known[0]), float(known[-1])
     if not metric.exact:
-        values = column(run.steps, SAMPLED.key if metric is LOG_RATIO else metric.key)
+        values = read_column(run.steps, SAMPLED.key if metric is LOG_RATIO else metric.key)
         known = values[np.isfinite(values)]
         own = metric
         if metric in (SAMPLED, LOG_RATIO):
@@ -90,11 +92,11 @@ def outcome(run: Run, metric: Metric) -> Outcome:
         if known.size:  # single steps are noisy: a tenth of the run at each end
             part = max(1, known.size // 10)
             first[own.key], last[own.key] = float(known[:part].mean()), float(known[-part:].mean())
-        x, y = column(run.steps, "step"), values if own is metric else np.full_like(values, np.nan)
+        x, y = read_column(run.steps, "step"), values if own is metric else np.full_like(values, np.nan)
     else:
-        y = column(evals.records, metric.key)
+        y = read_column(evals.records, metric.key)
         x = evals.axes.get("tokens", evals.axes["step"])
-    return Outcome(run, first, last, _area(x, y), int(np.isfinite(y).sum()), totals(run))
+    return Outcome(run, first, last, _area(x, y), int(np.isfinite(y).sum()), sum_costs(run))
 
 
 def _area(x: Any, y: Any) -> float:
@@ -105,25 +107,25 @@ def _area(x: Any, y: Any) -> float:
     return float(np.trapezoid(y, x) / (x[-1] - x[0]))
 
 
-def by_seed(outcomes: Sequence[Outcome], key: str) -> dict[int, float]:
+def values_by_seed(outcomes: Sequence[Outcome], key: str) -> dict[int, float]:
     """seed -> last value, of the runs that ended as planned: what may be compared."""
     return {
         one.run.seed: one.last[key]
         for one in outcomes
-        if one.run.seed is not None and key in one.last and counts(one.run)
+        if one.run.seed is not None and key in one.last and is_counted(one.run)
     }
 
 
-def counts(run: Run) -> bool:
+def is_counted(run: Run) -> bool:
     """A run that failed, was stopped or was killed is in no verdict."""
     return run.state in ("finished", "running")
 
 
-def counted(outcomes: Sequence[Outcome]) -> list[Outcome]:
+def select_counted(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Those of a group's runs that its means are over; the only run of a group speaks for itself."""
-    return [one for one in outcomes if counts(one.run) or len(outcomes) == 1]
+    return [one for one in outcomes if is_counted(one.run) or len(outcomes) == 1]
 
 
-def spread(outcomes: Sequence[Outcome], key: str) -> Interval:
+def compute_spread(outcomes: Sequence[Outcome], key: str) -> Interval:
     """The last values of a group's runs, with their interval over seeds."""
-    return interval([one.last[key] for one in outcomes if key in one.last and counts(one.run)])
+    return compute_interval([one.last[key] for one in outcomes if key in one.last and is_counted(one.run)])

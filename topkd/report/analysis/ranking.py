@@ -7,9 +7,9 @@ from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from topkd.report.analysis.intervals import Interval, paired
-from topkd.report.analysis.outcome import SAMPLED, Metric, Outcome, by_seed, counts, spread
-from topkd.report.load.collection import Group
+from topkd.report.analysis.intervals import Interval, subtract_paired
+from topkd.report.analysis.outcome import SAMPLED, Metric, Outcome, compute_spread, is_counted, values_by_seed
+from topkd.report.load.collection import RunGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,8 @@ class Rank:
         return {"group": self.group, "label": self.label, **values, "values": self.values, "difference": gap}
 
 
-def ranked(
-    groups: Sequence[Group],
+def rank_groups(
+    groups: Sequence[RunGroup],
     outcomes: Sequence[Sequence[Outcome]],
     metric: Metric,
     controls: Container[str] = (),
@@ -47,8 +47,8 @@ def ranked(
         Rank(
             index,
             group.label,
-            spread(ones, metric.key),
-            _values(ones, metric.key),
+            compute_spread(ones, metric.key),
+            _find_values(ones, metric.key),
             control=group.runs[0].params.get("arm") in controls,
         )
         for index, (group, ones) in enumerate(zip(groups, outcomes, strict=True))
@@ -57,18 +57,18 @@ def ranked(
     rows.sort(key=lambda row: (row.control, row.end.mean if math.isfinite(row.end.mean) else math.inf))
     if not rows:
         return []
-    best = by_seed(outcomes[rows[0].group], metric.key)
-    return [rows[0], *(_against(row, outcomes[row.group], best, metric) for row in rows[1:])]
+    best = values_by_seed(outcomes[rows[0].group], metric.key)
+    return [rows[0], *(_compare_with(row, outcomes[row.group], best, metric) for row in rows[1:])]
 
 
-def _against(row: Rank, ones: Sequence[Outcome], best: dict[int, float], metric: Metric) -> Rank:
-    gap = paired(by_seed(ones, metric.key), best)
+def _compare_with(row: Rank, ones: Sequence[Outcome], best: dict[int, float], metric: Metric) -> Rank:
+    gap = subtract_paired(values_by_seed(ones, metric.key), best)
     return replace(row, difference=gap if gap.n >= 2 else None)
 
 
-def _values(ones: Sequence[Outcome], key: str) -> list[dict[str, Any]]:
+def _find_values(ones: Sequence[Outcome], key: str) -> list[dict[str, Any]]:
     return [
         {"seed": one.run.seed, "run": one.run.name, "value": one.last[key]}
         for one in ones
-        if key in one.last and counts(one.run)
+        if key in one.last and is_counted(one.run)
     ]

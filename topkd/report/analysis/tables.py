@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from topkd.report.analysis.formatting import between, number, percent, short
-from topkd.report.analysis.outcome import Outcome, counted, spread
-from topkd.report.analysis.verdict import Verdict
-from topkd.report.load.collection import Collection, Group, differing_keys
-from topkd.report.load.run_log import flat
+from topkd.report.analysis.formatting import format_interval, format_number, format_percent, format_short_count
+from topkd.report.analysis.outcome import Outcome, compute_spread, select_counted
+from topkd.report.analysis.verdict import ReportVerdict
+from topkd.report.load.collection import Collection, RunGroup, find_differing_keys
+from topkd.report.load.run_log import flatten_settings
 
 _METRICS = (
     ("reverse_kl", "KL(S‖T)"),
@@ -48,7 +48,9 @@ class Table:
     title: str = ""
 
 
-def summary(groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]], said: Verdict) -> Table:
+def build_summary_table(
+    groups: Sequence[RunGroup], outcomes: Sequence[Sequence[Outcome]], said: ReportVerdict
+) -> Table:
     """A row a setting, best first: last values with 95 % intervals over seeds, differences to the best, cost."""
     gaps = {rank.group: rank.difference for rank in said.ranks}
     order = [*gaps, *(index for index in range(len(groups)) if index not in gaps)]
@@ -63,21 +65,21 @@ def summary(groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]], said
     rows = []
     for index in order:
         ones = outcomes[index]
-        meant = counted(ones)
+        meant = select_counted(ones)
         row = [groups[index].label, str(len(ones)) if len(meant) == len(ones) else f"{len(meant)} of {len(ones)}"]
         row += [_metric(ones, key) for key, _ in metrics]
         if paired:
             gap = gaps.get(index)
-            row.append(between(gap) if gap else "best" if index == order[0] else "—")
+            row.append(format_interval(gap) if gap else "best" if index == order[0] else "—")
         if areas:
-            row.append(number(_mean([one.area for one in meant])))
+            row.append(format_number(_mean([one.area for one in meant])))
         row += [_total(meant, key) for key, _ in sums]
         rows.append(row)
     note = "Means over seeds with 95 % Student-t intervals in brackets." if any(len(g.runs) > 1 for g in groups) else ""
     return Table(columns, rows, [False, *[True] * (len(columns) - 1)], note=note)
 
 
-def runs_table(groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]]) -> Table:
+def build_runs_table(groups: Sequence[RunGroup], outcomes: Sequence[Sequence[Outcome]]) -> Table:
     """A row a run."""
     flatly = [(group, one) for group, ones in zip(groups, outcomes, strict=True) for one in ones]
     metrics = [(key, name) for key, name in _METRICS if any(key in one.last for _, one in flatly)]
@@ -97,23 +99,25 @@ def runs_table(groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]]) -
     return Table(columns, rows, [False, False, True, False, *[True] * (len(columns) - 4)])
 
 
-def settings(collection: Collection, groups: Sequence[Group], baseline: Mapping[str, Any] | None = None) -> Table:
+def build_settings_table(
+    collection: Collection, groups: Sequence[RunGroup], baseline: Mapping[str, Any] | None = None
+) -> Table:
     """Every setting of each group, those that differ first and marked; for one group, against topkd's defaults."""
-    configs = [{**flat(group.runs[0].config), **group.runs[0].params} for group in groups]
+    configs = [{**flatten_settings(group.runs[0].config), **group.runs[0].params} for group in groups]
     for config in configs:
         config.pop("seed", None)
     columns = ["setting", *(group.label for group in groups)]
     if len(groups) == 1 and baseline is not None:
-        defaults = {key: value for key, value in flat(baseline).items() if key in configs[0]}
+        defaults = {key: value for key, value in flatten_settings(baseline).items() if key in configs[0]}
         configs, columns = [configs[0], defaults], ["setting", "this run", "topkd's default"]
         known = [key for key in configs[0] if key in defaults]
         differ = [key for key in known if configs[0][key] != defaults[key]]
     else:
-        differ = differing_keys(configs)
+        differ = find_differing_keys(configs)
     keys = [*differ, *(key for config in configs for key in config)]
     rows, marked = [], set()
     for key in dict.fromkeys(keys):
-        rows.append([key, *(_said(config, key) for config in configs)])
+        rows.append([key, *(_format_setting(config, key) for config in configs)])
         if key in differ:
             marked |= {(len(rows) - 1, column) for column in range(len(columns))}
     seeds = sorted({run.seed for run in collection.runs if run.seed is not None})
@@ -122,13 +126,13 @@ def settings(collection: Collection, groups: Sequence[Group], baseline: Mapping[
 
 
 def _metric(ones: Sequence[Outcome], key: str) -> str:
-    say = percent if key in ("agreement", "accuracy") else number
-    return say(ones[0].last.get(key, math.nan)) if len(ones) == 1 else between(spread(ones, key), say)
+    say = format_percent if key in ("agreement", "accuracy") else format_number
+    return say(ones[0].last.get(key, math.nan)) if len(ones) == 1 else format_interval(compute_spread(ones, key), say)
 
 
 def _total(ones: Sequence[Outcome], key: str) -> str:
     known = [value for one in ones if (value := one.totals.get(key)) is not None]
-    return short(sum(known) / len(known)) if known else "?"
+    return format_short_count(sum(known) / len(known)) if known else "?"
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -136,7 +140,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _said(config: Mapping[str, Any], key: str) -> str:
+def _format_setting(config: Mapping[str, Any], key: str) -> str:
     if key not in config:
         return "—"
     value = _LEFT_OUT.get(key) if config[key] is None else config[key]

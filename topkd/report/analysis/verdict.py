@@ -7,21 +7,21 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from topkd.report.analysis.formatting import between, change, number, short
+from topkd.report.analysis.formatting import format_change, format_interval, format_number, format_short_count
 from topkd.report.analysis.outcome import (
     LOG_RATIO,
     SAMPLED,
     Metric,
     Outcome,
-    counted,
-    counts,
+    compute_outcome,
+    compute_spread,
+    is_counted,
     main_metric,
-    outcome,
-    spread,
+    select_counted,
 )
-from topkd.report.analysis.ranking import Rank, ranked
-from topkd.report.analysis.warnings import Warned, cut_on_purpose, warnings_of
-from topkd.report.load.collection import Collection, Group
+from topkd.report.analysis.ranking import Rank, rank_groups
+from topkd.report.analysis.warnings import Warned, cut_on_purpose, find_warnings
+from topkd.report.load.collection import Collection, RunGroup
 from topkd.report.load.run_log import last_step
 
 ENOUGH_SEEDS = 8
@@ -51,7 +51,7 @@ _SHARES = (("agreement", "Same top token"), ("accuracy", "Task accuracy"))
 
 
 @dataclass(slots=True)
-class Verdict:
+class ReportVerdict:
     """What stands at the top.
 
     Attributes:
@@ -81,19 +81,23 @@ class Verdict:
     notes: list[str] = field(default_factory=list)
 
 
-def verdict(collection: Collection, groups: Sequence[Group]) -> tuple[Verdict, list[list[Outcome]]]:
+def write_verdict(collection: Collection, groups: Sequence[RunGroup]) -> tuple[ReportVerdict, list[list[Outcome]]]:
     """The verdict over the groups, and the outcomes it rests on, group by group."""
     metric = main_metric(groups, collection.comparison.get("metric"))
     if metric is None:
-        return _nothing(groups), [[] for _ in groups]
-    outcomes = [[outcome(run, metric) for run in group.runs] for group in groups]
+        return _describe_nothing(groups), [[] for _ in groups]
+    outcomes = [[compute_outcome(run, metric) for run in group.runs] for group in groups]
     if len(groups) == 1:
-        said = _one_run(outcomes[0][0], metric) if len(outcomes[0]) == 1 else _one_group(groups[0], outcomes, metric)
+        said = (
+            _describe_run(outcomes[0][0], metric)
+            if len(outcomes[0]) == 1
+            else _describe_group(groups[0], outcomes, metric)
+        )
     else:
-        said = _several(groups, outcomes, metric, collection.controls)
-        said.caveat = _caveat(collection, groups, said.ranks)
+        said = _describe_several(groups, outcomes, metric, collection.controls)
+        said.caveat = _write_caveat(collection, groups, said.ranks)
     said.metric = metric.name
-    _stated(said, collection.comparison)
+    _use_stated_verdict(said, collection.comparison)
     if not metric.exact:
         rests = _RESTS[(LOG_RATIO if said.headline == _UNDECIDED else metric).key]
         said.warnings.insert(0, f"no exact held-out KL in the run log{rests}")
@@ -101,7 +105,7 @@ def verdict(collection: Collection, groups: Sequence[Group]) -> tuple[Verdict, l
         count = sum(len(group.runs) for group in groups)
         said.detail = f"So far: {said.headline}. {said.detail}"
         said.headline, said.tone = f"Not finished: {count} run{'s' * (count > 1)} so far, and no verdict", "open"
-    found = [(one, warned) for ones in outcomes for one in ones for warned in warnings_of(one)]
+    found = [(one, warned) for ones in outcomes for one in ones for warned in find_warnings(one)]
     if collection.comparison.get("base") == EMBEDDED:
         said.notes.append(_CUT)
         said.facts = [
@@ -110,43 +114,43 @@ def verdict(collection: Collection, groups: Sequence[Group]) -> tuple[Verdict, l
         found = [(one, warned) for one, warned in found if not warned.kind.endswith("truncation_rate")]
     else:
         said.notes += dict.fromkeys(filter(None, (cut_on_purpose(one.run) for ones in outcomes for one in ones)))
-    said.warnings += _gathered(found, sum(map(len, outcomes)))
+    said.warnings += _gather_warnings(found, sum(map(len, outcomes)))
     said.warnings += collection.notes
     return said, outcomes
 
 
-def _nothing(groups: Sequence[Group]) -> Verdict:
+def _describe_nothing(groups: Sequence[RunGroup]) -> ReportVerdict:
     steps = max((last_step(run.steps) for group in groups for run in group.runs), default=0)
     if not steps:
-        return Verdict("Waiting for the first step.", tone="waiting")
-    return Verdict(
+        return ReportVerdict("Waiting for the first step.", tone="waiting")
+    return ReportVerdict(
         "Nothing in the run log says how far the student is from its teacher",
         detail=f"{steps:,} steps, and neither an evaluation nor an estimate among them: the curves are below.",
         tone="open",
     )
 
 
-def _one_run(one: Outcome, metric: Metric) -> Verdict:
+def _describe_run(one: Outcome, metric: Metric) -> ReportVerdict:
     first, last = one.first.get(metric.key, math.nan), one.last.get(metric.key, math.nan)
     steps = last_step(one.run.steps)
     way = "fell" if last < first else "rose" if last > first else "did not move"
     where = "On held-out prefixes, exact over the whole vocabulary" if metric.exact else _BASIS[metric.key]
     if one.looks < 2:
-        return Verdict(
-            f"{metric.name} is {number(last)} nats a token at the first look",
+        return ReportVerdict(
+            f"{metric.name} is {format_number(last)} nats a token at the first look",
             detail=f"{where}; {steps:,} of {one.run.planned or steps:,} steps, {one.run.state}.",
-            facts=_facts(one),
+            facts=_list_facts(one),
         )
-    share = "" if metric is LOG_RATIO else change(first, last)
-    return Verdict(
-        f"{metric.name} {way} from {number(first)} to {number(last)} nats a token{share}",
+    share = "" if metric is LOG_RATIO else format_change(first, last)
+    return ReportVerdict(
+        f"{metric.name} {way} from {format_number(first)} to {format_number(last)} nats a token{share}",
         detail=f"{where}; {steps:,} of {one.run.planned or steps:,} steps, {one.run.state}.",
-        facts=_facts(one),
+        facts=_list_facts(one),
     )
 
 
-def _one_group(group: Group, outcomes: Sequence[Sequence[Outcome]], metric: Metric) -> Verdict:
-    ended = [one for one in outcomes[0] if counts(one.run) and metric.key in one.last]
+def _describe_group(group: RunGroup, outcomes: Sequence[Sequence[Outcome]], metric: Metric) -> ReportVerdict:
+    ended = [one for one in outcomes[0] if is_counted(one.run) and metric.key in one.last]
     left = len(outcomes[0]) - len(ended)
     aside = (
         f" {left} other run{'s' * (left > 1)} did not end as planned and count{'s' * (left == 1)} nowhere."
@@ -154,54 +158,59 @@ def _one_group(group: Group, outcomes: Sequence[Sequence[Outcome]], metric: Metr
         else ""
     )
     if not ended:
-        return Verdict(f"No run of {group.label} has ended as planned", tone="open")
+        return ReportVerdict(f"No run of {group.label} has ended as planned", tone="open")
     if len(ended) == 1:
-        said = _one_run(ended[0], metric)
+        said = _describe_run(ended[0], metric)
         said.detail, said.facts_of = f"{said.detail}{aside}", ended[0].run.name
         return said
-    end = spread(ended, metric.key)
+    end = compute_spread(ended, metric.key)
     start = [one.first[metric.key] for one in ended]
     first = sum(start) / len(start)
     seeds = {one.run.seed for one in ended}
     differ = "that differ in their seed, with the 95 % interval over them."
     if None in seeds or len(seeds) < len(ended):
         differ = "of which some share a seed: the interval over them says how they repeat, not how seeds vary."
-    share = "" if metric is LOG_RATIO else change(first, end.mean)
+    share = "" if metric is LOG_RATIO else format_change(first, end.mean)
     if metric is LOG_RATIO:
         differ += f" {_BASIS[metric.key]}."
-    return Verdict(
-        f"{metric.name} went from {number(first)} to {between(end)} nats a token{share}",
+    return ReportVerdict(
+        f"{metric.name} went from {format_number(first)} to {format_interval(end)} nats a token{share}",
         detail=f"Mean over {end.n} runs of {group.label} {differ}{aside}",
-        facts=_mean_facts(ended),
+        facts=_list_mean_facts(ended),
         facts_of="means over seeds" if len(seeds) == len(ended) else "means over runs",
-        ranks=ranked([group], outcomes, metric),
+        ranks=rank_groups([group], outcomes, metric),
     )
 
 
-def _several(
-    groups: Sequence[Group], outcomes: list[list[Outcome]], metric: Metric, controls: Container[str]
-) -> Verdict:
+def _describe_several(
+    groups: Sequence[RunGroup], outcomes: list[list[Outcome]], metric: Metric, controls: Container[str]
+) -> ReportVerdict:
     undrawn = [group.label for group in groups if group.foreign] if metric in (SAMPLED, LOG_RATIO) else []
     aside = f"{', '.join(undrawn)}: trained on {_UNDRAWN}; not ranked by it" if undrawn else ""
-    ranks = [] if metric is LOG_RATIO else ranked(groups, outcomes, metric, controls)
+    ranks = [] if metric is LOG_RATIO else rank_groups(groups, outcomes, metric, controls)
     comparable = [rank for rank in ranks if math.isfinite(rank.end.mean) and not rank.control]
     if len(comparable) < 2 and undrawn:
-        return Verdict(_UNDECIDED, detail=f"{aside}.", tone="open")
+        return ReportVerdict(_UNDECIDED, detail=f"{aside}.", tone="open")
     if len(comparable) < 2:
-        return Verdict("No two settings have finished runs to compare.", tone="open", ranks=ranks)
+        return ReportVerdict("No two settings have finished runs to compare.", tone="open", ranks=ranks)
     best, *others = comparable
     # The nearest that cannot be told from it; where all can, the runner-up.
     second = next((one for one in others if one.difference is None or one.difference.low <= 0.0), others[0])
     gap = second.difference
-    said = Verdict("", ranks=ranks, facts=_mean_facts(outcomes[best.group]), facts_of=f"{best.label}, means over seeds")
-    ends = f"{best.label} ends at {number(best.end.mean)} nats a token, {second.label} at {number(second.end.mean)}"
+    said = ReportVerdict(
+        "", ranks=ranks, facts=_list_mean_facts(outcomes[best.group]), facts_of=f"{best.label}, means over seeds"
+    )
+    ends = (
+        f"{best.label} ends at {format_number(best.end.mean)} nats a token, "
+        f"{second.label} at {format_number(second.end.mean)}"
+    )
     if gap is None:
         said.headline, said.tone = f"{best.label} has the lower {metric.name}, but nothing says how surely", "open"
         said.detail = f"{ends}. Fewer than two seeds in common: no paired interval, so take it as one draw."
     else:
-        span = f"{number(gap.low)} to {number(gap.high)} nats a token over {gap.n} seeds"
+        span = f"{format_number(gap.low)} to {format_number(gap.high)} nats a token over {gap.n} seeds"
         if gap.low > 0.0:
-            said.headline = f"{best.label} wins: {metric.name} lower by {number(gap.mean)} nats a token"
+            said.headline = f"{best.label} wins: {metric.name} lower by {format_number(gap.mean)} nats a token"
             said.tone = "won"
             said.detail = f"95 % interval of the paired difference to {second.label}: {span}. {ends}."
         else:
@@ -210,11 +219,11 @@ def _several(
                 "holds zero" if gap.high >= 0.0 else f"is below zero: where both have a seed, {second.label} is ahead"
             )
             said.detail = f"The 95 % interval of their paired difference, {span}, {holds}. {ends}."
-    said.warnings += [*filter(None, [aside]), *_doubts(comparable, outcomes)]
+    said.warnings += [*filter(None, [aside]), *_list_doubts(comparable, outcomes)]
     return said
 
 
-def _doubts(ranks: Sequence[Rank], outcomes: Sequence[Sequence[Outcome]]) -> list[str]:
+def _list_doubts(ranks: Sequence[Rank], outcomes: Sequence[Sequence[Outcome]]) -> list[str]:
     said = []
     seeds = min(rank.end.n for rank in ranks)
     if seeds < ENOUGH_SEEDS:
@@ -223,14 +232,14 @@ def _doubts(ranks: Sequence[Rank], outcomes: Sequence[Sequence[Outcome]]) -> lis
         said.append(
             "runs of one setting share a seed, or have none: their interval says how they repeat, not how seeds vary"
         )
-    tokens = [one.totals["tokens"] for ones in outcomes for one in ones if counts(one.run)]
+    tokens = [one.totals["tokens"] for ones in outcomes for one in ones if is_counted(one.run)]
     known = [count for count in tokens if count]
     if known and max(known) > 1.05 * min(known):
         said.append(f"runs trained on {min(known):,.0f} to {max(known):,.0f} tokens: compare at equal tokens, below")
     return said
 
 
-def _caveat(collection: Collection, groups: Sequence[Group], ranks: Sequence[Rank]) -> str:
+def _write_caveat(collection: Collection, groups: Sequence[RunGroup], ranks: Sequence[Rank]) -> str:
     """What makes a comparison a first look, under its headline: a reader of that alone must not take it for more."""
     seeds = min((rank.end.n for rank in ranks if rank.end.n and not rank.control), default=0)
     arms = [arm for arm in collection.comparison.get("arms") or () if isinstance(arm, dict)]
@@ -244,58 +253,66 @@ def _caveat(collection: Collection, groups: Sequence[Group], ranks: Sequence[Ran
     return f"A first look, not a result: {', '.join([*few, f'{steps:,} steps a run'])}."
 
 
-def _stated(said: Verdict, comparison: dict[str, Any]) -> None:
+def _use_stated_verdict(said: ReportVerdict, comparison: dict[str, Any]) -> None:
     """A comparison's own verdict in place of the page's: it knows what was tuned and how, and weighs areas and ends."""
     said.note = str(comparison.get("note") or "")
     stated = comparison.get("verdict")
     text = stated.get("text") if isinstance(stated, dict) else None
     if isinstance(stated, dict) and isinstance(text, str) and text:
-        ends = [f"{rank.label} {number(rank.end.mean)}" for rank in said.ranks if math.isfinite(rank.end.mean)]
+        ends = [f"{rank.label} {format_number(rank.end.mean)}" for rank in said.ranks if math.isfinite(rank.end.mean)]
         told = [str(stated.get("ends") or ""), f"Last values, nats a token: {', '.join(ends)}." if ends else ""]
         said.detail = " ".join(part for part in told if part)
         said.headline, said.tone = text, "won" if stated.get("winner") else "open"
     said.warnings += [f"tuning: {reason}" for reason in comparison.get("refused") or ()]
 
 
-def _facts(one: Outcome) -> list[tuple[str, str, str]]:
+def _list_facts(one: Outcome) -> list[tuple[str, str, str]]:
     facts = [
-        (label, number(one.last[key]), f"from {number(one.first[key])}") for key, label in _DISTANCES if key in one.last
+        (label, format_number(one.last[key]), f"from {format_number(one.first[key])}")
+        for key, label in _DISTANCES
+        if key in one.last
     ]
     facts += [
         (label, f"{100 * one.last[key]:.1f} %", f"from {100 * one.first[key]:.1f} %")
         for key, label in _SHARES
         if key in one.last
     ]
-    return facts + _cost(one.totals)
+    return facts + _list_costs(one.totals)
 
 
-def _mean_facts(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str]]:
+def _list_mean_facts(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str]]:
     facts = []
     for key, label in (*_DISTANCES, *_SHARES):
-        if (end := spread(outcomes, key)).n:
-            text = f"{100 * end.mean:.1f} %" if (key, label) in _SHARES else number(end.mean)
+        if (end := compute_spread(outcomes, key)).n:
+            text = f"{100 * end.mean:.1f} %" if (key, label) in _SHARES else format_number(end.mean)
             facts.append((label, text, ""))
     mean: dict[str, float | None] = {}
     for key in outcomes[0].totals if outcomes else ():
-        known = [value for one in counted(outcomes) if (value := one.totals[key]) is not None]
+        known = [value for one in select_counted(outcomes) if (value := one.totals[key]) is not None]
         mean[key] = sum(known) / len(known) if known else None
-    return facts + _cost(mean)
+    return facts + _list_costs(mean)
 
 
-def _cost(totals: dict[str, float | None]) -> list[tuple[str, str, str]]:
+def _list_costs(totals: dict[str, float | None]) -> list[tuple[str, str, str]]:
     """Tokens, the teacher's work and time; what the run log does not say is left out."""
     said = []
     if (tokens := totals.get("tokens")) is not None:
-        said.append(("Tokens trained on", short(tokens), ""))
+        said.append(("Tokens trained on", format_short_count(tokens), ""))
     if (scored := totals.get("scored_tokens")) is not None:
         requests = totals.get("requests")
-        said.append(("Teacher scored", short(scored), "tokens" + (f", {short(requests)} requests" if requests else "")))
+        said.append(
+            (
+                "Teacher scored",
+                format_short_count(scored),
+                "tokens" + (f", {format_short_count(requests)} requests" if requests else ""),
+            )
+        )
     if (seconds := totals.get("seconds")) is not None:
         said.append(("Time", f"{seconds:,.0f} s", ""))
     return said
 
 
-def _gathered(found: Sequence[tuple[Outcome, Warned]], runs: int) -> list[str]:
+def _gather_warnings(found: Sequence[tuple[Outcome, Warned]], runs: int) -> list[str]:
     """Warnings of all ``runs``; one that many share is said once, with their number."""
     by_kind: dict[str, list[tuple[Outcome, Warned]]] = {}
     for one, warned in found:

@@ -9,8 +9,8 @@ from typing import Final
 import numpy as np
 
 from topkd.report.analysis.outcome import Outcome
-from topkd.report.load.columns import column
-from topkd.report.load.evaluations import FIXED, eval_source
+from topkd.report.load.columns import read_column
+from topkd.report.load.evaluations import FIXED, make_eval_source
 from topkd.report.load.run_log import METRICS, Record, Run, last_step
 
 _QUIET_S, _QUIET_STEPS = 900.0, 10.0  # of an unfinished run that is still taken to go on
@@ -44,7 +44,7 @@ class Warned:
     text: str
 
 
-def warnings_of(one: Outcome) -> list[Warned]:
+def find_warnings(one: Outcome) -> list[Warned]:
     """What a careful reader would ask about a run."""
     run = one.run
     said: list[Warned] = []
@@ -59,7 +59,7 @@ def warnings_of(one: Outcome) -> list[Warned]:
             f"machine is at work on it: was it killed? ({onwards})"
         )
         said.append(Warned("silent", text))
-    if run.state == "running" and run.planned is not None and (quiet := silence(run)) is not None:
+    if run.state == "running" and run.planned is not None and (quiet := find_silence(run)) is not None:
         text = f"unfinished, and nothing was written for {quiet}: was it killed? ({onwards})"
         said.append(Warned("silent", text))
     meant = cut_on_purpose(run)
@@ -67,12 +67,12 @@ def warnings_of(one: Outcome) -> list[Warned]:
     alarms = [event for event in alarms if not (meant and event.get("alarm") == "truncation_rate")]
     said += [Warned(f"alarm {_alarm(event)[1]}", _alarm(event)[0]) for event in alarms[:20]]
     if lost := one.totals.get("lost"):
-        asked = float(np.nansum(column(run.steps, "samples"))) + lost
+        asked = float(np.nansum(read_column(run.steps, "samples"))) + lost
         said.append(Warned("lost", f"{lost:,.0f} of {asked:,.0f} samples were lost on the way to the teacher and back"))
     if skipped := sum(bool(record.get("skipped")) for record in run.steps):
         text = f"{skipped} of {len(run.steps)} steps changed no weight (`skipped` in the run log says why)"
         said.append(Warned("skipped", text))
-    best = column(eval_source(run, FIXED).records, "reverse_kl")
+    best = read_column(make_eval_source(run, FIXED).records, "reverse_kl")
     if best.size > 2 and np.isfinite(best).any() and best[-1] > 1.05 * np.nanmin(best):
         text = f"the last KL ({best[-1]:.4g}) is above the best one ({np.nanmin(best):.4g}): it was better before"
         said.append(Warned("worse", text))
@@ -85,7 +85,7 @@ def cut_on_purpose(run: Run) -> str:
     """In words, that a limit of a few tokens cut the completions: pieces of text were asked for; "" elsewhere."""
     rollout = run.config.get("rollout")
     limit = rollout.get("max_completion_tokens") if isinstance(rollout, dict) else None
-    truncated, samples = np.nansum(column(run.steps, "truncated")), np.nansum(column(run.steps, "samples"))
+    truncated, samples = np.nansum(read_column(run.steps, "truncated")), np.nansum(read_column(run.steps, "samples"))
     if not isinstance(limit, int) or limit > _FRAGMENT or not samples or truncated < _NEARLY_ALL * samples:
         return ""
     return (
@@ -94,13 +94,13 @@ def cut_on_purpose(run: Run) -> str:
     )
 
 
-def silence(run: Run) -> str | None:
+def find_silence(run: Run) -> str | None:
     """For how long an unfinished run has written nothing, where that is far longer than its steps take."""
     try:
         quiet_s = time.time() - (run.path / METRICS).stat().st_mtime
     except OSError:
         return None
-    taken = column(run.steps, "elapsed_s")
+    taken = read_column(run.steps, "elapsed_s")
     slowest_s = float(np.nanmax(np.diff(taken, prepend=0.0))) if np.isfinite(taken).all() and taken.size else 0.0
     if quiet_s < max(_QUIET_S, _QUIET_STEPS * slowest_s):
         return None
@@ -109,15 +109,15 @@ def silence(run: Run) -> str | None:
 
 def _rates(run: Run) -> list[Warned]:
     said = []
-    ess = column(run.steps, "ess")
+    ess = read_column(run.steps, "ess")
     if np.isfinite(ess).any() and np.nanmean(ess) < 0.5:
         said.append(Warned("ess", f"effective sample size {100 * np.nanmean(ess):.0f} % on average: far off-policy"))
-    missing, tokens = column(run.steps, "missing_tokens"), column(run.steps, "completion_tokens")
+    missing, tokens = read_column(run.steps, "missing_tokens"), read_column(run.steps, "completion_tokens")
     if np.nansum(missing) > 0:
         share = 100 * np.nansum(missing) / max(np.nansum(tokens), 1.0)
         text = f"{np.nansum(missing):,.0f} tokens ({share:.2g} %) had no teacher logprob and were masked"
         said.append(Warned("missing", text))
-    truncated, samples = np.nansum(column(run.steps, "truncated")), np.nansum(column(run.steps, "samples"))
+    truncated, samples = np.nansum(read_column(run.steps, "truncated")), np.nansum(read_column(run.steps, "samples"))
     if samples and truncated > 0.5 * samples:
         text = f"{100 * truncated / samples:.0f} % of completions were cut at the length limit: {_ENDS}"
         said.append(Warned("truncation_rate", text))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topkd.report.load.comparison_cells import begun, listed
-from topkd.report.load.run_log import COMPARE, Run, flat, read_config, read_object, read_run
+from topkd.report.load.comparison_cells import read_listed_cells, read_unfinished_cells
+from topkd.report.load.run_log import COMPARE, Run, flatten_settings, read_config, read_object, read_run
 from topkd.topk.errors import DataError
 
 # Where a run keeps its things says nothing about what it does.
@@ -18,7 +18,7 @@ _FIRST = ("objective.kind", "objective.divergence", "objective.beta", "k", "obje
 
 
 @dataclass(slots=True)
-class Group:
+class RunGroup:
     """Runs of one setting: what a colour stands for."""
 
     label: str
@@ -52,15 +52,15 @@ class Collection:
         arms = [arm for arm in self.comparison.get("arms") or () if isinstance(arm, dict) and arm.get("control")]
         return frozenset(str(arm.get("label") or arm.get("name")) for arm in arms)
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[RunGroup]:
         """Runs by setting, in the order of their first run."""
         given = [run.replayed or run.foreign for run in self.runs]
         settings = [
-            (dict(run.params) or flat(run.config))
+            (dict(run.params) or flatten_settings(run.config))
             | ({"rollouts": "replay" if replays else "live"} if any(given) else {})
             for run, replays in zip(self.runs, given, strict=True)
         ]
-        differing = [key for key in differing_keys(settings) if not key.startswith(_PLACES)]
+        differing = [key for key in find_differing_keys(settings) if not key.startswith(_PLACES)]
         # What a comparison varied counts even where it took one value only; a lone group needs no distinction.
         by_key: dict[str, list[int]] = {}
         for index, setting in enumerate(settings):
@@ -68,7 +68,7 @@ class Collection:
         members = list(by_key.values())
         told = [{key: settings[indices[0]].get(key) for key in differing} for indices in members]
         return [
-            Group(label, setting, [self.runs[index] for index in indices])
+            RunGroup(label, setting, [self.runs[index] for index in indices])
             for label, setting, indices in zip(_labels(told, self), told, members, strict=True)
         ]
 
@@ -84,9 +84,9 @@ def gather(paths: Sequence[Path], *, waiting: bool = False) -> Collection:
             if comparison:
                 raise DataError("two comparisons on one page", where=str(path), hint="make one page for each")
             comparison = read_object(path / COMPARE)
-            runs += listed(path, comparison, notes)
+            runs += read_listed_cells(path, comparison, notes)
         elif (path / "cells").is_dir():
-            runs += begun(path, notes) or ([read_run(path, waiting=True)] if waiting else [])
+            runs += read_unfinished_cells(path, notes) or ([read_run(path, waiting=True)] if waiting else [])
             title, unfinished = str(read_config(path).get("name") or title), True
         else:
             runs.append(read_run(path, waiting=waiting))
@@ -97,7 +97,7 @@ def gather(paths: Sequence[Path], *, waiting: bool = False) -> Collection:
     return Collection(title, runs, comparison, notes, unfinished)
 
 
-def differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
+def find_differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
     """Keys that do not have the same value everywhere (absent counts as a value), the telling ones first."""
     keys = list(dict.fromkeys(key for setting in settings for key in setting))
     missing = object()
@@ -109,7 +109,7 @@ def _labels(settings: Sequence[dict[str, Any]], collection: Collection) -> list[
     """The shortest list of differing settings that tells the groups apart, in words."""
     if len(settings) == 1:
         run = collection.runs[0]
-        kind = run.params.get("objective.kind") or flat(run.config).get("objective.kind")
+        kind = run.params.get("objective.kind") or flatten_settings(run.config).get("objective.kind")
         return [str(kind or run.name)]
     chosen: list[str] = []
     told = 1
@@ -117,11 +117,11 @@ def _labels(settings: Sequence[dict[str, Any]], collection: Collection) -> list[
         seen = len({json.dumps([one.get(name) for name in [*chosen, key]], default=str) for one in settings})
         if seen > told:
             chosen, told = [*chosen, key], seen
-    said = [[_said(key, one[key]) for key in chosen if one[key] is not None] for one in settings]
+    said = [[_format_value(key, one[key]) for key in chosen if one[key] is not None] for one in settings]
     return [", ".join(part for part in parts if part) or "default" for parts in said]
 
 
-def _said(key: str, value: Any) -> str:
+def _format_value(key: str, value: Any) -> str:
     last = key.rsplit(".", 1)[-1]
     if last in ("kind", "name", "objective", "arm", "divergence"):
         return str(value)

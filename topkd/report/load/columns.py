@@ -36,22 +36,22 @@ _COST, _REQUESTS, _BYTES = ("scored_tokens", "completion_tokens"), ("requests",)
 _STAGES = ("sample_s", "score_wait_s", "learn_s")
 
 
-def column(records: Sequence[Record], key: str) -> Floats:
+def read_column(records: Sequence[Record], key: str) -> Floats:
     """A field of every record; NaN where it is absent, null, or no number."""
     return np.array([_number(record.get(key)) for record in records], dtype=np.float64)
 
 
-def has(records: Sequence[Record], key: str) -> bool:
+def has_column(records: Sequence[Record], key: str) -> bool:
     """Whether any record has a number there."""
     return any(np.isfinite(_number(record.get(key))) for record in records)
 
 
-def first_of(records: Sequence[Record], names: Sequence[str]) -> str | None:
+def find_first_name(records: Sequence[Record], names: Sequence[str]) -> str | None:
     """The first of the names that the records have."""
-    return next((name for name in names if has(records, name)), None)
+    return next((name for name in names if has_column(records, name)), None)
 
 
-def running_total(values: Floats) -> Floats:
+def sum_running(values: Floats) -> Floats:
     """Sums so far. A step that does not say its count makes every later total unknown, never too small."""
     return np.cumsum(values)
 
@@ -65,16 +65,16 @@ def step_axes(run: Run) -> dict[str, Floats]:
 
 
 def _step_axes(records: Sequence[Record]) -> dict[str, Floats]:
-    axes = {"step": column(records, "step")}
-    if has(records, "tokens"):
-        axes["tokens"] = running_total(column(records, "tokens"))
-    if has(records, "elapsed_s"):
-        axes["seconds"] = column(records, "elapsed_s")
-    elif all(has(records, name) for name in _STAGES):
-        axes["seconds"] = running_total(np.sum([column(records, name) for name in _STAGES], axis=0))
+    axes = {"step": read_column(records, "step")}
+    if has_column(records, "tokens"):
+        axes["tokens"] = sum_running(read_column(records, "tokens"))
+    if has_column(records, "elapsed_s"):
+        axes["seconds"] = read_column(records, "elapsed_s")
+    elif all(has_column(records, name) for name in _STAGES):
+        axes["seconds"] = sum_running(np.sum([read_column(records, name) for name in _STAGES], axis=0))
     for key, names in (("cost", _COST), ("requests", _REQUESTS), ("bytes", _BYTES)):
-        if (name := first_of(records, names)) is not None:
-            axes[key] = running_total(column(records, name))
+        if (name := find_first_name(records, names)) is not None:
+            axes[key] = sum_running(read_column(records, name))
     return axes
 
 
@@ -92,14 +92,14 @@ def axes_at(steps: Floats, axes: dict[str, Floats], at: Floats) -> dict[str, Flo
     return out
 
 
-def totals(run: Run) -> dict[str, float | None]:
+def sum_costs(run: Run) -> dict[str, float | None]:
     """What a run cost, summed over its steps; None where it does not say."""
     names = {"tokens": ("tokens",), "scored_tokens": _COST, "requests": _REQUESTS, "teacher_bytes": _BYTES}
     names |= {"retries": ("retries",), "cache_hits": ("cache_hits",)}
     sums: dict[str, float | None] = {}
     for key, choices in names.items():
-        name = first_of(run.steps, choices)
-        sums[key] = None if name is None else _known(float(np.nansum(column(run.steps, name))))
+        name = find_first_name(run.steps, choices)
+        sums[key] = None if name is None else _known(float(np.nansum(read_column(run.steps, name))))
     seconds = step_axes(run).get("seconds")
     sums["seconds"] = _known(float(seconds[-1])) if seconds is not None and seconds.size else None
     lost = [record["lost"] for record in run.steps if isinstance(record.get("lost"), dict)]

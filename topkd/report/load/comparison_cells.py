@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from topkd.report.load.run_log import COMPARE, METRICS, Record, Run, flat, read_config, read_run
+from topkd.report.load.run_log import COMPARE, METRICS, Record, Run, flatten_settings, read_config, read_run
 from topkd.topk.errors import DataError
 
 
-def listed(folder: Path, comparison: Mapping[str, Any], notes: list[str]) -> list[Run]:
+def read_listed_cells(folder: Path, comparison: Mapping[str, Any], notes: list[str]) -> list[Run]:
     """The cells that a finished comparison names; what is wrong with one goes to ``notes``."""
     cells = comparison.get("cells")
     if not isinstance(cells, list):
@@ -30,7 +30,7 @@ def listed(folder: Path, comparison: Mapping[str, Any], notes: list[str]) -> lis
         arm = cell.get("arm")
         # An arm is a setting by itself: the rate that its tuning found is a part of it.
         params = {"arm": labels.get(arm) or arm} if arm else cell.get("params") or {}
-        run.params = {key: value for key, value in flat(params).items() if key != "seed"}
+        run.params = {key: value for key, value in flatten_settings(params).items() if key != "seed"}
         run.replayed = cell.get("phase") == "replay"
         run.seed = cell["seed"] if isinstance(cell.get("seed"), int) else run.seed
         run.failed = cell.get("status") == "failed"
@@ -40,13 +40,13 @@ def listed(folder: Path, comparison: Mapping[str, Any], notes: list[str]) -> lis
     return runs
 
 
-def begun(folder: Path, notes: list[str]) -> list[Run]:
+def read_unfinished_cells(folder: Path, notes: list[str]) -> list[Run]:
     """The cells so far of a comparison that is not finished, by their folders' names; trials until others run."""
     labels = _labels(read_config(folder))
     found = []
     for run_log in sorted((folder / "cells").glob(f"*/{METRICS}")):
         run = read_run(run_log.parent)
-        phase, arm, rate = _named(run.name, labels)
+        phase, arm, rate = _parse_folder_name(run.name, labels)
         run.params = {"arm": labels.get(arm, arm)} | ({"lr": float(rate)} if rate else {})
         run.replayed = phase == "replay"
         found.append((phase, run))
@@ -59,12 +59,12 @@ def begun(folder: Path, notes: list[str]) -> list[Run]:
     return runs or [run for _, run in found]
 
 
-def count(folder: Path) -> tuple[int, bool]:
+def count_values(folder: Path) -> tuple[int, bool]:
     """What changes when a comparison gets further: its cells with a run log, and whether it is finished."""
     return sum(1 for _ in (folder / "cells").glob(f"*/{METRICS}")), (folder / COMPARE).exists()
 
 
-def _named(name: str, labels: Mapping[Any, Any]) -> tuple[str, str, str]:
+def _parse_folder_name(name: str, labels: Mapping[Any, Any]) -> tuple[str, str, str]:
     """Phase, arm and rate (of a trial) from a cell's folder name."""
     parts = re.fullmatch(r"(live|replay|tune)-(.+)-seed\d+", name)
     if parts is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from topkd.report.load.collection import Group
-from topkd.report.load.columns import Floats, axes_at, column, has, step_axes
+from topkd.report.load.collection import RunGroup
+from topkd.report.load.columns import Floats, axes_at, has_column, read_column, step_axes
 from topkd.report.load.run_log import Record, Run
 
 FIXED = "fixed"
@@ -21,31 +21,31 @@ class Source:
     axes: dict[str, Floats]
 
 
-def step_source(run: Run) -> Source:
+def make_step_source(run: Run) -> Source:
     """The step records."""
     return Source(run, run.steps, step_axes(run))
 
 
-def eval_source(run: Run, prefixes: str) -> Source:
+def make_eval_source(run: Run, prefixes: str) -> Source:
     """The evaluations on one kind of prefixes, placed on the axes by their step."""
-    records = [record for record in run.evals if prefixes_of(record) == prefixes]
+    records = [record for record in run.evals if read_prefixes(record) == prefixes]
     axes = step_axes(run)
-    return Source(run, records, axes_at(axes["step"], axes, column(records, "step")))
+    return Source(run, records, axes_at(axes["step"], axes, read_column(records, "step")))
 
 
-def prefixes_of(record: Record) -> str:
+def read_prefixes(record: Record) -> str:
     """Which prefixes an evaluation was on; a record that does not say used the fixed ones."""
     value = record.get("prefixes")
     return value if isinstance(value, str) and value else FIXED
 
 
-def prefix_kinds(groups: Sequence[Group]) -> list[str]:
+def list_prefix_kinds(groups: Sequence[RunGroup]) -> list[str]:
     """The kinds of prefixes that evaluations were on, the fixed ones first."""
     kinds = {
-        prefixes_of(record)
+        read_prefixes(record)
         for group in groups
         for run in group.runs
         for record in run.evals
-        if has([record], "reverse_kl") or has([record], "accuracy")
+        if has_column([record], "reverse_kl") or has_column([record], "accuracy")
     }
     return sorted(kinds, key=lambda kind: (kind != FIXED, kind))

@@ -8,7 +8,7 @@ from pathlib import Path
 LOCK = ".lock"
 
 
-def deserted(folder: Path) -> bool:
+def is_deserted(folder: Path) -> bool:
     """No process is at work on the run: its lock is there, names this machine, and is free.
 
     False where that cannot be known: a folder without a lock, one that came (or is shared) from another machine, a
@@ -21,11 +21,11 @@ def deserted(folder: Path) -> bool:
     try:
         with (folder / LOCK).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return file.read() == this_machine()
+            return file.read() == describe_machine()
     except OSError:  # held; or there is none, or none can be had here
         return False
 
 
-def this_machine() -> bytes:
+def describe_machine() -> bytes:
     """What a lock that is held here says: copies of it elsewhere are free, whatever goes on here."""
     return platform.node().encode(errors="replace")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topkd.report.load.run_lock import deserted
+from topkd.report.load.run_lock import is_deserted
 from topkd.topk.errors import DataError
 
 METRICS, CONFIG, TOKENS, COMPARE = "metrics.jsonl", "config.json", "tokens.jsonl", "compare.json"
@@ -100,7 +100,10 @@ class Run:
 
     def refresh(self) -> bool:
         """Read what was written since the last time; True when there was anything, or its process is gone or back."""
-        was_left, self.left = self.left, deserted(self.path)  # before reading: what it wrote last is read all the same
+        was_left, self.left = (
+            self.left,
+            is_deserted(self.path),
+        )  # before reading: what it wrote last is read all the same
         if not self.config:
             self.config = read_config(self.path)
             self.seed = self.seed if self.seed is not None else _seed(self.config)
@@ -200,12 +203,12 @@ def last_step(steps: list[Record]) -> int:
     return next((step["step"] for step in reversed(steps) if isinstance(step.get("step"), int)), 0)
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as dotted keys: {"objective": {"beta": .5}} -> {"objective.beta": .5}."""
     out: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            out |= flat(value, f"{prefix}{key}.")
+            out |= flatten_settings(value, f"{prefix}{key}.")
         else:
             out[f"{prefix}{key}"] = value
     return out

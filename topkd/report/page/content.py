@@ -6,20 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from topkd.report.analysis.compared import compared
+from topkd.report.analysis.compared import build_comparison_tables
 from topkd.report.analysis.outcome import Outcome
-from topkd.report.analysis.tables import Table, runs_table, settings, summary
-from topkd.report.analysis.verdict import EMBEDDED, OF_TEXT, Verdict, verdict
-from topkd.report.load.collection import Collection, Group
+from topkd.report.analysis.tables import Table, build_runs_table, build_settings_table, build_summary_table
+from topkd.report.analysis.verdict import EMBEDDED, OF_TEXT, ReportVerdict, write_verdict
+from topkd.report.load.collection import Collection, RunGroup
 from topkd.report.load.columns import AXES, step_axes
-from topkd.report.load.evaluations import prefix_kinds
+from topkd.report.load.evaluations import list_prefix_kinds
 from topkd.report.load.run_log import last_step
-from topkd.report.page.measurements import by_prefixes, training
+from topkd.report.page.measurements import list_by_prefixes, list_training
 from topkd.report.page.palette import DASHES, GROUPS
 from topkd.report.page.panels import EXACT_DIVERGENCES, SECTIONS, Panel, Section
-from topkd.report.page.series import Thinning, histogram, panel_lines
-from topkd.report.page.strip_charts import measures
-from topkd.report.page.token_explorer import Transcripts, transcripts
+from topkd.report.page.series import Thinning, build_panel_lines, build_ratio_histogram
+from topkd.report.page.strip_charts import list_measures
+from topkd.report.page.token_explorer import TranscriptFile, select_transcripts
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,30 +27,30 @@ class Page:
     """A page's content, before it becomes HTML."""
 
     title: str
-    groups: list[Group]
+    groups: list[RunGroup]
     outcomes: list[list[Outcome]]
-    verdict: Verdict
+    verdict: ReportVerdict
     summary: Table
     more: list[Table]
     runs: Table
     settings: Table
-    transcripts: Transcripts
+    transcripts: TranscriptFile
     data: dict[str, Any]
     notes: list[str]
 
 
-def build(collection: Collection, *, live: bool = False, baseline: Mapping[str, Any] | None = None) -> Page:
+def build_content(collection: Collection, *, live: bool = False, baseline: Mapping[str, Any] | None = None) -> Page:
     """The content of the page about a collection."""
     groups = collection.groups()
-    said, outcomes = verdict(collection, groups)
+    said, outcomes = write_verdict(collection, groups)
     account = Thinning()
-    kinds = prefix_kinds(groups) or ["fixed"]
+    kinds = list_prefix_kinds(groups) or ["fixed"]
     sections = [_section(section, groups, account, kinds) for section in SECTIONS]
     if collection.comparison.get("base") == EMBEDDED:
         for panel in (panel for section in sections for panel in section["panels"] if panel["key"] == "accuracy"):
             panel |= {"title": OF_TEXT, "unit": "% of tokens", "note": "Held-out text's own, as the first choice."}
-    _relabelled(sections, [group for group in groups if not group.replayed])
-    recorded = transcripts(groups)
+    _relabel_log_ratio(sections, [group for group in groups if not group.replayed])
+    recorded = select_transcripts(groups)
     notes = [
         note for note in (*said.notes, account.sentence(), _smoothing(account), recorded.note, _colours(groups)) if note
     ]
@@ -64,7 +64,7 @@ def build(collection: Collection, *, live: bool = False, baseline: Mapping[str, 
         "sections": sections,
         "metric": said.metric,
         "ranks": [rank.plain() for rank in said.ranks],
-        "seeds": [one.plain() for one in measures(collection, groups, said.ranks, said.metric)],
+        "seeds": [one.plain() for one in list_measures(collection, groups, said.ranks, said.metric)],
         "comparison": collection.comparison,
         "rollouts": recorded.heads,
     }
@@ -73,45 +73,45 @@ def build(collection: Collection, *, live: bool = False, baseline: Mapping[str, 
         groups,
         outcomes,
         said,
-        summary(groups, outcomes, said),
-        [*compared(collection.comparison), *_measured(groups, said)],
-        runs_table(groups, outcomes),
-        settings(collection, groups, baseline),
+        build_summary_table(groups, outcomes, said),
+        [*build_comparison_tables(collection.comparison), *_build_measured_tables(groups, said)],
+        build_runs_table(groups, outcomes),
+        build_settings_table(collection, groups, baseline),
         recorded,
         data,
         notes,
     )
 
 
-def _measured(groups: Sequence[Group], said: Verdict) -> list[Table]:
+def _build_measured_tables(groups: Sequence[RunGroup], said: ReportVerdict) -> list[Table]:
     """Tables of the settings that were run on-policy, best first."""
     order = [rank.group for rank in said.ranks] or [i for i, group in enumerate(groups) if not group.replayed]
-    return [table for table in (by_prefixes(groups, order), training(groups, order)) if table is not None]
+    return [table for table in (list_by_prefixes(groups, order), list_training(groups, order)) if table is not None]
 
 
-def _section(section: Section, groups: Sequence[Group], account: Thinning, kinds: Sequence[str]) -> dict[str, Any]:
+def _section(section: Section, groups: Sequence[RunGroup], account: Thinning, kinds: Sequence[str]) -> dict[str, Any]:
     drawn: list[dict[str, Any]] = []
     absent: list[str] = []
     for panel in section.panels:
         if panel.source == "eval":
-            lines = {kind: found for kind in kinds if (found := panel_lines(panel, groups, account, kind))}
+            lines = {kind: found for kind in kinds if (found := build_panel_lines(panel, groups, account, kind))}
         else:
-            found = panel_lines(panel, groups, account)
+            found = build_panel_lines(panel, groups, account)
             lines = {"": found} if found else {}
         if lines:
             drawn.append({**_head(panel), "kind": "line", "lines": lines})
         elif not panel.special:
             absent.append(f"{panel.title} ({' or '.join(panel.fields)})")
-    _alike(drawn, groups)
+    _share_zero_scale(drawn, groups)
     if section.key == "offpolicy":
-        if (bins := histogram(groups)) is not None:
+        if (bins := build_ratio_histogram(groups)) is not None:
             drawn.insert(0, _RATIOS | bins)
         else:
             absent.insert(0, "Importance ratios (ratio_hist)")
     return {"key": section.key, "title": section.title, "text": section.text, "panels": drawn, "absent": absent}
 
 
-def _relabelled(sections: Sequence[dict[str, Any]], groups: Sequence[Group]) -> None:
+def _relabel_log_ratio(sections: Sequence[dict[str, Any]], groups: Sequence[RunGroup]) -> None:
     """Says of log s - log t what it is where a student learnt from completions that it did not draw."""
     foreign = [group.label for group in groups if group.foreign]
     for panel in (panel for section in sections for panel in section["panels"] if panel["key"] == "kl_k1" and foreign):
@@ -125,7 +125,7 @@ def _relabelled(sections: Sequence[dict[str, Any]], groups: Sequence[Group]) -> 
 _UNDRAWN = "On replayed completions, which the learning student did not draw,"
 
 
-def _alike(drawn: Sequence[dict[str, Any]], groups: Sequence[Group]) -> None:
+def _share_zero_scale(drawn: Sequence[dict[str, Any]], groups: Sequence[RunGroup]) -> None:
     """Whether the exact divergences begin at zero: all of them, as soon as one comes near it, or none."""
     exact = [panel for panel in drawn if panel["key"] in EXACT_DIVERGENCES]
     ends = [
@@ -161,7 +161,7 @@ def _head(panel: Panel) -> dict[str, Any]:
     }
 
 
-def _axes(groups: Sequence[Group]) -> list[dict[str, Any]]:
+def _axes(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
     """Every choice of x, and whether all runs can be placed on it."""
     tables = [step_axes(run) for group in groups for run in group.runs if run.steps]
     told = {axis.key: bool(tables) and all(axis.key in table for table in tables) for axis in AXES}
@@ -186,7 +186,7 @@ def _smoothing(account: Thinning) -> str:
     return f"Bold lines of noisy series are centred means over {widths} steps; the thin line behind them is the values."
 
 
-def _colours(groups: Sequence[Group]) -> str:
+def _colours(groups: Sequence[RunGroup]) -> str:
     styles = len(GROUPS["light"]) * len(DASHES)
     if len(groups) <= styles:
         return ""

@@ -14,7 +14,7 @@ Floats = NDArray[np.float64]
 Rows = NDArray[np.intp]
 
 
-def extremes(values: Floats, points: int) -> Rows:
+def keep_extremes(values: Floats, points: int) -> Rows:
     """At most ``points`` rows of ``values``, in order: the minimum and the maximum of equal stretches, and both ends.
 
     No value above or below what is kept exists in its stretch. Where all of a stretch is NaN, its first row stands for
@@ -36,14 +36,14 @@ def extremes(values: Floats, points: int) -> Rows:
     return np.array(sorted(keep), dtype=np.intp)
 
 
-def evenly(size: int, points: int) -> Rows:
+def keep_evenly(size: int, points: int) -> Rows:
     """At most ``points`` rows of a smooth series, evenly spaced, both ends included."""
     if size <= points:
         return np.arange(size)
     return np.unique(np.linspace(0, size - 1, points).round().astype(np.intp))
 
 
-def window_of(size: int) -> int:
+def choose_window(size: int) -> int:
     """How many neighbours a smoothed value averages: a twentieth of the series, odd, 1 when it is short."""
     return 1 if size < 30 else (size // 40) * 2 + 1
 

@@ -74,9 +74,9 @@ def _figures(page: Page) -> Iterator[tuple[str, Any]]:
 
 
 def _panel(axes: Any, page: Page, panel: dict[str, Any], lines: list[dict[str, Any]], axis: dict[str, Any]) -> None:
-    for line in _shown(page, lines):
+    for line in _select_shown(page, lines):
         at, style, marker, label = _look(page, line["g"])
-        x, y = _known(line["x"].get(axis["key"]) or line["x"]["step"]), _known(line["y"])
+        x, y = _replace_holes(line["x"].get(axis["key"]) or line["x"]["step"]), _replace_holes(line["y"])
         if line["role"] == "main":
             every = max(1, len(y) // 6)  # a shape as well as a colour, without burying the line
             offset = line["g"] * every // max(1, len(page.groups))
@@ -86,15 +86,15 @@ def _panel(axes: Any, page: Page, panel: dict[str, Any], lines: list[dict[str, A
         else:
             axes.plot(x, y, color=at, lw=0.6, alpha=0.35)
         if "lo" in line:
-            axes.fill_between(x, _known(line["lo"]), _known(line["hi"]), color=at, alpha=0.15, lw=0)
-    axes.set(title=_wrapped(panel["title"]), xlabel=axis["label"], ylabel=panel["unit"])
+            axes.fill_between(x, _replace_holes(line["lo"]), _replace_holes(line["hi"]), color=at, alpha=0.15, lw=0)
+    axes.set(title=_wrap(panel["title"]), xlabel=axis["label"], ylabel=panel["unit"])
     if panel["zero"]:
         axes.set_ylim(bottom=0.0)
 
 
 def _histogram(axes: Any, page: Page, panel: dict[str, Any]) -> None:
     edges = panel["edges"]
-    for line in _shown(page, panel["lines"]):
+    for line in _select_shown(page, panel["lines"]):
         at, style, _, label = _look(page, line["g"])
         closed = line["y"][1:-1] if len(line["y"]) == len(edges) + 1 else line["y"]
         shares = [100 * share for share in closed]
@@ -120,7 +120,7 @@ def _strip(axes: Any, page: Page, measure: dict[str, Any], strip: dict[str, Any]
     axes.set_yticks(range(len(strip["rows"])), [textwrap.fill(one["label"], 24) for one in strip["rows"]])
     axes.set_ylim(len(strip["rows"]) - 0.5, -0.5)
     pairs = "" if strip["even"] is None else f"\npaired {'ratio' if strip['ratio'] else 'difference'} to the best, 95 %"
-    axes.set_title(_wrapped(measure["title"]) + pairs)
+    axes.set_title(_wrap(measure["title"]) + pairs)
 
 
 def _legend(figure: Any, axes: Any) -> None:
@@ -133,12 +133,12 @@ def _legend(figure: Any, axes: Any) -> None:
         figure.legend(handles, labels, loc="outside lower left")
 
 
-def _shown(page: Page, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _select_shown(page: Page, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines of runs on their own rollouts; replays of others' are on the page, on demand."""
     return [line for line in lines if not page.groups[line["g"]].replayed]
 
 
-def _wrapped(title: str) -> str:
+def _wrap(title: str) -> str:
     return textwrap.fill(title, 44)
 
 
@@ -149,6 +149,6 @@ def _look(page: Page, group: int) -> tuple[str, Any, str, str]:
     return _COLOURS[group % len(_COLOURS)], _STYLES[turn % len(_STYLES)], marker, page.groups[group].label
 
 
-def _known(values: list[float | None]) -> list[float]:
+def _replace_holes(values: list[float | None]) -> list[float]:
     """Holes as NaN: matplotlib lifts its pen there."""
     return [float("nan") if value is None else value for value in values]

@@ -15,15 +15,15 @@ from importlib.resources import files
 from typing import Any
 
 from topkd.report.load.collection import Collection
-from topkd.report.page.content import Page, build
-from topkd.report.page.palette import stylesheet
+from topkd.report.page.content import Page, build_content
+from topkd.report.page.palette import write_stylesheet
 
 SCRIPTS = ("core", "scales", "lines", "bars", "strips", "explorer", "tables", "main")
 
 
 def render(collection: Collection, baseline: Mapping[str, Any] | None = None) -> str:
     """The page about a collection, whole, as text."""
-    return render_page(build(collection, baseline=baseline))
+    return render_page(build_content(collection, baseline=baseline))
 
 
 def render_page(page: Page, *, live: bool = False) -> str:
@@ -38,19 +38,19 @@ def render_page(page: Page, *, live: bool = False) -> str:
         style=style,
         script=script,
         policy=policy,
-        data=embeddable(json.dumps(page.data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))),
-        bodies=[] if live else [embeddable(body) for body in page.transcripts.bodies],
+        data=escape_json(json.dumps(page.data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))),
+        bodies=[] if live else [escape_json(body) for body in page.transcripts.bodies],
         live=live,
     )
     return html
 
 
-def fragments(page: Page) -> dict[str, str]:
+def render_fragments(page: Page) -> dict[str, str]:
     """The written parts of the page, for a live page to replace: element id -> HTML."""
     return {name: _template(f"{name}.html").render(page=page) for name in ("verdict", "summary", "settings", "notes")}
 
 
-def embeddable(text: str) -> str:
+def escape_json(text: str) -> str:
     """JSON that can stand in a script element: no character that could end it or begin a comment."""
     return (
         text.replace("&", "\\u0026")
@@ -80,7 +80,7 @@ def _template(name: str) -> Any:
 
 @cache
 def _style() -> str:
-    return stylesheet() + _asset("page.css")
+    return write_stylesheet() + _asset("page.css")
 
 
 @cache

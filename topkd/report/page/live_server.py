@@ -19,8 +19,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from topkd.report.load import comparison_cells as cells
 from topkd.report.load.collection import Collection, gather
-from topkd.report.page.content import Page, build
-from topkd.report.page.html import fragments, render_page
+from topkd.report.page.content import Page, build_content
+from topkd.report.page.html import render_fragments, render_page
 from topkd.topk.errors import ConfigError, DataError
 
 _HOST = "127.0.0.1"
@@ -33,7 +33,7 @@ class LivePage:
     def __init__(self, paths: Sequence[Path], port: int = 0, baseline: Mapping[str, Any] | None = None) -> None:
         self.paths, self.baseline = list(paths), baseline
         self._lock = threading.Lock()
-        self._cells = [cells.count(path) for path in self.paths]
+        self._cells = [cells.count_values(path) for path in self.paths]
         self._collection: Collection = gather(self.paths, waiting=True)
         self._page: Page | None = None
         self._version = 1
@@ -72,14 +72,14 @@ class LivePage:
                 self._version += 1
                 self._page = None
             if self._page is None:
-                self._page = build(self._collection, live=True, baseline=self.baseline)
+                self._page = build_content(self._collection, live=True, baseline=self.baseline)
                 ended = time.monotonic()
                 self._rest_until = ended + (ended - began) * (1.0 / _SHARE - 1.0)
             return self._version, self._page
 
     def _refreshed(self) -> bool:
         """Read on; True when there was anything new. A comparison has more runs than it had."""
-        now = [cells.count(path) for path in self.paths]
+        now = [cells.count_values(path) for path in self.paths]
         if now == self._cells:
             # Another run may have taken the folder: what was read is of a run log that is gone then.
             with contextlib.suppress(DataError):
@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         if since == str(version):
             self._reply(204, "application/json", "")
             return
-        news = {"version": str(version), "data": page.data, "html": fragments(page)}
+        news = {"version": str(version), "data": page.data, "html": render_fragments(page)}
         self._reply(200, "application/json", json.dumps(news, allow_nan=False))
 
     def _reply(self, status: int, kind: str, text: str) -> None:

@@ -7,13 +7,13 @@ from typing import Final
 
 import numpy as np
 
-from topkd.report.analysis.formatting import between, number, percent
-from topkd.report.analysis.intervals import interval
-from topkd.report.analysis.outcome import counts
+from topkd.report.analysis.formatting import format_interval, format_number, format_percent
+from topkd.report.analysis.intervals import compute_interval
+from topkd.report.analysis.outcome import is_counted
 from topkd.report.analysis.tables import Table
-from topkd.report.load.collection import Group
-from topkd.report.load.columns import Floats, column
-from topkd.report.load.evaluations import eval_source, prefix_kinds
+from topkd.report.load.collection import RunGroup
+from topkd.report.load.columns import Floats, read_column
+from topkd.report.load.evaluations import list_prefix_kinds, make_eval_source
 from topkd.report.load.run_log import Run
 from topkd.report.page.panels import SECTIONS
 
@@ -32,9 +32,9 @@ _MEASURES: Final = (
 _PANELS: Final = {panel.key: panel for section in SECTIONS for panel in section.panels}
 
 
-def by_prefixes(groups: Sequence[Group], order: Sequence[int]) -> Table | None:
+def list_by_prefixes(groups: Sequence[RunGroup], order: Sequence[int]) -> Table | None:
     """Last values on each kind of prefixes, setting by setting; None where only one kind was measured."""
-    kinds = prefix_kinds(groups)
+    kinds = list_prefix_kinds(groups)
     if len(kinds) < 2:
         return None
     table = [
@@ -49,12 +49,16 @@ def by_prefixes(groups: Sequence[Group], order: Sequence[int]) -> Table | None:
     return Table(columns, rows, [False, False, *[True] * len(kept)], note=note, title="On each kind of prefixes")
 
 
-def training(groups: Sequence[Group], order: Sequence[int]) -> Table | None:
+def list_training(groups: Sequence[RunGroup], order: Sequence[int]) -> Table | None:
     """Tokens a step, clipped ratios, and lengths and truncation at both ends of the runs; None without steps."""
     rows = [
         [groups[index].label, *(say(runs) for say in _SAID.values())]
         for index in order
-        if (runs := [run for run in groups[index].runs if run.steps and (counts(run) or len(groups[index].runs) == 1)])
+        if (
+            runs := [
+                run for run in groups[index].runs if run.steps and (is_counted(run) or len(groups[index].runs) == 1)
+            ]
+        )
     ]
     kept = [place for place in range(1, len(_SAID) + 1) if any(row[place] != "—" for row in rows)]
     if not kept:
@@ -65,20 +69,22 @@ def training(groups: Sequence[Group], order: Sequence[int]) -> Table | None:
     return Table(columns, rows, [False, *[True] * len(kept)], note=note, title="How training went")
 
 
-def _last(group: Group, kind: str, key: str) -> str:
+def _last(group: RunGroup, kind: str, key: str) -> str:
     values = []
-    for run in filter(counts, group.runs) if len(group.runs) > 1 else group.runs:
-        known = column(eval_source(run, kind).records, key)
+    for run in filter(is_counted, group.runs) if len(group.runs) > 1 else group.runs:
+        known = read_column(make_eval_source(run, kind).records, key)
         known = known[np.isfinite(known)]
         values += known[-1:].tolist()
     if not values:
         return ""
-    return between(interval(values), percent if key in ("agreement", "accuracy") else number)
+    return format_interval(
+        compute_interval(values), format_percent if key in ("agreement", "accuracy") else format_number
+    )
 
 
 def _tokens(runs: Sequence[Run]) -> str:
     """How many tokens a step learnt from: one number where all steps of all runs had as many."""
-    every = np.concatenate([column(run.steps, "tokens") for run in runs])
+    every = np.concatenate([read_column(run.steps, "tokens") for run in runs])
     every = every[np.isfinite(every)]
     if not every.size:
         return "—"
@@ -89,7 +95,7 @@ def _tokens(runs: Sequence[Run]) -> str:
 def _mean(key: str, unit: str = "") -> Callable[[Sequence[Run]], str]:
     def say(runs: Sequence[Run]) -> str:
         means = [known.mean() for run in runs if (known := _known(run, key)).size]
-        return f"{number(float(np.mean(means)))}{unit}" if means else "—"
+        return f"{format_number(float(np.mean(means)))}{unit}" if means else "—"
 
     return say
 
@@ -102,7 +108,7 @@ def _drift(key: str, unit: str = "") -> Callable[[Sequence[Run]], str]:
         tenth = [max(1, values.size // 10) for values in known]
         first = float(np.mean([values[:n].mean() for values, n in zip(known, tenth, strict=True)]))
         last = float(np.mean([values[-n:].mean() for values, n in zip(known, tenth, strict=True)]))
-        return f"{number(first)} → {number(last)}{unit}"
+        return f"{format_number(first)} → {format_number(last)}{unit}"
 
     return say
 

@@ -53,26 +53,26 @@ RAMP_ENDS: Final[dict[str, dict[str, str]]] = {
 RAMP_STEPS: Final = 5  # on each side of zero, zero included
 
 
-def ramp(theme: str, end: str) -> list[str]:
+def make_ramp(theme: str, end: str) -> list[str]:
     """``RAMP_STEPS`` colours from the card to an end of ``RAMP_ENDS``."""
     card, full = _rgb(THEMES[theme]["card"]), _rgb(RAMP_ENDS[theme][end])
     shares = [step / (RAMP_STEPS - 1) for step in range(RAMP_STEPS)]
     return [_hex([round(a + (b - a) * share) for a, b in zip(card, full, strict=True)]) for share in shares]
 
 
-def contrast(first: str, second: str) -> float:
+def compute_contrast(first: str, second: str) -> float:
     """WCAG 2 contrast ratio of two colours, 1 to 21."""
-    lighter, darker = sorted((luminance(first), luminance(second)), reverse=True)
+    lighter, darker = sorted((compute_luminance(first), compute_luminance(second)), reverse=True)
     return (lighter + 0.05) / (darker + 0.05)
 
 
-def luminance(colour: str) -> float:
+def compute_luminance(colour: str) -> float:
     """WCAG 2 relative luminance, 0 to 1."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in _rgb(colour))]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def stylesheet() -> str:
+def write_stylesheet() -> str:
     """The colours as CSS custom properties: the system's theme, unless the reader chose one; paper is light."""
     light, dark = (_properties(theme) for theme in ("light", "dark"))
     return (
@@ -90,7 +90,7 @@ def stylesheet() -> str:
 def _properties(theme: str) -> str:
     pairs = list(THEMES[theme].items())
     pairs += [(f"g{i}", colour) for i, colour in enumerate(GROUPS[theme])]
-    pairs += [(f"{end}{i}", colour) for end in RAMP_ENDS[theme] for i, colour in enumerate(ramp(theme, end))]
+    pairs += [(f"{end}{i}", colour) for end in RAMP_ENDS[theme] for i, colour in enumerate(make_ramp(theme, end))]
     return "".join(f"--{name}:{colour};" for name, colour in pairs)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from topkd.report.load.collection import Group
+from topkd.report.load.collection import RunGroup
 from topkd.report.load.columns import Floats
-from topkd.report.load.evaluations import FIXED, Source, eval_source, step_source
+from topkd.report.load.evaluations import FIXED, Source, make_eval_source, make_step_source
 from topkd.report.page import downsampling as thinning
 from topkd.report.page.panels import Panel
 
@@ -37,8 +37,8 @@ class Thinning:
         )
 
 
-def panel_lines(
-    panel: Panel, groups: Sequence[Group], account: Thinning, prefixes: str = FIXED
+def build_panel_lines(
+    panel: Panel, groups: Sequence[RunGroup], account: Thinning, prefixes: str = FIXED
 ) -> list[dict[str, Any]]:
     """The lines of one panel.
 
@@ -47,7 +47,9 @@ def panel_lines(
     """
     lines: list[dict[str, Any]] = []
     for index, group in enumerate(groups):
-        sources = [step_source(run) if panel.source == "step" else eval_source(run, prefixes) for run in group.runs]
+        sources = [
+            make_step_source(run) if panel.source == "step" else make_eval_source(run, prefixes) for run in group.runs
+        ]
         drawn = [(source, values) for source in sources if (values := panel.values(source.records)) is not None]
         if not drawn:
             continue
@@ -59,7 +61,7 @@ def panel_lines(
 
 
 def _single(index: int, source: Source, values: Floats, panel: Panel, account: Thinning) -> list[dict[str, Any]]:
-    rows = thinning.extremes(values, POINTS)
+    rows = thinning.keep_extremes(values, POINTS)
     if rows.size < values.size:
         account.series += 1
         account.longest = max(account.longest, values.size)
@@ -67,7 +69,7 @@ def _single(index: int, source: Source, values: Floats, panel: Panel, account: T
     if window <= 1:
         return [_line(index, "main", source.axes, values, rows)]
     smooth = panel.smoothed(source.records, values, window)
-    main = _line(index, "main", source.axes, smooth, thinning.evenly(values.size, SMOOTH_POINTS))
+    main = _line(index, "main", source.axes, smooth, thinning.keep_evenly(values.size, SMOOTH_POINTS))
     if panel.over is not None:  # single ratios would only hide the one of means
         return [main]
     account.windows.add(window)
@@ -89,12 +91,13 @@ def _several(index: int, drawn: list[tuple[Source, Floats]], panel: Panel) -> li
     table = np.stack(stacked)
     shared = [key for key in axes[0] if all(key in one for one in axes)]
     mean_axes = {key: np.mean([one[key] for one in axes], axis=0) for key in shared}
-    rows = thinning.evenly(steps.size, SMOOTH_POINTS)
+    rows = thinning.keep_evenly(steps.size, SMOOTH_POINTS)
     main = _line(index, "main", mean_axes, table.mean(axis=0), rows) | {"n": len(drawn)}
     if panel.source == "step":
-        return [main | {"lo": _rounded(table.min(axis=0)[rows]), "hi": _rounded(table.max(axis=0)[rows])}]
+        return [main | {"lo": _round_digits(table.min(axis=0)[rows]), "hi": _round_digits(table.max(axis=0)[rows])}]
     seeds = [
-        _line(index, "seed", source.axes, values, thinning.extremes(values, SMOOTH_POINTS)) | {"name": source.run.name}
+        _line(index, "seed", source.axes, values, thinning.keep_extremes(values, SMOOTH_POINTS))
+        | {"name": source.run.name}
         for source, values in drawn
     ]
     return [*seeds, main]
@@ -111,12 +114,12 @@ def _line(index: int, role: str, axes: dict[str, Floats], values: Floats, rows: 
     return {
         "g": index,
         "role": role,
-        "x": {key: _rounded(axis[rows], 7) for key, axis in axes.items()},
-        "y": _rounded(values[rows]),
+        "x": {key: _round_digits(axis[rows], 7) for key, axis in axes.items()},
+        "y": _round_digits(values[rows]),
     }
 
 
-def histogram(groups: Sequence[Group]) -> dict[str, Any] | None:
+def build_ratio_histogram(groups: Sequence[RunGroup]) -> dict[str, Any] | None:
     """Importance ratios of all steps of each group: the share of tokens in each bin of the run log's own edges."""
     edges: list[float] | None = None
     lines = []
@@ -131,11 +134,11 @@ def histogram(groups: Sequence[Group]) -> dict[str, Any] | None:
                 continue
             counts = np.asarray(found, dtype=np.float64) + (0.0 if counts is None else counts)
         if counts is not None and counts.sum() > 0:
-            lines.append({"g": index, "y": _rounded(counts / counts.sum()), "n": int(counts.sum())})
+            lines.append({"g": index, "y": _round_digits(counts / counts.sum()), "n": int(counts.sum())})
     return {"edges": edges, "lines": lines} if lines else None
 
 
-def _rounded(values: Floats, digits: int = 5) -> list[float | int | None]:
+def _round_digits(values: Floats, digits: int = 5) -> list[float | int | None]:
     """Plain numbers of so many significant digits; a hole is None."""
     out: list[float | int | None] = []
     for value in values.tolist():

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from topkd.report.analysis.formatting import number, short
-from topkd.report.analysis.intervals import Interval, interval
+from topkd.report.analysis.formatting import format_number, format_short_count
+from topkd.report.analysis.intervals import Interval, compute_interval
 from topkd.report.analysis.ranking import Rank
-from topkd.report.load.collection import Collection, Group
+from topkd.report.load.collection import Collection, RunGroup
 
 _DOTS = "A dot is a seed; the bar is the mean with its 95 % interval over seeds."
 
@@ -60,9 +60,11 @@ class Measure:
         return asdict(self)
 
 
-def measures(collection: Collection, groups: Sequence[Group], ranks: Sequence[Rank], metric: str) -> list[Measure]:
+def list_measures(
+    collection: Collection, groups: Sequence[RunGroup], ranks: Sequence[Rank], metric: str
+) -> list[Measure]:
     """Area and tokens to the target where a comparison has them, then the last values; nothing for a lone run."""
-    found = [*_compared(collection.comparison, groups, metric), *_last(ranks, metric)]
+    found = [*_compare_arms(collection.comparison, groups, metric), *_last(ranks, metric)]
     return [one for one in found if sum(len(row.dots) for row in one.strips[0].rows) > 1]
 
 
@@ -71,14 +73,14 @@ def _last(ranks: Sequence[Rank], metric: str) -> list[Measure]:
     if not known:
         return []
     seeds = {rank.group: [Dot(one["seed"], one["value"]) for one in rank.values] for rank in known}
-    rows = [_row(rank, seeds[rank.group], rank.end, number(rank.end.mean)) for rank in known]
+    rows = [_row(rank, seeds[rank.group], rank.end, format_number(rank.end.mean)) for rank in known]
     best = {dot.seed: dot.value for dot in seeds[known[0].group] if dot.seed is not None}
     gaps = [
         _row(
             rank,
             [Dot(dot.seed, dot.value - best[dot.seed]) for dot in seeds[rank.group] if dot.seed in best],
             rank.difference,
-            ("+" if rank.difference.mean > 0 else "") + number(rank.difference.mean),
+            ("+" if rank.difference.mean > 0 else "") + format_number(rank.difference.mean),
         )
         for rank in known[1:]
         if rank.difference is not None
@@ -108,7 +110,7 @@ class _Arm:
         return {s: fact[key] for s, fact in self.seeds.items() if _number(fact.get(key))}
 
 
-def _compared(comparison: Mapping[str, Any], groups: Sequence[Group], metric: str) -> list[Measure]:
+def _compare_arms(comparison: Mapping[str, Any], groups: Sequence[RunGroup], metric: str) -> list[Measure]:
     arms = _arms(comparison, groups)
     areas = (arm for arm in arms if arm.values("area"))
     by_area = sorted(areas, key=lambda arm: (arm.control, _mean(arm.values("area").values())))
@@ -122,13 +124,13 @@ def _compared(comparison: Mapping[str, Any], groups: Sequence[Group], metric: st
     if by_tokens:
         title = f"Tokens until {metric} is {comparison.get('target', '?')} of its first value"
         note = "A dot is a seed. An open triangle is a run that ended before it got there; with one, no mean is taken."
-        rows = [_arrived(arm) for arm in by_tokens]
+        rows = [_find_arrival(arm) for arm in by_tokens]
         ratios = _ratios(by_tokens, "tokens_to_target", "tokens")
         found.append(Measure("tokens", title, [Strip(note, rows), *ratios]))
     return found
 
 
-def _arms(comparison: Mapping[str, Any], groups: Sequence[Group]) -> list[_Arm]:
+def _arms(comparison: Mapping[str, Any], groups: Sequence[RunGroup]) -> list[_Arm]:
     live = comparison.get("live")
     told = {arm.get("name"): arm for arm in comparison.get("arms") or () if isinstance(arm, dict)}
     places = {group.runs[0].params.get("arm"): index for index, group in enumerate(groups) if not group.replayed}
@@ -144,8 +146,10 @@ def _arms(comparison: Mapping[str, Any], groups: Sequence[Group]) -> list[_Arm]:
 
 def _spread(arm: _Arm, key: str) -> Row:
     values = arm.values(key)
-    dots, spread = [Dot(*one) for one in values.items()], interval([*values.values()])
-    return Row(arm.group, arm.label, dots, spread.mean, _known(spread.low), _known(spread.high), number(spread.mean))
+    dots, spread = [Dot(*one) for one in values.items()], compute_interval([*values.values()])
+    return Row(
+        arm.group, arm.label, dots, spread.mean, _known(spread.low), _known(spread.high), format_number(spread.mean)
+    )
 
 
 def _arrivals(arm: _Arm) -> list[Dot]:
@@ -159,13 +163,21 @@ def _arrivals(arm: _Arm) -> list[Dot]:
     return dots
 
 
-def _arrived(arm: _Arm) -> Row:
+def _find_arrival(arm: _Arm) -> Row:
     dots = _arrivals(arm)
     late = sum(dot.late for dot in dots)
     if late:
         return Row(arm.group, arm.label, dots, None, None, None, f"{late} of {len(dots)} never")
-    spread = interval([dot.value for dot in dots])
-    return Row(arm.group, arm.label, dots, spread.mean, _known(spread.low), _known(spread.high), short(spread.mean))
+    spread = compute_interval([dot.value for dot in dots])
+    return Row(
+        arm.group,
+        arm.label,
+        dots,
+        spread.mean,
+        _known(spread.low),
+        _known(spread.high),
+        format_short_count(spread.mean),
+    )
 
 
 def _speed(arm: _Arm) -> tuple[bool, int, float]:
@@ -183,7 +195,7 @@ def _ratios(arms: Sequence[_Arm], key: str, what: str) -> list[Strip]:
         logs = {s: math.log(mine[s] / theirs[s]) for s in mine if mine[s] > 0 and theirs.get(s, 0) > 0}
         if not logs:
             continue
-        spread = interval([*logs.values()])
+        spread = compute_interval([*logs.values()])
         mean, low, high = (_exp(end) for end in (spread.mean, spread.low, spread.high))
         pairs = max(len(best.seeds), len(arm.seeds))
         said = f"{math.exp(spread.mean):.3f}" + (f" ({spread.n} of {pairs} pairs)" if spread.n < pairs else "")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from topkd.report.load.collection import Group
+from topkd.report.load.collection import RunGroup
 from topkd.report.load.run_log import Record
 
 BUDGET_CHARS: Final = 5_000_000  # of all rollouts on a page together
@@ -19,7 +19,7 @@ LISTED: Final = 20  # entries of a top-K list that the page shows
 
 
 @dataclass(frozen=True, slots=True)
-class Transcripts:
+class TranscriptFile:
     """The rollouts of a page: heads for the menu, bodies by place, and what was left out."""
 
     heads: list[dict[str, Any]]
@@ -27,7 +27,7 @@ class Transcripts:
     note: str
 
 
-def transcripts(groups: Sequence[Group], budget: int = BUDGET_CHARS) -> Transcripts:
+def select_transcripts(groups: Sequence[RunGroup], budget: int = BUDGET_CHARS) -> TranscriptFile:
     """As many rollouts as the budget holds, taken evenly from all runs and from early to late in each."""
     places = [
         (index, run, record) for index, group in enumerate(groups) for run in group.runs for record in run.rollouts
@@ -46,13 +46,13 @@ def transcripts(groups: Sequence[Group], budget: int = BUDGET_CHARS) -> Transcri
                 "n": len(record["tokens"]),
             }
         )
-        bodies.append(json.dumps(body(record), allow_nan=False, ensure_ascii=False, separators=(",", ":")))
+        bodies.append(json.dumps(build_body(record), allow_nan=False, ensure_ascii=False, separators=(",", ":")))
     left = len(places) - len(chosen)
     note = f"{len(chosen)} of {len(places)} recorded rollouts are on this page; tokens.jsonl has all." if left else ""
-    return Transcripts(heads, bodies, note)
+    return TranscriptFile(heads, bodies, note)
 
 
-def body(record: Record) -> dict[str, Any]:
+def build_body(record: Record) -> dict[str, Any]:
     """One rollout in short keys: b, s, t are the behaviour's, student's and teacher's logprob of the token drawn."""
     texts = record.get("texts")
     texts = texts if isinstance(texts, dict) else {}

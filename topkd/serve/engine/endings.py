@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from topkd.serve.engine.jobs import Completion
-from topkd.serve.engine.sequences import Draft
+from topkd.serve.engine.sequences import GeneratedSequence
 from topkd.serve.engine.vocabulary import UNFINISHED
 
 # Whether a text ends inside a character is decided by its last few bytes, and every token but a special one has some.
@@ -32,17 +32,17 @@ class Endings:
             found |= set(value if isinstance(value, list | tuple) else [] if value is None else [value])
         self.eos = frozenset(found)
 
-    def apply(self, drafts: Iterable[Draft]) -> None:
+    def apply(self, drafts: Iterable[GeneratedSequence]) -> None:
         """Mark the drafts whose last token ends them."""
         for draft in drafts:
             self._check(draft)
 
-    def abort(self, draft: Draft) -> None:
+    def abort(self, draft: GeneratedSequence) -> None:
         """End a draft where it stands."""
         if not draft.done:
             draft.done, draft.out.finish_reason = True, "abort"
 
-    def finish(self, draft: Draft) -> Completion:
+    def finish(self, draft: GeneratedSequence) -> Completion:
         """The completion with its text."""
         out, sampling = draft.out, draft.sampling
         if sampling.detokenize and not out.text:
@@ -71,7 +71,7 @@ class Endings:
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _check(self, draft: Draft) -> None:
+    def _check(self, draft: GeneratedSequence) -> None:
         out, sampling = draft.out, draft.sampling
         last, count = out.token_ids[-1], len(out.token_ids)
         if count > sampling.min_tokens:
@@ -86,7 +86,7 @@ class Endings:
         if count >= draft.limit:
             draft.done, out.finish_reason = True, "length"
 
-    def _stop_string(self, draft: Draft) -> bool:
+    def _stop_string(self, draft: GeneratedSequence) -> bool:
         out, sampling = draft.out, draft.sampling
         text = self.text(draft.job.ids, out.token_ids)
         found = [(place, word) for word in sampling.stop if (place := text.find(word)) >= 0]

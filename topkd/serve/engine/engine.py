@@ -12,11 +12,11 @@ import torch
 
 from topkd.serve.config import ServeConfig
 from topkd.serve.engine.endings import Endings
-from topkd.serve.engine.jobs import Answer, Job
+from topkd.serve.engine.jobs import Answer, EngineJob
 from topkd.serve.engine.pending import Ticket, settle
 from topkd.serve.engine.refusal import Refusal, check_sequences, overloaded
 from topkd.serve.engine.scoring import score_prompts
-from topkd.serve.engine.sequences import Draft, Group, draw_next
+from topkd.serve.engine.sequences import GeneratedSequence, SequenceGroup, draw_next
 from topkd.serve.model.backbone import Backbone, pad_right
 
 T = TypeVar("T")
@@ -39,8 +39,8 @@ class Engine:
         self._waiting: deque[Ticket] = deque()
         self._calls: deque[Callable[[], None]] = deque()
         self._running: list[Ticket] = []
-        self._groups: list[Group] = []
-        self._stale: list[Draft] = []  # drafts whose cache belongs to replaced weights
+        self._groups: list[SequenceGroup] = []
+        self._stale: list[GeneratedSequence] = []  # drafts whose cache belongs to replaced weights
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -48,7 +48,7 @@ class Engine:
         self._seeds = torch.Generator().manual_seed(config.seed)
         self.prompt_tokens = self.drawn_tokens = 0
 
-    async def submit(self, jobs: list[Job]) -> list[Answer]:
+    async def submit(self, jobs: list[EngineJob]) -> list[Answer]:
         """Every job's answer, in order. Cancelling the caller cancels the work.
 
         Raises:
@@ -255,7 +255,7 @@ class Engine:
             seed = job.sampling.seed
             drawn = int(torch.randint(2**62, (), generator=self._seeds)) if seed is None else seed + index
             generator = torch.Generator(device).manual_seed(drawn & (2**63 - 1))
-            ticket.drafts.append(Draft(job, index, limit, stops, generator))
+            ticket.drafts.append(GeneratedSequence(job, index, limit, stops, generator))
 
     def _prefill(self, batch: list[Ticket]) -> None:
         batch = [ticket for ticket in batch if not ticket.cancelled]
@@ -279,13 +279,13 @@ class Engine:
             logits = self.backbone.logits(last[rows[part]])
             draw_next(drafts[part], logits, processed=self._processed, version=self.version)
         if generates:
-            self._adopt(Group.after_prefill(self.backbone, adapter, drafts, cache, rows))
+            self._adopt(SequenceGroup.after_prefill(self.backbone, adapter, drafts, cache, rows))
         else:
             self._endings.apply(drafts)
             self.drawn_tokens += len(drafts)
         self._settle_finished()
 
-    def _adopt(self, group: Group) -> None:
+    def _adopt(self, group: SequenceGroup) -> None:
         self._close(group)
         if group.sequences:
             self._join(group)
@@ -298,21 +298,21 @@ class Engine:
             cache = self.backbone.new_cache()
             ids = pad_right([draft.tokens[:-1]], self.backbone.device)
             self.backbone.hidden(ids, cache=cache)
-            self._join(Group(self.backbone, draft.job.adapter, [draft], cache))
+            self._join(SequenceGroup(self.backbone, draft.job.adapter, [draft], cache))
 
-    def _join(self, group: Group) -> None:
+    def _join(self, group: SequenceGroup) -> None:
         for other in self._groups:
             if other.adapter == group.adapter and self.backbone.mixes_lengths:
                 other.absorb(group)
                 return
         self._groups.append(group)
 
-    def _close(self, group: Group) -> None:
+    def _close(self, group: SequenceGroup) -> None:
         self.drawn_tokens += len(group.sequences)
         self._endings.apply(group.sequences)
         group.drop_done()
 
-    def _forget_cancelled(self, group: Group) -> None:
+    def _forget_cancelled(self, group: SequenceGroup) -> None:
         dead = {id(draft) for ticket in self._running if ticket.cancelled for draft in ticket.drafts}
         for draft in group.sequences:
             draft.done = draft.done or id(draft) in dead

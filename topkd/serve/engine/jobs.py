@@ -12,7 +12,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SamplingJob:
     """How completions are drawn. The defaults draw from the model's own distribution."""
 
     max_tokens: int = 16
@@ -43,7 +43,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class EngineJob:
     """One prompt: score it, then draw ``n`` completions.
 
     Attributes:
@@ -53,7 +53,7 @@ class Job:
     """
 
     ids: tuple[int, ...]
-    sampling: Sampling
+    sampling: SamplingJob
     n: int = 1
     prompt_logprobs: int | None = None
     candidates: NDArray[np.int32] | None = None

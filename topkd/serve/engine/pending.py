@@ -6,8 +6,8 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from topkd.serve.engine.jobs import Answer, Job
-from topkd.serve.engine.sequences import Draft
+from topkd.serve.engine.jobs import Answer, EngineJob
+from topkd.serve.engine.sequences import GeneratedSequence
 
 T = TypeVar("T")
 
@@ -16,11 +16,11 @@ T = TypeVar("T")
 class Ticket:
     """A job on its way through the thread. Cancelling it stops its work at the next step."""
 
-    job: Job
+    job: EngineJob
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Answer]
     cancelled: bool = False
-    drafts: list[Draft] = field(default_factory=list)
+    drafts: list[GeneratedSequence] = field(default_factory=list)
     answer: Answer = field(default_factory=lambda: Answer([]))
     begun: bool = False
 

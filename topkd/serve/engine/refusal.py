@@ -8,7 +8,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails
 
-from topkd.serve.engine.jobs import Job
+from topkd.serve.engine.jobs import EngineJob
 
 
 class Refusal(Exception):  # noqa: N818 - not a failure of this program: an answer to the client
@@ -59,7 +59,7 @@ def overloaded(waiting: int, limit: int) -> Refusal:
     return Refusal(message, status=503, kind="ServiceUnavailableError")
 
 
-def check_sequences(job: Job, context: int, room: int) -> None:
+def check_sequences(job: EngineJob, context: int, room: int) -> None:
     """Refuses more completions of one prompt than the server could ever hold at once: they share its prefill."""
     tokens = min(len(job.ids) + job.sampling.max_tokens, context)
     if job.n > 1 and job.n * tokens > room:
@@ -74,7 +74,7 @@ def not_finite() -> Refusal:
     return Refusal("Out of range float values are not JSON compliant: nan", status=500, kind="InternalServerError")
 
 
-def malformed(error: ValidationError) -> Refusal:
+def describe_malformed(error: ValidationError) -> Refusal:
     """A 400 from pydantic's findings, one a line, with ``body.`` before each path as vLLM prints them."""
     findings = error.errors(include_url=False)
     lines = []
@@ -83,7 +83,7 @@ def malformed(error: ValidationError) -> Refusal:
             "type": finding["type"],
             "loc": _path(finding["loc"]),
             "msg": finding["msg"],
-            "input": _abridged(finding["input"]),
+            "input": _abridge(finding["input"]),
         }
         if finding.get("ctx"):
             shown["ctx"] = {
@@ -95,13 +95,13 @@ def malformed(error: ValidationError) -> Refusal:
     return Refusal(message, kind="Bad Request", param=_path(findings[0]["loc"]) if findings else None)
 
 
-def restated(error: ValidationError, findings: Sequence[Mapping[str, Any]]) -> ValidationError:
+def restate_error(error: ValidationError, findings: Sequence[Mapping[str, Any]]) -> ValidationError:
     """``error`` with other findings; to be raised in a validator, which puts the path to its field in front."""
     lines = [{key: finding[key] for key in ("type", "loc", "input", "ctx") if key in finding} for finding in findings]
     return ValidationError.from_exception_data(error.title, cast("list[InitErrorDetails]", lines))
 
 
-def malformed_query(param: str, value: str, choices: Sequence[str]) -> Refusal:
+def describe_malformed_query(param: str, value: str, choices: Sequence[str]) -> Refusal:
     """A 400 for a query parameter that is none of ``choices``."""
     *others, last = (repr(choice) for choice in choices)
     expected = f"{', '.join(others)} or {last}"
@@ -122,7 +122,7 @@ def _path(loc: tuple[int | str, ...]) -> str:
     )
 
 
-def _abridged(value: object) -> str:
+def _abridge(value: object) -> str:
     if isinstance(value, dict | list):
         return f"<{type(value).__name__} of {len(value)} items>"
     return str(value)[:200]

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from topkd.serve.engine.jobs import Sampling
+from topkd.serve.engine.jobs import SamplingJob
 
 
-def processed_logits(
-    logits_V: Tensor, sampling: Sampling, prompt: Sequence[int], drawn: Sequence[int], stops: frozenset[int]
+def process_logits(
+    logits_V: Tensor, sampling: SamplingJob, prompt: Sequence[int], drawn: Sequence[int], stops: frozenset[int]
 ) -> Tensor:
     """Logits after restrictions, penalties, temperature and truncation, in vLLM's order. The input is left alone.
 
@@ -45,7 +45,7 @@ def processed_logits(
     return logits
 
 
-def _penalise(logits: Tensor, sampling: Sampling, prompt: Sequence[int], drawn: Sequence[int]) -> None:
+def _penalise(logits: Tensor, sampling: SamplingJob, prompt: Sequence[int], drawn: Sequence[int]) -> None:
     if sampling.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({*prompt, *drawn}), dtype=torch.long, device=logits.device)
         values = logits[seen]
@@ -56,7 +56,7 @@ def _penalise(logits: Tensor, sampling: Sampling, prompt: Sequence[int], drawn: 
         logits -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
 
 
-def untouched(sampling: Sampling) -> bool:
+def is_untouched(sampling: SamplingJob) -> bool:
     """Whether the processed distribution is the model's own, but for the temperature."""
     return (
         sampling.top_p >= 1
@@ -71,7 +71,7 @@ def untouched(sampling: Sampling) -> bool:
     )
 
 
-def draw(logits_V: Tensor, greedy: bool, generator: torch.Generator) -> int:  # noqa: FBT001 - a property of the row
+def draw_tokens(logits_V: Tensor, greedy: bool, generator: torch.Generator) -> int:  # noqa: FBT001 - a property of the row
     """One token: argmax, or an exact draw from softmax(logits) by a race of exponentials (Gumbel's trick).
 
     A race needs one random number per token and no normaliser, so a draw depends on its own row and generator only,

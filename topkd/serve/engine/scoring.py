@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topkd.serve.engine.jobs import Job, PromptScores
+from topkd.serve.engine.jobs import EngineJob, PromptScores
 from topkd.serve.model.backbone import Backbone
 
 
@@ -65,7 +65,7 @@ def _score_chunk(
 
 
 def score_prompts(
-    backbone: Backbone, jobs: Sequence[Job], hidden_BTH: Tensor
+    backbone: Backbone, jobs: Sequence[EngineJob], hidden_BTH: Tensor
 ) -> list[tuple[PromptScores | None, np.ndarray | None]]:
     """(prompt scores, candidate logprobs) of each job, None where it asked for none."""
     spans = [_span(job) for job in jobs]
@@ -100,7 +100,7 @@ def score_prompts(
     return results
 
 
-def _span(job: Job) -> slice | None:
+def _span(job: EngineJob) -> slice | None:
     """Source positions to score: all but the last for a list, from ``start`` when only candidates are wanted."""
     last = len(job.ids) - 1
     if job.prompt_logprobs is not None:
@@ -108,7 +108,7 @@ def _span(job: Job) -> slice | None:
     return slice(job.start, last) if job.candidates is not None else None
 
 
-def _prompt_scores(job: Job, scores: RowScores, rows: slice) -> PromptScores | None:
+def _prompt_scores(job: EngineJob, scores: RowScores, rows: slice) -> PromptScores | None:
     if job.prompt_logprobs is None:
         return None
     k = job.prompt_logprobs
@@ -120,7 +120,7 @@ def _prompt_scores(job: Job, scores: RowScores, rows: slice) -> PromptScores | N
     )
 
 
-def _candidate_scores(job: Job, scores: RowScores, rows: slice, span: slice) -> np.ndarray | None:
+def _candidate_scores(job: EngineJob, scores: RowScores, rows: slice, span: slice) -> np.ndarray | None:
     if job.candidates is None or scores.candidates is None:
         return None
     part = scores.candidates[rows.start + job.start - span.start : rows.stop, : job.candidates.shape[1]]

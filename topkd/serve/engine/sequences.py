@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topkd.serve.engine.jobs import Completion, Job, Sampling
-from topkd.serve.engine.sampling import draw, processed_logits, untouched
+from topkd.serve.engine.jobs import Completion, EngineJob, SamplingJob
+from topkd.serve.engine.sampling import draw_tokens, is_untouched, process_logits
 from topkd.serve.model.backbone import Backbone
 
 
 @dataclass(slots=True, eq=False)
-class Draft:
+class GeneratedSequence:
     """One completion while it grows."""
 
-    job: Job
+    job: EngineJob
     index: int
     limit: int  # tokens it may draw: max_tokens, or the room left in the context
     stops: frozenset[int]  # end-of-sequence ids and stop_token_ids
@@ -28,7 +28,7 @@ class Draft:
     done: bool = False
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingJob:
         """How it is drawn."""
         return self.job.sampling
 
@@ -38,7 +38,7 @@ class Draft:
         return [*self.job.ids, *self.out.token_ids]
 
 
-def draw_next(sequences: Sequence[Draft], logits_BV: Tensor, *, processed: bool, version: str) -> None:
+def draw_next(sequences: Sequence[GeneratedSequence], logits_BV: Tensor, *, processed: bool, version: str) -> None:
     """Append one token to each sequence, with its logprob, its rank and the top K it asked for.
 
     Logprobs are of the model's own distribution, or with ``processed`` of the one that was drawn from.
@@ -46,13 +46,13 @@ def draw_next(sequences: Sequence[Draft], logits_BV: Tensor, *, processed: bool,
     shaped, picked = [], []
     for row, sequence in enumerate(sequences):
         sampling = sequence.sampling
-        plain = untouched(sampling) and (sampling.greedy or sampling.temperature == 1.0)
+        plain = is_untouched(sampling) and (sampling.greedy or sampling.temperature == 1.0)
         logits = (
             logits_BV[row]
             if plain
-            else processed_logits(logits_BV[row], sampling, sequence.job.ids, sequence.out.token_ids, sequence.stops)
+            else process_logits(logits_BV[row], sampling, sequence.job.ids, sequence.out.token_ids, sequence.stops)
         )
-        picked.append(draw(logits, sampling.greedy, sequence.generator))
+        picked.append(draw_tokens(logits, sampling.greedy, sequence.generator))
         if processed:
             shaped.append(logits)
         elif sampling.scaled_logprobs and not sampling.greedy:
@@ -90,19 +90,19 @@ def draw_next(sequences: Sequence[Draft], logits_BV: Tensor, *, processed: bool,
             out.top_rank.append(np.arange(1, k + 1))
 
 
-class Group:
+class SequenceGroup:
     """Sequences of one adapter whose caches are stacked, right-aligned so that their last tokens meet.
 
     The last drawn token of each sequence is not in the cache yet: the next step feeds it.
     """
 
-    def __init__(self, backbone: Backbone, adapter: str | None, sequences: list[Draft], cache: Any) -> None:
+    def __init__(self, backbone: Backbone, adapter: str | None, sequences: list[GeneratedSequence], cache: Any) -> None:
         self.backbone, self.adapter, self.sequences, self.cache = backbone, adapter, sequences, cache
 
     @classmethod
     def after_prefill(
-        cls, backbone: Backbone, adapter: str | None, sequences: list[Draft], cache: Any, rows: list[int]
-    ) -> Group:
+        cls, backbone: Backbone, adapter: str | None, sequences: list[GeneratedSequence], cache: Any, rows: list[int]
+    ) -> SequenceGroup:
         """From a right-padded prefill batch: row ``rows[i]`` of its cache belongs to ``sequences[i]``."""
         index = torch.tensor(rows, device=backbone.device)
         cache.batch_select_indices(index)
@@ -115,7 +115,7 @@ class Group:
         """Cached positions of each row, padding included."""
         return int(self.cache.get_seq_length())
 
-    def _cached(self, sequence: Draft) -> int:
+    def _cached(self, sequence: GeneratedSequence) -> int:
         return len(sequence.job.ids) + len(sequence.out.token_ids) - 1
 
     def _align(self) -> None:
@@ -133,7 +133,7 @@ class Group:
                     new[row, :, longest - length :] = old[row, :, :length]
                 setattr(layer, name, new)
 
-    def absorb(self, other: Group) -> None:
+    def absorb(self, other: SequenceGroup) -> None:
         """Take over another group's sequences."""
         width = max(self.width, other.width)
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from topkd.serve.config import ServeConfig
-from topkd.serve.log_setup import quietly
+from topkd.serve.log_setup import silence_loading
 from topkd.topk.errors import ConfigError
 
 
-def pick_device(wanted: str) -> torch.device:
+def choose_device(wanted: str) -> torch.device:
     """``auto`` is cuda, then mps, then cpu."""
     if wanted == "auto":
         if torch.cuda.is_available():
@@ -33,10 +33,10 @@ def pick_device(wanted: str) -> torch.device:
 
 def load_model(config: ServeConfig) -> tuple[Any, Any]:
     """The model of ``config`` in evaluation mode on its device, and its tokenizer."""
-    device = pick_device(config.device)
+    device = choose_device(config.device)
     dtype: Any = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     # A folder may hold anything, and every library that reads it fails in its own way: hence the bare Exceptions.
-    with quietly():
+    with silence_loading():
         try:
             tokenizer = _tokenizer(config.model)
         except Exception as error:
@@ -105,7 +105,7 @@ def reload_weights(model: Any, path: str) -> None:
             "no checkpoint folder", where=f"weights_path={path}", hint="give a folder this server can read"
         )
     try:
-        with quietly():
+        with silence_loading():
             fresh = _whole(folder, next(model.parameters()).dtype)
     except Exception as error:
         raise ConfigError(

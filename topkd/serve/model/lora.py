@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topkd.serve.log_setup import quietly
+from topkd.serve.log_setup import silence_loading
 from topkd.topk.errors import ConfigError
 
 _PREFIX = "base_model.model."
@@ -22,7 +22,7 @@ def load(model: Any, name: str, path: str) -> None:
         ConfigError: The model's tensors are not the folder's afterwards, or another adapter's have changed.
     """
     others = {key: value.clone() for key, value in _tensors(model).items()}
-    with quietly(), warnings.catch_warnings():  # several adapters side by side are what a server is for
+    with silence_loading(), warnings.catch_warnings():  # several adapters side by side are what a server is for
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         model.load_adapter(path, adapter_name=_key(name))
     model.eval()

@@ -11,9 +11,9 @@ from starlette.routing import Route
 
 from topkd.serve.engine import weight_updates as changes
 from topkd.serve.engine.engine import PauseMode
-from topkd.serve.engine.refusal import Refusal, malformed_query, restated, worker_failed
+from topkd.serve.engine.refusal import Refusal, describe_malformed_query, restate_error, worker_failed
 from topkd.serve.engine.served import Served
-from topkd.serve.routes.wire import answered, json_reply, read
+from topkd.serve.routes.wire import answer_errors, json_reply, read
 from topkd.topk.errors import DataError, TopkdError
 
 NO_TRANSFER = "Weight transfer not configured. Please set weight_transfer_config to enable weight transfer."
@@ -39,7 +39,7 @@ class VersionBody(BaseModel):
             return handler(value)  # type: ignore[no-any-return]
         except ValidationError as error:
             found = error.errors(include_url=False)
-            raise restated(
+            raise restate_error(
                 error, [{**one, "input": None if one["type"] == "missing" else one["input"]} for one in found]
             ) from error
 
@@ -82,8 +82,8 @@ class Control:
         posts |= {f"/{name}": self.no_transfer for name in transfers}
         gets = {"/weight_info": self.weight_info, "/is_paused": self.is_paused, "/is_sleeping": self.is_sleeping}
         return [
-            *(Route(path, answered(handler), methods=["POST"]) for path, handler in posts.items()),
-            *(Route(path, answered(handler), methods=["GET"]) for path, handler in gets.items()),
+            *(Route(path, answer_errors(handler), methods=["POST"]) for path, handler in posts.items()),
+            *(Route(path, answer_errors(handler), methods=["GET"]) for path, handler in gets.items()),
         ]
 
     async def collective_rpc(self, request: Request) -> Response:
@@ -121,7 +121,7 @@ class Control:
         mode = request.query_params.get("mode", "abort")
         modes: tuple[PauseMode, ...] = get_args(PauseMode)
         if mode not in modes:
-            raise malformed_query("mode", mode, modes)
+            raise describe_malformed_query("mode", mode, modes)
         await self._served.engine.pause(next(known for known in modes if known == mode))
         return json_reply({"status": "paused"})
 

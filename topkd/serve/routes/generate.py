@@ -11,28 +11,28 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from topkd.serve.engine.jobs import Answer, Completion, Job
+from topkd.serve.engine.jobs import Answer, Completion, EngineJob
 from topkd.serve.engine.refusal import Refusal
 from topkd.serve.engine.served import Served
 from topkd.serve.routes import replies
-from topkd.serve.routes.openai import refuse_streams, shown_k, too_long
-from topkd.serve.routes.requests import GenerateBody, check_candidates, check_ids, check_k, check_max_tokens
-from topkd.serve.routes.wire import answered, json_reply, read, unless_gone
+from topkd.serve.routes.openai import count_shown_entries, refuse_streams, too_long
+from topkd.serve.routes.requests import GenerateBody, check_candidates, check_k, check_max_tokens, check_request_ids
+from topkd.serve.routes.wire import answer_errors, cancel_if_disconnected, json_reply, read
 
 
-def routes(served: Served) -> list[Route]:
+def list_generate_routes(served: Served) -> list[Route]:
     """The one route of this dialect."""
 
     async def generate(request: Request) -> Response:
         body = await read(request, GenerateBody, served.config.max_body_bytes)
         job = _plan(served, body)
-        [answer] = await unless_gone(request, served.engine.submit([job]))
+        [answer] = await cancel_if_disconnected(request, served.engine.submit([job]))
         return json_reply(await asyncio.to_thread(_reply, served, body, job, answer))
 
-    return [Route("/inference/v1/generate", answered(generate), methods=["POST"])]
+    return [Route("/inference/v1/generate", answer_errors(generate), methods=["POST"])]
 
 
-def _plan(served: Served, body: GenerateBody) -> Job:
+def _plan(served: Served, body: GenerateBody) -> EngineJob:
     adapter = served.adapter_of(body.model)
     fields = body.sampling_params
     if body.stream and fields.prompt_logprob_token_ids is not None:
@@ -46,7 +46,7 @@ def _plan(served: Served, body: GenerateBody) -> Job:
         check_max_tokens(fields.max_tokens)
     if length >= served.context:
         raise too_long(served, length)
-    ids = check_ids(body.token_ids, served.vocab)
+    ids = check_request_ids(body.token_ids, served.vocab)
     candidates, start = check_candidates(fields, length, served.vocab, limit)
     left = served.context - length
     sampling = fields.sampling(
@@ -55,10 +55,10 @@ def _plan(served: Served, body: GenerateBody) -> Job:
         vocab=served.vocab,
         detokenize=body.output_mode == "text" or (fields.detokenize and bool(fields.stop)),
     )
-    return Job(ids, sampling, fields.n, scored, candidates, start, adapter)
+    return EngineJob(ids, sampling, fields.n, scored, candidates, start, adapter)
 
 
-def _reply(served: Served, body: GenerateBody, job: Job, answer: Answer) -> dict[str, Any]:
+def _reply(served: Served, body: GenerateBody, job: EngineJob, answer: Answer) -> dict[str, Any]:
     fields = body.sampling_params
     rows = None
     if answer.scores is not None:
@@ -83,7 +83,7 @@ def _reply(served: Served, body: GenerateBody, job: Job, answer: Answer) -> dict
     }
 
 
-def _choice(served: Served, body: GenerateBody, job: Job, index: int, out: Completion) -> dict[str, Any]:
+def _choice(served: Served, body: GenerateBody, job: EngineJob, index: int, out: Completion) -> dict[str, Any]:
     choice: dict[str, Any] = {
         "index": index,
         "finish_reason": out.finish_reason,
@@ -97,7 +97,9 @@ def _choice(served: Served, body: GenerateBody, job: Job, index: int, out: Compl
     if body.output_mode == "text":
         choice["text"] = out.text
     if job.sampling.logprobs is not None:
-        k = max(1, shown_k(job.sampling))  # here, unlike in chat, the drawn token is listed even when K is 0
+        k = max(
+            1, count_shown_entries(job.sampling)
+        )  # here, unlike in chat, the drawn token is listed even when K is 0
         text = body.output_mode == "text"
         choice["logprobs"] = (
             replies.chat_logprobs(out, served.words, k=k, as_ids=False) if text else replies.generate_logprobs(out, k=k)

@@ -11,32 +11,32 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from topkd.serve.engine.jobs import Answer, Job, Sampling
+from topkd.serve.engine.jobs import Answer, EngineJob, SamplingJob
 from topkd.serve.engine.refusal import Refusal, bad_parameter
 from topkd.serve.engine.served import Served
 from topkd.serve.routes import replies
-from topkd.serve.routes.requests import ChatBody, CompletionBody, check_ids, check_k, check_max_tokens
-from topkd.serve.routes.wire import answered, json_reply, read, unless_gone
+from topkd.serve.routes.requests import ChatBody, CompletionBody, check_k, check_max_tokens, check_request_ids
+from topkd.serve.routes.wire import answer_errors, cancel_if_disconnected, json_reply, read
 
 
-def routes(served: Served) -> list[Route]:
+def list_openai_routes(served: Served) -> list[Route]:
     """The two OpenAI routes."""
 
     async def completions(request: Request) -> Response:
         body = await read(request, CompletionBody, served.config.max_body_bytes)
         plan = _plan_completions(served, body)
-        answers = await unless_gone(request, served.engine.submit(plan.jobs))
+        answers = await cancel_if_disconnected(request, served.engine.submit(plan.jobs))
         return json_reply(await asyncio.to_thread(_completions_reply, served, body, plan, answers))
 
     async def chat(request: Request) -> Response:
         body = await read(request, ChatBody, served.config.max_body_bytes)
         job = _plan_chat(served, body)
-        [answer] = await unless_gone(request, served.engine.submit([job]))
+        [answer] = await cancel_if_disconnected(request, served.engine.submit([job]))
         return json_reply(await asyncio.to_thread(_chat_reply, served, body, job, answer))
 
     return [
-        Route("/v1/completions", answered(completions), methods=["POST"]),
-        Route("/v1/chat/completions", answered(chat), methods=["POST"]),
+        Route("/v1/completions", answer_errors(completions), methods=["POST"]),
+        Route("/v1/chat/completions", answer_errors(chat), methods=["POST"]),
     ]
 
 
@@ -77,7 +77,7 @@ def too_long(served: Served, length: int) -> Refusal:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    jobs: list[Job]
+    jobs: list[EngineJob]
     logprobs: int | None
     show_drawn: bool  # max_tokens 0 with echo: one token is drawn for the engine's sake and not shown
 
@@ -93,7 +93,7 @@ def _plan_completions(served: Served, body: CompletionBody) -> _Plan:
     silent = body.echo and body.max_tokens == 0
     jobs = []
     for prompt in _prompts(served, body):
-        ids = check_ids(prompt, served.vocab) if len(prompt) <= served.context else tuple(prompt)
+        ids = check_request_ids(prompt, served.vocab) if len(prompt) <= served.context else tuple(prompt)
         left = room(served, len(ids))
         if silent and not left:
             raise too_long(served, len(ids))
@@ -101,7 +101,7 @@ def _plan_completions(served: Served, body: CompletionBody) -> _Plan:
         sampling = body.sampling(
             max_tokens=1 if silent else check_max_tokens(wanted), logprobs=logprobs, vocab=served.vocab
         )
-        jobs.append(Job(ids, sampling, n=body.n, prompt_logprobs=scored, adapter=adapter))
+        jobs.append(EngineJob(ids, sampling, n=body.n, prompt_logprobs=scored, adapter=adapter))
     return _Plan(jobs, logprobs, not silent)
 
 
@@ -121,7 +121,7 @@ def _prompts(served: Served, body: CompletionBody) -> list[list[int]]:
     ]
 
 
-def shown_k(sampling: Sampling) -> int:
+def count_shown_entries(sampling: SamplingJob) -> int:
     """Entries beside the drawn token in completions, and with it in chat: ids asked for by name are never cut."""
     return max(sampling.logprobs or 0, 1 + len(sampling.logprob_token_ids) if sampling.logprob_token_ids else 0)
 
@@ -140,7 +140,7 @@ def _completions_reply(served: Served, body: CompletionBody, plan: _Plan, answer
                 logprobs = replies.completion_logprobs(
                     out,
                     served.words,
-                    k=shown_k(job.sampling),
+                    k=count_shown_entries(job.sampling),
                     as_ids=as_ids,
                     echoed=rows if body.echo else None,
                     prompt=job.ids if body.echo else (),
@@ -157,7 +157,7 @@ def _completions_reply(served: Served, body: CompletionBody, plan: _Plan, answer
                     "prompt_logprobs": rows,
                     "prompt_token_ids": list(job.ids) if body.return_token_ids else None,
                     "routed_experts": None,
-                    **replies.told_versions(out, asked=body.return_weight_versions),
+                    **replies.list_weight_versions(out, asked=body.return_weight_versions),
                 }
             )
     prompt_tokens = sum(len(job.ids) for job in plan.jobs)
@@ -169,7 +169,7 @@ def _completions_reply(served: Served, body: CompletionBody, plan: _Plan, answer
     }
 
 
-def _prompt_rows(served: Served, job: Job, answer: Answer) -> list[dict[str, Any] | None] | None:
+def _prompt_rows(served: Served, job: EngineJob, answer: Answer) -> list[dict[str, Any] | None] | None:
     if job.prompt_logprobs is None:
         return None
     if answer.scores is None:  # a prompt of one token has nothing to score; an aborted one was never scored
@@ -177,7 +177,7 @@ def _prompt_rows(served: Served, job: Job, answer: Answer) -> list[dict[str, Any
     return replies.prompt_logprobs(answer.scores, job.ids[1:], served.words)
 
 
-def _plan_chat(served: Served, body: ChatBody) -> Job:
+def _plan_chat(served: Served, body: ChatBody) -> EngineJob:
     adapter = served.adapter_of(body.model)
     refuse_streams(stream=body.stream, prompt_logprobs=body.prompt_logprobs)
     if body.top_logprobs is not None and not body.logprobs:
@@ -197,18 +197,18 @@ def _plan_chat(served: Served, body: ChatBody) -> Job:
         continue_final_message=body.continue_final_message,
         **options,
     )
-    ids = check_ids(prompt, served.vocab)
+    ids = check_request_ids(prompt, served.vocab)
     left = room(served, len(ids))
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     wanted = check_max_tokens(left if asked is None else min(asked, left))
     sampling = body.sampling(max_tokens=wanted, logprobs=logprobs, vocab=served.vocab)
-    return Job(ids, sampling, n=body.n, prompt_logprobs=scored, adapter=adapter)
+    return EngineJob(ids, sampling, n=body.n, prompt_logprobs=scored, adapter=adapter)
 
 
-def _chat_reply(served: Served, body: ChatBody, job: Job, answer: Answer) -> dict[str, Any]:
+def _chat_reply(served: Served, body: ChatBody, job: EngineJob, answer: Answer) -> dict[str, Any]:
     choices = []
     for index, out in enumerate(answer.completions):
-        k, as_ids = shown_k(job.sampling), bool(body.return_tokens_as_token_ids)
+        k, as_ids = count_shown_entries(job.sampling), bool(body.return_tokens_as_token_ids)
         chosen = replies.chat_logprobs(out, served.words, k=k, as_ids=as_ids) if body.logprobs else None
         message = {
             "role": "assistant",
@@ -228,7 +228,7 @@ def _chat_reply(served: Served, body: ChatBody, job: Job, answer: Answer) -> dic
                 "stop_reason": out.stop_reason,
                 "token_ids": out.token_ids if body.return_token_ids else None,
                 "routed_experts": None,
-                **replies.told_versions(out, asked=body.return_weight_versions),
+                **replies.list_weight_versions(out, asked=body.return_weight_versions),
             }
         )
     return {

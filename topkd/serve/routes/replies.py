@@ -171,7 +171,7 @@ def weight_versions(out: Completion) -> list[dict[str, Any]]:
     return spans
 
 
-def told_versions(out: Completion, *, asked: bool | None) -> dict[str, Any]:
+def list_weight_versions(out: Completion, *, asked: bool | None) -> dict[str, Any]:
     """The same as a field of an OpenAI choice, for requests that ask for it."""
     return {"weight_versions": weight_versions(out)} if asked else {}
 

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
 
-from topkd.serve.engine.jobs import Sampling
-from topkd.serve.engine.refusal import Refusal, bad_parameter, restated
+from topkd.serve.engine.jobs import SamplingJob
+from topkd.serve.engine.refusal import Refusal, bad_parameter, restate_error
 
 MAX_N = 16_384  # vLLM's
 TokenId = Annotated[int, Field(ge=0)]
@@ -59,9 +59,9 @@ class SamplingFields(BaseModel):
         vocab: int,
         detokenize: bool = True,
         scaled_logprobs: bool = False,
-    ) -> Sampling:
+    ) -> SamplingJob:
         """The checked parameters; whatever was left out draws from the model's own distribution."""
-        chosen = Sampling(
+        chosen = SamplingJob(
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -155,7 +155,7 @@ class GenerateBody(Body):
             return handler(value)  # type: ignore[no-any-return]
         except ValidationError as error:
             instance = {"type": "is_instance_of", "loc": (), "input": value, "ctx": {"class": "SamplingParams"}}
-            raise restated(error, [instance, *error.errors(include_url=False)]) from error
+            raise restate_error(error, [instance, *error.errors(include_url=False)]) from error
 
 
 class TokenizeBody(Body):
@@ -202,7 +202,7 @@ def check_k(
     return min(wanted, vocab)
 
 
-def check_ids(ids: list[int] | tuple[int, ...], vocab: int) -> tuple[int, ...]:
+def check_request_ids(ids: list[int] | tuple[int, ...], vocab: int) -> tuple[int, ...]:
     """Prompt ids, all of them inside the vocabulary and at least one."""
     if not ids:
         raise Refusal("The decoder prompt cannot be empty")
@@ -264,7 +264,7 @@ def _bias(given: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
         raise bad_parameter(f"logit_bias keys must be token ids: {error}.", "logit_bias") from error
 
 
-def _check_ranges(chosen: Sampling, max_temperature: float) -> None:
+def _check_ranges(chosen: SamplingJob, max_temperature: float) -> None:
     # `not (low <= x)` also refuses NaN. vLLM names the parameter of some of them and not of others.
     heat = chosen.temperature
     if not heat >= 0:
@@ -292,7 +292,7 @@ def _check_ranges(chosen: Sampling, max_temperature: float) -> None:
             raise Refusal(f"{name} must be {expected}, got {value}.")
 
 
-def _check_named_ids(chosen: Sampling, vocab: int) -> None:
+def _check_named_ids(chosen: SamplingJob, vocab: int) -> None:
     named = {
         "allowed_token_ids": chosen.allowed_token_ids,
         "logprob_token_ids": chosen.logprob_token_ids,

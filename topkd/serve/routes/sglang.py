@@ -21,11 +21,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from topkd import __version__
-from topkd.serve.engine.jobs import Answer, Completion, Job, Sampling
+from topkd.serve.engine.jobs import Answer, Completion, EngineJob, SamplingJob
 from topkd.serve.engine.refusal import Refusal
 from topkd.serve.engine.served import Served
-from topkd.serve.routes.requests import SamplingFields, TokenId, check_ids
-from topkd.serve.routes.wire import json_reply, read, unless_gone
+from topkd.serve.routes.requests import SamplingFields, TokenId, check_request_ids
+from topkd.serve.routes.wire import cancel_if_disconnected, json_reply, read
 
 SGLANG_DIALECT = "0.5.23"
 # Generated positions clamp minus infinity to the smallest float32 that prints.
@@ -63,7 +63,7 @@ class SglangBody(BaseModel):
     rid: str | None = None
 
 
-def routes(served: Served) -> list[Route]:
+def list_sglang_routes(served: Served) -> list[Route]:
     """``/generate`` and the routes that say what is served."""
 
     async def generate(request: Request) -> Response:
@@ -71,7 +71,7 @@ def routes(served: Served) -> list[Route]:
         prompts, many = _prompts(served, body)
         jobs = [_plan(served, body, ids) for ids in prompts]
         begun = time.monotonic()
-        answers = await unless_gone(request, served.engine.submit(jobs))
+        answers = await cancel_if_disconnected(request, served.engine.submit(jobs))
         elapsed = time.monotonic() - begun
         replies = await asyncio.to_thread(
             lambda: [
@@ -112,12 +112,12 @@ def routes(served: Served) -> list[Route]:
     gets = {"/server_info": server_info, "/get_server_info": server_info}
     gets |= {"/model_info": model_info, "/get_model_info": model_info}
     return [
-        Route("/generate", flatly_answered(generate), methods=["POST", "PUT"]),
-        *(Route(path, flatly_answered(handler), methods=["GET"]) for path, handler in gets.items()),
+        Route("/generate", answer_flatly(generate), methods=["POST", "PUT"]),
+        *(Route(path, answer_flatly(handler), methods=["GET"]) for path, handler in gets.items()),
     ]
 
 
-def flatly_answered(handler: Any) -> Any:
+def answer_flatly(handler: Any) -> Any:
     """Refusals as ``{"error": {"message"}}``, all that SGLang's native routes say."""
 
     async def route(request: Request) -> Response:
@@ -145,7 +145,7 @@ def _prompts(served: Served, body: SglangBody) -> tuple[list[list[int]], bool]:
     ], True
 
 
-def _plan(served: Served, body: SglangBody, prompt: list[int]) -> Job:
+def _plan(served: Served, body: SglangBody, prompt: list[int]) -> EngineJob:
     if body.stream:
         raise Refusal("This server does not stream: send stream=false.")
     fields, length = body.sampling_params, len(prompt)
@@ -153,7 +153,7 @@ def _plan(served: Served, body: SglangBody, prompt: list[int]) -> Job:
         raise Refusal(
             f"The input ({length} tokens) is longer than the model's context length ({served.context} tokens)."
         )
-    ids = check_ids(prompt, served.vocab)
+    ids = check_request_ids(prompt, served.vocab)
     if fields.max_new_tokens < 0:
         raise Refusal(f"max_new_tokens must be at least 0, got {fields.max_new_tokens}.")
     start = _start(body, length)
@@ -169,7 +169,7 @@ def _plan(served: Served, body: SglangBody, prompt: list[int]) -> Job:
             "logprob_token_ids": None,
         }
     )
-    sampling: Sampling = fields.sampling(
+    sampling: SamplingJob = fields.sampling(
         max_tokens=max(1, min(fields.max_new_tokens, served.context - length)),
         logprobs=k if body.return_logprob else None,
         vocab=served.vocab,
@@ -179,7 +179,7 @@ def _plan(served: Served, body: SglangBody, prompt: list[int]) -> Job:
     if scoring and wanted and length - 1 > start:
         candidates = np.tile(np.asarray(wanted, dtype=np.int32), (length - 1 - start, 1))
     adapter = served.adapter_of(body.lora_path)
-    return Job(
+    return EngineJob(
         ids, sampling, fields.n, k if scoring else None, candidates, start if candidates is not None else 0, adapter
     )
 
@@ -192,7 +192,7 @@ def _start(body: SglangBody, length: int) -> int:
     return length if start == -1 else start
 
 
-def _reply(served: Served, body: SglangBody, job: Job, answer: Answer, out: Completion) -> dict[str, Any]:
+def _reply(served: Served, body: SglangBody, job: EngineJob, answer: Answer, out: Completion) -> dict[str, Any]:
     shown = out if body.sampling_params.max_new_tokens else Completion(finish_reason="length")
     reason: dict[str, Any] = {"type": shown.finish_reason}
     if shown.finish_reason == "length":
@@ -213,15 +213,17 @@ def _reply(served: Served, body: SglangBody, job: Job, answer: Answer, out: Comp
     return {"text": shown.text, "output_ids": shown.token_ids, "meta_info": meta}
 
 
-def _input_logprobs(served: Served, body: SglangBody, job: Job, answer: Answer) -> dict[str, Any]:
+def _input_logprobs(served: Served, body: SglangBody, job: EngineJob, answer: Answer) -> dict[str, Any]:
     start, length = _start(body, len(job.ids)), len(job.ids)
     empty: list[Any] = [] if start == length else [None]
-    meta: dict[str, Any] = {"input_token_logprobs": [[None, *_named(served, body, job.ids[start])]] if empty else []}
+    meta: dict[str, Any] = {
+        "input_token_logprobs": [[None, *_find_named(served, body, job.ids[start])]] if empty else []
+    }
     scores = answer.scores
     rows = slice(start, length - 1)
     actual = [] if scores is None else [_number(x) for x in scores.actual_logp[rows]]
     for logp, token in zip(actual, job.ids[start + 1 :], strict=scores is not None):
-        meta["input_token_logprobs"].append([logp, *_named(served, body, token)])
+        meta["input_token_logprobs"].append([logp, *_find_named(served, body, token)])
     if body.top_logprobs_num:
         k = min(body.top_logprobs_num, served.vocab)
         ids = np.empty((0, k), np.int64) if scores is None else scores.ids[rows]
@@ -235,13 +237,13 @@ def _input_logprobs(served: Served, body: SglangBody, job: Job, answer: Answer) 
             }
         else:
             meta["input_top_logprobs"] = empty + [
-                [[_number(x), *_named(served, body, int(i))] for i, x in zip(row_ids, row, strict=True)]
+                [[_number(x), *_find_named(served, body, int(i))] for i, x in zip(row_ids, row, strict=True)]
                 for row_ids, row in zip(ids, logps, strict=True)
             ]
     if body.token_ids_logprob:
         rows_of: Any = [] if answer.candidate_logp is None else answer.candidate_logp
         meta["input_token_ids_logprobs"] = empty + [
-            [[_number(x), *_named(served, body, i)] for i, x in zip(body.token_ids_logprob, row, strict=True)]
+            [[_number(x), *_find_named(served, body, i)] for i, x in zip(body.token_ids_logprob, row, strict=True)]
             for row in rows_of
         ]
     return meta
@@ -250,17 +252,17 @@ def _input_logprobs(served: Served, body: SglangBody, job: Job, answer: Answer) 
 def _output_logprobs(served: Served, body: SglangBody, out: Completion) -> dict[str, Any]:
     drawn = zip(out.logp, out.token_ids, strict=True)
     meta: dict[str, Any] = {
-        "output_token_logprobs": [[_clamped(logp), *_named(served, body, token)] for logp, token in drawn]
+        "output_token_logprobs": [[_clamp(logp), *_find_named(served, body, token)] for logp, token in drawn]
     }
     if body.top_logprobs_num:
         meta["output_top_logprobs"] = [
-            [[_clamped(x), *_named(served, body, int(i))] for i, x in zip(ids, logps, strict=True)]
+            [[_clamp(x), *_find_named(served, body, int(i))] for i, x in zip(ids, logps, strict=True)]
             for ids, logps in zip(out.top_ids, out.top_logp, strict=True)
         ]
     return meta
 
 
-def _named(served: Served, body: SglangBody, token: int) -> tuple[int, str | None]:
+def _find_named(served: Served, body: SglangBody, token: int) -> tuple[int, str | None]:
     return token, served.words.text(token) if body.return_text_in_logprobs else None
 
 
@@ -269,7 +271,7 @@ def _number(logp: float) -> float | None:
     return float(logp) if np.isfinite(logp) else None
 
 
-def _clamped(logp: float) -> float | None:
+def _clamp(logp: float) -> float | None:
     return None if np.isnan(logp) else max(float(logp), LOWEST)
 
 

@@ -11,7 +11,7 @@ from topkd.serve.engine import weight_updates as changes
 from topkd.serve.engine.engine import PauseMode
 from topkd.serve.engine.refusal import Refusal
 from topkd.serve.engine.served import Served
-from topkd.serve.routes.sglang import flatly_answered
+from topkd.serve.routes.sglang import answer_flatly
 from topkd.serve.routes.wire import json_reply, read
 from topkd.topk.errors import TopkdError
 
@@ -55,7 +55,7 @@ class SglangControl:
             "/load_lora_adapter": self.load,
             "/unload_lora_adapter": self.unload,
         }
-        return [Route(path, flatly_answered(handler), methods=["POST"]) for path, handler in posts.items()]
+        return [Route(path, answer_flatly(handler), methods=["POST"]) for path, handler in posts.items()]
 
     async def from_disk(self, request: Request) -> Response:
         """New weights, named when a name is given."""

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from topkd.serve.engine.refusal import Refusal, malformed
+from topkd.serve.engine.refusal import Refusal, describe_malformed
 from topkd.serve.routes.replies import encode_json
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def json_reply(body: object, status: int = 200) -> Response:
     return Response(encode_json(body), status_code=status, media_type="application/json")
 
 
-def answered(handler: Handler) -> Handler:
+def answer_errors(handler: Handler) -> Handler:
     """Turn refusals into their bodies, and anything unforeseen into a 500 without a traceback on the wire."""
 
     async def route(request: Request) -> Response:
@@ -64,7 +64,7 @@ async def read(request: Request, kind: type[B], limit: int) -> B:
                     f"The request body is larger than {limit} bytes", status=413, kind="RequestEntityTooLarge"
                 )
     except ClientDisconnect as error:
-        raise left_early() from error
+        raise make_disconnect_reply() from error
     try:
         decoded = msgspec.json.decode(raw) if raw.strip() else {}
     except msgspec.DecodeError as error:
@@ -75,22 +75,22 @@ async def read(request: Request, kind: type[B], limit: int) -> B:
     try:
         return kind.model_validate(decoded)
     except ValidationError as error:
-        raise malformed(error) from error
+        raise describe_malformed(error) from error
 
 
-def left_early() -> Refusal:
+def make_disconnect_reply() -> Refusal:
     """Written to a connection that nobody reads any more; it also ends the handler, without a word in the log."""
     return Refusal("The client closed the connection", status=GONE, kind="ClientClosedRequest")
 
 
-async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+async def cancel_if_disconnected(request: Request, work: Awaitable[T]) -> T:
     """The result of ``work``, which is cancelled when the client disconnects first."""
     task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_gone(request))
+    watch = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise left_early()
+            raise make_disconnect_reply()
         return task.result()
     finally:
         for pending in (task, watch):
@@ -98,7 +98,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

@@ -46,7 +46,7 @@ def exponentiate(z: Tensor, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     """Turn logits into exp(z - max) in place; returns logp at ids (-inf at pads), logsumexp and sum exp(z - max)."""
     target = z.gather(1, ids.clamp(min=0)).to(dtype)
     lse, mass = (torch.empty(z.shape[0], dtype=dtype, device=z.device) for _ in range(2))
-    for rows, block, wide in widened(z, dtype):
+    for rows, block, wide in iter_widened(z, dtype):
         top = wide.amax(-1, keepdim=True)
         torch.sum(wide.sub_(top).exp_(), -1, out=mass[rows])
         torch.add(top.squeeze(-1), mass[rows].log(), out=lse[rows])
@@ -61,7 +61,7 @@ def add_at(z: Tensor, ids: Tensor, values: Tensor) -> None:
     z.view(-1).index_add_(0, flat.reshape(-1), values.reshape(-1).to(z.dtype))
 
 
-def widened(z: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def iter_widened(z: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Row blocks of z and the same in the wide dtype: the block itself, or a copy in one small workspace.
 
     A fresh copy a block would leave a hole in the heap each time, which small results then occupy: 300 MB in the end.

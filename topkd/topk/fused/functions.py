@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.fused.blocks import WeightSum, accumulator, add_at, exponentiate, widened
+from topkd.topk.fused.blocks import WeightSum, accumulator, add_at, exponentiate, iter_widened
 
 RowLoss: TypeAlias = Callable[[Tensor, Tensor, slice], Tensor]
 """(logp [C, K], lse [C], rows) -> loss of each row [C]; may be differentiated with respect to logp only."""
@@ -56,7 +56,7 @@ class SummedRowLoss(torch.autograd.Function):
             (coefficient,) = torch.autograd.grad(chunk_total, leaf, materialize_grads=True)
             coefficient = torch.where(chosen >= 0, coefficient, 0.0)
             scale = (-coefficient.sum(-1) / mass).unsqueeze(-1)
-            for inside, block, wide in widened(z, dtype):
+            for inside, block, wide in iter_widened(z, dtype):
                 block.copy_(wide.mul_(scale[inside]))
             add_at(z, chosen.clamp(min=0), coefficient)
             if d_hidden is not None:
@@ -64,7 +64,7 @@ class SummedRowLoss(torch.autograd.Function):
             if d_weight is not None:
                 d_weight.add(z, h)
             if d_bias is not None:
-                for _, _, wide in widened(z, dtype):
+                for _, _, wide in iter_widened(z, dtype):
                     d_bias += wide.sum(0)
         ctx.grads = [
             d_hidden,
@@ -99,7 +99,7 @@ class TopKLogprobs(torch.autograd.Function):
             local = ids - first
             inside = (local >= 0) & (local < z.shape[1])
             target += torch.where(inside, z.gather(1, local.clamp(0, z.shape[1] - 1)).to(dtype), 0.0)
-            for rows, block, wide in widened(z, dtype):  # noqa: B007 - deleted below, as it is z's storage
+            for rows, block, wide in iter_widened(z, dtype):  # noqa: B007 - deleted below, as it is z's storage
                 lse[rows] = torch.logaddexp(lse[rows], wide.logsumexp(-1))
             del z, block, wide  # before the next chunk is made
         ctx.save_for_backward(hidden, weight, bias, ids, lse)
@@ -120,7 +120,7 @@ class TopKLogprobs(torch.autograd.Function):
         for first in range(0, weight.shape[0], ctx.columns):
             z = _columns(hidden, weight, bias, first, ctx.columns)
             part = slice(first, first + z.shape[1])
-            for rows, block, wide in widened(z, dtype):
+            for rows, block, wide in iter_widened(z, dtype):
                 block.copy_(wide.sub_(lse[rows].unsqueeze(-1)).exp_().mul_(slope[rows].unsqueeze(-1)))
             local = ids - first
             inside = (local >= 0) & (local < z.shape[1])
@@ -130,7 +130,7 @@ class TopKLogprobs(torch.autograd.Function):
             if d_weight is not None:
                 torch.mm(z.t(), hidden, out=d_weight[part])
             if d_bias is not None:
-                d_bias[part] = torch.stack([wide.sum(0) for _, _, wide in widened(z, dtype)]).sum(0)
+                d_bias[part] = torch.stack([wide.sum(0) for _, _, wide in iter_widened(z, dtype)]).sum(0)
             del z, block, wide  # before the next chunk is made
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None
 

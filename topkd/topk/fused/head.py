@@ -12,12 +12,12 @@ from torch import Tensor
 from topkd.topk.errors import ConfigError
 from topkd.topk.fused.blocks import CHUNK_BYTES, even
 from topkd.topk.fused.functions import RowLoss, SummedRowLoss, TopKLogprobs
-from topkd.topk.maths.scalars import positive
+from topkd.topk.maths.scalars import check_positive
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def eager(function: F) -> F:
+def disable_compile(function: F) -> F:
     """The function left out of ``torch.compile``: it fills buffers in place; a compiled model breaks cleanly at it."""
     return cast("F", torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
@@ -27,7 +27,7 @@ def gather_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
     log s(v) = z_v - logsumexp(z), natural log, exact, float32 (float64 stays); -inf without a gradient at pads (-1).
     """
-    check_ids(ids, logits.shape[:-1], logits.shape[-1])
+    check_head_ids(ids, logits.shape[:-1], logits.shape[-1])
     if not logits.is_floating_point():
         raise ConfigError("logits must be floating-point", got=logits.dtype)
     z = logits if logits.dtype == torch.float64 else logits.float()
@@ -36,7 +36,7 @@ def gather_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return logp.masked_fill(ids < 0, -math.inf), lse
 
 
-@eager
+@disable_compile
 def topk_logprobs(
     hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor | None = None, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -57,16 +57,16 @@ def topk_logprobs(
     Returns:
         ``(logp, lse)``: [N, K] (-inf at pads, without a gradient) and [N], float32 (float64 stays).
     """
-    hidden, weight, bias = matched_head(hidden, weight, bias)
-    check_ids(ids, hidden.shape[:-1], weight.shape[0])
+    hidden, weight, bias = match_head_dtype(hidden, weight, bias)
+    check_head_ids(ids, hidden.shape[:-1], weight.shape[0])
     most = CHUNK_BYTES // (hidden.element_size() * max(hidden.shape[0], 1))
-    columns = even(weight.shape[0], most) if chunk is None else positive("chunk", chunk)
+    columns = even(weight.shape[0], most) if chunk is None else check_positive("chunk", chunk)
     with torch.autocast(hidden.device.type, enabled=False):
         logp, lse = TopKLogprobs.apply(hidden, weight, bias, ids, columns)  # type: ignore[no-untyped-call]
     return logp.masked_fill(ids < 0, -math.inf), lse
 
 
-@eager
+@disable_compile
 def fused_row_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -95,17 +95,17 @@ def fused_row_loss(
     Returns:
         A scalar; its backward pass only scales what the forward pass made, and can run once.
     """
-    hidden, weight, bias = matched_head(hidden, weight, bias)
-    check_ids(ids, hidden.shape[:-1], weight.shape[0])
+    hidden, weight, bias = match_head_dtype(hidden, weight, bias)
+    check_head_ids(ids, hidden.shape[:-1], weight.shape[0])
     most = CHUNK_BYTES // (hidden.element_size() * weight.shape[0])
-    rows = even(hidden.shape[0], most) if chunk is None else positive("chunk", chunk)
+    rows = even(hidden.shape[0], most) if chunk is None else check_positive("chunk", chunk)
     with torch.autocast(hidden.device.type, enabled=False):
         grad = torch.is_grad_enabled()
         total: Tensor = SummedRowLoss.apply(hidden, weight, bias, ids, row_loss, rows, grad)  # type: ignore[no-untyped-call]
     return total
 
 
-def matched_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def match_head_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states, weight and bias in one dtype (autocast's where it is on); ConfigError where they do not fit."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ConfigError(
@@ -125,7 +125,7 @@ def matched_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[T
     return hidden, weight, None if bias is None else bias.to(hidden.dtype)
 
 
-def check_ids(ids: Tensor, rows: torch.Size, vocab: int) -> None:
+def check_head_ids(ids: Tensor, rows: torch.Size, vocab: int) -> None:
     """Raise ConfigError unless the ids are int64 [*rows, K] inside the vocabulary, -1 at pads."""
     if ids.dtype != torch.long or ids.shape[:-1] != rows or ids.dim() == 0:
         raise ConfigError(

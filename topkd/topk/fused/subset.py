@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from topkd.topk.fused.blocks import CHUNK_BYTES, accumulator
-from topkd.topk.fused.head import check_ids, eager, matched_head
+from topkd.topk.fused.head import check_head_ids, disable_compile, match_head_dtype
 
 
-@eager
+@disable_compile
 def subset_logits(hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """Logits at the ids only, [N, K] float32 (float64 stays), -inf at pads; cost N K H instead of N V H.
 
     z_k = hidden . weight[id_k] + bias, exact up to rounding; dW of half-precision weights is summed in float32. Enough
     for every loss that is renormalised on the ids: the normaliser over the vocabulary cancels.
     """
-    hidden, weight, bias = matched_head(hidden, weight, bias)
-    check_ids(ids, hidden.shape[:-1], weight.shape[0])
+    hidden, weight, bias = match_head_dtype(hidden, weight, bias)
+    check_head_ids(ids, hidden.shape[:-1], weight.shape[0])
     rows = max(1, CHUNK_BYTES // (2 * weight.element_size() * max(ids.shape[-1] * weight.shape[1], 1)))
     z = _SubsetLogits.apply(hidden, weight, ids.clamp(min=0), rows)  # type: ignore[no-untyped-call]
     if bias is not None:

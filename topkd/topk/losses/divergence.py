@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.maths.scalars import real
+from topkd.topk.maths.scalars import check_real
 
 CLAMPED_LOG_MASS = -1e-7  # a captured mass above 1 - 1e-7 is rounding, and log(1 - mass) would be noise or nan
 
 
-def check_beta(beta: float) -> float:
+def check_beta_torch(beta: float) -> float:
     """The mixture weight, if it lies in [0, 1]."""
-    number = real("beta", beta)
+    number = check_real("beta", beta)
     if not 0.0 <= number <= 1.0:
         raise ConfigError("beta must lie in [0, 1]", got=beta, hint="0 = forward KL, 1 = reverse KL, between = GJS")
     return number
@@ -38,7 +38,7 @@ def divergence_terms(teacher_logp: Tensor, student_logp: Tensor, beta: float) ->
         student_logp: Natural-log probabilities [..., V].
         beta: Mixture weight of the teacher, in [0, 1].
     """
-    check_beta(beta)
+    check_beta_torch(beta)
     teacher_logp = teacher_logp.detach()
     teacher_has, student_has = ~torch.isneginf(teacher_logp), ~torch.isneginf(student_logp)  # nan stays nan
     # -inf is replaced before any arithmetic: a where() after it would still send nan through the backward pass
@@ -79,7 +79,7 @@ def log_softmax(logits: Tensor, *, dead: float = -math.inf) -> Tensor:
     return torch.log_softmax(torch.where(none, 0.0, logits), -1).masked_fill(none, dead)
 
 
-def log_tail(logp: Tensor) -> Tensor:
+def log_tail_torch(logp: Tensor) -> Tensor:
     """log(1 - sum exp(logp)) over the last axis, the sum held at exp(-1e-7) or less: log(-expm1(min(lse, -1e-7)))."""
     return log1mexp(torch.logsumexp(logp, -1).clamp(max=CLAMPED_LOG_MASS))
 

@@ -29,7 +29,7 @@ from topkd.topk.losses.tokens import (
     reduce_tokens,
     upcast,
 )
-from topkd.topk.maths.scalars import real, whole
+from topkd.topk.maths.scalars import check_integer, check_real
 
 
 def teacher_entropy(teacher_logits: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def eopd_loss(
     Returns:
         A scalar, or (scalar, metrics).
     """
-    check_options(top_k=whole("k", k))
+    check_options(top_k=check_integer("k", k))
     check_gate(tau, alpha)
     check_positive(cap=cap, advantage_clip=advantage_clip)
     check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
@@ -202,9 +202,9 @@ def eopd_loss(
 
 def check_gate(tau: float, alpha: float) -> None:
     """Raise ConfigError unless tau is a number and alpha a finite one that is not negative."""
-    if math.isnan(real("tau", tau)):
+    if math.isnan(check_real("tau", tau)):
         raise ConfigError("tau must be an entropy in nats", got=tau)
-    if not 0.0 <= real("alpha", alpha) < math.inf:
+    if not 0.0 <= check_real("alpha", alpha) < math.inf:
         raise ConfigError("alpha must be finite and not negative", got=alpha)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.fused import eager, fused_row_loss
-from topkd.topk.losses.divergence import check_beta
+from topkd.topk.fused import disable_compile, fused_row_loss
+from topkd.topk.losses.divergence import check_beta_torch
 from topkd.topk.losses.jsd import check_positive
 from topkd.topk.losses.sparse import loss_dtype, scale_total, select_teacher
 from topkd.topk.losses.teacher import Teacher
@@ -42,7 +42,7 @@ class FusedPolicyLoss(NamedTuple):
     metrics: dict[str, float]
 
 
-@eager
+@disable_compile
 def fused_topk_policy_gradient_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -86,7 +86,7 @@ def fused_topk_policy_gradient_loss(
     Returns:
         The loss, the student's logprobs of the sampled tokens, the rows that were used, and metrics.
     """
-    check_beta(beta)
+    check_beta_torch(beta)
     check_lam(lam)
     check_positive(cap=cap)
     check_logits(hidden=hidden, weight=weight)

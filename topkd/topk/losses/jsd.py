@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.losses.divergence import check_beta, clamp_value, divergence_terms, log_softmax
+from topkd.topk.losses.divergence import check_beta_torch, clamp_value, divergence_terms, log_softmax
 from topkd.topk.losses.tokens import FullReduction, check_logits, labels_mask, reduce_tokens, upcast
-from topkd.topk.maths.scalars import real, whole
+from topkd.topk.maths.scalars import check_integer, check_real
 
 Tail: TypeAlias = Literal["bucket", "renormalise"]
 _PROBABILITY_TOLERANCE = 1e-2  # wide enough for bf16 rows of any vocabulary, far below what logits add up to
@@ -57,7 +57,7 @@ def generalized_jsd_loss(  # noqa: PLR0917 - the source's signature
     Returns:
         A scalar, or [...] for reduction "none". nan where a valid row has no finite logit on a side: no distribution.
     """
-    check_beta(beta)
+    check_beta_torch(beta)
     if logits_are_probs and (temperature != 1.0 or top_k is not None):
         raise ConfigError("logits_are_probs takes neither a temperature nor top_k: both act on logits")
     check_options(temperature=temperature, top_k=top_k, tail=tail)
@@ -120,8 +120,8 @@ def _log_probabilities(name: str, p: Tensor) -> Tensor:
 
 def check_options(*, temperature: float = 1.0, top_k: int | None = None, tail: str = "bucket") -> None:
     """Raise ConfigError where an option lies outside its range."""
-    check_positive(temperature=real("temperature", temperature))
-    if top_k is not None and whole("top_k", top_k) < 1:
+    check_positive(temperature=check_real("temperature", temperature))
+    if top_k is not None and check_integer("top_k", top_k) < 1:
         raise ConfigError("top_k must be at least 1", got=top_k)
     if tail not in ("bucket", "renormalise"):
         raise ConfigError("unknown tail", got=tail, expected="bucket or renormalise")
@@ -130,5 +130,5 @@ def check_options(*, temperature: float = 1.0, top_k: int | None = None, tail: s
 def check_positive(**values: float | None) -> None:
     """Raise ConfigError where a given value is not above 0."""
     for name, value in values.items():
-        if value is not None and not real(name, value) > 0:
+        if value is not None and not check_real(name, value) > 0:
             raise ConfigError(f"{name} must be positive", got=value)

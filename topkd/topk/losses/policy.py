@@ -19,7 +19,7 @@ from topkd.topk.losses.tokens import (
     reduce_tokens,
     upcast,
 )
-from topkd.topk.maths.scalars import real
+from topkd.topk.maths.scalars import check_real
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) = 4.9e8: beyond it a ratio carries no information, only overflow
 
@@ -94,9 +94,9 @@ def ppo_clip_loss(
     Returns:
         A scalar.
     """
-    if not 0 < real("clip", clip) < 1:
+    if not 0 < check_real("clip", clip) < 1:
         raise ConfigError("clip must lie in (0, 1)", got=clip)
-    if dual_clip is not None and not real("dual_clip", dual_clip) > 1:
+    if dual_clip is not None and not check_real("dual_clip", dual_clip) > 1:
         raise ConfigError("dual_clip must be above 1", got=dual_clip)
     new, behavior, advantage, valid = _select(logp_new, logp_behavior, advantages, mask)
     ratio = (new - behavior).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
@@ -136,7 +136,7 @@ def icepop_loss(
     Returns:
         A scalar.
     """
-    if not 0 <= real("low", low) < real("high", high):
+    if not 0 <= check_real("low", low) < check_real("high", high):
         raise ConfigError("icepop needs 0 <= low < high", got=f"low {low}, high {high}")
     new, behavior, advantage, valid = _select(logp_new, logp_behavior, advantages, mask)
     ratio = importance_ratio(new, behavior)
@@ -202,6 +202,6 @@ def _known(reduction: Reduction) -> Reduction:
 
 
 def _positive(name: str, value: float) -> float:
-    if not real(name, value) > 0:
+    if not check_real(name, value) > 0:
         raise ConfigError(f"{name} must be positive", got=value)
     return value

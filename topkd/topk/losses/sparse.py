@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.fused import eager, fused_row_loss, gather_logprobs, subset_logits
-from topkd.topk.losses.divergence import check_beta, divergence, log_softmax, log_tail
+from topkd.topk.fused import disable_compile, fused_row_loss, gather_logprobs, subset_logits
+from topkd.topk.losses.divergence import check_beta_torch, divergence, log_softmax, log_tail_torch
 from topkd.topk.losses.jsd import Tail, check_options, with_tail
-from topkd.topk.losses.teacher import SparseTeacher, Teacher, teacher_rows
+from topkd.topk.losses.teacher import SparseTeacher, Teacher, flatten_teacher
 from topkd.topk.losses.tokens import (
     FullReduction,
     Reduction,
@@ -28,7 +28,7 @@ from topkd.topk.losses.tokens import (
     check_tensors,
     reduce_mean,
     reduce_tokens,
-    widest,
+    to_widest,
 )
 
 Usable: TypeAlias = Callable[[SparseTeacher], Tensor]
@@ -78,7 +78,7 @@ def sparse_divergence_loss(
     return reduce_tokens(per_row, used, reduction, num_tokens)
 
 
-@eager
+@disable_compile
 def fused_divergence_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -152,7 +152,7 @@ def bins(student_logp: Tensor, rows: SparseTeacher, tail: Tail, temperature: flo
     if tail == "renormalise":
         return log_softmax(teacher / temperature), log_softmax(student / temperature)
     # 1 - sum_k s_k cancels: its gradient is taken in float64, where that costs nothing at [N, K]
-    student_tail = log_tail(widest(student)).to(student.dtype)
+    student_tail = log_tail_torch(to_widest(student)).to(student.dtype)
     return with_tail(teacher, rows.tail_logp.to(student.dtype)), with_tail(student, student_tail)
 
 
@@ -166,7 +166,7 @@ def select_teacher(
     usable: Usable | None = None,
 ) -> tuple[SparseTeacher, Tensor]:
     """The teacher's rows that train, and the boolean selection they come from (valid, and usable: not a hole)."""
-    sparse = teacher_rows(teacher, shape, like.device, loss_dtype(like)).head(k)
+    sparse = flatten_teacher(teacher, shape, like.device, loss_dtype(like)).head(k)
     used: Tensor = boolean_mask(mask, shape, like.device)
     known = sparse.signal if usable is None else usable(sparse)
     used = torch.logical_and(used, known.reshape(shape))
@@ -198,7 +198,7 @@ def scale_total(total: Tensor, count: int, reduction: Reduction, num_tokens: flo
 
 def check_sparse_options(beta: float, tail: str, temperature: float) -> None:
     """Raise ConfigError where an option lies outside its range, or a bucket would be tempered."""
-    check_beta(beta)
+    check_beta_torch(beta)
     check_options(temperature=temperature, tail=tail)
     if tail == "bucket" and temperature != 1.0:
         raise ConfigError(

@@ -18,7 +18,7 @@ from topkd.topk.losses.jsd import Tail, check_positive
 from topkd.topk.losses.sparse import bins, check_sparse_options, select_teacher
 from topkd.topk.losses.taid import blend, check_t, cross_entropy, entropy
 from topkd.topk.losses.teacher import SparseTeacher, Teacher
-from topkd.topk.losses.tokens import Reduction, check_logits, reduce_mean, reduce_tokens, widest
+from topkd.topk.losses.tokens import Reduction, check_logits, reduce_mean, reduce_tokens, to_widest
 
 
 def sparse_taid_loss(
@@ -113,7 +113,7 @@ def entropy_aware_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, w by the lower entropy bound, w by the upper one) of each row, [N], from logprobs at the teacher's ids."""
     both = bins(student_logp, rows, "bucket")
-    low, high = ((bound / h_max).clamp(0.0, 1.0).to(student_logp.dtype) for bound in entropy_bounds(rows, vocab_size))
+    low, high = ((bound / h_max).clamp(0.0, 1.0).to(student_logp.dtype) for bound in bound_entropy(rows, vocab_size))
     forward = torch.where(low == 0, 0.0, low * divergence(*both, 0.0))
     reverse = torch.where(low == 1, 0.0, (1.0 - low) * divergence(*both, 1.0))
     return forward + reverse, low, high
@@ -166,7 +166,7 @@ def sparse_eopd_loss(
     behavior = select_behavior(behavior_logp, used)
     t_y = rows.actual_logp.to(logp.dtype)
     sampled, advantage, finite = sampled_reverse_kl(logp[:, -1], t_y, behavior, cap, advantage_clip)
-    covering, low, high = gated_rows(logp[:, :-1], rows, tau=tau, k=k, vocab_size=student_logits.shape[-1])
+    covering, low, high = gate_rows(logp[:, :-1], rows, tau=tau, k=k, vocab_size=student_logits.shape[-1])
     loss = reduce_tokens(with_covering(sampled, covering, alpha), used, reduction, num_tokens)
     return loss, {
         "gate_fraction": float((low >= tau).sum()) / max(low.shape[0], 1),
@@ -176,19 +176,19 @@ def sparse_eopd_loss(
     }
 
 
-def gated_rows(
+def gate_rows(
     student_logp: Tensor, rows: SparseTeacher, *, tau: float, k: int | None, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(1[H_low >= tau] KL(T~_k || S), H_low, H_high) of each row, [N], from logprobs at the teacher's ids."""
-    low, high = entropy_bounds(rows, vocab_size)
+    low, high = bound_entropy(rows, vocab_size)
     top = rows.head(k)
     covering = divergence(log_softmax(top.logp.to(student_logp.dtype)), student_logp[:, : top.ids.shape[-1]], 0.0)
     return torch.where(low >= tau, covering, 0.0), low, high
 
 
-def entropy_bounds(rows: SparseTeacher, vocab_size: int) -> tuple[Tensor, Tensor]:
+def bound_entropy(rows: SparseTeacher, vocab_size: int) -> tuple[Tensor, Tensor]:
     """(lower, upper) bound of H_T in nats, [N]: the tail as one lump, and spread evenly over the other V - K ids."""
-    head, tail = entropy(widest(rows.logp)), widest(rows.tail_logp)
+    head, tail = entropy(to_widest(rows.logp)), to_widest(rows.tail_logp)
     others = (vocab_size - rows.listed.sum(-1)).clamp(min=0)
     mass = torch.where(others > 0, tail.exp(), 0.0)
     low = (head - mass * tail).clamp(min=0.0)

@@ -11,7 +11,7 @@ from topkd.topk.errors import ConfigError
 from topkd.topk.losses.divergence import log_softmax
 from topkd.topk.losses.jsd import select_rows
 from topkd.topk.losses.tokens import boolean_mask, check_logits, check_same, reduce_mean
-from topkd.topk.maths.scalars import real
+from topkd.topk.maths.scalars import check_real
 
 
 @overload
@@ -77,7 +77,7 @@ def taid_loss(
 
 def check_t(t: float) -> None:
     """Raise ConfigError unless t, the teacher's interpolation weight, lies in [0, 1]."""
-    if not 0.0 <= real("t", t) <= 1.0:
+    if not 0.0 <= check_real("t", t) <= 1.0:
         raise ConfigError("t must lie in [0, 1]", got=t)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from topkd.topk.errors import AlignmentError, ConfigError
 from topkd.topk.losses.divergence import CLAMPED_LOG_MASS, log1mexp
-from topkd.topk.losses.tokens import widest
-from topkd.topk.maths.scalars import whole
+from topkd.topk.losses.tokens import to_widest
+from topkd.topk.maths.scalars import check_integer
 from topkd.topk.types import TopK
 
 _LOWEST_TAIL = math.log(-math.expm1(CLAMPED_LOG_MASS))  # both sides' tails are held at 1e-7 or more
@@ -86,7 +86,7 @@ class SparseTeacher:
         A server that was asked for k and appends the realised token answers k + 1 entries: cut it off, as a support
         that contains y *because* y was sampled biases the estimator.
         """
-        if k is None or whole("k", k) >= self.ids.shape[-1]:
+        if k is None or check_integer("k", k) >= self.ids.shape[-1]:
             return self
         if k < 1:
             raise ConfigError("k must be at least 1", got=k)
@@ -113,7 +113,7 @@ class SparseTeacher:
             return torch.tensor(values, dtype=dtype, device=device)
 
         logp, tail = floats(teacher.logp), floats(teacher.tail_logp)
-        listed_mass = torch.logsumexp(widest(logp), -1) if teacher.k else torch.full_like(widest(tail), -math.inf)
+        listed_mass = torch.logsumexp(to_widest(logp), -1) if teacher.k else torch.full_like(to_widest(tail), -math.inf)
         derived = log1mexp(listed_mass.clamp(max=CLAMPED_LOG_MASS)).to(dtype)
         tail = torch.where(torch.isnan(tail), derived, tail)
         return cls(
@@ -128,7 +128,7 @@ class SparseTeacher:
 Teacher: TypeAlias = TopK | Sequence[TopK] | SparseTeacher
 
 
-def teacher_rows(teacher: Teacher, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> SparseTeacher:
+def flatten_teacher(teacher: Teacher, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> SparseTeacher:
     """The teacher as N = prod(shape) flat rows.
 
     Args:
@@ -149,7 +149,7 @@ def teacher_rows(teacher: Teacher, shape: torch.Size, device: torch.device, dtyp
                     got=type(teacher).__name__,
                     hint="build one with TopK.from_lists([[(id, logprob), ...], ...])",
                 )
-            teacher = TopK.concat(_padded(teacher, shape))
+            teacher = TopK.concat(_pad(teacher, shape))
         sparse = SparseTeacher.from_topk(teacher, device, dtype)
     if sparse.ids.shape[0] != math.prod(shape):
         raise AlignmentError(
@@ -161,7 +161,7 @@ def teacher_rows(teacher: Teacher, shape: torch.Size, device: torch.device, dtyp
     return sparse
 
 
-def _padded(parts: Sequence[TopK], shape: torch.Size) -> list[TopK]:
+def _pad(parts: Sequence[TopK], shape: torch.Size) -> list[TopK]:
     if len(shape) != 2:
         return list(parts)
     if len(parts) != shape[0] or any(part.rows > shape[1] for part in parts):

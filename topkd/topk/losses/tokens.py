@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.maths.scalars import real
+from topkd.topk.maths.scalars import check_real
 
 IGNORE_INDEX = -100
 Reduction: TypeAlias = Literal["mean", "sum"]
@@ -27,7 +27,7 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def widest(x: Tensor) -> Tensor:
+def to_widest(x: Tensor) -> Tensor:
     """x in float64, for [N, K] quantities such as 1 - sum_k s_k; in float32 on Apple GPUs, which have no float64."""
     return x.float() if x.device.type == "mps" else x.double()
 
@@ -118,7 +118,7 @@ def reduce_mean(values: Tensor, count: int, num_tokens: float | Tensor | None) -
     """
     if num_tokens is None:
         return values.sum() / max(count, 1)
-    if not 0 < real("num_tokens", num_tokens) < math.inf:
+    if not 0 < check_real("num_tokens", num_tokens) < math.inf:
         raise ConfigError("num_tokens must be positive", got=float(num_tokens))
     return values.sum() / num_tokens
 

@@ -19,20 +19,20 @@ import torch
 from torch import Tensor
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.losses.divergence import check_beta, divergence
+from topkd.topk.losses.divergence import check_beta_torch, divergence
 from topkd.topk.losses.jsd import check_positive, with_tail
 from topkd.topk.losses.policy import importance_ratio
-from topkd.topk.losses.teacher import SparseTeacher, Teacher, teacher_rows
+from topkd.topk.losses.teacher import SparseTeacher, Teacher, flatten_teacher
 from topkd.topk.losses.tokens import (
     Reduction,
     boolean_mask,
     check_finite,
     check_tensors,
     reduce_tokens,
+    to_widest,
     upcast,
-    widest,
 )
-from topkd.topk.maths.scalars import real
+from topkd.topk.maths.scalars import check_real
 from topkd.topk.types import MASS_TOLERANCE
 
 TAIL_GATE = 1e-6  # below this the tail's advantage is a quotient of two roundings
@@ -92,8 +92,8 @@ def support_weights(
     cap: float | None = None,
 ) -> SupportWeights:
     """Coefficients of the estimator for rows that all have a signal; float64 and detached whatever comes in."""
-    ls, lt = widest(student_logp_at_ids.detach()), widest(teacher.logp)
-    s_y, t_y = widest(student_logp_actual.detach()), widest(teacher.actual_logp)
+    ls, lt = to_widest(student_logp_at_ids.detach()), to_widest(teacher.logp)
+    s_y, t_y = to_widest(student_logp_actual.detach()), to_widest(teacher.actual_logp)
     # at beta = 1 an id with t = 0 has no finite advantage: it is left in the tail, which is as good a partition
     member = teacher.listed & ~torch.isneginf(lt) if beta == 1.0 else teacher.listed
     used = member & ~torch.isneginf(ls)
@@ -101,7 +101,7 @@ def support_weights(
     ratio = torch.where(used, lt - torch.where(used, ls, 0.0), 0.0)
     # s g, with its limit at beta = 0 written out: t/s overflows long before t - s does
     head = torch.where(member, lt, -math.inf).exp() - s if beta == 0.0 else s * advantage(ratio, beta)
-    t_o, s_o = widest(teacher.tail_logp).exp().clamp(min=_TAIL_CLAMP), (1.0 - s.sum(-1)).clamp(min=_TAIL_CLAMP)
+    t_o, s_o = to_widest(teacher.tail_logp).exp().clamp(min=_TAIL_CLAMP), (1.0 - s.sum(-1)).clamp(min=_TAIL_CLAMP)
     gated = (t_o < TAIL_GATE) | (s_o < TAIL_GATE)
     g_o = torch.where(gated, 0.0, advantage(t_o.log() - s_o.log(), beta))
     # where s = 0 the weight is that limit too: t at beta = 0, else 0
@@ -113,7 +113,7 @@ def support_weights(
     g_y = advantage(torch.where(sampled, t_y, 0.0) - torch.where(sampled, s_y, 0.0), beta)
     w_actual = torch.where(sampled, lam * (g_y - g_o), 0.0)
     if behavior_logp is not None:
-        weight = importance_ratio(s_y, widest(behavior_logp.detach()))
+        weight = importance_ratio(s_y, to_widest(behavior_logp.detach()))
         w_actual = w_actual * (weight if cap is None else weight.clamp(max=cap))
     return SupportWeights(w_ids, w_actual, gated, in_support, excluded, t_o, s_o)
 
@@ -156,7 +156,7 @@ def usable_rows(teacher: SparseTeacher, lam: float) -> Tensor:
 
 def check_lam(lam: float) -> None:
     """Raise ConfigError unless lam lies in [0, 1]."""
-    if not 0.0 <= real("lam", lam) <= 1.0:
+    if not 0.0 <= check_real("lam", lam) <= 1.0:
         raise ConfigError("lam must lie in [0, 1]", got=lam, hint="0 = (K+1)-bin divergence, 1 = the whole vocabulary")
 
 
@@ -249,7 +249,7 @@ def topk_policy_gradient_loss(
     Returns:
         A scalar, or (scalar, metrics).
     """
-    check_beta(beta)
+    check_beta_torch(beta)
     check_lam(lam)
     check_positive(cap=cap)
     check_tensors(student_logp_at_ids=student_logp_at_ids, student_logp_actual=student_logp_actual)
@@ -261,7 +261,7 @@ def topk_policy_gradient_loss(
             expected=(*shape, "K"),
         )
     at_ids = upcast(student_logp_at_ids.flatten(0, -2) if student_logp_at_ids.dim() > 1 else student_logp_at_ids[None])
-    sparse = teacher_rows(teacher, shape, at_ids.device, at_ids.dtype)
+    sparse = flatten_teacher(teacher, shape, at_ids.device, at_ids.dtype)
     if sparse.ids.shape[-1] != at_ids.shape[-1]:
         raise ConfigError("student and teacher differ in K", got=at_ids.shape[-1], expected=sparse.ids.shape[-1])
     sparse = sparse.head(k)
@@ -269,7 +269,7 @@ def topk_policy_gradient_loss(
     used = valid & usable_rows(sparse, lam)
     rows = sparse.rows(used)
     at_ids, actual = at_ids[used][:, : rows.ids.shape[-1]], upcast(student_logp_actual.reshape(-1)[used])
-    check_mass(at_ids.masked_fill(~rows.listed, -math.inf), student_logp_at_ids.dtype)
+    check_mass_torch(at_ids.masked_fill(~rows.listed, -math.inf), student_logp_at_ids.dtype)
     behavior = None
     if behavior_logp is not None and lam > 0.0:
         check_tensors(behavior_logp=behavior_logp)
@@ -284,11 +284,11 @@ def topk_policy_gradient_loss(
     return loss, estimator_metrics(weights, bucket_rows(at_ids, rows, beta), int((valid & ~used).sum()))
 
 
-def check_mass(student_logp_at_ids: Tensor, given: torch.dtype) -> None:
+def check_mass_torch(student_logp_at_ids: Tensor, given: torch.dtype) -> None:
     """Raise ConfigError where a row sums to more than 1: logits taken for logprobs would pass every other check."""
     if torch.compiler.is_compiling():
         return
-    mass = widest(student_logp_at_ids.detach()).exp().sum(-1)
+    mass = to_widest(student_logp_at_ids.detach()).exp().sum(-1)
     limit = 1.0 + (MASS_TOLERANCE if given in (torch.float32, torch.float64) else _HALF_MASS_TOLERANCE)
     if bool((mass > limit).any()):
         raise ConfigError(
@@ -302,6 +302,6 @@ def check_mass(student_logp_at_ids: Tensor, given: torch.dtype) -> None:
 
 def bucket_rows(student_logp_at_ids: Tensor, teacher: SparseTeacher, beta: float) -> Tensor:
     """D_bucket of each row, [N], detached float64: a lower bound of the divergence, for the run log."""
-    student = widest(torch.where(teacher.listed, student_logp_at_ids.detach(), -math.inf))
+    student = to_widest(torch.where(teacher.listed, student_logp_at_ids.detach(), -math.inf))
     tail = (1.0 - student.exp().sum(-1)).clamp(min=_TAIL_CLAMP).log()
-    return divergence(with_tail(widest(teacher.logp), widest(teacher.tail_logp)), with_tail(student, tail), beta)
+    return divergence(with_tail(to_widest(teacher.logp), to_widest(teacher.tail_logp)), with_tail(student, tail), beta)

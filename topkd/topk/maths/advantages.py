@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from topkd.topk.inputs import check_beta, logp_pair, narrowed, result_dtype
+from topkd.topk.inputs import check_beta, logp_pair, result_dtype, to_dtype
 from topkd.topk.types import Float64
 
 
@@ -69,7 +69,7 @@ def gjs_advantage(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float)
     teacher, student = logp_pair(teacher_logp, student_logp)
     with np.errstate(invalid="ignore"):
         difference = np.where(np.isneginf(student), np.nan, teacher - student)
-    return narrowed(advantage64(difference, beta), result_dtype(teacher_logp, student_logp))
+    return to_dtype(advantage64(difference, beta), result_dtype(teacher_logp, student_logp))
 
 
 def advantage64(difference: Float64, beta: float) -> Float64:

@@ -10,7 +10,7 @@ from topkd.topk.inputs import check_beta, check_floor, float64, logp64, logp_pai
 from topkd.topk.maths.divergence import kl_terms, log_mixture
 from topkd.topk.maths.mass import LOG_MASS_CLAMP, check_mass, log_tail
 from topkd.topk.maths.pairs import align_scores, union_bins
-from topkd.topk.maths.scalars import real
+from topkd.topk.maths.scalars import check_real
 from topkd.topk.types import Float64, TopK
 
 _LEAST_TAIL = np.log(-np.expm1(LOG_MASS_CLAMP))  # 1e-7, as on the student's side
@@ -100,7 +100,7 @@ def discounted_return(
         ConfigError: For ``advantage=None`` at gamma = 0: nothing of what is left depends on the sampled token, and
             its policy gradient is zero in expectation.
     """
-    gamma = real("gamma", gamma)
+    gamma = check_real("gamma", gamma)
     if not 0.0 <= gamma <= 1.0:
         raise ConfigError("gamma out of range", got=gamma, expected="0 .. 1")
     values = float64("divergence", divergence)

@@ -6,7 +6,7 @@ import numpy as np
 
 from topkd.topk.errors import ConfigError
 from topkd.topk.inputs import check_scores
-from topkd.topk.maths.scalars import whole
+from topkd.topk.maths.scalars import check_integer
 from topkd.topk.types import Float64, TopK
 
 
@@ -29,7 +29,7 @@ def entropy_bounds(teacher: TopK, vocab_size: int) -> tuple[Float64, Float64]:
         ``(lo, hi)``, float64 [R]; NaN for a row that lists nothing (no signal).
     """
     check_scores(teacher=teacher)
-    vocab_size = whole("vocab_size", vocab_size)
+    vocab_size = check_integer("vocab_size", vocab_size)
     count = teacher.listed.sum(axis=1)
     if vocab_size < max(1, int(count.max(initial=0))) or (teacher.k and int(teacher.ids.max(initial=-1)) >= vocab_size):
         raise ConfigError(

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.inputs import check_beta, check_scores, float64, logp64, narrowed, result_dtype
+from topkd.topk.inputs import check_beta, check_scores, float64, logp64, result_dtype, to_dtype
 from topkd.topk.maths.advantages import advantage64
 from topkd.topk.maths.mass import check_mass
-from topkd.topk.maths.scalars import real
+from topkd.topk.maths.scalars import check_real
 from topkd.topk.types import Bool, Float64, TopK
 
 EMPTY_TAIL = 1e-6  # below this the tail mass is rounding, and the ratio of two of them is noise
@@ -58,7 +58,7 @@ def topk_weights(
         signal, to be masked: a row without list or with an unknown student logprob (both weights), and for lam > 0 a
         realised token outside A that is unknown, has s = 0, or has t = 0 at beta = 1 (``w_actual``).
     """
-    beta, lam = check_beta(beta), real("lam", lam)
+    beta, lam = check_beta(beta), check_real("lam", lam)
     check_scores(teacher=teacher)
     if not 0.0 <= lam <= 1.0:
         raise ConfigError("lam out of range", got=lam, expected="0 (tail bucket) .. 1 (unbiased for the dense loss)")
@@ -94,8 +94,8 @@ def topk_weights(
     hole = hole | np.isnan(known).any(axis=1)
     dtype = result_dtype(student_logp_at_ids, student_logp_actual)
     return (
-        narrowed(np.where(hole[:, None], np.nan, weights), dtype),
-        narrowed(np.where(hole, np.nan, tail), dtype),
+        to_dtype(np.where(hole[:, None], np.nan, weights), dtype),
+        to_dtype(np.where(hole, np.nan, tail), dtype),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from topkd.topk.inputs import logp_pair, narrowed, result_dtype
+from topkd.topk.inputs import logp_pair, result_dtype, to_dtype
 
 
 def kl_k1(reference_logp: ArrayLike, student_logp: ArrayLike) -> NDArray[np.floating]:
@@ -24,7 +24,7 @@ def kl_k1(reference_logp: ArrayLike, student_logp: ArrayLike) -> NDArray[np.floa
     reference, student = logp_pair(reference_logp, student_logp)
     with np.errstate(invalid="ignore"):
         value = np.where(np.isneginf(student), np.nan, student - reference)
-    return narrowed(value, result_dtype(reference_logp, student_logp))
+    return to_dtype(value, result_dtype(reference_logp, student_logp))
 
 
 def kl_k3(reference_logp: ArrayLike, student_logp: ArrayLike) -> NDArray[np.floating]:
@@ -41,4 +41,4 @@ def kl_k3(reference_logp: ArrayLike, student_logp: ArrayLike) -> NDArray[np.floa
     with np.errstate(invalid="ignore", over="ignore"):
         difference = np.where(np.isneginf(student), np.nan, reference - student)
         value = np.asarray(np.expm1(difference) - difference)
-    return narrowed(value, result_dtype(reference_logp, student_logp))
+    return to_dtype(value, result_dtype(reference_logp, student_logp))

@@ -80,8 +80,8 @@ def aligned_gjs(pair: Aligned, beta: float, missing: Missing, floor: float) -> F
         teacher, student = union_bins(pair, floor)
         total = np.maximum(integrand(teacher, student, beta).sum(axis=1), 0.0)
     elif missing == "floor":
-        teacher = log_renormalised(_floored(pair.teacher, pair.in_teacher, pair.union, floor))
-        student = log_renormalised(_floored(pair.student, pair.in_student, pair.union, floor))
+        teacher = log_renormalised(_apply_floor(pair.teacher, pair.in_teacher, pair.union, floor))
+        student = log_renormalised(_apply_floor(pair.student, pair.in_student, pair.union, floor))
         total = np.maximum(integrand(teacher, student, beta).sum(axis=1), 0.0)
     else:
         common = pair.both
@@ -121,7 +121,7 @@ def _with_tail(logp: Float64, listed: Bool, union: Bool, tail: Float64, floor: f
     return np.concatenate([np.where(absent, filler[:, None], logp), rest[:, None]], axis=1)
 
 
-def _floored(logp: Float64, listed: Bool, union: Bool, floor: float) -> Float64:
+def _apply_floor(logp: Float64, listed: Bool, union: Bool, floor: float) -> Float64:
     smallest = np.where(np.isfinite(logp), logp, np.inf).min(axis=1, initial=np.inf)
     return np.asarray(np.where(union & ~listed, np.minimum(floor, smallest)[:, None], logp))
 

@@ -14,7 +14,7 @@ from topkd.topk.errors import ConfigError, ResponseError
 _LARGEST_ID = np.iinfo(np.int32).max
 
 
-def padded(
+def pad_rows(
     name: str, positions: Sequence[Sequence[tuple[int, float]] | None], pad_id: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
     """Ids [R, K] and logprobs [R, K], most probable first.
@@ -37,15 +37,15 @@ def padded(
     wide_ids = np.full((count, int(lengths.max(initial=0))), pad_id, dtype=np.int32)
     wide_logp = np.full(wide_ids.shape, -np.inf)
     wide_ids[rows, columns], wide_logp[rows, columns] = ids, logp
-    wide_ids, wide_logp = _ordered(wide_ids, wide_logp, np.lexsort((-wide_logp, wide_ids), axis=1))
+    wide_ids, wide_logp = _sort_rows(wide_ids, wide_logp, np.lexsort((-wide_logp, wide_ids), axis=1))
     again = wide_ids[:, 1:] == wide_ids[:, :-1]
     wide_ids[:, 1:][again], wide_logp[:, 1:][again] = pad_id, -np.inf
-    wide_ids, wide_logp = _ordered(wide_ids, wide_logp, np.lexsort((wide_ids, -wide_logp, wide_ids < 0), axis=1))
+    wide_ids, wide_logp = _sort_rows(wide_ids, wide_logp, np.lexsort((wide_ids, -wide_logp, wide_ids < 0), axis=1))
     width = int((wide_ids >= 0).sum(axis=1).max(initial=0))
     return wide_ids[:, :width], wide_logp[:, :width]
 
 
-def _ordered(
+def _sort_rows(
     ids: NDArray[np.int32], logp: NDArray[np.float64], order: NDArray[np.intp]
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
     return np.take_along_axis(ids, order, axis=1), np.take_along_axis(logp, order, axis=1)

@@ -9,7 +9,7 @@ import numpy as np
 from topkd.topk.errors import ConfigError
 
 
-def real(name: str, value: object) -> float:
+def check_real(name: str, value: object) -> float:
     """``value`` as one float, or a ConfigError that names it; text and flags are refused."""
     if isinstance(value, (str, bytes, bool, np.bool_)):  # float() takes "nan" and True
         raise ConfigError(f"{name} must be a number", got=repr(value))
@@ -19,7 +19,7 @@ def real(name: str, value: object) -> float:
         raise ConfigError(f"{name} must be a number", got=repr(value)) from error
 
 
-def whole(name: str, value: object) -> int:
+def check_integer(name: str, value: object) -> int:
     """``value`` as an integer, or a ConfigError that names it; floats and flags are refused."""
     if isinstance(value, bool):  # a flag is no count
         raise ConfigError(f"{name} must be an integer", got=value)
@@ -29,9 +29,9 @@ def whole(name: str, value: object) -> int:
         raise ConfigError(f"{name} must be an integer", got=repr(value)) from error
 
 
-def positive(name: str, value: object) -> int:
+def check_positive(name: str, value: object) -> int:
     """``value`` as an integer of at least 1, or a ConfigError that names it."""
-    number = whole(name, value)
+    number = check_integer(name, value)
     if number < 1:
         raise ConfigError(f"{name} must be at least 1", got=number)
     return number

@@ -116,7 +116,7 @@ class UnionTail:
         """One number a side, to be combined with a block: itself, or [n, W] (two strided halves take twice as long)."""
         if each[0] == each[1]:
             return np.asarray(each[0])
-        wide: Float32 = _aligned((self.block_rows, self.width), np.float32)
+        wide: Float32 = _allocate_aligned((self.block_rows, self.width), np.float32)
         for number, columns in zip(each, self.columns, strict=True):
             wide[:, columns] = number
         return wide
@@ -210,11 +210,11 @@ class _Block:
         if idle is not None and idle.columns == columns and len(idle.key) >= rows:
             return idle
         width = columns[1].stop
-        value, mixed = (_aligned((rows, width), np.float32) for _ in range(2))
-        key, step, slot, base = (_aligned((rows, width), np.uint32) for _ in range(4))
+        value, mixed = (_allocate_aligned((rows, width), np.float32) for _ in range(2))
+        key, step, slot, base = (_allocate_aligned((rows, width), np.uint32) for _ in range(4))
         slot[:] = np.arange(width, dtype=np.uint32)
         base[:] = np.arange(rows, dtype=np.uint32)[:, None] * np.uint32(width)
-        return cls(columns, (value, mixed, key, step, slot, base, _aligned((rows, width), np.intp)))
+        return cls(columns, (value, mixed, key, step, slot, base, _allocate_aligned((rows, width), np.intp)))
 
     def head(self, rows: int) -> _Block:
         """The buffers of the first ``rows`` rows."""
@@ -224,7 +224,7 @@ class _Block:
 _IDLE: list[_Block] = []  # at most as many as there were calls at once; pop and append are atomic
 
 
-def _aligned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+def _allocate_aligned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """An empty array that starts at a cache line: full-width loads and stores then touch one line, not two."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     raw = np.empty(size + _CACHE_LINE, dtype=np.uint8)
