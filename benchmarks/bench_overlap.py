@@ -28,7 +28,7 @@ import numpy as np
 
 from topkd.engine.config.engine_config import CheckpointConfig, EngineConfig, RolloutConfig
 from topkd.engine.loop.hooks import Hooks
-from topkd.engine.loop.loop import distil
+from topkd.engine.loop.loop import LoopParts, distil
 from topkd.engine.loop.metrics import MetricsLog
 from topkd.engine.loop.prompts import PromptRow
 from topkd.topk import Rollout, TopK
@@ -123,15 +123,12 @@ async def run(stages: Stages, steps: int, staleness: int) -> None:
         steps=steps, max_staleness=staleness, checkpoint=CheckpointConfig(every=0),
         rollout=RolloutConfig(prompts_per_step=PROMPTS, samples_per_prompt=1, max_completion_tokens=TOKENS),
     )  # fmt: skip
-    hooks = Hooks(publish=stages.publish, capture=stages.capture, beside=True)
+    hooks = Hooks(publish=stages.publish, capture=stages.capture, publish_while_sampling=True)
     with tempfile.TemporaryDirectory() as folder, MetricsLog(Path(folder) / "metrics.jsonl") as log:
         records = await distil(
-            config,
-            rows=[PromptRow([1, 2, i], [1, 2, i]) for i in range(8)],
-            sampler=stages,
-            teachers={"": stages},
-            learner=stages,
-            log=log,
+            LoopParts(config, [PromptRow([1, 2, i], [1, 2, i]) for i in range(8)], stages, {"": stages}),
+            stages,
+            log,
             hooks=hooks,
         )
     expected = [min(step, staleness) for step in range(steps)]

@@ -114,8 +114,8 @@ async def test_the_page_fits_80_columns_and_shows_mask_colours_only_where_colour
 async def test_every_problem_is_told_not_only_the_first(folder):
     found = await dry_run(run_config(folder, "http://127.0.0.1:1", data={"path": "/no/such/file"}))
     assert len(found.problems) == 2
-    assert "http://127.0.0.1:1" in found.problems[0]
-    assert "/no/such/file" in found.problems[1]
+    assert "/no/such/file" in found.problems[0]
+    assert "http://127.0.0.1:1" in found.problems[1]
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,10 @@ async def test_an_id_that_the_student_does_not_have_is_a_problem_here_as_in_the_
     config = run_config(folder, "", teacher=teacher, data={"path": str(tmp_path / "other.jsonl")}, rollout=rollout)
     (problem,) = (await dry_run(config)).problems
     assert words in problem
-    assert load_prompts(config, Progress()).rows, "nothing but the id is wrong"
+    prompts = load_prompts(config, Progress())
+    assert prompts.rows, "nothing but the id is wrong"
     with pytest.raises(TopkdError) as caught:
-        load_student(config, Progress())
+        load_student(config, prompts)
     assert str(caught.value) == problem
 
 

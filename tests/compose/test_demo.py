@@ -159,9 +159,9 @@ async def test_a_demo_that_is_stopped_keeps_what_it_learnt_and_says_no_class_of_
                 self.kinds.append(kind)
                 os.kill(os.getpid(), signal.SIGINT)
 
-    with StopSignals() as stops:
+    with StopSignals() as signals:
         result = await demo.demo(
-            "gjs", steps=50, out=tmp_path / "a", cache=tmp_path / "cache", progress=Impatient(), stops=stops
+            "gjs", steps=50, out=tmp_path / "a", cache=tmp_path / "cache", progress=Impatient(), signals=signals
         )
     assert (result.stopped, result.out) == ("SIGINT", tmp_path / "a")
     assert 1 <= len(result.steps) < 50

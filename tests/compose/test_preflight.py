@@ -10,7 +10,7 @@ from tests.engine.pieces import model_folder
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.run_prompts import load_prompts
 from topkd.compose.preflight.lengths import check_lengths, compare_ends
-from topkd.compose.preflight.preflight import ready
+from topkd.compose.preflight.preflight import Preflight, preflight
 from topkd.compose.preflight.teachers import TeacherInfo, check_teachers
 from topkd.compose.progress import Progress
 from topkd.compose.teachers.local import check_same_ids
@@ -175,7 +175,7 @@ async def test_a_teacher_with_other_tokens_is_refused_with_the_first_id_that_dif
 async def test_a_completion_that_does_not_fit_the_teachers_context_is_refused_at_the_start(folder, server):
     config = run_config(folder, server.url, rollout={"max_completion_tokens": 50})
     with pytest.raises(ConfigError, match=r"do not fit the teacher's context .*line 1.*\+ 50 \+ 1 tokens.*at most 64"):
-        await ready(config, Progress())
+        await preflight(Preflight(config))
 
 
 def test_the_one_token_that_scoring_generates_and_the_students_positions_count(folder, tmp_path):

@@ -14,6 +14,7 @@ from tests.engine.pieces import model_folder
 from topkd.compose.cache.identity import list_identities
 from topkd.compose.cache.rollouts import RecordedSampler, build_policy_identity
 from topkd.compose.config.run_config import RunConfig
+from topkd.compose.data.run_prompts import load_prompts
 from topkd.compose.progress import Progress
 from topkd.compose.replay import replay
 from topkd.compose.run.student import load_student
@@ -278,4 +279,4 @@ def test_an_id_past_the_students_vocabulary_is_refused_by_its_row(folders, tmp_p
     data.write_text('{"prompt_ids": [5, 9]}\n{"prompt_ids": [5, 300], "id": "far"}\n')
     config = run_config(folders, NOWHERE, data={"path": str(data)})
     with pytest.raises(DataError, match=r"the student does not have \(.*far.jsonl, far\): got 300, expected below 300"):
-        load_student(config, Progress())
+        load_student(config, load_prompts(config, Progress()))

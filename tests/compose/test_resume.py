@@ -213,7 +213,7 @@ async def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_once_there_
     with pytest.raises(TrainingError, match=message) as caught:
         await train(run_config(folders), out, ear)
     assert (heard, caught.value.exit_code) == (["step"], 1)
-    assert any(note.startswith("the student so far could not be kept: ") for note in ear.notes)
+    assert any(note.startswith("the student so far could not be saved: ") for note in ear.notes)
     monkeypatch.undo()
     await train(run_config(folders), out, resume=True)
     assert told(out) == told(finished)[:6]

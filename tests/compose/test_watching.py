@@ -9,9 +9,10 @@ import torch
 
 from tests.engine.pieces import model_folder
 from topkd.compose.config.run_config import RunConfig
+from topkd.compose.data.answer_scorers import exact_match, load_answer_scorer, score_numeric_match
 from topkd.compose.data.run_prompts import load_prompts
+from topkd.compose.preflight.evaluation import plan_evaluation
 from topkd.compose.progress import Progress
-from topkd.compose.run.answer_scorers import exact_match, load_answer_scorer, score_numeric_match
 from topkd.compose.run.evaluation import Evaluation
 from topkd.compose.run.observers import select_numbers
 from topkd.compose.teachers.feedback import build_feedback_context
@@ -251,12 +252,15 @@ async def test_rows_of_teachers_whose_weights_are_elsewhere_are_left_out_of_dive
     )
     prompts = load_prompts(config.model_copy(update={"data": config.data.model_copy(update={"path": str(data)})}),
                            Progress())  # fmt: skip
-    parts = {"student": Student.load(str(folder / "student"), "cpu"), "prompts": prompts, "out": tmp_path}
+    student = Student.load(str(folder / "student"), "cpu")
+    plan = plan_evaluation(config, config.eval, prompts.readers, {"near"})
     near, heard = Student.load(str(folder / "teacher"), "cpu"), Heard()
-    evaluation = Evaluation(config, config.eval, models={"near": near}, **parts)
+    evaluation = Evaluation(
+        config, plan, student=student, tokenizer=prompts.tokenizer, models={"near": near}, out=tmp_path
+    )
     await evaluation.measure_ceiling({}, heard)
     assert heard.notes == ["exact divergences leave out the rows of 'far': those weights are not on this machine"]
     (record,) = await asyncio.to_thread(evaluation)
     assert 2 <= record["eval_tokens"] <= 10
     with pytest.raises(ConfigError, match="nothing to measure"):
-        Evaluation(config, config.eval.model_copy(update={"path": str(far)}), models={"near": near}, **parts)
+        plan_evaluation(config, config.eval.model_copy(update={"path": str(far)}), prompts.readers, {"near"})

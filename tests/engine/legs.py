@@ -9,7 +9,7 @@ from topkd.engine.config.engine_config import CheckpointConfig, EngineConfig, Ro
 from topkd.engine.config.learner import LearnerConfig
 from topkd.engine.learner.learner import Learner
 from topkd.engine.loop.hooks import Hooks
-from topkd.engine.loop.loop import distil
+from topkd.engine.loop.loop import LoopParts, distil
 from topkd.engine.loop.metrics import MetricsLog, drop_timings, read_metrics
 from topkd.engine.loop.position import Position
 from topkd.engine.loop.prompts import PromptRow
@@ -121,12 +121,11 @@ async def leg(
             )
 
         await distil(
-            engine,
-            rows=ROWS,
-            sampler=sampler,
-            teachers={"": scorer},
-            learner=learner,
-            log=log,
+            LoopParts(
+                engine, ROWS, sampler, {"": scorer}, earlier=read_metrics(out / "metrics.jsonl", "step"), stop=stop
+            ),
+            learner,
+            log,
             hooks=Hooks(
                 evaluate=breaks.sync("evaluate", norm),
                 on_record=heard,
@@ -136,8 +135,6 @@ async def leg(
                 checkpoint=kept,
             ),
             start=start,
-            earlier=read_metrics(out / "metrics.jsonl", "step"),
-            stop=stop,
         )
     return learner
 

@@ -10,7 +10,7 @@ from topkd.engine.config.learner import LearnerConfig
 from topkd.engine.config.objectives import TopKPolicyGradient
 from topkd.engine.learner.learner import Learner
 from topkd.engine.loop.candidates import build_support_rows, check_support, move_to_support
-from topkd.engine.loop.loop import distil
+from topkd.engine.loop.loop import LoopParts, distil
 from topkd.engine.loop.metrics import MetricsLog
 from topkd.engine.loop.prompts import PromptRow
 from topkd.engine.models.divergences import Probe, exact_divergences
@@ -84,12 +84,14 @@ async def test_a_run_on_the_students_support_comes_closer_to_its_teacher(models,
     before = exact_divergences(fresh, teacher, probes)["reverse_kl"]
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
         records = await distil(
-            config,
-            rows=[PromptRow([5 + i, 9], [5 + i, 9], "", f"row{i}") for i in range(12)],
-            sampler=sampler,
-            teachers={"": LocalTeacher(teacher)},
-            learner=Learner(fresh, config.learner, objective, lock=sampler.lock, steps=30),
-            log=log,
+            LoopParts(
+                config,
+                [PromptRow([5 + i, 9], [5 + i, 9], "", f"row{i}") for i in range(12)],
+                sampler,
+                {"": LocalTeacher(teacher)},
+            ),
+            Learner(fresh, config.learner, objective, lock=sampler.lock, steps=30),
+            log,
         )
     assert exact_divergences(fresh, teacher, probes)["reverse_kl"] < 0.9 * before
     assert all(record["masked_tokens"] == 0 for record in records)

@@ -15,7 +15,7 @@ from topkd.engine.config.learner import LearnerConfig
 from topkd.engine.config.objectives import GJS, ScalarKL, TopKPolicyGradient
 from topkd.engine.learner.learner import Learner
 from topkd.engine.loop.hooks import Hooks
-from topkd.engine.loop.loop import distil
+from topkd.engine.loop.loop import LoopParts, distil
 from topkd.engine.loop.metrics import MetricsLog, drop_timings, make_strict_json, read_metrics
 from topkd.engine.loop.prompts import PromptRow, step_indices
 from topkd.engine.models.divergences import Probe, exact_divergences
@@ -57,12 +57,9 @@ async def run(folders, tmp_path, engine, wrap=lambda teacher: teacher, probes=No
 
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
         records = await distil(
-            engine,
-            rows=ROWS,
-            sampler=sampler,
-            teachers={"": wrap(LocalTeacher(teacher))},
-            learner=learner,
-            log=log,
+            LoopParts(engine, ROWS, sampler, {"": wrap(LocalTeacher(teacher))}),
+            learner,
+            log,
             hooks=Hooks(evaluate=evaluate, publish=label),
         )
     return records, read_metrics(tmp_path / "metrics.jsonl")

@@ -13,7 +13,7 @@ from topkd.engine.loop.data_mixing import (
     select_data_rows,
 )
 from topkd.engine.loop.hooks import Hooks
-from topkd.engine.loop.loop import distil
+from topkd.engine.loop.loop import LoopParts, distil
 from topkd.engine.loop.metrics import MetricsLog
 from topkd.engine.loop.prompts import PromptRow
 from topkd.engine.models.local_teacher import LocalTeacher
@@ -66,15 +66,7 @@ async def run(folders, tmp_path, engine, rows=ROWS):
         sampler.version = str(version)
 
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
-        records = await distil(
-            engine,
-            rows=rows,
-            sampler=sampler,
-            teachers={"": scorer},
-            learner=learner,
-            log=log,
-            hooks=Hooks(publish=label),
-        )
+        records = await distil(LoopParts(engine, rows, sampler, {"": scorer}), learner, log, hooks=Hooks(publish=label))
     return records, scorer.calls
 
 

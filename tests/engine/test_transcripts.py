@@ -15,7 +15,7 @@ import torch
 from tests.engine.pieces import VOCAB, model_folder, scalar_sample
 from topkd.engine.config.objectives import EOPD, ForwardKL, ScalarKL, TopKPolicyGradient
 from topkd.engine.loop.scoring import ScoredBatch
-from topkd.engine.loop.transcripts import TranscriptRecorder
+from topkd.engine.loop.transcripts import TranscriptLimits, TranscriptRecorder
 from topkd.engine.models.local_teacher import LocalTeacher
 from topkd.engine.models.student import Student
 from topkd.engine.models.tokenizer import load_tokenizer
@@ -39,9 +39,10 @@ def scored(teacher: Student, k: int, completion=COMPLETION):
 
 def recorder(path, student, tokenizer, objective=None, **options):
     options = {"steps": 20, "k": 6} | options
+    limits = TranscriptLimits(**{name: options.pop(name) for name in ("moments", "k", "max_tokens") if name in options})
     return TranscriptRecorder(
         path, student=student, tokenizer=tokenizer, objective=objective or TopKPolicyGradient(beta=0.5),
-        lock=threading.Lock(), **options,
+        lock=threading.Lock(), limits=limits, **options,
     )  # fmt: skip
 
 

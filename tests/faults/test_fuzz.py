@@ -167,7 +167,7 @@ def _with(read, body, ids, start, k):
         return decode.build_scores(decode.read_prompt_rows(choice, ids, start), ids, start, k, VOCAB)
     rows, envelope = fast
     decode.check_prompt(decode.scored_choice(envelope).prompt_token_ids, ids)
-    return decode.ranked(rows, ids, start, VOCAB)
+    return decode.build_ranked_scores(rows, ids, start, VOCAB)
 
 
 def fuzz_scores(n: int, seed: int) -> dict[str, int]:

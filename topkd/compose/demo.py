@@ -26,8 +26,12 @@ from topkd.compose.demo_assets.assets import PROMPT_TOKENS, build_assets, cache_
 from topkd.compose.demo_assets.first_run import FOLDER, write_first_run
 from topkd.compose.demo_assets.folders import SUMMARY, open_demo_folder
 from topkd.compose.progress import Progress
-from topkd.compose.run.runner import RunResult, run
+from topkd.compose.run.observers import Observers
+from topkd.compose.run.run import Run, RunResult
+from topkd.compose.run.runner import TrainingParts, run_training
+from topkd.compose.run.sampler import open_in_process
 from topkd.compose.run.signals import StopSignals
+from topkd.compose.teachers.open import Teachers
 from topkd.engine import EngineConfig, LearnerConfig, RolloutConfig
 from topkd.engine.config.objectives import GJS, Objective, ScalarKL, TopKPolicyGradient
 from topkd.report.page.demo_figure import write_demo_curve
@@ -60,10 +64,10 @@ async def demo(
     *,
     steps: int = 150,
     seed: int = 0,
-    out: Path | None = None,
+    out: str | Path | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
-    stops: StopSignals | None = None,
+    signals: StopSignals | None = None,
 ) -> DemoResult | RunResult:
     """Build (or reuse) the tiny models, serve the teacher, distil over HTTP, measure exactly, draw the curve.
 
@@ -74,7 +78,7 @@ async def demo(
         out: A new or an empty folder; when left out, a free one in ``runs``.
         cache: Where the models are kept; the user's cache when left out.
         progress: Told what goes on.
-        stops: Signals that end the run in order: what it had come to then is the result.
+        signals: Signals that end the run in order: what it had come to then is the result.
     """
     import torch
 
@@ -84,8 +88,11 @@ async def demo(
     progress = progress or Progress()
     config = build_demo_config(objective, steps, seed)
     began, usual = time.perf_counter(), Path("runs") / f"demo-{objective}-seed{seed}"
-    with _note_if_stopped(progress, "nothing was kept"), open_demo_folder(out, usual, progress) as folder:
-        assets = build_assets(cache or cache_root(), progress, None if stops is None else stops.obey)
+    with (
+        _note_if_stopped(progress, "nothing was kept"),
+        open_demo_folder(None if out is None else Path(out), usual, progress) as folder,
+    ):
+        assets = build_assets(cache or cache_root(), progress, None if signals is None else signals.obey)
     assets_s = time.perf_counter() - began
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))  # the other half belongs to the server
 
@@ -113,17 +120,16 @@ async def demo(
         client = await connect(server.url, model="teacher", config=ClientConfig(total_timeout_s=300.0))
         async with client:
             rows = choose_prompts(assets.training, seed)
-            result = await run(
+            parts = TrainingParts(
                 config,
-                student=student,
-                tokenizer=tokenizer,
-                rows=rows,
-                teachers={"": client},
-                out=folder,
-                progress=progress,
-                evaluate=evaluate,
-                stops=stops,
+                student,
+                tokenizer,
+                rows,
+                Teachers({"": client}),
+                open_in_process(config, student, tokenizer),
+                Observers(evaluate),
             )
+            result = await run_training(Run(folder, progress=progress, signals=signals), parts)
     if result.stopped:
         return result
     seconds = {"assets": assets_s, "distil": time.perf_counter() - began}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -13,22 +13,17 @@ import numpy as np
 from pydantic import BaseModel
 
 from topkd.clients.probe.probe import probe
-from topkd.compose.cache.contents import as_replayed, cache_folder, find_recorded_run
-from topkd.compose.cache.shuffled import ShuffledRollouts
+from topkd.compose.cache.contents import as_replayed, cache_folder
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.digests import describe_rows
-from topkd.compose.data.run_prompts import Prompts, load_prompts
+from topkd.compose.data.run_prompts import Prompts
 from topkd.compose.preflight.forecast import Forecast, forecast
-from topkd.compose.preflight.lengths import check_lengths, check_token_ids_fit, compare_ends, read_vocab_size
-from topkd.compose.preflight.sampler import check_sampler
-from topkd.compose.preflight.teachers import TeacherInfo, check_teachers
+from topkd.compose.preflight.preflight import Preflight, collect_problems
+from topkd.compose.preflight.teachers import TeacherInfo
 from topkd.compose.progress import Progress
-from topkd.compose.run.folder import CHECKPOINTS
-from topkd.compose.run.resume import check_same_rows, preview_resume
+from topkd.compose.run.resume import PreviousRun, check_same_rows, preview_resume
 from topkd.engine.loop.data_mixing import count_on_policy_prompts
 from topkd.engine.loop.prompts import PromptRow
-from topkd.engine.models.hub import check_there
-from topkd.offline import ReplayScorer, ScoreStore
 from topkd.topk.errors import TopkdError
 
 # Said only where they are given: they are read for some teachers and some rows alone.
@@ -98,9 +93,14 @@ class _Notes(Progress):
 
 
 async def dry_run(
-    config: RunConfig, *, served: bool = True, out: Path | None = None, resume: bool = False, cache: Path | None = None
+    config: RunConfig,
+    *,
+    served: bool = True,
+    out: str | Path | None = None,
+    resume: bool = False,
+    cache: Path | None = None,
 ) -> DryRun:
-    """Look at everything a run needs.
+    """Look at everything a run needs, by the checks of the run itself, and collect every problem.
 
     Args:
         config: Of the run.
@@ -109,93 +109,52 @@ async def dry_run(
         resume: The run would go on with what is there.
         cache: Of a replay; None takes the config's.
     """
+    config = config if served else as_replayed(config)
     found = DryRun(_list_used_settings(config, served=served), config=config.model_dump(mode="json"))
-    if out is not None:
-        try:
-            found.notes += filter(
-                None, [preview_resume(out, config, command="train" if served else "replay", resume=resume)]
-            )
-        except TopkdError as error:
-            found.problems.append(str(error))
-    met: dict[str, TeacherInfo] = {}
-    missing = await asyncio.to_thread(_find_missing_model, config)
-    if missing:  # what else would fail for it is the same problem
-        found.problems.append(missing)
+    previous = _check_folder(found, config, out, command="train" if served else "replay", resume=resume)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    state = Preflight(config, _Notes(found), processes, is_replay=not served, cache=cache)
+    found.problems += await collect_problems(state)
     if served:
-        try:
-            met = {} if missing else await check_teachers(config, _Notes(found))
-        except TopkdError as error:
-            found.problems.append(str(error))
-        await _probe_all(config, found, student=None if missing else config.student.model)
-        try:
-            found.notes += filter(None, [await check_sampler(config)])
-        except TopkdError as error:
-            found.problems.append(str(error))
-    answers = not served and _check_cache(cache, config, found)
-    if missing:
+        await _probe_all(config, found, student=config.student.model if state.prompts is not None else None)
+    _note_recorded(state, found)
+    if state.prompts is None:
         return found
-    try:
-        prompts = load_prompts(config, _Notes(found))
-    except TopkdError as error:
-        found.problems.append(str(error))
-        return found
-    found.data = _describe_data(prompts)
-    found.prompts = _render_first_row(prompts)
-    found.problems += _check_rows_fit(config, prompts, met)
-    if resume and out is not None and any((out / CHECKPOINTS).glob("step-*")):
+    prompts = state.prompts
+    found.data, found.prompts = _describe_data(prompts), _render_first_row(prompts)
+    if previous.checkpoint is not None:
         try:
-            check_same_rows(out, describe_rows(prompts.rows), where=str(out))
+            check_same_rows(previous.events, describe_rows(prompts.rows), where=str(out))
         except TopkdError as error:
             found.problems.append(str(error))
-    if answers and config.replay.order == "shuffled":
-        await asyncio.to_thread(_check_draws, cache, config, prompts, found)
-    found.notes += compare_ends(config, prompts).notes
-    _estimate(config, prompts, met, found)
+    _estimate(config, prompts, state.teachers, found)
     return found
 
 
-def _check_rows_fit(config: RunConfig, prompts: Prompts, met: dict[str, TeacherInfo]) -> Iterator[str]:
-    """What of the rows does not fit the student or its teachers: ids, and lengths."""
-    size = read_vocab_size(config.student.model)
+def _check_folder(
+    found: DryRun, config: RunConfig, out: str | Path | None, *, command: str, resume: bool
+) -> PreviousRun:
+    """Check what a run would find in its folder."""
+    if out is None:
+        return PreviousRun()
     try:
-        if size is not None:
-            check_token_ids_fit(config, prompts.rows, size)
-    except TopkdError as error:
-        yield str(error)
-    try:
-        check_lengths(config, prompts, met)
-    except TopkdError as error:
-        yield str(error)
-
-
-def _check_cache(cache: Path | None, config: RunConfig, found: DryRun) -> bool:
-    """Whether a cache has what a replay needs; whose it is becomes a note."""
-    try:
-        with ScoreStore(cache_folder(config, cache)) as store:
-            kept = find_recorded_run(store, config)
-            scorers = " and ".join(repr(teacher.name) for teacher in kept.teachers.values())
-            policy = f"rollouts of {kept.policy.name!r} (replay.policy = {kept.policy.revision!r})"
-            given = (
-                f"scores, for the completions of {config.data.path}" if not count_on_policy_prompts(config) else policy
-            )
-            found.notes.append(f"{store.path} has {given}, scored by {scorers}")
+        note, previous = preview_resume(Path(out), config, command=command, resume=resume)
     except TopkdError as error:
         found.problems.append(str(error))
-        return False
-    return True
+        return PreviousRun()
+    found.notes += filter(None, [note])
+    return previous
 
 
-def _check_draws(cache: Path | None, config: RunConfig, prompts: Prompts, found: DryRun) -> None:
-    """Whether a cache's completions are of these prompts, and scored: what a shuffled replay draws from."""
-    try:
-        with ScoreStore(cache_folder(config, cache)) as store:
-            kept = find_recorded_run(store, config)
-            teachers = {name: ReplayScorer(store, who) for name, who in kept.teachers.items()}
-            ShuffledRollouts(
-                store, kept.policy, prompts.rows, teachers=teachers, config=as_replayed(config), progress=_Notes(found)
-            )
-    except TopkdError as error:
-        found.problems.append(str(error))
+def _note_recorded(state: Preflight, found: DryRun) -> None:
+    """Note whose completions and scores a replay takes from its cache."""
+    if state.recorded is None:
+        return
+    config, recorded = state.config, state.recorded
+    scorers = " and ".join(repr(teacher.name) for teacher in recorded.teachers.values())
+    policy = f"rollouts of {recorded.policy.name!r} (replay.policy = {recorded.policy.revision!r})"
+    source = policy if count_on_policy_prompts(config) else f"scores, for the completions of {config.data.path}"
+    found.notes.append(f"{cache_folder(config, state.cache)} has {source}, scored by {scorers}")
 
 
 def list_settings(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
@@ -225,15 +184,6 @@ def _list_used_settings(config: RunConfig, *, served: bool) -> list[tuple[str, A
         rate = config.learner.learning_rate(lora=config.student.lora is not None)
         found.insert(place, ("learner.lr", rate, False))
     return found
-
-
-def _find_missing_model(config: RunConfig) -> str:
-    """The problem with a student that is not here; "" when it is."""
-    try:
-        check_there(config.student.model)
-    except TopkdError as error:
-        return str(error)
-    return ""
 
 
 async def _probe_all(config: RunConfig, found: DryRun, *, student: str | None) -> None:

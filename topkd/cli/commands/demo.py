@@ -23,7 +23,7 @@ from topkd.cli.output.progress import Display
 from topkd.cli.output.run_summary import CODES
 
 if TYPE_CHECKING:
-    from topkd.compose.run.runner import RunResult
+    from topkd.compose.run.run import RunResult
 
 
 class ObjectiveName(StrEnum):
@@ -54,8 +54,8 @@ def demo_command(
     from topkd.compose.demo import DemoResult, demo
     from topkd.compose.run.signals import StopSignals
 
-    with StopSignals() as stops, Display() as display:
-        result = asyncio.run(demo(objective.value, steps=steps, seed=seed, out=out, progress=display, stops=stops))
+    with StopSignals() as signals, Display() as display:
+        result = asyncio.run(demo(objective.value, steps=steps, seed=seed, out=out, progress=display, signals=signals))
     if not isinstance(result, DemoResult):
         print_stopped_and_exit(result)
     if as_json:

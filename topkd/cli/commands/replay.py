@@ -46,10 +46,10 @@ def replay_command(
 
     onwards = resume_command("replay", config, out, overrides or [], cache=cache)
     with (
-        StopSignals() as stops,
+        StopSignals() as signals,
         Display(quiet=not is_first_process()) as display,
         serve_page(out, display, wanted=watch and is_first_process()),
         hint_resume(out, onwards),
     ):
-        result = asyncio.run(replay(run_config, out, display, cache=cache, resume=resume, stops=stops))
+        result = asyncio.run(replay(run_config, out, display, cache=cache, resume=resume, signals=signals))
     print_result_and_exit(result, "replayed", again=onwards, as_json=as_json)

@@ -50,10 +50,10 @@ def train_command(
 
     onwards = resume_command("train", config, out, overrides or [])
     with (
-        StopSignals() as stops,
+        StopSignals() as signals,
         Display(quiet=not is_first_process()) as display,
         serve_page(out, display, wanted=watch and is_first_process()),
         hint_resume(out, onwards),
     ):
-        result = asyncio.run(train(run_config, out, display, resume=resume, stops=stops))
+        result = asyncio.run(train(run_config, out, display, resume=resume, signals=signals))
     print_result_and_exit(result, "done", again=onwards, as_json=as_json)

@@ -15,7 +15,7 @@ from topkd.cli.options import require_extra
 from topkd.cli.output.progress import Display, print_result
 
 if TYPE_CHECKING:
-    from topkd.compose.run.runner import RunResult
+    from topkd.compose.run.run import RunResult
 
 # A service manager's SIGTERM was obeyed: success. Ctrl-C is what shells expect of it.
 CODES = {"SIGTERM": 0, "SIGINT": 130}

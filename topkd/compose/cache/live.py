@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from topkd.compose.cache.identity import build_served_identity
 from topkd.compose.cache.rollouts import RecordedSampler, build_policy_identity
@@ -13,6 +14,25 @@ from topkd.compose.config.tables import CacheConfig
 from topkd.engine.loop.prompts import PromptRow
 from topkd.offline import CachingScorer, ScoreStore
 from topkd.topk.protocols import Sampler, TeacherScorer
+
+
+class _Sampling(Protocol):
+    @property
+    def sampler(self) -> Sampler: ...
+    def drawing_from(self, sampler: Sampler) -> Self: ...
+
+
+T = TypeVar("T", bound=_Sampling)
+
+
+@contextlib.contextmanager
+def open_cache(config: CacheConfig | None) -> Iterator[LiveCache | None]:
+    """Open the cache of a live run; None without ``[cache]``."""
+    if config is None:
+        yield None
+        return
+    with LiveCache(config) as cache:
+        yield cache
 
 
 class LiveCache:
@@ -37,18 +57,19 @@ class LiveCache:
         self._scorers[name] = found
         return found
 
-    def recorder(
-        self, config: RunConfig, student: Any, rows: Sequence[PromptRow], loss: Callable[..., Any] | None = None
-    ) -> Callable[[Sampler], Sampler]:
-        """Puts the keeping of rollouts around a sampler; call it when all teachers are there."""
+    def record_rollouts(
+        self,
+        sampling: T,
+        config: RunConfig,
+        student: Any,
+        rows: Sequence[PromptRow],
+        loss: Callable[..., Any] | None = None,
+    ) -> T:
+        """Return the sampling with its rollouts kept here; call it when all teachers are there."""
         teachers = {name: scorer.identity for name, scorer in self._scorers.items()}
         policy = build_policy_identity(config, student, rows, teachers, loss=loss)
-
-        def wrap(sampler: Sampler) -> Sampler:
-            self._sampler = RecordedSampler(sampler, self.store, policy)
-            return self._sampler
-
-        return wrap
+        self._sampler = RecordedSampler(sampling.sampler, self.store, policy)
+        return sampling.drawing_from(self._sampler)
 
     def account(self) -> dict[str, Any]:
         """What was kept and spared, for the run log."""

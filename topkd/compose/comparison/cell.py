@@ -125,9 +125,11 @@ async def _run_embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]
     from topkd.compose.comparison.embedded import Measures, RolloutRecorder, StepTeacher, read_cell_rollouts
     from topkd.compose.config.run_config import save_config
     from topkd.compose.demo_assets.assets import choose_prompts
-    from topkd.compose.progress import Progress
-    from topkd.compose.run.runner import run
+    from topkd.compose.run.observers import Observers
+    from topkd.compose.run.run import Run
+    from topkd.compose.run.runner import TrainingParts, run_training
     from topkd.compose.run.sampler import open_in_process
+    from topkd.compose.teachers.open import Teachers
     from topkd.engine.models.student import Student
     from topkd.engine.models.tokenizer import load_tokenizer
 
@@ -140,20 +142,20 @@ async def _run_embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]
     scorer = StepTeacher(teacher)
     recording = RolloutRecorder(scorer.expect)
     replayed = read_cell_rollouts(cells / cell.rollouts_of, rows, scorer.expect) if cell.phase == "replay" else None
-    result = await run(
+    # No stop token: every completion has its full length, so that every arm learns from as many valid tokens.
+    sampling = open_in_process(config, student, None)
+    parts = TrainingParts(
         config,
-        student=student,
-        tokenizer=load_tokenizer(str(assets.student)),
-        rows=rows,
-        teachers={"": scorer},
-        out=folder,
-        progress=Progress(),
-        evaluate=measures,
-        # No stop token: every completion has its full length, so that every arm learns from as many valid tokens.
-        sampling=open_in_process(config, student, None),
-        wrap=recording.around if replayed is None else None,
+        student,
+        load_tokenizer(str(assets.student)),
+        rows,
+        Teachers({"": scorer}),
+        sampling if replayed is not None else sampling.drawing_from(recording.around(sampling.sampler)),
+        Observers(measures),
         source=replayed,
+        is_remembered=True,
     )
+    result = await run_training(Run(folder), parts)
     shutil.rmtree(folder / "student", ignore_errors=True)  # what is compared are the measurements
     if cell.rollouts_of == cell.id:
         recording.write(folder)

@@ -64,6 +64,12 @@ class RunConfig(EngineConfig):
             raise ValueError("no [cache] with objective.support: it keeps the teacher's own lists, and no other")
         return self
 
+    def with_eval_schedule(self) -> RunConfig:
+        """Return the config that the loop evaluates by: ``eval.every`` goes before ``eval_every``."""
+        if self.eval is None:
+            return self
+        return self.model_copy(update={"eval_every": self.eval.every or self.eval_every})
+
     def teacher_map(self) -> dict[str, TeacherConfig]:
         """teacher_id -> config; the single [teacher] answers to the empty id."""
         return {"": self.teacher} if self.teacher is not None else dict(self.teachers)

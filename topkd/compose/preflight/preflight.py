@@ -1,67 +1,282 @@
-"""Everything that can be found out before a model is opened: what is here, then teachers, prompts, lengths, ends."""
+"""Every check that can be made before a model is loaded: one list, for a run and for its dry run.
+
+A run stops at the first problem. A dry run goes on and collects them all.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+import importlib.util
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from topkd.compose.config.functions import load_function
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.prompts import check_opens
 from topkd.compose.data.run_prompts import Prompts, load_prompts
-from topkd.compose.preflight.lengths import Ends, check_lengths, compare_ends
+from topkd.compose.preflight.evaluation import EvalPlan, plan_evaluation
+from topkd.compose.preflight.lengths import Ends, check_lengths, check_token_ids_fit, compare_ends, read_vocab_size
 from topkd.compose.preflight.sampler import check_sampler
 from topkd.compose.preflight.teachers import TeacherInfo, check_teachers
 from topkd.compose.progress import Progress
 from topkd.engine.models.hub import check_there
+from topkd.offline import ReplayScorer, ScoreStore
+from topkd.topk.errors import ConfigError, TopkdError
+
+if TYPE_CHECKING:
+    from topkd.compose.cache.contents import RecordedRun
+    from topkd.engine.learner.distributed import Ranks
 
 TEACHERS = "teachers.json"  # in a run's folder: what its teachers said at the start
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """A run that may begin.
+@dataclass(slots=True)
+class Preflight:
+    """What is checked, and what the checks have found so far.
 
     Attributes:
+        config: Of the run.
+        progress: Where notes go.
+        processes: How many processes share the run.
+        is_replay: The run trains from a cache: no server is asked.
+        cache: The cache of a replay; None takes the config's.
+        teachers_file: Where the answers of the teacher servers are kept, for a resume.
+        is_resumed: The run goes on: a server that says the same of itself is not asked again.
+        ranks: The processes that share the run.
+        teachers: teacher_id -> what its server said.
         prompts: Tokenizer and rows.
-        met: teacher_id -> what its server said.
+        evaluation: What ``[eval]`` measures.
         ends: Where completions end.
+        recorded: What a replay finds in its cache.
     """
 
-    prompts: Prompts
-    met: dict[str, TeacherInfo]
-    ends: Ends
+    config: RunConfig
+    progress: Progress = field(default_factory=Progress)
+    processes: int = 1
+    is_replay: bool = False
+    cache: Path | None = None
+    teachers_file: Path | None = None
+    is_resumed: bool = False
+    ranks: Ranks | None = None
+    teachers: dict[str, TeacherInfo] = field(default_factory=dict)
+    prompts: Prompts | None = None
+    evaluation: EvalPlan | None = None
+    ends: Ends | None = None
+    recorded: RecordedRun | None = None
+
+    @property
+    def loaded_prompts(self) -> Prompts:
+        """The prompts, once their check has passed."""
+        if self.prompts is None:
+            raise ValueError("the prompts have not been read")
+        return self.prompts
+
+    @property
+    def recorded_run(self) -> RecordedRun:
+        """What the replay's cache holds, once its check has passed."""
+        if self.recorded is None:
+            raise ValueError("the cache has not been read")
+        return self.recorded
 
     def notes(self) -> dict[str, Any]:
-        """What the run log says of it at its beginning."""
-        data = {
-            "rows": len(self.prompts.rows),
-            "dropped_overlong": len(self.prompts.dropped),
-            "dropped": self.prompts.dropped[:20],
-        }
-        return {"data": data, "stop_token_ids": list(self.ends.stops), "warnings": list(self.ends.notes)}
+        """Return what the run log's first event says of the data."""
+        prompts = self.loaded_prompts
+        data = {"rows": len(prompts.rows), "dropped_overlong": len(prompts.dropped), "dropped": prompts.dropped[:20]}
+        ends = self.ends or Ends((), None, {})
+        return {"data": data, "stop_token_ids": list(ends.stops), "warnings": list(ends.notes)}
 
 
-async def ready(config: RunConfig, progress: Progress, kept: Path | None = None, *, resumed: bool = False) -> Ready:
-    """Raises what would end the run anyway, before it has cost anything; says what is worth knowing."""
-    await asyncio.to_thread(check_here, config)
-    met = await check_teachers(config, progress, kept, resumed=resumed)
-    if sampler := await check_sampler(config):
-        progress.note(sampler)
-    prompts = load_prompts(config, progress)
-    check_lengths(config, prompts, met)
-    ends = compare_ends(config, prompts)
-    for note in ends.notes:
-        progress.note(f"note: {note}")
-    return Ready(prompts, met, ends)
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that would end a run.
+
+    Attributes:
+        name: What other checks call it.
+        run: Raises a ``TopkdError`` for a problem; adds what it finds to the ``Preflight``.
+        needs: Checks that must have passed.
+        live: Whether a live run is checked so.
+        replay: Whether a replay is checked so.
+        dry: Only a dry run checks so: a run does the same when it opens the part, before the student is loaded.
+    """
+
+    name: str
+    run: Callable[[Preflight], Awaitable[None]]
+    needs: tuple[str, ...] = ()
+    live: bool = True
+    replay: bool = True
+    dry: bool = False
+
+
+async def preflight(state: Preflight) -> Preflight:
+    """Raise the first problem that would end the run, before it has cost anything."""
+    for check in _select_checks(state):
+        if not check.dry:
+            await check.run(state)
+    return state
+
+
+async def collect_problems(state: Preflight) -> list[str]:
+    """Run every check and return all problems, one line each."""
+    problems: list[str] = []
+    failed: set[str] = set()
+    for check in _select_checks(state):
+        if failed.intersection(check.needs):  # it would fail for the same reason
+            failed.add(check.name)
+            continue
+        try:
+            await check.run(state)
+        except TopkdError as error:
+            failed.add(check.name)
+            problems.append(str(error))
+    return list(dict.fromkeys(problems))
 
 
 def check_here(config: RunConfig) -> None:
-    """Raises for a model or a data file that this machine lacks: a mistyped path is told before anyone is asked."""
+    """Raise for a model or a data file that this machine lacks."""
     check_there(config.student.model)
+    _check_data_files(config)
+
+
+def _select_checks(state: Preflight) -> list[Check]:
+    return [check for check in CHECKS if (check.replay if state.is_replay else check.live)]
+
+
+async def _check_processes(state: Preflight) -> None:
+    kind = state.config.sampler.kind
+    if state.processes > 1 and not state.is_replay and kind != "in_process":
+        raise ConfigError(
+            "several processes sample from the student in their own memory",
+            got=f"sampler.kind {kind!r}", expected='sampler.kind = "in_process", or one process',
+        )  # fmt: skip
+
+
+async def _check_schedule(state: Preflight) -> None:
+    learner, steps = state.config.learner, state.config.steps
+    if learner.schedule != "constant" and learner.warmup_steps >= steps:
+        raise ConfigError(
+            "learner.warmup_steps leaves nothing of the run to fall in", got=learner.warmup_steps,
+            expected=f"below steps = {steps}",
+        )  # fmt: skip
+
+
+async def _check_trackers(state: Preflight) -> None:
+    table = state.config.track
+    for wanted, key, module in (
+        (table.tensorboard, "track.tensorboard", "tensorboard"),
+        (table.wandb_project is not None, "track.wandb_project", "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(module) is None:
+            raise ConfigError(f"{key} needs {module}", hint="install it with: pip install 'topkd[track]'")
+
+
+async def _check_functions(state: Preflight) -> None:
+    if state.config.data.feedback is not None:
+        load_function(state.config.data.feedback, "data.feedback")
+
+
+async def _check_student(state: Preflight) -> None:
+    await asyncio.to_thread(check_there, state.config.student.model)
+
+
+async def _check_files(state: Preflight) -> None:
+    await asyncio.to_thread(_check_data_files, state.config)
+
+
+def _check_data_files(config: RunConfig) -> None:
     check_opens(Path(config.data.path))
     if config.eval is not None:
         check_opens(Path(config.eval.path))
         if config.eval.teacher is not None:
             check_there(config.eval.teacher)
+
+
+async def _check_cache(state: Preflight) -> None:
+    state.recorded = await asyncio.to_thread(_find_recorded, state)
+
+
+def _find_recorded(state: Preflight) -> RecordedRun:
+    from topkd.compose.cache.contents import cache_folder, find_recorded_run
+
+    with ScoreStore(cache_folder(state.config, state.cache)) as store:
+        return find_recorded_run(store, state.config)
+
+
+async def _check_teachers(state: Preflight) -> None:
+    if state.ranks is None or state.ranks.main:
+        state.teachers = await check_teachers(
+            state.config, state.progress, state.teachers_file, resumed=state.is_resumed
+        )
+    if state.ranks is not None:
+        state.teachers = await asyncio.to_thread(state.ranks.first, state.teachers)
+
+
+async def _check_sampler(state: Preflight) -> None:
+    if note := await check_sampler(state.config):
+        state.progress.note(note)
+
+
+async def _check_prompts(state: Preflight) -> None:
+    state.prompts = load_prompts(state.config, state.progress)
+
+
+async def _check_ids(state: Preflight) -> None:
+    size = read_vocab_size(state.config.student.model)
+    if size is not None:
+        check_token_ids_fit(state.config, state.loaded_prompts.rows, size)
+
+
+async def _check_lengths(state: Preflight) -> None:
+    check_lengths(state.config, state.loaded_prompts, state.teachers)
+
+
+async def _check_ends(state: Preflight) -> None:
+    state.ends = compare_ends(state.config, state.loaded_prompts)
+    for note in state.ends.notes:
+        state.progress.note(f"note: {note}")
+
+
+async def _check_evaluation(state: Preflight) -> None:
+    table, config = state.config.eval, state.config
+    if table is not None:
+        local = {name for name, teacher in config.teacher_map().items() if teacher.kind != "server"}
+        state.evaluation = plan_evaluation(
+            config, table, state.loaded_prompts.readers, set() if state.is_replay else local
+        )
+
+
+async def _check_draws(state: Preflight) -> None:
+    if state.config.replay.order == "shuffled":
+        await asyncio.to_thread(_find_draws, state)
+
+
+def _find_draws(state: Preflight) -> None:
+    from topkd.compose.cache.contents import cache_folder
+    from topkd.compose.cache.shuffled import ShuffledRollouts
+
+    with ScoreStore(cache_folder(state.config, state.cache)) as store:
+        teachers = {name: ReplayScorer(store, identity) for name, identity in state.recorded_run.teachers.items()}
+        ShuffledRollouts(
+            store, state.recorded_run.policy, state.loaded_prompts.rows, teachers=teachers, config=state.config,
+            progress=state.progress,
+        )  # fmt: skip
+
+
+CHECKS = (
+    Check("processes", _check_processes),
+    Check("schedule", _check_schedule),
+    Check("trackers", _check_trackers),
+    Check("functions", _check_functions),
+    Check("cache", _check_cache, live=False),
+    Check("student", _check_student),
+    Check("files", _check_files),
+    Check("teachers", _check_teachers, needs=("student",), replay=False),
+    Check("sampler", _check_sampler, replay=False),
+    Check("prompts", _check_prompts, needs=("student", "files")),
+    Check("ids", _check_ids, needs=("prompts",)),
+    Check("lengths", _check_lengths, needs=("prompts",)),
+    Check("ends", _check_ends, needs=("prompts",)),
+    Check("evaluation", _check_evaluation, needs=("prompts", "files")),
+    Check("draws", _check_draws, needs=("cache", "prompts"), live=False, dry=True),
+)

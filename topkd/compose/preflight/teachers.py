@@ -66,7 +66,7 @@ async def check_teachers(
         KLimitError: K is above the server's limit.
         ConfigError: The teacher's ids are not the student's.
     """
-    served = {name: teacher for name, teacher in _select_teachers(config).items() if teacher.kind == "server"}
+    served = {name: teacher for name, teacher in select_teachers(config).items() if teacher.kind == "server"}
     student = _load_byte_map(config.student.model) if served else ""
     known = _read_known(kept, student) if kept is not None and resumed else {}
     met: dict[str, TeacherInfo] = {}
@@ -85,9 +85,16 @@ async def check_teachers(
     return met
 
 
-def _select_teachers(config: RunConfig) -> dict[str, TeacherConfig]:
-    """Cross-entropy on the data's own completions asks no teacher."""
-    return {} if config.objective.kind == "sft" else config.teacher_map()
+def select_teachers(config: RunConfig) -> dict[str, TeacherConfig]:
+    """Select the teachers that a run asks.
+
+    Cross-entropy on the data's own completions (sft) asks a server only for the evaluation's ceiling.
+    """
+    table = config.eval
+    has_ceiling = table is not None and table.scorer is not None and table.ceiling
+    if config.objective.kind != "sft" or has_ceiling:
+        return config.teacher_map()
+    return {name: teacher for name, teacher in config.teacher_map().items() if teacher.kind != "server"}
 
 
 def shorten_patience(config: ClientConfig) -> ClientConfig:

@@ -12,17 +12,14 @@ import numpy as np
 
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import EvalConfig
-from topkd.compose.data.prompts import read_prompts
-from topkd.compose.data.run_prompts import Prompts
+from topkd.compose.preflight.evaluation import EvalPlan, score_answer
 from topkd.compose.progress import Progress
-from topkd.compose.run.answer_scorers import AnswerScorer, load_answer_scorer
 from topkd.engine.loop.hooks import Record
 from topkd.engine.loop.prompts import PromptRow
 from topkd.engine.loop.rollouts import BatchSampler, derive_seed
 from topkd.engine.models.divergences import Probe, exact_divergences
 from topkd.engine.models.sampler import AnswerSampler
 from topkd.engine.models.student import Student, load_causal_lm
-from topkd.topk.errors import ConfigError, DataError
 from topkd.topk.protocols import Sampler
 from topkd.topk.samples import SamplingParams
 
@@ -36,9 +33,9 @@ class Evaluation:
 
     Args:
         config: Of the run.
-        table: Its ``[eval]``.
+        plan: What is measured.
         student: The model that learns.
-        prompts: The run's own, for tokenizer and templates.
+        tokenizer: The run's.
         models: teacher_id -> the teacher's weights, where they are on this machine.
         out: The run's folder: the fixed prefixes and the best student are kept there.
     """
@@ -46,43 +43,20 @@ class Evaluation:
     def __init__(
         self,
         config: RunConfig,
-        table: EvalConfig,
+        plan: EvalPlan,
         *,
         student: Student,
-        prompts: Prompts,
+        tokenizer: Any,
         models: Mapping[str, Student],
         out: Path,
     ) -> None:
-        self._config, self.table, self._student, self._out = config, table, student, out
-        self._tokenizer = prompts.tokenizer
-        self._scorer: AnswerScorer | None = None if table.scorer is None else load_answer_scorer(table.scorer)
-        self.rows, _ = read_prompts(
-            Path(table.path),
-            prompts.readers,
-            max_tokens=config.rollout.max_prompt_tokens,
-            overlong="error",
-            limit=table.limit,
-        )
+        self._config, self.table, self.rows, self._student, self._out = config, plan.table, plan.rows, student, out
+        self._tokenizer, self._scorer = tokenizer, plan.scorer
+        self._left_out, self._prefixes = plan.left_out, plan.prefixes
         self._models = dict(models)
-        if table.teacher is not None:
-            if len(config.teacher_map()) > 1:
-                raise ConfigError("eval.teacher is one folder, and the run has several teachers", got=table.teacher)
-            model = Student.wrap(load_causal_lm(table.teacher, config.student.dtype), config.student.device)
+        if self.table.teacher is not None:
+            model = Student.wrap(load_causal_lm(self.table.teacher, config.student.dtype), config.student.device)
             self._models = dict.fromkeys(config.teacher_map(), model)
-        asked = {row.teacher_id for row in self.rows}
-        measured = bool(table.prefixes and asked & self._models.keys())
-        self._left_out = sorted(asked - self._models.keys()) if measured else []
-        self._prefixes = table.prefixes if measured else ()
-        if not measured and self._scorer is None:
-            raise ConfigError(
-                "[eval] has nothing to measure", got="no scorer, and no teacher's weights on this machine",
-                hint="set eval.scorer, or eval.teacher to the teacher's folder",
-            )  # fmt: skip
-        if table.best not in {None, "accuracy"} and not measured:
-            raise ConfigError(f"eval.best = {table.best!r} needs the teacher's weights", hint="set eval.teacher")
-        if self._scorer is not None:
-            for row in self.rows[:1]:
-                self._score(row, "")  # a file without answers is refused before the first step
         self._step = 0
         self._ceiling: float | None = None
         self._best = self._kept_best()
@@ -98,7 +72,7 @@ class Evaluation:
             return
         scores: list[float] = []
         for name, rows in self._by_teacher().items():
-            sampler = AnswerSampler(self._models[name]) if name in self._models else teachers[name]
+            sampler = AnswerSampler(self._models[name]) if name in self._models else teachers.get(name)
             if not isinstance(sampler, Sampler):  # a runtime check: a teacher need not sample
                 progress.note("the teacher's ceiling is not measured: its server does not sample")
                 return
@@ -118,7 +92,7 @@ class Evaluation:
         self._keep_best(records[0])
         return records
 
-    def heard(self, kind: str, record: Record) -> None:
+    def on_record(self, kind: str, record: Record) -> None:
         """Told of every run log record: which step the next evaluation is of."""
         if kind == "step":
             self._step = int(record["step"])
@@ -205,18 +179,9 @@ class Evaluation:
         return rows
 
     def _score_completions(self, row: PromptRow, answers: Sequence[Any]) -> float:
-        texts = [self._tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
-        return float(np.mean([self._score(row, text) for text in texts]))
-
-    def _score(self, row: PromptRow, text: str) -> float:
         assert self._scorer is not None  # noqa: S101 - for the type checker
-        try:
-            return self._scorer(row.columns, text)
-        except DataError as error:
-            raise DataError(
-                error.what, where=f"{self.table.path}, {row.sample_id}", got=error.got, expected=error.expected,
-                hint=error.hint,
-            ) from error  # fmt: skip
+        texts = [self._tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+        return float(np.mean([score_answer(self._scorer, row, text, self.table.path) for text in texts]))
 
     def _build_params(self, step: int) -> SamplingParams:
         return SamplingParams(

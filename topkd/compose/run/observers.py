@@ -13,69 +13,65 @@ from typing import Any, Protocol, Self
 
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import TrackConfig
-from topkd.compose.data.run_prompts import Prompts
-from topkd.compose.progress import Progress
-from topkd.compose.run.resume import PreviousRun
+from topkd.compose.preflight.preflight import Preflight
+from topkd.compose.run.run import Run
+from topkd.compose.teachers.open import Teachers
 from topkd.topk.errors import ConfigError
+
+
+def _ignore_record(kind: str, record: dict[str, Any]) -> None:
+    """Do nothing: the run has no trackers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observers:
-    """Hooks of a run, as ``run`` takes them.
+    """What watches a run and changes nothing in it.
 
     Attributes:
-        config: The run's, evaluated as its ``[eval]`` says.
-        evaluate: None without ``[eval]``.
-        heard: Told every run log record.
+        evaluate: Measures the student; None without ``[eval]``.
+        on_record: Called with every run log record.
     """
 
-    config: RunConfig
-    evaluate: Callable[[], list[dict[str, Any]]] | None
-    heard: Callable[[str, dict[str, Any]], None]
+    evaluate: Callable[[], dict[str, Any] | list[dict[str, Any]]] | None = None
+    on_record: Callable[[str, dict[str, Any]], None] = _ignore_record
 
 
 @contextlib.asynccontextmanager
 async def open_observers(
-    config: RunConfig,
-    *,
-    student: Any,
-    prompts: Prompts,
-    models: Mapping[str, Any],
-    teachers: Mapping[str, object],
-    out: Path,
-    progress: Progress,
-    former: PreviousRun,
+    config: RunConfig, student: Any, findings: Preflight, teachers: Teachers, run: Run
 ) -> AsyncIterator[Observers]:
-    """Open what the config asks for; the teacher's ceiling is measured here, before the first step.
+    """Open evaluation and trackers, on the first rank only; the teacher's accuracy is measured here.
 
     Args:
         config: Of the run.
         student: The loaded student.
-        prompts: The run's.
-        models: teacher_id -> the teacher's weights, for teachers in this process.
-        teachers: teacher_id -> what scores, asked to answer for the ceiling.
-        out: The run's folder.
-        progress: Told what goes on.
-        former: What a resumed run goes on from.
+        findings: Of the preflight: the evaluation's plan and the tokenizer.
+        teachers: Asked to answer for the ceiling.
+        run: The open run.
     """
-    step = 0 if former.checkpoint is None else former.checkpoint.position.step
+    if not run.is_first_rank:
+        yield Observers()
+        return
+    step = 0 if run.previous.checkpoint is None else run.previous.checkpoint.position.step
     evaluation = None
-    if config.eval is not None:
+    if findings.evaluation is not None:
         from topkd.compose.run.evaluation import Evaluation
 
-        evaluation = Evaluation(config, config.eval, student=student, prompts=prompts, models=models, out=out)
-        evaluation.heard("step", {"step": step})
-        await evaluation.measure_ceiling(teachers, progress)
-        config = config.model_copy(update={"eval_every": config.eval.every or config.eval_every})
-    resumed = step if former.resumed else None
-    with Tracking(config.track, out, config.model_dump(mode="json"), resume_step=resumed) as tracking:
+        tokenizer = findings.loaded_prompts.tokenizer
+        evaluation = Evaluation(
+            config, findings.evaluation, student=student, tokenizer=tokenizer, models=teachers.models, out=run.out
+        )
+        evaluation.on_record("step", {"step": step})
+        await evaluation.measure_ceiling(teachers.servers, run.progress)
+    resumed = step if run.previous.resumed else None
+    with Tracking(config.track, run.out, config.model_dump(mode="json"), resume_step=resumed) as tracking:
 
-        def heard(kind: str, record: dict[str, Any]) -> None:
+        def on_record(kind: str, record: dict[str, Any]) -> None:
             if evaluation is not None:
-                evaluation.heard(kind, record)
-            tracking.heard(kind, record)
+                evaluation.on_record(kind, record)
+            tracking.on_record(kind, record)
 
-        yield Observers(config, evaluation, heard)
+        yield Observers(evaluation, on_record)
 
 
 _WANDB_ID = "wandb_id"
@@ -109,7 +105,7 @@ class Tracking:
             self.close()
             raise
 
-    def heard(self, kind: str, record: Mapping[str, Any]) -> None:
+    def on_record(self, kind: str, record: Mapping[str, Any]) -> None:
         """Told of every run log record; steps and evaluations are numbers over steps, events are not."""
         if kind == "event" or not self._trackers:
             return

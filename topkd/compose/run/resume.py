@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -37,6 +37,7 @@ class PreviousRun:
         checkpoint: Where to go on; None: from the beginning.
         steps: Its step records up to there.
         evals: Its evaluations up to there.
+        events: Its events up to there.
         finished: There is nothing left to do.
         resumed: The folder held a run.
         config: What the run goes on with.
@@ -45,6 +46,7 @@ class PreviousRun:
     checkpoint: Checkpoint | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
     evals: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
     resumed: bool = False
     config: EngineConfig | None = None
@@ -111,25 +113,44 @@ def read_previous_run(
         prepare_folder(out)
         save_config(config, out / CONFIG)
         return PreviousRun()
-    _refuse_another_command(out, command)
+    records = _read_run_log(out)
+    _refuse_another_command(out, records, command)
     _refuse_changes(out, config)
     if _count_finished_steps(out) >= config.steps:
-        records = read_metrics(out / RUN_LOG)
-        return PreviousRun(
-            None, _select_kind(records, "step"), _select_kind(records, "eval"), finished=True, resumed=True
-        )
+        return _make_previous_run(None, records, finished=True)
+    checkpoint = _find_checkpoint(out, config, progress.note)
+    step = 0 if checkpoint is None else checkpoint.position.step
+    progress.note(f"resuming after step {step}" if step else "no checkpoint yet: starting from the beginning")
+    length = _find_log_end(out, checkpoint)
+    kept = records[: (out / RUN_LOG).read_bytes()[:length].count(b"\n")] if length else []
+    return _make_previous_run(checkpoint, kept, config=config)
+
+
+def _read_run_log(out: Path) -> list[dict[str, Any]]:
+    return read_metrics(out / RUN_LOG) if (out / RUN_LOG).exists() else []  # one machine of several has it
+
+
+def _find_checkpoint(out: Path, config: EngineConfig, on_damage: Callable[[str], None]) -> Checkpoint | None:
     from topkd.engine.checkpoint.checkpoint import find_newest_checkpoint
 
-    checkpoint = find_newest_checkpoint(out, progress.note)
-    step = 0 if checkpoint is None else checkpoint.position.step
-    if step > config.steps:
-        raise ConfigError("the run has gone further", where=str(out), got=f"steps = {config.steps}", expected=step)
-    length = _find_log_end(out, checkpoint)
-    progress.note(f"resuming after step {step}" if step else "no checkpoint yet: starting from the beginning")
-    records = read_metrics(out / RUN_LOG, end=length) if length else []
-    return PreviousRun(
-        checkpoint, _select_kind(records, "step"), _select_kind(records, "eval"), resumed=True, config=config
-    )
+    checkpoint = find_newest_checkpoint(out, on_damage)
+    if checkpoint is not None and checkpoint.position.step > config.steps:
+        raise ConfigError(
+            "the run has gone further", where=str(out), got=f"steps = {config.steps}",
+            expected=checkpoint.position.step,
+        )  # fmt: skip
+    return checkpoint
+
+
+def _make_previous_run(
+    checkpoint: Checkpoint | None,
+    records: list[dict[str, Any]],
+    *,
+    config: EngineConfig | None = None,
+    finished: bool = False,
+) -> PreviousRun:
+    steps, evals, events = (_select_kind(records, kind) for kind in ("step", "eval", "event"))
+    return PreviousRun(checkpoint, steps, evals, events, finished=finished, resumed=True, config=config)
 
 
 def truncate_to_checkpoint(out: Path, former: PreviousRun) -> None:
@@ -139,28 +160,26 @@ def truncate_to_checkpoint(out: Path, former: PreviousRun) -> None:
         save_config(former.config, out / CONFIG)
 
 
-def preview_resume(out: Path, config: EngineConfig, *, command: str, resume: bool) -> str:
-    """What a run would find in its folder, in a line ("": nothing); raises what it would be refused for."""
+def preview_resume(out: Path, config: EngineConfig, *, command: str, resume: bool) -> tuple[str, PreviousRun]:
+    """Say what a run would find in its folder ("": nothing) and return it; raise what it would be refused for."""
     if not resume:
         check_free(out)
-        return ""
+        return "", PreviousRun()
     if not (out / CONFIG).exists():
         raise ConfigError("there is no run to resume", where=str(out), hint="leave out --resume")
-    _refuse_another_command(out, command)
+    records = _read_run_log(out)
+    _refuse_another_command(out, records, command)
     _refuse_changes(out, config)
     if (done := _count_finished_steps(out)) >= config.steps:
-        return f"{out} is finished: {done} steps; nothing to resume"
-    from topkd.engine.checkpoint.checkpoint import find_newest_checkpoint
-
-    said: list[str] = []
-    checkpoint = find_newest_checkpoint(out, said.append)
+        return f"{out} is finished: {done} steps; nothing to resume", _make_previous_run(None, records, finished=True)
+    damage: list[str] = []
+    checkpoint = _find_checkpoint(out, config, damage.append)
     where = "from the beginning" if checkpoint is None else f"after step {checkpoint.position.step}"
-    return "; ".join([*said, f"the run in {out} would go on {where}"])
+    return "; ".join([*damage, f"the run in {out} would go on {where}"]), _make_previous_run(checkpoint, records)
 
 
-def _refuse_another_command(out: Path, command: str) -> None:
-    events = read_metrics(out / RUN_LOG, "event") if (out / RUN_LOG).exists() else []
-    former = next((event["command"] for event in events if "command" in event), command)
+def _refuse_another_command(out: Path, records: list[dict[str, Any]], command: str) -> None:
+    former = next((record["command"] for record in records if "command" in record), command)
     if former != command:
         raise ConfigError(
             f"this run was made by topkd {former}", where=str(out), hint=f"go on with topkd {former} --resume"
@@ -246,9 +265,8 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_same_rows(out: Path, note: dict[str, Any], where: str) -> None:
-    """Raises DataError where the run log says that the run began with other prompts; one that says nothing passes."""
-    events = read_metrics(out / RUN_LOG, "event") if (out / RUN_LOG).exists() else []  # one machine of several has it
+def check_same_rows(events: Sequence[Mapping[str, Any]], note: dict[str, Any], where: str) -> None:
+    """Refuse other prompts than the run log's first event names; a run log without a digest passes."""
     began = next((event["prompts"] for event in events if "prompts" in event), note)
     if began != note:
         raise DataError(

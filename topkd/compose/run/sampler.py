@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import InProcessSampling, ServerSampling, VllmSampling
-from topkd.compose.progress import Progress
-from topkd.compose.run.student import LoadedStudent
+from topkd.compose.data.run_prompts import Prompts
+from topkd.compose.run.run import Run
 from topkd.engine import EngineConfig
 from topkd.engine.loop.hooks import Record
 from topkd.topk.errors import ConfigError, UnsupportedError
@@ -28,25 +28,23 @@ KEPT_ADAPTERS = 2  # the last one may still be sampled from while the next is lo
 
 
 @contextlib.asynccontextmanager
-async def open_sampling(
-    config: RunConfig, pieces: LoadedStudent, *, out: Path, progress: Progress
-) -> AsyncIterator[SamplingSetup]:
-    """Where this run's rollouts come from, met and ready; left clean when the run is over."""
-    table, student = config.sampler, pieces.student
+async def open_sampler(config: RunConfig, student: Any, prompts: Prompts, run: Run) -> AsyncIterator[SamplingSetup]:
+    """Open what samples this run's rollouts; a server is left as it was found when the run is over."""
+    table = config.sampler
     match table:
         case InProcessSampling():
-            yield open_in_process(config, student, pieces.tokenizer)
+            yield open_in_process(config, student, prompts.tokenizer)
         case ServerSampling():
             kind = _find_kind(table, student)
             keep = KEPT_ADAPTERS + config.max_staleness
             async with _open_server(table, config, kind, student.vocab_size, keep) as destination:
-                with _push_weights(config, pieces, out, destination) as sampling:
+                with _push_weights(config, student, prompts, run.out, destination) as sampling:
                     yield sampling
         case VllmSampling():
-            progress.note("starting vLLM beside the learner")
+            run.progress.note("starting vLLM beside the learner")
             kind = _find_kind(table, student)
             async with _open_engine(table, config, kind, student) as destination:
-                with _push_weights(config, pieces, out, destination) as sampling:
+                with _push_weights(config, student, prompts, run.out, destination) as sampling:
                     yield sampling
         case _:
             assert_never(table)
@@ -54,27 +52,27 @@ async def open_sampling(
 
 @contextlib.contextmanager
 def _push_weights(
-    config: RunConfig, pieces: LoadedStudent, out: Path, destination: Destination
+    config: RunConfig, student: Any, prompts: Prompts, out: Path, destination: Destination
 ) -> Iterator[SamplingSetup]:
     from topkd.engine.weight_sync.sync import SyncedSampler
     from topkd.engine.weight_sync.sync_probe import SyncProbe
 
-    table, student = config.sampler, pieces.student
+    table = config.sampler
     if isinstance(table, InProcessSampling):
         raise TypeError("the student in this process needs no sync")
     probe = SyncProbe.of(
-        student, [row.prompt_ids for row in pieces.rows], alarm_nats=table.alarm_kl, limit_nats=table.limit_kl
+        student, [row.prompt_ids for row in prompts.rows], alarm_nats=table.alarm_kl, limit_nats=table.limit_kl
     )
     sampler = SyncedSampler(
         student,
         destination,
         folder=Path(table.folder) if table.folder is not None else out / "weights",
         probe=probe,
-        stop_ids=stop_ids(pieces.tokenizer),
+        stop_ids=stop_ids(prompts.tokenizer),
         every=table.sync_every,
     )
     try:
-        yield SamplingSetup(sampler, sampler.publish, sampler.lock, sampler.capture, destination.beside)
+        yield SamplingSetup(sampler, sampler.publish, sampler.lock, sampler.capture, destination.publish_while_sampling)
     finally:
         sampler.close()
 
@@ -119,7 +117,13 @@ async def _open_server(
 
         lora = kind == "lora"
         yield Destination(
-            sink, sampler, sink.weight_version, client.where(), kind, keep=keep if lora else 1, beside=lora
+            sink,
+            sampler,
+            sink.weight_version,
+            client.where(),
+            kind,
+            keep=keep if lora else 1,
+            publish_while_sampling=lora,
         )
 
 
@@ -199,14 +203,18 @@ class SamplingSetup:
         publish: Brings weight version v to it (see ``Hooks.publish``).
         lock: Held by the learner while weights change; an in-process sampler reads them under it.
         capture: Keeps a version for ``publish`` (see ``Hooks.capture``): the sampler has weights of its own.
-        beside: It holds several versions (see ``Hooks.beside``).
+        publish_while_sampling: It holds several versions (see ``Hooks``).
     """
 
     sampler: Sampler
     publish: Callable[[int], Awaitable[Record | None]]
     lock: threading.Lock = field(default_factory=threading.Lock)
     capture: Callable[[int], None] | None = None
-    beside: bool = False
+    publish_while_sampling: bool = False
+
+    def drawing_from(self, sampler: Sampler) -> SamplingSetup:
+        """Return the setup with another sampler, which asks this one or stands in for it."""
+        return replace(self, sampler=sampler)
 
 
 def open_in_process(config: EngineConfig, student: Any, tokenizer: Any) -> SamplingSetup:

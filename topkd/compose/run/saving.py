@@ -65,8 +65,8 @@ class RunSaver:
             stateful=self.stateful,
         )
 
-    def ended(self, reason: str) -> None:
-        """The run is over: to its end ("") or early, for a reason that the run log is told."""
+    def finish(self, reason: str) -> None:
+        """Save the student, at the end ("") or early, with the reason in the run log."""
         learner = self.learner
         if not learner.ranks.main:
             return

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +11,11 @@ from topkd.clients.decoding.byte_map import load_bytemap
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import TeacherConfig
 from topkd.compose.data.digests import digest_weights
-from topkd.engine.loop.hooks import Record
 from topkd.topk.errors import ConfigError
 from topkd.topk.protocols import TeacherScorer
 
 if TYPE_CHECKING:
     from topkd.engine.models.local_teacher import SelfTeacher
-
-Publish = Callable[[int], Awaitable[Record | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +82,3 @@ def check_same_ids(teacher: str, student: str) -> None:
         got=f"{len(differ)} ids differ, the first is {differ[0]}: {spelt[0]} there and {spelt[1]} here",
         expected="one tokenizer for both: ids travel, text does not",
     )  # fmt: skip
-
-
-def publish_with_followers(publish: Publish, local: Mapping[str, LocalModel]) -> Publish:
-    """``publish``, before which the teachers that follow take the step too; the first call is before any step."""
-    states = [model.state for model in local.values() if model.state is not None]
-    if not states:
-        return publish
-    begun = False
-
-    async def publish_and_follow(version: int) -> Record | None:
-        nonlocal begun
-        for state in states if begun else ():
-            await asyncio.to_thread(state.follow)
-        begun = True
-        return await publish(version)
-
-    return publish_and_follow

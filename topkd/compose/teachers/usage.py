@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from topkd.engine.learner.distributed import Ranks
@@ -50,20 +50,13 @@ class TeacherUsage:
         self._booked = now
         return found
 
-    def joining(
-        self, publish: Callable[[int], Awaitable[dict[str, Any] | None]], ranks: Ranks | None = None
-    ) -> Callable[[int], Awaitable[dict[str, Any] | None]]:
-        """``publish``, with the step's traffic in what joins the record: that of all processes, which all publish."""
-
-        async def published(version: int) -> dict[str, Any]:
-            record = await publish(version) or {}
-            found = self.since_last()
-            if ranks is not None:
-                every = await asyncio.to_thread(ranks.gather, found)
-                found = {name: sum(one[name] for one in every) for name in FIELDS}
-            return record | found
-
-        return published
+    async def sum_over(self, ranks: Ranks | None) -> dict[str, int]:
+        """Return every field of ``FIELDS`` since the last reading, summed over the run's processes."""
+        counts = self.since_last()
+        if ranks is None:
+            return counts
+        every = await asyncio.to_thread(ranks.gather, counts)
+        return {name: sum(part[name] for part in every) for name in FIELDS}
 
     def _add(self, meter: Callable[[], Mapping[str, float]], names: Mapping[str, str]) -> None:
         self._meters.append((meter, names))

@@ -29,8 +29,8 @@ class Hooks:
         context: In a thread, before a rollout is scored: the row as the teacher is to see it, given what was written.
         checkpoint: In a thread, between two steps: every ``checkpoint.every`` steps, after the last, and when the run
             is stopped or fails.
-        beside: Beside ``capture``: ``publish(v + 1)`` may come while a batch of v is being drawn (a server that holds
-            both, as adapters are held). A draw takes its version before it first waits, and keeps it.
+        publish_while_sampling: With ``capture``: ``publish(v + 1)`` may come while a batch of v is being drawn (a
+            server that holds both, as adapters are held). A draw takes its version before it first waits, and keeps it.
         foreign: The sampler gives what another run drew: its versions are not the learner's, and how far its policy is
             from the learner's is not known.
     """
@@ -42,5 +42,5 @@ class Hooks:
     capture: Callable[[int], None] | None = None
     checkpoint: Callable[[Position], None] | None = None
     context: Context | None = None
-    beside: bool = False
+    publish_while_sampling: bool = False
     foreign: bool = False

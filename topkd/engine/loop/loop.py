@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from topkd.engine.config.engine_config import EngineConfig
@@ -22,7 +23,7 @@ from topkd.engine.loop.checks import check_run, refuse_losses
 from topkd.engine.loop.data_mixing import DATA, build_data_texts
 from topkd.engine.loop.hooks import Hooks, Record
 from topkd.engine.loop.metrics import MetricsLog
-from topkd.engine.loop.pipeline import BatchPipeline, Drawn, InFlight
+from topkd.engine.loop.pipeline import BatchPipeline, Drawn, InFlight, Schedule
 from topkd.engine.loop.position import Position
 from topkd.engine.loop.prompts import PromptRow
 from topkd.engine.loop.rollouts import draw_rollouts
@@ -34,174 +35,150 @@ Source: TypeAlias = Callable[[int], Awaitable[Drawn]]
 STOP_GRACE_S = 10.0  # what a stopped run waits for a batch from weights that are gone, so that it need not be redrawn
 
 
-async def distil(
-    config: EngineConfig,
-    *,
-    rows: Sequence[PromptRow],
-    sampler: Sampler,
-    teachers: Mapping[str, TeacherScorer],
-    learner: Learner,
-    log: MetricsLog,
-    hooks: Hooks | None = None,
-    source: Source | None = None,
-    start: Position | None = None,
-    earlier: Sequence[Record] = (),
-    stop: asyncio.Event | None = None,
-    ranks: Ranks | None = None,
-) -> list[Record]:
-    """Run on-policy distillation from ``start`` to ``config.steps`` and return the step records.
+@dataclass(frozen=True, slots=True)
+class LoopParts:
+    """What the loop runs on. Data only.
 
-    Args:
+    Attributes:
         config: Everything that shapes the run.
         rows: Prompts.
         sampler: The student, as something that samples.
         teachers: teacher_id -> scorer; ids are checked before the first request.
-        learner: The student, as something that learns.
-        log: Where the records go.
-        hooks: Evaluation, display, weight sync, checkpoints.
         source: Gives a step's rollouts, each with its row, in place of drawing them with the sampler.
-        start: Where a checkpoint left the run; its beginning when left out.
-        earlier: The step records before it, for what compares a step with those before.
+        earlier: The step records before ``start``, for what compares a step with those before.
         stop: Once set, the run ends before its next step, in order: nothing is lost, requests are cancelled.
         ranks: The processes that share each step, all with the same config; the first alone writes and measures.
     """
-    check_run(config, rows, teachers)
-    run = _Run(
-        config,
-        rows=rows,
-        sampler=sampler,
-        teachers=teachers,
-        learner=learner,
-        log=log,
-        hooks=hooks or Hooks(),
-        source=source,
-        start=start or Position(),
-        earlier=earlier,
-        stop=stop,
-        ranks=ranks or Ranks(),
-    )
+
+    config: EngineConfig
+    rows: Sequence[PromptRow]
+    sampler: Sampler
+    teachers: Mapping[str, TeacherScorer]
+    source: Source | None = None
+    earlier: Sequence[Record] = ()
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    ranks: Ranks = field(default_factory=Ranks)
+
+
+async def distil(
+    parts: LoopParts, learner: Learner, log: MetricsLog, hooks: Hooks | None = None, start: Position | None = None
+) -> list[Record]:
+    """Run on-policy distillation from ``start`` to ``config.steps`` and return the step records.
+
+    Args:
+        parts: Prompts, sampler, teachers, and the config.
+        learner: The student, as something that learns.
+        log: Where the records go.
+        hooks: Evaluation, display, weight sync, checkpoints.
+        start: Where a checkpoint left the run; its beginning when left out.
+    """
+    check_run(parts.config, parts.rows, parts.teachers)
+    run = _Run(parts, learner, log, hooks or Hooks(), start or Position())
     try:
         async with asyncio.TaskGroup() as group:
-            await run.steps(group)
+            await run.run_steps(group)
     except BaseException as error:
-        run.failed()
+        run.save_after_failure()
         if isinstance(error, BaseExceptionGroup):
             raise root_exception(error) from error
         raise
-    return run.records[len(earlier) :]
+    return run.records[len(parts.earlier) :]
 
 
 class _Run:
-    def __init__(
-        self,
-        config: EngineConfig,
-        *,
-        rows: Sequence[PromptRow],
-        sampler: Sampler,
-        teachers: Mapping[str, TeacherScorer],
-        learner: Learner,
-        log: MetricsLog,
-        hooks: Hooks,
-        source: Source | None,
-        start: Position,
-        earlier: Sequence[Record],
-        stop: asyncio.Event | None,
-        ranks: Ranks,
-    ) -> None:
-        self.config, self.learner, self.log, self.hooks, self.source = config, learner, log, hooks, source
-        self.rows, self.ranks = rows, ranks
+    def __init__(self, parts: LoopParts, learner: Learner, log: MetricsLog, hooks: Hooks, start: Position) -> None:
+        config, self.rows, self.ranks, self.source = parts.config, parts.rows, parts.ranks, parts.source
+        self.config, self.learner, self.log, self.hooks = config, learner, log, hooks
         self.first, self.evaluated, self.kept = start.step, start.evaluated, start.step
-        self.stop = stop or asyncio.Event()
+        self.stop = parts.stop
         self.began = time.perf_counter() - start.elapsed_s
-        self.records: list[Record] = [*earlier]
+        self.records: list[Record] = [*parts.earlier]
         self.done = start.step
         self.unwritten: deque[Record] = deque()  # steps whose weights are still on their way to the sampler
         self.torn = False  # the run log could not be written
 
-        async def drawn(step: int) -> Drawn:
-            if source is None:
-                return await draw_rollouts(config, rows, sampler, step, ranks)
-            asked, rollouts = await source(step)
-            return list(ranks.slice(asked)), list(ranks.slice(rollouts))
+        async def draw(step: int) -> Drawn:
+            if parts.source is None:
+                return await draw_rollouts(config, parts.rows, parts.sampler, step, parts.ranks)
+            asked, rollouts = await parts.source(step)
+            return list(parts.ranks.slice(asked)), list(parts.ranks.slice(rollouts))
 
-        self.supply = BatchPipeline(
-            rows=rows,
-            steps=config.steps,
-            max_staleness=config.max_staleness,
-            draw=drawn,
+        self.pipeline = BatchPipeline(
+            parts.rows,
+            Schedule(config.steps, config.max_staleness, hooks.publish_while_sampling and hooks.capture is not None),
+            draw=draw,
             score=lambda asked, rollouts: score_rollouts(
                 asked,
                 rollouts,
-                teachers,
+                parts.teachers,
                 config.k,
                 truncated=config.rollout.truncated,
                 context=hooks.context,
                 support=read_support(config.objective),
             ),
             publish=self.publish,
-            told=lambda event: self.write("event", event),
+            on_event=lambda event: self.write("event", event),
             start=start,
-            beside=hooks.beside and hooks.capture is not None,
         )
 
-    async def steps(self, group: asyncio.TaskGroup) -> None:
-        supply, alone = self.supply, self.hooks.capture is None
+    async def run_steps(self, group: asyncio.TaskGroup) -> None:
+        pipeline, alone = self.pipeline, self.hooks.capture is None
         if self.hooks.capture is not None:
             await asyncio.to_thread(self.hooks.capture, self.first)
-        supply.start(group)
-        await supply.published.reached(self.first)
+        pipeline.start(group)
+        await pipeline.published.wait_for(self.first)
         await self.evaluate(self.first)
-        supply.released.to(self.first)
+        pipeline.released.advance_to(self.first)
         for step in range(self.first, self.config.steps):
-            if self.ranks.size > 1 and await self.stopping():
+            if self.ranks.size > 1 and await self.should_stop():
                 break
-            sampled = supply.due(step) if alone else step + 1
-            if not await self.unless_stopped(supply.sampled.reached(sampled)):
+            sampled = pipeline.schedule.batches_due(step) if alone else step + 1
+            if not await self.wait_unless_stopped(pipeline.sampled.wait_for(sampled)):
                 break
-            began, taken = time.perf_counter(), supply.batch(step)
-            if not await self.unless_stopped(asyncio.wait({taken.scored})):
+            began, drawn = time.perf_counter(), pipeline.batch(step)
+            if not await self.wait_unless_stopped(asyncio.wait({drawn.scored})):
                 break
-            batch = taken.scored.result()
-            await self.learn(step, taken, batch, time.perf_counter() - began)
-            supply.learnt(step)
+            batch = drawn.scored.result()
+            await self.learn(step, drawn, batch, time.perf_counter() - began)
+            pipeline.release(step)
             version = step + 1
-            keeping = self.keeps(version)
-            if alone or keeping or self.evaluates(version):
-                supply.weights.to(version)
-                await supply.published.reached(version)
+            is_due = self.is_checkpoint_due(version)
+            if alone or is_due or self.is_evaluation_due(version):
+                pipeline.weights.advance_to(version)
+                await pipeline.published.wait_for(version)
                 await self.evaluate(version)
-                if keeping:
+                if is_due:
                     await asyncio.to_thread(self.checkpoint)
             else:
-                supply.weights.to(version)
-            supply.released.to(version)
-        await self.end()
+                pipeline.weights.advance_to(version)
+            pipeline.released.advance_to(version)
+        await self.finish()
 
-    def taken(self, step: int, batch: ScoredBatch) -> Record:
+    def learn_batch(self, step: int, batch: ScoredBatch) -> Record:
         """The learner's step, and what the step's scores were like on all ranks; in a thread."""
         texts = self.ranks.slice(build_data_texts(self.config, self.rows, step))
         learnt = self.learner.step(batch.samples, texts)
         return learnt | compute_teacher_metrics(self.ranks.gather(summarize_scores(batch)))
 
-    async def learn(self, step: int, taken: InFlight, batch: ScoredBatch, waited_s: float) -> None:
+    async def learn(self, step: int, drawn: InFlight, batch: ScoredBatch, waited_s: float) -> None:
         refuse_losses(self.config, batch, step)
         if self.hooks.on_batch is not None and self.ranks.main:
             await asyncio.to_thread(self.hooks.on_batch, step + 1, batch)
         began = time.perf_counter()
-        learnt, cancelled = await to_thread_uncancelled(self.taken, step, batch)
+        learnt, cancelled = await to_thread_uncancelled(self.learn_batch, step, batch)
         # Of another run's policy no distance to this learner's is known, whatever its versions are called.
         ours = self.source is None and not self.hooks.foreign
-        fresh = ours and taken.versions == (str(step),)
+        fresh = ours and drawn.versions == (str(step),)
         record: Record = {
             "step": step + 1,
             **describe_objective(self.learner.objective),
             "version": step + 1,
-            "staleness": _compute_staleness(step, taken) if ours else None,
-            "rollout_versions": [*taken.versions],
+            "staleness": _compute_staleness(step, drawn) if ours else None,
+            "rollout_versions": [*drawn.versions],
             **learnt,
             # Of the very weights that step, before they change: what is left is the sampler's own arithmetic.
             "mismatch_kl": learnt.get("mismatch_kl") if fresh else None,
-            "sample_s": taken.sample_s,
+            "sample_s": drawn.sample_s,
             "score_wait_s": waited_s,
             "learn_s": time.perf_counter() - began,
             "elapsed_s": time.perf_counter() - self.began,
@@ -217,36 +194,38 @@ class _Run:
 
     async def publish(self, version: int) -> None:
         began = time.perf_counter()
-        told = await self.hooks.publish(version) if self.hooks.publish is not None else None
+        sync_record = await self.hooks.publish(version) if self.hooks.publish is not None else None
         if version > self.first:
             record = self.unwritten.popleft()
-            sounding = [*record["alarms"], *(told or {}).get("alarms", [])]
-            record |= {"publish_s": time.perf_counter() - began, **(told or {}), "alarms": sounding}
-            self.written(record)
-        elif told and "sampler_version" in told:  # weights of its own, brought there before the first step
-            self.written({"step": version, "event": "published", **told}, "event")
+            sounding = [*record["alarms"], *(sync_record or {}).get("alarms", [])]
+            record |= {"publish_s": time.perf_counter() - began, **(sync_record or {}), "alarms": sounding}
+            self.write_record(record)
+        elif (
+            sync_record and "sampler_version" in sync_record
+        ):  # weights of its own, brought there before the first step
+            self.write_record({"step": version, "event": "published", **sync_record}, "event")
 
-    def written(self, record: Record, kind: str = "step") -> None:
+    def write_record(self, record: Record, kind: str = "step") -> None:
         """Into the run log, and an event of its own for each alarm in it."""
         sounding = record.pop("alarms", [])
         self.write(kind, record)
         for alarm in sounding:
             self.write("event", {"event": "alarm", "step": record["step"], **alarm})
 
-    def evaluates(self, step: int) -> bool:
+    def is_evaluation_due(self, step: int) -> bool:
         """Whether an evaluation is due after this many steps."""
         every = self.config.eval_every
         return self.evaluated < step and (step in (0, self.config.steps) or bool(every and step % every == 0))
 
     async def evaluate(self, step: int) -> None:
-        if self.hooks.evaluate is None or not self.evaluates(step):
+        if self.hooks.evaluate is None or not self.is_evaluation_due(step):
             return
         found = await asyncio.to_thread(self.hooks.evaluate) if self.ranks.main else []
         for record in found if isinstance(found, list) else [found]:
             self.write("eval", {"step": step, **record})
         self.evaluated = step
 
-    def keeps(self, step: int) -> bool:
+    def is_checkpoint_due(self, step: int) -> bool:
         """Whether a checkpoint is due after this many steps."""
         every = self.config.checkpoint.every
         return bool(every) and (step % every == 0 or step == self.config.steps)
@@ -259,22 +238,22 @@ class _Run:
         if self.learner.version != step:  # the step that failed has counted itself: the former checkpoint stands
             return
         elapsed_s = time.perf_counter() - self.began
-        self.hooks.checkpoint(Position(step, self.evaluated, elapsed_s, self.supply.queue(step)))
+        self.hooks.checkpoint(Position(step, self.evaluated, elapsed_s, self.pipeline.queue(step)))
         self.kept = step
 
-    async def end(self) -> None:
+    async def finish(self) -> None:
         step = self.done
         if step == self.config.steps:
-            await self.supply.published.reached(step)
+            await self.pipeline.published.wait_for(step)
             return
         with contextlib.suppress(TimeoutError):  # stopped: what only the former weights could give is worth a moment
             async with asyncio.timeout(STOP_GRACE_S):
-                await self.supply.published.reached(step)
-        self.supply.stop()
+                await self.pipeline.published.wait_for(step)
+        self.pipeline.stop()
         self.flush()
         await asyncio.to_thread(self.checkpoint)
 
-    def failed(self) -> None:
+    def save_after_failure(self) -> None:
         """What was learnt is in the run log and in a checkpoint, unless the run log takes no more."""
         if self.torn:  # a checkpoint would vouch for steps whose records are not there: the former one stands
             return
@@ -284,7 +263,7 @@ class _Run:
 
     def flush(self) -> None:
         while self.unwritten:
-            self.written(self.unwritten.popleft())
+            self.write_record(self.unwritten.popleft())
 
     def write(self, kind: str, record: Record) -> None:
         if not self.ranks.main:
@@ -297,24 +276,24 @@ class _Run:
         if self.hooks.on_record is not None:
             self.hooks.on_record(kind, record)
 
-    async def unless_stopped(self, work: Awaitable[object]) -> bool:
+    async def wait_unless_stopped(self, work: Awaitable[object]) -> bool:
         """Wait for the work; False when the run is to stop. Several processes stop together, so they also ask then."""
         if self.ranks.size == 1:
             return await wait_unless_stopped(self.stop, work)
         await work
         return True
 
-    async def stopping(self) -> bool:
+    async def should_stop(self) -> bool:
         """Whether a process of the run was told to stop."""
         return bool(await asyncio.to_thread(self.ranks.most, int(self.stop.is_set())))
 
 
-def _compute_staleness(step: int, taken: InFlight) -> int | None:
+def _compute_staleness(step: int, drawn: InFlight) -> int | None:
     """Versions between the weights that sampled and those that learn; a sampler may be synced less than every step.
 
     None where nothing was sampled.
     """
-    if not set(taken.versions) - {DATA}:
+    if not set(drawn.versions) - {DATA}:
         return None
-    said = [int(version) for version in taken.versions if version.isdecimal()]
-    return step - min([taken.version, *said])
+    numbered = [int(version) for version in drawn.versions if version.isdecimal()]
+    return step - min([drawn.version, *numbered])

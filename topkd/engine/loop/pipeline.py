@@ -37,19 +37,37 @@ class InFlight:
     scored: asyncio.Task[ScoredBatch]
 
 
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """When what is sampled: fixed, so that a run is deterministic.
+
+    Attributes:
+        steps: Where the run ends.
+        max_staleness: How many versions a batch may be older than the weights that learn from it.
+        publish_while_sampling: A version may be published while a batch of the former one is drawn, once that draw has
+            begun.
+    """
+
+    steps: int
+    max_staleness: int
+    publish_while_sampling: bool = False
+
+    def batches_due(self, version: int) -> int:
+        """Count the batches there are once everything that ``version`` gives is sampled."""
+        return min(version + self.max_staleness + 1, self.steps)
+
+
 class BatchPipeline:
     """Publishes, samples and scores ahead of the learner.
 
     Args:
         rows: The run's prompts.
-        steps: Where the run ends.
-        max_staleness: How many versions a batch may be older than the weights that learn from it.
-        draw: A step's rollouts, from the version that was published last.
-        score: Their scores.
+        schedule: When what is sampled.
+        draw: Draws a step's rollouts, from the version that was published last.
+        score: Scores them.
         publish: Brings a version to the sampler; called once a version, in order.
-        told: Given each event (a batch that could not be had again after a resume).
+        on_event: Called with each event (a batch that could not be had again after a resume).
         start: Where the run stands.
-        beside: A version may be published while a batch of the former one is drawn, once that draw has begun.
 
     Attributes:
         weights: The version that may be published: the learner raises it.
@@ -60,43 +78,37 @@ class BatchPipeline:
 
     def __init__(
         self,
-        *,
         rows: Sequence[PromptRow],
-        steps: int,
-        max_staleness: int,
+        schedule: Schedule,
+        *,
         draw: Draw,
         score: Score,
         publish: Callable[[int], Awaitable[None]],
-        told: Callable[[dict[str, Any]], None],
+        on_event: Callable[[dict[str, Any]], None],
         start: Position,
-        beside: bool = False,
     ) -> None:
-        self._rows, self._steps, self._max_staleness = rows, steps, max_staleness
-        self._draw, self._score, self._publish, self._told = draw, score, publish, told
+        self.schedule, self._rows = schedule, rows
+        self._draw, self._score, self._publish, self._on_event = draw, score, publish, on_event
         self._queued = deque(start.queue)
         self._flying: deque[InFlight] = deque()
         self._tasks: list[asyncio.Task[Any]] = []
-        self._first, self._beside = start.step, beside
+        self._first = start.step
         self.weights, self.released = WaitableCounter(start.step), WaitableCounter(start.step - 1)
         self._begun = WaitableCounter(start.step - 1)
         self.published, self.sampled = WaitableCounter(start.step - 1), WaitableCounter(start.step)
 
     def start(self, group: asyncio.TaskGroup) -> None:
         """Begin; the tasks end with the run's last version, with ``stop``, or with the group."""
-        self._tasks += [group.create_task(self._bring()), group.create_task(self._feed(group))]
+        self._tasks += [group.create_task(self._publish_versions()), group.create_task(self._sample_batches(group))]
 
     def batch(self, step: int) -> InFlight:
         """The sampled batch of a step, its scores perhaps still under way; it stays in the queue until ``learnt``."""
         return self._flying[step - self._flying[0].step]
 
-    def learnt(self, step: int) -> None:
+    def release(self, step: int) -> None:
         """The step has been taken: its batch is needed no more."""
         while self._flying and self._flying[0].step <= step:
             self._flying.popleft()
-
-    def due(self, version: int) -> int:
-        """How many batches there are once everything that ``version`` gives is sampled."""
-        return min(version + self._max_staleness + 1, self._steps)
 
     def queue(self, step: int) -> tuple[Queued, ...]:
         """What is in flight after ``step`` steps and came from older weights than those."""
@@ -119,33 +131,33 @@ class BatchPipeline:
         for task in self._tasks:
             task.cancel()
 
-    async def _bring(self) -> None:
+    async def _publish_versions(self) -> None:
         """Publish version after version; each when all that the one before gives is drawn (``beside``: being drawn)."""
-        for version in range(self._first, self._steps + 1):
-            await self.weights.reached(version)
-            if self._beside:
-                await self._begun.reached(version - 1)
+        for version in range(self._first, self.schedule.steps + 1):
+            await self.weights.wait_for(version)
+            if self.schedule.publish_while_sampling:
+                await self._begun.wait_for(version - 1)
             elif version > self._first:
-                await self.sampled.reached(self.due(version - 1))
+                await self.sampled.wait_for(self.schedule.batches_due(version - 1))
             await self._publish(version)
-            self.published.to(version)
+            self.published.advance_to(version)
 
-    async def _feed(self, group: asyncio.TaskGroup) -> None:
-        for version in range(self._first, self._steps):
-            await self.published.reached(version)
-            await self.released.reached(version)
-            while (step := self.sampled.value) < self.due(version):
-                drawn = asyncio.ensure_future(self._one(group, step, version))
+    async def _sample_batches(self, group: asyncio.TaskGroup) -> None:
+        for version in range(self._first, self.schedule.steps):
+            await self.published.wait_for(version)
+            await self.released.wait_for(version)
+            while (step := self.sampled.value) < self.schedule.batches_due(version):
+                drawn = asyncio.ensure_future(self._sample_batch(group, step, version))
                 try:
                     await asyncio.sleep(0)  # it takes its version before it first waits
-                    if step + 1 == self.due(version):
-                        self._begun.to(version)
+                    if step + 1 == self.schedule.batches_due(version):
+                        self._begun.advance_to(version)
                     await drawn
                 finally:
                     drawn.cancel()
-            self._begun.to(version)
+            self._begun.advance_to(version)
 
-    async def _one(self, group: asyncio.TaskGroup, step: int, version: int) -> None:
+    async def _sample_batch(self, group: asyncio.TaskGroup, step: int, version: int) -> None:
         began = time.perf_counter()
         known = self._queued[0] if self._queued and self._queued[0].step == step else None
         if known is not None and known.rollouts is not None and known.places is not None:
@@ -159,12 +171,14 @@ class BatchPipeline:
             if versions == known.versions:
                 version, sample_s = known.version, known.sample_s
             else:  # the cache has lost them: the run goes on, a little less stale than it was
-                self._told({"event": "redrawn", "step": step + 1, "versions": [*known.versions], "now": [*versions]})
+                self._on_event(
+                    {"event": "redrawn", "step": step + 1, "versions": [*known.versions], "now": [*versions]}
+                )
         scored = group.create_task(self._score(rows, rollouts))
         self._tasks = [task for task in self._tasks if not task.done()]
         self._tasks.append(scored)
         self._flying.append(InFlight(step, version, versions, sample_s, rows, rollouts, scored))
-        self.sampled.to(step + 1)
+        self.sampled.advance_to(step + 1)
 
 
 class WaitableCounter:
@@ -174,14 +188,14 @@ class WaitableCounter:
         self.value = value
         self._moved = asyncio.Event()
 
-    def to(self, value: int) -> None:
+    def advance_to(self, value: int) -> None:
         """Raise it to ``value``, and wake who waits."""
         if value > self.value:
             self.value = value
             moved, self._moved = self._moved, asyncio.Event()
             moved.set()
 
-    async def reached(self, value: int) -> None:
+    async def wait_for(self, value: int) -> None:
         """Wait until it is at least ``value``."""
         while self.value < value:
             await self._moved.wait()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,23 @@ _ROWS_AT_ONCE = 256  # bounds the [rows, V] temporaries
 _SAMPLED = {"scalar_kl", "gjs", "topk_pg", "eopd"}
 
 
+@dataclass(frozen=True, slots=True)
+class TranscriptLimits:
+    """How much of a run is recorded.
+
+    Attributes:
+        moments: Steps to record, first and last included.
+        rollouts: Rollouts to record of each.
+        k: Entries of each list at most.
+        max_tokens: Tokens of a rollout at most; the rest is counted in ``left_out``.
+    """
+
+    moments: int = 8
+    rollouts: int = 2
+    k: int = 20
+    max_tokens: int = 512
+
+
 class TranscriptRecorder:
     """Writes ``rollouts`` rollouts of each of ``moments`` evenly spaced steps to a file; an ``on_batch`` hook.
 
@@ -46,11 +64,8 @@ class TranscriptRecorder:
         objective: What the run minimises: gives the advantages.
         lock: Held while the student's weights are read.
         steps: Steps of the run.
-        moments: Steps to record, first and last included.
-        rollouts: Rollouts to record of each.
-        k: Entries of each list at most.
-        max_tokens: Tokens of a rollout at most; the rest is counted in ``left_out``.
-        problem: Told, once, why recording ended.
+        limits: How much is recorded.
+        problem: Called once, with why recording ended.
     """
 
     def __init__(
@@ -62,16 +77,14 @@ class TranscriptRecorder:
         objective: Objective | TokenLoss,
         lock: threading.Lock,
         steps: int,
-        moments: int = 8,
-        rollouts: int = 2,
-        k: int = 20,
-        max_tokens: int = 512,
+        limits: TranscriptLimits | None = None,
         problem: Callable[[str], None] | None = None,
     ) -> None:
         self.path, self.student, self.tokenizer, self.objective, self.lock = path, student, tokenizer, objective, lock
         self.kind = str(describe_objective(objective)["divergence_mode"])
-        self.rollouts, self.k, self.max_tokens, self.problem = rollouts, k, max_tokens, problem
-        self.moments = {round(step) for step in np.linspace(1, steps, min(moments, steps))} - _read_recorded_steps(path)
+        self.limits, self.problem = limits or TranscriptLimits(), problem
+        moments = np.linspace(1, steps, min(self.limits.moments, steps))
+        self.moments = {round(step) for step in moments} - _read_recorded_steps(path)
 
     def on_batch(self, step: int, batch: ScoredBatch) -> None:
         """Record the first rollouts of a step that is one of the moments."""
@@ -82,7 +95,7 @@ class TranscriptRecorder:
             json.dumps(
                 make_strict_json(self.record(step, sample)), allow_nan=False, ensure_ascii=False, separators=(",", ":")
             )
-            for sample in _choose_spread(batch.samples, self.rollouts)
+            for sample in _choose_spread(batch.samples, self.limits.rollouts)
         ]
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -94,7 +107,7 @@ class TranscriptRecorder:
 
     def record(self, step: int, sample: PreparedSample) -> dict[str, Any]:
         """One rollout as plain values."""
-        core, tokens = sample.core, min(self.max_tokens, sample.core.completion_len)
+        core, tokens = sample.core, min(self.limits.max_tokens, sample.core.completion_len)
         teacher = sample.teacher if isinstance(sample, TopKPreparedSample) else TopK.from_lists([None] * tokens)
         teacher = teacher.within(self.student.vocab_size)
         ids, at_teacher, student = self._student(
@@ -107,7 +120,7 @@ class TranscriptRecorder:
         texts: dict[str, str] = {}
         rows = []
         for row in range(tokens):
-            listed = _list_pairs(teacher.ids[row].tolist(), teacher.logp[row].tolist())[: self.k]
+            listed = _list_pairs(teacher.ids[row].tolist(), teacher.logp[row].tolist())[: self.limits.k]
             own = _list_pairs(*ids[row])
             for token, _ in listed + own:
                 texts[str(token)] = texts.get(str(token)) or self._text(token)
@@ -152,7 +165,7 @@ class TranscriptRecorder:
                 after = min(first + _ROWS_AT_ONCE, full_ids.size - 1)
                 places = torch.arange(first, after, device=self.student.device)
                 logp = self.student.logit_rows(inputs, torch.ones_like(inputs), places).log_softmax(-1).cpu()
-                top = logp.topk(min(self.k, logp.shape[1]))
+                top = logp.topk(min(self.limits.k, logp.shape[1]))
                 own += list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
                 wanted = torch.from_numpy(at[first - prompt_len + 1 : after - prompt_len + 1].astype(np.int64))
                 listed.append(logp.gather(1, wanted.clamp(min=0)).masked_fill(wanted < 0, -torch.inf).numpy())

@@ -52,7 +52,7 @@ class Destination:
         where: Its address, for messages.
         kind: A LoRA adapter beside the base model, or the whole model in its place.
         keep: Folders that stay: a server may read an adapter again as long as it lists it.
-        beside: Whether a push leaves the draws under way as they are, on the version they began with.
+        publish_while_sampling: Whether a push leaves the draws under way as they are, on the version they began with.
     """
 
     sink: WeightSink
@@ -61,7 +61,7 @@ class Destination:
     where: str
     kind: Literal["full", "lora"]
     keep: int = 1
-    beside: bool = False
+    publish_while_sampling: bool = False
 
 
 class SyncedSampler:
@@ -243,7 +243,7 @@ class SyncedSampler:
     @contextlib.asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
         """Draws and pushes take turns, unless versions are served side by side: then nothing waits here."""
-        if self.destination.beside:
+        if self.destination.publish_while_sampling:
             yield
         else:
             async with self._turn:
