@@ -9,10 +9,9 @@ import pytest
 
 from tests.fakes.turns import turns
 from tests.offline.samples import checked, same, scored
-from topkd.offline import CachingSampler, CachingScorer, ReplaySampler, ReplayScorer, ScoreStore, TeacherIdentity
-from topkd.topk import Rollout, SamplingParams
+from topkd.offline import CachingScorer, ReplayScorer, ScoreStore, TeacherIdentity
 from topkd.topk.errors import CacheMissError, ServerBusyError
-from topkd.topk.protocols import Sampler, TeacherScorer
+from topkd.topk.protocols import TeacherScorer
 
 TEACHER = TeacherIdentity("teacher", revision="abc")
 
@@ -175,89 +174,3 @@ async def test_a_replay_miss_says_what_is_asked_what_is_there_and_what_to_do(sto
         await replay.score(ids, 2, 8)
     assert isinstance(nothing.value, LookupError)
     assert replay.metrics.misses == 3
-
-
-class LiveSampler:
-    """Completions that differ at every call."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    async def sample(self, prompt_ids, n, params, *, k=0):
-        self.calls += 1
-        rollouts = []
-        for number in range(n):
-            ids, lists = scored(100 * self.calls + number, tokens=20, k=max(k, 1), start=3)
-            ids = np.concatenate([np.asarray(prompt_ids, np.int32), ids[4:]])
-            topk = lists if k else None
-            rollouts.append(Rollout(ids[:4], ids[4:], lists.actual_logp, "stop", params, topk, f"v{self.calls}"))
-        return rollouts
-
-
-def equal(a: list[Rollout], b: list[Rollout]) -> bool:
-    return all(
-        x.completion_ids.tolist() == y.completion_ids.tolist()
-        and x.logp.tobytes() == y.logp.tobytes()
-        and (x.version, x.sampling, x.finish_reason) == (y.version, y.sampling, y.finish_reason)
-        and (x.topk is None if y.topk is None else same(x.topk, y.topk))
-        for x, y in zip(a, b, strict=True)
-    )
-
-
-@pytest.mark.parametrize("k", [0, 8])
-async def test_a_run_replays_its_rollouts_in_order(store, k):
-    live = LiveSampler()
-    prompt, params = [1, 2, 3, 4], SamplingParams()
-    sampler: Sampler = CachingSampler(live, store, TEACHER)
-    recorded = [await sampler.sample(prompt, 2, params, k=k) for _ in range(3)]
-    assert live.calls == 3  # without a seed every asking is a new one
-    assert recorded[0][0].completion_ids.tolist() != recorded[1][0].completion_ids.tolist()
-    replay = ReplaySampler(store, TEACHER)
-    for rollouts in recorded:
-        assert equal(await replay.sample(prompt, 2, params, k=k), rollouts)
-    with pytest.raises(CacheMissError, match="asking number 4"):
-        await replay.sample(prompt, 2, params, k=k)
-    again = CachingSampler(live, store, TEACHER)
-    assert equal(await again.sample(prompt, 2, params, k=k), recorded[0])
-    assert live.calls == 3
-    assert (again.metrics.hits, again.metrics.saved_tokens) == (1, 32)
-
-
-async def test_with_a_seed_equal_requests_are_one_even_when_concurrent(store):
-    live = LiveSampler()
-    sampler = CachingSampler(live, store, TEACHER)
-    params = SamplingParams(seed=11)
-    many = await asyncio.gather(*(sampler.sample([1, 2, 3, 4], 2, params) for _ in range(5)))
-    assert live.calls == 1
-    assert all(equal(rollouts, many[0]) for rollouts in many)
-
-
-async def test_unseeded_requests_for_one_prompt_do_not_wait_for_each_other(store):
-    class Gated(LiveSampler):
-        running = most = 0
-
-        async def sample(self, prompt_ids, n, params, *, k=0):
-            self.running += 1
-            self.most = max(self.most, self.running)
-            await turns()
-            self.running -= 1
-            return await super().sample(prompt_ids, n, params, k=k)
-
-    live = Gated()
-    sampler = CachingSampler(live, store, TEACHER)
-    drawn = await asyncio.gather(*(sampler.sample([1, 2, 3, 4], 1, SamplingParams()) for _ in range(4)))
-    assert live.most == 4
-    assert len({rollouts[0].completion_ids.tobytes() for rollouts in drawn}) == 4
-
-
-async def test_another_version_of_the_weights_is_another_policy(store):
-    live, version = LiveSampler(), "v1"
-    sampler = CachingSampler(live, store, TEACHER, version=lambda: version)
-    params = SamplingParams(seed=1)
-    first = await sampler.sample([1, 2, 3, 4], 1, params)
-    version = "v2"
-    second = await sampler.sample([1, 2, 3, 4], 1, params)
-    assert live.calls == 2
-    assert not equal(first, second)
-    version = "v1"
-    assert equal(await sampler.sample([1, 2, 3, 4], 1, params), first)

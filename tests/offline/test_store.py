@@ -17,13 +17,12 @@ from topkd.offline.store.keys import check_token_array, rollout_key, score_key
 from topkd.offline.store.records import ROLLOUT, SCORE
 from topkd.topk import Rollout, SamplingParams, TopK
 from topkd.topk.errors import AlignmentError, CacheError, ConfigError, DataError, TopkdError
-from topkd.topk.protocols import SampleStore
 
 TEACHER = TeacherIdentity("teacher", revision="abc")
 
 
-def test_a_store_is_a_sample_store(tmp_path):
-    store: SampleStore = ScoreStore(tmp_path, mode="a")
+def test_a_bare_name_stands_for_a_teacher(tmp_path):
+    store = ScoreStore(tmp_path, mode="a")
     ids, scores = scored(1)
     store.put("plain-name", ids.tolist(), scores)
     assert store.get("plain-name", ids.tolist(), 5, 8) is not None

@@ -133,11 +133,9 @@ LISTED: dict[str, list[str]] = {
     "topkd.offline": [
         "CacheMetrics",
         "CacheStats",
-        "CachingSampler",
         "CachingScorer",
         "Compaction",
         "Exchange",
-        "ReplaySampler",
         "ReplayScorer",
         "ScoreStore",
         "TeacherIdentity",
@@ -191,7 +189,6 @@ CLASSES: dict[str, list[str]] = {
     ],
     "topkd.topk.protocols": [
         "CandidateScorer",
-        "SampleStore",
         "Sampler",
         "TeacherScorer",
         "WeightSink",

@@ -150,12 +150,13 @@ def test_a_start_that_takes_too_long_is_an_error_and_leaves_no_child(models: Pat
 
 
 @pytest.mark.slow
-def test_interrupt_ends_the_server_cleanly(models: Path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_in_order_with_exit_code_0(models: Path, number: signal.Signals):
     command = [sys.executable, "-m", "topkd.serve", str(models / "policy"), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline().startswith("topkd serve: ready at ")
-        child.send_signal(signal.SIGINT)
+        child.send_signal(number)
         _, errors = child.communicate(timeout=240)
     assert child.returncode == 0
     assert errors == "", "no traceback, and no progress bar of a model being loaded"

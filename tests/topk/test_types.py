@@ -174,3 +174,29 @@ def test_lists_of_every_shape_become_what_a_careful_loop_makes_of_them() -> None
             assert scores.ids[row][: len(entries)].tolist() == [token for token, _ in entries]
             assert (scores.ids[row][len(entries) :] == -1).all()
             np.testing.assert_allclose(scores.logp[row][: len(entries)], [value for _, value in entries], rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("actual_id", "actual_logp", "words"),
+    [
+        (
+            2,
+            -1.7,
+            r"the list and actual_logp disagree .*row 1 .*got actual_logp -1.7, expected -0.5, as the list has it",
+        ),
+        (2, -np.inf, "disagree"),
+        (4, -0.2, "disagree"),
+    ],
+)
+def test_a_list_and_a_realised_logprob_that_contradict_each_other_are_refused(
+    actual_id: int, actual_logp: float, words: str
+) -> None:
+    lists = [[(2, -0.5)], [(2, -0.5), (4, -np.inf)]]
+    with pytest.raises(ResponseError, match=words):
+        TopK.from_lists(lists, actual_ids=[2, actual_id], actual_logp=[-0.5, actual_logp])
+
+
+def test_a_realised_logprob_that_agrees_with_its_list_or_is_unknown_is_taken() -> None:
+    lists = [[(2, -0.5)], [(2, -0.5)], [(2, -0.5), (4, -np.inf)], [(2, -0.5)], None]
+    scores = TopK.from_lists(lists, actual_ids=[2, 2, 4, 9, 9], actual_logp=[-0.501, np.nan, -np.inf, -1.5, -0.1])
+    assert scores.rows == 5

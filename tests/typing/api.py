@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import topkd
 from topkd.clients import ClientConfig, ServerInfo, VllmCompletions, connect
-from topkd.offline import CachingSampler, CachingScorer, ReplayScorer, ScoreStore, TeacherIdentity
+from topkd.offline import CachingScorer, ReplayScorer, ScoreStore, TeacherIdentity
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk import (
     Behavior,
@@ -53,7 +53,6 @@ from topkd.topk.protocols import (
     CandidateScorer,
     Ids,
     Sampler,
-    SampleStore,
     TeacherScorer,
     WeightSink,
     WeightUpdate,
@@ -170,7 +169,7 @@ async def plugging_them_together() -> Sequence[PreparedSample]:
     candidates: CandidateScorer = MyTeacher()
     sampler: Sampler = MySampler()
     sink: WeightSink = MySink()
-    store: SampleStore = MyStore()
+    store = MyStore()
     prepared = []
     for rollout in await sampler.sample([1, 2, 3], 2, SamplingParams(max_tokens=16, seed=0), k=20):
         ids = np.concatenate([rollout.prompt_ids, rollout.completion_ids])
@@ -269,8 +268,6 @@ async def asking_only_once(folder: str) -> TopK:
     with ScoreStore(folder, mode="a", codec="packed") as store:
         live = await connect("http://127.0.0.1:8000")
         cached: TeacherScorer = CachingScorer(live, store, identity)
-        sampler: Sampler = CachingSampler(live, store, identity)
-        await sampler.sample([1, 2, 3], 1, SamplingParams(seed=0))
         await cached.score([1, 2, 3, 4], 2, 20)
         await live.aclose()
     with ScoreStore(folder, mode="r") as store:

@@ -1,6 +1,6 @@
 """Never ask twice. Knows: keys, records, segments. Does not know: HTTP, torch."""
 
-from topkd.offline.caching import CacheMetrics, CachingSampler, CachingScorer, ReplaySampler, ReplayScorer
+from topkd.offline.caching import CacheMetrics, CachingScorer, ReplayScorer
 from topkd.offline.exchange.exchange import Exchange, export_parquet, from_dataset, import_parquet, to_dataset
 from topkd.offline.exchange.imports import import_axolotl, import_distillkit
 from topkd.offline.store.compaction import Compaction, gc, merge
@@ -11,11 +11,9 @@ from topkd.offline.store.store import ScoreStore, open_store
 __all__ = [
     "CacheMetrics",
     "CacheStats",
-    "CachingSampler",
     "CachingScorer",
     "Compaction",
     "Exchange",
-    "ReplaySampler",
     "ReplayScorer",
     "ScoreStore",
     "TeacherIdentity",

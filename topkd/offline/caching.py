@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from topkd.offline.store.codecs import narrow_scores
-from topkd.offline.store.keys import TeacherIdentity, check_token_array, rollout_key, score_key
+from topkd.offline.store.keys import TeacherIdentity, check_token_array, score_key
 from topkd.offline.store.store import ScoreStore
 from topkd.topk.errors import CacheError, CacheMissError
-from topkd.topk.protocols import Ids, Sampler, TeacherScorer, Version
-from topkd.topk.samples import Rollout, SamplingParams
+from topkd.topk.protocols import Ids, TeacherScorer
 from topkd.topk.types import Int32, TopK
 
 
@@ -47,14 +44,6 @@ class _Flight:
     start: int
     k: int
     task: asyncio.Task[TopK]
-    waiting: int = 0
-
-
-@dataclass(slots=True)
-class _Turn:
-    """Equal requests for rollouts go one after the other; the second finds what the first wrote."""
-
-    lock: asyncio.Lock
     waiting: int = 0
 
 
@@ -166,89 +155,6 @@ class ReplayScorer:
             expected=f"K {k} from position {start}",
             hint=hint,
         )
-
-
-class CachingSampler:
-    """A Sampler that asks only for rollouts that the store does not have.
-
-    A request is the same when policy, version, prompt and every sampling parameter are. Without a seed, the n-th asking
-    of the same request is another request than the first (completions are meant to differ), so a run that is started
-    again from its beginning finds its own rollouts in order; with a seed, equal requests are one.
-
-    Args:
-        sampler: The live sampler; None replays, and a miss is a CacheMissError.
-        store: Open for appending (for reading when replaying).
-        identity: The policy: name, and what else changes its logprobs.
-        version: Gives the version of the weights that would be sampled from now; part of the request.
-    """
-
-    def __init__(
-        self,
-        sampler: Sampler | None,
-        store: ScoreStore,
-        identity: TeacherIdentity,
-        *,
-        version: Callable[[], Version] | None = None,
-    ) -> None:
-        self._sampler, self._store, self.identity = sampler, store, identity
-        self._version = version or (lambda: "")
-        self._askings: Counter[bytes] = Counter()
-        self._turns: dict[tuple[bytes, int], _Turn] = {}
-        self.metrics = CacheMetrics()
-
-    async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
-        """As ``Sampler.sample``."""
-        prompt, version = check_token_array(prompt_ids), self._version()
-        plain = rollout_key(self.identity, prompt, params, version=version)
-        occurrence = 0
-        if params.seed is None:
-            occurrence = self._askings[plain]
-            self._askings[plain] += 1
-        turn = self._turns.setdefault((plain, occurrence), _Turn(asyncio.Lock()))
-        turn.waiting += 1
-        try:
-            async with turn.lock:
-                return await self._sample(prompt, n, params, k=k, version=version, occurrence=occurrence)
-        finally:
-            turn.waiting -= 1
-            if not turn.waiting:
-                del self._turns[plain, occurrence]
-
-    async def _sample(
-        self, prompt: Int32, n: int, params: SamplingParams, *, k: int, version: str, occurrence: int
-    ) -> list[Rollout]:
-        store, who = self._store, self.identity
-        found = store.get_rollouts(who, prompt, n, params, k=k, version=version, occurrence=occurrence)
-        if found is not None:
-            self.metrics.hits += 1
-            self.metrics.saved_tokens += sum(rollout.completion_ids.size for rollout in found)
-            return found
-        self.metrics.misses += 1
-        if self._sampler is None:
-            raise CacheMissError(
-                "the cache has no such rollouts",
-                where=f"{store.path}, policy {who.name!r} version {version!r}, prompt {prompt[:6].tolist()}..",
-                expected=f"{n} rollouts with K {k}, asking number {occurrence + 1}, {params}",
-                hint="replay with the parameters of the recorded run",
-            )
-        drawn = await self._sampler.sample(prompt, n, params, k=k)
-        self.metrics.asked_tokens += sum(rollout.completion_ids.size for rollout in drawn)
-
-        def keep() -> list[Rollout] | None:
-            store.put_rollouts(who, prompt, drawn, params, k=k, version=version, occurrence=occurrence)
-            return store.get_rollouts(who, prompt, len(drawn), params, k=k, version=version, occurrence=occurrence)
-
-        # Rollouts may carry the policy's lists, which the codec rounds: give what a replay will give.
-        return await asyncio.to_thread(keep) or drawn
-
-
-class ReplaySampler(CachingSampler):
-    """A Sampler without a policy: what the store does not know is a CacheMissError."""
-
-    def __init__(
-        self, store: ScoreStore, identity: TeacherIdentity, *, version: Callable[[], Version] | None = None
-    ) -> None:
-        super().__init__(None, store, identity, version=version)
 
 
 async def _wait(flight: _Flight) -> TopK:

@@ -14,7 +14,11 @@ from topkd.topk.errors import ConfigError, TopkdError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 after a clean end, 2 when the command line or the model cannot be right, 130 after Ctrl-C."""
+    """Serve a model and return the exit code.
+
+    0: Ctrl-C or SIGTERM ended a server that was ready. 2: a bad option or a model that cannot be served. 130: Ctrl-C
+    while the model was loading.
+    """
     options = vars(_parser().parse_args(argv))
     if options.pop("watch_stdin"):
         threading.Thread(target=_end_with_parent, name="topkd-serve-parent", daemon=True).start()
@@ -33,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     except TopkdError as error:
         sys.stderr.write(f"topkd serve: {error}\n")
         return error.exit_code
-    except KeyboardInterrupt:  # while the model loads; a server that runs ends by itself
+    except KeyboardInterrupt:  # only while the model loads: serve() returns once the server is ready
         sys.stderr.write("topkd serve: stopped\n")
         return 130
     return 0

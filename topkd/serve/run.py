@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
+import signal
 import socket
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(config: ServeConfig) -> None:
-    """Load the model, listen, and serve until Ctrl-C or SIGTERM.
+    """Load the model and serve it until Ctrl-C or SIGTERM; both return after requests in progress have ended.
 
     Raises:
         ConfigError: The address is taken, or the model cannot be loaded or served.
@@ -61,8 +64,21 @@ def serve(config: ServeConfig) -> None:
         )
         _open(listening, config)
         line = f"{READY}http://{shown}:{port} (model {config.name}, max_logprobs {config.max_logprobs})"
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt), _interrupt_on_sigterm():
             _Server(settings, line).run(sockets=[listening])
+
+
+@contextlib.contextmanager
+def _interrupt_on_sigterm() -> Iterator[None]:
+    """Make SIGTERM raise KeyboardInterrupt: uvicorn shuts down on either signal and then raises it again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _looks_like_a_model(model: str) -> None:

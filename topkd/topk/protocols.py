@@ -62,16 +62,3 @@ class WeightSink(Protocol):
     async def push(self, update: WeightUpdate) -> Version:
         """Returns the version the sink confirms; raises SyncError when it cannot confirm."""
         ...
-
-
-@runtime_checkable
-class SampleStore(Protocol):
-    """Remembers scores by content: exact ids, teacher identity and logprob semantics."""
-
-    def get(self, teacher: str, ids: Ids, start: int, k: int) -> TopK | None:
-        """The stored rows, cut to ``start`` and ``k``; None when the store has none that wide."""
-        ...
-
-    def put(self, teacher: str, ids: Ids, scores: TopK) -> None:
-        """Durable when the store's commit says so, never before."""
-        ...

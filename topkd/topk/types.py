@@ -21,6 +21,7 @@ Bool = NDArray[np.bool_]
 PAD_ID = -1
 MASS_TOLERANCE = 1e-3  # float32 JSON rounding stays far below; a served mass above this is not a distribution
 _LOGP_TOLERANCE = 1e-3
+_AGREEMENT = 1e-2  # relative, absolute below 1 nat: bfloat16 rounds a logprob by 2**-9 of itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +167,12 @@ class TopK:
         NaN entries are dropped, a repeated id keeps its larger logprob, an empty list or None is a hole, and rows are
         padded to the longest list. The tail mass comes from the given (unrounded) values. Dialect sentinels such as
         -9999 must be resolved by the caller: what they mean differs between servers.
+
+        Raises:
+            ResponseError: A value is impossible, or a list and its row's ``actual_logp`` contradict each other.
         """
         ids, logp = pad_rows("TopK.from_lists", positions, PAD_ID)
-        return cls(
+        scores = cls(
             start,
             ids,
             logp.astype(np.float32),
@@ -176,6 +180,8 @@ class TopK:
             np.full(len(ids), np.nan, dtype=np.float32) if actual_logp is None else np.asarray(actual_logp),
             tail_logp(logp),
         )
+        _check_realised(scores)
+        return scores
 
     @classmethod
     def concat(cls, parts: Sequence[TopK]) -> TopK:
@@ -274,6 +280,26 @@ def _check(topk: TopK) -> None:
     _refuse((topk.mass() > 1 + MASS_TOLERANCE)[:, None], topk, f"mass above 1 + {MASS_TOLERANCE}")
     _refuse((topk.actual_logp > _LOGP_TOLERANCE)[:, None], topk, "realised token's logprob above 0")
     _refuse((topk.tail_logp > _LOGP_TOLERANCE)[:, None], topk, "tail_logp above 0")
+
+
+def _check_realised(scores: TopK) -> None:
+    """Raise ResponseError where a list gives the realised token another logprob than ``actual_logp`` does."""
+    actual = scores.actual_logp.astype(np.float64)
+    same = scores.listed & (scores.ids == scores.actual_ids[:, None])
+    listed = np.where(same, scores.logp, -np.inf).max(axis=1, initial=-np.inf).astype(np.float64)
+    tolerance = _AGREEMENT * np.maximum(1.0, np.minimum(np.abs(actual), np.abs(listed)))
+    with np.errstate(invalid="ignore"):  # -inf - -inf
+        close = (actual == listed) | (np.abs(actual - listed) <= tolerance)
+    wrong = same.any(axis=1) & ~np.isnan(actual) & ~close
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise ResponseError(
+            "TopK: the list and actual_logp disagree",
+            where=f"row {row} of {scores.rows}, token {scores.actual_ids[row]}",
+            got=f"actual_logp {actual[row]:.6g}",
+            expected=f"{listed[row]:.6g}, as the list has it",
+            hint="do both belong to the same position?",
+        )
 
 
 def _refuse(bad: NDArray[np.bool_], topk: TopK, what: str) -> None:

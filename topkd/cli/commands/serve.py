@@ -32,6 +32,8 @@ def serve_command(
 ) -> None:
     """Put a Hugging Face causal LM behind vLLM's dialects, or SGLang's.
 
+    Ctrl-C and SIGTERM end the server in order, with exit code 0.
+
     Example: topkd serve ./models/teacher --port 8011 --max-logprobs 64
     """
     require_extra("serve", "torch", "transformers", "starlette", "uvicorn", extra="serve")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,11 +81,13 @@ def check_echo_alignment(drawn: dict[str, Any], echoed: dict[str, Any]) -> Align
     ids = {name: at for at, name in enumerate(dict.fromkeys([*names, *(name for row in lists for name in row)]))}
     # The row after the draw, where there is one, shows a shift in that direction.
     begin = last - count - 1
-    scores = TopK.from_lists(
+    listed = TopK.from_lists(
         [[(ids[name], value) for name, value in row.items()] for row in lists[begin:last]],
         actual_ids=np.array([ids[name] for name in names[begin:last]], dtype=np.int32),
-        actual_logp=np.array([np.nan if value is None else value for value in values[begin:last]], dtype=np.float32),
     )
+    # Set afterwards: in shifted lists, which the check is to name, these contradict the lists.
+    actual_logp = np.array([np.nan if value is None else value for value in values[begin:last]], dtype=np.float32)
+    scores = replace(listed, actual_logp=actual_logp)
     wanted = np.array([ids[name] for name in tokens], dtype=np.int32)
     return check_alignment(scores, wanted, np.array(logp, dtype=np.float32))
 
