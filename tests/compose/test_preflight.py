@@ -11,9 +11,8 @@ from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.run_prompts import load_prompts
 from topkd.compose.preflight.lengths import check_lengths, compare_ends
 from topkd.compose.preflight.preflight import Preflight, preflight
-from topkd.compose.preflight.teachers import TeacherInfo, check_teachers
+from topkd.compose.preflight.teachers import TeacherInfo, check_same_ids, check_teachers
 from topkd.compose.progress import Progress
-from topkd.compose.teachers.local import check_same_ids
 from topkd.compose.train import train
 from topkd.engine.loop.metrics import read_metrics
 from topkd.engine.loop.prompts import PromptRow

@@ -19,7 +19,7 @@ from topkd.compose.data.digests import describe_rows
 from topkd.compose.data.run_prompts import Prompts
 from topkd.compose.preflight.forecast import Forecast, forecast
 from topkd.compose.preflight.preflight import Preflight, collect_problems
-from topkd.compose.preflight.teachers import TeacherInfo
+from topkd.compose.preflight.teachers import TeacherInfo, select_teachers
 from topkd.compose.progress import Progress
 from topkd.compose.run.resume import PreviousRun, check_same_rows, preview_resume
 from topkd.engine.loop.data_mixing import count_on_policy_prompts
@@ -187,7 +187,7 @@ def _list_used_settings(config: RunConfig, *, served: bool) -> list[tuple[str, A
 
 
 async def _probe_all(config: RunConfig, found: DryRun, *, student: str | None) -> None:
-    for name, teacher in config.teacher_map().items():
+    for name, teacher in select_teachers(config).items():
         for url in teacher.urls:
             try:
                 report = await probe(

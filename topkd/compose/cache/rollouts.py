@@ -56,18 +56,18 @@ class RecordedSampler:
         if params.seed is None:
             raise ConfigError("rollouts are kept under their seed", got="no seed")
         own = [replace(params, seed=derive_seed(params.seed, "prompt", place)) for place in range(len(prompts))]
-        found = self._found(prompts, n, own, k)
-        missing = [place for place, rollouts in enumerate(found) if rollouts is None]
+        stored = await asyncio.to_thread(self._read, prompts, n, own, k)  # disk reads and checksums
+        missing = [place for place, rollouts in enumerate(stored) if rollouts is None]
         if missing:
             if self._sampler is None:
                 raise self._miss(prompts[missing[0]], n, own[missing[0]])
             drawn = await self._draw(self._sampler, prompts, n, params, k)
-            await asyncio.to_thread(self._keep, prompts, drawn, own, k)
-            found = self._found(prompts, n, own, k)
-        rollouts = [given for given in found if given is not None]
+            await asyncio.to_thread(self._write, prompts, drawn, own, k)
+            stored = await asyncio.to_thread(self._read, prompts, n, own, k)
+        rollouts = [group for group in stored if group is not None]
         if len(rollouts) < len(prompts):
             raise CacheError("rollouts that were just written cannot be read", where=str(self._store.path))
-        tokens = sum(rollout.completion_ids.size for given in rollouts for rollout in given)
+        tokens = sum(rollout.completion_ids.size for group in rollouts for rollout in group)
         if missing:
             self.metrics.misses += 1
             self.metrics.asked_tokens += tokens
@@ -76,13 +76,13 @@ class RecordedSampler:
             self.metrics.saved_tokens += tokens
         return rollouts
 
-    def _found(
+    def _read(
         self, prompts: Sequence[Ids], n: int, params: Sequence[SamplingParams], k: int
     ) -> list[list[Rollout] | None]:
         pairs = zip(prompts, params, strict=True)
         return [self._store.get_rollouts(self.policy, prompt, n, own, k=k) for prompt, own in pairs]
 
-    def _keep(
+    def _write(
         self, prompts: Sequence[Ids], drawn: list[list[Rollout]], params: Sequence[SamplingParams], k: int
     ) -> None:
         for prompt, rollouts, own in zip(prompts, drawn, params, strict=True):

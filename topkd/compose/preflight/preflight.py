@@ -19,8 +19,9 @@ from topkd.compose.data.run_prompts import Prompts, load_prompts
 from topkd.compose.preflight.evaluation import EvalPlan, plan_evaluation
 from topkd.compose.preflight.lengths import Ends, check_lengths, check_token_ids_fit, compare_ends, read_vocab_size
 from topkd.compose.preflight.sampler import check_sampler
-from topkd.compose.preflight.teachers import TeacherInfo, check_teachers
+from topkd.compose.preflight.teachers import TeacherInfo, check_same_ids, check_teachers, select_teachers
 from topkd.compose.progress import Progress
+from topkd.engine.loop.data_mixing import check_mixture
 from topkd.engine.models.hub import check_there
 from topkd.offline import ReplayScorer, ScoreStore
 from topkd.topk.errors import ConfigError, TopkdError
@@ -150,6 +151,12 @@ async def _check_processes(state: Preflight) -> None:
             "several processes sample from the student in their own memory",
             got=f"sampler.kind {kind!r}", expected='sampler.kind = "in_process", or one process',
         )  # fmt: skip
+    if state.config.rollout.shards % state.processes:
+        raise ConfigError(
+            "rollout.shards must be shared evenly by the processes",
+            got=f"{state.config.rollout.shards} parts, {state.processes} processes",
+            hint="set a multiple of the number of processes, or 0",
+        )
 
 
 async def _check_schedule(state: Preflight) -> None:
@@ -161,14 +168,17 @@ async def _check_schedule(state: Preflight) -> None:
         )  # fmt: skip
 
 
-async def _check_trackers(state: Preflight) -> None:
-    table = state.config.track
-    for wanted, key, module in (
-        (table.tensorboard, "track.tensorboard", "tensorboard"),
-        (table.wandb_project is not None, "track.wandb_project", "wandb"),
-    ):
-        if wanted and importlib.util.find_spec(module) is None:
-            raise ConfigError(f"{key} needs {module}", hint="install it with: pip install 'topkd[track]'")
+async def _check_packages(state: Preflight) -> None:
+    config, track = state.config, state.config.track
+    for is_needed, key, package, hint in (
+        (track.tensorboard, "track.tensorboard", "tensorboard", "pip install 'topkd[track]'"),
+        (track.wandb_project is not None, "track.wandb_project", "wandb", "pip install 'topkd[track]'"),
+        (config.student.lora is not None, "[student.lora]", "peft", "pip install 'topkd[train]'"),
+        (config.learner.optimizer == "adamw_8bit", 'learner.optimizer = "adamw_8bit"', "bitsandbytes",
+         "pip install bitsandbytes"),
+    ):  # fmt: skip
+        if is_needed and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{key} needs {package}", hint=f"install it with: {hint}")
 
 
 async def _check_functions(state: Preflight) -> None:
@@ -212,6 +222,13 @@ async def _check_teachers(state: Preflight) -> None:
         state.teachers = await asyncio.to_thread(state.ranks.first, state.teachers)
 
 
+async def _check_local_teachers(state: Preflight) -> None:
+    for teacher in select_teachers(state.config).values():
+        if teacher.kind == "local" and teacher.model is not None:
+            await asyncio.to_thread(check_there, teacher.model)
+            await asyncio.to_thread(check_same_ids, teacher.model, state.config.student.model)
+
+
 async def _check_sampler(state: Preflight) -> None:
     if note := await check_sampler(state.config):
         state.progress.note(note)
@@ -228,7 +245,14 @@ async def _check_ids(state: Preflight) -> None:
 
 
 async def _check_lengths(state: Preflight) -> None:
-    check_lengths(state.config, state.loaded_prompts, state.teachers)
+    config = state.config
+    if state.is_replay and config.replay.order == "shuffled":  # completions of whatever length are there already
+        config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_completion_tokens": 1})})
+    check_lengths(config, state.loaded_prompts, state.teachers)
+
+
+async def _check_mixture(state: Preflight) -> None:
+    check_mixture(state.config, state.loaded_prompts.rows)
 
 
 async def _check_ends(state: Preflight) -> None:
@@ -266,16 +290,18 @@ def _find_draws(state: Preflight) -> None:
 CHECKS = (
     Check("processes", _check_processes),
     Check("schedule", _check_schedule),
-    Check("trackers", _check_trackers),
+    Check("packages", _check_packages),
     Check("functions", _check_functions),
     Check("cache", _check_cache, live=False),
     Check("student", _check_student),
     Check("files", _check_files),
     Check("teachers", _check_teachers, needs=("student",), replay=False),
+    Check("local teachers", _check_local_teachers, needs=("student",), replay=False),
     Check("sampler", _check_sampler, replay=False),
     Check("prompts", _check_prompts, needs=("student", "files")),
     Check("ids", _check_ids, needs=("prompts",)),
     Check("lengths", _check_lengths, needs=("prompts",)),
+    Check("mixture", _check_mixture, needs=("prompts",)),
     Check("ends", _check_ends, needs=("prompts",)),
     Check("evaluation", _check_evaluation, needs=("prompts", "files")),
     Check("draws", _check_draws, needs=("cache", "prompts"), live=False, dry=True),

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from topkd.clients import ClientConfig
 from topkd.clients.connection import ScoringClient, connect
-from topkd.clients.decoding.byte_map import ByteMap
+from topkd.clients.decoding.byte_map import ByteMap, load_bytemap
 from topkd.clients.dialects.raw_requests import Wire
 from topkd.clients.probe import tokens as probe_tokens
 from topkd.clients.probe.session import SCORING, TOKENS, Session, Teacher
@@ -95,6 +95,22 @@ def select_teachers(config: RunConfig) -> dict[str, TeacherConfig]:
     if config.objective.kind != "sft" or has_ceiling:
         return config.teacher_map()
     return {name: teacher for name, teacher in config.teacher_map().items() if teacher.kind != "server"}
+
+
+def check_same_ids(teacher: str, student: str) -> None:
+    """Raise ConfigError with the first id that the two tokenizers spell differently."""
+    teacher_map, own_map = load_bytemap(teacher), load_bytemap(student)
+    if teacher_map.fingerprint == own_map.fingerprint:
+        return
+    ids = sorted(teacher_map.token_bytes.keys() | own_map.token_bytes.keys())
+    differ = [token for token in ids if teacher_map.token_bytes.get(token) != own_map.token_bytes.get(token)]
+    raw = [table.token_bytes.get(differ[0]) for table in (teacher_map, own_map)]
+    spellings = ["nothing" if token is None else repr(token.decode("utf-8", "replace")) for token in raw]
+    raise ConfigError(
+        "the teacher's tokens are not the student's", where=f"{teacher} and {student}",
+        got=f"{len(differ)} ids differ, the first is {differ[0]}: {spellings[0]} there and {spellings[1]} here",
+        expected="one tokenizer for both: ids travel, text does not",
+    )  # fmt: skip
 
 
 def shorten_patience(config: ClientConfig) -> ClientConfig:

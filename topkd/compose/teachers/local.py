@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from topkd.clients.decoding.byte_map import load_bytemap
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import TeacherConfig
 from topkd.compose.data.digests import digest_weights
-from topkd.topk.errors import ConfigError
 from topkd.topk.protocols import TeacherScorer
 
 if TYPE_CHECKING:
@@ -61,24 +59,5 @@ def open_local(teacher: TeacherConfig, config: RunConfig, student: Any, lock: th
     from topkd.engine.models.student import Student
 
     folder = str(teacher.model)
-    check_same_ids(folder, config.student.model)
     model = Student.load(folder, config.student.device, config.student.dtype)
     return LocalModel(LocalTeacher(model), Path(folder).name, teacher.revision or digest_weights(model), model)
-
-
-def check_same_ids(teacher: str, student: str) -> None:
-    """Raises ConfigError with the first id that the two tokenizers spell differently."""
-    theirs, mine = load_bytemap(teacher), load_bytemap(student)
-    if theirs.fingerprint == mine.fingerprint:
-        return
-    ids = sorted(theirs.token_bytes.keys() | mine.token_bytes.keys())
-    differ = [token for token in ids if theirs.token_bytes.get(token) != mine.token_bytes.get(token)]
-    spelt = [
-        "nothing" if (found := table.token_bytes.get(differ[0])) is None else repr(found.decode("utf-8", "replace"))
-        for table in (theirs, mine)
-    ]
-    raise ConfigError(
-        "the teacher's tokens are not the student's", where=f"{teacher} and {student}",
-        got=f"{len(differ)} ids differ, the first is {differ[0]}: {spelt[0]} there and {spelt[1]} here",
-        expected="one tokenizer for both: ids travel, text does not",
-    )  # fmt: skip
