@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tests.engine.pieces import model_folder
 from topkd.cli.app import app
-from topkd.compose.export import export
+from topkd.compose.export import export, is_hub_id
 from topkd.engine.checkpoint.checkpoint import save_student
 from topkd.engine.config.learner import LoRAConfig
 from topkd.engine.loop.metrics import MetricsLog
@@ -64,8 +64,31 @@ def test_a_full_model_reloads_with_its_logits_tokenizer_template_ends_and_card(b
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "[user] hi"
     assert again.generation_config.eos_token_id == [tokenizer.eos_token_id, 0]
     card = (done.path / "README.md").read_text()
-    for words in (f'base_model: "{base}"', "from big", "weights of step 7", "| reverse_kl | 1.5 | 0.25 |", "topk_pg"):
+    for words in ("- base model: base\n", "from big", "weights of step 7", "| reverse_kl | 1.5 | 0.25 |", "topk_pg"):
         assert words in card
+    assert "base_model:" not in card  # a folder of this machine is no model of the hub
+    assert str(base) not in card
+
+
+def test_the_card_names_the_served_model_the_hub_id_and_the_loss_that_trained_and_no_address(base, tmp_path):
+    a_run(base, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["teacher"] = {"url": "http://10.0.0.7:8000"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    state = tmp_path / "student" / "topkd.json"
+    custom = {"kind": "custom", "function": "losses.likelihood"}
+    state.write_text(json.dumps({**json.loads(state.read_text()), "objective": custom}))
+    card = (export(str(tmp_path), str(tmp_path / "first")).path / "README.md").read_text()
+    assert "from a served model; float32" in card
+    assert "- objective: kind custom, function losses.likelihood" in card
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        log.write("event", {"event": "start", "teachers": {"": {"model": "/srv/models/Big-70B"}}})
+    card = (export(tmp_path, tmp_path / "second").path / "README.md").read_text()
+    assert "from Big-70B; float32" in card
+    assert "10.0.0.7" not in card
+    assert is_hub_id("Qwen/Qwen3-0.6B")
+    assert not any(is_hub_id(name) for name in ("models/a/b", "./student", "student"))
+    assert not is_hub_id(str(base))
 
 
 def test_bf16_halves_the_weights_and_moves_no_logit_far(base, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Exported:
 
 
 def export(
-    run: Path, out: Path | None = None, *, merge: bool = False, dtype: str | None = None, best: bool = False
+    run: str | Path, out: str | Path | None = None, *, merge: bool = False, dtype: str | None = None, best: bool = False
 ) -> Exported:
     """Write the student of a run (or its best, by ``eval.best``) as a folder, and reload it to see that it is the same.
 
@@ -55,11 +56,12 @@ def export(
         dtype: Of the written weights, as in "bf16"; those that trained when left out.
         best: The best student by the run's ``eval.best`` instead of the last one.
     """
+    run = Path(run)
     config = _read_config(run)
     source = _find_source(run, best=best)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError("unknown dtype", got=repr(dtype), expected=", ".join(sorted(set(DTYPES))))
-    out = out or run / "export"
+    out = run / "export" if out is None else Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "the folder to export to is not empty" if out.is_dir() else "the folder to export to is a file"
         raise ConfigError(what, where=str(out), hint="choose another --out")
@@ -165,19 +167,17 @@ def _measure_difference(written: Any, again: Any, tokenizer: Any) -> float:
 def _write_card(run: Path, source: Path, config: RunConfig, *, adapter: bool, dtype: str) -> str:
     base = config.student.model
     state = json.loads((source / "topkd.json").read_text(encoding="utf-8"))
-    teachers = sorted(
-        {teacher.model or ", ".join(teacher.urls) or "itself" for teacher in config.teacher_map().values()}
-    )
-    objective = ", ".join(f"{key} {value}" for key, value in config.objective.model_dump().items())
+    settings = state.get("objective") or config.objective.model_dump()  # a custom loss is known by its name
+    objective = ", ".join(f"{key} {value}" for key, value in settings.items())
     rate, rollout = config.learner.learning_rate(lora=config.student.lora is not None), config.rollout
-    origin = f"Distilled with topkd {topkd.__version__} from {' and '.join(teachers) or 'its data'}"
+    origin = f"Distilled with topkd {topkd.__version__} from {' and '.join(_list_teachers(run, config)) or 'its data'}"
     work = f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} completions"
     lines = [
         "---", f"library_name: {'peft' if adapter else 'transformers'}", "pipeline_tag: text-generation",
-        f"base_model: {json.dumps(base)}", "tags: [distillation, topkd]", "---", "",
+        *([f"base_model: {base}"] if is_hub_id(base) else []), "tags: [distillation, topkd]", "---", "",
         f"# {Path(base).name}, distilled", "",
         f"{origin}; {dtype} weights of step {state.get('version', '?')}.", "",
-        f"- objective: {objective}", f"- learning rate: {rate}",
+        f"- base model: {_shorten_path(base)}", f"- objective: {objective}", f"- learning rate: {rate}",
         f"- steps: {config.steps}, {work} of at most {rollout.max_completion_tokens} tokens, seed {config.seed}",
         f"- prompts: {Path(config.data.path).name}", "", *_list_measurements(run),
     ]  # fmt: skip
@@ -186,6 +186,26 @@ def _write_card(run: Path, source: Path, config: RunConfig, *, adapter: bool, dt
     else:
         lines += ["Load it with `transformers.AutoModelForCausalLM.from_pretrained(folder)`.", ""]
     return "\n".join(lines)
+
+
+def _list_teachers(run: Path, config: RunConfig) -> list[str]:
+    """Names of the teachers' models, as the run log has them; never a server's address."""
+    logged = next((event["teachers"] for event in read_metrics(run / RUN_LOG, "event") if "teachers" in event), {})
+    names = {
+        logged.get(name, {}).get("model") or teacher.model or ("itself" if teacher.kind == "self" else "a served model")
+        for name, teacher in config.teacher_map().items()
+    }
+    return sorted(_shorten_path(name) for name in names)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a model's name is an organisation and a name on a model hub, not a folder of this machine."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model) is not None and not Path(model).exists()
+
+
+def _shorten_path(model: str) -> str:
+    """A hub id as it is, a folder by its last name."""
+    return model if is_hub_id(model) else Path(model).name
 
 
 def _list_measurements(run: Path) -> list[str]:
