@@ -190,7 +190,9 @@ def _write_card(run: Path, source: Path, config: RunConfig, *, adapter: bool, dt
 
 def _list_teachers(run: Path, config: RunConfig) -> list[str]:
     """Names of the teachers' models, as the run log has them; never a server's address."""
-    logged = next((event["teachers"] for event in read_metrics(run / RUN_LOG, "event") if "teachers" in event), {})
+    logged: dict[str, Any] = next(
+        (event["teachers"] for event in read_metrics(run / RUN_LOG, "event") if "teachers" in event), {}
+    )
     names = {
         logged.get(name, {}).get("model") or teacher.model or ("itself" if teacher.kind == "self" else "a served model")
         for name, teacher in config.teacher_map().items()
