@@ -201,7 +201,7 @@ def test_a_key_in_place_of_its_variables_name_is_refused_and_not_repeated(tmp_pa
 
 def test_an_option_that_holds_the_key_itself_is_refused_and_not_repeated():
     with pytest.raises(ConfigError, match="--api-key-env: expected the name of an environment variable") as caught:
-        read_api_key("sk-hunter2", said="--api-key-env")
+        read_api_key("sk-hunter2", source="--api-key-env")
     assert "hunter2" not in str(caught.value)
 
 

@@ -39,10 +39,10 @@ def test_a_run_that_never_arrived_is_marked_where_it_ended_and_no_mean_is_taken(
     assert first["label"] == "top-20"
     assert first["mean"] is not None
     assert [(dot["value"], dot["late"]) for dot in last["dots"][:2]] == [(2000, True), (2000, True)]
-    assert (last["mean"], last["low"], last["said"]) == (None, None, "2 of 3 never")
+    assert (last["mean"], last["low"], last["text"]) == (None, None, "2 of 3 never")
     (row,) = ratios["rows"]
     assert len(row["dots"]) == 1
-    assert row["said"].endswith("(1 of 3 pairs)")
+    assert row["text"].endswith("(1 of 3 pairs)")
     assert row["low"] is None  # one pair shows no spread
 
 
@@ -54,7 +54,7 @@ def test_pairs_are_counted_of_all_seeds_also_where_the_best_arm_itself_was_late(
             fact["tokens_to_target"] = None if seed == "0" else {"topk_pg": 500.0, "scalar_kl": 1000.0}[row["arm"]]
     (folder / "compare.json").write_text(json.dumps(summary))
     _, ratios = strips_of(folder)["tokens"]
-    assert ratios["rows"][0]["said"] == "0.500 (2 of 3 pairs)"
+    assert ratios["rows"][0]["text"] == "0.500 (2 of 3 pairs)"
 
 
 def test_runs_outside_a_comparison_have_their_last_values_alone(tmp_path: Path) -> None:
@@ -82,6 +82,6 @@ def test_arms_that_never_arrive_stand_in_the_order_of_their_areas(tmp_path: Path
             fact["tokens_to_target"] = None
     (folder / "compare.json").write_text(json.dumps(summary))
     strips = strips_of(folder)
-    assert [row["said"] for row in strips["tokens"][0]["rows"]] == ["3 of 3 never"] * 2
+    assert [row["text"] for row in strips["tokens"][0]["rows"]] == ["3 of 3 never"] * 2
     assert [row["label"] for row in strips["tokens"][0]["rows"]] == ["top-20", "sampled token"]
     assert [row["label"] for row in strips["area"][0]["rows"]] == ["top-20", "sampled token"]

@@ -18,7 +18,7 @@ from topkd.cli.options import flag, join_paragraphs
 from topkd.topk.errors import TopkdError
 
 # What typer raises for a command line that does not fit: click's class, or its own copy of it, as its version has it.
-_Misuse: type[Exception] = next(one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException")
+_Misuse: type[Exception] = next(item for item in typer.BadParameter.__mro__ if item.__name__ == "ClickException")
 
 _NAME = 120  # characters of a file's name that are repeated
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # no mistake of whoever typed the command
@@ -125,11 +125,11 @@ def _main() -> None:
 def _exit_on_misuse(error: Any) -> NoReturn:
     """A command that was written wrongly: one line, as for every other mistake."""
     message = " ".join(str(error.format_message()).split()).rstrip(".")
-    for theirs, ours in _WORDS.items():
-        message = message.replace(theirs, ours)
+    for words, ours in _WORDS.items():
+        message = message.replace(words, ours)
     if message:  # else it was called for its help, which has been shown
         context = getattr(error, "ctx", None)
-        known = {one.name for one in app.registered_commands} | {one.name for one in app.registered_groups}
+        known = {item.name for item in app.registered_commands} | {item.name for item in app.registered_groups}
         called = [word for word in sys.argv[1:2] if word in known]
         where = " ".join(["topkd", *called]) if context is None else context.command_path
         typer.echo(f"topkd: error: {message}; see {where} --help", err=True)

@@ -225,8 +225,8 @@ def _build_cell(
             rollouts = f"live-{reference}-seed{seed}"
     name = f"{phase}-{arm.name}{rate if phase == 'tune' else ''}-seed{seed}"
     values, by = config.values(arm, seed, lr), "" if drawn is None else drawn[rollouts]
-    given = "" if config.base == EMBEDDED else _digest_inputs(values)
-    return Cell(name, phase, arm.name, seed, lr, config.base, values, config.probes, rollouts, by, given)
+    inputs = "" if config.base == EMBEDDED else _digest_inputs(values)
+    return Cell(name, phase, arm.name, seed, lr, config.base, values, config.probes, rollouts, by, inputs)
 
 
 def _digest_inputs(values: Mapping[str, Any]) -> str:

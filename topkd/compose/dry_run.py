@@ -160,14 +160,14 @@ def _note_recorded(state: Preflight, found: DryRun) -> None:
 def list_settings(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
     """Every setting in force, by dotted key, and whether it was given; tables that are left out are not listed."""
     for name in type(model).model_fields:
-        value, given = getattr(model, name), name in model.model_fields_set
+        value, is_set = getattr(model, name), name in model.model_fields_set
         if isinstance(value, BaseModel):
             yield from list_settings(value, f"{prefix}{name}.")
         elif isinstance(value, dict) and any(isinstance(entry, BaseModel) for entry in value.values()):
             for key, entry in value.items():
                 yield from list_settings(entry, f"{prefix}{name}.{key}.")
-        elif value is not None or given:
-            yield f"{prefix}{name}", value, given
+        elif value is not None or is_set:
+            yield f"{prefix}{name}", value, is_set
 
 
 def _list_used_settings(config: RunConfig, *, served: bool) -> list[tuple[str, Any, bool]]:
@@ -175,9 +175,9 @@ def _list_used_settings(config: RunConfig, *, served: bool) -> list[tuple[str, A
     asks = served and any(teacher.urls for teacher in config.teacher_map().values())
     silent = {"client": not asks, "replay": served}
     found = [
-        (key, value, given)
-        for key, value, given in list_settings(config)
-        if not silent.get(key.split(".")[0]) and (given or (value not in ("", {}, ()) and not key.endswith(_UNSAID)))
+        (key, value, is_set)
+        for key, value, is_set in list_settings(config)
+        if not silent.get(key.split(".")[0]) and (is_set or (value not in ("", {}, ()) and not key.endswith(_UNSAID)))
     ]
     if config.learner.lr is None:
         place = next(place for place, (key, *_) in enumerate(found) if key.startswith("learner."))
@@ -199,8 +199,11 @@ async def _probe_all(config: RunConfig, found: DryRun, *, student: str | None) -
                 if not any(url in problem for problem in found.problems):
                     found.problems.append(str(error))
                 continue
-            warned = [one for one in report.findings if one.status == "warn"]
-            found.notes += [f"{url}: {one.title}: {', '.join(filter(None, (one.value, one.detail)))}" for one in warned]
+            warned = [finding for finding in report.findings if finding.status == "warn"]
+            found.notes += [
+                f"{url}: {finding.title}: {', '.join(filter(None, (finding.value, finding.detail)))}"
+                for finding in warned
+            ]
             known = report.capabilities
             found.endpoints.append(
                 EndpointFinding(
@@ -220,7 +223,7 @@ async def _probe_all(config: RunConfig, found: DryRun, *, student: str | None) -
 
 def _describe_data(prompts: Prompts) -> dict[str, Any]:
     own = [row.prompt_ids.size for row in prompts.rows]
-    told = [row.teacher_prompt_ids.size for row in prompts.rows]
+    teacher_sizes = [row.teacher_prompt_ids.size for row in prompts.rows]
     teachers: dict[str, int] = {}
     for row in prompts.rows:
         teachers[row.teacher_id] = teachers.get(row.teacher_id, 0) + 1
@@ -228,7 +231,7 @@ def _describe_data(prompts: Prompts) -> dict[str, Any]:
         "rows": len(own),
         "dropped_overlong": len(prompts.dropped),
         "prompt_tokens": {"median": int(np.median(own)), "longest": max(own)},
-        "teacher_prompt_tokens": {"median": int(np.median(told)), "longest": max(told)},
+        "teacher_prompt_tokens": {"median": int(np.median(teacher_sizes)), "longest": max(teacher_sizes)},
         "privileged": sum(
             not np.array_equal(row.prompt_ids, row.teacher_prompt_ids) for row in prompts.rows
         ),
@@ -257,13 +260,13 @@ def _split_completion(row: PromptRow, tokenizer: Any) -> Iterator[tuple[str, boo
         yield tokenizer.decode(row.completion_ids[first:last]), bool(mask[first])
 
 
-def _estimate(config: RunConfig, prompts: Prompts, met: dict[str, TeacherInfo], found: DryRun) -> None:
+def _estimate(config: RunConfig, prompts: Prompts, teacher_infos: dict[str, TeacherInfo], found: DryRun) -> None:
     from topkd.engine.models.student import pick_device
 
     try:
         device = pick_device(config.student.device)
         found.device = str(device)
-        dialects = {name: teacher.dialect for name, teacher in met.items()}
+        dialects = {name: teacher.dialect for name, teacher in teacher_infos.items()}
         found.forecast = forecast(config, prompts.rows, device, dialects)
     except TopkdError as error:
         found.problems.append(str(error))

@@ -61,7 +61,7 @@ def probe_command(
                 model=model,
                 student=None if student is None else load_student_byte_map(student),
                 dialect=dialect,
-                api_key=read_api_key(api_key_env, said="--api-key-env"),
+                api_key=read_api_key(api_key_env, source="--api-key-env"),
                 load=load,
                 batch=batch,
                 load_tokens=tokens,

@@ -78,15 +78,15 @@ def _follow(runs: list[Path], port: int, *, as_json: bool) -> None:
 
 
 def _print_page(page: Page, path: Path, drawn: list[Path]) -> dict[str, Any]:
-    said = page.verdict
+    statement = page.verdict
     return {
         "out": str(path),
-        "headline": said.headline,
-        "detail": said.detail,
-        "metric": said.metric,
-        "ranks": [rank.plain() for rank in said.ranks],
+        "headline": statement.headline,
+        "detail": statement.detail,
+        "metric": statement.metric,
+        "ranks": [rank.plain() for rank in statement.ranks],
         "results": [dict(zip(page.summary.columns, row, strict=True)) for row in page.summary.rows],
-        "warnings": said.warnings,
+        "warnings": statement.warnings,
         "notes": page.notes,
         "figures": [str(file) for file in drawn],
     }

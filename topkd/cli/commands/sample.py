@@ -79,7 +79,7 @@ def sample_command(
     values = {
         "data": data, "out": out, "teacher": teacher, "model": model, "dialect": dialect, "tokenizer": tokenizer,
         "k": k, "n": n, "max_new_tokens": max_new_tokens, "seed": seed, "revision": revision,
-        "api_key": read_api_key(api_key_env, said="--api-key-env"),
+        "api_key": read_api_key(api_key_env, source="--api-key-env"),
         "limit": limit, "max_tokens": max_tokens, "max_cost": max_cost,
         "price_in": price_in, "price_out": price_out, "estimate": estimate, "codec": codec, "in_flight": in_flight,
         "strict": strict,

@@ -129,7 +129,7 @@ def score_command(
         "data": data, "out": out, "teachers": tuple(teacher or ()), "routes": routes, "model": one_model,
         "models": models, "dialect": dialect, "k": k, "tokenizer": tokenizer, "revision": one_revision or "",
         "revisions": revisions, "vocab_size": one_size, "vocab_sizes": sizes, "teacher_id": wanted, "limit": limit,
-        "api_key": read_api_key(api_key_env, said="--api-key-env"),
+        "api_key": read_api_key(api_key_env, source="--api-key-env"),
         "shard": _parse_shard(shard), "dedupe": dedupe, "max_tokens": max_tokens, "max_cost": max_cost,
         "price_per_million": price_per_million, "estimate": estimate, "codec": codec, "in_flight": in_flight,
         "strict": strict, "runner": runner, "workers": workers, "gpus_per_worker": gpus_per_worker,
@@ -143,18 +143,18 @@ def score_command(
     print_report_and_exit(report, lambda: _format_lines(report), as_json=as_json)
 
 
-def _parse_routes(given: list[str]) -> tuple[dict[str, tuple[str, ...]], str]:
+def _parse_routes(arguments: list[str]) -> tuple[dict[str, tuple[str, ...]], str]:
     """NAME=URL pairs as URLs by name, and the one NAME that came alone."""
     routes: dict[str, tuple[str, ...]] = {}
-    alone = [text for text in given if "=" not in text]
-    for text in given:
+    alone = [text for text in arguments if "=" not in text]
+    for text in arguments:
         name, separator, url = text.partition("=")
         if separator:
             if not name.strip() or "://" not in url:
                 raise ConfigError("--teacher-id takes NAME=URL", got=text, expected="maths=http://127.0.0.1:8000, say")
             routes[name.strip()] = (*routes.get(name.strip(), ()), url.strip())
     if len(alone) > 1 or (alone and routes):
-        raise ConfigError("--teacher-id takes one NAME, or NAME=URL pairs only", got=" ".join(given))
+        raise ConfigError("--teacher-id takes one NAME, or NAME=URL pairs only", got=" ".join(arguments))
     return routes, alone[0] if alone else ""
 
 
@@ -169,11 +169,13 @@ def _parse_argument(text: str) -> tuple[str, object]:
         return key.strip(), value
 
 
-def _split_named(given: list[str], routes: dict[str, tuple[str, ...]], flag: str) -> tuple[str | None, dict[str, str]]:
+def _split_named(
+    arguments: list[str], routes: dict[str, tuple[str, ...]], flag: str
+) -> tuple[str | None, dict[str, str]]:
     """What holds for every teacher, and what for one by its name; a name may itself hold an equals sign."""
     plain: list[str] = []
     by_name: dict[str, str] = {}
-    for text in given:
+    for text in arguments:
         name, separator, value = text.partition("=")
         if separator and name in routes:
             by_name[name] = value

@@ -45,7 +45,7 @@ def serve_command(
         "host": host,
         "port": port,
         "served_model_name": served_model_name,
-        "api_key": read_api_key(api_key_env, said="--api-key-env"),
+        "api_key": read_api_key(api_key_env, source="--api-key-env"),
         "max_logprobs": max_logprobs,
         "max_model_len": max_model_len,
         "dialect": dialect,

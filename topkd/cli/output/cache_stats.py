@@ -31,8 +31,8 @@ def describe_stats(found: dict[str, Any], shapes: dict[str, Any]) -> Iterator[st
         yield ""
         yield from _format_columns(
             ("TEACHERS AND SAMPLED POLICIES", "revision", "records", "tokens"),
-            [(one["name"], one["revision"] or "-", f"{one['records']:,}", f"{one['tokens']:,}")
-             for one in found["teachers"]],
+            [(teacher["name"], teacher["revision"] or "-", f"{teacher['records']:,}", f"{teacher['tokens']:,}")
+             for teacher in found["teachers"]],
         )  # fmt: skip
     if not shapes["scores"]:
         return

@@ -80,13 +80,19 @@ def _format_bullet(word: str, style: str, text: str) -> Table:
 
 def _print_endpoints(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
-    for one in found.endpoints:
-        fine = one.can_teach and (one.k is None or one.k < 0 or one.k >= config.k)
+    for endpoint_finding in found.endpoints:
+        fine = endpoint_finding.can_teach and (
+            endpoint_finding.k is None or endpoint_finding.k < 0 or endpoint_finding.k >= config.k
+        )
         mark = Text("✓ " if fine else "✗ ", style="green" if fine else "bold red")
-        facts = ", ".join(part for part in (one.model, one.dialect) if part)
-        said = one.verdict if fine or not one.can_teach else f"K = {config.k} is above its limit; it {one.verdict}"
-        about = f"{said} ({facts}; asked for K = {config.k})" if facts else said
-        rows.append((one.teacher or "teacher", Group(Text(one.url), mark + Text(about))))
+        facts = ", ".join(part for part in (endpoint_finding.model, endpoint_finding.dialect) if part)
+        statement = (
+            endpoint_finding.verdict
+            if fine or not endpoint_finding.can_teach
+            else f"K = {config.k} is above its limit; it {endpoint_finding.verdict}"
+        )
+        about = f"{statement} ({facts}; asked for K = {config.k})" if facts else statement
+        rows.append((endpoint_finding.teacher or "teacher", Group(Text(endpoint_finding.url), mark + Text(about))))
     return rows
 
 
@@ -118,7 +124,7 @@ def _print_run(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
 
 def _print_data(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
     data = found.data
-    own, told = data["prompt_tokens"], data["teacher_prompt_tokens"]
+    own, teacher_tokens = data["prompt_tokens"], data["teacher_prompt_tokens"]
     rows = [
         ("file", config.data.path),
         ("rows", f"{data['rows']:,}, {data['dropped_overlong']:,} over-long dropped"),
@@ -126,7 +132,13 @@ def _print_data(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
     ]
     if data["privileged"]:
         rows.append(
-            ("teacher's", f"median {told['median']}, longest {told['longest']}; {data['privileged']:,} rows differ")
+            (
+                "teacher's",
+                (
+                    f"median {teacher_tokens['median']}, longest {teacher_tokens['longest']}; "
+                    f"{data['privileged']:,} rows differ"
+                ),
+            )
         )
     if data["with_completion"]:
         rows.append(("with an answer", f"{data['with_completion']:,}"))
@@ -209,16 +221,16 @@ def _print_settings(found: DryRun, *, mark: str) -> Table:
     """The settings in force, by table; those that were given in bold, with ``mark`` before them."""
     tables: dict[str, Text] = {}
     quiet = 0  # how a server is asked has many settings, and most runs change none
-    for key, value, given in found.settings:
+    for key, value, is_set in found.settings:
         table, dot, name = key.partition(".")
-        if table == "client" and not given:
+        if table == "client" and not is_set:
             quiet += 1
             continue
         text = tables.setdefault(table if dot else "run", Text())
         if text:
             text.append(", ", style="dim")
-        text.append(f"{mark if given else ''}{name if dot else key} ", style="dim")
-        text.append(_format_toml(value), style="bold" if given else "")
+        text.append(f"{mark if is_set else ''}{name if dot else key} ", style="dim")
+        text.append(_format_toml(value), style="bold" if is_set else "")
     if quiet:
         text = tables.setdefault("client", Text())
         text.append(f"{', ' if text else ''}{quiet} {'others ' if text else ''}at their defaults", style="dim")

@@ -9,15 +9,15 @@ def format_count(number: int) -> str:
     """Whole below ten thousand (9,999), in thousands, millions or billions above (12 k, 1.54 B)."""
     if number < 10_000:
         return f"{number:,}"
-    unit, one = next(
-        (unit, one) for unit, one in (("B", 1e9), ("M", 1e6), ("k", 1e3)) if number >= _TO_THE_NEXT * one
+    unit, factor = next(
+        (unit, factor) for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)) if number >= _TO_THE_NEXT * factor
     )  # fmt: skip
-    return f"{number / one:.3g} {unit}"
+    return f"{number / factor:.3g} {unit}"
 
 
 def format_bytes(number: float) -> str:
     """Bytes, in powers of a thousand: 512 B, 64.5 kB, 1.25 GB."""
-    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= _TO_THE_NEXT * one:
-            return f"{number / one:.3g} {unit}"
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= _TO_THE_NEXT * factor:
+            return f"{number / factor:.3g} {unit}"
     return f"{number:.0f} B"

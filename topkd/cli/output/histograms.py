@@ -22,8 +22,8 @@ def draw_histogram(title: str, labels: Sequence[str], shares: Sequence[float], n
 
 def join_side_by_side(left: Sequence[str], right: Sequence[str]) -> Iterator[str]:
     """The lines of two pictures, each pair as one."""
-    for one, other in zip_longest(left, right, fillvalue=""):
-        yield f"{one:<{WIDTH + 4}}{other}".rstrip()
+    for line, other in zip_longest(left, right, fillvalue=""):
+        yield f"{line:<{WIDTH + 4}}{other}".rstrip()
 
 
 def draw_bar(share: float, width: int) -> str:

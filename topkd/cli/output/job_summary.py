@@ -27,8 +27,8 @@ def print_report_and_exit(report: JobReport, lines: Callable[[], Sequence[str]],
 
 def format_counts(report: JobReport, done: str, ahead: str, others: Sequence[str]) -> str:
     """The count called ``done`` (``ahead``, where it is an estimate), and the others that are not zero."""
-    told = [f"{getattr(report, done)} {ahead if report.estimate else done}"]
-    return ", ".join(told + [f"{count} {name}" for name in others if (count := getattr(report, name))])
+    parts = [f"{getattr(report, done)} {ahead if report.estimate else done}"]
+    return ", ".join(parts + [f"{count} {name}" for name in others if (count := getattr(report, name))])
 
 
 def format_cost(report: JobReport) -> str:

@@ -90,7 +90,7 @@ def chat_reply(body: bytes, *, asked: SampleRequest, table: ByteMap | None) -> R
         raise ResponseError("wrong number of choices", got=len(reply.choices), expected=asked.n)
     rollouts: list[Rollout] = []
     listed = ambiguous = lost = 0
-    for choice in sorted(reply.choices, key=lambda one: one.index):
+    for choice in sorted(reply.choices, key=lambda item: item.index):
         content = choice.logprobs.content if choice.logprobs else None
         if not content:
             raise ResponseError(
@@ -156,8 +156,8 @@ def _row(position: _Position, table: ByteMap | None) -> _Row:
     return _Row(ids, logp, len(served), dropped)
 
 
-def _same(one: _Entry, other: _Entry) -> bool:
-    return (one.token, one.bytes, one.id) == (other.token, other.bytes, other.id)
+def _same(item: _Entry, other: _Entry) -> bool:
+    return (item.token, item.bytes, item.id) == (other.token, other.bytes, other.id)
 
 
 def _rollout(choice: _Choice, content: list[_Position], ids: Int32, rows: list[_Row], asked: SampleRequest) -> Rollout:

@@ -107,7 +107,7 @@ def sampled_rollouts(body: bytes, *, asked: SampleRequest) -> list[Rollout]:
     replies = reply if isinstance(reply, list) else [reply]
     if len(replies) != asked.n:
         raise ResponseError("wrong number of completions", got=len(replies), expected=asked.n)
-    return [_rollout(one, asked, index) for index, one in enumerate(replies)]
+    return [_rollout(single_reply, asked, index) for index, single_reply in enumerate(replies)]
 
 
 def _rollout(reply: _Reply, asked: SampleRequest, index: int) -> Rollout:

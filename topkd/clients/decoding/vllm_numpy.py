@@ -181,13 +181,13 @@ def _plain_numbers(views: _Views, brace: _I64, logp: Float64, stop: _I64) -> NDA
     """Fills in the numbers of the form ``-d.ddd`` or ``-dd.ddd`` and says which those are."""
     head = views.u64[brace + 11]
     plain = (head & _FF) == _MINUS
-    one = ((head >> _S8) & _FF) - _ZERO_CHAR  # below "0" it wraps to a huge number: no digit either
+    first_digit = ((head >> _S8) & _FF) - _ZERO_CHAR  # below "0" it wraps to a huge number: no digit either
     third = (head >> _S16) & _FF
     two = third - _ZERO_CHAR
     short = third == _DOT
-    plain &= one < _TEN
+    plain &= first_digit < _TEN
     plain &= short | ((two < _TEN) & (((head >> _S24) & _FF) == _DOT))
-    whole = np.where(short, one, one * _TEN + two)
+    whole = np.where(short, first_digit, first_digit * _TEN + two)
     place = brace + np.where(short, 14, 15)
     high, high_digits = _leading(views.u64[place])
     low_word, low_digits = _leading(views.u64[place + 8])

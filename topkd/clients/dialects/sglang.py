@@ -114,11 +114,11 @@ class Sglang(HttpClient):
     async def server_info(self) -> ServerInfo:
         """As the base class, with the version that ``/server_info`` states."""
         info = await super().server_info()
-        said = await Wire(self).get("/server_info") or await Wire(self).get("/get_server_info") or {}
+        server_state = await Wire(self).get("/server_info") or await Wire(self).get("/get_server_info") or {}
         length = info.max_model_len
-        if length is None and isinstance(said.get("max_total_num_tokens"), int):
-            length = said.get("context_length") if isinstance(said.get("context_length"), int) else None
-        return ServerInfo(info.model, length, str(said.get("version") or info.version), info.models)
+        if length is None and isinstance(server_state.get("max_total_num_tokens"), int):
+            length = server_state.get("context_length") if isinstance(server_state.get("context_length"), int) else None
+        return ServerInfo(info.model, length, str(server_state.get("version") or info.version), info.models)
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
         """As ``TeacherScorer``: only rows ``start .. len(ids) - 2`` are sent, a cached prefix is used up to there."""

@@ -130,9 +130,9 @@ class VllmCompletions(HttpClient):
         array = check_request_ids(ids, start, k, self.vocab_size)
         model = await self.model_name()
 
-        def build(one: Try) -> dict[str, Any]:
+        def build(attempt: Try) -> dict[str, Any]:
             # The same broken cache entry gives the same NaN again: the one retry asks for another.
-            return build_vllm_score(model, array, k) | _salt(one)
+            return build_vllm_score(model, array, k) | _salt(attempt)
 
         topk, zeros, fast = await self.endpoint.call(
             "POST",
@@ -176,7 +176,7 @@ class VllmCompletions(HttpClient):
             self.endpoint.call(
                 "POST",
                 _ROUTE,
-                lambda one: build_vllm_sample(model, prompt, n, params, k) | _salt(one),
+                lambda attempt: build_vllm_sample(model, prompt, n, params, k) | _salt(attempt),
                 decode=partial(read_rollouts, asked=SampleRequest(prompt, n, params, k, self.vocab_size, exact)),
                 where=self.where(f"{n} x {params.max_tokens} tokens"),
                 tokens=int(prompt.size) + params.max_tokens,
@@ -230,7 +230,7 @@ class VllmCompletions(HttpClient):
             return ""
         where = self.where("GET /weight_info")
         try:
-            said = await self.endpoint.call(
+            answer = await self.endpoint.call(
                 "GET", "/weight_info", decode=lambda body: typed(body, _WEIGHTS), where=where, retries=False
             )
         except (FinalServerError, ResponseError):
@@ -239,8 +239,12 @@ class VllmCompletions(HttpClient):
         except TopkdError:  # unknown for this draw; a draw is not lost for want of its label
             return ""
         self._tells = True
-        return "" if said.weight_version is None else str(said.weight_version)
+        return "" if answer.weight_version is None else str(answer.weight_version)
 
 
-def _salt(one: Try) -> dict[str, str]:
-    return {"cache_salt": f"retry-{one.number}"} if one.failure is not None and is_repeating(one.failure) else {}
+def _salt(attempt: Try) -> dict[str, str]:
+    return (
+        {"cache_salt": f"retry-{attempt.number}"}
+        if attempt.failure is not None and is_repeating(attempt.failure)
+        else {}
+    )

@@ -136,8 +136,8 @@ class VllmGenerate(VllmCompletions):
     async def version(self) -> tuple[int, ...]:
         """Major and minor number of the server; () when it does not say."""
         if self._version is None:
-            said = re.match(r"v?(\d+)\.(\d+)", await self.server_version())
-            self._version = (int(said[1]), int(said[2])) if said else ()
+            version_match = re.match(r"v?(\d+)\.(\d+)", await self.server_version())
+            self._version = (int(version_match[1]), int(version_match[2])) if version_match else ()
         return self._version
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
@@ -148,7 +148,7 @@ class VllmGenerate(VllmCompletions):
             topk, zeros, fast = await self.endpoint.call(
                 "POST",
                 ROUTE,
-                lambda one: build_generate_score(model, array, k) | _salt(one),
+                lambda attempt: build_generate_score(model, array, k) | _salt(attempt),
                 decode=partial(read_generate_scores, ids=array, start=start, k=k, vocab_size=self.vocab_size),
                 where=self.where(f"{array.size} tokens, K = {k}"),
                 tokens=int(array.size),
@@ -185,7 +185,7 @@ class VllmGenerate(VllmCompletions):
                 self.endpoint.call(
                     "POST",
                     ROUTE,
-                    lambda one: build_generate_sample(model, prompt, n, params, wide) | _salt(one),
+                    lambda attempt: build_generate_sample(model, prompt, n, params, wide) | _salt(attempt),
                     decode=lambda body: read_generate_rollouts(body, asked=asked),
                     where=self.where(f"{n} x {params.max_tokens} tokens"),
                     tokens=int(prompt.size) + params.max_tokens,
@@ -263,7 +263,7 @@ class VllmGenerate(VllmCompletions):
         return await self.endpoint.call(
             "POST",
             ROUTE,
-            lambda one: build_generate_candidates(model, ids, start, asked) | _salt(one),
+            lambda attempt: build_generate_candidates(model, ids, start, asked) | _salt(attempt),
             decode=lambda body: check_candidates(candidates_reply(body, rows=rows, columns=columns), wanted, start),
             where=self.where(f"{rows} rows, {columns} candidates"),
             tokens=int(ids.size),
@@ -311,8 +311,12 @@ def _candidates(candidates: Int32, rows: int, vocab_size: int | None) -> Int32:
     return wanted.astype(np.int32)
 
 
-def _salt(one: Try) -> dict[str, str]:
-    return {"cache_salt": f"retry-{one.number}"} if one.failure is not None and is_repeating(one.failure) else {}
+def _salt(attempt: Try) -> dict[str, str]:
+    return (
+        {"cache_salt": f"retry-{attempt.number}"}
+        if attempt.failure is not None and is_repeating(attempt.failure)
+        else {}
+    )
 
 
 def _other_schema(error: RequestRefusedError) -> bool:

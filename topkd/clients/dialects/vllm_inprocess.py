@@ -186,8 +186,8 @@ class VllmInProcess:
 
         self._adapters += 1
         adapter = LoRARequest(update.version, self._adapters, update.path)
-        one = EngineParams(max_tokens=1, temperature=0.0, detokenize=False)
-        self._llm.generate([{"prompt_token_ids": [1]}], [one], use_tqdm=False, lora_request=adapter)
+        engine_params = EngineParams(max_tokens=1, temperature=0.0, detokenize=False)
+        self._llm.generate([{"prompt_token_ids": [1]}], [engine_params], use_tqdm=False, lora_request=adapter)
         self._adapter = adapter
 
     async def _generate(self, prompt: list[int], fields: dict[str, Any]) -> Any:
@@ -326,12 +326,12 @@ def _rows(table: Any, first: int, actual: Int32, *, start: int, k: int, vocab_si
 def convert_engine_error(error: Exception) -> TopkdError:
     """The engine's exception as one of ours."""
     text = str(error) or type(error).__name__
-    said = _LIMIT.search(text)
-    if said:
+    limit_match = _LIMIT.search(text)
+    if limit_match:
         limit = KLimitError(
-            "K is above the engine's limit", got=text, expected=f"K <= {said[1]}", hint="max_logprobs=..."
+            "K is above the engine's limit", got=text, expected=f"K <= {limit_match[1]}", hint="max_logprobs=..."
         )
-        limit.limit = int(said[1])
+        limit.limit = int(limit_match[1])
         return limit
     if "V2 model runner" in text or "unexpected keyword" in text.lower():
         return UnsupportedError(

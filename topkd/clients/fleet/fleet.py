@@ -93,8 +93,8 @@ class Fleet:
         if len(makes) != len(urls):
             raise ConfigError("a fleet needs one client class, or one for each URL", got=len(makes), expected=len(urls))
         self.replicas = [
-            Replica(one(url, config=single, budget=budget, metrics=self.metrics_, **options), self.config)
-            for url, one in zip(urls, makes, strict=True)
+            Replica(attempt_info(url, config=single, budget=budget, metrics=self.metrics_, **options), self.config)
+            for url, attempt_info in zip(urls, makes, strict=True)
         ]
         self._hedging = Hedging(self.config.hedge_share)
         self._probes: set[asyncio.Task[None]] = set()
@@ -215,8 +215,8 @@ class Fleet:
             raise ConfigError("the fleet is closed")
         failed: set[int] = set()
 
-        async def attempt(one: Try) -> Result:
-            number = await self._pick(one, failed)
+        async def attempt(attempt_info: Try) -> Result:
+            number = await self._pick(attempt_info, failed)
             clock = asyncio.get_running_loop().time
             begun = clock()
             patience_s = self._hedging.patience_s(tokens) if tokens else None
@@ -226,7 +226,7 @@ class Fleet:
                 result = await self._hedged(number, ask, failed, patience_s)
             if tokens:
                 self._hedging.answered(clock() - begun, tokens)
-            if one.number:
+            if attempt_info.number:
                 self.metrics_.add("failovers")
             return result
 
@@ -286,7 +286,7 @@ class Fleet:
         ]
         return min(free, key=lambda n: self.replicas[n].expected_wait(), default=None)
 
-    async def _pick(self, one: Try, failed: set[int]) -> int:
+    async def _pick(self, attempt_info: Try, failed: set[int]) -> int:
         """The replica for the next try; waits for a probe when every circuit is open."""
         while True:
             closed = [n for n, replica in enumerate(self.replicas) if replica.breaker.closed]
@@ -299,9 +299,9 @@ class Fleet:
             if closed:
                 fresh = [n for n in closed if n not in failed] or closed
                 return min(fresh, key=lambda n: self.replicas[n].expected_wait())
-            one.total.start()
+            attempt_info.total.start()
             pause = min(replica.breaker.seconds_to_probe() for replica in self.replicas) + 0.02
-            if pause >= one.total.remaining_s:
+            if pause >= attempt_info.total.remaining_s:
                 raise ServerUnreachableError(
                     f"all {len(self.replicas)} replicas are down", where=", ".join(r.url for r in self.replicas)
                 )

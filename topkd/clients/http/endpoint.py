@@ -106,21 +106,21 @@ class Endpoint:
         where = where or f"{self.url}{path}"
         patience_s = min(self.config.try_timeout_s(tokens), within_s or math.inf)
 
-        async def attempt(one: Try) -> Result:
+        async def attempt(this_try: Try) -> Result:
             permit = await self.gate.enter(max(1, entries), where=where)
             try:
-                one.total.start()
-                content = body(one) if callable(body) else body
+                this_try.total.start()
+                content = body(this_try) if callable(body) else body
                 request = Request(
                     method,
                     self.url + path,
                     None if content is None else msgspec.json.encode(content),
                     {} if content is None else {"content-type": "application/json"},
                     self._private(),
-                    timeout_s=max(0.001, min(patience_s, one.total.remaining_s)),
+                    timeout_s=max(0.001, min(patience_s, this_try.total.remaining_s)),
                     max_bytes=self.config.reply_bound(entries),
                     stall_s=self.config.stall_timeout_s,
-                    heard=self._watchdog.heard,
+                    on_bytes=self._watchdog.note_bytes,
                 )
                 return await self._once(request, decode, permit, where=where, k=k, model=model)
             finally:

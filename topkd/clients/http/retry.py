@@ -86,9 +86,9 @@ async def with_retries(
         reraise=True,
     )
     try:
-        async for one in retrying:
-            with one:
-                number = one.retry_state.attempt_number
+        async for this_attempt in retrying:
+            with this_attempt:
+                number = this_attempt.retry_state.attempt_number
                 try:
                     return await attempt(Try(number - 1, total, failure))
                 except TopkdError as error:

@@ -54,73 +54,76 @@ def error_from_reply(reply: Reply, *, where: str, k: int = 0, model: str = "") -
         k: The K that was asked for.
         model: The model that was asked for.
     """
-    said = _words(reply)
+    message = _words(reply)
     status = f"HTTP {reply.status}"
     if reply.status in {401, 403}:
         return AuthError(
-            f"the server refuses the API key: {said}", where=where, got=status,
+            f"the server refuses the API key: {message}", where=where, got=status,
             hint="check api_key, and that one was given (api_key_env, --api-key-env: the variable that holds it)",
         )  # fmt: skip
-    limit = _K_LIMIT.search(said)
+    limit = _K_LIMIT.search(message)
     if limit:
         error = KLimitError(
             f"K = {k} is above the server's limit",
             where=where,
-            got=said,
+            got=message,
             expected=f"K <= {limit[1]}",
             hint=f"ask for K <= {limit[1]}, or serve with --max-logprobs {k}",
         )
         error.limit = int(limit[1])
         return error
-    if _NOT_FINITE in said:
+    if _NOT_FINITE in message:
         failed = ServerFailedError(
-            f"the server computed NaN: {said}", where=where, got=status, hint="the model or its cache is broken there"
+            f"the server computed NaN: {message}",
+            where=where,
+            got=status,
+            hint="the model or its cache is broken there",
         )
         return mark_repeating(failed)
     if reply.status == 404:
-        return _not_found(said, where=where, model=model)
+        return _not_found(message, where=where, model=model)
     if 400 <= reply.status < 500:
-        final = _final(said, _code(reply), status, where)
+        final = _final(message, _code(reply), status, where)
         if final is not None:
             return final
-    return _retryable(reply, said, status, where) or RequestRefusedError(
-        f"the server refuses the request: {said}", where=where, got=status
+    return _retryable(reply, message, status, where) or RequestRefusedError(
+        f"the server refuses the request: {message}", where=where, got=status
     )
 
 
-def _final(said: str, code: str, status: str, where: str) -> ServerError | None:
+def _final(message: str, code: str, status: str, where: str) -> ServerError | None:
     """Refusals whose meaning is more than their status."""
-    if _CONTEXT.search(said) or code == "context_length_exceeded":
-        return ContextLimitError(f"too long for the server's context: {said}", where=where, got=status)
-    if _NO_CANDIDATES in said:
+    if _CONTEXT.search(message) or code == "context_length_exceeded":
+        return ContextLimitError(f"too long for the server's context: {message}", where=where, got=status)
+    if _NO_CANDIDATES in message:
         hint = "set VLLM_USE_V2_MODEL_RUNNER=1 there"
-        return UnsupportedError(f"the server scores no candidates: {said}", where=where, got=status, hint=hint)
-    if _NO_LOGPROBS.search(said):
-        return UnsupportedError(f"the model serves no logprobs: {said}", where=where, got=status)
+        return UnsupportedError(f"the server scores no candidates: {message}", where=where, got=status, hint=hint)
+    if _NO_LOGPROBS.search(message):
+        return UnsupportedError(f"the model serves no logprobs: {message}", where=where, got=status)
     if code == _NO_QUOTA:  # a 429 that no waiting helps
-        return RequestRefusedError(f"the account has no quota left: {said}", where=where, got=status)
+        return RequestRefusedError(f"the account has no quota left: {message}", where=where, got=status)
     return None
 
 
-def _not_found(said: str, *, where: str, model: str) -> RequestRefusedError:
-    if model and "model" in said.lower():
-        return ModelNotFoundError(said, where=where, hint="GET /v1/models lists what is served")
+def _not_found(message: str, *, where: str, model: str) -> RequestRefusedError:
+    if model and "model" in message.lower():
+        return ModelNotFoundError(message, where=where, hint="GET /v1/models lists what is served")
     return RequestRefusedError(
-        f"the server has no such route: {said}",
+        f"the server has no such route: {message}",
         where=where,
         got="HTTP 404",
         hint="is this the base URL of an OpenAI-compatible server, without a path?",
     )
 
 
-def _retryable(reply: Reply, said: str, status: str, where: str) -> RetryableServerError | None:
+def _retryable(reply: Reply, message: str, status: str, where: str) -> RetryableServerError | None:
     error: RetryableServerError
     if reply.status in {429, 503}:
-        error = ServerBusyError(f"the server is busy: {said}", where=where, got=status)
+        error = ServerBusyError(f"the server is busy: {message}", where=where, got=status)
     elif reply.status == 408:
-        error = ServerTimeoutError(f"the server gave up waiting: {said}", where=where, got=status)
+        error = ServerTimeoutError(f"the server gave up waiting: {message}", where=where, got=status)
     elif reply.status == 409 or reply.status >= 500:
-        error = ServerFailedError(f"the server failed: {said}", where=where, got=status)
+        error = ServerFailedError(f"the server failed: {message}", where=where, got=status)
     else:
         return None
     error.retry_after_s = retry_after_s(reply.headers)

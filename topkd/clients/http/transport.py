@@ -37,7 +37,7 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 class Request:
     """One HTTP request.
 
-    ``private`` headers (keys) are dropped on the way to another host and never shown. ``heard`` is called whenever some
+    ``private`` headers (keys) are dropped on the way to another host and never shown. ``on_bytes`` is called when some
     of the reply has come; ``stall_s`` bounds the silence within it.
     """
 
@@ -49,7 +49,7 @@ class Request:
     timeout_s: float = 60.0
     max_bytes: int = 2**30
     stall_s: float = 30.0
-    heard: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+    on_bytes: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,14 +241,14 @@ async def _read(response: httpx.Response, request: Request) -> bytes:
         raise _too_large(request, f"{announced} bytes announced")
     chunks, size = [], 0
     clock = asyncio.get_running_loop().time
-    heard = request.heard or _nobody
-    heard()
+    on_bytes = request.on_bytes or _ignore_bytes
+    on_bytes()
     limit = asyncio.timeout(request.stall_s)
     try:
         async with limit:
             async for chunk in response.aiter_raw():
                 limit.reschedule(clock() + request.stall_s)
-                heard()
+                on_bytes()
                 data = chunk if inflate is None else inflate.decompress(chunk, request.max_bytes + 1 - size)
                 chunks.append(data)
                 size += len(data)
@@ -270,7 +270,7 @@ async def _read(response: httpx.Response, request: Request) -> bytes:
     return b"".join(chunks)
 
 
-def _nobody() -> None:
+def _ignore_bytes() -> None:
     """Listens to no reply."""
 
 

@@ -40,12 +40,12 @@ class Watchdog:
 
     def __init__(self, silence_s: float, answers: Callable[[], Awaitable[bool]], metrics: Metrics) -> None:
         self._silence_s, self._answers, self._metrics = silence_s, answers, metrics
-        self._heard = time.monotonic()
+        self._last_byte_at = time.monotonic()
         self._watches: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Watch] = weakref.WeakKeyDictionary()
 
-    def heard(self) -> None:
+    def note_bytes(self) -> None:
         """Some bytes came from the server."""
-        self._heard = time.monotonic()
+        self._last_byte_at = time.monotonic()
 
     @contextlib.asynccontextmanager
     async def over(self, where: str) -> AsyncIterator[None]:
@@ -60,7 +60,7 @@ class Watchdog:
         loop = asyncio.get_running_loop()
         watch = self._watches.setdefault(loop, _Watch())
         if not watch.limits:
-            self.heard()  # an idle server owes nothing: its silence counts from this request on
+            self.note_bytes()  # an idle server owes nothing: its silence counts from this request on
         limit = asyncio.timeout(None)
         try:
             async with limit:
@@ -97,7 +97,7 @@ class Watchdog:
 
     def _look(self, watch: _Watch) -> None:
         watch.timer = None
-        left = self._silence_s - (time.monotonic() - self._heard)
+        left = self._silence_s - (time.monotonic() - self._last_byte_at)
         if not watch.limits:
             return
         if left > 0:
@@ -106,15 +106,15 @@ class Watchdog:
             watch.asking = asyncio.get_running_loop().create_task(self._ask(watch))
 
     async def _ask(self, watch: _Watch) -> None:
-        since = self._heard
+        since = self._last_byte_at
         alive = False
         try:
             for _ in range(_ASKED):
                 self._metrics.add("watchdog_questions")
-                alive = await self._answers() or self._heard > since
+                alive = await self._answers() or self._last_byte_at > since
                 if alive:
                     break
-            self.heard()
+            self.note_bytes()
         finally:
             watch.asking = None
         if not alive:

@@ -69,10 +69,10 @@ def check_echo_alignment(drawn: dict[str, Any], echoed: dict[str, Any]) -> Align
 
     Both are choices of ``/v1/completions`` in OpenAI's legacy form; tokens are known by their text.
     """
-    one, other = _legacy(drawn), _legacy(echoed)
-    if one is None or other is None:
+    drawn_legacy, other = _legacy(drawn), _legacy(echoed)
+    if drawn_legacy is None or other is None:
         return None
-    tokens, logp, _ = one
+    tokens, logp, _ = drawn_legacy
     names, values, lists = other
     count = len(tokens)
     last = next((end for end in range(len(names), count, -1) if names[end - count : end] == tokens), None)

@@ -111,8 +111,8 @@ async def check_tokenizer(session: Session) -> None:
     if differ:
         token = differ[0]
         mine = student.token_bytes.get(token, b"").decode("utf-8", "replace")
-        theirs = session.decoded[token]
-        why = f"its tokens are not the student's: id {token} is {theirs!r} there and {mine!r} here"
+        server_text = session.decoded[token]
+        why = f"its tokens are not the student's: id {token} is {server_text!r} there and {mine!r} here"
         value = f"no: {len(differ)} of {len(session.decoded)}"
         session.add("tokenizer", TOKENS, title, "fail", value, why)
         return

@@ -183,14 +183,14 @@ async def check_vllm_candidates(session: Session) -> None:
         session.add("candidates", SCORING, title, "warn", "wrong values", f"{right:.2g} nats from the scores")
         return
     session.know(candidates=schema, candidates_k=session.capabilities.score_k or 0)
-    told = "own ids a position" if schema == "rows" else "one list for all"
+    schema_text = "own ids a position" if schema == "rows" else "one list for all"
     session.add(
         "candidates",
         SCORING,
         title,
         "ok",
         schema,
-        f"{told}; as scored" if right < _SAME else f"{told}; {right:.1g} nats off",
+        f"{schema_text}; as scored" if right < _SAME else f"{schema_text}; {right:.1g} nats off",
     )
 
 

@@ -204,9 +204,9 @@ class BulkJob:
         # The request that a rollout answers is named by its seed; given rollouts are told apart by what they hold.
         seed = int.from_bytes(hashlib.blake2b(completion.tobytes(), digest_size=4).digest(), "big") >> 1
         params = SamplingParams(max_tokens=int(completion.size), seed=seed)
-        given = TeacherIdentity(GIVEN, revision=self.config.data.stem)
+        given_identity = TeacherIdentity(GIVEN, revision=self.config.data.stem)
         rollout = Rollout(prompt, completion, item.logp, item.finish_reason, params, version="0")
-        self.store.put_rollouts(given, prompt, [rollout], params)
+        self.store.put_rollouts(given_identity, prompt, [rollout], params)
 
     def account(self) -> None:
         """The totals that follow from the counters."""
@@ -214,7 +214,7 @@ class BulkJob:
         report.scored, report.tokens_sent = sum(live.answered for live in lives), sum(live.tokens for live in lives)
         report.cached += self.answered.rows - report.scored
         spared = [lane.scorer.metrics for lane in self.lanes.values()]
-        report.saved_tokens += sum(one.saved_tokens + one.hits + one.joined for one in spared)
+        report.saved_tokens += sum(counter.saved_tokens + counter.hits + counter.joined for counter in spared)
 
     def _show(self) -> None:
         report, answered, seconds = self.report, self.answered, max(time.monotonic() - self.began, 1e-9)
@@ -254,8 +254,8 @@ def build_queues(
 def sum_counters(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Counters of several clients as one's."""
     total: dict[str, float] = {}
-    for one in counters:
-        for name, number in one.items():
+    for counter in counters:
+        for name, number in counter.items():
             total[name] = total.get(name, 0.0) + number
     return total
 

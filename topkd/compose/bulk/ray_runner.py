@@ -81,8 +81,8 @@ class ScoreWorker:
         except TopkdError as reason:
             error = reason
         counters = sum_counters(teacher.metrics() for teacher in (self._teachers or {}).values())
-        told = pickle.dumps((self.name, report, error, counters))
-        return {"told": np.array([told], dtype=object)}
+        result = pickle.dumps((self.name, report, error, counters))
+        return {"told": np.array([result], dtype=object)}
 
     async def _score(self, portion: RowChunk, report: ScoreReport) -> None:
         if self._teachers is None:
@@ -138,8 +138,8 @@ async def score_on_ray(config: ScoreConfig, progress: Progress) -> ScoreReport:
         progress.stage("score", total)
         ledger = ray.remote(Ledger).options(num_cpus=0).remote(config)
         try:
-            async for told in _iter_results(config, portions, ledger):
-                worker, part, error, counters[worker] = pickle.loads(told)  # noqa: S301 - our own workers wrote it
+            async for result in _iter_results(config, portions, ledger):
+                worker, part, error, counters[worker] = pickle.loads(result)  # noqa: S301 - our own workers wrote it
                 report.add(part)
                 if error is not None:
                     raise error
@@ -164,7 +164,7 @@ async def _iter_results(config: ScoreConfig, portions: Sequence[RowChunk], ledge
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     items = ray.data.from_items([asdict(portion) for portion in portions], override_num_blocks=len(portions))
-    told = items.map_batches(
+    result = items.map_batches(
         ScoreWorker,
         fn_constructor_args=(config, ledger),
         batch_size=1,
@@ -173,7 +173,7 @@ async def _iter_results(config: ScoreConfig, portions: Sequence[RowChunk], ledge
         num_cpus=1,
         num_gpus=config.gpus_per_worker or None,
     )
-    rows: Iterator[Mapping[str, Any]] = iter(told.iter_rows())
+    rows: Iterator[Mapping[str, Any]] = iter(result.iter_rows())
     while (row := await asyncio.to_thread(next, rows, None)) is not None:
         yield row["told"]
 

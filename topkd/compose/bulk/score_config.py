@@ -157,7 +157,9 @@ class ScoreReport(JobReport):
         for name in _COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.reasons.update(other.reasons)
-        self.refusals = sorted([*self.refusals, *other.refusals], key=lambda one: int(one["row"]))[:KEPT_REFUSALS]
+        self.refusals = sorted([*self.refusals, *other.refusals], key=lambda refusal: int(refusal["row"]))[
+            :KEPT_REFUSALS
+        ]
         self.stopped = self.stopped or other.stopped
         self.teacher = self.teacher or other.teacher
 

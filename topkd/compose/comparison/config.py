@@ -102,7 +102,7 @@ class CompareConfig(Frozen):
         for what, values in (
             ("arm's name", names),
             ("arm's label", labels),
-            ("seed", [str(one) for one in self.seeds]),
+            ("seed", [str(item) for item in self.seeds]),
         ):
             if twice := sorted({value for value in values if values.count(value) > 1}):
                 raise ValueError(f"every {what} once, but {twice[0]!r} stands there {values.count(twice[0])} times")
@@ -158,8 +158,8 @@ class CompareConfig(Frozen):
 
     def _check_own(self) -> None:
         """What the comparison gives every arm itself cannot be set beside it: it would be left out unsaid."""
-        said = [("overrides", self.overrides), *((f"arm {arm.name!r}", arm.set) for arm in self.arms)]
-        for where, table in said:
+        sources = [("overrides", self.overrides), *((f"arm {arm.name!r}", arm.set) for arm in self.arms)]
+        for where, table in sources:
             if "seed" in table:
                 raise ConfigError(
                     "a seed for an arm, where every arm is trained on every seed", where=where,
@@ -185,7 +185,7 @@ def _select_shared(config: RunConfig) -> dict[str, Any]:
     """What paired runs have in common: where they start, what they are asked, how and by whom they are measured."""
     measured = {} if config.eval is None else config.eval.model_dump(mode="json")
     if measured.get("teacher") is None:
-        measured["teacher"] = {name: one.model for name, one in config.teacher_map().items()}
+        measured["teacher"] = {name: item.model for name, item in config.teacher_map().items()}
     return {
         "student.model": config.student.model,
         "data.path": config.data.path,
@@ -194,12 +194,12 @@ def _select_shared(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _check_alike(arm: Arm, ours: Mapping[str, Any], first: Arm, theirs: Mapping[str, Any]) -> None:
-    if differing := [key for key in theirs if ours.get(key) != theirs[key]]:
+def _check_alike(arm: Arm, ours: Mapping[str, Any], first: Arm, first_values: Mapping[str, Any]) -> None:
+    if differing := [key for key in first_values if ours.get(key) != first_values[key]]:
         key = differing[0]
         raise ConfigError(
             f"arms that differ in {key} cannot be paired", where=f"arm {arm.name!r}", got=repr(ours.get(key)),
-            expected=f"{theirs[key]!r}, as arm {first.name!r} has it",
+            expected=f"{first_values[key]!r}, as arm {first.name!r} has it",
             hint="one student, one [data] path and one [eval] for all arms; or make a comparison of each",
         )  # fmt: skip
 
@@ -273,7 +273,7 @@ def parse_grid(entries: Sequence[str]) -> dict[str, list[Any]]:
 def _build_grid_arm(point: Mapping[str, Any]) -> Arm:
     table: dict[str, Any] = {}
     for key, value in point.items():
-        put_value(table, key, value, said="--grid")
+        put_value(table, key, value, source="--grid")
     return _build_arm("+".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in point.items()), table)
 
 

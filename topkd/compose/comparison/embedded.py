@@ -75,7 +75,10 @@ class Measures:
 
 async def _continue_prompts(model: Student, prompts: list[Int32]) -> list[Probe]:
     drawn = await InProcessSampler(model).sample_batch(prompts, 1, SamplingParams(max_tokens=PROBE_TOKENS, seed=7))
-    return [Probe(np.concatenate([one.prompt_ids, one.completion_ids]), one.prompt_ids.size) for (one,) in drawn]
+    return [
+        Probe(np.concatenate([drawn_rollout.prompt_ids, drawn_rollout.completion_ids]), drawn_rollout.prompt_ids.size)
+        for (drawn_rollout,) in drawn
+    ]
 
 
 @torch.inference_mode()
@@ -123,12 +126,15 @@ class _Step:
     """The sequences of one step, and what comes after each token of their completions, once somebody asks."""
 
     def __init__(self, rollouts: Sequence[Rollout]) -> None:
-        self.sequences = [np.concatenate([one.prompt_ids, one.completion_ids]).astype(np.int64) for one in rollouts]
-        self.firsts = [one.prompt_ids.size - 1 for one in rollouts]
-        ends = np.cumsum([one.completion_ids.size for one in rollouts])
+        self.sequences = [
+            np.concatenate([drawn_rollout.prompt_ids, drawn_rollout.completion_ids]).astype(np.int64)
+            for drawn_rollout in rollouts
+        ]
+        self.firsts = [drawn_rollout.prompt_ids.size - 1 for drawn_rollout in rollouts]
+        ends = np.cumsum([drawn_rollout.completion_ids.size for drawn_rollout in rollouts])
         self.rows = {
-            ids.tobytes(): slice(int(end) - one.completion_ids.size, int(end))
-            for ids, one, end in zip(self.sequences, rollouts, ends, strict=True)
+            ids.tobytes(): slice(int(end) - drawn_rollout.completion_ids.size, int(end))
+            for ids, drawn_rollout, end in zip(self.sequences, rollouts, ends, strict=True)
         }
         self._logp: Tensor | None = None
 

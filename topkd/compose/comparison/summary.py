@@ -36,7 +36,7 @@ def state_verdict(
         text = f"{few} than two arms finished: nothing to compare.{wanting}"
         return {"winner": None, "text": text, "ends": " ".join(beside)}
     area, final = _rank_arms(able, "area"), _rank_arms(able, "final")
-    said: dict[str, Any] = {"winner": None, "best": area.best, "against": area.against, "lowest_end": final.best}
+    statement: dict[str, Any] = {"winner": None, "best": area.best, "against": area.against, "lowest_end": final.best}
     best, end, curve = shown[area.best], shown[final.best], f"area under {NAMES.get(metric, metric)}"
     behind = next((entry for entry in final.against if entry["arm"] == area.best), None)
     nearest = area.against[0]
@@ -55,11 +55,14 @@ def state_verdict(
             f"{end} ends lower, with a last value of {_format_interval(behind)} of {best}'s."
         )
     else:
-        said["winner"] = area.best
+        statement["winner"] = area.best
         text = f"{best} wins: its {curve} is {_describe_first(area, shown)}{_describe_rest(area)}."
     first = next(row for row in able if row["arm"] == area.best)
     yardsticks = [_describe_beside(row, first, shown) for row in whole if row["arm"] in controls]
-    return said | {"text": text + wanting, "ends": " ".join([_describe_ends(area, final, behind, shown), *yardsticks])}
+    return statement | {
+        "text": text + wanting,
+        "ends": " ".join([_describe_ends(area, final, behind, shown), *yardsticks]),
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +111,9 @@ def _describe_beside(control: Mapping[str, Any], best: Mapping[str, Any], shown:
     return f"{name}, a control, has an area of {area} of {other}'s, and a last value of {final}."
 
 
-def _describe_paired(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> dict[str, Any]:
-    seeds = [seed for seed in one["seeds"] if seed in other["seeds"]]
-    return estimate_paired_ratio([one["seeds"][s][name] for s in seeds], [other["seeds"][s][name] for s in seeds])
+def _describe_paired(main_side: Mapping[str, Any], other: Mapping[str, Any], name: str) -> dict[str, Any]:
+    seeds = [seed for seed in main_side["seeds"] if seed in other["seeds"]]
+    return estimate_paired_ratio([main_side["seeds"][s][name] for s in seeds], [other["seeds"][s][name] for s in seeds])
 
 
 def _all(entries: Sequence[Mapping[str, Any]], shown: Mapping[str, str]) -> str:
@@ -166,10 +169,10 @@ def build_summary(
             if cell.phase == phase and results[cell.id]["status"] == "done"
         }
         rows = summarize_arms([arm.name for arm in config.arms], done, config.seeds, config.metric, config.target)
-        said = state_verdict(rows, shown, config.metric, {arm.name for arm in config.arms if arm.control})
+        statement = state_verdict(rows, shown, config.metric, {arm.name for arm in config.arms if arm.control})
         if refused:  # an arm that was not tuned makes every ranking that it is in worthless
-            said |= {"winner": None, "text": f"No verdict: {'; '.join(refused)}. Widen tuning.rates.", "ends": ""}
-        phases[phase] = {"arms": rows, "verdict": said}
+            statement |= {"winner": None, "text": f"No verdict: {'; '.join(refused)}. Widen tuning.rates.", "ends": ""}
+        phases[phase] = {"arms": rows, "verdict": statement}
     return {
         "name": config.name,
         "note": config.note,

@@ -24,18 +24,18 @@ def _check_env_name(variable: str) -> str:
 KeyVariable: TypeAlias = Annotated[str, AfterValidator(_check_env_name)]
 
 
-def read_api_key(variable: str | None, *, said: str) -> SecretStr | None:
+def read_api_key(variable: str | None, *, source: str) -> SecretStr | None:
     """The key in the environment; naming a variable that is not set is an error.
 
     Args:
         variable: Its name; None where no key is needed.
-        said: The config key or option that named it, for messages.
+        source: The config key or option that named it, for messages.
     """
     if variable is None:
         return None
     if not _NAME.fullmatch(variable):
-        raise ConfigError(said, expected=_NOT_A_NAME)
+        raise ConfigError(source, expected=_NOT_A_NAME)
     value = os.environ.get(variable)
     if not value:
-        raise ConfigError(f"the environment variable {variable} ({said}) is not set")
+        raise ConfigError(f"the environment variable {variable} ({source}) is not set")
     return SecretStr(value)

@@ -62,15 +62,17 @@ def build_config_error(
 
     Unknown keys come first: what is missing is often there under a name that was not meant.
     """
-    problems = sorted(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
+    problems = sorted(error.errors(include_url=False), key=lambda entry: entry["type"] != "extra_forbidden")
     problem = problems[0]
     path, kind = _find_path(problem["loc"], values)
     key = ".".join(path) or "(top level)"
     more = _describe_others(problems, values, key)
     secret = bool(_SECRET.search(path[-1])) if path else False
-    given = next((given for given in reversed(overrides) if _is_about(given, path)), None)
-    if given is not None:
-        where = f"--set {given.partition('=')[0]}=***" if secret else f"--set {given}"
+    override_text = next(
+        (override_text for override_text in reversed(overrides) if _is_about(override_text, path)), None
+    )
+    if override_text is not None:
+        where = f"--set {override_text.partition('=')[0]}=***" if secret else f"--set {override_text}"
     context = problem.get("ctx", {})
     match problem["type"]:
         case "union_tag_invalid":
@@ -107,10 +109,10 @@ def _describe_others(problems: Sequence[Mapping[str, Any]], values: Mapping[str,
     """What else is wrong, by key where that is short."""
     state = {"missing": " is missing", "extra_forbidden": " is unknown"}
     others: dict[str, str] = {}  # one key that could have been several things is one problem
-    for one in problems[1:]:
-        other = ".".join(_find_path(one["loc"], values)[0])
+    for entry in problems[1:]:
+        other = ".".join(_find_path(entry["loc"], values)[0])
         if other != key:
-            others.setdefault(other, f"{other!r}{state.get(str(one['type']), '')}")
+            others.setdefault(other, f"{other!r}{state.get(str(entry['type']), '')}")
     if not others:
         return ""
     return f" (and {len(others)} more{': ' + ', '.join(others.values()) if len(others) <= _NAMED else ''})"
@@ -136,8 +138,8 @@ def _find_path(loc: Sequence[int | str], values: Mapping[str, Any]) -> tuple[lis
 
 
 def _is_about(override: str, path: Sequence[str]) -> bool:
-    given = override.partition("=")[0].strip().split(".")
-    return given == list(path[: len(given)]) or list(path) == given[: len(path)] != []
+    override_text = override.partition("=")[0].strip().split(".")
+    return override_text == list(path[: len(override_text)]) or list(path) == override_text[: len(path)] != []
 
 
 def _show_value(value: object) -> str:
@@ -176,9 +178,9 @@ def suggest_keys(model: type[BaseModel], path: Sequence[str], values: Mapping[st
     """
     *table, name = path
     here = _opened(model, table, values)
-    given = _at(values, path)
+    override_text = _at(values, path)
     everywhere = dict(_keys(model, values))
-    if isinstance(given, Mapping):  # a table stands for a table
+    if isinstance(override_text, Mapping):  # a table stands for a table
         own = [key for key, field in _fields(here).items() if _is_table(field.annotation)]
         everywhere = {key: tables for key, tables in everywhere.items() if tables}
     else:
@@ -247,7 +249,7 @@ def _of_kind(models: Sequence[type[BaseModel]], place: Any, default: Any) -> typ
         return models[0] if models else None
     kind = place.get("kind", default) if isinstance(place, Mapping) else default
     return next(
-        (one for one in models if "kind" in one.model_fields and one.model_fields["kind"].default == kind), None
+        (entry for entry in models if "kind" in entry.model_fields and entry.model_fields["kind"].default == kind), None
     )
 
 

@@ -16,21 +16,21 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str], model: typ
 
     Kinds first, whatever the order: ``objective.beta=0.3 objective.kind=gjs`` is the same as the reverse.
     """
-    said: list[str] = []
-    for override in sorted(overrides, key=lambda given: not _split_key(given).endswith(".kind")):
+    notes: list[str] = []
+    for override in sorted(overrides, key=lambda entry: not _split_key(entry).endswith(".kind")):
         table, _, name = _split_key(override).rpartition(".")
         if name == "kind" and isinstance(values.get(table), Mapping):
             kind = parse_value(override.partition("=")[2].strip())
             kept, dropped = switch_kind(values[table], table, kind, model)
             if dropped:
                 stays = ", ".join(f"{key} = {value!r}" for key, value in kept.items() if key != "kind")
-                said.append(
+                notes.append(
                     f"--set {override}: {kind} has no {' and no '.join(dropped)} like the file's [{table}]: left out"
                     + (f"; {stays} stays" if stays else "")
                 )
             values[table] = kept
         apply_override(values, override)
-    return said
+    return notes
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -38,17 +38,17 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError("--set takes key=value", got=override, hint="for instance --set objective.kind=gjs")
-    put_value(values, key.strip(), parse_value(text.strip()), said=f"--set {override}")
+    put_value(values, key.strip(), parse_value(text.strip()), source=f"--set {override}")
 
 
-def put_value(values: dict[str, Any], key: str, value: Any, *, said: str) -> None:
-    """Lay a value over plain ones, at a dotted key; ``said`` is how the user wrote it."""
+def put_value(values: dict[str, Any], key: str, value: Any, *, source: str) -> None:
+    """Lay a value over plain ones, at a dotted key; ``source`` is how the user wrote it."""
     *path, last = key.split(".")
     table = values
     for part in path:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"{part} is a value, not a table", where=said)
+            raise ConfigError(f"{part} is a value, not a table", where=source)
     table[last] = value
 
 

@@ -52,8 +52,8 @@ class TeacherConfig(Frozen):
     @classmethod
     def _without_a_password(cls, url: str | tuple[str, ...]) -> str | tuple[str, ...]:
         """Refused here too, before the run's folder holds a copy of the config."""
-        for one in (url,) if isinstance(url, str) else url:
-            if "@" in urlsplit(one).netloc:
+        for address in (url,) if isinstance(url, str) else url:
+            if "@" in urlsplit(address).netloc:
                 raise ValueError("a URL without user name and password; name the key's variable in api_key_env")
         return url
 
@@ -78,7 +78,7 @@ class TeacherConfig(Frozen):
 
     def api_key(self) -> SecretStr | None:
         """The key from the environment; naming a variable that is not set is an error."""
-        return read_api_key(self.api_key_env, said="teacher.api_key_env")
+        return read_api_key(self.api_key_env, source="teacher.api_key_env")
 
 
 class PrivilegedConfig(Frozen):
@@ -204,7 +204,7 @@ class ServerSampling(_Synced):
 
     def api_key(self) -> SecretStr | None:
         """The key from the environment; naming a variable that is not set is an error."""
-        return read_api_key(self.api_key_env, said="sampler.api_key_env")
+        return read_api_key(self.api_key_env, source="sampler.api_key_env")
 
 
 class VllmSampling(_Synced):

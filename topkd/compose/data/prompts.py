@@ -126,14 +126,14 @@ def _build_prompt_row(raw: dict[str, Any], number: int, readers: Readers, where:
     if row.teacher_prompt_ids is not None:
         if row.privileged:
             raise DataError("teacher_prompt_ids is the teacher's whole prompt", where=where, got=sorted(row.privileged))
-        told = check_token_ids(row.teacher_prompt_ids, "a teacher's prompt", where)
+        teacher_prompt = check_token_ids(row.teacher_prompt_ids, "a teacher's prompt", where)
     elif row.privileged or teacher != readers.student:
-        told = render_prompt(row, teacher, row.privileged, readers.privileged, where)
+        teacher_prompt = render_prompt(row, teacher, row.privileged, readers.privileged, where)
     else:
-        told = prompt
+        teacher_prompt = prompt
     return PromptRow(
         np.array(prompt),
-        np.array(told),
+        np.array(teacher_prompt),
         teacher_id,
         name,
         None if completion is None else np.array(check_token_ids(completion, "a completion", where)),

@@ -131,7 +131,7 @@ def _add_privileged_ids(
 ) -> Sequence[int]:
     """The prompt's ids as they are, what is told as text before them, behind a beginning of text that they have."""
     before = ""
-    for name, told in privileged.items():
+    for name, extra_text in privileged.items():
         template = getattr(templates, name)
         if "{prompt}" in template:
             raise DataError(
@@ -139,7 +139,7 @@ def _add_privileged_ids(
                 hint=f"give the teacher's whole prompt as teacher_prompt_ids, or a data.privileged.{name} "
                 "without {prompt}, which stands before the ids",
             )  # fmt: skip
-        before = f"{_fill_template(template, {name: told})}\n{before}"
+        before = f"{_fill_template(template, {name: extra_text})}\n{before}"
     if not before:
         return ids
     text = side.text(before, where, special=False)
@@ -148,9 +148,9 @@ def _add_privileged_ids(
 
 
 def _add_privileged_text(prompt: str, privileged: dict[str, str], templates: PrivilegedConfig) -> str:
-    for name, told in privileged.items():
+    for name, extra_text in privileged.items():
         template = getattr(templates, name)
-        text = _fill_template(template, {name: told, "prompt": prompt})
+        text = _fill_template(template, {name: extra_text, "prompt": prompt})
         prompt = text if "{prompt}" in template else f"{text}\n{prompt}"
     return prompt
 
@@ -158,21 +158,21 @@ def _add_privileged_text(prompt: str, privileged: dict[str, str], templates: Pri
 def _add_privileged_messages(
     messages: Sequence[dict[str, Any]], privileged: dict[str, str], templates: PrivilegedConfig, where: str
 ) -> list[dict[str, Any]]:
-    told = [dict(message) for message in messages]
+    extra_text = [dict(message) for message in messages]
     for name, secret in privileged.items():
         template = getattr(templates, name)
         if "{prompt}" not in template:
             text = _fill_template(template, {name: secret})
-            if told and told[0].get("role") == "system":
-                told[0]["content"] = f"{text}\n\n{_read_content(told[0], where)}"
+            if extra_text and extra_text[0].get("role") == "system":
+                extra_text[0]["content"] = f"{text}\n\n{_read_content(extra_text[0], where)}"
             else:
-                told.insert(0, {"role": "system", "content": text})
+                extra_text.insert(0, {"role": "system", "content": text})
             continue
-        last = next((message for message in reversed(told) if message.get("role") == "user"), None)
+        last = next((message for message in reversed(extra_text) if message.get("role") == "user"), None)
         if last is None:
             raise DataError(f"the template of {name} rewrites the user's message, and there is none", where=where)
         last["content"] = _fill_template(template, {name: secret, "prompt": _read_content(last, where)})
-    return told
+    return extra_text
 
 
 def _read_content(message: dict[str, Any], where: str) -> str:

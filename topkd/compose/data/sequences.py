@@ -138,8 +138,8 @@ def _iter_rollouts(path: Path) -> Iterator[Item]:
 
 def _build_sequence(number: int, raw: Any, tokenizer: Any, where: str) -> ScoreInput:
     row = _parse_row(raw, where)
-    told = row.privileged and row.teacher_prompt_ids is None
-    if tokenizer is None and (row.prompt_ids is None or told):
+    is_privileged = row.privileged and row.teacher_prompt_ids is None
+    if tokenizer is None and (row.prompt_ids is None or is_privileged):
         what = "rows of text" if row.prompt_ids is None else f"rows with a {next(iter(row.privileged))}"
         raise ConfigError(f"{what} need a tokenizer", where=where, hint="give --tokenizer PATH")
     if row.prompt_ids is not None:
@@ -190,9 +190,11 @@ def _parse_row(raw: Any, where: str) -> ScoredRow:
             expected=describe_error(problem),
         ) from None  # fmt: skip
     names = ("prompt_ids", "completion_ids", "prompt", "completion", "messages")
-    given = [name for name in names if getattr(row, name) is not None]
-    if given not in (["prompt_ids", "completion_ids"], ["prompt", "completion"], ["messages"]):
-        raise DataError("not a row that can be scored", where=where, got=", ".join(given) or "none", expected=_FORMS)
+    names_set = [name for name in names if getattr(row, name) is not None]
+    if names_set not in (["prompt_ids", "completion_ids"], ["prompt", "completion"], ["messages"]):
+        raise DataError(
+            "not a row that can be scored", where=where, got=", ".join(names_set) or "none", expected=_FORMS
+        )
     return row
 
 

@@ -24,22 +24,22 @@ def build_comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
         found = comparison.get(phase)
         if isinstance(found, dict) and (rows := found.get("arms")):
             stated = found.get("verdict") if phase != "live" else None
-            said = " ".join(str(stated[key]) for key in ("text", "ends") if stated.get(key)) if stated else ""
-            tables.append(_build_table(comparison, arms, rows, title, said))
+            statement = " ".join(str(stated[key]) for key in ("text", "ends") if stated.get(key)) if stated else ""
+            tables.append(_build_table(comparison, arms, rows, title, statement))
     return [*tables, *_build_tuning_table(comparison, arms)]
 
 
 def _build_tuning_table(comparison: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     """Every learning rate that was tried, and what became of it."""
-    trials = {name: one for name, one in (comparison.get("tuning") or {}).items() if isinstance(one, dict)}
-    rates = sorted({rate for one in trials.values() for rate in one.get("rates") or ()})
+    trials = {name: trial for name, trial in (comparison.get("tuning") or {}).items() if isinstance(trial, dict)}
+    rates = sorted({rate for trial in trials.values() for rate in trial.get("rates") or ()})
     if not rates:
         return []
     rows: list[list[str]] = []
     marked = set()
-    for name, one in trials.items():
-        areas = dict(zip(one.get("rates") or (), one.get("areas") or (), strict=False))
-        best, edge = one.get("best"), one.get("edge")
+    for name, trial in trials.items():
+        areas = dict(zip(trial.get("rates") or (), trial.get("areas") or (), strict=False))
+        best, edge = trial.get("best"), trial.get("edge")
         cells = [
             "—" if rate not in areas else "broke" if areas[rate] is None else format_number(areas[rate])
             for rate in rates
@@ -80,7 +80,7 @@ def _build_table(
     arms: Mapping[str, Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
     title: str,
-    said: str,
+    statement: str,
 ) -> Table:
     reference = arms.get(str(comparison.get("reference")), {}).get("label") or "the first arm"
     columns = [
@@ -116,7 +116,7 @@ def _build_table(
         f"{NAMES.get(str(metric), metric)} over the tokens trained on, as a share of its first value. Target: "
         f"{comparison.get('target', '?')} of the first value; runs that never get there are counted, not averaged."
     )
-    note = f"On replayed rollouts: {said} {note}" if said else note
+    note = f"On replayed rollouts: {statement} {note}" if statement else note
     return Table(columns, cells, [False, *[True] * (len(columns) - 1)], note=note, title=title)
 
 

@@ -65,12 +65,12 @@ def main_metric(groups: Sequence[RunGroup], wanted: Any = None) -> Metric | None
     exact = Metric(wanted, NAMES[wanted], exact=True) if wanted in NAMES else EXACT
     if runs and all(has_column(make_eval_source(run, FIXED).records, exact.key) for run in runs):
         return exact
-    told = (
-        one
-        for one in ESTIMATES
-        if any(has_column(run.steps, one.key) for run in runs if one != SAMPLED or not run.foreign)
+    estimates = (
+        item
+        for item in ESTIMATES
+        if any(has_column(run.steps, item.key) for run in runs if item != SAMPLED or not run.foreign)
     )
-    return next(told, LOG_RATIO if any(run.foreign for run in runs) else None)
+    return next(estimates, LOG_RATIO if any(run.foreign for run in runs) else None)
 
 
 def compute_outcome(run: Run, metric: Metric) -> Outcome:
@@ -110,9 +110,9 @@ def _area(x: Any, y: Any) -> float:
 def values_by_seed(outcomes: Sequence[Outcome], key: str) -> dict[int, float]:
     """seed -> last value, of the runs that ended as planned: what may be compared."""
     return {
-        one.run.seed: one.last[key]
-        for one in outcomes
-        if one.run.seed is not None and key in one.last and is_counted(one.run)
+        item.run.seed: item.last[key]
+        for item in outcomes
+        if item.run.seed is not None and key in item.last and is_counted(item.run)
     }
 
 
@@ -123,9 +123,9 @@ def is_counted(run: Run) -> bool:
 
 def select_counted(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Those of a group's runs that its means are over; the only run of a group speaks for itself."""
-    return [one for one in outcomes if is_counted(one.run) or len(outcomes) == 1]
+    return [item for item in outcomes if is_counted(item.run) or len(outcomes) == 1]
 
 
 def compute_spread(outcomes: Sequence[Outcome], key: str) -> Interval:
     """The last values of a group's runs, with their interval over seeds."""
-    return compute_interval([one.last[key] for one in outcomes if key in one.last and is_counted(one.run)])
+    return compute_interval([item.last[key] for item in outcomes if key in item.last and is_counted(item.run)])

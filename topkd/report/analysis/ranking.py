@@ -68,7 +68,7 @@ def _compare_with(row: Rank, ones: Sequence[Outcome], best: dict[int, float], me
 
 def _find_values(ones: Sequence[Outcome], key: str) -> list[dict[str, Any]]:
     return [
-        {"seed": one.run.seed, "run": one.run.name, "value": one.last[key]}
-        for one in ones
-        if key in one.last and is_counted(one.run)
+        {"seed": item.run.seed, "run": item.run.name, "value": item.last[key]}
+        for item in ones
+        if key in item.last and is_counted(item.run)
     ]

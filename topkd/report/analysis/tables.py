@@ -49,18 +49,18 @@ class Table:
 
 
 def build_summary_table(
-    groups: Sequence[RunGroup], outcomes: Sequence[Sequence[Outcome]], said: ReportVerdict
+    groups: Sequence[RunGroup], outcomes: Sequence[Sequence[Outcome]], statement: ReportVerdict
 ) -> Table:
     """A row a setting, best first: last values with 95 % intervals over seeds, differences to the best, cost."""
-    gaps = {rank.group: rank.difference for rank in said.ranks}
+    gaps = {rank.group: rank.difference for rank in statement.ranks}
     order = [*gaps, *(index for index in range(len(groups)) if index not in gaps)]
-    flatly = [one for group in outcomes for one in group]
-    metrics = [(key, name) for key, name in _METRICS if any(key in one.last for one in flatly)]
-    sums = [(key, name) for key, name in _TOTALS if any(one.totals.get(key) is not None for one in flatly)]
+    flatly = [item for group in outcomes for item in group]
+    metrics = [(key, name) for key, name in _METRICS if any(key in item.last for item in flatly)]
+    sums = [(key, name) for key, name in _TOTALS if any(item.totals.get(key) is not None for item in flatly)]
     paired = any(gaps.values())
-    areas = any(math.isfinite(one.area) for one in flatly)
+    areas = any(math.isfinite(item.area) for item in flatly)
     columns = ["setting", "runs", *(name for _, name in metrics)]
-    columns += ["paired difference to the best"] * paired + [f"mean {said.metric}"] * areas
+    columns += ["paired difference to the best"] * paired + [f"mean {statement.metric}"] * areas
     columns += [name for _, name in sums]
     rows = []
     for index in order:
@@ -72,7 +72,7 @@ def build_summary_table(
             gap = gaps.get(index)
             row.append(format_interval(gap) if gap else "best" if index == order[0] else "—")
         if areas:
-            row.append(format_number(_mean([one.area for one in meant])))
+            row.append(format_number(_mean([item.area for item in meant])))
         row += [_total(meant, key) for key, _ in sums]
         rows.append(row)
     note = "Means over seeds with 95 % Student-t intervals in brackets." if any(len(g.runs) > 1 for g in groups) else ""
@@ -81,20 +81,20 @@ def build_summary_table(
 
 def build_runs_table(groups: Sequence[RunGroup], outcomes: Sequence[Sequence[Outcome]]) -> Table:
     """A row a run."""
-    flatly = [(group, one) for group, ones in zip(groups, outcomes, strict=True) for one in ones]
-    metrics = [(key, name) for key, name in _METRICS if any(key in one.last for _, one in flatly)]
-    sums = [(key, name) for key, name in _TOTALS if any(one.totals.get(key) is not None for _, one in flatly)]
+    flatly = [(group, item) for group, ones in zip(groups, outcomes, strict=True) for item in ones]
+    metrics = [(key, name) for key, name in _METRICS if any(key in item.last for _, item in flatly)]
+    sums = [(key, name) for key, name in _TOTALS if any(item.totals.get(key) is not None for _, item in flatly)]
     columns = ["run", "setting", "seed", "state", *(name for _, name in metrics), *(name for _, name in sums)]
     rows = [
         [
-            one.run.name,
+            item.run.name,
             group.label,
-            "?" if one.run.seed is None else str(one.run.seed),
-            one.run.state,
-            *(_metric([one], key) for key, _ in metrics),
-            *(_total([one], key) for key, _ in sums),
+            "?" if item.run.seed is None else str(item.run.seed),
+            item.run.state,
+            *(_metric([item], key) for key, _ in metrics),
+            *(_total([item], key) for key, _ in sums),
         ]
-        for group, one in flatly
+        for group, item in flatly
     ]
     return Table(columns, rows, [False, False, True, False, *[True] * (len(columns) - 4)])
 
@@ -131,7 +131,7 @@ def _metric(ones: Sequence[Outcome], key: str) -> str:
 
 
 def _total(ones: Sequence[Outcome], key: str) -> str:
-    known = [value for one in ones if (value := one.totals.get(key)) is not None]
+    known = [value for item in ones if (value := item.totals.get(key)) is not None]
     return format_short_count(sum(known) / len(known)) if known else "?"
 
 

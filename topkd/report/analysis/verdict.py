@@ -88,35 +88,38 @@ def write_verdict(collection: Collection, groups: Sequence[RunGroup]) -> tuple[R
         return _describe_nothing(groups), [[] for _ in groups]
     outcomes = [[compute_outcome(run, metric) for run in group.runs] for group in groups]
     if len(groups) == 1:
-        said = (
+        statement = (
             _describe_run(outcomes[0][0], metric)
             if len(outcomes[0]) == 1
             else _describe_group(groups[0], outcomes, metric)
         )
     else:
-        said = _describe_several(groups, outcomes, metric, collection.controls)
-        said.caveat = _write_caveat(collection, groups, said.ranks)
-    said.metric = metric.name
-    _use_stated_verdict(said, collection.comparison)
+        statement = _describe_several(groups, outcomes, metric, collection.controls)
+        statement.caveat = _write_caveat(collection, groups, statement.ranks)
+    statement.metric = metric.name
+    _use_stated_verdict(statement, collection.comparison)
     if not metric.exact:
-        rests = _RESTS[(LOG_RATIO if said.headline == _UNDECIDED else metric).key]
-        said.warnings.insert(0, f"no exact held-out KL in the run log{rests}")
+        rests = _RESTS[(LOG_RATIO if statement.headline == _UNDECIDED else metric).key]
+        statement.warnings.insert(0, f"no exact held-out KL in the run log{rests}")
     if collection.unfinished:
         count = sum(len(group.runs) for group in groups)
-        said.detail = f"So far: {said.headline}. {said.detail}"
-        said.headline, said.tone = f"Not finished: {count} run{'s' * (count > 1)} so far, and no verdict", "open"
-    found = [(one, warned) for ones in outcomes for one in ones for warned in find_warnings(one)]
+        statement.detail = f"So far: {statement.headline}. {statement.detail}"
+        statement.headline, statement.tone = (
+            f"Not finished: {count} run{'s' * (count > 1)} so far, and no verdict",
+            "open",
+        )
+    found = [(item, warned) for ones in outcomes for item in ones for warned in find_warnings(item)]
     if collection.comparison.get("base") == EMBEDDED:
-        said.notes.append(_CUT)
-        said.facts = [
-            (OF_TEXT if label == _SHARES[1][1] else label, value, remark) for label, value, remark in said.facts
+        statement.notes.append(_CUT)
+        statement.facts = [
+            (OF_TEXT if label == _SHARES[1][1] else label, value, remark) for label, value, remark in statement.facts
         ]
-        found = [(one, warned) for one, warned in found if not warned.kind.endswith("truncation_rate")]
+        found = [(item, warned) for item, warned in found if not warned.kind.endswith("truncation_rate")]
     else:
-        said.notes += dict.fromkeys(filter(None, (cut_on_purpose(one.run) for ones in outcomes for one in ones)))
-    said.warnings += _gather_warnings(found, sum(map(len, outcomes)))
-    said.warnings += collection.notes
-    return said, outcomes
+        statement.notes += dict.fromkeys(filter(None, (cut_on_purpose(item.run) for ones in outcomes for item in ones)))
+    statement.warnings += _gather_warnings(found, sum(map(len, outcomes)))
+    statement.warnings += collection.notes
+    return statement, outcomes
 
 
 def _describe_nothing(groups: Sequence[RunGroup]) -> ReportVerdict:
@@ -130,27 +133,27 @@ def _describe_nothing(groups: Sequence[RunGroup]) -> ReportVerdict:
     )
 
 
-def _describe_run(one: Outcome, metric: Metric) -> ReportVerdict:
-    first, last = one.first.get(metric.key, math.nan), one.last.get(metric.key, math.nan)
-    steps = last_step(one.run.steps)
+def _describe_run(item: Outcome, metric: Metric) -> ReportVerdict:
+    first, last = item.first.get(metric.key, math.nan), item.last.get(metric.key, math.nan)
+    steps = last_step(item.run.steps)
     way = "fell" if last < first else "rose" if last > first else "did not move"
     where = "On held-out prefixes, exact over the whole vocabulary" if metric.exact else _BASIS[metric.key]
-    if one.looks < 2:
+    if item.looks < 2:
         return ReportVerdict(
             f"{metric.name} is {format_number(last)} nats a token at the first look",
-            detail=f"{where}; {steps:,} of {one.run.planned or steps:,} steps, {one.run.state}.",
-            facts=_list_facts(one),
+            detail=f"{where}; {steps:,} of {item.run.planned or steps:,} steps, {item.run.state}.",
+            facts=_list_facts(item),
         )
     share = "" if metric is LOG_RATIO else format_change(first, last)
     return ReportVerdict(
         f"{metric.name} {way} from {format_number(first)} to {format_number(last)} nats a token{share}",
-        detail=f"{where}; {steps:,} of {one.run.planned or steps:,} steps, {one.run.state}.",
-        facts=_list_facts(one),
+        detail=f"{where}; {steps:,} of {item.run.planned or steps:,} steps, {item.run.state}.",
+        facts=_list_facts(item),
     )
 
 
 def _describe_group(group: RunGroup, outcomes: Sequence[Sequence[Outcome]], metric: Metric) -> ReportVerdict:
-    ended = [one for one in outcomes[0] if is_counted(one.run) and metric.key in one.last]
+    ended = [item for item in outcomes[0] if is_counted(item.run) and metric.key in item.last]
     left = len(outcomes[0]) - len(ended)
     aside = (
         f" {left} other run{'s' * (left > 1)} did not end as planned and count{'s' * (left == 1)} nowhere."
@@ -160,13 +163,13 @@ def _describe_group(group: RunGroup, outcomes: Sequence[Sequence[Outcome]], metr
     if not ended:
         return ReportVerdict(f"No run of {group.label} has ended as planned", tone="open")
     if len(ended) == 1:
-        said = _describe_run(ended[0], metric)
-        said.detail, said.facts_of = f"{said.detail}{aside}", ended[0].run.name
-        return said
+        statement = _describe_run(ended[0], metric)
+        statement.detail, statement.facts_of = f"{statement.detail}{aside}", ended[0].run.name
+        return statement
     end = compute_spread(ended, metric.key)
-    start = [one.first[metric.key] for one in ended]
+    start = [item.first[metric.key] for item in ended]
     first = sum(start) / len(start)
-    seeds = {one.run.seed for one in ended}
+    seeds = {item.run.seed for item in ended}
     differ = "that differ in their seed, with the 95 % interval over them."
     if None in seeds or len(seeds) < len(ended):
         differ = "of which some share a seed: the interval over them says how they repeat, not how seeds vary."
@@ -195,9 +198,9 @@ def _describe_several(
         return ReportVerdict("No two settings have finished runs to compare.", tone="open", ranks=ranks)
     best, *others = comparable
     # The nearest that cannot be told from it; where all can, the runner-up.
-    second = next((one for one in others if one.difference is None or one.difference.low <= 0.0), others[0])
+    second = next((item for item in others if item.difference is None or item.difference.low <= 0.0), others[0])
     gap = second.difference
-    said = ReportVerdict(
+    statement = ReportVerdict(
         "", ranks=ranks, facts=_list_mean_facts(outcomes[best.group]), facts_of=f"{best.label}, means over seeds"
     )
     ends = (
@@ -205,47 +208,54 @@ def _describe_several(
         f"{second.label} at {format_number(second.end.mean)}"
     )
     if gap is None:
-        said.headline, said.tone = f"{best.label} has the lower {metric.name}, but nothing says how surely", "open"
-        said.detail = f"{ends}. Fewer than two seeds in common: no paired interval, so take it as one draw."
+        statement.headline, statement.tone = (
+            f"{best.label} has the lower {metric.name}, but nothing says how surely",
+            "open",
+        )
+        statement.detail = f"{ends}. Fewer than two seeds in common: no paired interval, so take it as one draw."
     else:
         span = f"{format_number(gap.low)} to {format_number(gap.high)} nats a token over {gap.n} seeds"
         if gap.low > 0.0:
-            said.headline = f"{best.label} wins: {metric.name} lower by {format_number(gap.mean)} nats a token"
-            said.tone = "won"
-            said.detail = f"95 % interval of the paired difference to {second.label}: {span}. {ends}."
+            statement.headline = f"{best.label} wins: {metric.name} lower by {format_number(gap.mean)} nats a token"
+            statement.tone = "won"
+            statement.detail = f"95 % interval of the paired difference to {second.label}: {span}. {ends}."
         else:
-            said.headline, said.tone = f"No clear winner between {best.label} and {second.label}", "open"
+            statement.headline, statement.tone = f"No clear winner between {best.label} and {second.label}", "open"
             holds = (
                 "holds zero" if gap.high >= 0.0 else f"is below zero: where both have a seed, {second.label} is ahead"
             )
-            said.detail = f"The 95 % interval of their paired difference, {span}, {holds}. {ends}."
-    said.warnings += [*filter(None, [aside]), *_list_doubts(comparable, outcomes)]
-    return said
+            statement.detail = f"The 95 % interval of their paired difference, {span}, {holds}. {ends}."
+    statement.warnings += [*filter(None, [aside]), *_list_doubts(comparable, outcomes)]
+    return statement
 
 
 def _list_doubts(ranks: Sequence[Rank], outcomes: Sequence[Sequence[Outcome]]) -> list[str]:
-    said = []
+    statement = []
     seeds = min(rank.end.n for rank in ranks)
     if seeds < ENOUGH_SEEDS:
-        said.append(f"{seeds} seed{'s' * (seeds > 1)} a setting: intervals from fewer than {ENOUGH_SEEDS} are rough")
+        statement.append(
+            f"{seeds} seed{'s' * (seeds > 1)} a setting: intervals from fewer than {ENOUGH_SEEDS} are rough"
+        )
     if any(len({dot["seed"] for dot in rank.values}) < len(rank.values) for rank in ranks):
-        said.append(
+        statement.append(
             "runs of one setting share a seed, or have none: their interval says how they repeat, not how seeds vary"
         )
-    tokens = [one.totals["tokens"] for ones in outcomes for one in ones if is_counted(one.run)]
+    tokens = [item.totals["tokens"] for ones in outcomes for item in ones if is_counted(item.run)]
     known = [count for count in tokens if count]
     if known and max(known) > 1.05 * min(known):
-        said.append(f"runs trained on {min(known):,.0f} to {max(known):,.0f} tokens: compare at equal tokens, below")
-    return said
+        statement.append(
+            f"runs trained on {min(known):,.0f} to {max(known):,.0f} tokens: compare at equal tokens, below"
+        )
+    return statement
 
 
 def _write_caveat(collection: Collection, groups: Sequence[RunGroup], ranks: Sequence[Rank]) -> str:
     """What makes a comparison a first look, under its headline: a reader of that alone must not take it for more."""
     seeds = min((rank.end.n for rank in ranks if rank.end.n and not rank.control), default=0)
     arms = [arm for arm in collection.comparison.get("arms") or () if isinstance(arm, dict)]
-    given = any(arm.get("lr") is not None or "learner" in (arm.get("set") or ()) for arm in arms)
+    has_rates = any(arm.get("lr") is not None or "learner" in (arm.get("set") or ()) for arm in arms)
     few = [f"{seeds} seed{'s' * (seeds > 1)} a setting"] if 0 < seeds < FEW_SEEDS else []
-    if arms and not given and not collection.comparison.get("tuned"):
+    if arms and not has_rates and not collection.comparison.get("tuned"):
         few.append("one learning rate for all, tuned for none")
     if not few:
         return ""
@@ -253,31 +263,33 @@ def _write_caveat(collection: Collection, groups: Sequence[RunGroup], ranks: Seq
     return f"A first look, not a result: {', '.join([*few, f'{steps:,} steps a run'])}."
 
 
-def _use_stated_verdict(said: ReportVerdict, comparison: dict[str, Any]) -> None:
+def _use_stated_verdict(statement: ReportVerdict, comparison: dict[str, Any]) -> None:
     """A comparison's own verdict in place of the page's: it knows what was tuned and how, and weighs areas and ends."""
-    said.note = str(comparison.get("note") or "")
+    statement.note = str(comparison.get("note") or "")
     stated = comparison.get("verdict")
     text = stated.get("text") if isinstance(stated, dict) else None
     if isinstance(stated, dict) and isinstance(text, str) and text:
-        ends = [f"{rank.label} {format_number(rank.end.mean)}" for rank in said.ranks if math.isfinite(rank.end.mean)]
-        told = [str(stated.get("ends") or ""), f"Last values, nats a token: {', '.join(ends)}." if ends else ""]
-        said.detail = " ".join(part for part in told if part)
-        said.headline, said.tone = text, "won" if stated.get("winner") else "open"
-    said.warnings += [f"tuning: {reason}" for reason in comparison.get("refused") or ()]
+        ends = [
+            f"{rank.label} {format_number(rank.end.mean)}" for rank in statement.ranks if math.isfinite(rank.end.mean)
+        ]
+        lines = [str(stated.get("ends") or ""), f"Last values, nats a token: {', '.join(ends)}." if ends else ""]
+        statement.detail = " ".join(part for part in lines if part)
+        statement.headline, statement.tone = text, "won" if stated.get("winner") else "open"
+    statement.warnings += [f"tuning: {reason}" for reason in comparison.get("refused") or ()]
 
 
-def _list_facts(one: Outcome) -> list[tuple[str, str, str]]:
+def _list_facts(item: Outcome) -> list[tuple[str, str, str]]:
     facts = [
-        (label, format_number(one.last[key]), f"from {format_number(one.first[key])}")
+        (label, format_number(item.last[key]), f"from {format_number(item.first[key])}")
         for key, label in _DISTANCES
-        if key in one.last
+        if key in item.last
     ]
     facts += [
-        (label, f"{100 * one.last[key]:.1f} %", f"from {100 * one.first[key]:.1f} %")
+        (label, f"{100 * item.last[key]:.1f} %", f"from {100 * item.first[key]:.1f} %")
         for key, label in _SHARES
-        if key in one.last
+        if key in item.last
     ]
-    return facts + _list_costs(one.totals)
+    return facts + _list_costs(item.totals)
 
 
 def _list_mean_facts(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str]]:
@@ -288,19 +300,19 @@ def _list_mean_facts(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str]]:
             facts.append((label, text, ""))
     mean: dict[str, float | None] = {}
     for key in outcomes[0].totals if outcomes else ():
-        known = [value for one in select_counted(outcomes) if (value := one.totals[key]) is not None]
+        known = [value for item in select_counted(outcomes) if (value := item.totals[key]) is not None]
         mean[key] = sum(known) / len(known) if known else None
     return facts + _list_costs(mean)
 
 
 def _list_costs(totals: dict[str, float | None]) -> list[tuple[str, str, str]]:
     """Tokens, the teacher's work and time; what the run log does not say is left out."""
-    said = []
+    statement = []
     if (tokens := totals.get("tokens")) is not None:
-        said.append(("Tokens trained on", format_short_count(tokens), ""))
+        statement.append(("Tokens trained on", format_short_count(tokens), ""))
     if (scored := totals.get("scored_tokens")) is not None:
         requests = totals.get("requests")
-        said.append(
+        statement.append(
             (
                 "Teacher scored",
                 format_short_count(scored),
@@ -308,20 +320,20 @@ def _list_costs(totals: dict[str, float | None]) -> list[tuple[str, str, str]]:
             )
         )
     if (seconds := totals.get("seconds")) is not None:
-        said.append(("Time", f"{seconds:,.0f} s", ""))
-    return said
+        statement.append(("Time", f"{seconds:,.0f} s", ""))
+    return statement
 
 
 def _gather_warnings(found: Sequence[tuple[Outcome, Warned]], runs: int) -> list[str]:
     """Warnings of all ``runs``; one that many share is said once, with their number."""
     by_kind: dict[str, list[tuple[Outcome, Warned]]] = {}
-    for one, warned in found:
-        by_kind.setdefault(warned.kind, []).append((one, warned))
-    said = []
+    for item, warned in found:
+        by_kind.setdefault(warned.kind, []).append((item, warned))
+    statement = []
     for same in by_kind.values():
         if len(same) > 2:
-            one, warned = same[0]
-            said.append(f"{len(same)} runs: {warned.text} ({one.run.name}; the others alike)")
+            item, warned = same[0]
+            statement.append(f"{len(same)} runs: {warned.text} ({item.run.name}; the others alike)")
         else:
-            said += [warned.text if runs == 1 else f"{one.run.name}: {warned.text}" for one, warned in same]
-    return said
+            statement += [warned.text if runs == 1 else f"{item.run.name}: {warned.text}" for item, warned in same]
+    return statement

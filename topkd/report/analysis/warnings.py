@@ -44,41 +44,43 @@ class Warned:
     text: str
 
 
-def find_warnings(one: Outcome) -> list[Warned]:
+def find_warnings(item: Outcome) -> list[Warned]:
     """What a careful reader would ask about a run."""
-    run = one.run
-    said: list[Warned] = []
+    run = item.run
+    warnings: list[Warned] = []
     if run.state == "stopped":
         reason = next((event.get("reason") for event in run.events if event.get("event") == "stopped"), None)
         text = f"stopped at step {last_step(run.steps)} of {run.planned or '?'} ({reason or 'no reason given'})"
-        said.append(Warned("stopped", text))
+        warnings.append(Warned("stopped", text))
     onwards = "the same topkd compare goes on" if "arm" in run.params else "--resume goes on from its last checkpoint"
     if run.state == "unfinished":
         text = (
             f"ended at step {last_step(run.steps)} of {run.planned or '?'} without a word, and no process of this "
             f"machine is at work on it: was it killed? ({onwards})"
         )
-        said.append(Warned("silent", text))
+        warnings.append(Warned("silent", text))
     if run.state == "running" and run.planned is not None and (quiet := find_silence(run)) is not None:
         text = f"unfinished, and nothing was written for {quiet}: was it killed? ({onwards})"
-        said.append(Warned("silent", text))
+        warnings.append(Warned("silent", text))
     meant = cut_on_purpose(run)
     alarms = [event for event in run.events if event.get("event") == "alarm"]
     alarms = [event for event in alarms if not (meant and event.get("alarm") == "truncation_rate")]
-    said += [Warned(f"alarm {_alarm(event)[1]}", _alarm(event)[0]) for event in alarms[:20]]
-    if lost := one.totals.get("lost"):
+    warnings += [Warned(f"alarm {_alarm(event)[1]}", _alarm(event)[0]) for event in alarms[:20]]
+    if lost := item.totals.get("lost"):
         asked = float(np.nansum(read_column(run.steps, "samples"))) + lost
-        said.append(Warned("lost", f"{lost:,.0f} of {asked:,.0f} samples were lost on the way to the teacher and back"))
+        warnings.append(
+            Warned("lost", f"{lost:,.0f} of {asked:,.0f} samples were lost on the way to the teacher and back")
+        )
     if skipped := sum(bool(record.get("skipped")) for record in run.steps):
         text = f"{skipped} of {len(run.steps)} steps changed no weight (`skipped` in the run log says why)"
-        said.append(Warned("skipped", text))
+        warnings.append(Warned("skipped", text))
     best = read_column(make_eval_source(run, FIXED).records, "reverse_kl")
     if best.size > 2 and np.isfinite(best).any() and best[-1] > 1.05 * np.nanmin(best):
         text = f"the last KL ({best[-1]:.4g}) is above the best one ({np.nanmin(best):.4g}): it was better before"
-        said.append(Warned("worse", text))
-    alarmed = {warned.kind for warned in said}
+        warnings.append(Warned("worse", text))
+    alarmed = {warned.kind for warned in warnings}
     rates = [warned for warned in _rates(run) if not (meant and warned.kind == "truncation_rate")]
-    return said + [warned for warned in rates if f"alarm {warned.kind}" not in alarmed]
+    return warnings + [warned for warned in rates if f"alarm {warned.kind}" not in alarmed]
 
 
 def cut_on_purpose(run: Run) -> str:
@@ -108,20 +110,22 @@ def find_silence(run: Run) -> str | None:
 
 
 def _rates(run: Run) -> list[Warned]:
-    said = []
+    warnings = []
     ess = read_column(run.steps, "ess")
     if np.isfinite(ess).any() and np.nanmean(ess) < 0.5:
-        said.append(Warned("ess", f"effective sample size {100 * np.nanmean(ess):.0f} % on average: far off-policy"))
+        warnings.append(
+            Warned("ess", f"effective sample size {100 * np.nanmean(ess):.0f} % on average: far off-policy")
+        )
     missing, tokens = read_column(run.steps, "missing_tokens"), read_column(run.steps, "completion_tokens")
     if np.nansum(missing) > 0:
         share = 100 * np.nansum(missing) / max(np.nansum(tokens), 1.0)
         text = f"{np.nansum(missing):,.0f} tokens ({share:.2g} %) had no teacher logprob and were masked"
-        said.append(Warned("missing", text))
+        warnings.append(Warned("missing", text))
     truncated, samples = np.nansum(read_column(run.steps, "truncated")), np.nansum(read_column(run.steps, "samples"))
     if samples and truncated > 0.5 * samples:
         text = f"{100 * truncated / samples:.0f} % of completions were cut at the length limit: {_ENDS}"
-        said.append(Warned("truncation_rate", text))
-    return said
+        warnings.append(Warned("truncation_rate", text))
+    return warnings
 
 
 def _alarm(event: Record) -> tuple[str, str]:

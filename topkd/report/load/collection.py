@@ -54,11 +54,11 @@ class Collection:
 
     def groups(self) -> list[RunGroup]:
         """Runs by setting, in the order of their first run."""
-        given = [run.replayed or run.foreign for run in self.runs]
+        is_replayed = [run.replayed or run.foreign for run in self.runs]
         settings = [
             (dict(run.params) or flatten_settings(run.config))
-            | ({"rollouts": "replay" if replays else "live"} if any(given) else {})
-            for run, replays in zip(self.runs, given, strict=True)
+            | ({"rollouts": "replay" if replays else "live"} if any(is_replayed) else {})
+            for run, replays in zip(self.runs, is_replayed, strict=True)
         ]
         differing = [key for key in find_differing_keys(settings) if not key.startswith(_PLACES)]
         # What a comparison varied counts even where it took one value only; a lone group needs no distinction.
@@ -66,10 +66,10 @@ class Collection:
         for index, setting in enumerate(settings):
             by_key.setdefault(json.dumps([setting.get(key) for key in differing], default=str), []).append(index)
         members = list(by_key.values())
-        told = [{key: settings[indices[0]].get(key) for key in differing} for indices in members]
+        distinct = [{key: settings[indices[0]].get(key) for key in differing} for indices in members]
         return [
             RunGroup(label, setting, [self.runs[index] for index in indices])
-            for label, setting, indices in zip(_labels(told, self), told, members, strict=True)
+            for label, setting, indices in zip(_labels(distinct, self), distinct, members, strict=True)
         ]
 
 
@@ -101,7 +101,11 @@ def find_differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
     """Keys that do not have the same value everywhere (absent counts as a value), the telling ones first."""
     keys = list(dict.fromkeys(key for setting in settings for key in setting))
     missing = object()
-    differing = [key for key in keys if any(one.get(key, missing) != settings[0].get(key, missing) for one in settings)]
+    differing = [
+        key
+        for key in keys
+        if any(config_values.get(key, missing) != settings[0].get(key, missing) for config_values in settings)
+    ]
     return sorted(differing, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
 
 
@@ -112,13 +116,21 @@ def _labels(settings: Sequence[dict[str, Any]], collection: Collection) -> list[
         kind = run.params.get("objective.kind") or flatten_settings(run.config).get("objective.kind")
         return [str(kind or run.name)]
     chosen: list[str] = []
-    told = 1
+    distinct = 1
     for key in settings[0]:
-        seen = len({json.dumps([one.get(name) for name in [*chosen, key]], default=str) for one in settings})
-        if seen > told:
-            chosen, told = [*chosen, key], seen
-    said = [[_format_value(key, one[key]) for key in chosen if one[key] is not None] for one in settings]
-    return [", ".join(part for part in parts if part) or "default" for parts in said]
+        seen = len(
+            {
+                json.dumps([config_values.get(name) for name in [*chosen, key]], default=str)
+                for config_values in settings
+            }
+        )
+        if seen > distinct:
+            chosen, distinct = [*chosen, key], seen
+    texts = [
+        [_format_value(key, config_values[key]) for key in chosen if config_values[key] is not None]
+        for config_values in settings
+    ]
+    return [", ".join(part for part in parts if part) or "default" for parts in texts]
 
 
 def _format_value(key: str, value: Any) -> str:

@@ -103,7 +103,7 @@ def sum_costs(run: Run) -> dict[str, float | None]:
     seconds = step_axes(run).get("seconds")
     sums["seconds"] = _known(float(seconds[-1])) if seconds is not None and seconds.size else None
     lost = [record["lost"] for record in run.steps if isinstance(record.get("lost"), dict)]
-    sums["lost"] = float(sum(_number(count) for one in lost for count in one.values())) if lost else None
+    sums["lost"] = float(sum(_number(count) for counts in lost for count in counts.values())) if lost else None
     return sums
 
 

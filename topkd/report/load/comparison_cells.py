@@ -52,10 +52,10 @@ def read_unfinished_cells(folder: Path, notes: list[str]) -> list[Run]:
         found.append((phase, run))
     runs = [run for phase, run in found if phase != "tune"]
     trials = len(found) - len(runs)
-    said = f"the comparison in {folder.resolve().name} is not finished: its cells so far, and no verdict of its own"
+    note = f"the comparison in {folder.resolve().name} is not finished: its cells so far, and no verdict of its own"
     if runs and trials:
-        said += f"; {trials} tuning trials are left out"
-    notes.append(said if runs or not trials else f"{said}; all of them are trials of learning rates")
+        note += f"; {trials} tuning trials are left out"
+    notes.append(note if runs or not trials else f"{note}; all of them are trials of learning rates")
     return runs or [run for _, run in found]
 
 
@@ -74,7 +74,7 @@ def _parse_folder_name(name: str, labels: Mapping[Any, Any]) -> tuple[str, str, 
     return (phase, trial[1], trial[2]) if trial else (phase, arm, "")
 
 
-def _labels(told: Record | Mapping[str, Any]) -> dict[Any, Any]:
+def _labels(record: Record | Mapping[str, Any]) -> dict[Any, Any]:
     """Arm -> what it is called, where it is called anything."""
-    arms = told.get("arms")
+    arms = record.get("arms")
     return {arm.get("name"): arm.get("label") or arm.get("name") for arm in arms or () if isinstance(arm, dict)}

@@ -42,7 +42,7 @@ class Page:
 def build_content(collection: Collection, *, live: bool = False, baseline: Mapping[str, Any] | None = None) -> Page:
     """The content of the page about a collection."""
     groups = collection.groups()
-    said, outcomes = write_verdict(collection, groups)
+    statement, outcomes = write_verdict(collection, groups)
     account = Thinning()
     kinds = list_prefix_kinds(groups) or ["fixed"]
     sections = [_section(section, groups, account, kinds) for section in SECTIONS]
@@ -52,7 +52,9 @@ def build_content(collection: Collection, *, live: bool = False, baseline: Mappi
     _relabel_log_ratio(sections, [group for group in groups if not group.replayed])
     recorded = select_transcripts(groups)
     notes = [
-        note for note in (*said.notes, account.sentence(), _smoothing(account), recorded.note, _colours(groups)) if note
+        note
+        for note in (*statement.notes, account.sentence(), _smoothing(account), recorded.note, _colours(groups))
+        if note
     ]
     data = {
         "live": live,
@@ -62,9 +64,11 @@ def build_content(collection: Collection, *, live: bool = False, baseline: Mappi
         "axes": _axes(groups),
         "prefixes": kinds,
         "sections": sections,
-        "metric": said.metric,
-        "ranks": [rank.plain() for rank in said.ranks],
-        "seeds": [one.plain() for one in list_measures(collection, groups, said.ranks, said.metric)],
+        "metric": statement.metric,
+        "ranks": [rank.plain() for rank in statement.ranks],
+        "seeds": [
+            only_run.plain() for only_run in list_measures(collection, groups, statement.ranks, statement.metric)
+        ],
         "comparison": collection.comparison,
         "rollouts": recorded.heads,
     }
@@ -72,9 +76,9 @@ def build_content(collection: Collection, *, live: bool = False, baseline: Mappi
         collection.title,
         groups,
         outcomes,
-        said,
-        build_summary_table(groups, outcomes, said),
-        [*build_comparison_tables(collection.comparison), *_build_measured_tables(groups, said)],
+        statement,
+        build_summary_table(groups, outcomes, statement),
+        [*build_comparison_tables(collection.comparison), *_build_measured_tables(groups, statement)],
         build_runs_table(groups, outcomes),
         build_settings_table(collection, groups, baseline),
         recorded,
@@ -83,9 +87,9 @@ def build_content(collection: Collection, *, live: bool = False, baseline: Mappi
     )
 
 
-def _build_measured_tables(groups: Sequence[RunGroup], said: ReportVerdict) -> list[Table]:
+def _build_measured_tables(groups: Sequence[RunGroup], statement: ReportVerdict) -> list[Table]:
     """Tables of the settings that were run on-policy, best first."""
-    order = [rank.group for rank in said.ranks] or [i for i, group in enumerate(groups) if not group.replayed]
+    order = [rank.group for rank in statement.ranks] or [i for i, group in enumerate(groups) if not group.replayed]
     return [table for table in (list_by_prefixes(groups, order), list_training(groups, order)) if table is not None]
 
 
@@ -164,17 +168,17 @@ def _head(panel: Panel) -> dict[str, Any]:
 def _axes(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
     """Every choice of x, and whether all runs can be placed on it."""
     tables = [step_axes(run) for group in groups for run in group.runs if run.steps]
-    told = {axis.key: bool(tables) and all(axis.key in table for table in tables) for axis in AXES}
-    return [{"key": axis.key, "label": axis.label, "unit": axis.unit, "ok": told[axis.key]} for axis in AXES]
+    available = {axis.key: bool(tables) and all(axis.key in table for table in tables) for axis in AXES}
+    return [{"key": axis.key, "label": axis.label, "unit": axis.unit, "ok": available[axis.key]} for axis in AXES]
 
 
 def _state(collection: Collection) -> dict[str, Any]:
     states = [run.state for run in collection.runs]
-    one = collection.runs[0] if len(states) == 1 else None
+    only_run = collection.runs[0] if len(states) == 1 else None
     return {
         "running": sum(state == "running" for state in states),
-        "text": f"{one.state}, step {last_step(one.steps):,} of {one.planned or '?'}"
-        if one
+        "text": f"{only_run.state}, step {last_step(only_run.steps):,} of {only_run.planned or '?'}"
+        if only_run
         else ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
     }
 

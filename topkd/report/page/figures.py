@@ -105,19 +105,19 @@ def _histogram(axes: Any, page: Page, panel: dict[str, Any]) -> None:
 
 
 def _strip(axes: Any, page: Page, measure: dict[str, Any], strip: dict[str, Any]) -> None:
-    for row, one in enumerate(strip["rows"]):
-        at, _, marker, _ = _look(page, one["group"])
-        if one["low"] is not None:
-            axes.hlines(row, one["low"], one["high"], color=at, lw=2, alpha=0.5)
+    for row, arm_row in enumerate(strip["rows"]):
+        at, _, marker, _ = _look(page, arm_row["group"])
+        if arm_row["low"] is not None:
+            axes.hlines(row, arm_row["low"], arm_row["high"], color=at, lw=2, alpha=0.5)
         for late, shape, face in ((False, marker, at), (True, ">", "none")):  # open: ended before it arrived
-            values = [dot["value"] for dot in one["dots"] if dot["late"] is late]
+            values = [dot["value"] for dot in arm_row["dots"] if dot["late"] is late]
             axes.plot(values, [row] * len(values), shape, color=at, mfc=face, ms=3.5, alpha=0.7)
-        if one["mean"] is not None:
-            axes.plot([one["mean"]], [row], "|", color=at, ms=12, mew=2)
+        if arm_row["mean"] is not None:
+            axes.plot([arm_row["mean"]], [row], "|", color=at, ms=12, mew=2)
     if strip["even"] is not None:
         axes.axvline(strip["even"], color="#7d8590", lw=0.8)
     axes.figure.set_figheight(max(2.5, 1.0 + 0.32 * len(strip["rows"])))
-    axes.set_yticks(range(len(strip["rows"])), [textwrap.fill(one["label"], 24) for one in strip["rows"]])
+    axes.set_yticks(range(len(strip["rows"])), [textwrap.fill(arm_row["label"], 24) for arm_row in strip["rows"]])
     axes.set_ylim(len(strip["rows"]) - 0.5, -0.5)
     pairs = "" if strip["even"] is None else f"\npaired {'ratio' if strip['ratio'] else 'difference'} to the best, 95 %"
     axes.set_title(_wrap(measure["title"]) + pairs)

@@ -89,8 +89,8 @@ def _several(index: int, drawn: list[tuple[Source, Floats]], panel: Panel) -> li
         stacked.append(panel.smoothed(records, values[at], window))
         axes.append({key: axis[at] for key, axis in source.axes.items()})
     table = np.stack(stacked)
-    shared = [key for key in axes[0] if all(key in one for one in axes)]
-    mean_axes = {key: np.mean([one[key] for one in axes], axis=0) for key in shared}
+    shared = [key for key in axes[0] if all(key in run_axes for run_axes in axes)]
+    mean_axes = {key: np.mean([run_axes[key] for run_axes in axes], axis=0) for key in shared}
     rows = thinning.keep_evenly(steps.size, SMOOTH_POINTS)
     main = _line(index, "main", mean_axes, table.mean(axis=0), rows) | {"n": len(drawn)}
     if panel.source == "step":

@@ -34,7 +34,7 @@ class Row:
     mean: float | None
     low: float | None
     high: float | None
-    said: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +65,14 @@ def list_measures(
 ) -> list[Measure]:
     """Area and tokens to the target where a comparison has them, then the last values; nothing for a lone run."""
     found = [*_compare_arms(collection.comparison, groups, metric), *_last(ranks, metric)]
-    return [one for one in found if sum(len(row.dots) for row in one.strips[0].rows) > 1]
+    return [point for point in found if sum(len(row.dots) for row in point.strips[0].rows) > 1]
 
 
 def _last(ranks: Sequence[Rank], metric: str) -> list[Measure]:
     known = [rank for rank in ranks if rank.values]
     if not known:
         return []
-    seeds = {rank.group: [Dot(one["seed"], one["value"]) for one in rank.values] for rank in known}
+    seeds = {rank.group: [Dot(point["seed"], point["value"]) for point in rank.values] for rank in known}
     rows = [_row(rank, seeds[rank.group], rank.end, format_number(rank.end.mean)) for rank in known]
     best = {dot.seed: dot.value for dot in seeds[known[0].group] if dot.seed is not None}
     gaps = [
@@ -92,8 +92,8 @@ def _last(ranks: Sequence[Rank], metric: str) -> list[Measure]:
     return [Measure("last", f"Last {metric}", strips)]
 
 
-def _row(rank: Rank, dots: list[Dot], spread: Interval, said: str) -> Row:
-    return Row(rank.group, rank.label, dots, _known(spread.mean), _known(spread.low), _known(spread.high), said)
+def _row(rank: Rank, dots: list[Dot], spread: Interval, text: str) -> Row:
+    return Row(rank.group, rank.label, dots, _known(spread.mean), _known(spread.low), _known(spread.high), text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +132,11 @@ def _compare_arms(comparison: Mapping[str, Any], groups: Sequence[RunGroup], met
 
 def _arms(comparison: Mapping[str, Any], groups: Sequence[RunGroup]) -> list[_Arm]:
     live = comparison.get("live")
-    told = {arm.get("name"): arm for arm in comparison.get("arms") or () if isinstance(arm, dict)}
+    stated_arms = {arm.get("name"): arm for arm in comparison.get("arms") or () if isinstance(arm, dict)}
     places = {group.runs[0].params.get("arm"): index for index, group in enumerate(groups) if not group.replayed}
     found = []
     for row in (live.get("arms") if isinstance(live, dict) else None) or ():
-        arm = told.get(row.get("arm"), {})
+        arm = stated_arms.get(row.get("arm"), {})
         label = str(arm.get("label") or row.get("arm"))
         if label in places and isinstance(row.get("seeds"), dict):
             seeds = {int(seed): fact for seed, fact in row["seeds"].items()}
@@ -146,7 +146,7 @@ def _arms(comparison: Mapping[str, Any], groups: Sequence[RunGroup]) -> list[_Ar
 
 def _spread(arm: _Arm, key: str) -> Row:
     values = arm.values(key)
-    dots, spread = [Dot(*one) for one in values.items()], compute_interval([*values.values()])
+    dots, spread = [Dot(*point) for point in values.items()], compute_interval([*values.values()])
     return Row(
         arm.group, arm.label, dots, spread.mean, _known(spread.low), _known(spread.high), format_number(spread.mean)
     )
@@ -191,16 +191,16 @@ def _ratios(arms: Sequence[_Arm], key: str, what: str) -> list[Strip]:
     mine = best.values(key)
     rows = []
     for arm in others:
-        theirs = arm.values(key)
-        logs = {s: math.log(mine[s] / theirs[s]) for s in mine if mine[s] > 0 and theirs.get(s, 0) > 0}
+        arm_values = arm.values(key)
+        logs = {s: math.log(mine[s] / arm_values[s]) for s in mine if mine[s] > 0 and arm_values.get(s, 0) > 0}
         if not logs:
             continue
         spread = compute_interval([*logs.values()])
         mean, low, high = (_exp(end) for end in (spread.mean, spread.low, spread.high))
         pairs = max(len(best.seeds), len(arm.seeds))
-        said = f"{math.exp(spread.mean):.3f}" + (f" ({spread.n} of {pairs} pairs)" if spread.n < pairs else "")
+        text = f"{math.exp(spread.mean):.3f}" + (f" ({spread.n} of {pairs} pairs)" if spread.n < pairs else "")
         dots = [Dot(seed, math.exp(log)) for seed, log in logs.items()]
-        rows.append(Row(arm.group, f"against {arm.label}", dots, mean, low, high, said))
+        rows.append(Row(arm.group, f"against {arm.label}", dots, mean, low, high, text))
     if not rows:
         return []
     note = f"{best.label}'s {what} as a share of each other's, same seed against same seed, with the 95 % interval."

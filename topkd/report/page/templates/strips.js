@@ -15,14 +15,14 @@ function strip({ rows, even, ratio: ratios }, space) {
   const narrow = width < 620;
   const row = narrow ? 46 : 34;
   const names = narrow ? 8 : Math.min(0.42 * width, Math.max(...rows.map((one) => textWidth(one.label, 13, 600))) + 18);
-  const beside = Math.max(...rows.map((one) => textWidth(one.said))) + 14;
+  const beside = Math.max(...rows.map((one) => textWidth(one.text))) + 14;
   const height = rows.length * row + 30;
   const values = rows.flatMap((one) => [...one.dots.map((dot) => dot.value), one.low, one.high, one.mean]).concat(even).filter((value) => value !== null);
   const [low, high] = [Math.min(...values), Math.max(...values)];
   const pad = ratios ? (high / low) ** 0.06 : 0.05 * (high - low || Math.abs(high) || 1);
   const ends = ratios ? [low / Math.max(1.01, pad), high * Math.max(1.01, pad)] : [low - pad, high + pad];
   const x = scale(ends, [names + 8, width - beside - 8], ratios);
-  const said = rows.map((one) => `${one.label}: ${one.said}${one.low === null ? '' : `, 95 % interval ${number(one.low)} to ${number(one.high)}`}, ${one.dots.length} seeds`);
+  const said = rows.map((one) => `${one.label}: ${one.text}${one.low === null ? '' : `, 95 % interval ${number(one.low)} to ${number(one.high)}`}, ${one.dots.length} seeds`);
   const graph = svg('svg', { width, height, viewBox: `0 0 ${width} ${height}`, class: 'strip', role: 'img', 'aria-label': said.join('; ') });
   const bottom = height - 26;
   const wanted = Math.max(2, Math.floor((width - names - beside) / 64));
@@ -42,7 +42,7 @@ function strip({ rows, even, ratio: ratios }, space) {
     if (one.low !== null) graph.append(svg('line', { x1: x(one.low), x2: x(one.high), y1: y, y2: y, class: `interval stroke ${g}` }));
     for (const dot of one.dots) graph.append(mark(one.group, dot, x(dot.value), y));
     if (one.mean !== null) graph.append(svg('line', { x1: x(one.mean), x2: x(one.mean), y1: y - 9, y2: y + 9, class: `mean stroke ${g}` }));
-    graph.append(svg('text', { x: width - 4, y: y + 4, class: 'label end', text: one.said }));
+    graph.append(svg('text', { x: width - 4, y: y + 4, class: 'label end', text: one.text }));
   });
   return graph;
 }
