@@ -25,9 +25,8 @@ from topkd.compose.data.digests import digest_contents
 from topkd.compose.progress import Progress
 from topkd.compose.run.folder import lock_folder
 from topkd.engine.loop.metrics import make_strict_json
+from topkd.report.load.run_folder import CELLS, COMPARISON, CONFIG, name_cell
 from topkd.topk.errors import ConfigError, TrainingError
-
-FILE, CONFIG = "compare.json", "config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ def _run_comparison(config: CompareConfig, out: Path, progress: Progress) -> Com
         from topkd.compose.demo_assets.assets import build_assets, cache_root
 
         build_assets(cache_root(), progress)  # once, before workers would all train the same models
-    with _Workers(config, out / "cells", progress) as workers:
+    with _Workers(config, out / CELLS, progress) as workers:
         tuned, tables = _tune_rates(config, workers)
         live = [_build_cell(config, arm, seed, tuned[arm.name], "live") for arm in config.arms for seed in config.seeds]
         results = workers.finish("live runs", live)
@@ -71,9 +70,9 @@ def _run_comparison(config: CompareConfig, out: Path, progress: Progress) -> Com
             ]
             results |= workers.finish("matched replays", replayed)
     summary = build_summary(config, tables, [*live, *replayed], results)
-    staging = out / f".{FILE}.partial"
+    staging = out / f".{COMPARISON}.partial"
     staging.write_text(json.dumps(make_strict_json(summary), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    staging.replace(out / FILE)
+    staging.replace(out / COMPARISON)
     return Comparison(out, summary)
 
 
@@ -217,13 +216,12 @@ def _build_cell(
     drawn: Mapping[str, str] | None = None,
 ) -> Cell:
     """``drawn``: for a replay, the live cells' digests by their ids."""
-    rate = "" if lr is None else f"-lr{lr:g}"
     rollouts = ""
     if config.replay and phase != "tune":
         reference = config.arms[0].name
         if phase == "replay" or arm.name == reference:
-            rollouts = f"live-{reference}-seed{seed}"
-    name = f"{phase}-{arm.name}{rate if phase == 'tune' else ''}-seed{seed}"
+            rollouts = name_cell("live", reference, seed)
+    name = name_cell(phase, arm.name, seed, lr if phase == "tune" else None)
     values, by = config.values(arm, seed, lr), "" if drawn is None else drawn[rollouts]
     inputs = "" if config.base == EMBEDDED else _digest_inputs(values)
     return Cell(name, phase, arm.name, seed, lr, config.base, values, config.probes, rollouts, by, inputs)

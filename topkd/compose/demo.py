@@ -34,6 +34,7 @@ from topkd.compose.run.signals import StopSignals
 from topkd.compose.teachers.open import Teachers
 from topkd.engine import EngineConfig, LearnerConfig, RolloutConfig
 from topkd.engine.config.objectives import GJS, Objective, ScalarKL, TopKPolicyGradient
+from topkd.report.load.run_folder import CONFIG
 from topkd.report.page.demo_figure import write_demo_curve
 from topkd.serve import ServeConfig, ServerProcess
 
@@ -112,7 +113,7 @@ async def demo(
         model=str(assets.teacher), served_model_name="teacher", port=0, max_logprobs=config.k, max_batch_tokens=1
     )
     began = time.perf_counter()
-    save_config(config, folder / "config.json")
+    save_config(config, folder / CONFIG)
     with contextlib.ExitStack() as stack:
         with _note_if_stopped(progress, "the models are kept for the next demo"):
             server = stack.enter_context(ServerProcess(serve, log_path=folder / "server.log"))

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import topkd
 from topkd.compose.config.run_config import RunConfig, validate_config
 from topkd.compose.data.chat_templates import Side
-from topkd.compose.run.folder import CONFIG, RUN_LOG, STUDENT
 from topkd.engine.checkpoint.snapshots import write_folder
 from topkd.engine.loop.metrics import read_metrics
+from topkd.report.load.run_folder import CONFIG, RUN_LOG, STUDENT
 from topkd.topk.errors import ConfigError, TrainingError
 
 DType = Literal["float32", "bfloat16", "float16"]

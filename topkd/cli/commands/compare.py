@@ -24,7 +24,7 @@ def compare_command(
     files: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="A comparison file (with arms), two or more run files, or one with --grid.", metavar="FILE"
+            help="A comparison file (with arms), two or more run files, or one with --grid.", metavar="COMPARISON"
         ),
     ] = None,
     out: Annotated[Path, option("Folder of the comparison; the same one again continues it.", "FOLDER")] = Path(
@@ -51,7 +51,8 @@ def compare_command(
     if workers is not None:
         config = config.model_copy(update={"workers": workers})
     require_extra("compare", "torch", "transformers", "safetensors", extra="train")
-    from topkd.compose.compare import FILE, compare
+    from topkd.compose.compare import compare
+    from topkd.report.load.run_folder import COMPARISON
 
     try:
         with Display(quiet=as_json) as display:
@@ -60,10 +61,10 @@ def compare_command(
         typer.echo(f"topkd: stopped; the same command continues in {out}", err=True)
         raise typer.Exit(130) from None
     if as_json:
-        typer.echo((result.out / FILE).read_text(encoding="utf-8").strip())
+        typer.echo((result.out / COMPARISON).read_text(encoding="utf-8").strip())
     else:
         _show(result.summary)
-        typer.echo(f"\n{result.out / FILE}; {_write_page(result.out)}")
+        typer.echo(f"\n{result.out / COMPARISON}; {_write_page(result.out)}")
     if not result.complete:
         for cell, reason in result.summary["failed"].items():
             typer.echo(f"topkd: cell {cell} failed: {reason}", err=True)

@@ -51,7 +51,7 @@ def hint_resume(out: Path, again: str) -> Iterator[None]:
         out: Its folder.
         again: The command that goes on with it.
     """
-    from topkd.compose.run.folder import CHECKPOINTS, RUN_LOG
+    from topkd.report.load.run_folder import CHECKPOINTS, RUN_LOG
 
     before = _find_write_time(out / RUN_LOG)
     try:

@@ -21,6 +21,7 @@ from topkd.compose.comparison.config import EMBEDDED
 from topkd.compose.config.run_config import RunConfig, validate_config
 from topkd.engine import EngineConfig
 from topkd.engine.loop.metrics import make_strict_json
+from topkd.report.load.run_folder import CONFIG, STUDENT
 from topkd.topk.errors import TopkdError
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ async def _run_embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]
     config = validate_config(EngineConfig, cell.values, where=f"cell {cell.id}")
     assets = _load_assets()
     student, teacher = Student.load(str(assets.student), "cpu"), Student.load(str(assets.teacher), "cpu")
-    save_config(config, folder / "config.json")
+    save_config(config, folder / CONFIG)
     rows = choose_prompts(assets.training, cell.seed)
     measures = await Measures.prepared(student, teacher, assets.held_out, cell.probes)
     scorer = StepTeacher(teacher)
@@ -156,7 +157,7 @@ async def _run_embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]
         is_remembered=True,
     )
     result = await run_training(Run(folder), parts)
-    shutil.rmtree(folder / "student", ignore_errors=True)  # what is compared are the measurements
+    shutil.rmtree(folder / STUDENT, ignore_errors=True)  # what is compared are the measurements
     if cell.rollouts_of == cell.id:
         recording.write(folder)
     return summarize_run(result.steps, result.evals, _entries(config))

@@ -14,10 +14,9 @@ from typing import Any
 
 import topkd
 from topkd.engine.loop.metrics import RECORD_KINDS, read_metrics
-from topkd.report.load.run_lock import LOCK, describe_machine
+from topkd.report.load.run_folder import CHECKPOINTS, CONFIG, LOCK, RUN_LOG, STUDENT, describe_machine
 from topkd.topk.errors import ConfigError
 
-RUN_LOG, CONFIG, TOKENS, STUDENT, CHECKPOINTS = "metrics.jsonl", "config.json", "tokens.jsonl", "student", "checkpoints"
 _TRIES = 5  # to have a run's folder
 _PACKAGES = ("torch", "transformers", "safetensors", "peft", "tokenizers", "numpy", "httpx", "vllm")
 

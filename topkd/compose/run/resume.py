@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from topkd.compose.config.run_config import save_config, validate_config
 from topkd.compose.progress import Progress
-from topkd.compose.run.folder import CONFIG, RUN_LOG, STUDENT, TOKENS, check_free, lock_folder, prepare_folder
+from topkd.compose.run.folder import check_free, lock_folder, prepare_folder
 from topkd.engine import EngineConfig
 from topkd.engine.loop.metrics import read_metrics
+from topkd.report.load.run_folder import CONFIG, RUN_LOG, STUDENT, TOKENS
 from topkd.topk.errors import ConfigError, DataError, TopkdError, TrainingError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topkd.compose.data.digests import describe_rows
-from topkd.compose.run.folder import RUN_LOG, TOKENS, collect_provenance
+from topkd.compose.run.folder import collect_provenance
 from topkd.compose.run.observers import Observers
 from topkd.compose.run.resume import check_same_rows, truncate_to_checkpoint
 from topkd.compose.run.run import Run, RunResult
@@ -23,6 +23,7 @@ from topkd.engine.loop.loop import LoopParts, Source
 from topkd.engine.loop.metrics import MetricsLog
 from topkd.engine.loop.prompts import PromptRow
 from topkd.engine.loop.scoring import Context, ScoredBatch
+from topkd.report.load.run_folder import RUN_LOG, TOKENS
 from topkd.topk.errors import TopkdError
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from topkd.compose.progress import Progress
-from topkd.compose.run.folder import STUDENT
 from topkd.compose.run.resume import PreviousRun
 from topkd.engine.checkpoint.checkpoint import (
     Stateful,
@@ -23,6 +22,7 @@ from topkd.engine.learner.learner import Learner
 from topkd.engine.learner.objectives import describe_objective
 from topkd.engine.loop.metrics import MetricsLog
 from topkd.engine.loop.position import Position
+from topkd.report.load.run_folder import STUDENT
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ import numpy as np
 from topkd.report.analysis.outcome import Outcome
 from topkd.report.load.columns import read_column
 from topkd.report.load.evaluations import FIXED, make_eval_source
-from topkd.report.load.run_log import METRICS, Record, Run, last_step
+from topkd.report.load.run_folder import RUN_LOG
+from topkd.report.load.run_log import Record, Run, last_step
 
 _QUIET_S, _QUIET_STEPS = 900.0, 10.0  # of an unfinished run that is still taken to go on
 _FRAGMENT = 64  # tokens: who sets a limit as short means to cut
@@ -99,7 +100,7 @@ def cut_on_purpose(run: Run) -> str:
 def find_silence(run: Run) -> str | None:
     """For how long an unfinished run has written nothing, where that is far longer than its steps take."""
     try:
-        quiet_s = time.time() - (run.path / METRICS).stat().st_mtime
+        quiet_s = time.time() - (run.path / RUN_LOG).stat().st_mtime
     except OSError:
         return None
     taken = read_column(run.steps, "elapsed_s")

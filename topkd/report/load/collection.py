@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from topkd.report.load.comparison_cells import read_listed_cells, read_unfinished_cells
-from topkd.report.load.run_log import COMPARE, Run, flatten_settings, read_config, read_object, read_run
+from topkd.report.load.run_folder import COMPARISON
+from topkd.report.load.run_log import Run, flatten_settings, read_config, read_object, read_run
 from topkd.topk.errors import DataError
 
 # Where a run keeps its things says nothing about what it does.
@@ -80,10 +81,10 @@ def gather(paths: Sequence[Path], *, waiting: bool = False) -> Collection:
     notes: list[str] = []
     title, unfinished = "", False
     for path in paths:
-        if (path / COMPARE).exists():
+        if (path / COMPARISON).exists():
             if comparison:
                 raise DataError("two comparisons on one page", where=str(path), hint="make one page for each")
-            comparison = read_object(path / COMPARE)
+            comparison = read_object(path / COMPARISON)
             runs += read_listed_cells(path, comparison, notes)
         elif (path / "cells").is_dir():
             runs += read_unfinished_cells(path, notes) or ([read_run(path, waiting=True)] if waiting else [])

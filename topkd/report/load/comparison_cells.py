@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from topkd.report.load.run_log import COMPARE, METRICS, Record, Run, flatten_settings, read_config, read_run
+from topkd.report.load.run_folder import CELLS, COMPARISON, RUN_LOG, parse_cell_name
+from topkd.report.load.run_log import Record, Run, flatten_settings, read_config, read_run
 from topkd.topk.errors import DataError
 
 
@@ -16,14 +16,14 @@ def read_listed_cells(folder: Path, comparison: Mapping[str, Any], notes: list[s
     cells = comparison.get("cells")
     if not isinstance(cells, list):
         raise DataError(
-            "a comparison without cells", where=str(folder / COMPARE), got=type(cells).__name__, expected="a list"
+            "a comparison without cells", where=str(folder / COMPARISON), got=type(cells).__name__, expected="a list"
         )
     labels = _labels(comparison)
     runs = []
     for cell in cells:
         name = str(cell.get("id", "?"))
-        path = folder / str(cell.get("run") or f"cells/{name}")
-        if not (path / METRICS).exists():
+        path = folder / str(cell.get("run") or f"{CELLS}/{name}")
+        if not (path / RUN_LOG).exists():
             notes.append(f"cell {name} ({cell.get('status', 'not run')}) has no run log and is left out")
             continue
         run = read_run(path, name=name)
@@ -44,9 +44,9 @@ def read_unfinished_cells(folder: Path, notes: list[str]) -> list[Run]:
     """The cells so far of a comparison that is not finished, by their folders' names; trials until others run."""
     labels = _labels(read_config(folder))
     found = []
-    for run_log in sorted((folder / "cells").glob(f"*/{METRICS}")):
+    for run_log in sorted((folder / CELLS).glob(f"*/{RUN_LOG}")):
         run = read_run(run_log.parent)
-        phase, arm, rate = _parse_folder_name(run.name, labels)
+        phase, arm, rate = parse_cell_name(run.name, labels)
         run.params = {"arm": labels.get(arm, arm)} | ({"lr": float(rate)} if rate else {})
         run.replayed = phase == "replay"
         found.append((phase, run))
@@ -61,17 +61,7 @@ def read_unfinished_cells(folder: Path, notes: list[str]) -> list[Run]:
 
 def count_values(folder: Path) -> tuple[int, bool]:
     """What changes when a comparison gets further: its cells with a run log, and whether it is finished."""
-    return sum(1 for _ in (folder / "cells").glob(f"*/{METRICS}")), (folder / COMPARE).exists()
-
-
-def _parse_folder_name(name: str, labels: Mapping[Any, Any]) -> tuple[str, str, str]:
-    """Phase, arm and rate (of a trial) from a cell's folder name."""
-    parts = re.fullmatch(r"(live|replay|tune)-(.+)-seed\d+", name)
-    if parts is None:
-        return "live", name, ""
-    phase, arm = parts.groups()
-    trial = re.fullmatch(r"(.+)-lr([0-9.e+-]+)", arm) if phase == "tune" and arm not in labels else None
-    return (phase, trial[1], trial[2]) if trial else (phase, arm, "")
+    return sum(1 for _ in (folder / CELLS).glob(f"*/{RUN_LOG}")), (folder / COMPARISON).exists()
 
 
 def _labels(record: Record | Mapping[str, Any]) -> dict[Any, Any]:

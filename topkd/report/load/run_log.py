@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topkd.report.load.run_lock import is_deserted
+from topkd.report.load.run_folder import COMPARISON, CONFIG, RUN_LOG, TOKENS, is_deserted
 from topkd.topk.errors import DataError
 
-METRICS, CONFIG, TOKENS, COMPARE = "metrics.jsonl", "config.json", "tokens.jsonl", "compare.json"
 MEASURED = frozenset({"reverse_kl", "forward_kl", "jsd", "agreement", "accuracy"})
 Record = dict[str, Any]
 
@@ -109,7 +108,7 @@ class Run:
             self.seed = self.seed if self.seed is not None else _seed(self.config)
         if self._run_log is None or self._tokens is None or self._run_log.shrunk or self._tokens.shrunk:
             # The first look; or a resumed run cut its run log back to a checkpoint, and what was read is void.
-            self._run_log, self._tokens = Lines(self.path / METRICS), Lines(self.path / TOKENS)
+            self._run_log, self._tokens = Lines(self.path / RUN_LOG), Lines(self.path / TOKENS)
             for read in (self.steps, self.evals, self.events, self.rollouts):
                 read.clear()
         records, rollouts = self._run_log.read(), self._tokens.read()
@@ -166,12 +165,12 @@ def evaluations(record: Record) -> list[Record]:
 
 def read_run(path: Path, *, name: str | None = None, waiting: bool = False) -> Run:
     """The run in a folder. ``waiting`` accepts one whose run log is not there yet (a page that follows it)."""
-    if not waiting and not (path / METRICS).exists():
+    if not waiting and not (path / RUN_LOG).exists():
         raise DataError(
             "no run here",
             where=str(path),
             got=_what_is_there(path),
-            expected=f"a folder with {METRICS} (a run) or {COMPARE} (a comparison)",
+            expected=f"a folder with {RUN_LOG} (a run) or {COMPARISON} (a comparison)",
             hint="give the folder that topkd train, replay, demo or compare wrote with --out",
         )
     run = Run(path, name or path.resolve().name)
