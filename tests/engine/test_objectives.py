@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -20,11 +21,13 @@ from topkd.engine.config.objectives import (
     DirectGJS,
     EntropyAware,
     ForwardKL,
+    Objective,
     ReverseKL,
     ScalarKL,
     TopKPolicyGradient,
 )
 from topkd.engine.learner.learner import Learner
+from topkd.engine.learner.objectives import LOSSES
 from topkd.engine.learner.policy_gradients import mean_advantage
 from topkd.engine.models.student import Student
 from topkd.topk.errors import ConfigError
@@ -338,3 +341,22 @@ def test_an_objective_of_ones_own_is_a_function_of_the_view(folder, teacher):
     assert record["tokens"] == 3
     with pytest.raises(ConfigError, match="one loss a token"):
         gradients(folder, [sample], lambda view: view.logp_new.sum())
+
+
+@pytest.mark.parametrize("objective", [*ALL, SFT()], ids=lambda objective: objective.kind)
+def test_a_list_is_needed_where_the_objective_reads_one(objective):
+    alone = isinstance(objective, ScalarKL | GJS | SFT)
+    assert (objective.needs_list, objective.count_entries(20)) == (not alone, 1 if alone else 21)
+
+
+@pytest.mark.parametrize("kind", [ScalarKL, GJS])
+@pytest.mark.parametrize("settings", [{"baseline": "value"}, {"gamma": 0.5}], ids=str)
+def test_a_baseline_and_a_return_need_the_list_that_the_sampled_token_does_not(kind, settings):
+    assert (kind(**settings).needs_list, kind(**settings).count_entries(20)) == (True, 21)
+
+
+def test_every_kind_but_sft_has_a_loss():
+    kinds = {objective.kind for objective in ALL}
+    assert kinds == set(LOSSES)
+    union = get_args(get_args(Objective)[0])
+    assert {member.model_fields["kind"].default for member in union} == kinds | {"sft", "custom"}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.engine.pieces import VOCAB, model_folder, scalar_sample
-from topkd.engine.config.objectives import EOPD, ForwardKL, ScalarKL, TopKPolicyGradient
+from topkd.engine.config.objectives import EOPD, CustomObjective, ForwardKL, ScalarKL, TopKPolicyGradient
 from topkd.engine.loop.scoring import ScoredBatch
 from topkd.engine.loop.transcripts import TranscriptLimits, TranscriptRecorder
 from topkd.engine.models.local_teacher import LocalTeacher
@@ -105,12 +105,9 @@ def test_advantages_are_shown_where_the_objective_that_trains_has_them(pair, tmp
     plain = dense(teacher)[drawn] - dense(student)[drawn]
     assert [token["advantage"] for token in record["tokens"]] == pytest.approx(plain, abs=5e-3)
 
-    def mine(view):
-        return -view.logp_new
-
-    record = recorder(tmp_path / "t", student, tokenizer, mine).record(1, scored(teacher, 4))
-    assert record["objective"].startswith("custom: ")
-    assert record["objective"].endswith("mine")
+    custom = CustomObjective(function="losses.py:mine")
+    record = recorder(tmp_path / "t", student, tokenizer, custom).record(1, scored(teacher, 4))
+    assert record["objective"] == "losses.py:mine"
     assert all(np.isnan(token["advantage"]) for token in record["tokens"])
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from topkd.compose.cache.live import open_cache
+from topkd.compose.config.functions import load_loss
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.preflight.preflight import TEACHERS, Preflight, preflight
 from topkd.compose.progress import Progress
@@ -17,6 +18,8 @@ from topkd.compose.run.signals import StopSignals
 from topkd.compose.run.student import load_student
 from topkd.compose.teachers.feedback import build_feedback_context
 from topkd.compose.teachers.open import open_teachers
+from topkd.engine.config.objectives import CustomObjective
+from topkd.topk.errors import ConfigError
 
 if TYPE_CHECKING:
     from topkd.engine.learner.token_view import TokenLoss
@@ -46,10 +49,14 @@ async def train(
         signals: Signals that end the run in order, to be resumed.
         loss: A custom objective in place of the config's: the loss of each token, from a ``TokenView``.
     """
+    if loss is not None:
+        config = _record_loss(config, loss)
+    else:
+        loss = load_loss(config.objective)
     async with open_run(config, out, command="train", resume=resume, progress=progress, signals=signals) as run:
         if run.is_finished:
             return run.result()
-        findings = await preflight(_describe(config, run))
+        findings = await preflight(_describe(config, run, loss))
         prompts = findings.loaded_prompts
         student = load_student(config, prompts)
         cache = run.enter(open_cache(config.cache))
@@ -77,7 +84,17 @@ async def train(
         )
 
 
-def _describe(config: RunConfig, run: Run) -> Preflight:
+def _record_loss(config: RunConfig, loss: TokenLoss) -> RunConfig:
+    """Return the config under whose objective the run is recorded: the function that trains, by its name."""
+    if config.objective.is_data_only:
+        raise ConfigError(
+            "a loss of your own needs a teacher", got=f'objective.kind = "{config.objective.name}"',
+            hint="leave objective out",
+        )  # fmt: skip
+    return config.model_copy(update={"objective": CustomObjective.of_function(loss, config.objective)})
+
+
+def _describe(config: RunConfig, run: Run, loss: TokenLoss | None) -> Preflight:
     return Preflight(
         config,
         run.progress,
@@ -85,4 +102,5 @@ def _describe(config: RunConfig, run: Run) -> Preflight:
         teachers_file=run.out / TEACHERS,
         is_resumed=run.previous.resumed,
         ranks=run.ranks,
+        loss=loss,
     )

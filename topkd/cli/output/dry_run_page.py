@@ -113,7 +113,7 @@ def _print_pairs(rows: list[tuple[str, Any]]) -> Table:
 def _print_run(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
     objective = ", ".join(f"{key} {value}" for key, value in config.objective.model_dump().items() if key != "kind")
     rows = [
-        ("objective", f"{config.objective.kind}{f' ({objective})' if objective else ''}"),
+        ("objective", f"{config.objective.name}{f' ({objective})' if objective else ''}"),
         ("steps", f"{config.steps}, seed {config.seed}, staleness at most {config.max_staleness}"),
     ]
     if found.device:

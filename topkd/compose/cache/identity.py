@@ -88,17 +88,17 @@ def check_off_policy(config: EngineConfig, policy: TeacherIdentity) -> None:
     direct = "objective fkl, rkl, gjs_direct, kd, taid or entropy_aware learn from any text"
     if importance == "ppo":
         raise ConfigError(
-            f"{objective.kind} with ppo cannot learn from completions that the student did not draw", where=where,
+            f"{objective.name} with ppo cannot learn from completions that the student did not draw", where=where,
             got="ppo, which keeps the student near the policy that sampled: here that is not the student",
             expected='learner.importance.kind = "truncated"', hint=direct,
         )  # fmt: skip
     if importance == "none":
         raise ConfigError(
-            f"{objective.kind} without importance weights takes every token for the student's own", where=where,
+            f"{objective.name} without importance weights takes every token for the student's own", where=where,
             expected='learner.importance.kind = "truncated"', hint=direct,
         )  # fmt: skip
-    if getattr(objective, "gamma", 0.0) > 0.0:
+    if objective.sums_returns:
         raise ConfigError(
-            f"{objective.kind} with gamma above 0 adds up what follows a token", where=where,
+            f"{objective.name} with gamma above 0 adds up what follows a token", where=where,
             got="what follows was not drawn by the student", expected="objective.gamma = 0", hint=direct,
         )  # fmt: skip

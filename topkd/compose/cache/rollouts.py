@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from topkd.compose.cache.identity import list_identities
+from topkd.compose.config.functions import load_loss
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.digests import digest_weights
 from topkd.engine.loop.prompts import PromptRow
@@ -119,7 +120,7 @@ def build_policy_identity(
 ) -> TeacherIdentity:
     """Who samples in this run: everything that shapes its rollouts, so that another run never finds them as its own.
 
-    An objective of one's own is known by its name and source.
+    A custom objective is known by its name and source.
     """
     prompts = hashlib.blake2b(digest_size=16)
     for row in rows:
@@ -132,8 +133,8 @@ def build_policy_identity(
         "teachers": {name: identity.to_json() for name, identity in teachers.items()},
         "prompts": prompts.hexdigest(),
     }
-    if loss is not None:
-        shaping["loss"] = _source(loss)
+    if (function := loss or load_loss(config.objective)) is not None:
+        shaping["loss"] = _source(function)
     digest = hashlib.blake2b(json.dumps(shaping, sort_keys=True).encode(), digest_size=8).hexdigest()
     return TeacherIdentity(Path(config.student.model).name or "student", revision=f"run-{digest}")
 

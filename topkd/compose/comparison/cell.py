@@ -191,10 +191,7 @@ def group_by_step(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _entries(config: EngineConfig) -> Callable[[int], int]:
     """Logprobs that the teacher must send for so many tokens: a sampled-token estimator needs one each."""
-    objective = config.objective
-    baseline, gamma = getattr(objective, "baseline", "none"), getattr(objective, "gamma", 0.0)
-    listed = objective.needs_list or baseline == "value" or gamma > 0.0
-    per_token = config.k + 1 if listed else 1
+    per_token = config.objective.count_entries(config.k)
     return lambda tokens: tokens * per_token
 
 

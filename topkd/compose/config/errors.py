@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from topkd.engine.config.engine_config import DEFAULT_KIND
+from topkd.engine.config.objectives import find_kind_tag
 from topkd.topk.errors import ConfigError
 
 _WORDS = {
@@ -124,7 +125,7 @@ def _find_path(loc: Sequence[int | str], values: Mapping[str, Any]) -> tuple[lis
     here: Any = values
     kind = None
     for part in loc:
-        if isinstance(here, Mapping) and part not in here and here.get("kind", DEFAULT_KIND) == part:
+        if isinstance(here, Mapping) and part not in here and find_kind_tag(here.get("kind", DEFAULT_KIND)) == part:
             kind = str(part)
             continue
         if isinstance(here, str | int | float) or (isinstance(here, list) and isinstance(part, str)):
@@ -247,7 +248,7 @@ def _keys(model: type[BaseModel], values: Any, before: str = "") -> Iterator[tup
 def _of_kind(models: Sequence[type[BaseModel]], place: Any, default: Any) -> type[BaseModel] | None:
     if len(models) < 2:
         return models[0] if models else None
-    kind = place.get("kind", default) if isinstance(place, Mapping) else default
+    kind = find_kind_tag(place.get("kind", default) if isinstance(place, Mapping) else default)
     return next(
         (entry for entry in models if "kind" in entry.model_fields and entry.model_fields["kind"].default == kind), None
     )

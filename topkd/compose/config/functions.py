@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from topkd.engine.config.objectives import CustomObjective, ObjectiveSettings, check_loss_function
 from topkd.topk.errors import ConfigError
 
 
@@ -25,6 +26,15 @@ def load_function(name: str, key: str, *, expected: str = "module:function or fi
     if not callable(function):
         raise ConfigError(f"{key} names no function", where=place, got=repr(attribute))
     return function  # type: ignore[no-any-return]
+
+
+def load_loss(objective: ObjectiveSettings) -> Callable[..., Any] | None:
+    """Load and check the function of a custom objective; None for a built-in kind."""
+    if not isinstance(objective, CustomObjective):
+        return None
+    function = load_function(objective.function, "objective.kind")
+    check_loss_function(function, where=objective.function)
+    return function
 
 
 def _load_file(path: Path) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from topkd.engine.config.objectives import find_kind_tag
 from topkd.topk.errors import ConfigError
 
 
@@ -72,7 +73,7 @@ def switch_kind(
     table or kind, or no change, everything stays, for the validation to judge.
     """
     kinds, default = list_kinds(model, name)
-    old, new = kinds.get(str(table.get("kind", default))), kinds.get(str(kind))
+    old, new = (kinds.get(find_kind_tag(kind)) for kind in (table.get("kind", default), kind))
     if old is None or new is None or old is new:
         return dict(table), []
     known, other = old.model_fields, new.model_fields

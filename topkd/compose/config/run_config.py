@@ -46,7 +46,7 @@ class RunConfig(EngineConfig):
 
     @model_validator(mode="after")
     def _one_way_to_name_teachers(self) -> RunConfig:
-        alone = self.teacher is None and not self.teachers and self.objective.kind == "sft"  # nobody is asked
+        alone = self.teacher is None and not self.teachers and self.objective.is_data_only  # nobody is asked
         if (self.teacher is None) == (not self.teachers) and not alone:
             raise ValueError("give either [teacher] or [teachers.NAME] tables, not both and not neither")
         if self.eval is not None and self.eval_every and self.eval.every not in {0, self.eval_every}:
@@ -60,7 +60,7 @@ class RunConfig(EngineConfig):
             raise ValueError("max_staleness = 0 for a self teacher that moves: else its scores depend on timing")
         if moving and self.cache is not None:
             raise ValueError("no [cache] for a self teacher that moves: every step has another teacher")
-        if self.cache is not None and getattr(self.objective, "support", "teacher") != "teacher":
+        if self.cache is not None and self.objective.list_support != "teacher":
             raise ValueError("no [cache] with objective.support: it keeps the teacher's own lists, and no other")
         return self
 

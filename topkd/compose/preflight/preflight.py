@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from topkd.compose.config.functions import load_function
+from topkd.compose.config.functions import load_function, load_loss
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.prompts import check_opens
 from topkd.compose.data.run_prompts import Prompts, load_prompts
@@ -46,6 +46,7 @@ class Preflight:
         teachers_file: Where the answers of the teacher servers are kept, for a resume.
         is_resumed: The run goes on: a server that says the same of itself is not asked again.
         ranks: The processes that share the run.
+        loss: A custom objective's function, where it is loaded already.
         teachers: teacher_id -> what its server said.
         prompts: Tokenizer and rows.
         evaluation: What ``[eval]`` measures.
@@ -61,6 +62,7 @@ class Preflight:
     teachers_file: Path | None = None
     is_resumed: bool = False
     ranks: Ranks | None = None
+    loss: Callable[..., Any] | None = None
     teachers: dict[str, TeacherInfo] = field(default_factory=dict)
     prompts: Prompts | None = None
     evaluation: EvalPlan | None = None
@@ -184,6 +186,8 @@ async def _check_packages(state: Preflight) -> None:
 async def _check_functions(state: Preflight) -> None:
     if state.config.data.feedback is not None:
         load_function(state.config.data.feedback, "data.feedback")
+    if state.loss is None:
+        load_loss(state.config.objective)
 
 
 async def _check_student(state: Preflight) -> None:

@@ -92,7 +92,7 @@ def select_teachers(config: RunConfig) -> dict[str, TeacherConfig]:
     """
     table = config.eval
     has_ceiling = table is not None and table.scorer is not None and table.ceiling
-    if config.objective.kind != "sft" or has_ceiling:
+    if not config.objective.is_data_only or has_ceiling:
         return config.teacher_map()
     return {name: teacher for name, teacher in config.teacher_map().items() if teacher.kind != "server"}
 

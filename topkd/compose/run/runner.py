@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from topkd.compose.config.functions import load_loss
 from topkd.compose.data.digests import describe_rows
 from topkd.compose.run.folder import collect_provenance
 from topkd.compose.run.observers import Observers
@@ -45,7 +46,7 @@ class TrainingParts:
         teachers: What scores.
         sampling: Where rollouts come from, and how new weights reach it.
         observers: Evaluation and trackers.
-        loss: A custom objective, in place of the config's.
+        loss: The function of a custom objective, where it was given and not named.
         source: Gives the rollouts instead of any sampler.
         context: Gives a row as the teacher is to see it, once it has been answered.
         is_remembered: Whoever gives the rollouts gives those in flight again: a cache.
@@ -131,7 +132,8 @@ def _make_learner(run: Run, parts: TrainingParts) -> Learner:
     return Learner(
         parts.student,
         parts.config.learner,
-        parts.loss or parts.config.objective,
+        parts.config.objective,
+        loss=parts.loss or load_loss(parts.config.objective),
         lock=parts.sampling.lock,
         steps=parts.config.steps,
         ranks=run.ranks,
@@ -191,7 +193,7 @@ def _record_transcripts(run: Run, parts: TrainingParts) -> Callable[[int, Scored
         run.out / TOKENS,
         student=parts.student,
         tokenizer=parts.tokenizer,
-        objective=parts.loss or parts.config.objective,
+        objective=parts.config.objective,
         lock=parts.sampling.lock,
         steps=parts.config.steps,
         problem=run.progress.note,

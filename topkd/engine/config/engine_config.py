@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from topkd.engine.config.learner import Frozen, LearnerConfig
-from topkd.engine.config.objectives import Objective, TopKPolicyGradient, conflict
+from topkd.engine.config.objectives import Objective, TopKPolicyGradient, expand_kind
 
 COMPLETIONS = 1_000_000  # of a step: all of them are in memory at once
 DEFAULT_KIND = TopKPolicyGradient().kind
@@ -62,14 +62,13 @@ class EngineConfig(Frozen):
 
     @field_validator("objective", mode="before")
     @classmethod
-    def _of_the_default_kind(cls, value: object) -> object:
-        """Settings without a kind are those of the default objective."""
-        return {"kind": DEFAULT_KIND, **value} if isinstance(value, Mapping) and "kind" not in value else value
+    def _find_kind(cls, value: object) -> object:
+        """Settings without a kind are those of the default objective; a kind may name a function."""
+        return expand_kind(value, DEFAULT_KIND) if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _makes_sense_together(self) -> EngineConfig:
-        why = conflict(
-            self.objective,
+        why = self.objective.find_conflict(
             self.learner.importance.kind,
             on_policy_fraction=self.on_policy_fraction,
             data_loss=self.data_loss,

@@ -1,19 +1,96 @@
-"""Objectives as a config says them: a union discriminated by ``kind``, and what does not go together, and why."""
+"""Objectives as a config names them: one class each, with its settings and what it needs of teacher and rollouts."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, TypeAlias
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer
 
 from topkd.engine.config.learner import Frozen
+from topkd.topk.errors import ConfigError
 
 Beta: TypeAlias = Annotated[float, Field(ge=0.0, le=1.0)]
 Gamma: TypeAlias = Annotated[float, Field(ge=0.0, le=1.0)]
 Tail: TypeAlias = Literal["bucket", "renormalise"]
+Support: TypeAlias = Literal["teacher", "student", "union"]
 
 
-class _Sampled(Frozen):
+class ObjectiveSettings(Frozen):
+    """Settings of an objective, and what it needs.
+
+    Attributes:
+        kind: Its name in a config; the key of its loss in ``topkd.engine.learner.objectives``.
+        is_data_only: It learns from completions that came with the data, and no teacher is asked.
+        allows_ppo: Its whole gradient is a sampled token's ratio, which PPO can clip.
+    """
+
+    kind: str
+    allows_ppo: ClassVar[bool] = False
+    is_data_only: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """What the run log calls it."""
+        return self.kind
+
+    @property
+    def needs_list(self) -> bool:
+        """Whether the teacher's list is read, beside the realised token."""
+        return True
+
+    @property
+    def needs_behavior(self) -> bool:
+        """Whether it weighs sampled tokens by the probability they were sampled with; a direct loss does not."""
+        return True
+
+    @property
+    def list_support(self) -> Support:
+        """Whose list the loss reads."""
+        return "teacher"
+
+    @property
+    def needs_finite_teacher(self) -> bool:
+        """Whether a realised token of teacher probability zero has no finite loss."""
+        return False
+
+    @property
+    def sums_returns(self) -> bool:
+        """Whether a token's loss adds up the divergences of those that follow it."""
+        return False
+
+    def count_entries(self, k: int) -> int:
+        """Count the logprobs that the teacher sends for a token, of lists of ``k``."""
+        return k + 1 if self.needs_list else 1
+
+    def find_conflict(
+        self, importance_kind: str, *, on_policy_fraction: float = 1.0, data_loss: str = "sft"
+    ) -> str | None:
+        """Return why these settings make no sense together, in one line; None when they do."""
+        if (why := self._find_own_conflict()) is not None:
+            return why
+        if self.is_data_only and on_policy_fraction not in {0.0, 1.0}:
+            return f"objective {self.name} learns from the data's completions alone; leave on_policy_fraction out"
+        if importance_kind == "ppo" and not self.allows_ppo:
+            return (
+                f"ppo clips the ratio of a sampled token's gradient, and {self.name} "
+                + ("is one in part: its sum over the list has no ratio" if self.needs_behavior else "has none")
+                + '; set learner.importance.kind = "truncated", or objective.kind = "gjs" or "scalar_kl"'
+            )
+        if data_loss == "objective" and self.needs_behavior:
+            return (
+                f"{self.name} weighs sampled tokens by the probability they were sampled with, which completions from "
+                'the data do not have; use data_loss = "sft", or a direct objective such as gjs_direct'
+            )
+        return None
+
+    def _find_own_conflict(self) -> str | None:
+        """Return why the objective's own settings make no sense together."""
+        return None
+
+
+class _Sampled(ObjectiveSettings):
     """A policy gradient on the sampled token.
 
     ``baseline = "value"`` subtracts the mean advantage of the position, from the teacher's list (variance only).
@@ -21,18 +98,40 @@ class _Sampled(Frozen):
     token, after the baseline. ``advantage = "state"`` leaves out the token's own part: what follows, and nothing else.
     """
 
-    needs_list: ClassVar[bool] = False
-    needs_behavior: ClassVar[bool] = True
+    allows_ppo: ClassVar[bool] = True
     baseline: Literal["none", "value"] = "none"
     gamma: Gamma = 0.0
     advantage_clip: PositiveFloat | None = None
     advantage: Literal["token", "state"] = "token"
+
+    @property
+    def needs_list(self) -> bool:
+        """A baseline and a return are sums over the list."""
+        return self.baseline == "value" or self.sums_returns
+
+    @property
+    def sums_returns(self) -> bool:
+        """At ``gamma`` above 0."""
+        return self.gamma > 0.0
+
+    def _find_own_conflict(self) -> str | None:
+        if self.advantage == "state" and not self.sums_returns:
+            return (
+                "a state-only advantage at gamma 0 has no gradient: the divergence does not depend on the sampled "
+                'token; set objective.gamma above 0, or objective.advantage = "token"'
+            )
+        return None
 
 
 class ScalarKL(_Sampled):
     """Sampled-token reverse KL: A = log t(y) - log s(y)."""
 
     kind: Literal["scalar_kl"] = "scalar_kl"
+
+    @property
+    def needs_finite_teacher(self) -> bool:
+        """The advantage is a log-ratio."""
+        return True
 
 
 class GJS(_Sampled):
@@ -41,27 +140,42 @@ class GJS(_Sampled):
     kind: Literal["gjs"] = "gjs"
     beta: Beta = 0.5
 
+    @property
+    def needs_finite_teacher(self) -> bool:
+        """At ``beta`` 1 the advantage is a log-ratio."""
+        return self.beta == 1.0
 
-class TopKPolicyGradient(Frozen):
+
+class TopKPolicyGradient(ObjectiveSettings):
     """The sum over the teacher's top-K plus a sampled tail, docs/math.md: unbiased at lam = 1, less noisy below.
 
     ``support`` is the list the sum goes over; the student's needs a teacher that scores chosen ids.
     """
 
-    needs_list: ClassVar[bool] = True
-    needs_behavior: ClassVar[bool] = True
     kind: Literal["topk_pg"] = "topk_pg"
     beta: Beta = 0.5
     lam: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3
     gamma: Gamma = 0.0
-    support: Literal["teacher", "student", "union"] = "teacher"
+    support: Support = "teacher"
+
+    @property
+    def list_support(self) -> Support:
+        """As the config says."""
+        return self.support
+
+    @property
+    def sums_returns(self) -> bool:
+        """At ``gamma`` above 0."""
+        return self.gamma > 0.0
 
 
-class _Direct(Frozen):
+class _Direct(ObjectiveSettings):
     """A loss on the teacher's whole list, differentiated through the student: no sampled token, no ratio."""
 
-    needs_list: ClassVar[bool] = True
-    needs_behavior: ClassVar[bool] = False
+    @property
+    def needs_behavior(self) -> bool:
+        """No sampled token is weighed."""
+        return False
 
 
 class ForwardKL(_Direct):
@@ -108,6 +222,11 @@ class TAID(_Direct):
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
     adaptive: bool = True
 
+    def _find_own_conflict(self) -> str | None:
+        if self.t_start >= self.t_end:
+            return f"TAID moves t from t_start up to t_end; got {self.t_start} and {self.t_end}"
+        return None
+
 
 class EntropyAware(_Direct):
     """w KL(T||S) + (1-w) KL(S||T), w = clamp(H_T / h_max, 0, 1), by the lower entropy bound of the list."""
@@ -116,11 +235,9 @@ class EntropyAware(_Direct):
     h_max: PositiveFloat | None = None
 
 
-class EOPD(Frozen):
+class EOPD(ObjectiveSettings):
     """Sampled-token reverse KL, plus alpha KL(T~_k||S) where the teacher's entropy is certainly tau nats or more."""
 
-    needs_list: ClassVar[bool] = True
-    needs_behavior: ClassVar[bool] = True
     kind: Literal["eopd"] = "eopd"
     tau: Annotated[float, Field(allow_inf_nan=False)] = 0.8
     alpha: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 1.0
@@ -128,44 +245,124 @@ class EOPD(Frozen):
     advantage_clip: PositiveFloat | None = None
 
 
-class SFT(Frozen):
+class SFT(ObjectiveSettings):
     """Cross-entropy on completions that came with the data: no teacher, no sampler."""
 
-    needs_list: ClassVar[bool] = False
-    needs_behavior: ClassVar[bool] = False
+    is_data_only: ClassVar[bool] = True
     kind: Literal["sft"] = "sft"
 
+    @property
+    def needs_behavior(self) -> bool:
+        """No policy drew the completions."""
+        return False
 
-Sampled: TypeAlias = ScalarKL | GJS
+    @property
+    def needs_list(self) -> bool:
+        """No teacher is asked."""
+        return False
+
+
+class CustomObjective(ObjectiveSettings):
+    """A loss function of your own: ``kind = "module:function"`` or ``kind = "file.py:function"``.
+
+    The function is called with a ``TokenView`` and returns the loss of each token. ``reads_list = false``: the view has
+    no list, and the teacher sends one logprob a token. ``reads_sampled_token = false``: any completion will do, as for
+    a direct loss. ``support`` names whose list the view has.
+    """
+
+    allows_ppo: ClassVar[bool] = True
+    kind: Literal["custom"] = "custom"
+    function: str
+    reads_list: bool = True
+    reads_sampled_token: bool = True
+    support: Support = "teacher"
+
+    @property
+    def name(self) -> str:
+        """The function, as the config names it."""
+        return self.function
+
+    @property
+    def needs_list(self) -> bool:
+        """As the config says."""
+        return self.reads_list
+
+    @property
+    def needs_behavior(self) -> bool:
+        """As the config says."""
+        return self.reads_sampled_token
+
+    @property
+    def list_support(self) -> Support:
+        """As the config says."""
+        return self.support
+
+    @model_serializer(mode="wrap")
+    def _dump_function_as_kind(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = dump(self)
+        return {"kind": values.pop("function"), **{key: value for key, value in values.items() if key != "kind"}}
+
+    @classmethod
+    def of_function(cls, function: Callable[..., Any], in_place_of: ObjectiveSettings) -> CustomObjective:
+        """Settings of a function that was given as an argument; it replaces another objective, and needs as much."""
+        check_loss_function(function, where=(name := name_function(function)))
+        return cls(
+            function=name,
+            reads_list=in_place_of.needs_list if isinstance(in_place_of, CustomObjective) else True,
+            reads_sampled_token=in_place_of.needs_behavior,
+            support=in_place_of.list_support,
+        )
+
+
 Direct: TypeAlias = ForwardKL | ReverseKL | DirectGJS | KD | TAID | EntropyAware
 Objective: TypeAlias = Annotated[
-    ScalarKL | GJS | TopKPolicyGradient | ForwardKL | ReverseKL | DirectGJS | KD | TAID | EntropyAware | EOPD | SFT,
+    ScalarKL
+    | GJS
+    | TopKPolicyGradient
+    | ForwardKL
+    | ReverseKL
+    | DirectGJS
+    | KD
+    | TAID
+    | EntropyAware
+    | EOPD
+    | SFT
+    | CustomObjective,
     Field(discriminator="kind"),
 ]
 
 
-def conflict(
-    objective: Objective, importance_kind: str, *, on_policy_fraction: float = 1.0, data_loss: str = "sft"
-) -> str | None:
-    """Why these settings make no sense together, in one line; None when they do."""
-    if isinstance(objective, ScalarKL | GJS) and objective.advantage == "state" and objective.gamma == 0.0:
-        return (
-            "a state-only advantage at gamma 0 has no gradient: the divergence does not depend on the sampled token; "
-            'set objective.gamma above 0, or objective.advantage = "token"'
-        )
-    if importance_kind == "ppo" and not isinstance(objective, ScalarKL | GJS):
-        return (
-            f"ppo clips the ratio of a sampled token's gradient, and {objective.kind} "
-            + ("has none" if not objective.needs_behavior else "is one in part: its sum over the list has no ratio")
-            + '; set learner.importance.kind = "truncated", or objective.kind = "gjs" or "scalar_kl"'
-        )
-    if isinstance(objective, TAID) and objective.t_start >= objective.t_end:
-        return f"TAID moves t from t_start up to t_end; got {objective.t_start} and {objective.t_end}"
-    if data_loss == "objective" and objective.needs_behavior:
-        return (
-            f"{objective.kind} weighs sampled tokens by the probability they were sampled with, which completions from "
-            'the data do not have; use data_loss = "sft", or a direct objective such as gjs_direct'
-        )
-    if isinstance(objective, SFT) and on_policy_fraction not in {0.0, 1.0}:
-        return "objective sft learns from the data's completions alone; leave on_policy_fraction out"
-    return None
+def expand_kind(values: Mapping[str, Any], default: str) -> dict[str, Any]:
+    """Return an objective's table with the kind that decides its keys: a missing one, or that of a function."""
+    kind = values.get("kind", default)
+    tag = find_kind_tag(kind)
+    return {**values, "kind": kind} if tag == str(kind) else {**values, "kind": tag, "function": kind}
+
+
+def find_kind_tag(kind: object) -> str:
+    """Return the kind that decides a table's keys: ``custom`` for ``module:function`` and ``file.py:function``."""
+    return "custom" if isinstance(kind, str) and ":" in kind else str(kind)
+
+
+def name_function(function: Callable[..., Any]) -> str:
+    """Return ``module:qualified name`` of a function, or of a callable object's class."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def check_loss_function(function: Callable[..., Any], *, where: str) -> None:
+    """Raise ConfigError for a function that cannot be called with a ``TokenView`` alone, or is a coroutine."""
+    expected = "a function of one TokenView that returns the loss of each token"
+    if inspect.iscoroutinefunction(function):
+        raise ConfigError("a loss cannot be awaited", where=where, got="async def", expected=expected)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin may not tell its parameters
+        return
+    try:
+        signature.bind(object())
+    except TypeError as error:
+        raise ConfigError(
+            "a loss takes one argument", where=where, got=f"{signature} ({error})", expected=expected,
+            hint="give the other parameters defaults, or bind them with functools.partial",
+        ) from error  # fmt: skip

@@ -3,56 +3,57 @@
 from __future__ import annotations
 
 import math
-from typing import assert_never
 
 from torch import Tensor
 
-from topkd.engine.config.objectives import EOPD, KD, TAID, Direct, DirectGJS, EntropyAware, ForwardKL, ReverseKL
+from topkd.engine.config.objectives import EOPD, KD, TAID, DirectGJS, EntropyAware, ForwardKL, ReverseKL
 from topkd.engine.learner.policy_gradients import drop_zero_entries
-from topkd.engine.learner.token_view import TokenView
+from topkd.engine.learner.token_view import LossOutput, TokenView
 from topkd.topk.losses.divergence import divergence
 from topkd.topk.losses.entropy import sampled_reverse_kl, with_covering
 from topkd.topk.losses.sparse import bins
 from topkd.topk.losses.sparse_objectives import entropy_aware_rows, gate_rows, taid_rows
 
 
-def direct_loss(objective: Direct, view: TokenView, *, t: float) -> tuple[Tensor, dict[str, float]]:
-    """The loss divided by the step's tokens, and means over this batch's tokens for the run log.
-
-    Args:
-        objective: Which.
-        view: The tokens.
-        t: TAID's interpolation weight at this step; the others do not look at it.
-    """
-    logp, rows = view.logp_at_ids, view.teacher
-    means: dict[str, Tensor] = {}
-    match objective:
-        case ForwardKL():
-            per_row = divergence(*bins(logp, rows, objective.tail), 0.0)
-        case ReverseKL():
-            per_row = divergence(*bins(logp, drop_zero_entries(rows), objective.tail), 1.0)
-        case DirectGJS():
-            rows = drop_zero_entries(rows) if objective.beta == 1.0 else rows
-            per_row = divergence(*bins(logp, rows, objective.tail), objective.beta)
-        case KD():
-            per_row, kl = taid_rows(logp, rows, t=1.0, tail=objective.tail)
-            means["objective_kl"] = kl
-        case TAID():
-            per_row, kl = taid_rows(logp, rows, t=t, tail=objective.tail)
-            means["objective_kl"] = kl
-        case EntropyAware():
-            limit = math.log(view.vocab_size) if objective.h_max is None else objective.h_max
-            per_row, low, high = entropy_aware_rows(
-                logp, drop_zero_entries(rows), h_max=limit, vocab_size=view.vocab_size
-            )
-            means |= {"entropy_weight_lo": low, "entropy_weight_hi": high}
-        case _:
-            assert_never(objective)
-    return per_row.sum() / view.num_tokens, {name: float(value.mean()) for name, value in means.items()}
+def compute_forward_kl(objective: ForwardKL, view: TokenView) -> LossOutput:
+    """Compute KL(T||S) on the bins."""
+    return _average(view, divergence(*bins(view.logp_at_ids, view.teacher, objective.tail), 0.0))
 
 
-def eopd_loss_of(objective: EOPD, view: TokenView) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """The entropy-gated loss, the sampled token's advantage [N], and means for the run log."""
+def compute_reverse_kl(objective: ReverseKL, view: TokenView) -> LossOutput:
+    """Compute KL(S||T) on the bins."""
+    rows = drop_zero_entries(view.teacher)
+    return _average(view, divergence(*bins(view.logp_at_ids, rows, objective.tail), 1.0))
+
+
+def compute_gjs(objective: DirectGJS, view: TokenView) -> LossOutput:
+    """Compute the generalised Jensen-Shannon divergence on the bins."""
+    rows = drop_zero_entries(view.teacher) if objective.beta == 1.0 else view.teacher
+    return _average(view, divergence(*bins(view.logp_at_ids, rows, objective.tail), objective.beta))
+
+
+def compute_kd(objective: KD, view: TokenView) -> LossOutput:
+    """Compute the cross-entropy against the teacher's bins."""
+    per_row, kl = taid_rows(view.logp_at_ids, view.teacher, t=1.0, tail=objective.tail)
+    return _average(view, per_row, objective_kl=kl)
+
+
+def compute_taid(objective: TAID, view: TokenView) -> LossOutput:
+    """Compute the cross-entropy against a target between student and teacher."""
+    per_row, kl = taid_rows(view.logp_at_ids, view.teacher, t=view.taid_t, tail=objective.tail)
+    return _average(view, per_row, objective_kl=kl)
+
+
+def compute_entropy_aware(objective: EntropyAware, view: TokenView) -> LossOutput:
+    """Compute both KLs, weighed by the teacher's entropy."""
+    limit = math.log(view.vocab_size) if objective.h_max is None else objective.h_max
+    rows = drop_zero_entries(view.teacher)
+    per_row, low, high = entropy_aware_rows(view.logp_at_ids, rows, h_max=limit, vocab_size=view.vocab_size)
+    return _average(view, per_row, entropy_weight_lo=low, entropy_weight_hi=high)
+
+
+def compute_eopd(objective: EOPD, view: TokenView) -> LossOutput:
+    """Compute the sampled reverse KL, plus a forward KL where the teacher's entropy is high."""
     truncated = view.importance.kind == "truncated"
     sampled, advantage, _ = sampled_reverse_kl(
         view.logp_new,
@@ -64,9 +65,16 @@ def eopd_loss_of(objective: EOPD, view: TokenView) -> tuple[Tensor, Tensor, dict
     covering, low, high = gate_rows(
         view.logp_at_ids, view.teacher, tau=objective.tau, k=objective.top, vocab_size=view.vocab_size
     )
-    undecided = (low < objective.tau) & (high >= objective.tau)
     means = {
         "gate_fraction": float((low >= objective.tau).float().mean()),
-        "gate_undecided": float(undecided.float().mean()),
+        "gate_undecided": float(((low < objective.tau) & (high >= objective.tau)).float().mean()),
     }
-    return with_covering(sampled, covering, objective.alpha).sum() / view.num_tokens, advantage, means
+    loss = with_covering(sampled, covering, objective.alpha).sum() / view.num_tokens
+    return LossOutput(loss, advantage.cpu().double().numpy(), means=means)
+
+
+def _average(view: TokenView, per_row: Tensor, **means: Tensor) -> LossOutput:
+    """Divide a sum over tokens by the step's number of them; average what the run log shows."""
+    return LossOutput(
+        per_row.sum() / view.num_tokens, means={name: float(value.mean()) for name, value in means.items()}
+    )

@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topkd.engine.config.learner import Frozen, ImportanceSampling, LearnerConfig
-from topkd.engine.config.objectives import TAID, Objective, conflict
+from topkd.engine.config.learner import ImportanceSampling, LearnerConfig
+from topkd.engine.config.objectives import TAID, Objective
 from topkd.engine.learner.batching import MicroBatch, TextSample, make_micro_batches
 from topkd.engine.learner.distributed import Ranks
-from topkd.engine.learner.objectives import TokenStats, compute_objective_loss, compute_text_loss, find_valid_tokens
+from topkd.engine.learner.objectives import (
+    TokenStats,
+    bind_objective,
+    compute_objective_loss,
+    compute_text_loss,
+    find_valid_tokens,
+)
 from topkd.engine.learner.optimizers import (
     build_optimizer,
     check_schedule,
@@ -64,7 +70,8 @@ class Learner:
     Args:
         student: The model; its weights change only inside ``step``, under ``lock``.
         config: Optimiser settings.
-        objective: What to minimise: a config, or a function that gives each token's loss.
+        objective: What to minimise: settings, or a function that returns each token's loss.
+        loss: The loaded function that the settings of a custom objective name.
         lock: Held while weights change or are read for a step (share it with an in-process sampler).
         steps: How many steps the run takes: what schedules run towards.
         ranks: The processes that share each step; every one makes the same calls.
@@ -77,21 +84,23 @@ class Learner:
         config: LearnerConfig,
         objective: Objective | TokenLoss,
         *,
+        loss: TokenLoss | None = None,
         lock: threading.Lock | None = None,
         steps: int | None = None,
         ranks: Ranks | None = None,
         stop_ids: Sequence[int] = (),
     ) -> None:
         check_schedule(config, steps)
-        if isinstance(objective, Frozen) and (why := conflict(objective, config.importance.kind)) is not None:
+        self._loss = bind_objective(objective, loss)
+        self.student, self.config, self.objective, self.steps = student, config, self._loss.settings, steps
+        if (why := self.objective.find_conflict(config.importance.kind)) is not None:
             raise ConfigError(why)
-        self.student, self.config, self.objective, self.steps = student, config, objective, steps
         self.lock = lock or threading.Lock()
         self.ranks = ranks or Ranks()
         self.stop_ids = tuple(stop_ids)
         self.version = 0
         self._skipped_in_a_row = 0
-        self._taid = _scheduler(objective, steps)
+        self._taid = _make_scheduler(self.objective, steps)
         self._precision = choose_precision(config, student.device)
         self._trainee = make_parallel_model(
             student, self.ranks, config.strategy, self._precision, checkpointing=config.gradient_checkpointing
@@ -148,8 +157,8 @@ class Learner:
         if self.ranks.size == 1:
             record |= counted[0].noise
         record |= batch_metrics(self.ranks.gather(sample_facts(samples, self.student.vocab_size)))
-        weighted = getattr(self.objective, "needs_behavior", True)  # direct losses use no ratio, and bound none
-        importance = self.config.importance if weighted else ImportanceSampling(kind="none")
+        # Direct losses use no ratio, and bound none.
+        importance = self.config.importance if self.objective.needs_behavior else ImportanceSampling(kind="none")
         gathered = [[part for rank in self.ranks.gather(one.stats) for part in rank] for one in counted]
         if measured := [token_metrics(stats, importance) for stats in gathered if stats]:
             record |= average_passes(measured)
@@ -193,13 +202,13 @@ class Learner:
         for i in range(rounds):
             if i < len(scored):
                 loss, tokens = compute_objective_loss(
-                    self.objective,
+                    self._loss,
                     score=self._trainee.score,
                     batch=scored[i],
                     importance=self.config.importance,
                     num_tokens=num_tokens,
                     vocab_size=self.student.vocab_size,
-                    t=1.0 if self._taid is None else self._taid.t,
+                    taid_t=1.0 if self._taid is None else self._taid.t,
                     stop_ids=self.stop_ids,
                 )
                 made.stats.append(tokens)
@@ -267,7 +276,7 @@ def choose_precision(config: LearnerConfig, device: torch.device) -> Precision:
     return Precision(torch.bfloat16, config.autocast_head)
 
 
-def _scheduler(objective: Objective | TokenLoss, steps: int | None) -> TAIDScheduler | None:
+def _make_scheduler(objective: Objective, steps: int | None) -> TAIDScheduler | None:
     if not isinstance(objective, TAID):
         return None
     if steps is None:

@@ -1,34 +1,38 @@
-"""From teacher and student logprobs to a loss: one objective a branch, the same run log for all of them."""
+"""From teacher and student logprobs to a loss: a registry of one loss for each kind, the same run log for all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias, assert_never
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from topkd.engine.config.learner import Frozen, ImportanceSampling
+from topkd.engine.config.learner import ImportanceSampling
 from topkd.engine.config.objectives import (
-    EOPD,
-    GJS,
-    KD,
-    SFT,
-    TAID,
-    DirectGJS,
-    EntropyAware,
-    ForwardKL,
+    CustomObjective,
     Objective,
-    ReverseKL,
-    ScalarKL,
+    ObjectiveSettings,
     TopKPolicyGradient,
+    check_loss_function,
+    name_function,
 )
 from topkd.engine.learner.batching import MicroBatch, TextSample
-from topkd.engine.learner.direct_losses import direct_loss, eopd_loss_of
-from topkd.engine.learner.policy_gradients import find_finite_suffix, sampled_loss, topk_loss
+from topkd.engine.learner.direct_losses import (
+    compute_entropy_aware,
+    compute_eopd,
+    compute_forward_kl,
+    compute_gjs,
+    compute_kd,
+    compute_reverse_kl,
+    compute_taid,
+)
+from topkd.engine.learner.policy_gradients import compute_sampled_gradient, compute_topk_gradient, find_finite_suffix
 from topkd.engine.learner.token_view import (
+    LossOutput,
     TokenLoss,
     TokenView,
     build_view,
@@ -39,6 +43,23 @@ from topkd.engine.learner.token_view import (
 from topkd.topk.errors import ConfigError
 from topkd.topk.samples import PreparedSample
 from topkd.topk.types import Bool, Float32, Float64
+
+ObjectiveLoss: TypeAlias = Callable[[Any, TokenView], LossOutput]
+"""(an objective's settings, the tokens) -> the loss."""
+
+LOSSES: Mapping[str, ObjectiveLoss] = {
+    "scalar_kl": compute_sampled_gradient,
+    "gjs": compute_sampled_gradient,
+    "topk_pg": compute_topk_gradient,
+    "fkl": compute_forward_kl,
+    "rkl": compute_reverse_kl,
+    "gjs_direct": compute_gjs,
+    "kd": compute_kd,
+    "taid": compute_taid,
+    "entropy_aware": compute_entropy_aware,
+    "eopd": compute_eopd,
+}
+"""Objective kind -> its loss; ``sft`` has none here, it trains on texts (``compute_text_loss``)."""
 
 Score: TypeAlias = Callable[[MicroBatch[PreparedSample] | MicroBatch[TextSample], Tensor], Tensor]
 """(batch, ids int64 [N, M]) -> exact student logprobs [N, M] with graph, at the batch's rows."""
@@ -62,26 +83,58 @@ class TokenStats:
     stop_p: Float64 | None = None
 
 
-def needs_teacher_list(objective: Objective | TokenLoss) -> bool:
-    """Whether the teacher's list is looked at, beside the realised token."""
-    match objective:
-        case ScalarKL() | GJS():
-            return objective.baseline == "value" or objective.gamma > 0.0
-        case SFT():
-            return False
-        case _:
-            return True
+@dataclass(frozen=True, slots=True)
+class BoundObjective:
+    """An objective's settings, and the function that computes its loss."""
+
+    settings: Objective
+    compute: Callable[[TokenView], LossOutput]
 
 
-def describe_objective(objective: Objective | TokenLoss) -> dict[str, object]:
-    """What the run log calls it: its kind and settings, or the name of a function of one's own."""
-    if isinstance(objective, Frozen):
-        return {"divergence_mode": objective.kind, "objective": objective.model_dump()}
-    name = getattr(objective, "__qualname__", type(objective).__name__)
-    return {"divergence_mode": f"custom: {name}", "objective": {"kind": "custom", "function": name}}
+def bind_objective(objective: Objective | TokenLoss, function: TokenLoss | None = None) -> BoundObjective:
+    """Find the loss of an objective.
+
+    Args:
+        objective: Settings, or a function of your own.
+        function: The loaded function that the settings of a custom objective name.
+
+    Raises:
+        ConfigError: The settings name a function that was not given, or the function takes other arguments.
+    """
+    if not isinstance(objective, ObjectiveSettings):
+        return bind_objective(CustomObjective.of_function(objective, TopKPolicyGradient()), objective)
+    if isinstance(objective, CustomObjective):
+        if function is None:
+            raise ConfigError("the function of a custom objective was not loaded", where=objective.name)
+        check_loss_function(function, where=objective.name)
+        return BoundObjective(objective, partial(_compute_custom, function))
+    if objective.is_data_only:
+        return BoundObjective(objective, _refuse_scored_samples)
+    return BoundObjective(objective, partial(LOSSES[objective.kind], objective))
 
 
-def find_valid_tokens(sample: PreparedSample, objective: Objective | TokenLoss, vocab_size: int) -> Bool:
+def _compute_custom(function: TokenLoss, view: TokenView) -> LossOutput:
+    per_token: object = function(view)
+    if not isinstance(per_token, Tensor) or per_token.shape != view.logp_new.shape:
+        raise ConfigError(
+            "a custom objective must return one loss a token",
+            where=name_function(function),
+            got=tuple(per_token.shape) if isinstance(per_token, Tensor) else type(per_token).__name__,
+            expected=tuple(view.logp_new.shape),
+        )
+    return LossOutput(per_token.sum() / view.num_tokens)
+
+
+def _refuse_scored_samples(_: TokenView) -> LossOutput:
+    raise ConfigError("objective sft learns from the data's completions, not from scored samples")
+
+
+def describe_objective(objective: Objective) -> dict[str, object]:
+    """Return what the run log calls an objective: its name and settings."""
+    return {"divergence_mode": objective.name, "objective": objective.model_dump()}
+
+
+def find_valid_tokens(sample: PreparedSample, objective: Objective, vocab_size: int) -> Bool:
     """Bool [C]: completion tokens that train. Unknown teacher or behaviour logprobs are masked, never replaced.
 
     Where the advantage is a log-ratio (scalar KL, beta = 1), a token to which the teacher gives exactly zero
@@ -89,62 +142,59 @@ def find_valid_tokens(sample: PreparedSample, objective: Objective | TokenLoss, 
     and needs a row that lists something among the student's ``vocab_size`` ids. At gamma > 0 a return is known only
     where everything that follows is.
     """
+    if objective.is_data_only:
+        raise ConfigError("objective sft learns from the data's completions, not from scored samples")
     valid: Bool = sample.core.mask.copy()
-    if needs_teacher_list(objective):
+    if objective.needs_list:
         valid &= require_list(sample).within(vocab_size).signal
-    if not isinstance(objective, ForwardKL | ReverseKL | DirectGJS | KD | TAID | EntropyAware):
+    if objective.needs_behavior:
         valid &= ~np.isnan(sample.teacher_logp) & ~np.isnan(sample.behavior.logp)
-    match objective:
-        case ScalarKL():
-            valid &= np.isfinite(sample.teacher_logp)
-        case GJS():
-            valid &= np.isfinite(sample.teacher_logp) | (objective.beta < 1.0)
-        case SFT():
-            raise ConfigError("objective sft learns from the data's completions, not from scored samples")
-        case _:  # a sum over the list needs no realised token: only the tail term is left out
-            pass
-    if isinstance(objective, ScalarKL | GJS | TopKPolicyGradient) and objective.gamma > 0.0:
+    if objective.needs_finite_teacher:
+        valid &= np.isfinite(sample.teacher_logp)
+    if objective.sums_returns:
         known = find_finite_suffix(valid | ~sample.core.mask)  # what the policy did not say counts for nothing
         valid &= known
     return valid
 
 
 def compute_objective_loss(
-    objective: Objective | TokenLoss,
+    objective: BoundObjective,
     *,
     score: Score,
     batch: MicroBatch[PreparedSample],
     importance: ImportanceSampling,
     num_tokens: int,
     vocab_size: int,
-    t: float = 1.0,
+    taid_t: float = 1.0,
     stop_ids: tuple[int, ...] = (),
 ) -> tuple[Tensor, TokenStats]:
     """Loss of one micro-batch, divided by ``num_tokens`` of the whole step, and what its tokens looked like.
 
     Args:
-        objective: What to minimise: a config, or a function of one's own.
+        objective: What to minimise.
         score: The student's logprobs at chosen ids, in vocabulary chunks: no N x V exists.
         batch: Tokens, samples and picks.
         importance: Weight of sampled tokens against the fixed rollout logprobs.
         num_tokens: Trained tokens of the global batch.
         vocab_size: V of the student.
-        t: TAID's interpolation weight.
+        taid_t: TAID's interpolation weight.
         stop_ids: Whose probability the run log shows.
     """
-    rows = select_teacher_rows(batch, vocab_size, lists=needs_teacher_list(objective))
+    rows = select_teacher_rows(batch, vocab_size, lists=objective.settings.needs_list)
     ids = torch.from_numpy(rows.ids.astype(np.int64)).to(batch.targets.device)
     stops = torch.tensor(stop_ids, dtype=torch.long, device=ids.device).expand(batch.tokens, -1)
     logp = score(batch, torch.cat([ids, batch.targets[:, None], stops], dim=1))
-    view = build_view(batch, logp, rows, importance=importance, num_tokens=num_tokens, vocab_size=vocab_size)
-    loss, advantage, counts, means = _dispatch(objective, view, t)
+    view = build_view(
+        batch, logp, rows, importance=importance, num_tokens=num_tokens, vocab_size=vocab_size, taid_t=taid_t
+    )
+    output = objective.compute(view)
     stats = TokenStats(
         view.logp_new.detach().cpu().numpy(),
         select_behavior_logp(batch),
         rows.actual_logp,
-        advantage,
-        counts,
-        means,
+        output.advantage,
+        output.counts,
+        output.means,
         stop_p=logp[:, rows.k + 1 :].detach().exp().sum(1).cpu().double().numpy() if stop_ids else None,
     )
     if logp.requires_grad:
@@ -154,43 +204,7 @@ def compute_objective_loss(
             stats.coefficient.append(weight.numpy())
 
         logp.register_hook(keep)  # type: ignore[no-untyped-call]
-    return loss, stats
-
-
-def _dispatch(
-    objective: Objective | TokenLoss, view: TokenView, t: float
-) -> tuple[Tensor, Float64 | None, dict[str, float], dict[str, float]]:
-    match objective:
-        case ScalarKL() | GJS():
-            loss, advantage = sampled_loss(objective, view)
-            return loss, advantage, {}, {}
-        case TopKPolicyGradient():
-            loss, advantage, counted = topk_loss(objective, view)
-            counts = {"gated_rows": counted["gated_rows"]}
-            return loss, advantage, counts, {"divergence_bucket": counted["divergence_bucket"]}
-        case EOPD():
-            loss, on_device, means = eopd_loss_of(objective, view)
-            return loss, on_device.cpu().double().numpy(), {}, means
-        case ForwardKL() | ReverseKL() | DirectGJS() | KD() | TAID() | EntropyAware():
-            loss, means = direct_loss(objective, view, t=t)
-            return loss, None, {}, means
-        case SFT():
-            raise ConfigError("objective sft learns from the data's completions, not from scored samples")
-        case _ if callable(objective):
-            return _compute_custom_loss(objective, view), None, {}, {}
-        case _:
-            assert_never(objective)
-
-
-def _compute_custom_loss(objective: TokenLoss, view: TokenView) -> Tensor:
-    per_token: object = objective(view)
-    if not isinstance(per_token, Tensor) or per_token.shape != view.logp_new.shape:
-        raise ConfigError(
-            "an objective of one's own gives one loss a token",
-            got=tuple(per_token.shape) if isinstance(per_token, Tensor) else type(per_token).__name__,
-            expected=tuple(view.logp_new.shape),
-        )
-    return per_token.sum() / view.num_tokens
+    return output.loss, stats
 
 
 def compute_text_loss(score: Score, batch: MicroBatch[TextSample], num_tokens: int) -> Tensor:

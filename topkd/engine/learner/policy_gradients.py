@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topkd.engine.config.objectives import Sampled, ScalarKL, TopKPolicyGradient
-from topkd.engine.learner.token_view import TokenView
+from topkd.engine.config.objectives import GJS, ScalarKL, TopKPolicyGradient
+from topkd.engine.learner.token_view import LossOutput, TokenView
 from topkd.topk import gjs_advantage, scalar_kl_advantage
 from topkd.topk.losses import (
     SparseTeacher,
@@ -23,24 +23,24 @@ from topkd.topk.maths.baselines import discounted_return, value_baseline
 from topkd.topk.types import Float64
 
 
-def sampled_loss(objective: Sampled, view: TokenView) -> tuple[Tensor, Float64]:
-    """The loss of a sampled-token objective, and the advantage of each token as it was used, float64 [N]."""
+def compute_sampled_gradient(objective: ScalarKL | GJS, view: TokenView) -> LossOutput:
+    """Compute the loss of a sampled-token objective."""
     beta = 1.0 if isinstance(objective, ScalarKL) else objective.beta
     advantage = own_advantage(objective, view)
-    if objective.baseline == "value" or objective.gamma > 0.0:
+    if objective.needs_list:
         rows = drop_zero_entries(view.teacher) if beta == 1.0 else view.teacher
         if objective.baseline == "value":
             advantage = advantage - mean_advantage(view.logp_at_ids, rows, beta)
-        if objective.gamma > 0.0:
+        if objective.sums_returns:
             divergence = bucket_rows(view.logp_at_ids, rows, beta).cpu().numpy()
             own = None if objective.advantage == "state" else advantage
             advantage = discounted_return(own, divergence, objective.gamma, lengths=view.lengths)
     if objective.advantage_clip is not None:
         advantage = np.clip(advantage, -objective.advantage_clip, objective.advantage_clip)
-    return weight_gradients(view, advantage), advantage
+    return LossOutput(weight_gradients(view, advantage), advantage)
 
 
-def own_advantage(objective: Sampled | TopKPolicyGradient, view: TokenView) -> Float64:
+def own_advantage(objective: ScalarKL | GJS | TopKPolicyGradient, view: TokenView) -> Float64:
     """A of each token from its two logprobs alone, float64 [N]."""
     current = view.logp_new.detach().cpu().numpy()
     teacher = view.teacher.actual_logp.cpu().numpy()
@@ -49,8 +49,8 @@ def own_advantage(objective: Sampled | TopKPolicyGradient, view: TokenView) -> F
     return np.asarray(gjs_advantage(teacher, current, objective.beta), dtype=np.float64)
 
 
-def topk_loss(objective: TopKPolicyGradient, view: TokenView) -> tuple[Tensor, Float64, dict[str, float]]:
-    """The top-K policy gradient; at gamma > 0 the sampled token has the discounted divergences that follow besides."""
+def compute_topk_gradient(objective: TopKPolicyGradient, view: TokenView) -> LossOutput:
+    """Compute the top-K policy gradient; at gamma > 0 the sampled token adds the discounted divergences that follow."""
     reference, cap = _choose_reference(view)
     loss, counted = topk_policy_gradient_loss(
         view.logp_at_ids,
@@ -64,12 +64,13 @@ def topk_loss(objective: TopKPolicyGradient, view: TokenView) -> tuple[Tensor, F
         return_metrics=True,
     )
     advantage = own_advantage(objective, view)
-    if objective.gamma > 0.0:
+    if objective.sums_returns:
         rows = drop_zero_entries(view.teacher) if objective.beta == 1.0 else view.teacher
         divergence = bucket_rows(view.logp_at_ids, rows, objective.beta).cpu().numpy()
         following = discounted_return(None, divergence, objective.gamma, lengths=view.lengths)
         loss = loss + weight_gradients(view, following)
-    return loss, advantage, counted
+    counts, means = {"gated_rows": counted["gated_rows"]}, {"divergence_bucket": counted["divergence_bucket"]}
+    return LossOutput(loss, advantage, counts, means)
 
 
 def weight_gradients(view: TokenView, advantage: Float64) -> Tensor:

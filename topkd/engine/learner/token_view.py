@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -15,7 +15,7 @@ from topkd.engine.learner.batching import MicroBatch
 from topkd.topk.errors import ConfigError
 from topkd.topk.losses import SparseTeacher
 from topkd.topk.samples import PreparedSample, TopKPreparedSample
-from topkd.topk.types import Float32, TopK
+from topkd.topk.types import Float32, Float64, TopK
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class TokenView:
         lengths: Tokens of each sequence.
         num_tokens: What a sum over tokens is divided by: the trained tokens of the whole step.
         vocab_size: V of the student.
+        taid_t: TAID's interpolation weight at this step; 1 for any other objective.
     """
 
     logp_at_ids: Tensor
@@ -41,10 +42,28 @@ class TokenView:
     lengths: tuple[int, ...]
     num_tokens: int
     vocab_size: int
+    taid_t: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """What an objective computes of a micro-batch.
+
+    Attributes:
+        loss: Summed over the tokens and divided by the step's number of them, with graph.
+        advantage: Of each sampled token as it was used, float64 [N]; None where tokens have none.
+        counts: For the run log, added up over the step.
+        means: For the run log, averaged over the step's tokens.
+    """
+
+    loss: Tensor
+    advantage: Float64 | None = None
+    counts: dict[str, float] = field(default_factory=dict)
+    means: dict[str, float] = field(default_factory=dict)
 
 
 TokenLoss: TypeAlias = Callable[[TokenView], Tensor]
-"""An objective of one's own: the loss of each token, [N], to be summed and divided by ``num_tokens``."""
+"""A custom objective: returns the loss of each token, [N], to be summed and divided by ``num_tokens``."""
 
 
 def select_teacher_rows(batch: MicroBatch[PreparedSample], vocab_size: int, *, lists: bool) -> TopK:
@@ -93,6 +112,7 @@ def build_view(
     importance: ImportanceSampling,
     num_tokens: int,
     vocab_size: int,
+    taid_t: float,
 ) -> TokenView:
     """The view behind ``logp`` [N, K + 1]: the teacher's ids in ``rows``' order, then the realised token."""
     return TokenView(
@@ -104,4 +124,5 @@ def build_view(
         tuple(len(pick) for pick in batch.picks),
         num_tokens,
         vocab_size,
+        taid_t,
     )

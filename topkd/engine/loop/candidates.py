@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 
-from topkd.engine.config.objectives import Objective, TopKPolicyGradient
+from topkd.engine.config.objectives import Support
 from topkd.topk.errors import ConfigError
 from topkd.topk.protocols import CandidateScorer, Ids, TeacherScorer
 from topkd.topk.samples import Rollout
 from topkd.topk.types import PAD_ID, Float32, Int32, TopK
-
-Support = Literal["teacher", "student", "union"]
-
-
-def read_support(objective: Objective) -> Support:
-    """Whose list an objective sums over."""
-    return objective.support if isinstance(objective, TopKPolicyGradient) else "teacher"
 
 
 def check_support(support: Support, teachers: Mapping[str, TeacherScorer]) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from topkd.engine.config.engine_config import EngineConfig
-from topkd.engine.config.objectives import SFT
-from topkd.engine.loop.candidates import check_support, read_support
+from topkd.engine.loop.candidates import check_support
 from topkd.engine.loop.data_mixing import check_mixture
 from topkd.engine.loop.prompts import PromptRow
 from topkd.engine.loop.scoring import ScoredBatch, find_teacher
@@ -19,10 +18,10 @@ def check_run(config: EngineConfig, rows: Sequence[PromptRow], teachers: Mapping
     if not rows:
         raise ConfigError("no prompts to train on", hint="check the data file and the length limits")
     check_mixture(config, rows)
-    if not isinstance(config.objective, SFT):
+    if not config.objective.is_data_only:
         for teacher_id in {row.teacher_id for row in rows}:
             find_teacher(teachers, teacher_id)
-    check_support(read_support(config.objective), teachers)
+    check_support(config.objective.list_support, teachers)
     longest = max(rows, key=lambda row: row.prompt_ids.size)
     if longest.prompt_ids.size > config.rollout.max_prompt_tokens:
         raise ConfigError(

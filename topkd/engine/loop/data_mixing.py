@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from topkd.engine.config.engine_config import EngineConfig
-from topkd.engine.config.objectives import SFT
 from topkd.engine.learner.batching import TextSample
 from topkd.engine.loop.prompts import PromptRow, step_indices
 from topkd.topk.errors import ConfigError
@@ -26,7 +25,7 @@ _POOL = 0x5F7  # keeps the data rows' order apart from the prompts'
 
 def count_on_policy_prompts(config: EngineConfig) -> int:
     """How many of a step's prompts the student completes."""
-    share = 0.0 if isinstance(config.objective, SFT) else config.on_policy_fraction
+    share = 0.0 if config.objective.is_data_only else config.on_policy_fraction
     return round(share * config.rollout.prompts_per_step)
 
 
@@ -40,7 +39,7 @@ def check_mixture(config: EngineConfig, rows: Sequence[PromptRow]) -> None:
             hint="raise rollout.prompts_per_step, or set on_policy_fraction to 0 or 1",
         )
     if count_on_policy_prompts(config) < config.rollout.prompts_per_step and not _pool(rows):
-        what = "objective sft" if isinstance(config.objective, SFT) else "on_policy_fraction below 1"
+        what = f"objective {config.objective.name}" if config.objective.is_data_only else "on_policy_fraction below 1"
         raise ConfigError(
             f"{what} learns from completions in the data, and no row has one",
             hint="give the rows completion, completion_ids or assistant turns",
@@ -60,7 +59,7 @@ def build_data_rollouts(
     config: EngineConfig, rows: Sequence[PromptRow], step: int
 ) -> tuple[list[PromptRow], list[Rollout]]:
     """The same as rollouts to be scored, each with its row; none where the data trains by cross-entropy."""
-    if config.data_loss == "sft" or isinstance(config.objective, SFT):
+    if config.data_loss == "sft" or config.objective.is_data_only:
         return [], []
     chosen = select_data_rows(config, rows, step)
     return chosen, [_rollout(row) for row in chosen]
@@ -68,7 +67,7 @@ def build_data_rollouts(
 
 def build_data_texts(config: EngineConfig, rows: Sequence[PromptRow], step: int) -> list[TextSample]:
     """The same as texts; none where the teacher scores them."""
-    if config.data_loss == "objective" and not isinstance(config.objective, SFT):
+    if config.data_loss == "objective" and not config.objective.is_data_only:
         return []
     return [_text(row) for row in select_data_rows(config, rows, step)]
 

@@ -18,7 +18,6 @@ from topkd.engine.learner.distributed import Ranks
 from topkd.engine.learner.learner import Learner
 from topkd.engine.learner.objectives import describe_objective
 from topkd.engine.loop.alarms import find_alarms
-from topkd.engine.loop.candidates import read_support
 from topkd.engine.loop.checks import check_run, refuse_losses
 from topkd.engine.loop.data_mixing import DATA, build_data_texts
 from topkd.engine.loop.hooks import Hooks, Record
@@ -114,7 +113,7 @@ class _Run:
                 config.k,
                 truncated=config.rollout.truncated,
                 context=hooks.context,
-                support=read_support(config.objective),
+                support=config.objective.list_support,
             ),
             publish=self.publish,
             on_event=lambda event: self.write("event", event),

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from topkd.engine.config.engine_config import EngineConfig
-from topkd.engine.loop.candidates import read_support
 from topkd.engine.loop.data_mixing import build_data_rollouts, count_on_policy_prompts
 from topkd.engine.loop.prompts import PromptRow, step_indices
 from topkd.topk.errors import ConfigError
@@ -71,7 +70,7 @@ async def _part(config: EngineConfig, chosen: Sequence[PromptRow], sampler: Samp
         max_tokens=config.rollout.max_completion_tokens, stop_token_ids=config.rollout.stop_token_ids, seed=seed
     )
     n, prompts = config.rollout.samples_per_prompt, [row.prompt_ids for row in chosen]
-    k = 0 if read_support(config.objective) == "teacher" else config.k  # the student's own lists are seldom needed
+    k = 0 if config.objective.list_support == "teacher" else config.k  # the student's own lists are seldom needed
     if isinstance(sampler, BatchSampler):
         drawn = await sampler.sample_batch(prompts, n, params, k=k)
     else:

@@ -10,7 +10,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from topkd.engine.loop.candidates import Support, move_to_support
+from topkd.engine.config.objectives import Support
+from topkd.engine.loop.candidates import move_to_support
 from topkd.engine.loop.data_mixing import build_trained_mask
 from topkd.engine.loop.prompts import PromptRow
 from topkd.topk.errors import (

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from topkd.engine.config.objectives import Objective
-from topkd.engine.learner.objectives import describe_objective, find_valid_tokens
-from topkd.engine.learner.token_view import TokenLoss
+from topkd.engine.config.objectives import CustomObjective, Objective
+from topkd.engine.learner.objectives import find_valid_tokens
 from topkd.engine.loop.metrics import make_strict_json
 from topkd.engine.loop.scoring import ScoredBatch
 from topkd.engine.models.student import Student
@@ -29,8 +28,6 @@ from topkd.topk.types import Float32, Float64, Int32
 
 FORMAT = 1
 _ROWS_AT_ONCE = 256  # bounds the [rows, V] temporaries
-# Objectives that give a sampled token an advantage.
-_SAMPLED = {"scalar_kl", "gjs", "topk_pg", "eopd"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +71,14 @@ class TranscriptRecorder:
         *,
         student: Student,
         tokenizer: Any,
-        objective: Objective | TokenLoss,
+        objective: Objective,
         lock: threading.Lock,
         steps: int,
         limits: TranscriptLimits | None = None,
         problem: Callable[[str], None] | None = None,
     ) -> None:
         self.path, self.student, self.tokenizer, self.objective, self.lock = path, student, tokenizer, objective, lock
-        self.kind = str(describe_objective(objective)["divergence_mode"])
+        self.kind = objective.name
         self.limits, self.problem = limits or TranscriptLimits(), problem
         moments = np.linspace(1, steps, min(self.limits.moments, steps))
         self.moments = {round(step) for step in moments} - _read_recorded_steps(path)
@@ -175,7 +172,7 @@ class TranscriptRecorder:
 
     def _advantage(self, teacher_logp: Float32, student_logp: Float32) -> Float64:
         """Of the sampled token, before baselines, clips and weights; NaN where the objective gives tokens none."""
-        if self.kind not in _SAMPLED:
+        if isinstance(self.objective, CustomObjective) or not self.objective.needs_behavior:
             return np.full(teacher_logp.shape, np.nan)
         return np.asarray(gjs_advantage(teacher_logp, student_logp, getattr(self.objective, "beta", 1.0)), np.float64)
 
