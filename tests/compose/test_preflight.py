@@ -237,7 +237,8 @@ class Scorer:
     async def score(self, ids, start, k):
         actual = np.asarray(ids)[start + 1 :]
         rows = len(actual)
-        return TopK.from_lists([[(1, -0.5)]] * rows, start=start, actual_ids=actual, actual_logp=[-1.0] * rows)
+        actual_logp = np.where(actual == 1, -0.5, -1.0)
+        return TopK.from_lists([[(1, -0.5)]] * rows, start=start, actual_ids=actual, actual_logp=actual_logp)
 
 
 async def test_a_truncated_completion_trains_or_is_masked_and_is_counted_either_way():

@@ -210,9 +210,9 @@ async def test_every_miss_is_one_clear_error(folders, recorded, tmp_path):
 async def test_a_single_missing_score_is_an_error_unless_it_may_be_lost_and_then_it_is_counted(
     folders, recorded, tmp_path
 ):
-    from topkd.offline.store.tables import identities
+    from topkd.offline.store.tables import read_identities
 
-    names = identities(recorded / "cache")
+    names = read_identities(recorded / "cache")
     with ScoreStore(recorded / "cache") as whole, ScoreStore(tmp_path / "holed", mode="a") as holed:
         for number, record in enumerate(whole.records()):
             if number != 3:

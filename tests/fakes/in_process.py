@@ -33,4 +33,5 @@ def lists(ids: Any, start: int, k: int = 3) -> TopK:
     """The scores that the teacher gives."""
     actual = np.asarray(ids)[start + 1 :]
     row = [(3, -0.5), (4, -1.5), (7, -2.5)][:k]
-    return TopK.from_lists([row] * len(actual), start=start, actual_ids=actual, actual_logp=-1.0 - actual / 1000)
+    actual_logp = [dict(row).get(token, -1.0 - token / 1000) for token in actual.tolist()]
+    return TopK.from_lists([row] * len(actual), start=start, actual_ids=actual, actual_logp=actual_logp)

@@ -30,7 +30,7 @@ def records(folder):
             at += 64 + -(-record["size"] // 64) * 64
 
 
-def score_key(identity_json, ids):
+def compute_score_key(identity_json, ids):
     digest = hashlib.blake2b(identity_json, digest_size=32, person=b"topkd-teacher").digest()
     return hashlib.blake2b(np.array(ids, "<i4").tobytes(), digest_size=16, key=digest, person=b"score").digest()
 

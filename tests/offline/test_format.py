@@ -33,7 +33,7 @@ def test_the_independent_reader_gets_what_the_store_gives(tmp_path, codec, vocab
     names = [json.loads(record["payload"]) for record in found.values() if record["kind"] == 3]
     assert names == [json.loads(TEACHER.to_json())]
     for ids, scores in data:
-        record = found[reader.score_key(TEACHER.to_json().encode(), ids)]
+        record = found[reader.compute_score_key(TEACHER.to_json().encode(), ids)]
         got_ids, actual, actual_logp, tail, top, logp = reader.score(record)
         expected = store.get(TEACHER, ids, scores.start, scores.k)
         assert np.array_equal(got_ids, ids)

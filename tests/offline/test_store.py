@@ -13,7 +13,7 @@ import pytest
 from tests.offline.samples import checked, same, scored
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.store import index, segments
-from topkd.offline.store.keys import check_token_array, rollout_key, score_key
+from topkd.offline.store.keys import check_token_array, compute_rollout_key, compute_score_key
 from topkd.offline.store.records import ROLLOUT, SCORE
 from topkd.topk import Rollout, SamplingParams, TopK
 from topkd.topk.errors import AlignmentError, CacheError, ConfigError, DataError, TopkdError
@@ -79,7 +79,7 @@ def test_the_widest_record_answers(tmp_path):
         assert same(store.get(TEACHER, ids, 5, 3), wide.slice(k=3))
         assert same(store.get(TEACHER, ids, 7, 8), wide.slice(slice(2, None)))
         assert len(list(store.records())) == 1  # the narrower one is superseded
-        assert store.held(TEACHER, ids) == [(5, 3), (5, 8)]
+        assert store.list_stored(TEACHER, ids) == [(5, 3), (5, 8)]
 
 
 def test_incomparable_records_of_one_key_are_both_kept(tmp_path):
@@ -112,16 +112,16 @@ def test_every_part_of_an_identity_and_every_token_changes_the_key():
         TeacherIdentity("a", context="1"),
         TeacherIdentity("a", semantics="tempered"),
     ]
-    keys = {score_key(variant, ids) for variant in variants}
-    keys |= {score_key(variants[0], other) for other in (ids[:-1], ids[::-1].copy(), ids + 1)}
+    keys = {compute_score_key(variant, ids) for variant in variants}
+    keys |= {compute_score_key(variants[0], other) for other in (ids[:-1], ids[::-1].copy(), ids + 1)}
     assert len(keys) == 9
     params = SamplingParams()
     sampled = {
-        rollout_key(variants[0], ids, params),
-        rollout_key(variants[0], ids, params, version="1"),
-        rollout_key(variants[0], ids, params, occurrence=1),
-        rollout_key(variants[0], ids, SamplingParams(seed=1)),
-        rollout_key(variants[0], ids, SamplingParams(top_p=0.9)),
+        compute_rollout_key(variants[0], ids, params),
+        compute_rollout_key(variants[0], ids, params, version="1"),
+        compute_rollout_key(variants[0], ids, params, occurrence=1),
+        compute_rollout_key(variants[0], ids, SamplingParams(seed=1)),
+        compute_rollout_key(variants[0], ids, SamplingParams(top_p=0.9)),
     }
     assert len(sampled) == 5
     assert not keys & sampled
@@ -129,7 +129,7 @@ def test_every_part_of_an_identity_and_every_token_changes_the_key():
 
 def test_keys_do_not_depend_on_how_ids_are_given():
     forms = ([1, 2, 3], (1, 2, 3), np.array([1, 2, 3]), np.array([1, 2, 3], np.uint16), np.array([9, 1, 2, 3])[1:])
-    assert len({score_key(TEACHER, check_token_array(form)) for form in forms}) == 1
+    assert len({compute_score_key(TEACHER, check_token_array(form)) for form in forms}) == 1
 
 
 def test_an_identity_is_never_a_url():

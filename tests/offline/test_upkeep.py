@@ -112,7 +112,7 @@ def test_gc_keeps_a_durable_record_that_only_an_uncommitted_one_supersedes(tmp_p
     writer.put(A, ids, wide)
     assert gc(tmp_path).copied == 1
     with ScoreStore(tmp_path) as store:
-        assert store.held(A, ids) == [(5, 2), (5, 8)]
+        assert store.list_stored(A, ids) == [(5, 2), (5, 8)]
     writer.close()
 
 

@@ -29,7 +29,7 @@ from topkd.topk.losses import (
 )
 from topkd.topk.losses.divergence import divergence, log_softmax, log_tail_torch
 from topkd.topk.losses.entropy import forward_kl_on_top
-from topkd.topk.losses.jsd import with_tail
+from topkd.topk.losses.jsd import append_tail
 from topkd.topk.losses.policy import importance_ratio
 from topkd.topk.losses.topk_policy import advantage
 
@@ -247,7 +247,9 @@ def test_sparse_divergences_equal_trl_and_sdpo_on_a_shared_support(number: int) 
     listed = case.i("teacher_topk_logprobs")
     given = torch.log_softmax(student, -1).gather(-1, case.i("teacher_topk_ids"))
     close(given.detach(), case.i("student_at_teacher_ids"), 1e-6, 1e-6)
-    as_upstream = divergence(with_tail(listed, log_tail_torch(listed)), with_tail(given, log_tail_torch(given)), beta)
+    as_upstream = divergence(
+        append_tail(listed, log_tail_torch(listed)), append_tail(given, log_tail_torch(given)), beta
+    )
     close(as_upstream.detach(), case.e("tail"), 5e-5, 5e-5)
     close(torch.autograd.grad(as_upstream.sum(), student)[0], case.e("grad_tail_sum_student_logits"), 5e-5, 5e-4)
     close(tail.detach(), case.e("tail"), 5e-5, 5e-4)

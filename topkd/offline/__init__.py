@@ -1,4 +1,7 @@
-"""Never ask twice. Knows: keys, records, segments. Does not know: HTTP, torch."""
+"""The score cache: every score is paid for once, and a run can repeat without a server.
+
+Knows: keys, records, segments, import and export. Does not know: HTTP, torch.
+"""
 
 from topkd.offline.caching import CacheMetrics, CachingScorer, ReplayScorer
 from topkd.offline.exchange.exchange import Exchange, export_parquet, from_dataset, import_parquet, to_dataset

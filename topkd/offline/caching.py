@@ -1,4 +1,4 @@
-"""Scorers and samplers that remember: a hit never reaches the network, equal requests in flight are asked once."""
+"""Teacher scorers that answer from the cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 
 from topkd.offline.store.codecs import narrow_scores
-from topkd.offline.store.keys import TeacherIdentity, check_token_array, score_key
+from topkd.offline.store.keys import TeacherIdentity, check_token_array, compute_score_key
 from topkd.offline.store.store import ScoreStore
 from topkd.topk.errors import CacheError, CacheMissError
 from topkd.topk.protocols import Ids, TeacherScorer
@@ -16,7 +16,7 @@ from topkd.topk.types import Int32, TopK
 
 @dataclass(slots=True)
 class CacheMetrics:
-    """What the cache was asked and what it spared.
+    """Counts of cache hits, misses and shared requests.
 
     Attributes:
         hits: Answered from the store.
@@ -33,13 +33,13 @@ class CacheMetrics:
     asked_tokens: int = 0
 
     def as_dict(self) -> dict[str, int]:
-        """Plain numbers, for a step record."""
+        """Return plain numbers for a step record."""
         return asdict(self)
 
 
 @dataclass(slots=True)
-class _Flight:
-    """A request under way, and how many callers wait for it."""
+class _Request:
+    """A request to the teacher in progress, and how many callers wait for it."""
 
     start: int
     k: int
@@ -48,7 +48,7 @@ class _Flight:
 
 
 class CachingScorer:
-    """A TeacherScorer that asks its teacher only what the store does not know.
+    """A TeacherScorer that asks its teacher only for scores that the store lacks.
 
     A narrower K or a later start than what is stored is a hit; a wider K is a miss, and its answer supersedes.
     Concurrent misses for one key become one request. What is returned on a miss is what the store will return from then
@@ -66,31 +66,31 @@ class CachingScorer:
     ) -> None:
         self._scorer, self._store, self.identity = scorer, store, identity
         self.metrics = CacheMetrics()
-        self._flights: dict[bytes, list[_Flight]] = {}
+        self._requests: dict[bytes, list[_Request]] = {}
         self._refresh_s, self._refreshed = refresh_s, time.monotonic()
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
-        """As ``TeacherScorer.score``."""
+        """Return the scores of ``ids`` (see ``TeacherScorer.score``)."""
         array = check_token_array(ids)
-        found = self._look(array, start, k)
-        if found is not None:
+        stored = self._read_stored(array, start, k)
+        if stored is not None:
             self.metrics.hits += 1
             self.metrics.saved_tokens += array.size
-            return found
-        flights = self._flights.setdefault(score_key(self.identity, array), [])
-        flight = next((f for f in flights if f.start <= start and f.k >= k and not f.task.done()), None)
-        if flight is None:
+            return stored
+        requests = self._requests.setdefault(compute_score_key(self.identity, array), [])
+        request = next((f for f in requests if f.start <= start and f.k >= k and not f.task.done()), None)
+        if request is None:
             self.metrics.misses += 1
             self.metrics.asked_tokens += array.size
-            flight = _Flight(start, k, asyncio.create_task(self._ask(array, start, k)))
-            flights.append(flight)
-            flight.task.add_done_callback(lambda _: self._landed(array))
+            request = _Request(start, k, asyncio.create_task(self._fetch(array, start, k)))
+            requests.append(request)
+            request.task.add_done_callback(lambda _: self._forget_finished(array))
         else:
             self.metrics.joined += 1
             self.metrics.saved_tokens += array.size
-        return narrow_scores(await _wait(flight), start, k)
+        return narrow_scores(await _wait_for(request), start, k)
 
-    def _look(self, ids: Int32, start: int, k: int) -> TopK | None:
+    def _read_stored(self, ids: Int32, start: int, k: int) -> TopK | None:
         found = self._store.get(self.identity, ids, start, k)
         now = time.monotonic()
         if found is None and now - self._refreshed > self._refresh_s:
@@ -99,7 +99,7 @@ class CachingScorer:
             found = self._store.get(self.identity, ids, start, k)
         return found
 
-    async def _ask(self, ids: Int32, start: int, k: int) -> TopK:
+    async def _fetch(self, ids: Int32, start: int, k: int) -> TopK:
         scores = await self._scorer.score(ids, start, k)
         # Off the loop: a commit waits for the disk.
         await asyncio.to_thread(self._store.put, self.identity, ids, scores, asked=k)
@@ -108,24 +108,24 @@ class CachingScorer:
             raise CacheError("a score that was just written cannot be read", where=str(self._store.path))
         return stored
 
-    def _landed(self, ids: Int32) -> None:
-        key = score_key(self.identity, ids)
-        flying = [flight for flight in self._flights.get(key, ()) if not flight.task.done()]
-        if flying:
-            self._flights[key] = flying
+    def _forget_finished(self, ids: Int32) -> None:
+        key = compute_score_key(self.identity, ids)
+        unfinished = [request for request in self._requests.get(key, ()) if not request.task.done()]
+        if unfinished:
+            self._requests[key] = unfinished
         else:
-            self._flights.pop(key, None)
+            self._requests.pop(key, None)
 
 
 class ReplayScorer:
-    """A TeacherScorer without a teacher: what the store does not know is a CacheMissError."""
+    """A TeacherScorer that answers from the store only and raises CacheMissError."""
 
     def __init__(self, store: ScoreStore, identity: TeacherIdentity) -> None:
         self._store, self.identity = store, identity
         self.metrics = CacheMetrics()
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
-        """As ``TeacherScorer.score``."""
+        """Return the stored scores of ``ids`` (see ``TeacherScorer.score``)."""
         array = check_token_array(ids)
         found = self._store.get(self.identity, array, start, k)
         if found is None:
@@ -133,17 +133,17 @@ class ReplayScorer:
             found = self._store.get(self.identity, array, start, k)
         if found is None:
             self.metrics.misses += 1
-            raise self._miss(array, start, k)
+            raise self._make_miss_error(array, start, k)
         self.metrics.hits += 1
         self.metrics.saved_tokens += array.size
         return found
 
-    def _miss(self, ids: Int32, start: int, k: int) -> CacheMissError:
-        held = self._store.held(self.identity, ids)
-        if held:
-            got = ", ".join(f"K {asked} from position {first}" for first, asked in held)
+    def _make_miss_error(self, ids: Int32, start: int, k: int) -> CacheMissError:
+        list_stored = self._store.list_stored(self.identity, ids)
+        if list_stored:
+            got = ", ".join(f"K {asked} from position {first}" for first, asked in list_stored)
             hint = "score again with this K and start, or ask for what is there"
-            if any(first <= start and asked >= k for first, asked in held):
+            if any(first <= start and asked >= k for first, asked in list_stored):
                 got, hint = f"a damaged record ({got})", "run `topkd cache verify`, then score again"
         else:
             got, hint = "no record of these ids", "score this data with this teacher first, or check its identity"
@@ -157,12 +157,12 @@ class ReplayScorer:
         )
 
 
-async def _wait(flight: _Flight) -> TopK:
-    """The flight's result; it goes on as long as one caller waits, and is cancelled with the last."""
-    flight.waiting += 1
+async def _wait_for(request: _Request) -> TopK:
+    """Wait for a request; cancel it when its last caller is cancelled."""
+    request.waiting += 1
     try:
-        return await asyncio.shield(flight.task)
+        return await asyncio.shield(request.task)
     finally:
-        flight.waiting -= 1
-        if not flight.waiting and not flight.task.done():
-            flight.task.cancel()
+        request.waiting -= 1
+        if not request.waiting and not request.task.done():
+            request.task.cancel()

@@ -6,33 +6,23 @@ caches, training. Importing it loads neither torch nor transformers; ``load_mode
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from topkd.serve.config import ServeConfig
 from topkd.serve.process import ServerProcess
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
+    from topkd.serve.app import create_app
+    from topkd.serve.model.loading import load_model
+    from topkd.serve.run import serve
 
 __all__ = ["ServeConfig", "ServerProcess", "create_app", "load_model", "serve"]
 
-
-def load_model(config: ServeConfig) -> tuple[Any, Any]:
-    """The model of ``config`` in evaluation mode on its device, and its tokenizer."""
-    from topkd.serve.model.loading import load_model as load
-
-    return load(config)
+_LAZY = {"create_app": "app", "load_model": "model.loading", "serve": "run"}
 
 
-def create_app(model: Any, tokenizer: Any, config: ServeConfig) -> Starlette:
-    """An ASGI application that serves ``model``. Its model thread starts with the first request, or at start-up."""
-    from topkd.serve.app import create_app as create
-
-    return create(model, tokenizer, config)
-
-
-def serve(config: ServeConfig) -> None:
-    """Serve until Ctrl-C or SIGTERM; prints one line with the URL when ready."""
-    from topkd.serve.run import serve as run
-
-    run(config)
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -44,9 +44,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _config(options: dict[str, object], key: str | None) -> ServeConfig:
-    given = {name: value for name, value in options.items() if value is not None}
+    values = {name: value for name, value in options.items() if value is not None}
     try:
-        return ServeConfig.model_validate({**given, **({"api_key": key} if key else {})})
+        return ServeConfig.model_validate({**values, **({"api_key": key} if key else {})})
     except ValidationError as error:
         finding = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, finding["loc"]))
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _end_with_parent() -> None:
-    """A pipe closes when its other end dies, however it dies: SIGKILL leaves no orphan."""
+    """End this process when standard input closes: SIGKILL of the parent leaves no orphan."""
     # os.read, not sys.stdin: a buffered reader held by a daemon thread aborts the interpreter's own clean end.
     while os.read(0, 4096):
         pass

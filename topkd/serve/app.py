@@ -19,13 +19,13 @@ from topkd.serve.engine.refusal import Refusal
 from topkd.serve.engine.served import VLLM_DIALECT, Served
 from topkd.serve.routes import generate, openai, sglang
 from topkd.serve.routes.control import Control
-from topkd.serve.routes.requests import DetokenizeBody, TokenizeBody, check_request_ids
+from topkd.serve.routes.requests import DetokenizeBody, TokenizeBody, check_prompt_ids
 from topkd.serve.routes.sglang_control import SglangControl
 from topkd.serve.routes.wire import KeyGuard, answer_errors, detail, json_reply, read
 
 
 def create_app(model: Any, tokenizer: Any, config: ServeConfig) -> Starlette:
-    """An application for ``model``; ``app.state.served`` holds the engine behind it."""
+    """Create the ASGI application of ``model``; ``app.state.served`` holds its engine."""
     served = Served(model, tokenizer, config)
 
     @asynccontextmanager
@@ -89,7 +89,7 @@ def _information(served: Served) -> list[Route]:
     async def detokenize(request: Request) -> Response:
         body = await read(request, DetokenizeBody, served.config.max_body_bytes)
         served.adapter_of(body.model)
-        return json_reply({"prompt": served.words.decode(list(check_request_ids(body.tokens, served.vocab)))})
+        return json_reply({"prompt": served.words.decode(list(check_prompt_ids(body.tokens, served.vocab)))})
 
     gets = {"/v1/models": models, "/load": load, "/metrics": metrics}
     if served.config.dialect == "vllm":

@@ -1,4 +1,4 @@
-"""What a server is told when it starts."""
+"""Settings of the embedded server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ API_KEY_VARIABLE = "TOPKD_SERVE_API_KEY"
 
 
 class ServeConfig(BaseModel):
-    """One model, one address, and the limits of both.
+    """Settings of a server: one model, one address, and limits.
 
     Attributes:
         model: A folder, or an id the local Hugging Face cache can resolve.

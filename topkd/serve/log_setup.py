@@ -1,4 +1,4 @@
-"""transformers without a word: a server's standard error is a log, and what is loaded is verified here anyway."""
+"""Silence of transformers while it loads: a server's standard error is a log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def silence_loading() -> Iterator[None]:
-    """No progress bars, and no reports of what a folder lacks or holds besides."""
+    """Switch off transformers' progress bars and loading reports."""
     from transformers.utils import logging
 
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""The server as a child process that cannot outlive its parent."""
+"""The server as a child process that ends with its parent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Self
 from topkd.serve.config import API_KEY_VARIABLE, ServeConfig
 from topkd.topk.errors import ServerError, ServerTimeoutError
 
-READY = "topkd serve: ready at "
+READY_LINE = "topkd serve: ready at "
 LOG_LINES = 15
 
 
@@ -78,14 +78,14 @@ class ServerProcess:
         return self
 
     def command(self) -> list[str]:
-        """The child's command line; no secret is on it."""
+        """Return the child's command line; it holds no secret."""
         options = self.config.model_dump(exclude={"model", "api_key", "enable_lora"}, exclude_none=True)
         flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
         flags.append("--enable-lora" if self.config.enable_lora else "--no-enable-lora")
         return [sys.executable, "-m", "topkd.serve", *flags, "--watch-stdin", "--", self.config.model]
 
     def stop(self) -> None:
-        """End the child; nothing happens when it is not running."""
+        """End the child, if it is running."""
         self._end()
         if self._own_log and self.log_path is not None:
             self.log_path.unlink(missing_ok=True)
@@ -140,8 +140,8 @@ class ServerProcess:
 
     def _listening_at(self) -> str:
         for line in self._text().splitlines():
-            if line.startswith(READY):
-                return line.removeprefix(READY).split(" ")[0]
+            if line.startswith(READY_LINE):
+                return line.removeprefix(READY_LINE).split(" ")[0]
         return ""
 
     def _tail(self) -> str:

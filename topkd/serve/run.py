@@ -1,4 +1,4 @@
-"""Serving in this process: a socket, uvicorn, one ready line, a clean end."""
+"""Serving in this process: a socket, uvicorn, one ready line, an orderly shutdown."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import uvicorn
 from topkd.serve.config import ServeConfig
 from topkd.topk.errors import ConfigError
 
-READY = "topkd serve: ready at "
+READY_LINE = "topkd serve: ready at "
 BACKLOG = 2048  # uvicorn's own
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens once it does."""
+    """A uvicorn server that prints its address once it listens."""
 
     def __init__(self, config: uvicorn.Config, line: str) -> None:
         super().__init__(config)
@@ -43,7 +43,7 @@ def serve(config: ServeConfig) -> None:
     Raises:
         ConfigError: The address is taken, or the model cannot be loaded or served.
     """
-    _looks_like_a_model(config.model)
+    _check_model_path(config.model)
     listening = listen(config.host, config.port)
     # Imported after the cheap mistakes have been found: torch and transformers take seconds.
     from topkd.serve.app import create_app
@@ -62,8 +62,8 @@ def serve(config: ServeConfig) -> None:
             timeout_keep_alive=75,
             timeout_graceful_shutdown=3,
         )
-        _open(listening, config)
-        line = f"{READY}http://{shown}:{port} (model {config.name}, max_logprobs {config.max_logprobs})"
+        _start_listening(listening, config)
+        line = f"{READY_LINE}http://{shown}:{port} (model {config.name}, max_logprobs {config.max_logprobs})"
         with contextlib.suppress(KeyboardInterrupt), _interrupt_on_sigterm():
             _Server(settings, line).run(sockets=[listening])
 
@@ -81,8 +81,8 @@ def _interrupt_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _looks_like_a_model(model: str) -> None:
-    """Refuses what cannot be loaded, before anything heavy is imported."""
+def _check_model_path(model: str) -> None:
+    """Refuse a path that is not a model, before torch and transformers are imported."""
     folder, where, expected = Path(model), f"model={model}", "config.json, weights and a tokenizer"
     try:
         if folder.is_dir():
@@ -115,7 +115,7 @@ def _is_cached(model: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 takes a free one. Bound before the model loads, so that a taken port fails at once."""
+    """Bind a socket (port 0 takes a free one) before the model loads, so that a taken port fails at once."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, proto)
@@ -126,19 +126,19 @@ def listen(host: str, port: int) -> socket.socket:
             sock.close()
             raise
     except (OSError, UnicodeError) as error:
-        raise _cannot_listen(host, port, error) from error
+        raise _make_listen_error(host, port, error) from error
     return sock
 
 
-def _open(sock: socket.socket, config: ServeConfig) -> None:
+def _start_listening(sock: socket.socket, config: ServeConfig) -> None:
     """Take connections; a port that was bound is not yet ours while another process that bound it, too, may listen."""
     try:
         sock.listen(BACKLOG)
     except OSError as error:
-        raise _cannot_listen(config.host, config.port, error) from error
+        raise _make_listen_error(config.host, config.port, error) from error
 
 
-def _cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> ConfigError:
+def _make_listen_error(host: str, port: int, error: OSError | UnicodeError) -> ConfigError:
     number = getattr(error, "errno", None)
     no_such_address = isinstance(error, UnicodeError | socket.gaierror) or number == errno.EADDRNOTAVAIL
     return ConfigError(

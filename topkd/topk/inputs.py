@@ -1,4 +1,4 @@
-"""Checked arguments of the NumPy maths: logprobs become float64 once, and what cannot be right is refused."""
+"""Checks of the NumPy maths' arguments; logprobs become float64 once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOGP_TOLERANCE = 1e-3  # float32 rounding of a served logprob stays far below; a
 
 
 def float64(name: str, value: ArrayLike) -> Float64:
-    """``value`` as float64; what a masked array hides is NaN. Refuses what is not numbers, or a ragged list."""
+    """Return ``value`` as float64, masked entries as NaN; refuse what is not numbers, or a ragged list."""
     try:
         array = np.asarray(value) if not isinstance(value, np.ma.MaskedArray) else value
     except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors NumPy cannot read
@@ -30,7 +30,7 @@ def float64(name: str, value: ArrayLike) -> Float64:
 
 
 def logp64(name: str, value: ArrayLike) -> Float64:
-    """``value`` as float64; refuses other dtypes and values above 0. NaN (unknown) and -inf (probability 0) pass."""
+    """Return ``value`` as float64; refuse values above 0. NaN (unknown) and -inf (probability 0) pass."""
     array = float64(name, value)
     if array.size and np.fmax.reduce(array, axis=None) > LOGP_TOLERANCE:
         raise ConfigError(
@@ -42,7 +42,7 @@ def logp64(name: str, value: ArrayLike) -> Float64:
 
 
 def logp_pair(teacher_logp: ArrayLike, student_logp: ArrayLike) -> tuple[Float64, Float64]:
-    """Both sides as float64 of one shape (a scalar goes with any shape; nothing else is broadcast)."""
+    """Return both sides as float64 of one shape (only a scalar is broadcast)."""
     teacher, student = logp64("teacher_logp", teacher_logp), logp64("student_logp", student_logp)
     if teacher.shape != student.shape and teacher.ndim and student.ndim:
         raise ConfigError(
@@ -54,19 +54,19 @@ def logp_pair(teacher_logp: ArrayLike, student_logp: ArrayLike) -> tuple[Float64
 
 
 def result_dtype(*values: ArrayLike) -> np.dtype[np.floating]:
-    """float32 when every argument is an array of at most 32-bit floats, else float64."""
+    """Return float32 when every argument is an array of at most 32-bit floats, else float64."""
     narrow = all(isinstance(v, (np.ndarray, np.generic)) and v.dtype in (np.float32, np.float16) for v in values)
     return np.dtype(np.float32 if narrow else np.float64)
 
 
 def to_dtype(value: Float64, dtype: np.dtype[np.floating]) -> NDArray[np.floating]:
-    """``value`` in ``dtype``; what float32 cannot hold becomes infinite, as it must, without a warning."""
+    """Convert to ``dtype``; what float32 cannot hold becomes infinite without a warning."""
     with np.errstate(over="ignore"):
         return value.astype(dtype, copy=False)
 
 
 def check_beta(beta: float, name: str = "beta") -> float:
-    """``beta`` as a float in [0, 1]: the mixture weight of the *teacher*."""
+    """Return ``beta`` as a float in [0, 1]: the mixture weight of the *teacher*."""
     number = check_real(name, beta)
     if not 0.0 <= number <= 1.0:
         raise ConfigError(
@@ -76,7 +76,7 @@ def check_beta(beta: float, name: str = "beta") -> float:
 
 
 def check_floor(name: str, value: float) -> float:
-    """A log-probability below 0 that stands for a missing id, as a float (-inf = no probability at all)."""
+    """Return a negative log-probability that stands for a missing id (-inf = no probability)."""
     number = check_real(name, value)
     if not number < 0.0:
         raise ConfigError(f"{name} must be a negative log-probability", got=number)
@@ -84,7 +84,7 @@ def check_floor(name: str, value: float) -> float:
 
 
 def check_scores(**scores: TopK) -> None:
-    """Refuses anything but ``TopK`` values, by the name of the argument."""
+    """Refuse anything but ``TopK`` values, by the name of the argument."""
     for name, value in scores.items():
         if not isinstance(value, TopK):
             raise ConfigError(

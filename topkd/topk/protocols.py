@@ -1,6 +1,6 @@
-"""What one room needs of another, and nothing more. ``compose`` plugs the pieces together.
+"""Protocols: what one room needs of another.
 
-A live, a cached and a replayed teacher are the same type to the engine.
+``compose`` plugs the pieces together. A live, a cached and a replayed teacher are the same type to the engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class TeacherScorer(Protocol):
     """Scores a given token sequence."""
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
-        """Rows ``start .. len(ids) - 2``: R = len(ids) - 1 - start rows, row i predicting ``ids[start + i + 1]``.
+        """Score rows ``start .. len(ids) - 2``: R = len(ids) - 1 - start rows, row i predicting ``ids[start + i + 1]``.
 
         ``actual_ids`` equals ``ids[start + 1:]`` and ``actual_logp`` is exact; anything else is an error, not a row.
         """
@@ -33,7 +33,7 @@ class CandidateScorer(Protocol):
     """Scores chosen ids at every position (a teacher at the student's own top-K, say)."""
 
     async def score_candidates(self, ids: Ids, start: int, candidates: Int32) -> Float32:
-        """float32 [R, K] logprobs of ``candidates`` [R, K] (-1 pads give -inf), rows as in ``TeacherScorer.score``."""
+        """Return float32 [R, K] logprobs of ``candidates`` [R, K] (-1 pads give -inf); rows as in ``score``."""
         ...
 
 
@@ -42,7 +42,7 @@ class Sampler(Protocol):
     """Draws completions from the student."""
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
-        """n rollouts with exact sampled-token logprobs; with k > 0 also the sampler's top-K rows."""
+        """Draw n rollouts with exact sampled-token logprobs; with k > 0 also the sampler's top-K rows."""
         ...
 
 
@@ -60,5 +60,5 @@ class WeightSink(Protocol):
     """Brings new weights to where sampling happens."""
 
     async def push(self, update: WeightUpdate) -> Version:
-        """Returns the version the sink confirms; raises SyncError when it cannot confirm."""
+        """Send new weights; return the version that the sink confirms, or raise SyncError."""
         ...

@@ -1,4 +1,4 @@
-"""What travels between the rooms: sampling parameters, rollouts, behaviours and prepared samples.
+"""Values that travel between the rooms: sampling parameters, rollouts, behaviours and prepared samples.
 
 Variants are discriminated unions on ``kind``; match them exhaustively::
 
@@ -143,7 +143,7 @@ Behavior: TypeAlias = ScalarBehavior | TopKBehavior
 
 @dataclass(frozen=True, slots=True)
 class SampleCore:
-    """What every prepared sample knows, whatever its teacher said.
+    """What every prepared sample has, whatever its teacher.
 
     Attributes:
         full_ids: int32 [P + C], the student's prompt and the completion.
@@ -263,7 +263,7 @@ def _length(name: str, array: NDArray[Any], expected: int) -> None:
 
 
 def _rows(name: str, topk: TopK, start: int, completion_ids: Int32) -> None:
-    """Refuses rows of another place or another completion; an unknown (-1) realised token contradicts nothing."""
+    """Refuse rows of another position or completion; an unknown (-1) realised token contradicts nothing."""
     _length(name, topk.actual_ids, completion_ids.size)
     if topk.start != start:
         raise AlignmentError(f"{name}: rows start at the wrong place", got=topk.start, expected=start)

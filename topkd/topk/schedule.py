@@ -110,7 +110,7 @@ class TAIDScheduler:
         return float(delta)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that moves, as plain numbers."""
+        """Return everything that changes, as plain numbers."""
         return {"t": self.t, "momentum": self.momentum, "prev_loss": self.prev_loss, "skipped": self._skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -73,11 +73,11 @@ class TopK:
         return np.asarray(np.isfinite(self.logp).any(axis=1))
 
     def mass(self) -> Float64:
-        """Captured mass of each row, sum_k exp(logp_k), as float64 [R]."""
+        """Compute the captured mass of each row, sum_k exp(logp_k), as float64 [R]."""
         return np.asarray(np.exp(self.logp, dtype=np.float64).sum(axis=1))
 
     def ceiling(self) -> Float64:
-        """Upper bound on the *probability* of an id that the row does not list: min(p_K, 1 - mass), float64 [R].
+        """Bound the *probability* of an id that the row does not list: min(p_K, 1 - mass), float64 [R].
 
         p_K is the smallest listed probability. ``tail_logp`` serves as 1 - mass where it is known. NaN for a hole.
         """
@@ -91,7 +91,7 @@ class TopK:
         return np.where(counts > 0, bound, np.nan)
 
     def at(self, ids: ArrayLike) -> tuple[Float32, Bool]:
-        """Log-probabilities at given ids, and where they are known.
+        """Return log-probabilities at given ids, and where they are known.
 
         Args:
             ids: int [R] or [R, M]; negative ids are never known.
@@ -117,7 +117,7 @@ class TopK:
         return logp.reshape(wanted.shape), ~np.isnan(logp.reshape(wanted.shape))
 
     def slice(self, rows: slice | None = None, *, k: int | None = None) -> TopK:
-        """The same scores, fewer rows and/or a narrower list.
+        """Select rows and/or a narrower list.
 
         Args:
             rows: Row range (step 1); ``start`` moves with it.
@@ -140,7 +140,7 @@ class TopK:
         return TopK(self.start + first, ids, logp, self.actual_ids[part], self.actual_logp[part], tail)
 
     def within(self, vocab_size: int) -> TopK:
-        """The rows without ids at or past ``vocab_size`` (a padded teacher vocabulary); their mass joins the tail."""
+        """Drop ids at or past ``vocab_size`` (a padded teacher vocabulary); their mass joins the tail."""
         outside = self.ids >= vocab_size
         if not outside.any():
             return self
@@ -185,7 +185,7 @@ class TopK:
 
     @classmethod
     def concat(cls, parts: Sequence[TopK]) -> TopK:
-        """Rows of several scores one after the other (a flattened ragged batch), padded to the widest list.
+        """Concatenate the rows of several scores (a flattened ragged batch), padded to the widest list.
 
         ``start`` is 0: the rows of different sequences have no common source position.
         """

@@ -185,47 +185,47 @@ _READERS: dict[str, TypeAdapter[Any]] = {
 
 
 def dumps(value: Value) -> str:
-    """One line of JSON that ``loads_*`` reads back as an equal value."""
+    """Write one line of JSON that ``loads_*`` reads back as an equal value."""
     return msgspec.json.encode(_plain(value)).decode()
 
 
 def loads_topk(text: str | bytes, *, where: str = "") -> TopK:
-    """A ``TopK`` from its JSON; DataError (naming ``where``) for anything else."""
+    """Read a ``TopK`` from JSON; raise DataError (naming ``where``) for anything else."""
     return cast("TopK", _load("topk", text, where))
 
 
 def loads_behavior(text: str | bytes, *, where: str = "") -> Behavior:
-    """A ``ScalarBehavior`` or ``TopKBehavior``, by its ``kind``."""
+    """Read a ``ScalarBehavior`` or ``TopKBehavior``, by its ``kind``."""
     return cast("Behavior", _load("behavior", text, where))
 
 
 def loads_sample(text: str | bytes, *, where: str = "") -> PreparedSample:
-    """A ``ScalarPreparedSample`` or ``TopKPreparedSample``, by its ``kind``."""
+    """Read a ``ScalarPreparedSample`` or ``TopKPreparedSample``, by its ``kind``."""
     return cast("PreparedSample", _load("sample", text, where))
 
 
 def loads_rollout(text: str | bytes, *, where: str = "") -> Rollout:
-    """A ``Rollout`` from its JSON."""
+    """Read a ``Rollout`` from JSON."""
     return cast("Rollout", _load("rollout", text, where))
 
 
 def write_samples(path: str | Path, samples: Iterable[PreparedSample]) -> int:
-    """Writes one sample a line (a new file, or over an old one); returns how many."""
+    """Write one sample a line, replacing an old file; return how many."""
     return _write(path, samples)
 
 
 def read_samples(path: str | Path) -> Iterator[PreparedSample]:
-    """Yields the samples of a file written by ``write_samples``; DataError names file and line."""
+    """Yield the samples of a file of ``write_samples``; a DataError names file and line."""
     return cast("Iterator[PreparedSample]", _read("sample", path))
 
 
 def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> int:
-    """Writes one rollout a line; returns how many."""
+    """Write one rollout a line, replacing an old file; return how many."""
     return _write(path, rollouts)
 
 
 def read_rollouts(path: str | Path) -> Iterator[Rollout]:
-    """Yields the rollouts of a file written by ``write_rollouts``; DataError names file and line."""
+    """Yield the rollouts of a file of ``write_rollouts``; a DataError names file and line."""
     return cast("Iterator[Rollout]", _read("rollout", path))
 
 
@@ -318,7 +318,7 @@ def _sample(value: PreparedSample) -> dict[str, Any]:
 
 
 def _numbers(values: NDArray[np.floating]) -> list[float | str | None]:
-    """Exact numbers (a float32 is written as the double it is), null for NaN, "-inf" for -inf."""
+    """Return exact numbers (a float32 as the double it is), null for NaN, "-inf" for -inf."""
     plain: list[float | str | None] = values.tolist()
     for index in np.flatnonzero(~np.isfinite(values)).tolist():
         plain[index] = None if np.isnan(values[index]) else "-inf"

@@ -1,4 +1,4 @@
-"""``topkd cache``: look into a cache, check it, tidy it, and bring scores in and out."""
+"""``topkd cache``: inspect, check, compact, import and export a cache."""
 
 from __future__ import annotations
 
@@ -48,18 +48,17 @@ class ImportFormat(StrEnum):
 
 @app.command("stats")
 def stats_command(cache: Folder, as_json: AsJson = False) -> None:
-    """What a cache holds, with pictures of K, captured mass, entropy and lengths.
+    """Show what a cache holds, with pictures of K, captured mass, entropy and lengths.
 
     Example: topkd cache stats cache --json
     """
-    from topkd.offline import profile
-    from topkd.offline import stats as counted
+    from topkd.offline import profile, stats
 
-    found, shapes = counted(cache).as_dict(), profile(cache)
+    totals, shapes = stats(cache).as_dict(), profile(cache)
     if as_json:
-        typer.echo(json.dumps(found | {"profile": shapes}))
+        typer.echo(json.dumps(totals | {"profile": shapes}))
         return
-    for line in describe_stats(found, shapes):
+    for line in describe_stats(totals, shapes):
         typer.echo(line)
 
 
@@ -69,9 +68,9 @@ def verify_command(cache: Folder, as_json: AsJson = False) -> None:
 
     Example: topkd cache verify cache
     """
-    from topkd.offline import verify as verified
+    from topkd.offline import verify
 
-    found = verified(cache)
+    found = verify(cache)
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
     else:
@@ -146,7 +145,7 @@ def merge_command(
 
 
 @app.command("export")
-def export_command(
+def export_cache_command(
     cache: Folder,
     out: Annotated[Path, typer.Argument(help="Folder for the files.", metavar="FOLDER")],
     form: Annotated[
@@ -235,9 +234,9 @@ def _list_records(cache: Path) -> Iterator[dict[str, Any]]:
     from topkd.offline import ScoreStore
     from topkd.offline.store.codecs import CODEC_NAMES
     from topkd.offline.store.records import KIND_NAMES, ROLLOUT, SCORE
-    from topkd.offline.store.tables import identities
+    from topkd.offline.store.tables import read_identities
 
-    names = identities(cache)
+    names = read_identities(cache)
     with ScoreStore(cache) as store:
         for record in store.records(kinds=(SCORE, ROLLOUT)):
             header = record.header

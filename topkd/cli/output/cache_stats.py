@@ -1,4 +1,4 @@
-"""What ``topkd cache stats`` shows, in 80 columns."""
+"""Output of ``topkd cache stats`` in 80 columns."""
 
 from __future__ import annotations
 
@@ -11,38 +11,43 @@ _BARS = 8  # of the picture of K
 _WIDTH, _REVISION = 80, 22  # columns of a table, and of a revision in it
 
 
-def describe_stats(found: dict[str, Any], shapes: dict[str, Any]) -> Iterator[str]:
-    """What a cache holds, line by line: counts, whose records, and pictures of K, lengths, missing mass and entropy.
+def describe_stats(totals: dict[str, Any], shapes: dict[str, Any]) -> Iterator[str]:
+    """Describe a cache line by line: counts, teachers, and pictures of its scores.
 
     Args:
-        found: ``offline.stats`` as a mapping.
+        totals: ``offline.stats`` as a mapping.
         shapes: ``offline.profile``.
     """
-    per_token = "" if found["bytes_per_token"] is None else f", {found['bytes_per_token']:.1f} a token"
-    rollouts = count_things(found["rollouts"], "rollout")
-    answers = found["live"] - found["scores"]  # of a request for several completions: one record
-    if answers != found["rollouts"]:
+    per_token = "" if totals["bytes_per_token"] is None else f", {totals['bytes_per_token']:.1f} a token"
+    rollouts = count_things(totals["rollouts"], "rollout")
+    answers = totals["live"] - totals["scores"]  # of a request for several completions: one record
+    if answers != totals["rollouts"]:
         rollouts += f" in {count_things(answers, 'record')}"
-    yield f"{count_things(found['scores'], 'score')}, {rollouts}, {count_things(found['tokens'], 'token')}"
-    yield f"{found['bytes']:,} bytes{per_token}; {count_things(found['segments'], 'segment')}, {found['sealed']} sealed"
-    if dead := found["records"] - found["live"]:
+    yield f"{count_things(totals['scores'], 'score')}, {rollouts}, {count_things(totals['tokens'], 'token')}"
+    segments = count_things(totals["segments"], "segment")
+    yield f"{totals['bytes']:,} bytes{per_token}; {segments}, {totals['sealed']} sealed"
+    if dead := totals["records"] - totals["live"]:
         yield f"{count_things(dead, 'superseded record')}, which topkd cache gc drops"
-    if found["teachers"]:
+    if totals["teachers"]:
         yield ""
         yield from _format_columns(
             ("TEACHERS AND SAMPLED POLICIES", "revision", "records", "tokens"),
             [(teacher["name"], teacher["revision"] or "-", f"{teacher['records']:,}", f"{teacher['tokens']:,}")
-             for teacher in found["teachers"]],
+             for teacher in totals["teachers"]],
         )  # fmt: skip
-    if not shapes["scores"]:
-        return
+    if shapes["scores"]:
+        yield from _draw_shapes(totals, shapes)
+
+
+def _draw_shapes(totals: dict[str, Any], shapes: dict[str, Any]) -> Iterator[str]:
+    """Draw K, lengths, missing mass and entropy of the scores."""
     drawn, quantile = shapes["histograms"], {q: at for at, q in enumerate(shapes["quantiles"])}
 
     def at(name: str, share: float, show: str) -> str:
         return show.format(shapes[name][quantile[share]])
 
-    total, spread = sum(found["k"].values()), found["rows"]
-    asked = sorted(found["k"].items())
+    total, spread = sum(totals["k"].values()), totals["rows"]
+    asked = sorted(totals["k"].items())
     if len(asked) > _BARS:
         asked = [*asked[: _BARS - 1], (-1, sum(number for _, number in asked[_BARS - 1 :]))]
     k = draw_histogram(
@@ -76,17 +81,17 @@ def describe_stats(found: dict[str, Any], shapes: dict[str, Any]) -> Iterator[st
 
 
 def _bound_missing_mass(shapes: dict[str, Any], quantile: float) -> str:
-    """The share of positions' upper bound on what lies outside: a quantile of the mass, from the other side."""
+    """Bound the mass outside the lists for a share of positions."""
     return f"{100 * max(0.0, 1 - shapes['mass'][shapes['quantiles'].index(quantile)]):.2g} %"
 
 
 def count_things(count: int, thing: str) -> str:
-    """A count of things: one of it, or several."""
+    """Format a count with its noun in singular or plural."""
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def _format_columns(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
-    """A table without lines in 80 columns: names on the left, cut where the numbers on the right leave no room."""
+    """Format a table in 80 columns; names are cut where numbers need the room."""
     rows = [(row[0], _cut_text(row[1], _REVISION), *row[2:]) for row in rows]
     widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
     room = min(widths[0], max(_WIDTH - sum(2 + width for width in widths[1:]), len(head[0])))

@@ -11,7 +11,7 @@ import numpy as np
 from topkd.engine import EngineConfig
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.store.records import IDENTITY
-from topkd.offline.store.tables import close_all, read_tables, read_teachers
+from topkd.offline.store.tables import close_segments, read_tables, read_teachers
 from topkd.topk.errors import ConfigError
 
 
@@ -56,7 +56,7 @@ def list_identities(path: Path, kind: int) -> dict[TeacherIdentity, int]:
         widest = {names[tag]: int(rows["asked"][rows["tag"] == tag].max()) for tag in tags}
         return dict(sorted(widest.items(), key=lambda one: one[0].to_json()))
     finally:
-        close_all(segments)
+        close_segments(segments)
 
 
 GIVEN = "data"  # name of the policy of completions that came with a data file

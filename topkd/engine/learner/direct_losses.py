@@ -10,7 +10,7 @@ from topkd.engine.config.objectives import EOPD, KD, TAID, DirectGJS, EntropyAwa
 from topkd.engine.learner.policy_gradients import drop_zero_entries
 from topkd.engine.learner.token_view import LossOutput, TokenView
 from topkd.topk.losses.divergence import divergence
-from topkd.topk.losses.entropy import sampled_reverse_kl, with_covering
+from topkd.topk.losses.entropy import add_covering_term, sampled_reverse_kl
 from topkd.topk.losses.sparse import bins
 from topkd.topk.losses.sparse_objectives import entropy_aware_rows, gate_rows, taid_rows
 
@@ -69,7 +69,7 @@ def compute_eopd(objective: EOPD, view: TokenView) -> LossOutput:
         "gate_fraction": float((low >= objective.tau).float().mean()),
         "gate_undecided": float(((low < objective.tau) & (high >= objective.tau)).float().mean()),
     }
-    loss = with_covering(sampled, covering, objective.alpha).sum() / view.num_tokens
+    loss = add_covering_term(sampled, covering, objective.alpha).sum() / view.num_tokens
     return LossOutput(loss, advantage.cpu().double().numpy(), means=means)
 
 

@@ -18,7 +18,7 @@ from topkd.topk.losses import (
     ppo_clip_loss,
     topk_policy_gradient_loss,
 )
-from topkd.topk.losses.topk_policy import bucket_rows
+from topkd.topk.losses.topk_policy import compute_bucket_divergence
 from topkd.topk.maths.baselines import discounted_return, value_baseline
 from topkd.topk.types import Float64
 
@@ -32,7 +32,7 @@ def compute_sampled_gradient(objective: ScalarKL | GJS, view: TokenView) -> Loss
         if objective.baseline == "value":
             advantage = advantage - mean_advantage(view.logp_at_ids, rows, beta)
         if objective.sums_returns:
-            divergence = bucket_rows(view.logp_at_ids, rows, beta).cpu().numpy()
+            divergence = compute_bucket_divergence(view.logp_at_ids, rows, beta).cpu().numpy()
             own = None if objective.advantage == "state" else advantage
             advantage = discounted_return(own, divergence, objective.gamma, lengths=view.lengths)
     if objective.advantage_clip is not None:
@@ -66,7 +66,7 @@ def compute_topk_gradient(objective: TopKPolicyGradient, view: TokenView) -> Los
     advantage = own_advantage(objective, view)
     if objective.sums_returns:
         rows = drop_zero_entries(view.teacher) if objective.beta == 1.0 else view.teacher
-        divergence = bucket_rows(view.logp_at_ids, rows, objective.beta).cpu().numpy()
+        divergence = compute_bucket_divergence(view.logp_at_ids, rows, objective.beta).cpu().numpy()
         following = discounted_return(None, divergence, objective.gamma, lengths=view.lengths)
         loss = loss + weight_gradients(view, following)
     counts, means = {"gated_rows": counted["gated_rows"]}, {"divergence_bucket": counted["divergence_bucket"]}

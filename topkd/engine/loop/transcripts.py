@@ -22,7 +22,7 @@ from topkd.engine.loop.scoring import ScoredBatch
 from topkd.engine.models.student import Student
 from topkd.topk import TopK, gjs_advantage
 from topkd.topk.losses import SparseTeacher
-from topkd.topk.losses.topk_policy import bucket_rows
+from topkd.topk.losses.topk_policy import compute_bucket_divergence
 from topkd.topk.samples import PreparedSample, TopKPreparedSample
 from topkd.topk.types import Float32, Float64, Int32
 
@@ -183,7 +183,7 @@ class TranscriptRecorder:
         if not teacher.k:
             return np.full(teacher.rows, np.nan), "not known: the teacher's lists were not asked for"
         rows = SparseTeacher.from_topk(teacher, torch.device("cpu"), torch.float64)
-        values = bucket_rows(torch.from_numpy(student_logp), rows, beta).numpy()
+        values = compute_bucket_divergence(torch.from_numpy(student_logp), rows, beta).numpy()
         return np.where(teacher.signal, values, np.nan), f"{name} on the teacher's list and one bin for the rest"
 
     def _text(self, token: int) -> str:

@@ -1,4 +1,4 @@
-"""Caches to and from Parquet, datasets, and other projects' column layouts.
+"""Import and export of caches: Parquet, datasets, and other projects' column layouts.
 
-Knows: pyarrow. Does not know: how segments lie on disk.
+Knows: pyarrow, stores. Does not know: how segments lie on disk.
 """

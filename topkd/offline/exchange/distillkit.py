@@ -1,4 +1,4 @@
-"""How DistillKit packs a list of logprobs: exact head, polynomial, quantised residuals, bit-packed ids."""
+"""Decoder of DistillKit's packed logprobs: exact head, polynomial, quantised residuals, bit-packed ids."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Layout:
 
     @classmethod
     def load(cls, config: Mapping[str, Any] | None, folder: Path) -> Layout:
-        """From given settings, or from the YAML file beside the data."""
+        """Read the layout from settings, or from the YAML file beside the data."""
         if config is None:
             file = folder / CONFIG_FILE
             try:
@@ -81,7 +81,7 @@ class Layout:
     def decode(
         self, indices: Sequence[Sequence[int]], logprobs: Sequence[Sequence[int]]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Ids [R, K] and log-probabilities [R, K] of the rows of one sequence."""
+        """Decode ids [R, K] and log-probabilities [R, K] of one sequence."""
         packed = np.asarray(logprobs, np.uint8)
         if packed.ndim != 2 or len(indices) != len(logprobs):
             raise DataError("a DistillKit row whose positions differ in length")
@@ -131,7 +131,7 @@ def _floats(block: NDArray[np.uint8], dtype: str) -> NDArray[np.float64]:
 
 
 def _unpack(block: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int64]:
-    """``count`` unsigned integers of ``bits`` bits a row, most significant bit first."""
+    """Unpack ``count`` unsigned integers of ``bits`` bits a row, most significant bit first."""
     if block.ndim != 2 or block.shape[1] * 8 < bits * count:
         raise DataError("a DistillKit row is too short", got=block.shape[-1], expected=-(-bits * count // 8))
     each = np.unpackbits(block, axis=1)[:, : bits * count].reshape(len(block), count, bits)

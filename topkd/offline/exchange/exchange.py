@@ -1,4 +1,7 @@
-"""Scores and rollouts as Parquet files or a Hugging Face dataset, and back. docs/format.md lists the columns."""
+"""Export of scores and rollouts to Parquet or a Hugging Face dataset, and import from them.
+
+docs/format.md lists the columns.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,19 @@ import numpy as np
 from topkd.offline.exchange.parquet_files import import_parquet_module, open_parquet, read_batches
 from topkd.offline.exchange.rollout_tables import (
     ROLLOUT_COLUMNS,
-    describe_owner,
-    flat_column,
+    build_column,
+    build_nested_column,
+    build_rollout_table,
+    find_owner_json,
     import_rollouts,
-    nested_column,
     pad_lists,
-    rollout_rows,
 )
 from topkd.offline.store.codecs import CODEC_NAMES
 from topkd.offline.store.folder import describe_disk_error
 from topkd.offline.store.keys import TeacherIdentity
 from topkd.offline.store.records import ROLLOUT, SCORE, Record
 from topkd.offline.store.store import ScoreStore
-from topkd.offline.store.tables import identities
+from topkd.offline.store.tables import read_identities
 from topkd.topk.errors import CacheError, ConfigError, DataError, TopkdError
 from topkd.topk.types import TopK
 
@@ -39,19 +42,19 @@ _BATCH = 256  # rows per Arrow batch: bounded memory whatever the cache holds
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """What went over: records, positions, and what was refused with its reason."""
+    """Result of an import or export: records, positions, and rows that were refused, with reasons."""
 
     records: int
     tokens: int
     refused: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain types only."""
+        """Return plain types only."""
         return asdict(self)
 
 
 def export_parquet(cache: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Exchange:
-    """Writes ``scores.parquet`` and, when there are any, ``rollouts.parquet`` to a folder, in place of former ones.
+    """Write ``scores.parquet`` and, when there are any, ``rollouts.parquet``, replacing earlier exports.
 
     Values are float32 as the store returns them. Holes are empty lists, an unknown logprob is NaN, an exact zero -inf.
     """
@@ -59,8 +62,11 @@ def export_parquet(cache: str | os.PathLike[str], folder: str | os.PathLike[str]
     done = tokens = 0
     with ScoreStore(cache) as store, convert_write_errors(target):
         target.mkdir(parents=True, exist_ok=True)
-        names = identities(store.path)
-        for kind, name, rows in ((SCORE, SCORES_FILE, _score_rows), (ROLLOUT, ROLLOUTS_FILE, rollout_rows)):
+        names = read_identities(store.path)
+        for kind, name, rows in (
+            (SCORE, SCORES_FILE, _build_score_table),
+            (ROLLOUT, ROLLOUTS_FILE, build_rollout_table),
+        ):
             temporary, writer = target / f".{name}.tmp", None
             try:
                 try:
@@ -84,7 +90,7 @@ def export_parquet(cache: str | os.PathLike[str], folder: str | os.PathLike[str]
 
 @contextlib.contextmanager
 def convert_write_errors(target: Path) -> Iterator[None]:
-    """What the file system refuses, as one line."""
+    """Convert errors of the file system to a one-line CacheError."""
     try:
         yield
     except TopkdError:
@@ -94,7 +100,7 @@ def convert_write_errors(target: Path) -> Iterator[None]:
 
 
 def import_parquet(folder: str | os.PathLike[str], store: ScoreStore) -> Exchange:
-    """Brings what ``export_parquet`` wrote, a folder or one file, into a store; rows that do not fit are named."""
+    """Import a folder or file that ``export_parquet`` wrote; name the rows that do not fit."""
     path = Path(folder)
     both = [path / SCORES_FILE, path / ROLLOUTS_FILE] if path.is_dir() else [path]
     parts = [_import_file(file, store) for file in both if file.is_file()]
@@ -122,7 +128,7 @@ def _import_file(file: Path, store: ScoreStore) -> Exchange:
 
 
 def to_dataset(cache: str | os.PathLike[str]) -> Any:
-    """The scores as an in-memory ``datasets.Dataset`` with the columns of ``scores.parquet``."""
+    """Return the scores as an in-memory ``datasets.Dataset`` with the columns of ``scores.parquet``."""
     try:
         from datasets import Dataset
         from datasets.table import InMemoryTable
@@ -131,21 +137,21 @@ def to_dataset(cache: str | os.PathLike[str]) -> Any:
     import pyarrow as pa
 
     with ScoreStore(cache) as store:
-        names = identities(store.path)
-        tables = [_score_rows(batch, names) for batch in _iter_batches(store.records())]
-        table = pa.concat_tables(tables) if tables else _score_rows([], names)
+        names = read_identities(store.path)
+        tables = [_build_score_table(batch, names) for batch in _iter_batches(store.records())]
+        table = pa.concat_tables(tables) if tables else _build_score_table([], names)
     return Dataset(InMemoryTable(table))
 
 
 def from_dataset(dataset: Iterable[dict[str, Any]], store: ScoreStore) -> Exchange:
-    """Brings the rows of ``to_dataset`` (or any iterable of such rows) into a store."""
+    """Import the rows of ``to_dataset``, or any iterable of such rows, into a store."""
     return import_rows(dataset, store, where="dataset")
 
 
 def import_rows(
     rows: Iterable[dict[str, Any]], store: ScoreStore, *, where: str, teacher: TeacherIdentity | None = None
 ) -> Exchange:
-    """Rows with the columns of ``scores.parquet`` into a store.
+    """Import rows with the columns of ``scores.parquet`` into a store.
 
     Args:
         rows: Mappings with at least ``ids``, ``start``, ``topk_ids``, ``topk_logp``.
@@ -193,23 +199,23 @@ def _row_scores(row: dict[str, Any]) -> TopK:
     )
 
 
-def _score_rows(batch: Sequence[Record], names: dict[int, TeacherIdentity]) -> pa.Table:
+def _build_score_table(batch: Sequence[Record], names: dict[int, TeacherIdentity]) -> pa.Table:
     import pyarrow as pa
 
     decoded = [record.score() for record in batch]
     lists = [scores for _, scores in decoded]
     return pa.table(
         {
-            "teacher": pa.array([describe_owner(record, names) for record in batch], pa.string()),
-            "ids": flat_column([ids for ids, _ in decoded], pa.int32()),
+            "teacher": pa.array([find_owner_json(record, names) for record in batch], pa.string()),
+            "ids": build_column([ids for ids, _ in decoded], pa.int32()),
             "start": pa.array([scores.start for _, scores in decoded], pa.int32()),
             "k": pa.array([record.header.asked for record in batch], pa.int32()),
             "codec": pa.array([CODEC_NAMES[record.header.codec] for record in batch], pa.string()),
-            "actual_ids": flat_column([scores.actual_ids for _, scores in decoded], pa.int32()),
-            "actual_logp": flat_column([scores.actual_logp for _, scores in decoded], pa.float32()),
-            "tail_logp": flat_column([scores.tail_logp for _, scores in decoded], pa.float32()),
-            "topk_ids": nested_column(lists, "ids"),
-            "topk_logp": nested_column(lists, "logp"),
+            "actual_ids": build_column([scores.actual_ids for _, scores in decoded], pa.int32()),
+            "actual_logp": build_column([scores.actual_logp for _, scores in decoded], pa.float32()),
+            "tail_logp": build_column([scores.tail_logp for _, scores in decoded], pa.float32()),
+            "topk_ids": build_nested_column(lists, "ids"),
+            "topk_logp": build_nested_column(lists, "logp"),
         }
     )
 

@@ -1,7 +1,7 @@
-"""Captures that other tools left: Axolotl's KD columns and DistillKit's compressed Parquet (docs/format.md).
+"""Import of captures made by other tools: Axolotl's KD columns and DistillKit's Parquet (docs/format.md).
 
-Both may hold numbers that are not the teacher's own softmax (renormalised lists, a polynomial in place of a tail). That
-goes into the teacher's identity as ``semantics``, so such records never answer a request for raw logprobs by accident.
+Both may hold numbers that are not the teacher's own softmax (renormalised lists, a polynomial in place of a tail). The
+teacher's identity says so in ``semantics``, so that such records never answer a request for raw logprobs by accident.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def import_axolotl(
     shifted: bool = True,
     where: str = "",
 ) -> Exchange:
-    """Axolotl's KD columns: the raw logprobs field, the structured one, or prepared ``target_*`` columns.
+    """Import Axolotl's KD columns: raw logprobs, structured logprobs, or prepared ``target_*`` columns.
 
     Args:
         rows: Data rows with ``input_ids`` (or with what ``tokenise`` needs).
@@ -64,21 +64,21 @@ def import_axolotl(
     """
 
     def read(row: Mapping[str, Any]) -> _Lists:
-        given = row["input_ids"] if "input_ids" in row else tokenise(row) if tokenise else None
-        if given is None:
+        settings = row["input_ids"] if "input_ids" in row else tokenise(row) if tokenise else None
+        if settings is None:
             raise DataError("a row without input_ids", hint="pass tokenise=, from a row to its token ids")
-        ids = check_token_array(given)
+        ids = check_token_array(settings)
         if "target_logprobs" in row:
             return _prepare_rows(row, ids, shifted=shifted)
         if logprobs_field not in row:
             raise DataError("a row without logprobs", got=", ".join(row), expected=logprobs_field)
-        return _trailing(row[logprobs_field], row.get("target_token_ids"), ids)
+        return _read_raw_rows(row[logprobs_field], row.get("target_token_ids"), ids)
 
     def semantics(row: Mapping[str, Any]) -> str:
         kind = "renormalised_topk" if "target_logprobs" in row else RAW_LOGPROBS
         return kind if temperature == 1.0 else f"{kind};temperature={temperature:g}"
 
-    return _bring(rows, store, teacher, read, semantics, where=where)
+    return _import_captured(rows, store, teacher, read, semantics, where=where)
 
 
 def import_distillkit(
@@ -88,7 +88,7 @@ def import_distillkit(
     *,
     config: Mapping[str, Any] | None = None,
 ) -> Exchange:
-    """DistillKit's capture folder: ``data_*.parquet`` beside ``compression_config.yaml``; row i is about token i + 1.
+    """Import a DistillKit capture: ``data_*.parquet`` beside ``compression_config.yaml``; row i is about token i + 1.
 
     Args:
         path: The folder, or one Parquet file.
@@ -124,10 +124,10 @@ def import_distillkit(
     def semantics(row: Mapping[str, Any]) -> str:
         return RAW_LOGPROBS if "top_values" in row else layout.semantics
 
-    return _bring(rows(), store, teacher, read, semantics, where=str(root))
+    return _import_captured(rows(), store, teacher, read, semantics, where=str(root))
 
 
-def _bring(
+def _import_captured(
     rows: Iterable[Mapping[str, Any]],
     store: ScoreStore,
     teacher: TeacherIdentity,
@@ -145,7 +145,7 @@ def _bring(
         place = f"{where}, row {number}" if where else f"row {number}"
         try:
             lists = read(row)
-            scores = _scores(lists)
+            scores = _build_scores(lists)
             store.put(replace(teacher, semantics=semantics(row)), lists.ids, scores)
         except CacheError:
             raise  # no fault of the row
@@ -161,7 +161,7 @@ def _bring(
 
 
 def _check_alignment(head: list[Mapping[str, Any]], read: Callable[[Mapping[str, Any]], _Lists]) -> None:
-    """Refuses a capture whose lists contain the token before or after more often than the one they should predict."""
+    """Refuse a capture whose lists are shifted by one token."""
     hits, seen = np.zeros(3), 0
     for row in head:
         try:
@@ -184,8 +184,8 @@ def _check_alignment(head: list[Mapping[str, Any]], read: Callable[[Mapping[str,
         )
 
 
-def _trailing(captured: Any, structured: Any, ids: Int32) -> _Lists:
-    """Raw logprobs: the last entry is about the last token; an entry about the first token has no context."""
+def _read_raw_rows(captured: Any, structured: Any, ids: Int32) -> _Lists:
+    """Read raw logprobs: the last entry is about the last token, and the first token has none."""
     entries = list(captured)[-(ids.size - 1) :] if ids.size > 1 else []
     named = None if structured is None else list(structured)[len(structured) - len(entries) :]
     rows: list[list[tuple[int, float]]] = []
@@ -193,10 +193,10 @@ def _trailing(captured: Any, structured: Any, ids: Int32) -> _Lists:
         if entry is None:
             rows.append([])
         elif named is not None:
-            rows.append([(_id(t), float(v)) for t, v in zip(named[number], entry, strict=True)])
+            rows.append([(_parse_id(t), float(v)) for t, v in zip(named[number], entry, strict=True)])
         else:
             rows.append([(int(str(each["token"]).removeprefix("token_id:")), float(each["logprob"])) for each in entry])
-    top, logp = _rectangle(rows)
+    top, logp = _pad_lists(rows)
     return _Lists(ids, ids.size - 1 - len(rows), top, logp, exact=True)
 
 
@@ -208,24 +208,24 @@ def _prepare_rows(row: Mapping[str, Any], ids: Int32, *, shifted: bool) -> _List
     used = range(ids.size - 1) if shifted else range(1, ids.size)
     rows = [
         [
-            (_id(token), float(value))
+            (_parse_id(token), float(value))
             for column, (token, value) in enumerate(zip(tokens[at], lists[at], strict=True))
             if mask is None or mask[at][column]
         ]
         for at in used
     ]
-    top, logp = _rectangle(rows)
+    top, logp = _pad_lists(rows)
     return _Lists(ids, 0, top, logp, exact=False)
 
 
-def _id(token: Any) -> int:
+def _parse_id(token: Any) -> int:
     number = int(token)
     if not isinstance(token, str) and number != token:  # 1.5 must not become 1
         raise ValueError(f"token id {token} is no integer")
     return number
 
 
-def _rectangle(rows: list[list[tuple[int, float]]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _pad_lists(rows: list[list[tuple[int, float]]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     width = max((len(row) for row in rows), default=0)
     top, logp = np.full((len(rows), width), PAD_ID, np.int64), np.full((len(rows), width), -np.inf)
     for number, row in enumerate(rows):
@@ -234,8 +234,8 @@ def _rectangle(rows: list[list[tuple[int, float]]]) -> tuple[NDArray[np.int64], 
     return top, logp
 
 
-def _scores(lists: _Lists) -> TopK:
-    """A TopK: descending, ids once, mass at most 1; a row whose mass cannot be rounding is a hole."""
+def _build_scores(lists: _Lists) -> TopK:
+    """Build a valid TopK; a row whose mass is too large for rounding becomes a hole."""
     logp = np.where(np.isnan(lists.logp) | (lists.top < 0), -np.inf, lists.logp)
     order = np.argsort(-logp, axis=1, kind="stable")
     top, logp = np.take_along_axis(lists.top, order, 1), np.take_along_axis(logp, order, 1)

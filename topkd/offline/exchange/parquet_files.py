@@ -1,4 +1,4 @@
-"""Parquet files as they come from users: one that is missing, damaged or none at all is named in one line."""
+"""Reading of Parquet files; a missing or damaged file is one line of error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from topkd.topk.errors import ConfigError, DataError
 
 
 def import_parquet_module() -> Any:
-    """``pyarrow.parquet``, or a ConfigError that says how to get it."""
+    """Import ``pyarrow.parquet``, or raise a ConfigError that says how to install it."""
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -20,16 +20,16 @@ def import_parquet_module() -> Any:
 
 
 def open_parquet(path: Path) -> Any:
-    """A ``ParquetFile``; raises DataError where there is none to be read."""
-    with _find_columns(path):
+    """Open a ``ParquetFile``; raise DataError where it cannot be read."""
+    with _convert_read_errors(path):
         return import_parquet_module().ParquetFile(path)
 
 
 def read_batches(file: Any, path: Path, **options: Any) -> Iterator[Any]:
-    """``file.iter_batches(**options)``; damage that shows only while reading is a DataError too."""
+    """Iterate over ``file.iter_batches(**options)``; raise DataError where the file is damaged."""
     batches = file.iter_batches(**options)
     while True:
-        with _find_columns(path):
+        with _convert_read_errors(path):
             batch = next(batches, None)
         if batch is None:
             return
@@ -37,7 +37,7 @@ def read_batches(file: Any, path: Path, **options: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _find_columns(path: Path) -> Iterator[None]:
+def _convert_read_errors(path: Path) -> Iterator[None]:
     import_parquet_module()
     from pyarrow import ArrowException
 

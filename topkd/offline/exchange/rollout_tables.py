@@ -1,4 +1,4 @@
-"""Rollouts as rows of a table and back, and the Arrow columns that scores and rollouts share."""
+"""Rollouts as rows of a table, and the Arrow columns that scores and rollouts share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from topkd.offline.store.keys import KEY_BYTES, TeacherIdentity
 from topkd.offline.store.records import Record
 from topkd.offline.store.store import ScoreStore
-from topkd.offline.store.validation import check_asked
+from topkd.offline.store.validation import check_asked_k
 from topkd.topk.errors import CacheError, DataError, TopkdError
 from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import PAD_ID, Float32, TopK
@@ -26,48 +26,54 @@ if TYPE_CHECKING:
 ROLLOUT_COLUMNS = {"policy", "request", "prompt_ids", "completion_ids", "logp", "finish_reason", "version", "sampling"}
 
 
-def rollout_rows(batch: Sequence[Record], names: dict[int, TeacherIdentity]) -> pa.Table:
-    """One row a rollout; the lists of the policy itself where it has them, null where not."""
+def build_rollout_table(batch: Sequence[Record], names: dict[int, TeacherIdentity]) -> pa.Table:
+    """Build a table of one row a rollout; lists are null where the policy gave none."""
     import pyarrow as pa
 
     rows = [(record, rollout) for record in batch for rollout in record.rollouts()]
     lists = [rollout.topk for _, rollout in rows]
     return pa.table(
         {
-            "policy": pa.array([describe_owner(record, names) for record, _ in rows], pa.string()),
+            "policy": pa.array([find_owner_json(record, names) for record, _ in rows], pa.string()),
             "request": pa.array([record.header.key.hex() for record, _ in rows], pa.string()),
             "k": pa.array([record.header.asked for record, _ in rows], pa.int32()),
-            "prompt_ids": flat_column([rollout.prompt_ids for _, rollout in rows], pa.int32()),
-            "completion_ids": flat_column([rollout.completion_ids for _, rollout in rows], pa.int32()),
-            "logp": flat_column([rollout.logp for _, rollout in rows], pa.float32()),
+            "prompt_ids": build_column([rollout.prompt_ids for _, rollout in rows], pa.int32()),
+            "completion_ids": build_column([rollout.completion_ids for _, rollout in rows], pa.int32()),
+            "logp": build_column([rollout.logp for _, rollout in rows], pa.float32()),
             "finish_reason": pa.array([rollout.finish_reason for _, rollout in rows], pa.string()),
             "version": pa.array([rollout.version for _, rollout in rows], pa.string()),
             "sampling": pa.array([json.dumps(asdict(rollout.sampling)) for _, rollout in rows], pa.string()),
-            "topk_ids": nested_column(lists, "ids"),
-            "topk_logp": nested_column(lists, "logp"),
-            "topk_actual_ids": flat_column([None if one is None else one.actual_ids for one in lists], pa.int32()),
-            "topk_actual_logp": flat_column([None if one is None else one.actual_logp for one in lists], pa.float32()),
-            "topk_tail_logp": flat_column([None if one is None else one.tail_logp for one in lists], pa.float32()),
+            "topk_ids": build_nested_column(lists, "ids"),
+            "topk_logp": build_nested_column(lists, "logp"),
+            "topk_actual_ids": build_column(
+                [None if scores is None else scores.actual_ids for scores in lists], pa.int32()
+            ),
+            "topk_actual_logp": build_column(
+                [None if scores is None else scores.actual_logp for scores in lists], pa.float32()
+            ),
+            "topk_tail_logp": build_column(
+                [None if scores is None else scores.tail_logp for scores in lists], pa.float32()
+            ),
         }
     )
 
 
 def import_rollouts(rows: Iterable[dict[str, Any]], store: ScoreStore, *, where: str) -> tuple[int, int, list[str]]:
-    """Rows of ``rollout_rows`` into a store: records and tokens brought, and what was refused and why.
+    """Import rows of ``build_rollout_table``; return records, tokens and refused rows.
 
     Rows of one request follow each other, and are found under the same request again.
     """
     done = tokens = number = 0
     refused: list[str] = []
     for (policy, request), group in groupby(rows, key=lambda row: (row["policy"], row["request"])):
-        first, given = number, list(group)
-        number += len(given)
+        first, members = number, list(group)
+        number += len(members)
         try:
             identity, key = TeacherIdentity.from_json(policy or "null"), bytes.fromhex(request)
             if len(key) != KEY_BYTES:
                 raise DataError("a request is a key of 32 hex digits", got=request)
-            rollouts = [_rollout(row) for row in given]
-            store.keep_rollouts(identity, key, rollouts, k=check_asked(given[0].get("k")))
+            rollouts = [_rollout(row) for row in members]
+            store.keep_rollouts(identity, key, rollouts, k=check_asked_k(members[0].get("k")))
         except CacheError:
             raise  # no fault of the rows
         except TopkdError as error:
@@ -97,7 +103,7 @@ def _rollout(row: dict[str, Any]) -> Rollout:
 
 
 def pad_lists(row: dict[str, Any]) -> tuple[NDArray[Any], Float32]:
-    """The lists of a row, padded to one width."""
+    """Pad the lists of a row to one width."""
     lists, logps = row["topk_ids"], row["topk_logp"]
     if len(lists) != len(logps) or any(len(a) != len(b) for a, b in zip(lists, logps, strict=True)):
         raise DataError("topk_ids and topk_logp differ in shape")
@@ -109,31 +115,31 @@ def pad_lists(row: dict[str, Any]) -> tuple[NDArray[Any], Float32]:
     return ids, logp
 
 
-def describe_owner(record: Record, names: dict[int, TeacherIdentity]) -> str | None:
-    """The JSON of whoever gave or sampled a record."""
+def find_owner_json(record: Record, names: dict[int, TeacherIdentity]) -> str | None:
+    """Return the JSON of the teacher or policy that a record belongs to."""
     identity = names.get(record.header.tag)
     return None if identity is None else identity.to_json()
 
 
-def flat_column(arrays: Sequence[Any], kind: Any) -> Any:
-    """A column of lists; null where there is none."""
+def build_column(arrays: Sequence[Any], kind: Any) -> Any:
+    """Build a column of lists, null for None."""
     import pyarrow as pa
 
     values = [array for array in arrays if array is not None]
     return pa.ListArray.from_arrays(_offsets(arrays), pa.array(np.concatenate(values) if values else np.zeros(0), kind))
 
 
-def nested_column(lists: Sequence[TopK | None], field: str) -> Any:
-    """A column of lists of lists, pads left out; null where there is none."""
+def build_nested_column(lists: Sequence[TopK | None], field: str) -> Any:
+    """Build a column of lists of lists without pads, null for None."""
     import pyarrow as pa
 
     kind = {"ids": pa.int32(), "logp": pa.float32()}[field]
     inner = []
-    for one in lists:
-        if one is not None:
-            counts = np.concatenate([[0], np.cumsum(one.listed.sum(axis=1))]).astype(np.int32)
-            inner.append(pa.ListArray.from_arrays(counts, getattr(one, field)[one.listed]))
-    rows = [None if one is None else one.ids for one in lists]
+    for scores in lists:
+        if scores is not None:
+            counts = np.concatenate([[0], np.cumsum(scores.listed.sum(axis=1))]).astype(np.int32)
+            inner.append(pa.ListArray.from_arrays(counts, getattr(scores, field)[scores.listed]))
+    rows = [None if scores is None else scores.ids for scores in lists]
     return pa.ListArray.from_arrays(_offsets(rows), pa.concat_arrays(inner) if inner else pa.array([], pa.list_(kind)))
 
 

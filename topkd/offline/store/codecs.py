@@ -1,4 +1,4 @@
-"""How a score becomes bytes: raw (exact), packed (18-bit ids, fp16 logprobs) or cold (packed, then zstd).
+"""Encoding of scores: raw (exact), packed (18-bit ids, fp16 logprobs) or cold (packed, then zstd).
 
 The realised tokens' logprobs, the tail mass and every id are exact in all three; only the lists' logprobs are rounded.
 """
@@ -56,7 +56,7 @@ class Shape(NamedTuple):
 
 
 def encode(ids: Int32, scores: TopK, codec: CodecName) -> tuple[Shape, bytes]:
-    """Payload of a score and what its header must say. A list that fp16 cannot hold is written raw."""
+    """Encode a score; return its header fields and payload. A list that fp16 cannot hold is written raw."""
     number = CODECS[codec]
     half = None
     if number:
@@ -92,7 +92,7 @@ def encode(ids: Int32, scores: TopK, codec: CodecName) -> tuple[Shape, bytes]:
 
 
 def decode(shape: Shape, payload: memoryview) -> tuple[Int32, TopK]:
-    """The sequence and its scores. Arrays are read-only; the raw codec's are views of the payload itself.
+    """Decode a payload to the sequence and its scores, as read-only arrays; the raw codec's are views of the payload.
 
     The payload must have passed its checksum: a score was validated when it was written, and is not validated again.
     """
@@ -145,7 +145,7 @@ def _lists(
 def make_unchecked_topk(  # noqa: PLR0917 - the fields of TopK, in their order
     start: int, ids: Int32, logp: Float32, actual_ids: Int32, actual_logp: Float32, tail: Float32
 ) -> TopK:
-    """A TopK without the checks of its constructor, for values that passed them before and then a checksum.
+    """Make a TopK without its constructor's checks, from values that passed them before.
 
     The checks cost several times what decoding does.
     """
@@ -160,7 +160,7 @@ def make_unchecked_topk(  # noqa: PLR0917 - the fields of TopK, in their order
 
 
 def narrow_scores(scores: TopK, start: int, k: int) -> TopK:
-    """The rows from ``start`` on, cut to k columns; the mass of dropped columns is added to the tail."""
+    """Cut scores to rows from ``start`` on and k columns; add the dropped mass to the tail."""
     skip = start - scores.start
     if k < scores.k:
         if k:
@@ -178,7 +178,7 @@ def narrow_scores(scores: TopK, start: int, k: int) -> TopK:
 
 
 def _to_half(logp: Float32) -> NDArray[np.float16] | None:
-    """Fp16 logprobs that still are a TopK, or None when a finite value is beyond fp16 (-65504).
+    """Round logprobs to fp16 so that they stay a valid TopK; None where fp16 cannot hold one (-65504).
 
     Round to nearest; a row whose rounded mass or maximum would come near the tolerance is rounded downwards instead:
     both rules keep the order, and a row rounded downwards has no more mass than it had.
@@ -277,7 +277,7 @@ def _inflate(shape: Shape, payload: memoryview) -> memoryview:
 
 
 def _cut(payload: memoryview, order: Sequence[tuple[str, int]]) -> list[NDArray[Any]]:
-    """Consecutive arrays of a payload; one that is too short or too long is corrupt."""
+    """Cut a payload into consecutive arrays; raise CacheCorruptError where its length is wrong."""
     arrays, position = [], 0
     try:
         for dtype, count in order:

@@ -1,4 +1,4 @@
-"""Rewriting folders of records: ``gc`` drops what is superfluous, ``merge`` brings several caches together."""
+"""``gc`` rewrites a cache without superfluous records; ``merge`` copies several caches into one."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import numpy as np
 from topkd.offline.store.codecs import CodecName
 from topkd.offline.store.folder import describe_disk_error, open_folder
 from topkd.offline.store.keys import TeacherIdentity
-from topkd.offline.store.records import ROLLOUT, Header, Record, rollout_record, score_record
+from topkd.offline.store.records import ROLLOUT, Header, Record, build_rollout_record, build_score_record
 from topkd.offline.store.segment_writer import adopt_orphans
 from topkd.offline.store.segments import Damage, Segment, read_index
 from topkd.offline.store.tables import (
     Table,
-    close_all,
+    close_segments,
+    concat_tables,
+    count_bytes,
     find_live_rows,
-    folder_bytes,
-    join_tables,
     read_tables,
     read_teachers,
-    select_answers,
+    select_answer_rows,
 )
 from topkd.offline.store.writing import SEGMENT_BYTES, RecordLog
 from topkd.topk.errors import CacheCorruptError, CacheError, ConfigError
@@ -33,7 +33,7 @@ from topkd.topk.errors import CacheCorruptError, CacheError, ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Compaction:
-    """What ``gc`` or ``merge`` did."""
+    """Result of ``gc`` or ``merge``."""
 
     copied: int
     dropped: int
@@ -49,7 +49,7 @@ def gc(
     segment_bytes: int = SEGMENT_BYTES,
     foreign: bool = False,
 ) -> Compaction:
-    """Rewrites the sealed segments with live records only, then removes the old ones.
+    """Rewrite the sealed segments with live records only, then remove the old ones.
 
     Superseded and duplicate records and damaged bytes go. Segments that a process is writing are left alone, and
     readers that have the old files open go on reading them. A crash on the way leaves duplicates, never a loss.
@@ -62,8 +62,8 @@ def gc(
     """
     root = Path(path)
     open_folder(root, create=False)
-    with _alone(root):
-        before = folder_bytes(root)
+    with _hold_compaction_lock(root):
+        before = count_bytes(root)
         for index in root.glob("seg-*.idx"):
             if isinstance(read_index(index), str) or not index.with_suffix(".tkl").exists():
                 index.unlink(missing_ok=True)  # its segment is sealed again, or gone
@@ -73,8 +73,8 @@ def gc(
         try:
             sealed = [position for position, segment in enumerate(segments) if segment.index is not None]
             # A record that another process has not yet committed must not make a durable one superfluous.
-            told = select_answers(table[np.isin(table["segment"], sealed)])
-            keep = told[find_live_rows(told)]
+            answers = select_answer_rows(table[np.isin(table["segment"], sealed)])
+            keep = answers[find_live_rows(answers)]
             names = read_teachers(segments, table)
             log = RecordLog(root, segment_bytes=segment_bytes)
             copied = _copy(segments, np.sort(keep, order=("segment", "offset")), names, log, codec=codec, damage=damage)
@@ -86,12 +86,12 @@ def gc(
             for stray in root.glob("*.tmp"):
                 stray.unlink(missing_ok=True)
         finally:
-            close_all(segments)
-    return Compaction(copied, len(told) - copied, before, folder_bytes(root), damage)
+            close_segments(segments)
+    return Compaction(copied, len(answers) - copied, before, count_bytes(root), damage)
 
 
 def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str]) -> Compaction:
-    """Copies what the target lacks from other caches, byte for byte. Sources are only read."""
+    """Copy the records that the target lacks from other caches, byte for byte; sources are only read."""
     root = Path(target)
     if any(root.resolve() == Path(source).resolve() for source in sources):
         raise ConfigError("a cache cannot be merged into itself", got=str(root))
@@ -100,7 +100,7 @@ def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[s
     open_folder(root, create=True)
     adopt_orphans(root)
     damage: list[Damage] = []
-    before = folder_bytes(root)
+    before = count_bytes(root)
     roots = [root, *map(Path, sources)]
     segments: list[Segment] = []
     tables: list[Table] = []
@@ -112,17 +112,17 @@ def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[s
             tables.append(rows)
             if number == 0:
                 own = len(segments)
-        table = join_tables(tables)
-        told = select_answers(table)
-        live = told[find_live_rows(told, own)]
+        table = concat_tables(tables)
+        answers = select_answer_rows(table)
+        live = answers[find_live_rows(answers, own)]
         wanted = np.sort(live[live["segment"] >= own], order=("segment", "offset"))
         log = RecordLog(root)
         copied = _copy(segments, wanted, read_teachers(segments, table), log, codec=None, damage=damage)
         log.close()
-        offered = int((told["segment"] >= own).sum())
+        offered = int((answers["segment"] >= own).sum())
     finally:
-        close_all(segments)
-    return Compaction(copied, offered - copied, before, folder_bytes(root), damage)
+        close_segments(segments)
+    return Compaction(copied, offered - copied, before, count_bytes(root), damage)
 
 
 def _copy(
@@ -154,13 +154,13 @@ def _copy(
 def _recode(record: Record, identity: TeacherIdentity, codec: CodecName) -> tuple[Header, bytes]:
     header = record.header
     if header.kind == ROLLOUT:
-        return rollout_record(identity, header.key, record.rollouts(), codec=codec, asked=header.asked)
+        return build_rollout_record(identity, header.key, record.rollouts(), codec=codec, asked=header.asked)
     ids, scores = record.score()
-    return score_record(identity, header.key, ids, scores, codec=codec, asked=header.asked)
+    return build_score_record(identity, header.key, ids, scores, codec=codec, asked=header.asked)
 
 
 @contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
+def _hold_compaction_lock(root: Path) -> Iterator[None]:
     try:
         fd = os.open(root / ".gc.lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What makes a folder a cache: one small file that names the format and its version."""
+"""The folder of a cache: one small file names the format and its version."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BEGUN = f".{FORMAT_FILE}."
 
 
 def open_folder(path: Path, *, create: bool) -> None:
-    """Checks that a folder is a cache of a version this code reads; makes it one when asked to."""
+    """Check that a folder is a cache of a readable version; create it when asked to."""
     marker = path / FORMAT_FILE
     if create:
         try:
@@ -55,13 +55,13 @@ def open_folder(path: Path, *, create: bool) -> None:
 
 
 def _nothing_in(path: Path) -> bool:
-    """Whether a cache may begin here; another writer's beginning, or what is left of one, does not stand in the way."""
+    """Return whether a folder is empty but for temporary files of writers that create a cache."""
     return all(entry.name.startswith(_BEGUN) and entry.name.endswith(".tmp") for entry in path.iterdir())
 
 
 @contextlib.contextmanager
 def begin_cache(path: Path) -> Iterator[None]:
-    """Around what may begin a cache in ``path``: one that an error leaves without a record is taken away again."""
+    """Remove a cache created in the block again when an error leaves it without a record."""
     there, was_cache = path.exists(), (path / FORMAT_FILE).exists()
     try:
         yield
@@ -75,14 +75,14 @@ def begin_cache(path: Path) -> Iterator[None]:
 
 
 def describe_disk_error(what: str, path: Path, error: OSError) -> CacheError:
-    """What the file system said; a place that cannot be written was named by mistake, a full disk was not."""
+    """Build the CacheError of a failed write: exit code 1 for a full disk, 2 for a place that cannot be written."""
     refused = CacheError(what, where=str(path), got=error.strerror or str(error))
     refused.exit_code = 1 if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO} else 2
     return refused
 
 
 def _no_cache(path: Path) -> CacheError:
-    """The user named the wrong place."""
+    """Build the error for a path that is not a cache."""
     if not path.exists():
         error = CacheError("no such file or folder", where=str(path), expected="the folder of a cache")
     elif not path.is_dir():

@@ -1,4 +1,4 @@
-"""Where each record is: sorted arrays that are searched in place, one set a segment, joined when they are many."""
+"""Indexes of records: sorted arrays, one set a segment, merged when there are many."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class SortedIndex:
 
     @classmethod
     def build(cls, found: Iterable[tuple[int, Header]]) -> SortedIndex:
-        """From (offset, header) pairs."""
-        rows = [(offset, header, *key_halves(header.key)) for offset, header in found]
+        """Build the index from (offset, header) pairs."""
+        rows = [(offset, header, *split_key(header.key)) for offset, header in found]
         rows.sort(key=lambda row: (row[2], row[3], row[0]))
         entries = np.zeros(len(rows), ENTRY)
         for name, column in (
@@ -65,16 +65,16 @@ class SortedIndex:
 
     @classmethod
     def from_buffer(cls, payload: memoryview, count: int) -> SortedIndex:
-        """The arrays as ``to_bytes`` wrote them, not copied."""
+        """Read the arrays that ``to_bytes`` wrote, without a copy."""
         return cls(np.frombuffer(payload, "<u8", count), np.frombuffer(payload, ENTRY, count, 8 * count))
 
     def to_bytes(self) -> bytes:
-        """The column of high key halves, then the entries."""
+        """Return the column of high key halves, then the entries."""
         return self.high.tobytes() + self.entries.tobytes()
 
     def find(self, key: bytes, segment: int) -> list[Place]:
-        """Every record of a key in this segment."""
-        high, low = key_halves(key)
+        """Find every record of a key in this segment."""
+        high, low = split_key(key)
         # bisect on a memoryview runs in C on the mapped file and touches log2(n) of its pages
         column = self.high.data
         row = bisect_left(column, high)
@@ -82,12 +82,12 @@ class SortedIndex:
         while row < len(column) and column[row] == high:
             entry = self.entries[row].item()
             if entry[0] == low:
-                places.append(place_of(entry, segment))
+                places.append(read_place(entry, segment))
             row += 1
         return places
 
 
-class JoinedIndex:
+class MergedIndex:
     """Many sorted indexes as one, so that a look-up costs the same whatever the number of segments."""
 
     def __init__(self, parts: Sequence[tuple[int, SortedIndex]]) -> None:
@@ -101,8 +101,8 @@ class JoinedIndex:
         self._parts = list(parts)
 
     def find(self, key: bytes) -> list[Place]:
-        """Every record of a key in the joined segments."""
-        high, low = key_halves(key)
+        """Find every record of a key in the merged segments."""
+        high, low = split_key(key)
         column = self._high.data
         at = bisect_left(column, high)
         places = []
@@ -110,22 +110,22 @@ class JoinedIndex:
             segment, part = self._parts[self._part[at]]
             entry = part.entries[self._row[at]].item()
             if entry[0] == low:
-                places.append(place_of(entry, segment))
+                places.append(read_place(entry, segment))
             at += 1
         return places
 
 
-def key_halves(key: bytes) -> tuple[int, int]:
-    """The key as two 64-bit integers that order as its bytes do."""
+def split_key(key: bytes) -> tuple[int, int]:
+    """Split a key into two 64-bit integers that order as its bytes do."""
     return int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big")
 
 
-def place_of(entry: tuple[int, ...], segment: int) -> Place:
-    """The place that an index entry names."""
+def read_place(entry: tuple[int, ...], segment: int) -> Place:
+    """Return the place that an index entry names."""
     _, offset, start, rows, _, asked, _, kind, _, _ = entry
     return Place(segment, offset, kind, start, asked, rows)
 
 
-def place_at(segment: int, offset: int, header: Header) -> Place:
-    """The place of a record whose header was read."""
+def make_place(segment: int, offset: int, header: Header) -> Place:
+    """Return the place of a record from its header."""
     return Place(segment, offset, header.kind, header.start, header.asked, header.rows)

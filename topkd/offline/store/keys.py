@@ -1,4 +1,4 @@
-"""What a record is found by: a keyed hash of who answered and of the exact ids that were asked about."""
+"""Keys of records: a keyed hash of the teacher and of the exact token ids."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ class TeacherIdentity:
         return int.from_bytes(self.digest[:4], "little")
 
     def to_json(self) -> str:
-        """Canonical JSON: sorted keys, no spaces, ASCII."""
+        """Return canonical JSON: sorted keys, no spaces, ASCII."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> TeacherIdentity:
-        """The identity that ``to_json`` wrote; unknown fields are an error."""
+        """Read the JSON of ``to_json``; unknown fields are an error."""
         try:
             fields = json.loads(text)
             return cls(**fields)
@@ -85,17 +85,17 @@ def _digest(identity: TeacherIdentity) -> bytes:
 
 @lru_cache(maxsize=256)
 def _score_hash(identity: TeacherIdentity) -> hashlib.blake2b:
-    """What every score key of a teacher begins with; keying anew costs a third of a key."""
+    """Return the hash state that every score key of a teacher starts from (saves a third of a key's cost)."""
     return hashlib.blake2b(digest_size=KEY_BYTES, key=identity.digest, person=b"score")
 
 
 def to_identity(teacher: Teacher) -> TeacherIdentity:
-    """The identity itself, or the one that a bare name stands for."""
+    """Return a TeacherIdentity; a bare name is one without further fields."""
     return TeacherIdentity(teacher) if isinstance(teacher, str) else teacher
 
 
 def check_token_array(ids: Ids) -> Int32:
-    """int32 [N], checked: one-dimensional, integers, none negative."""
+    """Return int32 [N]; refuse what is not one-dimensional, integer and non-negative."""
     array = np.asarray(ids)
     if array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
         raise DataError("token ids must be a non-empty list of integers", got=f"{array.dtype} {array.shape}")
@@ -106,17 +106,17 @@ def check_token_array(ids: Ids) -> Int32:
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
-def score_key(identity: TeacherIdentity, ids: Int32) -> bytes:
-    """Key of a score: the teacher and every token it saw. Where scoring starts and K are no part of it."""
+def compute_score_key(identity: TeacherIdentity, ids: Int32) -> bytes:
+    """Compute the key of a score from the teacher and its tokens; start and K are no part of it."""
     hashed = _score_hash(identity).copy()
     hashed.update(ids.astype("<i4", copy=False).data)
     return hashed.digest()
 
 
-def rollout_key(
+def compute_rollout_key(
     identity: TeacherIdentity, prompt_ids: Int32, params: SamplingParams, *, version: str = "", occurrence: int = 0
 ) -> bytes:
-    """Key of a rollout: the policy and its version, the prompt, every sampling parameter, and the how-manieth asking.
+    """Compute the key of a rollout: policy, version, prompt, every sampling parameter, and occurrence.
 
     ``occurrence`` tells apart repeated requests without a seed, which are meant to give different completions.
     """

@@ -1,4 +1,4 @@
-"""Looking after a cache: what it holds, whether it holds, and what can go."""
+"""Statistics and verification of a cache."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from topkd.offline.store.records import KIND_NAMES, ROLLOUT, SCORE, Header
 from topkd.offline.store.segment_writer import is_locked_by_writer
 from topkd.offline.store.segments import TORN, Damage, Segment, list_segments
 from topkd.offline.store.tables import (
-    close_all,
+    close_segments,
+    concat_tables,
+    count_bytes,
     find_live_rows,
-    folder_bytes,
-    header_rows,
-    join_tables,
     read_tables,
     read_teachers,
-    select_answers,
+    select_answer_rows,
+    tabulate_headers,
 )
 from topkd.topk.errors import CacheCorruptError
 
@@ -35,7 +35,7 @@ ENTROPY_EDGES = (0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0)  # nats
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """What a folder holds; ``as_dict`` is what ``topkd cache stats --json`` prints."""
+    """Counts of a cache; ``as_dict`` is what ``topkd cache stats --json`` prints."""
 
     path: str
     records: int  # scores and rollouts on the disk
@@ -53,13 +53,13 @@ class CacheStats:
     teachers: list[dict[str, Any]]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain types only."""
+        """Return plain types only."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What reading every byte found. ``ok`` is False when something that was acknowledged may be lost."""
+    """Result of reading every byte. ``ok`` is False when acknowledged records may be lost."""
 
     path: str
     segments: int
@@ -76,25 +76,25 @@ class Verification:
         return not any(item.fatal for item in self.damage)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain types only."""
+        """Return plain types only."""
         return {**asdict(self), "ok": self.ok}
 
 
 def stats(path: str | os.PathLike[str]) -> CacheStats:
-    """Counts from the indexes alone, without reading a payload (but for the teachers' names)."""
+    """Count records, tokens and bytes from the indexes, without reading payloads."""
     root = Path(path)
     open_folder(root, create=False)
     segments, table = read_tables(root)
     try:
-        told = select_answers(table)
-        live = told[find_live_rows(told)]
+        answers = select_answer_rows(table)
+        live = answers[find_live_rows(answers)]
         scores = live[live["kind"] == SCORE]
         tokens = int(live["rows"].sum(dtype=np.int64))
-        size = folder_bytes(root)
+        size = count_bytes(root)
         names = read_teachers(segments, table)
         return CacheStats(
             path=str(root),
-            records=len(told),
+            records=len(answers),
             live=len(live),
             scores=len(scores),
             rollouts=int(live["start"][live["kind"] == ROLLOUT].sum(dtype=np.int64)),
@@ -116,11 +116,11 @@ def stats(path: str | os.PathLike[str]) -> CacheStats:
             ],
         )
     finally:
-        close_all(segments)
+        close_segments(segments)
 
 
 def verify(path: str | os.PathLike[str]) -> Verification:
-    """Reads every byte of every segment and index; names each piece that is not as it was written."""
+    """Read every byte of every segment and index; name each damaged piece."""
     root = Path(path)
     open_folder(root, create=False)
     damage: list[Damage] = []
@@ -141,18 +141,18 @@ def verify(path: str | os.PathLike[str]) -> Verification:
             else:
                 busy = is_locked_by_writer(file)  # a record that is being written is no tear
                 damage += segment.damage + [item for item in scan.damage if item.fatal or not busy]
-            rows.append(header_rows(position, scan.found))
-    told = select_answers(join_tables(rows))
-    live = told[find_live_rows(told)]
-    tokens, size = int(live["rows"].sum(dtype=np.int64)), folder_bytes(root)
+            rows.append(tabulate_headers(position, scan.found))
+    answers = select_answer_rows(concat_tables(rows))
+    live = answers[find_live_rows(answers)]
+    tokens, size = int(live["rows"].sum(dtype=np.int64)), count_bytes(root)
     return Verification(
-        path=str(root), segments=count, records=len(told), duplicates=len(told) - len(live), tokens=tokens, bytes=size,
-        bytes_per_token=size / tokens if tokens else None, damage=damage,
+        path=str(root), segments=count, records=len(answers), duplicates=len(answers) - len(live), tokens=tokens,
+        bytes=size, bytes_per_token=size / tokens if tokens else None, damage=damage,
     )  # fmt: skip
 
 
 def profile(path: str | os.PathLike[str], *, sample: int = 256, seed: int = 0) -> dict[str, Any]:
-    """Distributions over a sample of live scores, for pictures: captured mass, entropy bound, lengths.
+    """Compute distributions over a sample of live scores: captured mass, entropy bound, lengths.
 
     ``entropy`` is the lower bound in nats that the list gives (its entries, and the tail as one lump). Quantiles are
     those in ``quantiles``; holes and unknown tails are counted and left out. ``histograms`` have the shares of
@@ -164,8 +164,8 @@ def profile(path: str | os.PathLike[str], *, sample: int = 256, seed: int = 0) -
     quantiles = [0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99]
     mass, entropy, holes, rows = [], [], 0, 0
     try:
-        told = select_answers(table)
-        live = told[find_live_rows(told)]
+        answers = select_answer_rows(table)
+        live = answers[find_live_rows(answers)]
         scores = live[live["kind"] == SCORE]
         chosen = np.random.default_rng(seed).permutation(len(scores))[:sample]
         for row in scores[np.sort(chosen)]:
@@ -179,7 +179,7 @@ def profile(path: str | os.PathLike[str], *, sample: int = 256, seed: int = 0) -
                 p = np.exp(bins)
                 entropy.append(-np.sum(p * np.where(p > 0, bins, 0.0), axis=1))
     finally:
-        close_all(segments)
+        close_segments(segments)
 
     lengths = scores["rows"].astype(np.float64)
     masses, entropies = _merge_counts(mass), _merge_counts(entropy)
@@ -208,7 +208,7 @@ def _quantiles(values: np.ndarray[Any, Any], quantiles: list[float]) -> list[flo
 
 
 def _shares(values: np.ndarray[Any, Any], edges: Sequence[float]) -> dict[str, list[float]]:
-    """Which share of the values lies in [edge, next edge); the first bin takes what is below it too."""
+    """Compute the share of values in each bin [edge, next edge); the first bin takes smaller values too."""
     if not values.size:
         return {"edges": list(edges), "shares": []}
     counts = np.bincount(np.maximum(np.searchsorted(edges, values, "right") - 1, 0), minlength=len(edges))
@@ -216,7 +216,7 @@ def _shares(values: np.ndarray[Any, Any], edges: Sequence[float]) -> dict[str, l
 
 
 def _edges(lengths: np.ndarray[Any, Any]) -> list[float]:
-    """Eight bins from the shortest to the longest, or powers of two where they are far apart."""
+    """Choose eight bins from shortest to longest, or powers of two where they are far apart."""
     if not lengths.size:
         return []
     low, high = max(lengths.min(), 1.0), lengths.max() + 1.0

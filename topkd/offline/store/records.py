@@ -1,4 +1,4 @@
-"""A record: a 64-byte checksummed header and a payload. docs/format.md says the same byte by byte."""
+"""Records: a 64-byte checksummed header and a payload (docs/format.md)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Header(NamedTuple):
     check: int
 
     def to_bytes(self) -> bytes:
-        """The 64 bytes, checksum last."""
+        """Return the 64 bytes, checksum last."""
         packed = _HEADER.pack(
             MAGIC, self.kind, self.codec, self.high_bits, self.flags, self.start, self.rows, self.width, self.asked,
             self.size, self.tag, self.key, self.check,
@@ -74,16 +74,16 @@ class Header(NamedTuple):
 
 
 def read_header(block: bytes | memoryview) -> Header | None:
-    """The header in 64 bytes, or None when they are not one (magic or checksum)."""
+    """Read a header from 64 bytes; None when magic or checksum is wrong."""
     if len(block) < ALIGN or bytes(block[:4]) != MAGIC:
         return None
     if _CHECK.unpack_from(block, 56)[0] != xxhash.xxh3_64_intdigest(block[:56]):
         return None
-    return unpacked(block, 0)
+    return unpack_header(block, 0)
 
 
-def unpacked(buffer: bytes | memoryview, offset: int) -> Header:
-    """The header at an offset, its checksum not looked at."""
+def unpack_header(buffer: bytes | memoryview, offset: int) -> Header:
+    """Unpack the header at an offset without checking its checksum."""
     return Header._make(_HEADER.unpack_from(buffer, offset)[1:])
 
 
@@ -94,20 +94,20 @@ class Record(NamedTuple):
     payload: memoryview
 
     def score(self) -> tuple[Int32, TopK]:
-        """The sequence and its scores."""
+        """Decode the sequence and its scores."""
         return decode(_shape(self.header), self.payload)
 
     def rollouts(self) -> list[Rollout]:
-        """The rollouts of one request."""
+        """Decode the rollouts of one request."""
         return _decode_rollouts(self.header, self.payload)
 
     def identity(self) -> TeacherIdentity:
-        """Who the records with this header's tag belong to."""
+        """Decode the teacher that records with this header's tag belong to."""
         return TeacherIdentity.from_json(bytes(self.payload))
 
 
-def verified(header: Header, payload: memoryview, where: str) -> Record:
-    """The record, or CacheCorruptError when the payload's checksum does not hold."""
+def verify_record(header: Header, payload: memoryview, where: str) -> Record:
+    """Return the record; raise CacheCorruptError when its payload's checksum is wrong."""
     if len(payload) != header.size or xxhash.xxh3_64_intdigest(payload) != header.check:
         raise CacheCorruptError(
             f"a {KIND_NAMES.get(header.kind, 'strange')} record's checksum does not hold",
@@ -117,18 +117,18 @@ def verified(header: Header, payload: memoryview, where: str) -> Record:
     return Record(header, payload)
 
 
-def score_record(
+def build_score_record(
     identity: TeacherIdentity, key: bytes, ids: Int32, scores: TopK, *, codec: CodecName, asked: int
 ) -> tuple[Header, bytes]:
-    """Header and payload of one score."""
+    """Build header and payload of one score."""
     shape, payload = encode(ids, scores, codec)
     return _add_header(SCORE, shape, payload, asked=max(asked, scores.k), tag=identity.tag, key=key)
 
 
-def rollout_record(
+def build_rollout_record(
     identity: TeacherIdentity, key: bytes, rollouts: Sequence[Rollout], *, codec: CodecName, asked: int
 ) -> tuple[Header, bytes]:
-    """Header and payload of the rollouts of one request; their logprobs exact, the student's lists in the codec."""
+    """Build header and payload of one request's rollouts; their logprobs are exact, lists use the codec."""
     described: list[dict[str, Any]] = []
     body: list[bytes] = []
     for rollout in rollouts:
@@ -159,8 +159,8 @@ def rollout_record(
     return _add_header(ROLLOUT, shape, payload, asked=max(asked, width), tag=identity.tag, key=key)
 
 
-def identity_record(identity: TeacherIdentity) -> tuple[Header, bytes]:
-    """Header and payload that name a teacher."""
+def build_identity_record(identity: TeacherIdentity) -> tuple[Header, bytes]:
+    """Build header and payload that name a teacher."""
     payload = identity.to_json().encode()
     return _add_header(
         IDENTITY, Shape(0, 0, 0, 0, 0, 0), payload, asked=0, tag=identity.tag, key=identity.digest[:KEY_BYTES]

@@ -1,7 +1,7 @@
-"""One writer a segment: exclusive creation and a lock held for life.
+"""Writer of one segment: exclusive creation, and a lock held while it is open.
 
-So a segment whose lock can be had is one that its writer left: whoever opens the store for writing cuts its torn tail
-and seals it.
+A segment whose lock is free was left by its writer: whoever opens the store for writing cuts its torn tail and seals
+it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import xxhash
 
 from topkd.offline.store.folder import describe_disk_error
 from topkd.offline.store.index import SortedIndex
-from topkd.offline.store.records import ALIGN, Header, Record, read_header, verified
+from topkd.offline.store.records import ALIGN, Header, Record, read_header, verify_record
 from topkd.offline.store.segments import (
     CHECK,
     INDEX_HEADER,
@@ -36,7 +36,7 @@ _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has only fsync
 
 
 class SegmentWriter:
-    """The one writer of a new segment. ``append`` writes; after ``sync`` what was written is acknowledged."""
+    """The only writer of a new segment; ``sync`` makes appended records durable."""
 
     def __init__(self, root: Path, writer: str, number: int) -> None:
         self._fd = -1
@@ -54,24 +54,24 @@ class SegmentWriter:
         self._write(packed + CHECK.pack(xxhash.xxh3_64_intdigest(packed)))
 
     def append(self, header: Header, payload: bytes) -> int:
-        """Writes a record and returns its offset; on an error the file is as before."""
+        """Write a record and return its offset; after an error the file is unchanged."""
         offset = self.end
         self._write(header.to_bytes() + payload + bytes(header.span - ALIGN - header.size))
         self.entries.append((offset, header))
         return offset
 
     def read(self, offset: int) -> Record:
-        """A record of this segment, before or after it is durable."""
+        """Read a record of this segment, durable or not."""
         if self._fd < 0:
             return Segment(self.path).read(offset)
         where = f"{self.path} at {offset}"
         header = read_header(os.pread(self._fd, ALIGN, offset))
         if header is None:
             raise CacheCorruptError("a record's header does not hold", where=where)
-        return verified(header, memoryview(os.pread(self._fd, header.size, offset + ALIGN)), where)
+        return verify_record(header, memoryview(os.pread(self._fd, header.size, offset + ALIGN)), where)
 
     def sync(self) -> None:
-        """Returns when every appended record is on the disk."""
+        """Wait until every appended record is on disk."""
         if self.synced == self.end:
             return
         try:
@@ -83,7 +83,7 @@ class SegmentWriter:
         self.synced = self.end
 
     def close(self) -> None:
-        """Makes durable, seals and lets go. A segment without records is removed."""
+        """Make records durable and seal the segment; remove it when it has none."""
         if self._fd < 0:
             return
         try:
@@ -98,7 +98,7 @@ class SegmentWriter:
             self.abandon()
 
     def abandon(self) -> None:
-        """Closes the file and nothing else (a forked child's copy, or after a failure)."""
+        """Close the file only (a forked child's copy, or after a failure)."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -137,12 +137,12 @@ class SegmentWriter:
 
 
 def find_host_id() -> int:
-    """Which machine this is: a lock may not reach over a network file system, so it proves nothing about other ones."""
+    """Return this machine's id: locks prove nothing about other machines on a network file system."""
     return xxhash.xxh3_64_intdigest(socket.gethostname().encode())
 
 
 def adopt_orphans(root: Path, *, foreign: bool = False) -> list[Damage]:
-    """Seals every segment that its writer left behind; returns what was found damaged in them.
+    """Seal every segment that its writer left; return the damage found.
 
     Args:
         root: The folder.
@@ -179,7 +179,7 @@ def adopt_orphans(root: Path, *, foreign: bool = False) -> list[Damage]:
 
 
 def write_index(path: Path, found: list[tuple[int, Header]], end: int) -> None:
-    """Seals a segment: its index, written beside it and renamed into place."""
+    """Write a segment's index beside it and rename it into place, which seals the segment."""
     payload = SortedIndex.build(found).to_bytes()
     packed = INDEX_HEADER.pack(
         INDEX_MAGIC, VERSION, ALIGN, len(found), end, len(payload), xxhash.xxh3_64_intdigest(payload)
@@ -197,7 +197,7 @@ def write_index(path: Path, found: list[tuple[int, Header]], end: int) -> None:
 
 
 def is_locked_by_writer(path: Path) -> bool:
-    """True while some process writes this segment."""
+    """Return whether a process is writing this segment."""
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError:

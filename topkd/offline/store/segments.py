@@ -1,6 +1,6 @@
-"""Append-only files: one writer each, whole records only, sealed with an index beside them.
+"""Append-only files of records: one writer each, sealed with an index beside them.
 
-What is here only reads; ``appending`` has the other half.
+This module only reads; ``segment_writer`` writes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from topkd.offline.store.index import ENTRY_BYTES, SortedIndex
-from topkd.offline.store.records import ALIGN, MAGIC, Header, Record, read_header, unpacked, verified
+from topkd.offline.store.records import ALIGN, MAGIC, Header, Record, read_header, unpack_header, verify_record
 from topkd.topk.errors import CacheCorruptError, CacheError
 
 VERSION = 1
@@ -56,7 +56,7 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What a pass over a segment's bytes found."""
+    """Result of reading a segment's bytes."""
 
     found: list[tuple[int, Header]]
     damage: list[Damage]
@@ -64,7 +64,7 @@ class Scan:
 
 
 def list_segments(root: Path) -> list[Path]:
-    """The segments of a store, by name."""
+    """List the segments of a store by name."""
     return sorted(path for path in root.iterdir() if _NAME.fullmatch(path.name))
 
 
@@ -96,23 +96,23 @@ class Segment:
         return self._map.size() if self._map is not None else os.fstat(self._fd).st_size
 
     def read(self, offset: int) -> Record:
-        """The record at an offset, its checksums checked."""
+        """Read the record at an offset and check its checksums."""
         # Sealed bytes do not change: header and payload are checked once a process, when they are first read.
         byte, bit = offset // (8 * ALIGN), 1 << (offset // ALIGN & 7)
         mapped = byte < len(self._seen)  # a truncated file's index still names what lay beyond its end
         if mapped and self._seen[byte] & bit:
-            header = unpacked(self._view, offset)
+            header = unpack_header(self._view, offset)
             return Record(header, self._view[offset + ALIGN : offset + ALIGN + header.size])
         checked = read_header(self._bytes(offset, ALIGN))
         if checked is None:
             raise CacheCorruptError("a record's header does not hold", where=f"{self.name} at {offset}")
-        record = verified(checked, self._bytes(offset + ALIGN, checked.size), f"{self.name} at {offset}")
+        record = verify_record(checked, self._bytes(offset + ALIGN, checked.size), f"{self.name} at {offset}")
         if mapped:
             self._seen[byte] |= bit
         return record
 
     def scan(self, first: int = ALIGN, *, payloads: bool = False) -> Scan:
-        """Every whole record from ``first`` on; what lies between is named and stepped over.
+        """Read every whole record from ``first`` on; name and skip what lies between.
 
         A damaged header hides its length, so the search goes on at the next 64-byte boundary where a header holds.
         """
@@ -141,7 +141,7 @@ class Segment:
         return Scan(found, damage, end)
 
     def close(self) -> None:
-        """Closes the file; arrays that still look into the map keep it alive."""
+        """Close the file; arrays that are views of it keep the mapping alive."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -196,7 +196,7 @@ class Segment:
         return memoryview(os.pread(self._fd, size, offset))
 
     def _next_header(self, first: int, size: int) -> int | None:
-        """The first aligned offset from ``first`` on where a whole record stands."""
+        """Find the first aligned offset from ``first`` on with a whole record."""
         for chunk in range(first, size, _CHUNK):
             block = self._bytes(chunk, min(_CHUNK, size - chunk))
             words = np.frombuffer(block, "<u4", len(block) // ALIGN * (ALIGN // 4)).reshape(-1, ALIGN // 4)
@@ -209,7 +209,7 @@ class Segment:
 
 
 def read_index(path: Path) -> tuple[SortedIndex, int] | str | None:
-    """The index and the end of the data it covers; what is wrong with it, in words; or None when there is none."""
+    """Read the index and the end of its data; return a message when damaged, None when absent."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -1,4 +1,4 @@
-"""``ScoreStore``: every score is paid for once. Many processes may write into one folder; readers see whole records."""
+"""``ScoreStore``: a folder of scores and rollouts that many processes may write to."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ import numpy as np
 
 from topkd.offline.store.codecs import CODECS, CodecName, narrow_scores
 from topkd.offline.store.folder import open_folder
-from topkd.offline.store.index import Place, place_at
-from topkd.offline.store.keys import Teacher, TeacherIdentity, check_token_array, rollout_key, score_key, to_identity
+from topkd.offline.store.index import Place, make_place
+from topkd.offline.store.keys import (
+    Teacher,
+    TeacherIdentity,
+    check_token_array,
+    compute_rollout_key,
+    compute_score_key,
+    to_identity,
+)
 from topkd.offline.store.maintenance import CacheStats, Verification, stats, verify
 from topkd.offline.store.record_index import RecordIndex
-from topkd.offline.store.records import ALIGN, ROLLOUT, SCORE, Header, Record, rollout_record, score_record
+from topkd.offline.store.records import ALIGN, ROLLOUT, SCORE, Header, Record, build_rollout_record, build_score_record
 from topkd.offline.store.segment_writer import SegmentWriter, adopt_orphans
 from topkd.offline.store.segments import Segment, list_segments
-from topkd.offline.store.validation import check_asked, check_request, check_stored_scores
+from topkd.offline.store.validation import check_asked_k, check_request, check_stored_scores
 from topkd.offline.store.writing import SEGMENT_BYTES, RecordLog
 from topkd.topk.errors import AlignmentError, CacheCorruptError, CacheError, ConfigError
 from topkd.topk.protocols import Ids
@@ -72,19 +79,19 @@ class ScoreStore:
         self._segments: list[Segment | SegmentWriter] = []
         self._ordinal: dict[str, int] = {}  # file name to its place in _segments
         self._growing: dict[str, int] = {}  # unsealed segments of others, and up to where they were read
-        self._places = RecordIndex()
+        self._record_index = RecordIndex()
         self._damaged: dict[tuple[int, int], str] = {}
         self.refresh()
 
     def get(self, teacher: Teacher, ids: Ids, start: int, k: int) -> TopK | None:
-        """The stored rows, cut to ``start`` and ``k``; None when the store has none that wide."""
+        """Return the stored rows cut to ``start`` and ``k``; None when there are none that wide."""
         array = check_token_array(ids)
         check_request(array.size, start, k)
-        record = self._read(score_key(to_identity(teacher), array), SCORE, start, k)
+        record = self._read(compute_score_key(to_identity(teacher), array), SCORE, start, k)
         return None if record is None else narrow_scores(record.score()[1], start, k)
 
     def put(self, teacher: Teacher, ids: Ids, scores: TopK, *, asked: int | None = None) -> None:
-        """Writes scores unless the store already answers as much.
+        """Write scores unless the store already has as much.
 
         Args:
             teacher: Who gave them.
@@ -94,12 +101,12 @@ class ScoreStore:
         """
         identity, array = to_identity(teacher), check_token_array(ids)
         check_stored_scores(array, scores)
-        key, k = score_key(identity, array), max(scores.k, check_asked(asked))
+        key, k = compute_score_key(identity, array), max(scores.k, check_asked_k(asked))
         with self._lock:
             if self._read(key, SCORE, scores.start, k) is not None:  # a damaged record is no answer
                 return
-            self._writable()
-            header, payload = score_record(identity, key, array, scores, codec=self.codec, asked=k)
+            self._check_writable()
+            header, payload = build_score_record(identity, key, array, scores, codec=self.codec, asked=k)
             self._append(identity, header, payload)
 
     def get_rollouts(
@@ -113,8 +120,8 @@ class ScoreStore:
         version: str = "",
         occurrence: int = 0,
     ) -> list[Rollout] | None:
-        """n stored rollouts (None: all there are) of exactly this request with lists of at least k, or None."""
-        key = rollout_key(
+        """Return n stored rollouts (None: all) of exactly this request with lists of at least k, or None."""
+        key = compute_rollout_key(
             to_identity(student), check_token_array(prompt_ids), params, version=version, occurrence=occurrence
         )
         record = self._read(key, ROLLOUT, n or 0, k)
@@ -131,45 +138,45 @@ class ScoreStore:
         version: str = "",
         occurrence: int = 0,
     ) -> None:
-        """Writes the rollouts of one request, logprobs exact, unless the store already has as many."""
+        """Write the rollouts of one request, logprobs exact, unless as many are stored."""
         identity, prompt = to_identity(student), check_token_array(prompt_ids)
         for rollout in rollouts:
             if not np.array_equal(rollout.prompt_ids, prompt):
                 raise AlignmentError("a rollout of another prompt", got=f"{rollout.prompt_ids[:8].tolist()}..")
-        key = rollout_key(identity, prompt, params, version=version, occurrence=occurrence)
+        key = compute_rollout_key(identity, prompt, params, version=version, occurrence=occurrence)
         self.keep_rollouts(identity, key, rollouts, k=k)
 
     def keep_rollouts(self, student: Teacher, key: bytes, rollouts: Sequence[Rollout], *, k: int = 0) -> None:
-        """As ``put_rollouts``, for a request whose key is known from another cache."""
-        identity, k = to_identity(student), check_asked(k)
+        """Write rollouts of a request whose key is known from another cache."""
+        identity, k = to_identity(student), check_asked_k(k)
         with self._lock:
             if self._read(key, ROLLOUT, len(rollouts), k) is not None:
                 return
-            self._writable()
-            header, payload = rollout_record(identity, key, rollouts, codec=self.codec, asked=k)
+            self._check_writable()
+            header, payload = build_rollout_record(identity, key, rollouts, codec=self.codec, asked=k)
             self._append(identity, header, payload)
 
     def covers(self, teacher: Teacher, ids: Ids, start: int, k: int, *, read: bool = False) -> bool:
-        """Whether ``get`` would find rows: by the index alone, or (``read``) by a record whose checksums hold."""
-        key = score_key(to_identity(teacher), check_token_array(ids))
+        """Return whether ``get`` would find rows; ``read`` checks the record's checksums too."""
+        key = compute_score_key(to_identity(teacher), check_token_array(ids))
         if read:
             return self._read(key, SCORE, start, k) is not None
         with self._lock:
             return bool(self._answers(key, SCORE, start, k))
 
-    def held(self, teacher: Teacher, ids: Ids) -> list[tuple[int, int]]:
-        """(start, K) of every record of these ids, for saying why a request is not answered."""
+    def list_stored(self, teacher: Teacher, ids: Ids) -> list[tuple[int, int]]:
+        """List (start, K) of every record of these ids, for the message of a miss."""
         with self._lock:
-            places = self._places.find(score_key(to_identity(teacher), check_token_array(ids)))
+            places = self._record_index.find(compute_score_key(to_identity(teacher), check_token_array(ids)))
             return sorted({(place.start, place.asked) for place in places if place.kind == SCORE})
 
     def commit(self) -> int:
-        """Makes every record written so far durable; returns how many of this object's are."""
+        """Make every written record durable; return how many this object has written."""
         with self._lock:
             return self._log.commit()
 
     def refresh(self) -> None:
-        """Takes note of what other processes have written since."""
+        """Read the index of what other processes have written since."""
         with self._lock:
             for path in list_segments(self.path):
                 ordinal = self._ordinal.get(path.name)
@@ -183,7 +190,7 @@ class ScoreStore:
                         self._scan(path.name, ordinal)
 
     def records(self, *, kinds: Sequence[int] = (SCORE,), live: bool = True) -> Iterator[Record]:
-        """Records in the order they lie on the disk; damaged ones are left out and listed in ``damage``.
+        """Iterate over records in disk order; damaged ones are skipped and listed in ``damage``.
 
         Args:
             kinds: Which kinds.
@@ -207,26 +214,26 @@ class ScoreStore:
         return list(self._damaged.values())
 
     def stats(self) -> CacheStats:
-        """What the folder holds."""
+        """Count what the folder holds."""
         self.commit()
         return stats(self.path)
 
     def verify(self) -> Verification:
-        """Reads every byte and names what is not as it was written."""
+        """Read every byte and name damaged pieces."""
         self.commit()
         return verify(self.path)
 
     def close(self) -> None:
-        """Commits and seals. The store can still be read."""
+        """Commit and seal; the store can still be read."""
         with self._lock:
             sealed = self._log.close()
             if sealed is not None:
                 self._adopt(Segment(sealed.path), self._ordinal.get(sealed.path.name))
 
     def __len__(self) -> int:
-        """Number of distinct keys (scores and rollouts)."""
+        """Count distinct keys (scores and rollouts)."""
         with self._lock:
-            return self._places.count((SCORE, ROLLOUT))
+            return self._record_index.count((SCORE, ROLLOUT))
 
     def __enter__(self) -> Self:
         return self
@@ -242,7 +249,7 @@ class ScoreStore:
 
     def _append(self, identity: TeacherIdentity, header: Header, payload: bytes) -> None:
         writer, offset = self._log.append(header, payload, identity)
-        self._places.add(header.key, place_at(self._own(writer), offset, header))
+        self._record_index.add(header.key, make_place(self._register_own(writer), offset, header))
 
     def _read(self, key: bytes, kind: int, start: int, k: int) -> Record | None:
         with self._lock:
@@ -267,10 +274,10 @@ class ScoreStore:
             return self._segments[ordinal].read(offset)
 
     def _answers(self, key: bytes, kind: int, start: int, k: int) -> list[Place]:
-        """Records that cover a request, widest first; among equals the first by file name and offset wins."""
+        """List records that cover a request, widest first, then by file name and offset."""
         places = [
             place
-            for place in self._places.find(key)
+            for place in self._record_index.find(key)
             if place.kind == kind
             and place.asked >= k
             and (place.start <= start if kind == SCORE else place.start >= start)
@@ -291,7 +298,7 @@ class ScoreStore:
             entries = segment.index.entries
             return [int(offset) for offset in np.sort(entries["offset"][np.isin(entries["kind"], list(kinds))])]
         with self._lock:
-            return self._places.offsets(ordinal, kinds)
+            return self._record_index.offsets(ordinal, kinds)
 
     def _adopt(self, segment: Segment, ordinal: int | None) -> None:
         if ordinal is None:
@@ -299,11 +306,11 @@ class ScoreStore:
             self._segments.append(segment)
             self._ordinal[segment.name] = ordinal
         else:
-            self._places.forget(ordinal)
+            self._record_index.forget(ordinal)
             self._segments[ordinal] = segment
         self._growing.pop(segment.name, None)
         if segment.index is not None:
-            self._places.add_sorted(ordinal, segment.index)
+            self._record_index.add_sorted(ordinal, segment.index)
         else:
             self._growing[segment.name] = ALIGN
             self._scan(segment.name, ordinal)
@@ -314,9 +321,9 @@ class ScoreStore:
         scan = segment.scan(self._growing[name])
         self._growing[name] = scan.end
         for offset, header in scan.found:
-            self._places.add(header.key, place_at(ordinal, offset, header))
+            self._record_index.add(header.key, make_place(ordinal, offset, header))
 
-    def _own(self, writer: SegmentWriter) -> int:
+    def _register_own(self, writer: SegmentWriter) -> int:
         name = writer.path.name
         if name not in self._ordinal:
             for path, ordinal in list(self._ordinal.items()):
@@ -329,7 +336,7 @@ class ScoreStore:
     def _name(self, ordinal: int) -> str:
         return self._segments[ordinal].path.name
 
-    def _writable(self) -> None:
+    def _check_writable(self) -> None:
         if self.mode != "a":
             raise CacheError("the cache is open for reading", where=str(self.path), hint='open it with mode="a"')
 

@@ -1,4 +1,4 @@
-"""The indexes of a whole folder as one table: what is there, what is live, whose it is."""
+"""The indexes of a whole folder as one table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Table: TypeAlias = np.ndarray[Any, Any]
 
 
 def read_tables(root: Path, *, first: int = 0, damage: list[Damage] | None = None) -> tuple[list[Segment], Table]:
-    """The segments of a folder, and a row for each record.
+    """Read the segments of a folder, and one row for each record.
 
     Args:
         root: The folder.
@@ -39,7 +39,7 @@ def read_tables(root: Path, *, first: int = 0, damage: list[Damage] | None = Non
             segments.append(segment)
             if segment.index is None or damage is not None:
                 scan = segment.scan(payloads=damage is not None)
-                tables.append(header_rows(position, scan.found))
+                tables.append(tabulate_headers(position, scan.found))
                 if damage is not None:
                     damage += [item for item in segment.damage + scan.damage if item.fatal]
                 continue
@@ -48,21 +48,21 @@ def read_tables(root: Path, *, first: int = 0, damage: list[Damage] | None = Non
             for name in ENTRY.names or ():
                 table[name] = segment.index.entries[name]
             tables.append(table)
-    return segments, join_tables(tables)
+    return segments, concat_tables(tables)
 
 
-def join_tables(tables: list[Table]) -> Table:
-    """One table of several."""
+def concat_tables(tables: list[Table]) -> Table:
+    """Concatenate tables."""
     return np.concatenate(tables) if tables else np.zeros(0, ROW)
 
 
-def select_answers(table: Table) -> Table:
-    """The rows of records that a request can be answered from: scores and rollouts."""
+def select_answer_rows(table: Table) -> Table:
+    """Select the rows of scores and rollouts."""
     return np.asarray(table[np.isin(table["kind"], (SCORE, ROLLOUT))])
 
 
-def header_rows(position: int, found: list[tuple[int, Header]]) -> Table:
-    """Rows from a scan."""
+def tabulate_headers(position: int, found: list[tuple[int, Header]]) -> Table:
+    """Make table rows from scanned headers."""
     table = np.zeros(len(found), ROW)
     for row, (offset, header) in enumerate(found):
         high, low = int.from_bytes(header.key[:8], "big"), int.from_bytes(header.key[8:], "big")
@@ -74,7 +74,7 @@ def header_rows(position: int, found: list[tuple[int, Header]]) -> Table:
 
 
 def find_live_rows(table: Table, own: int = 0) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which records no other one makes superfluous; among equals the first by segment and offset stays.
+    """Find the records that no other one makes superfluous; among equals the first stays.
 
     A score is superfluous beside one of the same key that starts no later and is no narrower, a rollout record beside
     one with no fewer rollouts and lists no narrower. Segments below ``own`` go first.
@@ -99,7 +99,7 @@ def find_live_rows(table: Table, own: int = 0) -> np.ndarray[Any, np.dtype[np.bo
 
 
 def read_teachers(segments: list[Segment], table: Table) -> dict[int, TeacherIdentity]:
-    """The teachers of a table by tag."""
+    """Read the teachers of a table by tag."""
     found: dict[int, TeacherIdentity] = {}
     for row in table[table["kind"] == IDENTITY]:
         if int(row["tag"]) not in found:
@@ -109,22 +109,22 @@ def read_teachers(segments: list[Segment], table: Table) -> dict[int, TeacherIde
     return found
 
 
-def identities(path: str | os.PathLike[str]) -> dict[int, TeacherIdentity]:
-    """The teachers of a cache by the tag that record headers carry."""
+def read_identities(path: str | os.PathLike[str]) -> dict[int, TeacherIdentity]:
+    """Read the teachers of a cache by the tag in record headers."""
     open_folder(Path(path), create=False)
     segments, table = read_tables(Path(path))
     try:
         return read_teachers(segments, table)
     finally:
-        close_all(segments)
+        close_segments(segments)
 
 
-def folder_bytes(root: Path) -> int:
-    """Bytes of segments and indexes."""
+def count_bytes(root: Path) -> int:
+    """Count the bytes of segments and indexes."""
     return sum(file.stat().st_size for file in root.iterdir() if file.suffix in {".tkl", ".idx"})
 
 
-def close_all(segments: list[Segment]) -> None:
-    """Closes them."""
+def close_segments(segments: list[Segment]) -> None:
+    """Close segments."""
     for segment in segments:
         segment.close()

@@ -1,4 +1,4 @@
-"""The packed lists in one pass, compiled by numba where it is installed (``pip install topkd[fast]``).
+"""Unpacking of packed lists in one pass, compiled by numba where installed (``pip install topkd[fast]``).
 
 Bit for bit what ``codecs`` makes with NumPy, in a third of the time. Loading the compiler costs a second, so it is not
 loaded before a process has unpacked enough to win that back.
@@ -30,7 +30,7 @@ class Unpacker:
         self._left = worth_it
 
     def lists(self, low: Array, high: Array, bits: Array) -> tuple[Int32, Float32] | None:
-        """Ids and logprobs of lists with 2 high bits and plain logprobs; None leaves it to NumPy.
+        """Unpack lists with 2 high bits and plain logprobs; None leaves it to NumPy.
 
         Args:
             low: u16, low halves of the ids.
@@ -52,7 +52,7 @@ class Unpacker:
 
 @functools.cache
 def load_unpacker() -> Kernel | None:
-    """The compiled loop, or None where numba is not installed or refuses the NumPy beside it."""
+    """Compile the loop; None where numba is missing or refuses this NumPy."""
     if importlib.util.find_spec("numba") is None:
         return None
     try:

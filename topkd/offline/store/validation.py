@@ -1,4 +1,4 @@
-"""What may be asked of a store, and put into it."""
+"""Checks of requests to a store and of scores to be stored."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _LARGEST_K = 2**31 - 1
 
 
 def check_request(tokens: int, start: int, k: int) -> None:
-    """A start within the sequence, and a K."""
+    """Check a start within the sequence, and a K."""
     if not 0 <= start < tokens:
         raise ConfigError("score request: start out of range", got=start, expected=f"0..{tokens - 1}")
     if k < 0:
         raise ConfigError("score request: k is negative", got=k)
 
 
-def check_asked(asked: object) -> int:
-    """The K that was asked for; None is 0, what the rows themselves hold."""
+def check_asked_k(asked: object) -> int:
+    """Return the requested K; None is 0, the width of the rows themselves."""
     number = 0 if asked is None else check_integer("the K that was asked for", asked)
     if not 0 <= number <= _LARGEST_K:
         raise ConfigError("the K that was asked for is out of range", got=number, expected=f"0..{_LARGEST_K}")
@@ -28,7 +28,7 @@ def check_asked(asked: object) -> int:
 
 
 def check_stored_scores(ids: Int32, scores: TopK) -> None:
-    """Rows to the sequence's end, of the sequence's own tokens."""
+    """Check that rows reach the end of the sequence and hold its own tokens."""
     expected = ids.size - 1 - scores.start
     if scores.rows != expected:
         raise AlignmentError("scores do not reach to the end of their sequence", got=scores.rows, expected=expected)

@@ -1,4 +1,4 @@
-"""One process's side of the log: segments that roll over, teachers that are named, commits in groups."""
+"""Log of one process's records: segments that roll over, teachers named once, grouped commits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 
 from topkd.offline.store.keys import TeacherIdentity
-from topkd.offline.store.records import Header, identity_record
+from topkd.offline.store.records import Header, build_identity_record
 from topkd.offline.store.segment_writer import SegmentWriter
 
 SEGMENT_BYTES = 1 << 30
@@ -39,10 +39,10 @@ class RecordLog:
         return self._writer
 
     def append(self, header: Header, payload: bytes, identity: TeacherIdentity | None) -> tuple[SegmentWriter, int]:
-        """Writes one record, its teacher's name before it where the segment lacks it; commits when a group is full."""
-        writer = self._room()
+        """Write one record, after its teacher's name where the segment lacks it; commit a full group."""
+        writer = self._current_segment()
         if identity is not None and header.tag not in self._named:
-            writer.append(*identity_record(identity))
+            writer.append(*build_identity_record(identity))
             self._named.add(header.tag)
         offset = writer.append(header, payload)
         self._waiting += 1
@@ -51,7 +51,7 @@ class RecordLog:
         return writer, offset
 
     def commit(self) -> int:
-        """Makes everything appended durable; the number of records acknowledged so far."""
+        """Make everything appended durable; return how many records are."""
         if self._writer is not None and self._pid == os.getpid():
             self._writer.sync()
             self.acknowledged += self._waiting
@@ -59,7 +59,7 @@ class RecordLog:
         return self.acknowledged
 
     def close(self) -> SegmentWriter | None:
-        """Commits and seals; the segment that was sealed."""
+        """Commit and seal; return the sealed segment."""
         writer, self._writer = self._writer, None
         self._named.clear()
         if writer is None:
@@ -72,7 +72,7 @@ class RecordLog:
         self._waiting = 0
         return writer if writer.entries else None
 
-    def _room(self) -> SegmentWriter:
+    def _current_segment(self) -> SegmentWriter:
         if self._pid != os.getpid():
             # After a fork the segment is the parent's: two writers in one file would overwrite each other.
             if self._writer is not None:

@@ -1,4 +1,4 @@
-"""Batches of scoring and sampling work on one model.
+"""Batched scoring and sampling on one model.
 
 Knows: queues and the model. Does not know: HTTP.
 """

@@ -1,4 +1,4 @@
-"""When a completion is over, and the text it leaves."""
+"""End of a completion: stop ids, stop strings, length, and the text that is returned."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WINDOW = 8
 
 
 class Endings:
-    """Knows the model's end-of-sequence ids and how ids become text.
+    """The model's end-of-sequence ids and the decoding of completions.
 
     Args:
         tokenizer: Of the model.
@@ -32,29 +32,29 @@ class Endings:
             found |= set(value if isinstance(value, list | tuple) else [] if value is None else [value])
         self.eos = frozenset(found)
 
-    def apply(self, drafts: Iterable[GeneratedSequence]) -> None:
-        """Mark the drafts whose last token ends them."""
-        for draft in drafts:
-            self._check(draft)
+    def apply(self, sequences: Iterable[GeneratedSequence]) -> None:
+        """Mark the sequences whose last token ends them."""
+        for sequence in sequences:
+            self._check(sequence)
 
-    def abort(self, draft: GeneratedSequence) -> None:
-        """End a draft where it stands."""
-        if not draft.done:
-            draft.done, draft.out.finish_reason = True, "abort"
+    def abort(self, sequence: GeneratedSequence) -> None:
+        """End a sequence with finish reason "abort"."""
+        if not sequence.done:
+            sequence.done, sequence.out.finish_reason = True, "abort"
 
-    def finish(self, draft: GeneratedSequence) -> Completion:
-        """The completion with its text."""
-        out, sampling = draft.out, draft.sampling
+    def finish(self, sequence: GeneratedSequence) -> Completion:
+        """Return the completion with its text."""
+        out, sampling = sequence.out, sequence.sampling
         if sampling.detokenize and not out.text:
             ids = out.token_ids
             # The token that stopped it belongs to the ids and their logprobs, but not to the text.
             if out.finish_reason == "stop" and isinstance(out.stop_reason, int) and not sampling.include_stop:
                 ids = ids[:-1]
-            out.text = self.text(draft.job.ids, ids)
+            out.text = self.text(sequence.job.ids, ids)
         return out
 
     def text(self, prompt: tuple[int, ...], ids: list[int]) -> str:
-        """Text of ``ids`` after ``prompt``: tokenizers that mark word starts drop a leading space without context."""
+        """Decode ``ids`` after ``prompt``: tokenizers that mark word starts drop a leading space without context."""
         context = list(prompt[-6:])
         shown = self._finished(context, ids) if self._holds_back else ids
         before = self._decode(context)
@@ -62,7 +62,7 @@ class Endings:
         return both[len(before) :] if both.startswith(before) else self._decode(shown)
 
     def _finished(self, context: list[int], ids: list[int]) -> list[int]:
-        """``ids`` without those at the end that only begin a character."""
+        """Drop the ids at the end that only begin a character."""
         for end in range(len(ids), 0, -1):
             if not self._decode([*context, *ids[:end]][-_WINDOW:]).endswith(UNFINISHED):
                 return ids[:end]
@@ -71,28 +71,28 @@ class Endings:
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _check(self, draft: GeneratedSequence) -> None:
-        out, sampling = draft.out, draft.sampling
+    def _check(self, sequence: GeneratedSequence) -> None:
+        out, sampling = sequence.out, sequence.sampling
         last, count = out.token_ids[-1], len(out.token_ids)
         if count > sampling.min_tokens:
             if last in sampling.stop_token_ids:
-                draft.done, out.finish_reason, out.stop_reason = True, "stop", last
+                sequence.done, out.finish_reason, out.stop_reason = True, "stop", last
                 return
-            if last in draft.stops:
-                draft.done, out.finish_reason = True, "stop"
+            if last in sequence.stops:
+                sequence.done, out.finish_reason = True, "stop"
                 return
-            if sampling.stop and self._stop_string(draft):
+            if sampling.stop and self._stop_string(sequence):
                 return
-        if count >= draft.limit:
-            draft.done, out.finish_reason = True, "length"
+        if count >= sequence.limit:
+            sequence.done, out.finish_reason = True, "length"
 
-    def _stop_string(self, draft: GeneratedSequence) -> bool:
-        out, sampling = draft.out, draft.sampling
-        text = self.text(draft.job.ids, out.token_ids)
+    def _stop_string(self, sequence: GeneratedSequence) -> bool:
+        out, sampling = sequence.out, sequence.sampling
+        text = self.text(sequence.job.ids, out.token_ids)
         found = [(place, word) for word in sampling.stop if (place := text.find(word)) >= 0]
         if not found:
             return False
         place, word = min(found)
         out.text = text[: place + len(word)] if sampling.include_stop else text[:place]
-        draft.done, out.finish_reason, out.stop_reason = True, "stop", word
+        sequence.done, out.finish_reason, out.stop_reason = True, "stop", word
         return True

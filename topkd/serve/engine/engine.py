@@ -1,4 +1,4 @@
-"""The one thread that touches the model: waiting jobs, batches, generation steps, pauses and cancellation."""
+"""The model thread: waiting jobs, batches, generation steps, pauses and cancellation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from topkd.serve.config import ServeConfig
 from topkd.serve.engine.endings import Endings
 from topkd.serve.engine.jobs import Answer, EngineJob
-from topkd.serve.engine.pending import Ticket, settle
+from topkd.serve.engine.pending import PendingJob, resolve_future
 from topkd.serve.engine.refusal import Refusal, check_sequences, overloaded
 from topkd.serve.engine.scoring import score_prompts
 from topkd.serve.engine.sequences import GeneratedSequence, SequenceGroup, draw_next
@@ -26,7 +26,7 @@ WINDOW = 64
 
 
 class Engine:
-    """Runs jobs in the order they came, many at a time. Safe to call from any event loop.
+    """Runs jobs in order of arrival, many at a time. Safe to call from any event loop.
 
     Attributes:
         backbone: The model; only the thread may use it.
@@ -36,11 +36,11 @@ class Engine:
     def __init__(self, backbone: Backbone, endings: Endings, config: ServeConfig, context: int) -> None:
         self.backbone, self.version = backbone, "default"
         self._endings, self._config, self._context = endings, config, context
-        self._waiting: deque[Ticket] = deque()
+        self._waiting: deque[PendingJob] = deque()
         self._calls: deque[Callable[[], None]] = deque()
-        self._running: list[Ticket] = []
+        self._running: list[PendingJob] = []
         self._groups: list[SequenceGroup] = []
-        self._stale: list[GeneratedSequence] = []  # drafts whose cache belongs to replaced weights
+        self._stale: list[GeneratedSequence] = []  # sequences whose cache belongs to replaced weights
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -49,7 +49,7 @@ class Engine:
         self.prompt_tokens = self.drawn_tokens = 0
 
     async def submit(self, jobs: list[EngineJob]) -> list[Answer]:
-        """Every job's answer, in order. Cancelling the caller cancels the work.
+        """Run jobs and return their answers in order; cancelling the caller cancels them.
 
         Raises:
             Refusal: A job is too large (400), the queue is full (503), or the model failed on a job (500).
@@ -57,20 +57,20 @@ class Engine:
         for job in jobs:
             check_sequences(job, self._context, self._config.max_kv_tokens)
         loop = asyncio.get_running_loop()
-        tickets = [Ticket(job, loop, loop.create_future()) for job in jobs]
+        pending_jobs = [PendingJob(job, loop, loop.create_future()) for job in jobs]
         with self._wake:
             if len(self._waiting) >= self._config.max_queue:
-                self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
+                self._waiting = deque(pending for pending in self._waiting if not pending.cancelled)
             if len(self._waiting) >= self._config.max_queue:
                 raise overloaded(len(self._waiting), self._config.max_queue)
             self._start()
-            self._waiting.extend(tickets)
+            self._waiting.extend(pending_jobs)
             self._wake.notify()
         try:
-            return list(await asyncio.gather(*(ticket.future for ticket in tickets)))
+            return list(await asyncio.gather(*(pending.future for pending in pending_jobs)))
         finally:
-            for ticket in tickets:
-                ticket.cancelled = True
+            for pending in pending_jobs:
+                pending.cancelled = True
 
     async def call(self, work: Callable[[], T]) -> T:
         """Run ``work`` in the model thread between two steps."""
@@ -81,9 +81,9 @@ class Engine:
             try:
                 value = work()
             except Exception as error:  # noqa: BLE001 - handed to the caller
-                settle(loop, future, error=error)
+                resolve_future(loop, future, error=error)
             else:
-                settle(loop, future, value)
+                resolve_future(loop, future, value)
 
         with self._wake:
             self._start()
@@ -103,7 +103,7 @@ class Engine:
         await self.call(lambda: None)  # the step that was under way is over
 
     def resume(self) -> None:
-        """Go on."""
+        """Resume after a pause."""
         with self._wake:
             self._mode = None
             self._wake.notify()
@@ -119,25 +119,25 @@ class Engine:
         return len(self._running), len(self._waiting)
 
     def weights_changed(self) -> None:
-        """In the model thread: caches of the old weights are dropped and built again before the next token."""
+        """Mark caches of the old weights for a rebuild before the next token (call in the model thread)."""
         for group in self._groups:
             self._stale += group.sequences
         self._groups.clear()
 
     def drop_adapter(self, name: str) -> None:
-        """In the model thread: abort whatever runs on, or waits for, an adapter that is about to go."""
-        for ticket in self._running:
-            if ticket.job.adapter == name:
-                for draft in ticket.drafts:
-                    self._endings.abort(draft)
+        """Abort work that runs on or waits for an adapter (call in the model thread)."""
+        for pending in self._running:
+            if pending.job.adapter == name:
+                for sequence in pending.sequences:
+                    self._endings.abort(sequence)
         for group in self._groups:
             group.drop_done()
         self._groups = [group for group in self._groups if group.sequences]
         with self._wake:
-            gone = [ticket for ticket in self._waiting if ticket.job.adapter == name]
-            self._waiting = deque(ticket for ticket in self._waiting if ticket.job.adapter != name)
-        for ticket in gone:
-            self._end_unbegun(ticket)
+            gone = [pending for pending in self._waiting if pending.job.adapter == name]
+            self._waiting = deque(pending for pending in self._waiting if pending.job.adapter != name)
+        for pending in gone:
+            self._abort_unbegun(pending)
         self._settle_finished()
 
     def stop(self) -> None:
@@ -174,13 +174,13 @@ class Engine:
                 work()
             if self._mode != "keep":
                 with torch.inference_mode():
-                    self._turn()
+                    self._run_step()
         self._abort_running()
         while self._waiting:
-            self._end_unbegun(self._waiting.popleft())
+            self._abort_unbegun(self._waiting.popleft())
 
-    def _turn(self) -> None:
-        """Prefill what fits, then one token for everything that generates."""
+    def _run_step(self) -> None:
+        """Prefill what fits, then draw one token for every running sequence."""
         for batch in self._next_batches() if self._mode is None else []:
             try:
                 self._prefill(batch)
@@ -195,7 +195,7 @@ class Engine:
             for group in self._groups:
                 self.backbone.use_adapter(group.adapter)
                 group.step(processed=self._processed, version=self.version)
-                self._close(group)
+                self._close_finished(group)
             self._groups = [group for group in self._groups if group.sequences]
         except Exception as error:  # noqa: BLE001 - as above
             self._groups.clear()
@@ -207,38 +207,38 @@ class Engine:
     def _processed(self) -> bool:
         return self._config.logprobs_mode == "processed_logprobs"
 
-    def _next_batches(self) -> list[list[Ticket]]:
-        """Jobs of one adapter that fit, split into batches of similar length."""
-        chosen: list[Ticket] = []
+    def _next_batches(self) -> list[list[PendingJob]]:
+        """Take waiting jobs of one adapter that fit, and split them into batches of similar length."""
+        chosen: list[PendingJob] = []
         with self._wake:
             running = sum(len(group.sequences) for group in self._groups)
             longest = max((group.width for group in self._groups), default=0)
             while self._waiting and len(chosen) < WINDOW:
-                ticket = self._waiting[0]
-                if ticket.cancelled:
+                pending = self._waiting[0]
+                if pending.cancelled:
                     self._waiting.popleft()
                     continue
-                if chosen and ticket.job.adapter != chosen[0].job.adapter:
+                if chosen and pending.job.adapter != chosen[0].job.adapter:
                     break
-                if ticket.job.sampling.max_tokens > 1:
-                    running += ticket.job.n
-                    longest = max(longest, len(ticket.job.ids) + ticket.job.sampling.max_tokens)
+                if pending.job.sampling.max_tokens > 1:
+                    running += pending.job.n
+                    longest = max(longest, len(pending.job.ids) + pending.job.sampling.max_tokens)
                     full = running > self._config.max_running or running * longest > self._config.max_kv_tokens
                     if full and (chosen or self._groups):
                         break
                 chosen.append(self._waiting.popleft())
-        batches: list[list[Ticket]] = []
-        for ticket in sorted(chosen, key=lambda t: (t.job.sampling.max_tokens > 1, len(t.job.ids))):
-            if batches and self._may_join(ticket, batches[-1]):
-                batches[-1].append(ticket)
+        batches: list[list[PendingJob]] = []
+        for pending in sorted(chosen, key=lambda t: (t.job.sampling.max_tokens > 1, len(t.job.ids))):
+            if batches and self._may_join(pending, batches[-1]):
+                batches[-1].append(pending)
             else:
-                batches.append([ticket])
+                batches.append([pending])
         self._running += chosen
         return batches
 
-    def _may_join(self, ticket: Ticket, batch: list[Ticket]) -> bool:
-        length, first = len(ticket.job.ids), len(batch[0].job.ids)
-        generates = ticket.job.sampling.max_tokens > 1
+    def _may_join(self, pending: PendingJob, batch: list[PendingJob]) -> bool:
+        length, first = len(pending.job.ids), len(batch[0].job.ids)
+        generates = pending.job.sampling.max_tokens > 1
         if generates != (batch[0].job.sampling.max_tokens > 1):
             return False
         if generates and not self.backbone.mixes_lengths and length != first:
@@ -246,8 +246,8 @@ class Engine:
         # Sorted by length: everything is padded to this one. Beyond twice the shortest, padding costs more than a pass.
         return length * (len(batch) + 1) <= self._config.max_batch_tokens and length <= 2 * first + 16
 
-    def _begin(self, ticket: Ticket) -> None:
-        job, ticket.begun = ticket.job, True
+    def _start_sequences(self, pending: PendingJob) -> None:
+        job, pending.begun = pending.job, True
         limit = min(job.sampling.max_tokens, self._context - len(job.ids))
         stops = job.sampling.stop_token_ids | (frozenset() if job.sampling.ignore_eos else self._endings.eos)
         device = self.backbone.device if self.backbone.device.type == "cuda" else torch.device("cpu")
@@ -255,50 +255,50 @@ class Engine:
             seed = job.sampling.seed
             drawn = int(torch.randint(2**62, (), generator=self._seeds)) if seed is None else seed + index
             generator = torch.Generator(device).manual_seed(drawn & (2**63 - 1))
-            ticket.drafts.append(GeneratedSequence(job, index, limit, stops, generator))
+            pending.sequences.append(GeneratedSequence(job, index, limit, stops, generator))
 
-    def _prefill(self, batch: list[Ticket]) -> None:
-        batch = [ticket for ticket in batch if not ticket.cancelled]
+    def _prefill(self, batch: list[PendingJob]) -> None:
+        batch = [pending for pending in batch if not pending.cancelled]
         if not batch:
             return
-        jobs = [ticket.job for ticket in batch]
+        jobs = [pending.job for pending in batch]
         adapter = jobs[0].adapter
         self.backbone.use_adapter(adapter)
         generates = jobs[0].sampling.max_tokens > 1
         cache = self.backbone.new_cache() if generates else None
         hidden = self.backbone.hidden(pad_right([job.ids for job in jobs], self.backbone.device), cache=cache)
-        for ticket, (scores, candidate_logp) in zip(batch, score_prompts(self.backbone, jobs, hidden), strict=True):
-            ticket.answer.scores, ticket.answer.candidate_logp = scores, candidate_logp
-            self._begin(ticket)
+        for pending, (scores, candidate_logp) in zip(batch, score_prompts(self.backbone, jobs, hidden), strict=True):
+            pending.answer.scores, pending.answer.candidate_logp = scores, candidate_logp
+            self._start_sequences(pending)
         last = torch.stack([hidden[row, len(job.ids) - 1] for row, job in enumerate(jobs)])
         del hidden
-        rows = [row for row, ticket in enumerate(batch) for _ in ticket.drafts]
-        drafts = [draft for ticket in batch for draft in ticket.drafts]
+        rows = [row for row, pending in enumerate(batch) for _ in pending.sequences]
+        sequences = [sequence for pending in batch for sequence in pending.sequences]
         self.prompt_tokens += sum(len(job.ids) for job in jobs)
-        for part in self.backbone.chunks(len(drafts)):
+        for part in self.backbone.chunks(len(sequences)):
             logits = self.backbone.logits(last[rows[part]])
-            draw_next(drafts[part], logits, processed=self._processed, version=self.version)
+            draw_next(sequences[part], logits, processed=self._processed, version=self.version)
         if generates:
-            self._adopt(SequenceGroup.after_prefill(self.backbone, adapter, drafts, cache, rows))
+            self._add_group(SequenceGroup.after_prefill(self.backbone, adapter, sequences, cache, rows))
         else:
-            self._endings.apply(drafts)
-            self.drawn_tokens += len(drafts)
+            self._endings.apply(sequences)
+            self.drawn_tokens += len(sequences)
         self._settle_finished()
 
-    def _adopt(self, group: SequenceGroup) -> None:
-        self._close(group)
+    def _add_group(self, group: SequenceGroup) -> None:
+        self._close_finished(group)
         if group.sequences:
             self._join(group)
 
     def _rebuild(self) -> None:
-        """Run the tokens so far through the present weights to have caches again."""
-        stale, self._stale = [draft for draft in self._stale if not draft.done], []
-        for draft in stale:
-            self.backbone.use_adapter(draft.job.adapter)
+        """Run the tokens so far through the present weights to rebuild the caches."""
+        stale, self._stale = [sequence for sequence in self._stale if not sequence.done], []
+        for sequence in stale:
+            self.backbone.use_adapter(sequence.job.adapter)
             cache = self.backbone.new_cache()
-            ids = pad_right([draft.tokens[:-1]], self.backbone.device)
+            ids = pad_right([sequence.tokens[:-1]], self.backbone.device)
             self.backbone.hidden(ids, cache=cache)
-            self._join(SequenceGroup(self.backbone, draft.job.adapter, [draft], cache))
+            self._join(SequenceGroup(self.backbone, sequence.job.adapter, [sequence], cache))
 
     def _join(self, group: SequenceGroup) -> None:
         for other in self._groups:
@@ -307,44 +307,44 @@ class Engine:
                 return
         self._groups.append(group)
 
-    def _close(self, group: SequenceGroup) -> None:
+    def _close_finished(self, group: SequenceGroup) -> None:
         self.drawn_tokens += len(group.sequences)
         self._endings.apply(group.sequences)
         group.drop_done()
 
     def _forget_cancelled(self, group: SequenceGroup) -> None:
-        dead = {id(draft) for ticket in self._running if ticket.cancelled for draft in ticket.drafts}
-        for draft in group.sequences:
-            draft.done = draft.done or id(draft) in dead
+        dead = {id(sequence) for pending in self._running if pending.cancelled for sequence in pending.sequences}
+        for sequence in group.sequences:
+            sequence.done = sequence.done or id(sequence) in dead
         group.drop_done()
 
     def _abort_running(self) -> None:
         self._groups.clear()
         self._stale.clear()
-        for ticket in self._running:
-            for draft in ticket.drafts:
-                self._endings.abort(draft)
+        for pending in self._running:
+            for sequence in pending.sequences:
+                self._endings.abort(sequence)
         self._settle_finished()
 
     def _settle_finished(self) -> None:
-        for ticket in [t for t in self._running if t.begun and not t.open]:
-            self._running.remove(ticket)
-            self._end(ticket)
-        self._running = [ticket for ticket in self._running if not (ticket.cancelled and not ticket.begun)]
+        for pending in [t for t in self._running if t.begun and not t.open]:
+            self._running.remove(pending)
+            self._end(pending)
+        self._running = [pending for pending in self._running if not (pending.cancelled and not pending.begun)]
 
-    def _end_unbegun(self, ticket: Ticket) -> None:
-        self._begin(ticket)
-        self._end(ticket)
+    def _abort_unbegun(self, pending: PendingJob) -> None:
+        self._start_sequences(pending)
+        self._end(pending)
 
-    def _end(self, ticket: Ticket) -> None:
-        ticket.answer.completions = [self._endings.finish(draft) for draft in ticket.drafts]
-        settle(ticket.loop, ticket.future, ticket.answer)
+    def _end(self, pending: PendingJob) -> None:
+        pending.answer.completions = [self._endings.finish(sequence) for sequence in pending.sequences]
+        resolve_future(pending.loop, pending.future, pending.answer)
 
-    def _fail(self, error: Exception, batch: list[Ticket]) -> None:
-        """The jobs of a failed pass are answered 500."""
+    def _fail(self, error: Exception, batch: list[PendingJob]) -> None:
+        """Answer the jobs of a failed pass with 500."""
         message = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         refusal = Refusal(f"The model failed: {message}", status=500, kind="InternalServerError")
-        for ticket in batch:
-            if ticket in self._running:
-                self._running.remove(ticket)
-            settle(ticket.loop, ticket.future, error=refusal)
+        for pending in batch:
+            if pending in self._running:
+                self._running.remove(pending)
+            resolve_future(pending.loop, pending.future, error=refusal)

@@ -1,4 +1,4 @@
-"""Work for the model thread, and what comes back: plain values, no HTTP and no torch."""
+"""Jobs for the model thread and their answers: plain values, no HTTP and no torch."""
 
 from __future__ import annotations
 

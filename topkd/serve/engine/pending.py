@@ -1,4 +1,4 @@
-"""Jobs on their way between an event loop and the model thread."""
+"""Jobs in progress between an event loop and the model thread."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
-class Ticket:
-    """A job on its way through the thread. Cancelling it stops its work at the next step."""
+class PendingJob:
+    """A job in progress. Cancelling it stops its work at the next step."""
 
     job: EngineJob
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Answer]
     cancelled: bool = False
-    drafts: list[GeneratedSequence] = field(default_factory=list)
+    sequences: list[GeneratedSequence] = field(default_factory=list)
     answer: Answer = field(default_factory=lambda: Answer([]))
     begun: bool = False
 
     @property
     def open(self) -> bool:
         """Whether anything is still to be drawn."""
-        return any(not draft.done for draft in self.drafts)
+        return any(not sequence.done for sequence in self.sequences)
 
 
-def settle(
+def resolve_future(
     loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], value: T | None = None, error: Exception | None = None
 ) -> None:
-    """Set a future from another thread; a loop that is gone, or a caller that left, wants nothing."""
+    """Set a future from another thread, unless its loop is closed or it is done."""
 
     def act() -> None:
         if future.done():

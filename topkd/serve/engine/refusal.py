@@ -1,4 +1,4 @@
-"""Refusals: an HTTP status and a body in vLLM's words."""
+"""Errors that routes answer with: an HTTP status and a body in vLLM's words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from topkd.serve.engine.jobs import EngineJob
 
 
 class Refusal(Exception):  # noqa: N818 - not a failure of this program: an answer to the client
-    """Raised anywhere below a route; the route answers with it.
+    """An error that the route answers the client with.
 
     Attributes:
         status: HTTP status and ``error.code``.
@@ -25,7 +25,7 @@ class Refusal(Exception):  # noqa: N818 - not a failure of this program: an answ
         self.message, self.status, self.kind, self.param = message, status, kind, param
 
     def body(self) -> dict[str, Any]:
-        """vLLM's envelope."""
+        """Return vLLM's error body."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}}
 
 
@@ -33,19 +33,19 @@ _UNSET = object()
 
 
 def bad_parameter(message: str, param: str, value: object = _UNSET) -> Refusal:
-    """A 400 that names the parameter, as vLLM 0.32 does: ``... (parameter=K, value=V)``."""
+    """Build a 400 that names the parameter, as vLLM 0.32 does: ``... (parameter=K, value=V)``."""
     shown = f"parameter={param}" if value is _UNSET else f"parameter={param}, value={value}"
     return Refusal(f"{message} ({shown})", param=param)
 
 
 def unknown_model(name: str, known: list[str]) -> Refusal:
-    """A 404 that lists what there is."""
+    """Build a 404 that lists the served models."""
     message = f"The model `{name}` does not exist. Valid aliases: {', '.join(known)}."
     return Refusal(message, status=404, kind="NotFoundError", param="model")
 
 
 def worker_failed(method: str, error: str) -> Refusal:
-    """A 500 of a control route, in the words vLLM wraps around a worker's exception."""
+    """Build a 500 of a control route, in the words vLLM wraps around a worker's exception."""
     message = (
         f"Call to {method} method failed: Worker failed with error '{error}', "
         "please check the stack trace above for the root cause"
@@ -54,13 +54,13 @@ def worker_failed(method: str, error: str) -> Refusal:
 
 
 def overloaded(waiting: int, limit: int) -> Refusal:
-    """A 503: the queue is full. Trying again later may help."""
+    """Build a 503 for a full queue."""
     message = f"The server is overloaded: {waiting} requests are waiting, at most {limit} may. Please retry later."
     return Refusal(message, status=503, kind="ServiceUnavailableError")
 
 
 def check_sequences(job: EngineJob, context: int, room: int) -> None:
-    """Refuses more completions of one prompt than the server could ever hold at once: they share its prefill."""
+    """Refuse more completions of one prompt than the cache can hold at once."""
     tokens = min(len(job.ids) + job.sampling.max_tokens, context)
     if job.n > 1 and job.n * tokens > room:
         raise Refusal(
@@ -70,12 +70,12 @@ def check_sequences(job: EngineJob, context: int, room: int) -> None:
 
 
 def not_finite() -> Refusal:
-    """A 500: NaN cannot be written as JSON, and no number may stand in for it."""
+    """Build a 500 for NaN, which JSON cannot carry."""
     return Refusal("Out of range float values are not JSON compliant: nan", status=500, kind="InternalServerError")
 
 
 def describe_malformed(error: ValidationError) -> Refusal:
-    """A 400 from pydantic's findings, one a line, with ``body.`` before each path as vLLM prints them."""
+    """Build a 400 from pydantic's findings, one a line, as vLLM prints them."""
     findings = error.errors(include_url=False)
     lines = []
     for finding in findings:
@@ -96,13 +96,13 @@ def describe_malformed(error: ValidationError) -> Refusal:
 
 
 def restate_error(error: ValidationError, findings: Sequence[Mapping[str, Any]]) -> ValidationError:
-    """``error`` with other findings; to be raised in a validator, which puts the path to its field in front."""
+    """Build a ValidationError with other findings, to be raised in a validator."""
     lines = [{key: finding[key] for key in ("type", "loc", "input", "ctx") if key in finding} for finding in findings]
     return ValidationError.from_exception_data(error.title, cast("list[InitErrorDetails]", lines))
 
 
 def describe_malformed_query(param: str, value: str, choices: Sequence[str]) -> Refusal:
-    """A 400 for a query parameter that is none of ``choices``."""
+    """Build a 400 for a query parameter that is none of ``choices``."""
     *others, last = (repr(choice) for choice in choices)
     expected = f"{', '.join(others)} or {last}"
     finding = {

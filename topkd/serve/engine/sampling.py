@@ -1,4 +1,4 @@
-"""Drawing the next token: penalties, temperature, truncation, and each sequence's own random numbers."""
+"""Drawing of the next token: penalties, temperature, truncation, and a generator for each sequence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from topkd.serve.engine.jobs import SamplingJob
 def process_logits(
     logits_V: Tensor, sampling: SamplingJob, prompt: Sequence[int], drawn: Sequence[int], stops: frozenset[int]
 ) -> Tensor:
-    """Logits after restrictions, penalties, temperature and truncation, in vLLM's order. The input is left alone.
+    """Apply restrictions, penalties, temperature and truncation in vLLM's order; return new logits.
 
     Greedy requests skip temperature and truncation: argmax does not see them.
     """
@@ -57,7 +57,7 @@ def _penalise(logits: Tensor, sampling: SamplingJob, prompt: Sequence[int], draw
 
 
 def is_untouched(sampling: SamplingJob) -> bool:
-    """Whether the processed distribution is the model's own, but for the temperature."""
+    """Return whether the processed distribution is the model's own, but for the temperature."""
     return (
         sampling.top_p >= 1
         and sampling.top_k <= 0
@@ -72,7 +72,7 @@ def is_untouched(sampling: SamplingJob) -> bool:
 
 
 def draw_tokens(logits_V: Tensor, greedy: bool, generator: torch.Generator) -> int:  # noqa: FBT001 - a property of the row
-    """One token: argmax, or an exact draw from softmax(logits) by a race of exponentials (Gumbel's trick).
+    """Draw one token: argmax, or an exact draw from softmax(logits) by a race of exponentials (Gumbel's trick).
 
     A race needs one random number per token and no normaliser, so a draw depends on its own row and generator only,
     never on what else is in the batch.

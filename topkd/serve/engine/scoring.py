@@ -1,4 +1,4 @@
-"""Prompt scores in row chunks: log-softmax, top K, the realised token's logprob and rank, candidates."""
+"""Prompt scores in row chunks: top K, the realised token's logprob and rank, candidates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RowScores:
 def score_rows(
     backbone: Backbone, hidden_NH: Tensor, actual_N: Tensor, k: int, candidates_NC: Tensor | None = None
 ) -> RowScores:
-    """Scores of ``hidden_NH``'s next tokens, never holding more logits than one chunk.
+    """Score the next tokens of ``hidden_NH``, one chunk of logits at a time.
 
     The rank counts logits at least as large as the realised one, itself included, as vLLM does: 1 is the likeliest.
     """
@@ -67,7 +67,7 @@ def _score_chunk(
 def score_prompts(
     backbone: Backbone, jobs: Sequence[EngineJob], hidden_BTH: Tensor
 ) -> list[tuple[PromptScores | None, np.ndarray | None]]:
-    """(prompt scores, candidate logprobs) of each job, None where it asked for none."""
+    """Return (prompt scores, candidate logprobs) of each job, None where it asked for none."""
     spans = [_span(job) for job in jobs]
     wide = max((job.prompt_logprobs or 0 for job in jobs), default=0)
     columns = max((job.candidates.shape[1] for job in jobs if job.candidates is not None), default=0)
@@ -101,7 +101,7 @@ def score_prompts(
 
 
 def _span(job: EngineJob) -> slice | None:
-    """Source positions to score: all but the last for a list, from ``start`` when only candidates are wanted."""
+    """Return the source positions to score: all but the last, or from ``start`` for candidates only."""
     last = len(job.ids) - 1
     if job.prompt_logprobs is not None:
         return slice(0, last) if last else None

@@ -17,7 +17,7 @@ from topkd.serve.model.backbone import Backbone
 
 @dataclass(slots=True, eq=False)
 class GeneratedSequence:
-    """One completion while it grows."""
+    """One completion in progress."""
 
     job: EngineJob
     index: int
@@ -91,7 +91,7 @@ def draw_next(sequences: Sequence[GeneratedSequence], logits_BV: Tensor, *, proc
 
 
 class SequenceGroup:
-    """Sequences of one adapter whose caches are stacked, right-aligned so that their last tokens meet.
+    """Sequences of one adapter with stacked, right-aligned caches.
 
     The last drawn token of each sequence is not in the cache yet: the next step feeds it.
     """
@@ -103,7 +103,7 @@ class SequenceGroup:
     def after_prefill(
         cls, backbone: Backbone, adapter: str | None, sequences: list[GeneratedSequence], cache: Any, rows: list[int]
     ) -> SequenceGroup:
-        """From a right-padded prefill batch: row ``rows[i]`` of its cache belongs to ``sequences[i]``."""
+        """Build a group from a right-padded prefill batch: row ``rows[i]`` of its cache belongs to ``sequences[i]``."""
         index = torch.tensor(rows, device=backbone.device)
         cache.batch_select_indices(index)
         group = cls(backbone, adapter, sequences, cache)
@@ -134,19 +134,19 @@ class SequenceGroup:
                 setattr(layer, name, new)
 
     def absorb(self, other: SequenceGroup) -> None:
-        """Take over another group's sequences."""
+        """Add another group's sequences to this one."""
         width = max(self.width, other.width)
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+        for mine, added in zip(self.cache.layers, other.cache.layers, strict=True):
             for name in ("keys", "values"):
                 parts = [
                     torch.nn.functional.pad(tensor, (0, 0, width - tensor.shape[2], 0))
-                    for tensor in (getattr(mine, name), getattr(theirs, name))
+                    for tensor in (getattr(mine, name), getattr(added, name))
                 ]
                 setattr(mine, name, torch.cat(parts))
         self.sequences += other.sequences
 
     def step(self, *, processed: bool, version: str) -> None:
-        """One token for every sequence."""
+        """Draw one token for every sequence."""
         device = self.backbone.device
         lengths = [self._cached(sequence) for sequence in self.sequences]
         last = torch.tensor([[s.out.token_ids[-1]] for s in self.sequences], device=device)
@@ -160,7 +160,7 @@ class SequenceGroup:
         draw_next(self.sequences, self.backbone.logits(hidden[:, -1]), processed=processed, version=version)
 
     def drop_done(self) -> None:
-        """Forget finished sequences and the padding only they needed."""
+        """Drop finished sequences and the padding that only they needed."""
         keep = [row for row, sequence in enumerate(self.sequences) if not sequence.done]
         if len(keep) == len(self.sequences):
             return

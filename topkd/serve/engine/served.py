@@ -1,4 +1,4 @@
-"""What is being served: the engine, the vocabulary, the names clients may use, and the limits."""
+"""The served model: engine, vocabulary, names that clients use, and limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VLLM_DIALECT = "0.32.0"
 
 
 class Served:
-    """One model and everything the routes need to know about it."""
+    """One model and what the routes need of it."""
 
     def __init__(self, model: Any, tokenizer: Any, config: ServeConfig) -> None:
         self.config = config
@@ -36,7 +36,7 @@ class Served:
         self.fingerprint = f"topkd-{__version__}-{uuid.uuid4().hex[:8]}"
 
     def adapter_of(self, model: str | None) -> str | None:
-        """Which adapter a request's ``model`` means; None is the base model.
+        """Return the adapter that a request's ``model`` names; None is the base model.
 
         Raises:
             Refusal: No model of that name (404).
@@ -48,7 +48,7 @@ class Served:
         raise unknown_model(model, [self.config.name, *self.adapters])
 
     def envelope(self, prefix: str, kind: str, model: str | None) -> dict[str, Any]:
-        """The fields every OpenAI reply begins with."""
+        """Return the fields that every OpenAI reply begins with."""
         return {
             "id": f"{prefix}-{uuid.uuid4().hex[:16]}",
             "object": kind,
@@ -62,7 +62,7 @@ class Served:
         }
 
     def cards(self) -> dict[str, Any]:
-        """``/v1/models``."""
+        """Return the body of ``/v1/models``."""
         base = self._card(self.config.name, root=self.config.model, parent=None, context=self.context)
         adapters = [
             self._card(name, root=path, parent=self.config.name, context=None) for name, path in self.adapters.items()

@@ -1,4 +1,4 @@
-"""Ids to text and back: prompts, chat templates, and the text and bytes of single tokens."""
+"""Encoding and decoding: prompts, chat templates, and the text of single tokens."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are no character ye
 
 
 class Vocabulary:
-    """A tokenizer with the texts of single tokens remembered."""
+    """A tokenizer that caches the texts of single tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._texts: dict[int, str] = {}
 
     def alone(self, token: int) -> str:
-        """What one token reads as by itself."""
+        """Return the text of one token by itself."""
         known = self._texts.get(token)
         if known is None:
             known = self._texts[token] = str(self.tokenizer.decode([token]))
         return known
 
     def text(self, token: int, before: Sequence[int] = ()) -> str:
-        """What one token adds to the text, as vLLM shows it.
+        """Return what one token adds to the text, as vLLM shows it.
 
         A token that ends inside a character adds nothing; the one that completes it adds the whole character.
 
@@ -49,19 +49,19 @@ class Vocabulary:
         return ""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Ids of ``text``."""
+        """Encode ``text`` to ids."""
         return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=add_special_tokens)]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ``ids``, specials included."""
+        """Decode ids to text, special tokens included."""
         return str(self.tokenizer.decode(ids))
 
     def pieces(self, ids: list[int]) -> list[str]:
-        """The tokenizer's own spelling of each id."""
+        """Return the tokenizer's own spelling of each id."""
         return [str(piece) for piece in self.tokenizer.convert_ids_to_tokens(ids)]
 
     def chat(self, messages: list[dict[str, Any]], *, add_special_tokens: bool = False, **options: Any) -> list[int]:
-        """Ids of ``messages`` under the chat template: rendered once, then encoded."""
+        """Render ``messages`` with the chat template and encode them."""
         if getattr(self.tokenizer, "chat_template", None) is None and not options.get("chat_template"):
             raise Refusal("The tokenizer of this model has no chat template: send one, or use /v1/completions.")
         if not messages:

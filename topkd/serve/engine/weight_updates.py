@@ -1,4 +1,4 @@
-"""Changes of what is served, made in the model thread between two steps, whatever route asked for them."""
+"""Weight reloads and adapter changes, made in the model thread between two steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from topkd.topk.errors import DataError
 
 
 async def reload(served: Served, path: str, version: str | None = None) -> None:
-    """Bring in the checkpoint at ``path``, and its name when one is given; running draws go on with the new weights.
+    """Load the checkpoint at ``path`` and name it; sequences in progress continue with the new weights.
 
     Raises:
         ConfigError: The checkpoint does not fit; nothing has changed.
@@ -43,7 +43,7 @@ async def load_adapter(served: Served, name: str, path: str) -> None:
 
 
 async def unload_adapter(served: Served, name: str) -> None:
-    """Forget an adapter; work that still wanted it is aborted."""
+    """Remove an adapter and abort the work that uses it."""
     del served.adapters[name]
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""A Hugging Face causal LM taken apart: hidden states first, logits only for the rows somebody asked for."""
+"""A Hugging Face causal LM split into layers and output head."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Backbone:
         self._adapters: set[str] = set()
 
     def hidden(self, ids: Tensor, *, cache: Any = None, **options: Any) -> Tensor:
-        """[B, T, H] states after the last norm. Rows are padded on the right: causal layers never look there.
+        """Compute [B, T, H] states after the last norm, of rows padded on the right.
 
         ``cache`` is read and grows; without one nothing is kept.
         """
@@ -57,17 +57,17 @@ class Backbone:
         return out.last_hidden_state  # type: ignore[no-any-return]
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """float32 [N, V] logits exactly as the model's own forward gives them."""
+        """Compute float32 [N, V] logits exactly as the model's own forward does."""
         raw = self.model.get_output_embeddings()(hidden_NH)
         return self._scale(raw).float()
 
     def chunks(self, rows: int) -> list[slice]:
-        """Slices over ``rows`` that keep a chunk of logits below the memory bound."""
+        """Split ``rows`` into slices that keep a chunk of logits below the memory bound."""
         step = max(1, CHUNK_ELEMENTS // self.vocab)
         return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
     def new_cache(self) -> Any:
-        """An empty key-value cache."""
+        """Make an empty key-value cache."""
         from transformers import DynamicCache
 
         return DynamicCache(config=self.model.config)
@@ -107,7 +107,7 @@ class Backbone:
         return all(type(layer) is DynamicLayer for layer in cache.layers)
 
     def _find_scale(self) -> Callable[[Tensor], Tensor]:
-        """What the model does to its logits after the head (soft caps, scales), found by trying, never assumed."""
+        """Find by trial what the model does to its logits after the head (soft caps, scales)."""
         config = self.model.config.get_text_config()
         cap, factor, divisor = (
             getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -135,6 +135,6 @@ class Backbone:
 
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """int64 [B, T]; the padding id does not matter, nothing real attends to it."""
+    """Pad rows on the right to int64 [B, T]; no real token attends to the padding."""
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *([0] * (width - len(row)))] for row in rows], dtype=torch.long, device=device)

@@ -1,4 +1,4 @@
-"""Models from disk, and new weights brought into a model that is being served."""
+"""Loading of models, and reloading of weights while a model is served."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from topkd.topk.errors import ConfigError
 
 
 def choose_device(wanted: str) -> torch.device:
-    """``auto`` is cuda, then mps, then cpu."""
+    """Choose the device; ``auto`` is cuda, then mps, then cpu."""
     if wanted == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -32,7 +32,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def load_model(config: ServeConfig) -> tuple[Any, Any]:
-    """The model of ``config`` in evaluation mode on its device, and its tokenizer."""
+    """Load the model in evaluation mode on its device, and its tokenizer."""
     device = choose_device(config.device)
     dtype: Any = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     # A folder may hold anything, and every library that reads it fails in its own way: hence the bare Exceptions.
@@ -42,7 +42,7 @@ def load_model(config: ServeConfig) -> tuple[Any, Any]:
         except Exception as error:
             raise _cannot_load("the tokenizer", config, error) from error
         try:
-            return _whole(config.model, dtype).to(device).eval(), tokenizer
+            return _load_complete(config.model, dtype).to(device).eval(), tokenizer
         except Exception as error:
             raise _cannot_load("the model", config, error) from error
 
@@ -56,8 +56,8 @@ def _tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def _whole(path: str | Path, dtype: Any) -> Any:
-    """The causal LM at ``path``, every number of it read from there.
+def _load_complete(path: str | Path, dtype: Any) -> Any:
+    """Load the causal LM at ``path``; refuse one with missing or mismatched weights.
 
     transformers goes on with random numbers where weights are missing: a teacher of noise that looks like any other.
     """
@@ -106,7 +106,7 @@ def reload_weights(model: Any, path: str) -> None:
         )
     try:
         with silence_loading():
-            fresh = _whole(folder, next(model.parameters()).dtype)
+            fresh = _load_complete(folder, next(model.parameters()).dtype)
     except Exception as error:
         raise ConfigError(
             "the checkpoint cannot be read", where=f"weights_path={path}", got=_first_line(error)

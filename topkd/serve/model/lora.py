@@ -1,4 +1,4 @@
-"""LoRA adapters on the served model, through transformers' peft integration, checked to be what was sent."""
+"""LoRA adapters on the served model, loaded by transformers and verified against the files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load(model: Any, name: str, path: str) -> None:
 
 
 def unload(model: Any, name: str) -> None:
-    """Forget an adapter, if it is there."""
+    """Remove an adapter, if it is there."""
     if _key(name) in getattr(model, "peft_config", {}):
         model.delete_adapter(_key(name))
 
@@ -45,7 +45,7 @@ def switch(model: Any, name: str | None) -> None:
 
 
 def _key(name: str) -> str:
-    """The served name as peft takes it: module names hold no dot, and "Qwen2.5@7" is a fine name for an adapter."""
+    """Return the name as peft takes it: module names hold no dot, and "Qwen2.5@7" is a valid adapter name."""
     return "adapter_" + name.encode().hex()
 
 

@@ -1,4 +1,4 @@
-"""HTTP routes of every dialect: requests checked, replies built.
+"""HTTP routes of every dialect: they check requests and build replies.
 
 Knows: starlette. Does not know: torch.
 """

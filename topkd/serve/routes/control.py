@@ -1,4 +1,4 @@
-"""The routes that change what is served: weights, versions, pauses, adapters. vLLM mounts them in development mode."""
+"""vLLM's control routes: weights, versions, pauses, adapters (vLLM mounts them in development mode)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from topkd.serve.engine import weight_updates as changes
+from topkd.serve.engine import weight_updates
 from topkd.serve.engine.engine import PauseMode
 from topkd.serve.engine.refusal import Refusal, describe_malformed_query, restate_error, worker_failed
 from topkd.serve.engine.served import Served
@@ -38,10 +38,11 @@ class VersionBody(BaseModel):
         try:
             return handler(value)  # type: ignore[no-any-return]
         except ValidationError as error:
-            found = error.errors(include_url=False)
-            raise restate_error(
-                error, [{**one, "input": None if one["type"] == "missing" else one["input"]} for one in found]
-            ) from error
+            findings = [
+                {**finding, "input": None if finding["type"] == "missing" else finding["input"]}
+                for finding in error.errors(include_url=False)
+            ]
+            raise restate_error(error, findings) from error
 
 
 class LoadAdapterBody(BaseModel):
@@ -59,14 +60,14 @@ class UnloadAdapterBody(BaseModel):
 
 
 class Control:
-    """Changes one served model; every change happens in its model thread, between two steps."""
+    """Control routes; every change happens in the model thread, between two steps."""
 
     def __init__(self, served: Served) -> None:
         self._served, self._limit = served, served.config.max_body_bytes
         self._sleeping = False
 
     def routes(self) -> list[Route]:
-        """Weights, versions and pauses."""
+        """List the routes."""
         posts = {
             "/collective_rpc": self.collective_rpc,
             "/reset_prefix_cache": self.reset_prefix_cache,
@@ -93,17 +94,17 @@ class Control:
             raise worker_failed("collective_rpc", f"'Worker' object has no attribute '{body.method}'")
         path = body.kwargs.get("weights_path") or self._served.config.model
         try:
-            await changes.reload(self._served, str(path))
+            await weight_updates.reload(self._served, str(path))
         except TopkdError as error:
             raise worker_failed("collective_rpc", str(error)) from error
         return json_reply({"results": [None]})
 
     async def reset_prefix_cache(self, _: Request) -> Response:
-        """Nothing to do: no cache outlives its request, and a reload rebuilds those that are running."""
+        """Do nothing: no cache outlives its request, and a reload rebuilds running ones."""
         return json_reply({"success": True})
 
     async def update_weight_version(self, request: Request) -> Response:
-        """Name the weights; a reload alone does not."""
+        """Set the version of the weights; a reload alone does not."""
         body = await read(request, VersionBody, self._limit)
 
         def work() -> None:
@@ -113,7 +114,7 @@ class Control:
         return json_reply({"success": True, "new_version": body.new_version})
 
     async def weight_info(self, _: Request) -> Response:
-        """The present name."""
+        """Return the version of the weights."""
         return json_reply({"weight_version": self._served.engine.version})
 
     async def pause(self, request: Request) -> Response:
@@ -126,16 +127,16 @@ class Control:
         return json_reply({"status": "paused"})
 
     async def resume(self, _: Request) -> Response:
-        """Go on; harmless when not paused."""
+        """Resume; does nothing when not paused."""
         self._served.engine.resume()
         return json_reply({"status": "resumed"})
 
     async def is_paused(self, _: Request) -> Response:
-        """Whether work is held back."""
+        """Return whether work is held back."""
         return json_reply({"is_paused": self._served.engine.paused})
 
     async def sleep(self, request: Request) -> Response:
-        """A pause that waits for running work; no memory is given back."""
+        """Pause and wait for running work; no memory is freed."""
         level = request.query_params.get("level", "1")
         if level not in {"0", "1", "2"}:
             raise Refusal(f"Invalid sleep level {level!r}: expected 0, 1 or 2", param="level")
@@ -150,11 +151,11 @@ class Control:
         return json_reply({"status": "awake", "tags": request.query_params.getlist("tags") or None})
 
     async def is_sleeping(self, _: Request) -> Response:
-        """Whether it sleeps."""
+        """Return whether the server sleeps."""
         return json_reply({"is_sleeping": self._sleeping})
 
     async def no_transfer(self, _: Request) -> Response:
-        """Weights over NCCL need GPUs on both sides: this server reads them from disk."""
+        """Refuse weights over NCCL: this server reads them from disk."""
         raise worker_failed("collective_rpc", NO_TRANSFER)
 
     async def load_adapter(self, request: Request) -> Response:
@@ -172,7 +173,7 @@ class Control:
                 kind="InvalidUserInput",
             )
         try:
-            await changes.load_adapter(served, name, body.lora_path)
+            await weight_updates.load_adapter(served, name, body.lora_path)
         except DataError as error:
             message = f"Loading lora {name} failed: {error}"
             raise Refusal(message, status=404, kind="NotFoundError") from error
@@ -181,10 +182,10 @@ class Control:
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload_adapter(self, request: Request) -> Response:
-        """Forget an adapter; work that still wanted it is aborted."""
+        """Remove an adapter and abort the work that uses it."""
         body = await read(request, UnloadAdapterBody, self._limit)
         name, served = body.lora_name, self._served
         if name not in served.adapters:
             raise Refusal(f"The lora adapter '{name}' cannot be found.", status=404, kind="NotFoundError")
-        await changes.unload_adapter(served, name)
+        await weight_updates.unload_adapter(served, name)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")

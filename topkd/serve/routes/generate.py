@@ -16,12 +16,12 @@ from topkd.serve.engine.refusal import Refusal
 from topkd.serve.engine.served import Served
 from topkd.serve.routes import replies
 from topkd.serve.routes.openai import count_shown_entries, refuse_streams, too_long
-from topkd.serve.routes.requests import GenerateBody, check_candidates, check_k, check_max_tokens, check_request_ids
+from topkd.serve.routes.requests import GenerateBody, check_candidate_ids, check_k, check_max_tokens, check_prompt_ids
 from topkd.serve.routes.wire import answer_errors, cancel_if_disconnected, json_reply, read
 
 
 def list_generate_routes(served: Served) -> list[Route]:
-    """The one route of this dialect."""
+    """List the route of this dialect."""
 
     async def generate(request: Request) -> Response:
         body = await read(request, GenerateBody, served.config.max_body_bytes)
@@ -46,8 +46,8 @@ def _plan(served: Served, body: GenerateBody) -> EngineJob:
         check_max_tokens(fields.max_tokens)
     if length >= served.context:
         raise too_long(served, length)
-    ids = check_request_ids(body.token_ids, served.vocab)
-    candidates, start = check_candidates(fields, length, served.vocab, limit)
+    ids = check_prompt_ids(body.token_ids, served.vocab)
+    candidates, start = check_candidate_ids(fields, length, served.vocab, limit)
     left = served.context - length
     sampling = fields.sampling(
         max_tokens=left if fields.max_tokens is None else min(fields.max_tokens, left),

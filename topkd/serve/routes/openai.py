@@ -15,12 +15,12 @@ from topkd.serve.engine.jobs import Answer, EngineJob, SamplingJob
 from topkd.serve.engine.refusal import Refusal, bad_parameter
 from topkd.serve.engine.served import Served
 from topkd.serve.routes import replies
-from topkd.serve.routes.requests import ChatBody, CompletionBody, check_k, check_max_tokens, check_request_ids
+from topkd.serve.routes.requests import ChatBody, CompletionBody, check_k, check_max_tokens, check_prompt_ids
 from topkd.serve.routes.wire import answer_errors, cancel_if_disconnected, json_reply, read
 
 
 def list_openai_routes(served: Served) -> list[Route]:
-    """The two OpenAI routes."""
+    """List the two OpenAI routes."""
 
     async def completions(request: Request) -> Response:
         body = await read(request, CompletionBody, served.config.max_body_bytes)
@@ -41,7 +41,7 @@ def list_openai_routes(served: Served) -> list[Route]:
 
 
 def refuse_streams(*, stream: bool | None, prompt_logprobs: int | None) -> None:
-    """Replies come whole."""
+    """Refuse streaming requests."""
     if stream and prompt_logprobs is not None:
         raise bad_parameter("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
     if stream:
@@ -49,7 +49,7 @@ def refuse_streams(*, stream: bool | None, prompt_logprobs: int | None) -> None:
 
 
 def room(served: Served, length: int) -> int:
-    """Tokens that fit behind a prompt; a prompt longer than the context is refused."""
+    """Return how many tokens fit behind a prompt; refuse a prompt longer than the context."""
     if length > served.context:
         message = (
             f"This model's maximum context length is {served.context} tokens. However, your prompt contains at least "
@@ -62,7 +62,7 @@ def room(served: Served, length: int) -> int:
 
 
 def too_long(served: Served, length: int) -> Refusal:
-    """The engine's own refusal, used where no limit on ``max_tokens`` has found it first."""
+    """Build the refusal of a prompt longer than the context."""
     limit = served.context
     if length > limit:
         what, parts = f"(length {length}) is longer than", "text tokens."
@@ -93,7 +93,7 @@ def _plan_completions(served: Served, body: CompletionBody) -> _Plan:
     silent = body.echo and body.max_tokens == 0
     jobs = []
     for prompt in _prompts(served, body):
-        ids = check_request_ids(prompt, served.vocab) if len(prompt) <= served.context else tuple(prompt)
+        ids = check_prompt_ids(prompt, served.vocab) if len(prompt) <= served.context else tuple(prompt)
         left = room(served, len(ids))
         if silent and not left:
             raise too_long(served, len(ids))
@@ -122,7 +122,7 @@ def _prompts(served: Served, body: CompletionBody) -> list[list[int]]:
 
 
 def count_shown_entries(sampling: SamplingJob) -> int:
-    """Entries beside the drawn token in completions, and with it in chat: ids asked for by name are never cut."""
+    """Count the entries to show beside the drawn token; ids asked for by name are never cut."""
     return max(sampling.logprobs or 0, 1 + len(sampling.logprob_token_ids) if sampling.logprob_token_ids else 0)
 
 
@@ -197,7 +197,7 @@ def _plan_chat(served: Served, body: ChatBody) -> EngineJob:
         continue_final_message=body.continue_final_message,
         **options,
     )
-    ids = check_request_ids(prompt, served.vocab)
+    ids = check_prompt_ids(prompt, served.vocab)
     left = room(served, len(ids))
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     wanted = check_max_tokens(left if asked is None else min(asked, left))

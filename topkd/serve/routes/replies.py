@@ -1,4 +1,4 @@
-"""Reply bodies in vLLM 0.32's shapes, from answers of the model thread."""
+"""Reply bodies in vLLM 0.32's shapes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ encode_json = msgspec.json.Encoder().encode
 
 
 def finite(logp: float) -> float:
-    """The number JSON carries. NaN has none and is an error, never a number."""
+    """Return a finite number for JSON; refuse NaN."""
     if math.isnan(logp):
         raise not_finite()
     return max(logp, LOWEST)
@@ -38,7 +38,7 @@ def _finite_list(values: np.ndarray) -> list[Any]:
 def prompt_logprobs(
     scores: PromptScores, actual: Sequence[int], texts: Vocabulary | None, *, flat: bool = False
 ) -> list[dict[str, Any] | None]:
-    """One entry a prompt token, the first null: the realised token first, then the top K by rank.
+    """Build one entry a prompt token, the first null: the realised token, then the top K by rank.
 
     Args:
         scores: Of the same prompt.
@@ -69,7 +69,7 @@ def prompt_logprobs(
 
 
 def matrix(values: np.ndarray) -> str:
-    """Base64 of a float32 .npy file."""
+    """Encode a float32 matrix as a .npy file in base64."""
     if np.isnan(values).any():
         raise not_finite()
     file = io.BytesIO()
@@ -78,7 +78,7 @@ def matrix(values: np.ndarray) -> str:
 
 
 def entries(out: Completion, row: int) -> list[tuple[int, float, int]]:
-    """(id, logprob, rank) at a drawn position: the drawn token first, then the list without it."""
+    """List (id, logprob, rank) at a drawn position: the drawn token first, then the list without it."""
     token = out.token_ids[row]
     found = [(token, finite(out.logp[row]), out.rank[row])]
     if out.top_ids:
@@ -98,7 +98,7 @@ def completion_logprobs(
     prompt: Sequence[int] = (),
     drawn: bool = True,
 ) -> dict[str, Any]:
-    """``choices[].logprobs`` of ``/v1/completions``, with the prompt's rows in front when it is echoed.
+    """Build ``choices[].logprobs`` of ``/v1/completions``, after the prompt's rows when it is echoed.
 
     Each row shows the realised token and at most ``k`` others. ``drawn=False`` leaves the drawn tokens out.
     """
@@ -128,7 +128,7 @@ def completion_logprobs(
 
 
 def chat_logprobs(out: Completion, texts: Vocabulary, *, k: int, as_ids: bool) -> dict[str, Any]:
-    """``choices[].logprobs`` of chat, cut to K entries *including* the drawn token, as vLLM does."""
+    """Build ``choices[].logprobs`` of chat, cut to K entries *including* the drawn token, as vLLM does."""
     content = []
     for row, token in enumerate(out.token_ids):
         listed = entries(out, row)
@@ -152,7 +152,7 @@ def chat_logprobs(out: Completion, texts: Vocabulary, *, k: int, as_ids: bool) -
 
 
 def generate_logprobs(out: Completion, *, k: int) -> dict[str, Any]:
-    """``choices[].logprobs`` of ``/inference/v1/generate``: integer ids and ranks, cut to K with the drawn token."""
+    """Build ``choices[].logprobs`` of ``/inference/v1/generate``: integer ids and ranks, cut to K."""
     content = []
     for row in range(len(out.token_ids)):
         listed = [{"token_id": token, "logprob": logp, "rank": rank} for token, logp, rank in entries(out, row)]
@@ -161,7 +161,7 @@ def generate_logprobs(out: Completion, *, k: int) -> dict[str, Any]:
 
 
 def weight_versions(out: Completion) -> list[dict[str, Any]]:
-    """Which weights drew which tokens, as spans."""
+    """List which weights drew which tokens, as spans."""
     spans: list[dict[str, Any]] = []
     for position, version in enumerate(out.versions):
         if spans and spans[-1]["version"] == version:
@@ -172,12 +172,12 @@ def weight_versions(out: Completion) -> list[dict[str, Any]]:
 
 
 def list_weight_versions(out: Completion, *, asked: bool | None) -> dict[str, Any]:
-    """The same as a field of an OpenAI choice, for requests that ask for it."""
+    """Return the spans as a field of an OpenAI choice, for requests that ask for it."""
     return {"weight_versions": weight_versions(out)} if asked else {}
 
 
 def usage(prompt_tokens: int, completions: Sequence[Completion]) -> dict[str, Any]:
-    """Token counts."""
+    """Count tokens."""
     drawn = sum(len(out.token_ids) for out in completions)
     return {
         "prompt_tokens": prompt_tokens,

@@ -1,4 +1,4 @@
-"""Request bodies as vLLM 0.32 reads them, and the checks it makes. Unknown fields are ignored, as there."""
+"""Request bodies of vLLM 0.32 and its checks of them. Unknown fields are ignored, as there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TokenId = Annotated[int, Field(ge=0)]
 
 
 class Body(BaseModel):
-    """What every request shares."""
+    """Fields that every request shares."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
@@ -24,7 +24,7 @@ class Body(BaseModel):
 
 
 class SamplingFields(BaseModel):
-    """Fields that say how tokens are drawn, the same on every route."""
+    """Sampling fields, the same on every route."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -60,7 +60,7 @@ class SamplingFields(BaseModel):
         detokenize: bool = True,
         scaled_logprobs: bool = False,
     ) -> SamplingJob:
-        """The checked parameters; whatever was left out draws from the model's own distribution."""
+        """Check the parameters and return a SamplingJob."""
         chosen = SamplingJob(
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
@@ -178,7 +178,7 @@ class DetokenizeBody(Body):
 def check_k(
     k: int | None, vocab: int, limit: int, *, what: Literal["prompt", "sample"], field: str | None = None
 ) -> int | None:
-    """K as asked for, -1 meaning the vocabulary, within the server's limit.
+    """Return the requested K, -1 meaning the vocabulary, within the server's limit.
 
     Args:
         k: As asked for.
@@ -202,8 +202,8 @@ def check_k(
     return min(wanted, vocab)
 
 
-def check_request_ids(ids: list[int] | tuple[int, ...], vocab: int) -> tuple[int, ...]:
-    """Prompt ids, all of them inside the vocabulary and at least one."""
+def check_prompt_ids(ids: list[int] | tuple[int, ...], vocab: int) -> tuple[int, ...]:
+    """Return the prompt ids; refuse an empty prompt and ids outside the vocabulary."""
     if not ids:
         raise Refusal("The decoder prompt cannot be empty")
     if (worst := max(ids)) >= vocab:
@@ -211,10 +211,10 @@ def check_request_ids(ids: list[int] | tuple[int, ...], vocab: int) -> tuple[int
     return tuple(ids)
 
 
-def check_candidates(
+def check_candidate_ids(
     fields: GenerateSampling, prompt_length: int, vocab: int, limit: int
 ) -> tuple[NDArray[np.int32] | None, int]:
-    """(ids [rows, C] padded with -1, start), or (None, 0) when the request wants no candidates."""
+    """Return (ids [rows, C] padded with -1, start), or (None, 0) without candidates."""
     rows, start = fields.prompt_logprob_token_ids, fields.prompt_logprob_start
     name = "prompt_logprob_token_ids"
     if rows is None:
@@ -251,15 +251,15 @@ def check_candidates(
 
 
 def check_max_tokens(value: int) -> int:
-    """At least one token must be drawn."""
+    """Refuse a request for no tokens."""
     if value < 1:
         raise bad_parameter(f"max_tokens must be at least 1, got {value}.", "max_tokens", value)
     return value
 
 
-def _bias(given: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
+def _bias(biases: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
     try:
-        return tuple((int(token), float(bias)) for token, bias in (given or {}).items())
+        return tuple((int(token), float(bias)) for token, bias in (biases or {}).items())
     except ValueError as error:
         raise bad_parameter(f"logit_bias keys must be token ids: {error}.", "logit_bias") from error
 

@@ -1,4 +1,4 @@
-"""SGLang's ``/generate``: documented, not observed. Written from its documents and source, never compared with one.
+"""SGLang's ``/generate``, written from its documents and source, never compared with a running SGLang.
 
 Scores come as nested lists or as flat base64 arrays; lists start at ``logprob_start_len`` with a null entry, hold
 exactly K entries by rank, and the realised token stands apart. Logprobs of drawn tokens follow the temperature, unlike
@@ -24,7 +24,7 @@ from topkd import __version__
 from topkd.serve.engine.jobs import Answer, Completion, EngineJob, SamplingJob
 from topkd.serve.engine.refusal import Refusal
 from topkd.serve.engine.served import Served
-from topkd.serve.routes.requests import SamplingFields, TokenId, check_request_ids
+from topkd.serve.routes.requests import SamplingFields, TokenId, check_prompt_ids
 from topkd.serve.routes.wire import cancel_if_disconnected, json_reply, read
 
 SGLANG_DIALECT = "0.5.23"
@@ -64,7 +64,7 @@ class SglangBody(BaseModel):
 
 
 def list_sglang_routes(served: Served) -> list[Route]:
-    """``/generate`` and the routes that say what is served."""
+    """List ``/generate`` and the routes that describe the server."""
 
     async def generate(request: Request) -> Response:
         body = await read(request, SglangBody, served.config.max_body_bytes)
@@ -118,7 +118,7 @@ def list_sglang_routes(served: Served) -> list[Route]:
 
 
 def answer_flatly(handler: Any) -> Any:
-    """Refusals as ``{"error": {"message"}}``, all that SGLang's native routes say."""
+    """Answer refusals as ``{"error": {"message"}}``, as SGLang's native routes do."""
 
     async def route(request: Request) -> Response:
         try:
@@ -130,18 +130,18 @@ def answer_flatly(handler: Any) -> Any:
 
 
 def _prompts(served: Served, body: SglangBody) -> tuple[list[list[int]], bool]:
-    """(prompts, whether the reply is a list)."""
+    """Return (prompts, whether the reply is a list)."""
     if (body.input_ids is None) == (body.text is None):
         raise Refusal("Either text or input_ids should be provided.")
-    given = body.text if body.input_ids is None else body.input_ids
-    if not given:
+    inputs = body.text if body.input_ids is None else body.input_ids
+    if not inputs:
         raise Refusal("The input is empty.")
-    if isinstance(given, str):
-        return [served.words.encode(given, add_special_tokens=True)], False
-    if isinstance(given[0], int):
-        return [given], False
+    if isinstance(inputs, str):
+        return [served.words.encode(inputs, add_special_tokens=True)], False
+    if isinstance(inputs[0], int):
+        return [inputs], False
     return [
-        served.words.encode(item, add_special_tokens=True) if isinstance(item, str) else item for item in given
+        served.words.encode(item, add_special_tokens=True) if isinstance(item, str) else item for item in inputs
     ], True
 
 
@@ -153,7 +153,7 @@ def _plan(served: Served, body: SglangBody, prompt: list[int]) -> EngineJob:
         raise Refusal(
             f"The input ({length} tokens) is longer than the model's context length ({served.context} tokens)."
         )
-    ids = check_request_ids(prompt, served.vocab)
+    ids = check_prompt_ids(prompt, served.vocab)
     if fields.max_new_tokens < 0:
         raise Refusal(f"max_new_tokens must be at least 0, got {fields.max_new_tokens}.")
     start = _start(body, length)
@@ -185,7 +185,7 @@ def _plan(served: Served, body: SglangBody, prompt: list[int]) -> EngineJob:
 
 
 def _start(body: SglangBody, length: int) -> int:
-    """First token whose logprob is returned; -1 returns none of the prompt's."""
+    """Return the first token whose logprob is returned; -1 returns none of the prompt's."""
     start = body.logprob_start_len
     if start < -1 or start > length:
         raise Refusal(f"logprob_start_len must be in [-1, {length}], got {start}.")
@@ -217,33 +217,36 @@ def _input_logprobs(served: Served, body: SglangBody, job: EngineJob, answer: An
     start, length = _start(body, len(job.ids)), len(job.ids)
     empty: list[Any] = [] if start == length else [None]
     meta: dict[str, Any] = {
-        "input_token_logprobs": [[None, *_find_named(served, body, job.ids[start])]] if empty else []
+        "input_token_logprobs": [[None, *_name_token(served, body, job.ids[start])]] if empty else []
     }
     scores = answer.scores
     rows = slice(start, length - 1)
-    actual = [] if scores is None else [_number(x) for x in scores.actual_logp[rows]]
+    actual = [] if scores is None else [_finite_or_none(x) for x in scores.actual_logp[rows]]
     for logp, token in zip(actual, job.ids[start + 1 :], strict=scores is not None):
-        meta["input_token_logprobs"].append([logp, *_find_named(served, body, token)])
+        meta["input_token_logprobs"].append([logp, *_name_token(served, body, token)])
     if body.top_logprobs_num:
         k = min(body.top_logprobs_num, served.vocab)
         ids = np.empty((0, k), np.int64) if scores is None else scores.ids[rows]
         logps = np.empty((0, k), np.float32) if scores is None else scores.logp[rows]
         if body.return_flat_raw_top_logprobs and body.return_flat_raw_top_logprobs_b64:
             meta |= {
-                "input_top_logprobs_val_flat_b64": _flat(logps, "<f4"),
-                "input_top_logprobs_idx_flat_b64": _flat(ids, "<i4"),
+                "input_top_logprobs_val_flat_b64": _encode_base64(logps, "<f4"),
+                "input_top_logprobs_idx_flat_b64": _encode_base64(ids, "<i4"),
                 "input_top_logprobs_shape": list(ids.shape),
                 "input_top_logprobs_null_prefix": len(empty),
             }
         else:
             meta["input_top_logprobs"] = empty + [
-                [[_number(x), *_find_named(served, body, int(i))] for i, x in zip(row_ids, row, strict=True)]
+                [[_finite_or_none(x), *_name_token(served, body, int(i))] for i, x in zip(row_ids, row, strict=True)]
                 for row_ids, row in zip(ids, logps, strict=True)
             ]
     if body.token_ids_logprob:
         rows_of: Any = [] if answer.candidate_logp is None else answer.candidate_logp
         meta["input_token_ids_logprobs"] = empty + [
-            [[_number(x), *_find_named(served, body, i)] for i, x in zip(body.token_ids_logprob, row, strict=True)]
+            [
+                [_finite_or_none(x), *_name_token(served, body, i)]
+                for i, x in zip(body.token_ids_logprob, row, strict=True)
+            ]
             for row in rows_of
         ]
     return meta
@@ -252,22 +255,22 @@ def _input_logprobs(served: Served, body: SglangBody, job: EngineJob, answer: An
 def _output_logprobs(served: Served, body: SglangBody, out: Completion) -> dict[str, Any]:
     drawn = zip(out.logp, out.token_ids, strict=True)
     meta: dict[str, Any] = {
-        "output_token_logprobs": [[_clamp(logp), *_find_named(served, body, token)] for logp, token in drawn]
+        "output_token_logprobs": [[_clamp(logp), *_name_token(served, body, token)] for logp, token in drawn]
     }
     if body.top_logprobs_num:
         meta["output_top_logprobs"] = [
-            [[_clamp(x), *_find_named(served, body, int(i))] for i, x in zip(ids, logps, strict=True)]
+            [[_clamp(x), *_name_token(served, body, int(i))] for i, x in zip(ids, logps, strict=True)]
             for ids, logps in zip(out.top_ids, out.top_logp, strict=True)
         ]
     return meta
 
 
-def _find_named(served: Served, body: SglangBody, token: int) -> tuple[int, str | None]:
+def _name_token(served: Served, body: SglangBody, token: int) -> tuple[int, str | None]:
     return token, served.words.text(token) if body.return_text_in_logprobs else None
 
 
-def _number(logp: float) -> float | None:
-    """orjson writes what is not finite as null."""
+def _finite_or_none(logp: float) -> float | None:
+    """Return None for what is not finite, as orjson writes null."""
     return float(logp) if np.isfinite(logp) else None
 
 
@@ -275,5 +278,5 @@ def _clamp(logp: float) -> float | None:
     return None if np.isnan(logp) else max(float(logp), LOWEST)
 
 
-def _flat(values: np.ndarray, kind: str) -> str:
+def _encode_base64(values: np.ndarray, kind: str) -> str:
     return base64.b64encode(np.ascontiguousarray(values, dtype=kind).tobytes()).decode()

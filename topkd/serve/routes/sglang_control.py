@@ -1,4 +1,4 @@
-"""SGLang's routes that change what is served: documented, not observed."""
+"""SGLang's control routes, written from its documents."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from topkd.serve.engine import weight_updates as changes
+from topkd.serve.engine import weight_updates
 from topkd.serve.engine.engine import PauseMode
 from topkd.serve.engine.refusal import Refusal
 from topkd.serve.engine.served import Served
@@ -40,13 +40,13 @@ class AdapterBody(BaseModel):
 
 
 class SglangControl:
-    """Weights from disk, pauses, adapters."""
+    """Control routes: weights from disk, pauses, adapters."""
 
     def __init__(self, served: Served) -> None:
         self._served, self._limit = served, served.config.max_body_bytes
 
     def routes(self) -> list[Route]:
-        """All of them."""
+        """List the routes."""
         posts = {
             "/update_weights_from_disk": self.from_disk,
             "/pause_generation": self.pause,
@@ -58,10 +58,10 @@ class SglangControl:
         return [Route(path, answer_flatly(handler), methods=["POST"]) for path, handler in posts.items()]
 
     async def from_disk(self, request: Request) -> Response:
-        """New weights, named when a name is given."""
+        """Load new weights, and name them when a name is given."""
         body = await read(request, DiskBody, self._limit)
         try:
-            await changes.reload(self._served, body.model_path, body.weight_version)
+            await weight_updates.reload(self._served, body.model_path, body.weight_version)
         except TopkdError as error:
             return _outcome(f"Failed to update weights: {error}", success=False)
         return _outcome("Succeeded to update model weights.")
@@ -75,12 +75,12 @@ class SglangControl:
         return json_reply({"status": "ok", "message": "Generation paused successfully."})
 
     async def resume(self, _: Request) -> Response:
-        """Go on."""
+        """Resume after a pause."""
         self._served.engine.resume()
         return json_reply({"status": "ok", "message": "Generation continued successfully."})
 
     async def flush(self, _: Request) -> Response:
-        """Nothing to do: no cache outlives its request."""
+        """Do nothing: no cache outlives its request."""
         return Response("Cache flushed.\n")
 
     async def load(self, request: Request) -> Response:
@@ -91,17 +91,17 @@ class SglangControl:
         if body.lora_name in self._served.adapters:
             return _outcome(f"LoRA adapter {body.lora_name!r} is already loaded.", success=False)
         try:
-            await changes.load_adapter(self._served, body.lora_name, body.lora_path)
+            await weight_updates.load_adapter(self._served, body.lora_name, body.lora_path)
         except Exception as error:  # noqa: BLE001 - whatever peft says about the folder is the answer
             return _outcome(f"Failed to load LoRA adapter: {type(error).__name__}: {error}", success=False)
         return _outcome("", adapters=self._served.adapters)
 
     async def unload(self, request: Request) -> Response:
-        """Forget an adapter."""
+        """Remove an adapter."""
         body = await read(request, AdapterBody, self._limit)
         if body.lora_name not in self._served.adapters:
             return _outcome(f"LoRA adapter {body.lora_name!r} is not loaded.", success=False)
-        await changes.unload_adapter(self._served, body.lora_name)
+        await weight_updates.unload_adapter(self._served, body.lora_name)
         return _outcome("", adapters=self._served.adapters)
 
 

@@ -1,4 +1,4 @@
-"""Around the routes: bodies in and out, the API key, the size limit, and clients that leave early."""
+"""Request and reply bodies, the API key, the size limit, and disconnected clients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GONE = 499
 
 
 def json_reply(body: object, status: int = 200) -> Response:
-    """A JSON response, encoded by msgspec."""
+    """Build a JSON response."""
     return Response(encode_json(body), status_code=status, media_type="application/json")
 
 
@@ -50,7 +50,7 @@ def answer_errors(handler: Handler) -> Handler:
 
 
 async def read(request: Request, kind: type[B], limit: int) -> B:
-    """The body as ``kind``.
+    """Read the body as ``kind``.
 
     Raises:
         Refusal: Not JSON, not of the right shape (400), more than ``limit`` bytes (413), or the client left (499).
@@ -79,12 +79,12 @@ async def read(request: Request, kind: type[B], limit: int) -> B:
 
 
 def make_disconnect_reply() -> Refusal:
-    """Written to a connection that nobody reads any more; it also ends the handler, without a word in the log."""
+    """Build the refusal that ends a handler whose client has disconnected."""
     return Refusal("The client closed the connection", status=GONE, kind="ClientClosedRequest")
 
 
 async def cancel_if_disconnected(request: Request, work: Awaitable[T]) -> T:
-    """The result of ``work``, which is cancelled when the client disconnects first."""
+    """Await ``work``, and cancel it when the client disconnects first."""
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
@@ -104,7 +104,7 @@ async def _wait_for_disconnect(request: Request) -> None:
 
 
 class KeyGuard:
-    """Answers 401 to requests without the key, comparing in constant time."""
+    """Middleware that answers 401 to requests without the key, compared in constant time."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app, self._expected = app, f"Bearer {key}".encode()
@@ -117,11 +117,11 @@ class KeyGuard:
             await self._app(scope, receive, send)
 
     def _admits(self, scope: Scope) -> bool:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+        headers = [value for name, value in scope["headers"] if name == b"authorization"]
+        return len(headers) == 1 and hmac.compare_digest(headers[0], self._expected)
 
 
 def detail(_: Request, error: Exception) -> Response:
-    """Wrong paths and methods, in FastAPI's words as vLLM answers them."""
+    """Answer wrong paths and methods in FastAPI's words, as vLLM does."""
     status: Any = getattr(error, "status_code", 500)
     return json_reply({"detail": getattr(error, "detail", "Internal Server Error")}, status)

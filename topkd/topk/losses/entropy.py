@@ -14,19 +14,19 @@ from torch import Tensor
 
 from topkd.topk.errors import ConfigError
 from topkd.topk.losses.divergence import divergence, log_softmax
-from topkd.topk.losses.jsd import check_options, check_positive, select_rows
+from topkd.topk.losses.jsd import check_above_zero, check_options, select_rows
 from topkd.topk.losses.policy import importance_ratio
 from topkd.topk.losses.taid import entropy
 from topkd.topk.losses.tokens import (
     FullReduction,
     Reduction,
     boolean_mask,
-    check_finite,
     check_logits,
     check_same,
     check_tensors,
     labels_mask,
     reduce_tokens,
+    select_behavior,
     upcast,
 )
 from topkd.topk.maths.scalars import check_integer, check_real
@@ -69,7 +69,7 @@ def entropy_aware_opd_loss(
         A scalar, or [...] for reduction "none".
     """
     check_options(temperature=temperature)
-    check_positive(h_max=h_max)
+    check_above_zero(h_max=h_max)
     check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
     check_same("student_logits", student_logits.shape, teacher_logits=teacher_logits)
     mask = labels_mask(labels, student_logits.shape[:-1], student_logits.device)
@@ -163,7 +163,7 @@ def eopd_loss(
     """
     check_options(top_k=check_integer("k", k))
     check_gate(tau, alpha)
-    check_positive(cap=cap, advantage_clip=advantage_clip)
+    check_above_zero(cap=cap, advantage_clip=advantage_clip)
     check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
     check_tensors(sampled_ids=sampled_ids)
     check_same("student_logits", student_logits.shape, teacher_logits=teacher_logits)
@@ -187,7 +187,7 @@ def eopd_loss(
     h_teacher = entropy(teacher_logp)
     gate = h_teacher >= tau
     covering = torch.where(gate, forward_kl_on_top(teacher_logp, student_logp, k), 0.0)
-    loss = reduce_tokens(with_covering(sampled_term, covering, alpha), valid, reduction, num_tokens)
+    loss = reduce_tokens(add_covering_term(sampled_term, covering, alpha), valid, reduction, num_tokens)
     if not return_metrics:
         return loss
     tokens = max(int(valid.sum()), 1)
@@ -208,7 +208,7 @@ def check_gate(tau: float, alpha: float) -> None:
         raise ConfigError("alpha must be finite and not negative", got=alpha)
 
 
-def with_covering(sampled: Tensor, covering: Tensor, alpha: float) -> Tensor:
+def add_covering_term(sampled: Tensor, covering: Tensor, alpha: float) -> Tensor:
     """sampled + alpha covering; at alpha = 0 the second, which may be infinite, is dropped (0 * inf is nan)."""
     return sampled + alpha * covering if alpha > 0.0 else sampled
 
@@ -229,16 +229,6 @@ def sampled_reverse_kl(
         weight = importance_ratio(student_logp, behavior.to(student_logp.dtype))
         weight = weight if cap is None else weight.clamp(max=cap)
     return -(weight * advantage * torch.where(known, student_logp, 0.0)), advantage, known
-
-
-def select_behavior(behavior_logp: Tensor | None, used: Tensor) -> Tensor | None:
-    """The detached behaviour logprobs of the rows that train; refused where one is not finite."""
-    if behavior_logp is None:
-        return None
-    if behavior_logp.shape != used.shape:
-        raise ConfigError("behavior_logp has another shape", got=tuple(behavior_logp.shape), expected=tuple(used.shape))
-    check_finite(used, behavior_logp=behavior_logp)
-    return behavior_logp.detach()[used]
 
 
 def forward_kl_on_top(teacher_logp: Tensor, student_logp: Tensor, k: int) -> Tensor:

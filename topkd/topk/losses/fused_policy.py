@@ -8,21 +8,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from topkd.topk.errors import ConfigError
 from topkd.topk.fused import disable_compile, fused_row_loss
 from topkd.topk.losses.divergence import check_beta_torch
-from topkd.topk.losses.jsd import check_positive
+from topkd.topk.losses.jsd import check_above_zero
 from topkd.topk.losses.sparse import loss_dtype, scale_total, select_teacher
 from topkd.topk.losses.teacher import Teacher
-from topkd.topk.losses.tokens import Reduction, check_finite, check_logits, check_tensors
+from topkd.topk.losses.tokens import Reduction, check_logits, select_behavior
 from topkd.topk.losses.topk_policy import (
     SupportWeights,
-    bucket_rows,
     check_lam,
-    estimator_metrics,
-    support_weights,
-    usable_rows,
-    weighted_rows,
+    compute_bucket_divergence,
+    compute_row_losses,
+    compute_support_weights,
+    find_usable_rows,
+    summarise_estimator,
 )
 
 
@@ -88,25 +87,19 @@ def fused_topk_policy_gradient_loss(
     """
     check_beta_torch(beta)
     check_lam(lam)
-    check_positive(cap=cap)
+    check_above_zero(cap=cap)
     check_logits(hidden=hidden, weight=weight)
     shape = hidden.shape[:-1]
-    rows, used = select_teacher(teacher, mask, shape, hidden, k, usable=partial(usable_rows, lam=lam))
+    rows, used = select_teacher(teacher, mask, shape, hidden, k, usable=partial(find_usable_rows, lam=lam))
     valid = used.numel() if mask is None else int(mask.sum())
-    behavior = None
-    if behavior_logp is not None and lam > 0.0:
-        check_tensors(behavior_logp=behavior_logp)
-        if behavior_logp.shape != shape:
-            raise ConfigError("behavior_logp has another shape", got=tuple(behavior_logp.shape), expected=tuple(shape))
-        check_finite(used, behavior_logp=behavior_logp)
-        behavior = behavior_logp[used]
+    behavior = select_behavior(behavior_logp if lam > 0.0 else None, used)
     made: list[SupportWeights] = []
     buckets: list[Tensor] = []
     student_logp = torch.empty(rows.actual_ids.shape, dtype=loss_dtype(hidden), device=hidden.device)
 
     def row_loss(logp: Tensor, lse: Tensor, part: slice) -> Tensor:  # noqa: ARG001 - the protocol's argument
         at_ids, actual, teacher_part = logp[:, :-1], logp[:, -1], rows.rows(part)
-        weights = support_weights(
+        weights = compute_support_weights(
             at_ids,
             actual,
             teacher_part,
@@ -116,13 +109,13 @@ def fused_topk_policy_gradient_loss(
             cap=cap,
         )
         made.append(weights)
-        buckets.append(bucket_rows(at_ids, teacher_part, beta))
+        buckets.append(compute_bucket_divergence(at_ids, teacher_part, beta))
         student_logp[part] = actual.detach()
-        return weighted_rows(at_ids, actual, weights)
+        return compute_row_losses(at_ids, actual, weights)
 
     ids = torch.cat([rows.ids, rows.actual_ids.unsqueeze(-1)], -1)
     total = fused_row_loss(hidden[used], weight, ids, row_loss, bias=bias, chunk=chunk)
     loss = scale_total(total, ids.shape[0], reduction, num_tokens)
-    metrics = estimator_metrics(SupportWeights.concat(made), torch.cat([*buckets, student_logp[:0]]), 0)
+    metrics = summarise_estimator(SupportWeights.concat(made), torch.cat([*buckets, student_logp[:0]]), 0)
     metrics["masked_rows"] = float(valid - ids.shape[0])
     return FusedPolicyLoss(loss, student_logp, used, metrics)

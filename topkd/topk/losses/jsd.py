@@ -61,7 +61,7 @@ def generalized_jsd_loss(  # noqa: PLR0917 - the source's signature
     if logits_are_probs and (temperature != 1.0 or top_k is not None):
         raise ConfigError("logits_are_probs takes neither a temperature nor top_k: both act on logits")
     check_options(temperature=temperature, top_k=top_k, tail=tail)
-    check_positive(token_clip=token_clip, per_token_clip=per_token_clip)
+    check_above_zero(token_clip=token_clip, per_token_clip=per_token_clip)
     check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
     if student_logits.shape != teacher_logits.shape:
         raise ConfigError(
@@ -85,7 +85,7 @@ def generalized_jsd_loss(  # noqa: PLR0917 - the source's signature
 
 
 def select_rows(logits: Tensor, mask: Tensor) -> Tensor:
-    """[N, V] of the valid positions, in float32 (float64 stays)."""
+    """Select [N, V] of the valid positions, in float32 (float64 stays)."""
     return upcast(logits[mask])
 
 
@@ -104,11 +104,11 @@ def _bucketed(logp: Tensor, ids: Tensor) -> Tensor:
     rest = logp.scatter(-1, ids, -math.inf)
     empty = torch.isneginf(rest).all(-1, keepdim=True)
     tail = torch.logsumexp(torch.where(empty, 0.0, rest), -1).masked_fill(empty.squeeze(-1), -math.inf)
-    return with_tail(logp.gather(-1, ids), tail)
+    return append_tail(logp.gather(-1, ids), tail)
 
 
-def with_tail(logp: Tensor, tail_logp: Tensor) -> Tensor:
-    """[..., K+1]: the list and one more bin for everything outside it."""
+def append_tail(logp: Tensor, tail_logp: Tensor) -> Tensor:
+    """Append one more bin for everything outside the list: [..., K+1]."""
     return torch.cat([logp, tail_logp.unsqueeze(-1)], dim=-1)
 
 
@@ -120,14 +120,14 @@ def _log_probabilities(name: str, p: Tensor) -> Tensor:
 
 def check_options(*, temperature: float = 1.0, top_k: int | None = None, tail: str = "bucket") -> None:
     """Raise ConfigError where an option lies outside its range."""
-    check_positive(temperature=check_real("temperature", temperature))
+    check_above_zero(temperature=check_real("temperature", temperature))
     if top_k is not None and check_integer("top_k", top_k) < 1:
         raise ConfigError("top_k must be at least 1", got=top_k)
     if tail not in ("bucket", "renormalise"):
         raise ConfigError("unknown tail", got=tail, expected="bucket or renormalise")
 
 
-def check_positive(**values: float | None) -> None:
+def check_above_zero(**values: float | None) -> None:
     """Raise ConfigError where a given value is not above 0."""
     for name, value in values.items():
         if value is not None and not check_real(name, value) > 0:

@@ -17,7 +17,7 @@ from torch import Tensor
 from topkd.topk.errors import ConfigError
 from topkd.topk.fused import disable_compile, fused_row_loss, gather_logprobs, subset_logits
 from topkd.topk.losses.divergence import check_beta_torch, divergence, log_softmax, log_tail_torch
-from topkd.topk.losses.jsd import Tail, check_options, with_tail
+from topkd.topk.losses.jsd import Tail, append_tail, check_options
 from topkd.topk.losses.teacher import SparseTeacher, Teacher, flatten_teacher
 from topkd.topk.losses.tokens import (
     FullReduction,
@@ -153,7 +153,7 @@ def bins(student_logp: Tensor, rows: SparseTeacher, tail: Tail, temperature: flo
         return log_softmax(teacher / temperature), log_softmax(student / temperature)
     # 1 - sum_k s_k cancels: its gradient is taken in float64, where that costs nothing at [N, K]
     student_tail = log_tail_torch(to_widest(student)).to(student.dtype)
-    return with_tail(teacher, rows.tail_logp.to(student.dtype)), with_tail(student, student_tail)
+    return append_tail(teacher, rows.tail_logp.to(student.dtype)), append_tail(student, student_tail)
 
 
 def select_teacher(
@@ -165,7 +165,7 @@ def select_teacher(
     *,
     usable: Usable | None = None,
 ) -> tuple[SparseTeacher, Tensor]:
-    """The teacher's rows that train, and the boolean selection they come from (valid, and usable: not a hole)."""
+    """Select the teacher's rows that train, and the boolean selection (valid and usable: not a hole)."""
     sparse = flatten_teacher(teacher, shape, like.device, loss_dtype(like)).head(k)
     used: Tensor = boolean_mask(mask, shape, like.device)
     known = sparse.signal if usable is None else usable(sparse)
@@ -174,7 +174,7 @@ def select_teacher(
 
 
 def select_weight(row_weight: Tensor | None, used: Tensor, like: Tensor) -> Tensor:
-    """The detached factors of the rows that train, [N] in the loss's dtype; ones when None."""
+    """Select the detached factors of the rows that train, [N] in the loss's dtype; ones when None."""
     if row_weight is None:
         return torch.ones(int(used.sum()), dtype=loss_dtype(like), device=like.device)
     check_tensors(row_weight=row_weight)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from topkd.topk.fused import gather_logprobs
 from topkd.topk.losses.divergence import divergence, log_softmax
-from topkd.topk.losses.entropy import check_gate, sampled_reverse_kl, select_behavior, with_covering
-from topkd.topk.losses.jsd import Tail, check_positive
+from topkd.topk.losses.entropy import add_covering_term, check_gate, sampled_reverse_kl
+from topkd.topk.losses.jsd import Tail, check_above_zero
 from topkd.topk.losses.sparse import bins, check_sparse_options, select_teacher
 from topkd.topk.losses.taid import blend, check_t, cross_entropy, entropy
 from topkd.topk.losses.teacher import SparseTeacher, Teacher
-from topkd.topk.losses.tokens import Reduction, check_logits, reduce_mean, reduce_tokens, to_widest
+from topkd.topk.losses.tokens import Reduction, check_logits, reduce_mean, reduce_tokens, select_behavior, to_widest
 
 
 def sparse_taid_loss(
@@ -96,7 +96,7 @@ def sparse_entropy_aware_loss(
     Returns:
         (loss, {"w_low", "w_high"}): the mean weight by the lower bound, which was used, and by the upper one.
     """
-    check_positive(h_max=h_max)
+    check_above_zero(h_max=h_max)
     check_logits(student_logits=student_logits)
     vocab = student_logits.shape[-1]
     limit = math.log(vocab) if h_max is None else h_max
@@ -155,7 +155,7 @@ def sparse_eopd_loss(
     Returns:
         (loss, metrics): gate_fraction, undecided (rows with H_low < tau <= H_high), kl, excluded.
     """
-    check_positive(cap=cap, advantage_clip=advantage_clip)
+    check_above_zero(cap=cap, advantage_clip=advantage_clip)
     check_gate(tau, alpha)
     check_logits(student_logits=student_logits)
     rows, used = select_teacher(teacher, mask, student_logits.shape[:-1], student_logits, None)
@@ -167,7 +167,7 @@ def sparse_eopd_loss(
     t_y = rows.actual_logp.to(logp.dtype)
     sampled, advantage, finite = sampled_reverse_kl(logp[:, -1], t_y, behavior, cap, advantage_clip)
     covering, low, high = gate_rows(logp[:, :-1], rows, tau=tau, k=k, vocab_size=student_logits.shape[-1])
-    loss = reduce_tokens(with_covering(sampled, covering, alpha), used, reduction, num_tokens)
+    loss = reduce_tokens(add_covering_term(sampled, covering, alpha), used, reduction, num_tokens)
     return loss, {
         "gate_fraction": float((low >= tau).sum()) / max(low.shape[0], 1),
         "undecided": float(((low < tau) & (high >= tau)).sum()),

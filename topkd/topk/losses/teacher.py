@@ -67,7 +67,7 @@ class SparseTeacher:
         return self.ids.clamp(min=0)
 
     def rows(self, index: Tensor | slice) -> SparseTeacher:
-        """The rows picked by a boolean or integer index, or a slice of them."""
+        """Select rows by a boolean or integer index, or a slice."""
         return SparseTeacher(
             self.ids[index],
             self.logp[index],
@@ -77,11 +77,11 @@ class SparseTeacher:
         )
 
     def to(self, device: torch.device) -> SparseTeacher:
-        """The same rows on a device."""
+        """Move the rows to a device."""
         return SparseTeacher(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def head(self, k: int | None) -> SparseTeacher:
-        """The k most probable entries; what is dropped joins the tail. None changes nothing.
+        """Keep the k most probable entries; what is dropped joins the tail. None changes nothing.
 
         A server that was asked for k and appends the realised token answers k + 1 entries: cut it off, as a support
         that contains y *because* y was sampled biases the estimator.
@@ -107,7 +107,7 @@ class SparseTeacher:
 
     @classmethod
     def from_topk(cls, teacher: TopK, device: torch.device, dtype: torch.dtype) -> SparseTeacher:
-        """Tensors of a TopK. An unknown tail is derived from the listed logprobs."""
+        """Build tensors of a TopK; an unknown tail is derived from the listed logprobs."""
 
         def floats(values: object) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
@@ -129,7 +129,7 @@ Teacher: TypeAlias = TopK | Sequence[TopK] | SparseTeacher
 
 
 def flatten_teacher(teacher: Teacher, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> SparseTeacher:
-    """The teacher as N = prod(shape) flat rows.
+    """Flatten the teacher to N = prod(shape) rows.
 
     Args:
         teacher: A TopK whose rows follow each other, one TopK a sequence, or tensors that were made before. For

@@ -21,14 +21,14 @@ FullReduction: TypeAlias = Literal["batchmean", "mean", "sum", "none"]
 
 
 def upcast(x: Tensor) -> Tensor:
-    """x in float32, or unchanged in float64; integers are refused."""
+    """Return x in float32, or unchanged in float64; refuse integers."""
     if not x.is_floating_point():
         raise ConfigError("a loss needs floating-point tensors", got=x.dtype)
     return x if x.dtype == torch.float64 else x.float()
 
 
 def to_widest(x: Tensor) -> Tensor:
-    """x in float64, for [N, K] quantities such as 1 - sum_k s_k; in float32 on Apple GPUs, which have no float64."""
+    """Return x in float64, for quantities such as 1 - sum_k s_k (float32 on Apple GPUs)."""
     return x.float() if x.device.type == "mps" else x.double()
 
 
@@ -69,8 +69,19 @@ def check_finite(mask: Tensor, **values: Tensor) -> None:
             )
 
 
+def select_behavior(behavior_logp: Tensor | None, used: Tensor) -> Tensor | None:
+    """Return the detached behaviour logprobs of the rows that train; refuse values that are not finite."""
+    if behavior_logp is None:
+        return None
+    check_tensors(behavior_logp=behavior_logp)
+    if behavior_logp.shape != used.shape:
+        raise ConfigError("behavior_logp has another shape", got=tuple(behavior_logp.shape), expected=tuple(used.shape))
+    check_finite(used, behavior_logp=behavior_logp)
+    return behavior_logp.detach()[used]
+
+
 def boolean_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
-    """bool of the given shape; None means that every position is valid.
+    """Return a bool mask of the shape; None means that every position is valid.
 
     An integer or float mask is refused: 1/0 and -100 conventions read each other's masks without an error.
     """
@@ -85,7 +96,7 @@ def boolean_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -
 
 
 def labels_mask(labels: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
-    """bool, True where the label is not -100. A boolean tensor is taken as the mask itself.
+    """Return bool, True where the label is not -100. A boolean tensor is the mask itself.
 
     Integers that are all 0 or 1 are refused: as labels they keep every position, and nearly always they are a mask.
     """

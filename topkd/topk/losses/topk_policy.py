@@ -20,15 +20,15 @@ from torch import Tensor
 
 from topkd.topk.errors import ConfigError
 from topkd.topk.losses.divergence import check_beta_torch, divergence
-from topkd.topk.losses.jsd import check_positive, with_tail
+from topkd.topk.losses.jsd import append_tail, check_above_zero
 from topkd.topk.losses.policy import importance_ratio
 from topkd.topk.losses.teacher import SparseTeacher, Teacher, flatten_teacher
 from topkd.topk.losses.tokens import (
     Reduction,
     boolean_mask,
-    check_finite,
     check_tensors,
     reduce_tokens,
+    select_behavior,
     to_widest,
     upcast,
 )
@@ -64,7 +64,7 @@ class SupportWeights:
 
     @classmethod
     def concat(cls, parts: Sequence[SupportWeights]) -> SupportWeights:
-        """The rows of several chunks; without any chunk, no row."""
+        """Concatenate the rows of several chunks."""
         if not parts:
             none = torch.zeros(0)
             return cls(none, none, none.bool(), none.bool(), none.bool(), none, none)
@@ -81,7 +81,7 @@ def advantage(log_ratio: Tensor, beta: float) -> Tensor:
     return (1.0 - beta) * torch.logaddexp(log_ratio + math.log(beta), other)
 
 
-def support_weights(
+def compute_support_weights(
     student_logp_at_ids: Tensor,
     student_logp_actual: Tensor,
     teacher: SparseTeacher,
@@ -91,7 +91,7 @@ def support_weights(
     behavior_logp: Tensor | None = None,
     cap: float | None = None,
 ) -> SupportWeights:
-    """Coefficients of the estimator for rows that all have a signal; float64 and detached whatever comes in."""
+    """Compute the estimator's coefficients for rows with a signal; float64, detached."""
     ls, lt = to_widest(student_logp_at_ids.detach()), to_widest(teacher.logp)
     s_y, t_y = to_widest(student_logp_actual.detach()), to_widest(teacher.actual_logp)
     # at beta = 1 an id with t = 0 has no finite advantage: it is left in the tail, which is as good a partition
@@ -130,8 +130,8 @@ class _ZeroAtMinusInf(torch.autograd.Function):
         return d_logp
 
 
-def weighted_rows(student_logp_at_ids: Tensor, student_logp_actual: Tensor, weights: SupportWeights) -> Tensor:
-    """-(sum_k w_k log s_k + w_y log s_y), [N]; entries of weight zero are never touched (their log s may be -inf).
+def compute_row_losses(student_logp_at_ids: Tensor, student_logp_actual: Tensor, weights: SupportWeights) -> Tensor:
+    """Compute -(sum_k w_k log s_k + w_y log s_y), [N]; entries of weight zero are never touched.
 
     An id with s = 0 and a weight (beta = 0) gives its gradient, and leaves the value: that term of it is infinite.
     """
@@ -143,8 +143,8 @@ def weighted_rows(student_logp_at_ids: Tensor, student_logp_actual: Tensor, weig
     return -((weights.ids.to(dtype) * at_ids).sum(-1) + weights.actual.to(dtype) * actual)
 
 
-def usable_rows(teacher: SparseTeacher, lam: float) -> Tensor:
-    """bool [N]: the list has a signal and, when lam > 0, the realised token and its logprob are known.
+def find_usable_rows(teacher: SparseTeacher, lam: float) -> Tensor:
+    """Find rows with a signal and, when lam > 0, a known realised token: bool [N].
 
     K = 0 is the empty support A, the plain sampled-token estimator; an empty row of a wider list is a hole.
     """
@@ -160,8 +160,8 @@ def check_lam(lam: float) -> None:
         raise ConfigError("lam must lie in [0, 1]", got=lam, hint="0 = (K+1)-bin divergence, 1 = the whole vocabulary")
 
 
-def estimator_metrics(weights: SupportWeights, bucket: Tensor, masked_rows: int) -> dict[str, float]:
-    """Means over the rows that were used; counts for what was gated, excluded or masked."""
+def summarise_estimator(weights: SupportWeights, bucket: Tensor, masked_rows: int) -> dict[str, float]:
+    """Summarise the rows that were used: means, and counts of gated, excluded or masked rows."""
     count = max(weights.actual.shape[0], 1)
     return {
         "gated_rows": float(weights.gated.sum()),
@@ -251,7 +251,7 @@ def topk_policy_gradient_loss(
     """
     check_beta_torch(beta)
     check_lam(lam)
-    check_positive(cap=cap)
+    check_above_zero(cap=cap)
     check_tensors(student_logp_at_ids=student_logp_at_ids, student_logp_actual=student_logp_actual)
     shape = student_logp_actual.shape
     if student_logp_at_ids.shape[:-1] != shape:
@@ -266,30 +266,24 @@ def topk_policy_gradient_loss(
         raise ConfigError("student and teacher differ in K", got=at_ids.shape[-1], expected=sparse.ids.shape[-1])
     sparse = sparse.head(k)
     valid = boolean_mask(mask, shape, at_ids.device).reshape(-1)
-    used = valid & usable_rows(sparse, lam)
+    used = valid & find_usable_rows(sparse, lam)
     rows = sparse.rows(used)
     at_ids, actual = at_ids[used][:, : rows.ids.shape[-1]], upcast(student_logp_actual.reshape(-1)[used])
     check_mass_torch(at_ids.masked_fill(~rows.listed, -math.inf), student_logp_at_ids.dtype)
-    behavior = None
-    if behavior_logp is not None and lam > 0.0:
-        check_tensors(behavior_logp=behavior_logp)
-        if behavior_logp.shape != shape:
-            raise ConfigError("behavior_logp has another shape", got=tuple(behavior_logp.shape), expected=tuple(shape))
-        check_finite(used, behavior_logp=behavior_logp.reshape(-1))
-        behavior = behavior_logp.reshape(-1)[used]
-    weights = support_weights(at_ids, actual, rows, beta=beta, lam=lam, behavior_logp=behavior, cap=cap)
-    loss = reduce_tokens(weighted_rows(at_ids, actual, weights), used, reduction, num_tokens)
+    behavior = select_behavior(behavior_logp if lam > 0.0 else None, used.reshape(shape))
+    weights = compute_support_weights(at_ids, actual, rows, beta=beta, lam=lam, behavior_logp=behavior, cap=cap)
+    loss = reduce_tokens(compute_row_losses(at_ids, actual, weights), used, reduction, num_tokens)
     if not return_metrics:
         return loss
-    return loss, estimator_metrics(weights, bucket_rows(at_ids, rows, beta), int((valid & ~used).sum()))
+    return loss, summarise_estimator(weights, compute_bucket_divergence(at_ids, rows, beta), int((valid & ~used).sum()))
 
 
-def check_mass_torch(student_logp_at_ids: Tensor, given: torch.dtype) -> None:
+def check_mass_torch(student_logp_at_ids: Tensor, dtype: torch.dtype) -> None:
     """Raise ConfigError where a row sums to more than 1: logits taken for logprobs would pass every other check."""
     if torch.compiler.is_compiling():
         return
     mass = to_widest(student_logp_at_ids.detach()).exp().sum(-1)
-    limit = 1.0 + (MASS_TOLERANCE if given in (torch.float32, torch.float64) else _HALF_MASS_TOLERANCE)
+    limit = 1.0 + (MASS_TOLERANCE if dtype in (torch.float32, torch.float64) else _HALF_MASS_TOLERANCE)
     if bool((mass > limit).any()):
         raise ConfigError(
             "student_logp_at_ids: mass above 1",
@@ -300,8 +294,10 @@ def check_mass_torch(student_logp_at_ids: Tensor, given: torch.dtype) -> None:
         )
 
 
-def bucket_rows(student_logp_at_ids: Tensor, teacher: SparseTeacher, beta: float) -> Tensor:
-    """D_bucket of each row, [N], detached float64: a lower bound of the divergence, for the run log."""
+def compute_bucket_divergence(student_logp_at_ids: Tensor, teacher: SparseTeacher, beta: float) -> Tensor:
+    """Compute D_bucket of each row, [N], detached float64: a lower bound of the divergence, for the run log."""
     student = to_widest(torch.where(teacher.listed, student_logp_at_ids.detach(), -math.inf))
     tail = (1.0 - student.exp().sum(-1)).clamp(min=_TAIL_CLAMP).log()
-    return divergence(with_tail(to_widest(teacher.logp), to_widest(teacher.tail_logp)), with_tail(student, tail), beta)
+    return divergence(
+        append_tail(to_widest(teacher.logp), to_widest(teacher.tail_logp)), append_tail(student, tail), beta
+    )

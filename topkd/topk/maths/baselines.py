@@ -132,11 +132,11 @@ def _mean_advantage(teacher: Float64, student: Float64, beta: float) -> Float64:
 
 def _steps_left(size: int, lengths: ArrayLike | None) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     """How many positions of its own sequence follow each place."""
-    given = float64("lengths", [size] if lengths is None else lengths)
-    counts = given.astype(np.int64)
-    if (given != counts).any() or counts.ndim != 1 or (counts < 0).any() or counts.sum() != size:
+    values = float64("lengths", [size] if lengths is None else lengths)
+    counts = values.astype(np.int64)
+    if (values != counts).any() or counts.ndim != 1 or (counts < 0).any() or counts.sum() != size:
         raise ConfigError(
-            "lengths must be the token counts of the sequences", got=given.tolist(), expected=f"sum {size}"
+            "lengths must be the token counts of the sequences", got=values.tolist(), expected=f"sum {size}"
         )
     return np.asarray(np.repeat(np.cumsum(counts), counts) - 1 - np.arange(size))
 

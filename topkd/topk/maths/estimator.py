@@ -128,10 +128,10 @@ def weighted_advantage(teacher: Float64, student: Float64, beta: float) -> Float
 
 def _student(teacher: TopK, student_logp_at_ids: ArrayLike) -> Float64:
     """The student's logprobs at the teacher's ids as float64, -inf at pads."""
-    given = float64("student_logp_at_ids", student_logp_at_ids)
-    if given.shape != teacher.ids.shape:
-        raise ConfigError("student_logp_at_ids must stand at teacher.ids", got=given.shape, expected=teacher.ids.shape)
-    student = logp64("student_logp_at_ids", np.where(teacher.listed, given, -np.inf))
+    values = float64("student_logp_at_ids", student_logp_at_ids)
+    if values.shape != teacher.ids.shape:
+        raise ConfigError("student_logp_at_ids must stand at teacher.ids", got=values.shape, expected=teacher.ids.shape)
+    student = logp64("student_logp_at_ids", np.where(teacher.listed, values, -np.inf))
     check_mass("student_logp_at_ids", student)
     return student
 

@@ -27,7 +27,7 @@ def log_tail(logp: Float64, *, clamp: float = LOG_MASS_CLAMP) -> Float64:
 
 
 def check_mass(name: str, logp: Float64) -> None:
-    """Refuses rows whose probabilities sum to more than 1 + 1e-3: such a row is not (part of) a distribution."""
+    """Refuse rows whose probabilities sum to more than 1 + 1e-3: they are not (part of) a distribution."""
     with np.errstate(over="ignore"):
         mass = np.atleast_1d(np.exp(logp).sum(axis=-1))
     if (mass > 1.0 + MASS_TOLERANCE).any():

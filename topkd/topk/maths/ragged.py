@@ -1,4 +1,4 @@
-"""Lists of (id, logprob) of any length as rectangular arrays: sorted, each id once, pads at the end."""
+"""Rectangular arrays from lists of (id, logprob) of any length: sorted, each id once, pads at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LARGEST_ID = np.iinfo(np.int32).max
 def pad_rows(
     name: str, positions: Sequence[Sequence[tuple[int, float]] | None], pad_id: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """Ids [R, K] and logprobs [R, K], most probable first.
+    """Return ids [R, K] and logprobs [R, K], most probable first.
 
     The longest list sets K; shorter ones end in ``pad_id`` (negative) and -inf. NaN entries are dropped, a repeated id
     keeps its larger logprob, ties stand in the order of their ids, None is an empty list. Every pass over the entries
@@ -54,7 +54,7 @@ def _sort_rows(
 def _flat(
     name: str, positions: Sequence[Sequence[tuple[int, float]] | None]
 ) -> tuple[int, NDArray[np.intp], NDArray[np.int64], NDArray[np.float64]]:
-    """How many positions, and position, id and logprob of every entry."""
+    """Return the number of positions, and position, id and logprob of every entry."""
     try:
         lists = [() if position is None else position for position in positions]
         lengths = np.fromiter(map(len, lists), dtype=np.intp, count=len(lists))

@@ -1,4 +1,4 @@
-"""Checked scalar arguments: what is not a number becomes one ConfigError that names the argument."""
+"""Checks of scalar arguments; each error names the argument."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from topkd.topk.errors import ConfigError
 
 
 def check_real(name: str, value: object) -> float:
-    """``value`` as one float, or a ConfigError that names it; text and flags are refused."""
+    """Return ``value`` as a float; refuse text and flags."""
     if isinstance(value, (str, bytes, bool, np.bool_)):  # float() takes "nan" and True
         raise ConfigError(f"{name} must be a number", got=repr(value))
     try:
@@ -20,7 +20,7 @@ def check_real(name: str, value: object) -> float:
 
 
 def check_integer(name: str, value: object) -> int:
-    """``value`` as an integer, or a ConfigError that names it; floats and flags are refused."""
+    """Return ``value`` as an integer; refuse floats and flags."""
     if isinstance(value, bool):  # a flag is no count
         raise ConfigError(f"{name} must be an integer", got=value)
     try:
@@ -30,7 +30,7 @@ def check_integer(name: str, value: object) -> int:
 
 
 def check_positive(name: str, value: object) -> int:
-    """``value`` as an integer of at least 1, or a ConfigError that names it."""
+    """Return ``value`` as an integer of at least 1."""
     number = check_integer(name, value)
     if number < 1:
         raise ConfigError(f"{name} must be at least 1", got=number)
