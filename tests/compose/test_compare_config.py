@@ -82,7 +82,7 @@ def test_run_files_may_be_called_anything_and_one_file_twice_is_no_comparison(tm
         (tmp_path / name).write_text(f'k = {place + 1}\n{RUN}[eval]\npath = "p"\nteacher = "t"\n')
     monkeypatch.chdir(tmp_path / "a")
     made = from_runs([*(tmp_path / name for name in names[:2]), Path("run.toml"), Path("../run.toml")], {}, [0])
-    assert [arm.shown for arm in made.arms] == ["my first try", "ü", "a-run", f"{tmp_path.name}-run"]
+    assert [arm.display_name for arm in made.arms] == ["my first try", "ü", "a-run", f"{tmp_path.name}-run"]
     assert [made.values(arm, 0, None)["k"] for arm in made.arms] == [1, 2, 3, 4]
     with pytest.raises(ConfigError, match="every arm's name once"):
         from_runs([Path("run.toml"), Path("../a/run.toml")], {}, [0])
@@ -126,7 +126,7 @@ def test_run_files_that_start_or_are_measured_otherwise_cannot_be_paired(tmp_pat
 def test_an_arm_of_any_spelling_has_a_folder_of_its_own_and_keeps_its_words():
     labels = ["kind=gjs", "model=/a b/c", "(odd)", *(f"{'x' * 80}{end}" for end in "12"), "--"]
     arms = [_build_arm(label, {}) for label in labels]
-    assert [arm.shown for arm in arms] == labels
+    assert [arm.display_name for arm in arms] == labels
     assert len({arm.name for arm in arms}) == len(labels)
     assert [arm.name for arm in arms[:3]] == ["kind=gjs", "model=-a-b-c", "odd-"]
 
@@ -244,7 +244,7 @@ def test_a_replay_of_other_rollouts_is_another_cell_though_its_own_arm_is_as_it_
     def replays(**changes):
         told = config(replay=True, arms=[{**ARMS[0], "set": {**ARMS[0]["set"], **changes}}, ARMS[1]])
         live = _build_cell(told, told.arms[0], 0, None, "live")
-        return [_build_cell(told, arm, 0, None, "replay", drawn={live.id: live.digest}) for arm in told.arms]
+        return [_build_cell(told, arm, 0, None, "replay", live_digests={live.id: live.digest}) for arm in told.arms]
 
     (_, before), (_, same), (_, after) = replays(), replays(), replays(seed=1, steps=9)
     assert (before.values, before.digest) == (after.values, same.digest)

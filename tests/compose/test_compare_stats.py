@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from topkd.compose.comparison.statistics import estimate_paired_ratio, summarize_arms, summarize_curve
-from topkd.compose.comparison.summary import state_verdict
+from topkd.compose.comparison.summary import judge_arms
 
 
 def evals(values, step=100):
@@ -64,7 +64,7 @@ def test_pairing_sees_a_small_difference_under_a_large_spread_between_seeds():
         ("ours", s): [level[s], level[s] * (0.7 + 0.01 * s)] for s in seeds
     }
     rows = summarize_arms(["ref", "ours"], {key: result(v) for key, v in slopes.items()}, seeds, "reverse_kl", 0.8)
-    said = state_verdict(rows, {"ref": "Ref", "ours": "Ours"}, "reverse_kl")
+    said = judge_arms(rows, {"ref": "Ref", "ours": "Ours"}, "reverse_kl")
     assert said["winner"] == "ours"
     assert "Ours wins" in said["text"]
     assert rows[1]["final_ratio"]["high"] < 0.85
@@ -73,7 +73,7 @@ def test_pairing_sees_a_small_difference_under_a_large_spread_between_seeds():
 def test_arms_whose_interval_reaches_one_have_no_winner():
     curves = {("a", 0): [1, 0.5], ("a", 1): [1, 0.9], ("b", 0): [1, 0.6], ("b", 1): [1, 0.8]}
     rows = summarize_arms(["a", "b"], {key: result(v) for key, v in curves.items()}, (0, 1), "reverse_kl", 0.8)
-    said = state_verdict(rows, {"a": "A", "b": "B"}, "reverse_kl")
+    said = judge_arms(rows, {"a": "A", "b": "B"}, "reverse_kl")
     assert said["winner"] is None
     assert said["text"].startswith("No clear winner")
 
@@ -81,9 +81,9 @@ def test_arms_whose_interval_reaches_one_have_no_winner():
 def test_a_single_seed_names_the_smallest_area_without_calling_it_a_win():
     curves = {("a", 0): [1, 0.5], ("b", 0): [1, 0.9]}
     rows = summarize_arms(["a", "b"], {key: result(v) for key, v in curves.items()}, (0,), "reverse_kl", 0.8)
-    said = state_verdict(rows, {"a": "A", "b": "B"}, "reverse_kl")
+    said = judge_arms(rows, {"a": "A", "b": "B"}, "reverse_kl")
     assert said["winner"] is None
-    assert "a single pair shows no spread" in said["text"]
+    assert "a single pair has no spread" in said["text"]
 
 
 def test_tokens_ratio_takes_only_pairs_in_which_both_arrived_and_counts_the_rest():
@@ -97,6 +97,6 @@ def test_tokens_ratio_takes_only_pairs_in_which_both_arrived_and_counts_the_rest
 def test_an_arm_whose_curve_has_a_hole_is_named_and_not_ranked():
     curves = {("a", 0): [1, 0.5], ("b", 0): [1, 0.9], ("c", 0): [1, None]}
     rows = summarize_arms(["a", "b", "c"], {key: result(v) for key, v in curves.items()}, (0,), "reverse_kl", 0.8)
-    said = state_verdict(rows, {"a": "A", "b": "B", "c": "C"}, "reverse_kl")
+    said = judge_arms(rows, {"a": "A", "b": "B", "c": "C"}, "reverse_kl")
     assert said["best"] == "a"
-    assert said["text"].endswith("Not ranked, for want of a whole curve: C.")
+    assert said["text"].endswith("Not ranked, because their curves are incomplete: C.")

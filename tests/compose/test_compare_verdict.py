@@ -4,7 +4,7 @@ import pytest
 
 from tests.compose.test_compare_stats import result
 from topkd.compose.comparison.statistics import summarize_arms
-from topkd.compose.comparison.summary import state_verdict
+from topkd.compose.comparison.summary import judge_arms
 
 SHOWN = {"a": "A", "b": "B", "c": "C"}
 
@@ -12,7 +12,7 @@ SHOWN = {"a": "A", "b": "B", "c": "C"}
 def said_of(curves, seeds=(0, 1, 2), controls=()):
     arms = sorted({arm for arm, _ in curves})
     rows = summarize_arms(arms, {key: result(values) for key, values in curves.items()}, seeds, "reverse_kl", 0.8)
-    return state_verdict(rows, SHOWN, "reverse_kl", controls)
+    return judge_arms(rows, SHOWN, "reverse_kl", controls)
 
 
 def curves(**shapes):
@@ -55,8 +55,8 @@ def test_an_arm_alone_beside_a_control_wins_nothing_and_is_set_against_it():
 @pytest.mark.parametrize(
     ("seed", "text", "ends"),
     [
-        (0, "on the one seed there is: a single pair shows no spread.", "A also ends lowest, on that one seed."),
-        (1, "but no seed in common with B: nothing pairs them.", "A also ends lowest, unpaired as well."),
+        (0, "on the only seed: a single pair has no spread.", "A also ends lowest, on that seed."),
+        (1, "but no seed in common with B: no pairs.", "A also ends lowest, without a pair as well."),
     ],
 )
 def test_one_pair_and_no_pair_are_not_the_same_want(seed, text, ends):
@@ -107,5 +107,8 @@ def test_a_seed_that_one_arm_lacks_moves_nobody_elses_rank():
 @pytest.mark.parametrize("curve", [[1, None], [1, None, 0.5]])
 def test_with_one_whole_curve_there_is_nothing_to_compare(curve):
     said = said_of({("a", 0): [1, 0.5], ("b", 0): curve})
-    assert said["text"] == "Fewer than two arms finished: nothing to compare. Not ranked, for want of a whole curve: B."
+    assert (
+        said["text"]
+        == "Fewer than two arms finished: nothing to compare. Not ranked, because their curves are incomplete: B."
+    )
     assert (said["winner"], said["ends"]) == (None, "")

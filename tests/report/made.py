@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from topkd.compose.comparison.statistics import summarize_arms
-from topkd.compose.comparison.summary import state_verdict
+from topkd.compose.comparison.summary import judge_arms
 from topkd.engine.loop.metrics import make_strict_json
 
 EDGES = [2.0**power for power in range(-4, 5)]
@@ -159,7 +159,7 @@ def write_comparison(folder: Path, *, seeds: int = 3, steps: int = 20, finished:
     if not finished:
         return folder
     rows = summarize_arms([*labels], results, range(seeds), "reverse_kl", 0.893)
-    said = state_verdict(rows, labels, "reverse_kl")
+    said = judge_arms(rows, labels, "reverse_kl")
     tuning = {"rates": [3e-4, 1e-3, 3e-3, 1e-2], "areas": [0.97, 0.93, 0.95, None], "best": 1e-3, "edge": ""}
     summary = config | {
         "note": "Made up.",

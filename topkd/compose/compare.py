@@ -1,7 +1,8 @@
-"""``compare``: every arm on every seed, learning rates tuned apart, cell by cell, resumable, in one directory."""
+"""``compare``: train every arm on every seed, in one folder that a later call continues."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -9,10 +10,11 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,7 +33,7 @@ from topkd.topk.errors import ConfigError, TrainingError
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A finished comparison: its directory and what ``compare.json`` holds."""
+    """A finished comparison: its folder and the contents of ``compare.json``."""
 
     out: Path
     summary: dict[str, Any]
@@ -42,10 +44,13 @@ class Comparison:
         return not self.summary["failed"] and not self.summary["refused"]
 
 
-def compare(config: CompareConfig, out: Path, progress: Progress | None = None) -> Comparison:
-    """Run what is missing of a comparison; a second call continues where the first one stopped."""
-    progress = progress or Progress()
-    _check_free(config, out)
+def compare(config: CompareConfig, out: str | Path, progress: Progress | None = None) -> Comparison:
+    """Run the cells of a comparison that are missing in ``out``, and compare all of them.
+
+    A second call continues where the first one stopped.
+    """
+    progress, out = progress or Progress(), Path(out)
+    _check_output_folder(config, out)
     with lock_folder(out):
         save_config(config, out / CONFIG)
         return _run_comparison(config, out, progress)
@@ -62,9 +67,9 @@ def _run_comparison(config: CompareConfig, out: Path, progress: Progress) -> Com
         results = workers.finish("live runs", live)
         replayed = []
         if config.replay:
-            drawn = {cell.id: cell.digest for cell in live}
+            live_digests = {cell.id: cell.digest for cell in live}
             replayed = [
-                _build_cell(config, arm, seed, tuned[arm.name], "replay", drawn=drawn)
+                _build_cell(config, arm, seed, tuned[arm.name], "replay", live_digests=live_digests)
                 for arm in config.arms
                 for seed in config.seeds
             ]
@@ -77,7 +82,7 @@ def _run_comparison(config: CompareConfig, out: Path, progress: Progress) -> Com
 
 
 class _Workers:
-    """Processes that train cells; finished cells are read, not run."""
+    """Processes that train cells."""
 
     def __init__(self, config: CompareConfig, cells: Path, progress: Progress) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -85,6 +90,7 @@ class _Workers:
         self.threads = max(1, cores // self.count)
         self.cells, self.progress = cells, progress
         self._pool: ProcessPoolExecutor | None = None
+        self._processes: set[BaseProcess] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -92,19 +98,18 @@ class _Workers:
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
+            for process in self._processes:
                 process.terminate()
 
     def finish(self, stage: str, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
-        """Results by cell id, of cells run now and of those that already lay there."""
-        results = {cell.id: found for cell in cells if (found := read_finished(self.cells, cell)) is not None}
+        """Run the cells that are not finished, and return the results of all by cell id."""
+        results = {cell.id: result for cell in cells if (result := read_finished(self.cells, cell)) is not None}
         self.progress.stage(stage, len(cells))
         if results:
-            self.progress.advance(len(results), "found finished")
-        if former := sum(is_superseded(self.cells, cell) for cell in cells):
-            self.progress.note(
-                f"{former} finished cell{'s' * (former > 1)} of other settings kept in {self.cells.with_name(FORMER)}"
-            )
+            self.progress.advance(len(results), "finished before")
+        if superseded := sum(is_superseded(self.cells, cell) for cell in cells):
+            cells_kept = f"{superseded} finished cell{'s' * (superseded > 1)}"
+            self.progress.note(f"{cells_kept} of other settings kept in {self.cells.with_name(FORMER)}")
         waiting: dict[Future[dict[str, Any]], Cell] = {
             self._submit(cell): cell for cell in cells if cell.id not in results
         }
@@ -125,21 +130,37 @@ class _Workers:
 
     def _submit(self, cell: Cell) -> Future[dict[str, Any]]:
         if self._pool is None:
-            # Threads of the linear algebra are fixed when a worker imports it, so by its environment.
-            os.environ.setdefault("OMP_NUM_THREADS", str(self.threads))
             self._pool = ProcessPoolExecutor(
-                self.count, mp_context=multiprocessing.get_context("spawn"), initializer=_as_worker
+                self.count, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare_worker
             )
-        # A worker is born with Ctrl-C held back: it could be hit before it knows to leave that to us.
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return self._pool.submit(run_cell, str(self.cells), cell, self.threads)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        # The pool starts processes in ``submit``; the caller may have children of its own.
+        others = set(multiprocessing.active_children()) - self._processes
+        with _worker_environment(self.threads):
+            future = self._pool.submit(run_cell, str(self.cells), cell, self.threads)
+        self._processes |= set(multiprocessing.active_children()) - others
+        return future
 
 
-def _as_worker() -> None:
-    """In a worker: Ctrl-C is the parent's to answer, and a parent that is gone, however it went, ends its workers."""
+@contextlib.contextmanager
+def _worker_environment(threads: int) -> Iterator[None]:
+    """Start workers with this many threads and Ctrl-C blocked; the caller's process is left as it was.
+
+    Linear algebra libraries read the number of threads from the environment when they are imported. Ctrl-C is blocked
+    because it could reach a worker before ``_prepare_worker`` leaves it to the parent.
+    """
+    is_chosen = "OMP_NUM_THREADS" in os.environ
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        yield
+    finally:
+        if not is_chosen:
+            del os.environ["OMP_NUM_THREADS"]
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _prepare_worker() -> None:
+    """Leave Ctrl-C to the parent, and end this worker when the parent has ended in any way."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
@@ -147,15 +168,15 @@ def _as_worker() -> None:
         return
     sentinel = parent.sentinel
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         multiprocessing.connection.wait([sentinel])
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True, name="topkd-parent").start()
+    threading.Thread(target=exit_with_parent, daemon=True, name="topkd-parent").start()
 
 
 def _tune_rates(config: CompareConfig, workers: _Workers) -> tuple[dict[str, float | None], dict[str, dict[str, Any]]]:
-    """Each arm's learning rate, and the trials it was chosen by: as many for every arm."""
+    """Choose each arm's learning rate by as many trials for every arm; return the rates and the trials."""
     if config.tuning is None:
         return {arm.name: None for arm in config.arms}, {}
     rates = list(config.tuning.rates)
@@ -168,7 +189,7 @@ def _tune_rates(config: CompareConfig, workers: _Workers) -> tuple[dict[str, flo
         }
         results = workers.finish("tuning" if not extension else "tuning, wider", list(cells.values()))
         tables = {
-            arm.name: _run_trials(
+            arm.name: _choose_rate(
                 arm, rates, [[results[cells[arm.name, r, s].id] for s in config.tuning.seeds] for r in rates], config
             )
             for arm in config.arms
@@ -182,26 +203,26 @@ def _tune_rates(config: CompareConfig, workers: _Workers) -> tuple[dict[str, flo
     return {name: table["best"] for name, table in tables.items()}, tables
 
 
-def _run_trials(
+def _choose_rate(
     arm: Arm, rates: Sequence[float], results: Sequence[Sequence[Mapping[str, Any]]], config: CompareConfig
 ) -> dict[str, Any]:
     areas = []
     for per_seed in results:
-        facts = [
+        trial_areas = [
             summarize_curve(result["evals"], config.metric, config.target)["area"]
             if result["status"] == "done"
             else None
             for result in per_seed
         ]
-        # A rate at which one trial broke is not a rate to choose.
-        areas.append(sum(facts) / len(facts) if None not in facts else None)  # type: ignore[arg-type]
-    able = [(area, i) for i, area in enumerate(areas) if area is not None and not math.isnan(area)]
-    if not able:
+        # A rate at which a trial failed cannot be chosen.
+        areas.append(sum(trial_areas) / len(trial_areas) if None not in trial_areas else None)  # type: ignore[arg-type]
+    usable = [(area, i) for i, area in enumerate(areas) if area is not None and not math.isnan(area)]
+    if not usable:
         raise TrainingError(
             "no learning rate finished", where=f"arm {arm.name!r}",
             got=results[0][0]["error"] or f"no finite {config.metric}", hint="lower tuning.rates",
         )  # fmt: skip
-    _, best = min(able)
+    _, best = min(usable)
     edge = "low" if best == 0 else "high" if best == len(rates) - 1 else ""
     return {"rates": list(rates), "areas": areas, "best": rates[best], "edge": edge}
 
@@ -213,46 +234,47 @@ def _build_cell(
     lr: float | None,
     phase: Phase,
     *,
-    drawn: Mapping[str, str] | None = None,
+    live_digests: Mapping[str, str] | None = None,
 ) -> Cell:
-    """``drawn``: for a replay, the live cells' digests by their ids."""
+    """Build a cell; ``live_digests``, for a replay, are the live cells' digests by their ids."""
     rollouts = ""
     if config.replay and phase != "tune":
         reference = config.arms[0].name
         if phase == "replay" or arm.name == reference:
             rollouts = name_cell("live", reference, seed)
     name = name_cell(phase, arm.name, seed, lr if phase == "tune" else None)
-    values, by = config.values(arm, seed, lr), "" if drawn is None else drawn[rollouts]
+    values, drawn_by = config.values(arm, seed, lr), "" if live_digests is None else live_digests[rollouts]
     inputs = "" if config.base == EMBEDDED else _digest_inputs(values)
-    return Cell(name, phase, arm.name, seed, lr, config.base, values, config.probes, rollouts, by, inputs)
+    return Cell(name, phase, arm.name, seed, lr, config.base, values, config.probes, rollouts, drawn_by, inputs)
 
 
 def _digest_inputs(values: Mapping[str, Any]) -> str:
-    """Digests of the prompts, the held-out prompts and the student that a cell's settings name."""
+    """Digest the prompts, the held-out prompts and the student that a cell's settings name."""
     named = (("data", "path"), ("eval", "path"), ("student", "model"))
     paths = [(values.get(table) or {}).get(key) for table, key in named]
     return " ".join(digest_contents(Path(path)) if path else "" for path in paths)
 
 
-def _check_free(config: CompareConfig, out: Path) -> None:
-    """Raises unless the folder is new or empty, or the one where some of these arms were begun."""
+def _check_output_folder(config: CompareConfig, out: Path) -> None:
+    """Raise ConfigError unless the folder is new, empty, or holds this comparison with at least one of these arms."""
     try:
-        begun = out.exists() and not all(entry.name.startswith(".") for entry in out.iterdir())
-        lying = json.loads((out / CONFIG).read_text(encoding="utf-8")) if begun else None
+        is_used = out.exists() and not all(entry.name.startswith(".") for entry in out.iterdir())
+        stored = json.loads((out / CONFIG).read_text(encoding="utf-8")) if is_used else None
     except FileNotFoundError:
-        lying = {}
+        stored = {}
     except (OSError, ValueError) as error:
         raise ConfigError("cannot use the output folder", where=str(out), got=str(error)) from error
-    if lying is not None:
-        if not isinstance(lying, dict) or not isinstance(lying.get("arms"), list):
-            raise ConfigError("the output folder holds something else", where=str(out), hint="choose another --out")
-        arms = [str(arm.get("name")) for arm in lying["arms"] if isinstance(arm, dict)]
-        same = (lying.get("name"), lying.get("base")) == (config.name, config.base)
-        if not same or not {arm.name for arm in config.arms} & set(arms):
-            raise ConfigError(
-                "the output folder holds another comparison", where=str(out),
-                got=f"{lying.get('name')!r} on {lying.get('base')!r}: {', '.join(arms)}", hint="choose another --out",
-            )  # fmt: skip
+    if stored is None:
+        return
+    if not isinstance(stored, dict) or not isinstance(stored.get("arms"), list):
+        raise ConfigError("the output folder holds something else", where=str(out), hint="choose another --out")
+    arms = [str(arm.get("name")) for arm in stored["arms"] if isinstance(arm, dict)]
+    is_same = (stored.get("name"), stored.get("base")) == (config.name, config.base)
+    if not is_same or not {arm.name for arm in config.arms} & set(arms):
+        raise ConfigError(
+            "the output folder holds another comparison", where=str(out),
+            got=f"{stored.get('name')!r} on {stored.get('base')!r}: {', '.join(arms)}", hint="choose another --out",
+        )  # fmt: skip
 
 
 def _round_rate(rate: float) -> float:

@@ -41,8 +41,8 @@ class Arm(Frozen):
     control: bool = False
 
     @property
-    def shown(self) -> str:
-        """The label, or the name."""
+    def display_name(self) -> str:
+        """Return the label, or the name where there is none."""
         return self.label or self.name
 
 
@@ -98,7 +98,7 @@ class CompareConfig(Frozen):
 
     @model_validator(mode="after")
     def _distinct(self) -> CompareConfig:
-        names, labels = [arm.name for arm in self.arms], [arm.shown for arm in self.arms]
+        names, labels = [arm.name for arm in self.arms], [arm.display_name for arm in self.arms]
         for what, values in (
             ("arm's name", names),
             ("arm's label", labels),
@@ -250,7 +250,7 @@ def from_runs(
             raise ConfigError(
                 "one arm is nothing to compare",
                 where="--grid",
-                got=arms[0].shown,
+                got=arms[0].display_name,
                 hint="as in objective.kind=gjs,topk_pg",
             )
         values = {"base": str(paths[0]) if paths else EMBEDDED, "name": "grid over " + ", ".join(grid)}

@@ -1,4 +1,4 @@
-"""From finished cells to what may be said: areas, tokens to target, paired ratios with intervals."""
+"""Statistics of finished cells: areas, tokens to target, paired ratios with intervals."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from topkd.report.analysis.intervals import t_quantile
+from topkd.report.analysis.intervals import compute_paired_ratio
 
 
 def summarize_curve(evals: Sequence[Mapping[str, Any]], metric: str, target: float) -> dict[str, Any]:
-    """One run's curve in three numbers.
+    """Summarize one run's curve in three numbers.
 
     ``area`` is the mean of metric / first metric over the tokens trained on (trapezoids; 1 = learnt nothing, lower is
     better). ``final`` is the last value. ``tokens_to_target`` is where the curve first falls to ``target`` of its first
@@ -39,26 +39,17 @@ def summarize_curve(evals: Sequence[Mapping[str, Any]], metric: str, target: flo
 
 
 def estimate_paired_ratio(ours: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
-    """Geometric mean of ours / reference over pairs, with a 95 % t-interval of the mean log ratio.
-
-    One pair has no interval: ``low`` and ``high`` are None then.
-    """
-    logs = np.log(np.asarray(ours, dtype=np.float64) / np.asarray(reference, dtype=np.float64))
-    logs = logs[np.isfinite(logs)]
-    if not logs.size:
-        return {"ratio": None, "low": None, "high": None, "pairs": 0}
-    mean, low, high = float(logs.mean()), None, None
-    if logs.size > 1:
-        half = t_quantile(logs.size - 1) * float(logs.std(ddof=1)) / math.sqrt(logs.size)
-        low, high = math.exp(mean - half), math.exp(mean + half)
-    return {"ratio": math.exp(mean), "low": low, "high": high, "pairs": int(logs.size)}
+    """Compute the paired ratio as ``compare.json`` holds it: None for what too few pairs do not give."""
+    ratio = compute_paired_ratio(ours, reference)
+    mean, low, high = (None if math.isnan(value) else value for value in (ratio.mean, ratio.low, ratio.high))
+    return {"ratio": mean, "low": low, "high": high, "pairs": ratio.n}
 
 
 def summarize_arms(
     arms: Sequence[str], results: Mapping[tuple[str, int], Mapping[str, Any]], seeds: Sequence[int], metric: str,
     target: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One row an arm: spread over seeds, and ratios to the first arm on the same seeds."""
+    """Build one row an arm: spread over seeds, and ratios to the first arm on the same seeds."""
     facts = {
         key: {**summarize_curve(result["evals"], metric, target), **_sum_costs(result)}
         for key, result in results.items()

@@ -1,4 +1,4 @@
-"""A comparison's verdict in words: who learnt fastest, who ends lowest, and what the paired seeds cannot tell."""
+"""A comparison's summary: every cell, paired statistics, and which arm learnt fastest and ends lowest."""
 
 from __future__ import annotations
 
@@ -17,57 +17,43 @@ from topkd.compose.comparison.statistics import estimate_paired_ratio, summarize
 from topkd.report.analysis.formatting import NAMES
 
 
-def state_verdict(
-    rows: Sequence[Mapping[str, Any]], shown: Mapping[str, str], metric: str, controls: Container[str] = ()
+# Two verdicts that answer different questions: a report (topkd.report.analysis.verdict) ranks any runs by the paired
+# difference of their last values. A comparison has whole curves over equal tokens on paired seeds, and judges by the
+# paired ratio of the areas under them. A report of a comparison shows this verdict in place of its own.
+def judge_arms(
+    rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str], metric: str, controls: Container[str] = ()
 ) -> dict[str, Any]:
-    """Which arm learnt fastest (the smallest area) and which ends lowest, as far as paired seeds tell it.
+    """Judge which arm learnt fastest (smallest area) and which ends lowest, as far as paired seeds can tell.
 
     ``text`` is about the area, ``ends`` about the last values. ``winner`` needs the smallest area beyond its spread,
-    and no other arm that clearly ends lower: where the two disagree, ``text`` names both and nobody has won.
-    ``controls`` are ranked nowhere; ``ends`` closes with what each came to beside the best of the others.
+    and no other arm that clearly ends lower: where the two disagree, ``text`` names both and there is no winner.
+    ``controls`` are not ranked; ``ends`` closes with their ratio to the best of the other arms.
     """
-    whole = [row for row in rows if all(_keep_known(row[name]["mean"]) for name in ("area", "final"))]
-    able = [row for row in whole if row["arm"] not in controls]
-    left = [shown[row["arm"]] for row in rows if row not in whole]
-    wanting = f" Not ranked, for want of a whole curve: {', '.join(left)}." if left else ""
-    if len(able) < 2:
-        beside = [_describe_beside(row, able[0], shown) for row in whole if row["arm"] in controls] if able else []
+    complete = [row for row in rows if all(_is_known(row[name]["mean"]) for name in ("area", "final"))]
+    ranked = [row for row in complete if row["arm"] not in controls]
+    measured_controls = [row for row in complete if row["arm"] in controls]
+    unranked = [labels[row["arm"]] for row in rows if row not in complete]
+    remark = f" Not ranked, because their curves are incomplete: {', '.join(unranked)}." if unranked else ""
+    if len(ranked) < 2:
+        ends = [_describe_control(row, ranked[0], labels) for row in measured_controls] if ranked else []
         few = "Controls aside, fewer" if any(row["arm"] in controls for row in rows) else "Fewer"
-        text = f"{few} than two arms finished: nothing to compare.{wanting}"
-        return {"winner": None, "text": text, "ends": " ".join(beside)}
-    area, final = _rank_arms(able, "area"), _rank_arms(able, "final")
-    statement: dict[str, Any] = {"winner": None, "best": area.best, "against": area.against, "lowest_end": final.best}
-    best, end, curve = shown[area.best], shown[final.best], f"area under {NAMES.get(metric, metric)}"
+        text = f"{few} than two arms finished: nothing to compare.{remark}"
+        return {"winner": None, "text": text, "ends": " ".join(ends)}
+    area, final = _rank_arms(ranked, "area"), _rank_arms(ranked, "final")
     behind = next((entry for entry in final.against if entry["arm"] == area.best), None)
-    nearest = area.against[0]
-    if not nearest["pairs"]:
-        text = (
-            f"{best} has the smallest {curve}, but no seed in common with {shown[nearest['arm']]}: nothing pairs them."
-        )
-    elif nearest["high"] is None:
-        text = f"{best} has the smallest {curve} on the one seed there is: a single pair shows no spread."
-    elif area.tied:
-        tied = _all(area.tied, shown)
-        text = f"No clear winner: {best} has the smallest {curve}, but paired seeds do not tell it from {tied}."
-    elif behind is not None and behind["clear"]:
-        text = (
-            f"Divided: {best} learns faster, with an {curve} of {_describe_first(area, shown)}; "
-            f"{end} ends lower, with a last value of {_format_interval(behind)} of {best}'s."
-        )
-    else:
-        statement["winner"] = area.best
-        text = f"{best} wins: its {curve} is {_describe_first(area, shown)}{_describe_rest(area)}."
-    first = next(row for row in able if row["arm"] == area.best)
-    yardsticks = [_describe_beside(row, first, shown) for row in whole if row["arm"] in controls]
-    return statement | {
-        "text": text + wanting,
-        "ends": " ".join([_describe_ends(area, final, behind, shown), *yardsticks]),
-    }
+    winner, text = _describe_areas(area, final, behind, labels, f"area under {NAMES.get(metric, metric)}")
+    best = next(row for row in ranked if row["arm"] == area.best)
+    ends = [_describe_ends(area, final, behind, labels)]
+    ends += [_describe_control(row, best, labels) for row in measured_controls]
+    return {
+        "winner": winner, "best": area.best, "against": area.against, "lowest_end": final.best,
+        "text": text + remark, "ends": " ".join(ends),
+    }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class _Ranking:
-    """The arm that is best by a fact, and its paired ratio to each other arm, the nearest first."""
+    """The best arm by one statistic, and its paired ratio to each other arm, the nearest first."""
 
     best: str
     against: list[dict[str, Any]]
@@ -78,7 +64,7 @@ class _Ranking:
 
 
 def _rank_arms(rows: Sequence[Mapping[str, Any]], name: str) -> _Ranking:
-    """Ranked over the seeds that all arms have: a seed that an arm lacks moves nobody else's mean."""
+    """Rank arms over the seeds that all of them have, so that a missing seed moves nobody else's mean."""
     common = set.intersection(*(set(row["seeds"]) for row in rows))
 
     def mean(row: Mapping[str, Any]) -> float:
@@ -87,42 +73,71 @@ def _rank_arms(rows: Sequence[Mapping[str, Any]], name: str) -> _Ranking:
     best, *others = sorted(rows, key=mean)
     against = []
     for other in others:
-        ratio = _describe_paired(best, other, name)
+        ratio = _pair_arms(best, other, name)
         against.append({"arm": other["arm"], **ratio, "clear": ratio["high"] is not None and ratio["high"] < 1.0})
     return _Ranking(best["arm"], against)
 
 
-def _describe_ends(area: _Ranking, final: _Ranking, behind: Mapping[str, Any] | None, shown: Mapping[str, str]) -> str:
-    """What the last values say, in words that fit what was said of the areas."""
-    who = shown[final.best] if behind is not None else f"{shown[final.best]} also"
+def _describe_areas(
+    area: _Ranking, final: _Ranking, behind: Mapping[str, Any] | None, labels: Mapping[str, str], curve: str
+) -> tuple[str | None, str]:
+    """Return the winner, or None, and the sentence about the areas.
+
+    Args:
+        area: By the area.
+        final: By the last value.
+        behind: Ratio of the lowest last value to that of the arm with the smallest area; None where it is the same arm.
+        labels: Arm -> what people read.
+        curve: Name of the area.
+    """
+    best, nearest = labels[area.best], area.against[0]
+    if not nearest["pairs"]:
+        return None, f"{best} has the smallest {curve}, but no seed in common with {labels[nearest['arm']]}: no pairs."
+    if nearest["high"] is None:
+        return None, f"{best} has the smallest {curve} on the only seed: a single pair has no spread."
+    if area.tied:
+        tied = _list_ratios(area.tied, labels)
+        return None, f"No clear winner: {best} has the smallest {curve}, but paired seeds do not tell it from {tied}."
+    if behind is not None and behind["clear"]:
+        return None, (
+            f"Divided: {best} learns faster, with an {curve} of {_describe_first(area, labels)}; "
+            f"{labels[final.best]} ends lower, with a last value of {_format_interval(behind)} of {best}'s."
+        )
+    return area.best, f"{best} wins: its {curve} is {_describe_first(area, labels)}{_describe_rest(area)}."
+
+
+def _describe_ends(area: _Ranking, final: _Ranking, behind: Mapping[str, Any] | None, labels: Mapping[str, str]) -> str:
+    """Describe the last values, in words that fit the sentence about the areas."""
+    who = labels[final.best] if behind is not None else f"{labels[final.best]} also"
     if final.against[0]["high"] is None:
-        return f"{who} ends lowest, {'on that one seed' if final.against[0]['pairs'] else 'unpaired as well'}."
+        return f"{who} ends lowest, {'on that seed' if final.against[0]['pairs'] else 'without a pair as well'}."
     if not final.tied:
-        return f"{who} ends lowest: its last value is {_describe_first(final, shown)}{_describe_rest(final)}."
-    doubt = f"{who} ends lowest, but paired seeds do not tell its last value from those of {_all(final.tied, shown)}."
+        return f"{who} ends lowest: its last value is {_describe_first(final, labels)}{_describe_rest(final)}."
+    tied = _list_ratios(final.tied, labels)
+    doubt = f"{who} ends lowest, but paired seeds do not tell its last value from those of {tied}."
     if behind is not None and behind["clear"] and area.tied:
-        return f"{doubt} It is {_format_interval(behind)} of {shown[area.best]}'s."
+        return f"{doubt} It is {_format_interval(behind)} of {labels[area.best]}'s."
     return doubt
 
 
-def _describe_beside(control: Mapping[str, Any], best: Mapping[str, Any], shown: Mapping[str, str]) -> str:
-    area, final = (_format_interval(_describe_paired(control, best, name)) for name in ("area", "final"))
-    name, other = shown[control["arm"]], shown[best["arm"]]
+def _describe_control(control: Mapping[str, Any], best: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    area, final = (_format_interval(_pair_arms(control, best, name)) for name in ("area", "final"))
+    name, other = labels[control["arm"]], labels[best["arm"]]
     return f"{name}, a control, has an area of {area} of {other}'s, and a last value of {final}."
 
 
-def _describe_paired(main_side: Mapping[str, Any], other: Mapping[str, Any], name: str) -> dict[str, Any]:
-    seeds = [seed for seed in main_side["seeds"] if seed in other["seeds"]]
-    return estimate_paired_ratio([main_side["seeds"][s][name] for s in seeds], [other["seeds"][s][name] for s in seeds])
+def _pair_arms(first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> dict[str, Any]:
+    seeds = [seed for seed in first["seeds"] if seed in second["seeds"]]
+    return estimate_paired_ratio([first["seeds"][s][name] for s in seeds], [second["seeds"][s][name] for s in seeds])
 
 
-def _all(entries: Sequence[Mapping[str, Any]], shown: Mapping[str, str]) -> str:
-    return " and ".join(f"{shown[entry['arm']]}, ratio {_format_interval(entry)}" for entry in entries)
+def _list_ratios(entries: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> str:
+    return " and ".join(f"{labels[entry['arm']]}, ratio {_format_interval(entry)}" for entry in entries)
 
 
-def _describe_first(ranking: _Ranking, shown: Mapping[str, str]) -> str:
+def _describe_first(ranking: _Ranking, labels: Mapping[str, str]) -> str:
     runner_up = ranking.against[0]
-    return f"{_format_interval(runner_up)} of the runner-up's, {shown[runner_up['arm']]}"
+    return f"{_format_interval(runner_up)} of the runner-up's, {labels[runner_up['arm']]}"
 
 
 def _describe_rest(ranking: _Ranking) -> str:
@@ -136,7 +151,7 @@ def _format_interval(ratio: Mapping[str, Any]) -> str:
     return f"{ratio['ratio']:.3f} ({span})"
 
 
-def _keep_known(value: float | None) -> bool:
+def _is_known(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
@@ -146,7 +161,7 @@ def build_summary(
     cells: Iterable[Cell],
     results: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """What ``compare.json`` holds: the arms with their rates, every cell, paired statistics, the verdict.
+    """Build the contents of ``compare.json``: arms with their rates, every cell, paired statistics, the verdict.
 
     Args:
         config: The comparison.
@@ -155,24 +170,13 @@ def build_summary(
         results: Cell id -> its result.
     """
     cells = list(cells)
-    shown = {arm.name: arm.shown for arm in config.arms}
+    labels = {arm.name: arm.display_name for arm in config.arms}
     refused = [
-        f"{shown[name]}: best learning rate {table['best']:g} is the grid's {table['edge']}est tried"
+        f"{labels[name]}: best learning rate {table['best']:g} is the grid's {table['edge']}est tried"
         for name, table in tables.items()
         if table["edge"]
     ]
-    phases: dict[str, dict[str, Any]] = {}
-    for phase in ("live", "replay") if config.replay else ("live",):
-        done = {
-            (cell.arm, cell.seed): results[cell.id]
-            for cell in cells
-            if cell.phase == phase and results[cell.id]["status"] == "done"
-        }
-        rows = summarize_arms([arm.name for arm in config.arms], done, config.seeds, config.metric, config.target)
-        statement = state_verdict(rows, shown, config.metric, {arm.name for arm in config.arms if arm.control})
-        if refused:  # an arm that was not tuned makes every ranking that it is in worthless
-            statement |= {"winner": None, "text": f"No verdict: {'; '.join(refused)}. Widen tuning.rates.", "ends": ""}
-        phases[phase] = {"arms": rows, "verdict": statement}
+    live = _summarize_phase(config, "live", cells, results, refused)
     return {
         "name": config.name,
         "note": config.note,
@@ -184,7 +188,7 @@ def build_summary(
         "reference": config.arms[0].name,
         "seeds": list(config.seeds),
         "arms": [
-            {**arm.model_dump(), "label": arm.shown, "lr": tables[arm.name]["best"] if tables else None}
+            {**arm.model_dump(), "label": arm.display_name, "lr": tables[arm.name]["best"] if tables else None}
             for arm in config.arms
         ],
         "tuning": dict(tables),
@@ -203,7 +207,30 @@ def build_summary(
             }
             for cell in cells
         ],
-        "live": phases["live"],
-        "replay": phases.get("replay"),
-        "verdict": phases["live"]["verdict"],
+        "live": live,
+        "replay": _summarize_phase(config, "replay", cells, results, refused) if config.replay else None,
+        "verdict": live["verdict"],
     }
+
+
+def _summarize_phase(
+    config: CompareConfig,
+    phase: str,
+    cells: Sequence[Cell],
+    results: Mapping[str, Mapping[str, Any]],
+    refused: Sequence[str],
+) -> dict[str, Any]:
+    finished = {
+        (cell.arm, cell.seed): results[cell.id]
+        for cell in cells
+        if cell.phase == phase and results[cell.id]["status"] == "done"
+    }
+    rows = summarize_arms([arm.name for arm in config.arms], finished, config.seeds, config.metric, config.target)
+    labels, controls = (
+        {arm.name: arm.display_name for arm in config.arms},
+        {arm.name for arm in config.arms if arm.control},
+    )
+    verdict = judge_arms(rows, labels, config.metric, controls)
+    if refused:  # an arm that was not tuned makes every ranking with it worthless
+        verdict |= {"winner": None, "text": f"No verdict: {'; '.join(refused)}. Widen tuning.rates.", "ends": ""}
+    return {"arms": rows, "verdict": verdict}

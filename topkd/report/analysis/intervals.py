@@ -1,4 +1,4 @@
-"""Paired differences over seeds, with the interval that says what they are worth."""
+"""Paired differences and ratios over seeds, with their 95 % intervals."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom.
 _T95 = (
@@ -33,14 +34,14 @@ class Interval:
 
 
 def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, to 4 digits; beyond 30 degrees by the first terms of its expansion."""
+    """Compute the 97.5 % quantile of Student's t to 4 digits; beyond 30 degrees by the first terms of its expansion."""
     if freedom <= len(_T95):
         return _T95[freedom - 1]
     return _Z95 + (_Z95**3 + _Z95) / (4 * freedom) + (5 * _Z95**5 + 16 * _Z95**3 + 3 * _Z95) / (96 * freedom**2)
 
 
-def compute_interval(values: Sequence[float]) -> Interval:
-    """Mean of the values and its 95 % interval."""
+def compute_interval(values: Sequence[float] | NDArray[np.float64]) -> Interval:
+    """Compute the mean of the values and its 95 % interval."""
     array = np.asarray(values, dtype=np.float64)
     mean = float(array.mean()) if array.size else math.nan
     if array.size < 2:
@@ -50,5 +51,15 @@ def compute_interval(values: Sequence[float]) -> Interval:
 
 
 def subtract_paired(first: dict[int, float], second: dict[int, float]) -> Interval:
-    """First minus second over the seeds that both have."""
+    """Subtract the second from the first over the seeds that both have."""
     return compute_interval([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
+
+
+def compute_paired_ratio(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """Compute the geometric mean of first / second over pairs, with the 95 % t-interval of the mean log ratio.
+
+    Pairs without a finite ratio are left out.
+    """
+    logs = np.log(np.asarray(first, dtype=np.float64) / np.asarray(second, dtype=np.float64))
+    interval = compute_interval(logs[np.isfinite(logs)])
+    return Interval(math.exp(interval.mean), math.exp(interval.low), math.exp(interval.high), interval.n)
