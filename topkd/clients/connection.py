@@ -1,96 +1,71 @@
-"""``connect``: from a URL, or the URLs of replicas, to a teacher that has met its servers."""
+"""``connect``: from a URL, or the URLs of replicas, to a teacher whose server answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, cast, overload
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
 from topkd.clients.config import ClientConfig
-from topkd.clients.dialects.base import HttpClient
-from topkd.clients.dialects.openai import OpenAIChat
-from topkd.clients.dialects.raw_requests import Wire
-from topkd.clients.dialects.scoring import DIALECTS as SCORING
-from topkd.clients.dialects.scoring import ScoringClient
+from topkd.clients.dialects.base import HttpClient, ScoringClient
+from topkd.clients.dialects.raw_requests import ServerFacts
+from topkd.clients.dialects.records import AUTO, DIALECTS, find_dialect
 from topkd.clients.dialects.vllm import VllmCompletions
-from topkd.clients.dialects.vllm_generate import ROUTE
 from topkd.clients.fleet.fleet import Fleet
-from topkd.topk.errors import ConfigError, UnsupportedError
+from topkd.topk.errors import UnsupportedError
 
-__all__ = ["DIALECTS", "ScoringClient", "connect"]
+__all__ = ["ScoringClient", "connect", "open_client"]
 
-DIALECTS: dict[str, Callable[..., HttpClient]] = {**SCORING, "openai": OpenAIChat}
+
+class ConnectOptions(TypedDict, total=False):
+    """Options of ``connect``: those of every client that a user sets."""
+
+    model: str | None
+    api_key: str | SecretStr | None
+    config: ClientConfig | None
+    vocab_size: int | None
 
 
 @overload
 async def connect(
-    url: str,
-    *,
-    dialect: Literal["vllm"] = "vllm",
-    model: str | None = None,
-    api_key: str | SecretStr | None = None,
-    config: ClientConfig | None = None,
-    vocab_size: int | None = None,
+    url: str, *, dialect: Literal["vllm"] = "vllm", **options: Unpack[ConnectOptions]
 ) -> VllmCompletions: ...
 @overload
-async def connect(
-    url: str,
-    *,
-    dialect: str,
-    model: str | None = None,
-    api_key: str | SecretStr | None = None,
-    config: ClientConfig | None = None,
-    vocab_size: int | None = None,
-) -> ScoringClient: ...
+async def connect(url: str, *, dialect: str, **options: Unpack[ConnectOptions]) -> ScoringClient: ...
 @overload
 async def connect(
-    url: list[str] | tuple[str, ...],
-    *,
-    dialect: str = "vllm",
-    model: str | None = None,
-    api_key: str | SecretStr | None = None,
-    config: ClientConfig | None = None,
-    vocab_size: int | None = None,
+    url: list[str] | tuple[str, ...], *, dialect: str = "vllm", **options: Unpack[ConnectOptions]
 ) -> Fleet: ...
 async def connect(
-    url: str | list[str] | tuple[str, ...],
-    *,
-    dialect: str = "vllm",
-    model: str | None = None,
-    api_key: str | SecretStr | None = None,
-    config: ClientConfig | None = None,
-    vocab_size: int | None = None,
+    url: str | list[str] | tuple[str, ...], *, dialect: str = "vllm", **options: Unpack[ConnectOptions]
 ) -> ScoringClient | Fleet:
-    """A teacher whose server answers and has the model. Close it with ``aclose()``, or use it as a context manager.
+    """Connect to a teacher and check that its server answers and has the model.
 
-    Several URLs are replicas of one teacher: a ``Fleet`` of them, after they were seen to score alike.
+    Close it with ``aclose()``, or use it as a context manager. Several URLs are replicas of one teacher: a ``Fleet`` of
+    them, once they are seen to score alike.
 
     Args:
         url: ``http(s)://host:port``, or several.
         dialect: "vllm", "vllm_generate", "sglang", "fireworks", or "auto" to ask each server which it speaks.
-        model: Served name; None takes the only one.
-        api_key: ``"env:NAME"``, ``"file:PATH"``, a key, or None.
-        config: Time-outs, retries and bounds.
-        vocab_size: Ids at or past it are refused, in requests and replies; None takes them (no server states its own).
+        **options: ``model``: served name; None takes the only one. ``api_key``: ``"env:NAME"``, ``"file:PATH"``, a
+            key, or None. ``config``: time-outs, retries and bounds. ``vocab_size``: ids at or past it are refused, in
+            requests and replies; None takes them (no server states its own).
 
     Raises:
         UnsupportedError: The server speaks a dialect that only samples (OpenAI chat): it cannot teach.
         ResponseError: Replicas disagree about the same tokens.
     """
     if isinstance(url, str):
-        client = await _client(url, dialect, model, api_key, config)
-        client.vocab_size = vocab_size
-        return client
+        return await _open_scoring_client(url, dialect, options)
     makes: list[type[ScoringClient]] = []
     for each in url:
-        if dialect in SCORING:
-            makes.append(SCORING[dialect])
+        if dialect != AUTO and find_dialect(dialect).scores:
+            makes.append(cast("type[ScoringClient]", find_dialect(dialect).load_client()))
             continue
-        async with await _client(each, dialect, model, api_key, config) as client:
+        async with await _open_scoring_client(each, dialect, options) as client:
             makes.append(type(client))
-    fleet = Fleet(url, make=makes, model=model, api_key=api_key, config=config, vocab_size=vocab_size)
+    fleet = Fleet(url, make=makes, **options)
     try:
         await fleet.meet()
     except BaseException:
@@ -99,10 +74,8 @@ async def connect(
     return fleet
 
 
-async def _client(
-    url: str, dialect: str, model: str | None, api_key: str | SecretStr | None, config: ClientConfig | None
-) -> ScoringClient:
-    client: HttpClient = await open_client(url, dialect=dialect, model=model, api_key=api_key, config=config)
+async def _open_scoring_client(url: str, dialect: str, options: ConnectOptions) -> ScoringClient:
+    client = await open_client(url, dialect=dialect, **options)
     if not isinstance(client, ScoringClient):
         await client.aclose()
         raise UnsupportedError(
@@ -116,54 +89,32 @@ async def _client(
 
 
 async def detect(client: HttpClient) -> str:
-    """The dialect of the server behind a client, by which routes answer: a few GETs, no tokens.
+    """Find out the dialect of the server behind a client, by which routes answer: a few GETs, no tokens.
 
-    A vLLM has ``/version``, and scores cheaper where ``/inference/v1/generate`` is mounted; an SGLang says its own
-    version in ``/server_info``; anything else with ``/v1/models`` is an OpenAI-compatible server, which only samples
-    as far as one can know. Whether it does what its routes promise is for the probe, and for the checks of each reply.
+    Whether it does what its routes promise is for the probe, and for the checks of each reply.
     """
-    host = urlsplit(client.endpoint.url).hostname or ""
-    if host == "fireworks.ai" or host.endswith(".fireworks.ai"):
-        return "fireworks"
-    wire = Wire(client)
-    if await client.server_version():
-        return "vllm_generate" if await wire.mounted(ROUTE) else "vllm"
-    for route in ("/server_info", "/get_server_info"):
-        info = await wire.get(route)
-        if info is not None and ("sglang" in str(info.get("version", "")) or "tokenizer_path" in info):
-            return "sglang"
-    if await wire.mounted("/generate") and await wire.get("/model_info"):
-        return "sglang"
-    return "openai"
+    server = ServerFacts(client)
+    for name, dialect in DIALECTS.items():
+        if await dialect.load_client().matches(server):
+            return name
+    raise UnsupportedError("the server speaks no dialect that is known", where=client.where())
 
 
-async def open_client(
-    url: str,
-    *,
-    dialect: str = "auto",
-    model: str | None = None,
-    api_key: str | SecretStr | None = None,
-    config: ClientConfig | None = None,
-    **options: Any,
-) -> HttpClient:
-    """A client that speaks the server's dialect, after its server has answered.
+async def open_client(url: str, *, dialect: str = AUTO, **options: Any) -> HttpClient:
+    """Open a client that speaks the server's dialect, once its server has answered.
 
     Args:
         url: ``http(s)://host:port``.
         dialect: A name of ``DIALECTS``, or "auto".
-        model: Served name; None takes the only one.
-        api_key: As for ``HttpClient``.
-        config: As for ``HttpClient``.
-        options: Further arguments of the dialect's client.
+        options: Those of ``HttpClient``, and further ones of the dialect's client.
     """
-    if dialect != "auto" and dialect not in DIALECTS:
-        raise ConfigError("unknown dialect", got=repr(dialect), expected="auto, " + ", ".join(sorted(DIALECTS)))
-    if dialect == "auto":
-        async with HttpClient(url, model=model, api_key=api_key, config=config) as asking:
+    if dialect == AUTO:
+        shared = {name: value for name, value in options.items() if name in ConnectOptions.__annotations__}
+        async with HttpClient(url, **shared) as asking:
             if not _is_hosted(url):
                 await asking.server_info()
             dialect = await detect(asking)
-    client = DIALECTS[dialect](url, model=model, api_key=api_key, config=config, **options)
+    client = find_dialect(dialect).load_client()(url, **options)
     try:
         if not _is_hosted(url):
             await client.server_info()

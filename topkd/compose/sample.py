@@ -14,9 +14,10 @@ import numpy as np
 
 from topkd.clients import OpenAIChat
 from topkd.clients.connection import open_client
+from topkd.clients.dialects.records import DIALECTS, find_dialect
 from topkd.compose.bulk.job import load_text_tokenizer
 from topkd.compose.bulk.report import GIVE_UP_AFTER, JOB_TROUBLE, ROW_TROUBLE, Troubles, committing
-from topkd.compose.bulk.sample_config import SampleConfig, SampleReport, SamplingBudget, SamplingDialect
+from topkd.compose.bulk.sample_config import SampleConfig, SampleReport, SamplingBudget
 from topkd.compose.cache.identity import build_sampled_policy, build_served_identity
 from topkd.compose.data.files import check_has_rows, count_rows, iter_raw_rows, parse_json_object
 from topkd.compose.data.rows import check_row, tokenize_prompt
@@ -30,7 +31,6 @@ from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import Int32
 
 UNREADABLE = "no draw could be read back as token ids"  # of every draw of a request
-_BETTER: dict[str, SamplingDialect] = {"openai": "openai", "vllm_generate": "vllm"}  # how a detected one is opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +88,14 @@ async def sample(config: SampleConfig, progress: Progress | None = None) -> Samp
 
 async def _open_client(config: SampleConfig) -> Any:
     """A client of the dialect that samples best there."""
-    table = {"tokenizer": config.tokenizer} if config.dialect == "openai" else {}
+    table = {"tokenizer": config.tokenizer} if config.dialect in DIALECTS and DIALECTS[config.dialect].chats else {}
     client = await open_client(
         config.teacher, dialect=config.dialect, model=config.model, api_key=config.api_key, config=config.client,
         **table,
     )  # fmt: skip
     # Chat needs the tokenizer's table, and vLLM's completions list the sampled token beside the K, not as one of them.
-    better = _BETTER.get(client.dialect)
-    if config.dialect != "auto" or better is None:
+    better = find_dialect(client.dialect).samples_best_as
+    if config.dialect != "auto" or not better:
         return client
     await client.aclose()
     return await _open_client(config.model_copy(update={"dialect": better}))
@@ -276,7 +276,7 @@ def _build_prompt(config: SampleConfig, number: int, row: Any, tokenizer: Any, w
     ids = np.array(tokenize_prompt(row, tokenizer, None, where), np.int32)
     seen = ids
     if row.hint is not None:
-        if config.dialect == "openai":
+        if config.dialect in DIALECTS and DIALECTS[config.dialect].chats:
             raise DataError("a hint needs a server that continues ids", where=where, hint="write it into the messages")
         seen = np.array(tokenize_prompt(row, tokenizer, row.hint, where), np.int32)
     # One request for a prompt, an n and a K, whatever the file's order; another seed is another draw.

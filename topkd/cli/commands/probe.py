@@ -14,10 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from topkd.cli.options import ApiKeyEnv, AsJson, flag, option
+from topkd.clients.dialects.records import list_dialects
 from topkd.clients.probe.findings import Load, ProbeReport
 from topkd.compose.config.api_keys import read_api_key
 
-DIALECTS = ("auto", "vllm", "vllm_generate", "sglang", "fireworks", "openai")
+DIALECTS = list_dialects()
 _MARKS = {
     "ok": ("✓", "green"),
     "warn": ("!", "yellow"),

@@ -23,9 +23,10 @@ from topkd.cli.options import (
 )
 from topkd.cli.output.job_summary import format_cost, format_counts, print_report_and_exit
 from topkd.cli.output.progress import Display
+from topkd.clients.dialects.records import list_dialects
 from topkd.compose.config.api_keys import read_api_key
 
-DIALECTS = ("auto", "openai", "vllm", "vllm_generate", "sglang")
+DIALECTS = list_dialects(samples=True, chats=True)
 
 if TYPE_CHECKING:
     from topkd.compose.bulk.sample_config import SampleReport

@@ -14,10 +14,11 @@ import typer
 from topkd.cli.options import COST, AsJson, CacheOut, CodecName, InFlight, Limit, MaxCost, Strict, flag, option
 from topkd.cli.output.job_summary import format_cost, format_counts, print_report_and_exit
 from topkd.cli.output.progress import Display
+from topkd.clients.dialects.records import list_dialects
 from topkd.compose.config.api_keys import read_api_key
 from topkd.topk.errors import ConfigError
 
-DIALECTS = ("auto", "vllm", "vllm_generate", "sglang", "fireworks")
+DIALECTS = list_dialects(scores=True)
 TEACHER, WORKERS = "Teacher", "Many workers, or the teacher in them"
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, TypedDict, Unpack
 
 import msgspec
 from pydantic import SecretStr
@@ -17,7 +17,12 @@ from topkd.clients.http.endpoint import Endpoint
 from topkd.clients.http.metrics import Metrics
 from topkd.clients.http.transport import Transport
 from topkd.topk.errors import ConfigError, ModelNotFoundError, RequestRefusedError, ResponseError, ServerFailedError
+from topkd.topk.protocols import Ids
+from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import TopK
+
+if TYPE_CHECKING:
+    from topkd.clients.dialects.raw_requests import ServerFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,27 +54,49 @@ _MODELS = msgspec.json.Decoder(_Models)
 _VERSION = msgspec.json.Decoder(_Version)
 
 
+class ClientOptions(TypedDict, total=False):
+    """Options of every client.
+
+    Attributes:
+        model: Served name; None takes the only one the server has.
+        api_key: ``"env:NAME"``, ``"file:PATH"``, a key, or None.
+        config: Time-outs, retries and bounds.
+        vocab_size: Ids outside it are refused, in requests and replies.
+        budget: Shared with other clients.
+        metrics: Shared likewise.
+        transport: In place of httpx.
+    """
+
+    model: str | None
+    api_key: str | SecretStr | None
+    config: ClientConfig | None
+    vocab_size: int | None
+    budget: MemoryBudget | None
+    metrics: Metrics | None
+    transport: Transport | None
+
+
 class HttpClient:
     """Base of the HTTP dialects; subclasses add pure build and parse functions and the methods that join them."""
 
     dialect: ClassVar[str] = ""
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        model: str | None = None,
-        api_key: str | SecretStr | None = None,
-        config: ClientConfig | None = None,
-        budget: MemoryBudget | None = None,
-        metrics: Metrics | None = None,
-        transport: Transport | None = None,
-    ) -> None:
-        self.metrics_ = metrics or Metrics()
+    def __init__(self, base_url: str, **options: Unpack[ClientOptions]) -> None:
+        self._model, self.vocab_size = options.get("model"), options.get("vocab_size")
+        self.metrics_ = options.get("metrics") or Metrics()
         self.endpoint = Endpoint(
-            base_url, api_key=api_key, config=config, budget=budget, metrics=self.metrics_, transport=transport
+            base_url,
+            api_key=options.get("api_key"),
+            config=options.get("config"),
+            budget=options.get("budget"),
+            metrics=self.metrics_,
+            transport=options.get("transport"),
         )
-        self._model = model
+
+    @classmethod
+    async def matches(cls, server: ServerFacts) -> bool:  # noqa: ARG003 - subclasses ask
+        """Whether a server speaks this dialect, by which routes answer: a few GETs, no tokens."""
+        return False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.endpoint.url!r}, model={self._model!r})"
@@ -166,3 +193,15 @@ class HttpClient:
         self.metrics_.add("scored_rows", topk.rows)
         if zeros:
             self.metrics_.add("zero_probability_sentinels", zeros)
+
+
+class ScoringClient(HttpClient):
+    """A client that scores given ids: it can teach, and draws completions too."""
+
+    async def score(self, ids: Ids, start: int, k: int) -> TopK:
+        """Return rows ``start .. len(ids) - 2`` with the K most probable tokens and each realised logprob."""
+        raise NotImplementedError
+
+    async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
+        """Return n completions with the exact logprobs they were sampled with."""
+        raise NotImplementedError

@@ -11,17 +11,13 @@ from typing import Any, cast
 
 import msgspec
 import numpy as np
-from pydantic import SecretStr
 
-from topkd.clients.config import ClientConfig
 from topkd.clients.decoding.checks import check_reply_rows, check_request_ids, check_vocabulary
 from topkd.clients.decoding.listed import topk_with_actual
 from topkd.clients.decoding.sampled import SampleRequest, sent
 from topkd.clients.decoding.vllm_typed import as_ids, typed
-from topkd.clients.dialects.base import HttpClient, ServerInfo
-from topkd.clients.http.admission import MemoryBudget
-from topkd.clients.http.metrics import Metrics
-from topkd.clients.http.transport import Transport
+from topkd.clients.dialects.base import ScoringClient, ServerInfo
+from topkd.clients.dialects.raw_requests import ServerFacts
 from topkd.topk.errors import AlignmentError, ConfigError, KLimitError, ResponseError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import FinishReason, Rollout, SamplingParams
@@ -168,7 +164,7 @@ def check_vocabulary_of(ids: Int32, vocab_size: int | None) -> None:
         raise ResponseError("id outside the vocabulary", got=int(ids.max()), expected=f"below {vocab_size}")
 
 
-class FireworksEcho(HttpClient):
+class FireworksEcho(ScoringClient):
     """Teacher (K <= 5) and sampler over Fireworks' completions; ``base_url`` as in ``https://api.fireworks.ai/inference``.
 
     Args:
@@ -184,22 +180,10 @@ class FireworksEcho(HttpClient):
 
     dialect = "fireworks"
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        model: str | None = None,
-        api_key: str | SecretStr | None = None,
-        config: ClientConfig | None = None,
-        vocab_size: int | None = None,
-        budget: MemoryBudget | None = None,
-        metrics: Metrics | None = None,
-        transport: Transport | None = None,
-    ) -> None:
-        super().__init__(
-            base_url, model=model, api_key=api_key, config=config, budget=budget, metrics=metrics, transport=transport
-        )
-        self.vocab_size = vocab_size
+    @classmethod
+    async def matches(cls, server: ServerFacts) -> bool:
+        """A host of fireworks.ai: nothing else tells the service from other OpenAI-compatible ones."""
+        return server.host == "fireworks.ai" or server.host.endswith(".fireworks.ai")
 
     async def server_info(self) -> ServerInfo:
         """The declared model: the service lists a catalogue, not what one may call."""

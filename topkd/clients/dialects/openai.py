@@ -10,21 +10,17 @@ import secrets
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Unpack
 from urllib.parse import urlsplit
 
 import numpy as np
-from pydantic import SecretStr
 
-from topkd.clients.config import ClientConfig
 from topkd.clients.decoding.byte_map import ByteMap, load_bytemap
 from topkd.clients.decoding.checks import check_vocabulary
 from topkd.clients.decoding.openai import Recovered, chat_reply
 from topkd.clients.decoding.sampled import SampleRequest, sent
-from topkd.clients.dialects.base import HttpClient
-from topkd.clients.http.admission import MemoryBudget
-from topkd.clients.http.metrics import Metrics
-from topkd.clients.http.transport import Transport
+from topkd.clients.dialects.base import ClientOptions, HttpClient
+from topkd.clients.dialects.raw_requests import ServerFacts
 from topkd.topk.errors import ConfigError, KLimitError, ResponseError, UnsupportedError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
@@ -96,21 +92,15 @@ class OpenAIChat(HttpClient):
 
     dialect = "openai"
 
+    @classmethod
+    async def matches(cls, server: ServerFacts) -> bool:  # noqa: ARG003
+        """Anything else with ``/v1/models``: as far as one can know, it only samples."""
+        return True
+
     def __init__(
-        self,
-        base_url: str,
-        *,
-        model: str | None = None,
-        tokenizer: str | Path | ByteMap | None = None,
-        api_key: str | SecretStr | None = None,
-        config: ClientConfig | None = None,
-        budget: MemoryBudget | None = None,
-        metrics: Metrics | None = None,
-        transport: Transport | None = None,
+        self, base_url: str, *, tokenizer: str | Path | ByteMap | None = None, **options: Unpack[ClientOptions]
     ) -> None:
-        super().__init__(
-            base_url, model=model, api_key=api_key, config=config, budget=budget, metrics=metrics, transport=transport
-        )
+        super().__init__(base_url, **options)
         self._table = load_bytemap(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
         host = urlsplit(self.endpoint.url).hostname or ""
         self._strict = any(host == name or host.endswith(f".{name}") for name in _STRICT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -96,6 +97,25 @@ class Wire:
         except (FinalServerError, ResponseError, ServerFailedError):
             return False
         return True
+
+
+class ServerFacts:
+    """A server whose dialect is not known yet: what its routes say, each asked once."""
+
+    def __init__(self, client: HttpClient) -> None:
+        self.client, self.wire = client, Wire(client)
+        self._version: str | None = None
+
+    @property
+    def host(self) -> str:
+        """The host of its URL."""
+        return urlsplit(self.client.endpoint.url).hostname or ""
+
+    async def version(self) -> str:
+        """What ``GET /version`` says; "" without that route."""
+        if self._version is None:
+            self._version = await self.client.server_version()
+        return self._version
 
 
 def plain(error: TopkdError) -> str:

@@ -11,17 +11,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from pydantic import SecretStr
 
-from topkd.clients.config import ClientConfig
 from topkd.clients.decoding.checks import check_request_ids, check_vocabulary
 from topkd.clients.decoding.sampled import SampleRequest, sent
 from topkd.clients.decoding.sglang import candidate_rows, sampled_rollouts, scored_rows
-from topkd.clients.dialects.base import HttpClient, ServerInfo
-from topkd.clients.dialects.raw_requests import Wire
-from topkd.clients.http.admission import MemoryBudget
-from topkd.clients.http.metrics import Metrics
-from topkd.clients.http.transport import Transport
+from topkd.clients.dialects.base import ScoringClient, ServerInfo
+from topkd.clients.dialects.raw_requests import ServerFacts, Wire
 from topkd.topk.errors import ConfigError, UnsupportedError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
@@ -78,7 +73,7 @@ def build_sglang_sample(prompt: Int32, params: SamplingParams, n: int, k: int) -
     }
 
 
-class Sglang(HttpClient):
+class Sglang(ScoringClient):
     """Teacher, shared-list candidate scorer and sampler over ``/generate``.
 
     Args:
@@ -94,22 +89,14 @@ class Sglang(HttpClient):
 
     dialect = "sglang"
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        model: str | None = None,
-        api_key: str | SecretStr | None = None,
-        config: ClientConfig | None = None,
-        vocab_size: int | None = None,
-        budget: MemoryBudget | None = None,
-        metrics: Metrics | None = None,
-        transport: Transport | None = None,
-    ) -> None:
-        super().__init__(
-            base_url, model=model, api_key=api_key, config=config, budget=budget, metrics=metrics, transport=transport
-        )
-        self.vocab_size = vocab_size
+    @classmethod
+    async def matches(cls, server: ServerFacts) -> bool:
+        """An SGLang says its own version in ``/server_info``."""
+        for route in ("/server_info", "/get_server_info"):
+            info = await server.wire.get(route)
+            if info is not None and ("sglang" in str(info.get("version", "")) or "tokenizer_path" in info):
+                return True
+        return await server.wire.mounted("/generate") and bool(await server.wire.get("/model_info"))
 
     async def server_info(self) -> ServerInfo:
         """As the base class, with the version that ``/server_info`` states."""

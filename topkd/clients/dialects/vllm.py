@@ -9,23 +9,19 @@ import secrets
 from collections.abc import Coroutine
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import msgspec
 import numpy as np
-from pydantic import SecretStr
 
-from topkd.clients.config import ClientConfig
 from topkd.clients.decoding.checks import check_request_ids, check_vocabulary
 from topkd.clients.decoding.sampled import SampleRequest, read_rollouts, sent
 from topkd.clients.decoding.vllm import read_vllm_scores
 from topkd.clients.decoding.vllm_typed import typed
-from topkd.clients.dialects.base import HttpClient
-from topkd.clients.http.admission import MemoryBudget
-from topkd.clients.http.metrics import Metrics
+from topkd.clients.dialects.base import ClientOptions, ScoringClient
+from topkd.clients.dialects.raw_requests import ServerFacts
 from topkd.clients.http.retry import Try
 from topkd.clients.http.status_errors import is_repeating
-from topkd.clients.http.transport import Transport
 from topkd.topk.errors import ConfigError, FinalServerError, ResponseError, TopkdError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
@@ -83,7 +79,7 @@ def build_vllm_sample(model: str, prompt: Int32, n: int, params: SamplingParams,
     }
 
 
-class VllmCompletions(HttpClient):
+class VllmCompletions(ScoringClient):
     """Teacher and sampler over ``/v1/completions``.
 
     >>> async with VllmCompletions("http://127.0.0.1:8000") as teacher:          # doctest: +SKIP
@@ -104,23 +100,15 @@ class VllmCompletions(HttpClient):
 
     dialect = "vllm"
 
+    @classmethod
+    async def matches(cls, server: ServerFacts) -> bool:
+        """A vLLM has ``/version``."""
+        return bool(await server.version())
+
     def __init__(
-        self,
-        base_url: str,
-        *,
-        model: str | None = None,
-        api_key: str | SecretStr | None = None,
-        config: ClientConfig | None = None,
-        vocab_size: int | None = None,
-        logprobs_mode: LogprobsMode = "raw_logprobs",
-        budget: MemoryBudget | None = None,
-        metrics: Metrics | None = None,
-        transport: Transport | None = None,
+        self, base_url: str, *, logprobs_mode: LogprobsMode = "raw_logprobs", **options: Unpack[ClientOptions]
     ) -> None:
-        super().__init__(
-            base_url, model=model, api_key=api_key, config=config, budget=budget, metrics=metrics, transport=transport
-        )
-        self.vocab_size = vocab_size
+        super().__init__(base_url, **options)
         self.logprobs_mode = logprobs_mode
         self._tells: bool | None = None  # whether /weight_info is worth asking; None before it was tried
         self._adapter: tuple[str, str] | None = None  # name and version, once it is known

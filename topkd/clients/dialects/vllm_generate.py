@@ -22,6 +22,7 @@ from topkd.clients.decoding.listed import check_candidates
 from topkd.clients.decoding.sampled import SampleRequest, sent
 from topkd.clients.decoding.vllm import check_prompt, fast_reader
 from topkd.clients.decoding.vllm_typed import Row, ScoredChoice, read_prompt_rows, typed
+from topkd.clients.dialects.raw_requests import ServerFacts
 from topkd.clients.dialects.vllm import VllmCompletions
 from topkd.clients.http.retry import Try
 from topkd.clients.http.status_errors import is_repeating
@@ -129,6 +130,12 @@ class VllmGenerate(VllmCompletions):
     """Teacher, candidate scorer and sampler over ``/inference/v1/generate``; arguments as ``VllmCompletions``."""
 
     dialect = "vllm_generate"
+
+    @classmethod
+    async def matches(cls, server: ServerFacts) -> bool:
+        """A vLLM scores cheaper where ``/inference/v1/generate`` is mounted."""
+        return bool(await server.version()) and await server.wire.mounted(ROUTE)
+
     _version: tuple[int, ...] | None = None
     _schema: Schema | None = None
     _limit: int | None = None

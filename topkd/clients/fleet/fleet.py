@@ -12,8 +12,7 @@ import numpy as np
 
 from topkd.clients.config import ClientConfig
 from topkd.clients.decoding.sampled import sent
-from topkd.clients.dialects.base import ServerInfo
-from topkd.clients.dialects.scoring import ScoringClient
+from topkd.clients.dialects.base import ScoringClient, ServerInfo
 from topkd.clients.dialects.vllm import VllmCompletions
 from topkd.clients.fleet.circuit_breaker import Breaker
 from topkd.clients.fleet.hedging import Hedging

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from topkd.clients.dialects.raw_requests import plain
+from topkd.clients.probe import vllm as probe_vllm
 from topkd.clients.probe.alignment import Alignment, check_alignment
-from topkd.clients.probe.session import SAMPLING, SCORING, Session
+from topkd.clients.probe.session import SAMPLING, SCORING, SERVER, Session
 from topkd.topk.errors import AuthError, ServerTimeoutError, ServerUnreachableError, TopkdError
 from topkd.topk.types import TopK
 
@@ -115,3 +116,12 @@ def _first_position(reply: dict[str, Any]) -> dict[str, Any] | None:
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     first = content[0] if isinstance(content, list) and content else None
     return first if isinstance(first, dict) else None
+
+
+async def ask_openai(session: Session) -> None:
+    """An OpenAI-compatible server: does it score after all, does its echo hold, what do its draws carry?"""
+    ask = session.ask
+    if await ask("k_max", SCORING, "largest K", probe_vllm.score_limit, on_error="fail"):
+        session.add("dialect", SERVER, "dialect", "warn", "vllm, it seems", "it scores: probe it with --dialect vllm")
+    await ask("echo", SCORING, "echo", check_echo)
+    await ask("sampling", SAMPLING, "chat draws", check_chat_sampling)

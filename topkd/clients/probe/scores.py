@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import numpy as np
 
+from topkd.clients.dialects.fireworks import MAX_K
+from topkd.clients.probe import sampling as probe_sampling
+from topkd.clients.probe import tokens as probe_tokens
 from topkd.clients.probe.alignment import EXACT, check_alignment
-from topkd.clients.probe.session import OPERATION, SCORING, Session
+from topkd.clients.probe.session import OPERATION, SAMPLING, SCORING, TOKENS, Session
 from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import Int32
 
@@ -158,3 +162,22 @@ def build_long_prompt(session: Session, length: int, *, seed: int) -> Int32:
     """``length`` ids that the server is known to take, in an order that no cache has seen."""
     known = np.array(sorted(set(session.prompt.tolist())), dtype=np.int32)
     return np.random.default_rng([seed, length]).choice(known, length).astype(np.int32)
+
+
+async def ask_teacher(session: Session) -> None:
+    """What any teacher must answer, through its client."""
+    ask = session.ask
+    await ask("realised_token", SCORING, "realised token's logprob", check_realised_token, on_error="fail")
+    await ask("alignment", SCORING, "alignment self-test", check_self_scores, on_error="fail")
+    await ask("sampling", SAMPLING, "ids and logprobs", probe_sampling.check_sampling_list)
+    await ask("sample_temperature", SAMPLING, "logprobs are of", probe_sampling.sample_temperature)
+
+
+async def ask_echo_teacher(session: Session) -> None:
+    """Ask every question of a server that scores by echo."""
+    ask = session.ask
+    confirm = partial(confirm_widest_k, asked=MAX_K, limit=MAX_K)
+    if await ask("k_max", SCORING, "largest K", confirm, on_error="fail"):
+        await ask_teacher(session)
+        await ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.check_tokenizer)
+        await ask("speed", OPERATION, "speed of scoring", measure_speed)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from topkd.clients.dialects.sglang import Sglang
-from topkd.clients.probe.session import OPERATION, SCORING, Session
+from topkd.clients.probe import scores as probe_scores
+from topkd.clients.probe import tokens as probe_tokens
+from topkd.clients.probe import vllm as probe_vllm
+from topkd.clients.probe.scores import ask_teacher
+from topkd.clients.probe.session import OPERATION, SCORING, SERVER, TOKENS, Session
 
 _SYNC = {
     "disk": ("disk reload", ("/update_weights_from_disk", "/pause_generation", "/continue_generation")),
@@ -44,3 +50,17 @@ async def check_sglang_sync(session: Session) -> None:
     words = ", ".join(_SYNC[kind][0] for kind in found)
     value = f"{len(found)} way{'s' if len(found) > 1 else ''}" if found else "no route"
     session.add("sync", OPERATION, "new weights", "info", value, f"mounted, not called: {words}" if found else "")
+
+
+async def ask_sglang(session: Session) -> None:
+    """Ask every question of SGLang's native routes."""
+    ask = session.ask
+    await ask("speculative", SERVER, "speculative decoding", probe_vllm.check_speculative)
+    confirm = partial(probe_scores.confirm_widest_k, asked=256, limit=-1)
+    if await ask("k_max", SCORING, "largest K", confirm, on_error="fail"):
+        session.know(prefix_cached_scoring=True)
+        await ask_teacher(session)
+        await ask("candidates", SCORING, "candidate scoring", check_sglang_candidates)
+        await ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.check_tokenizer)
+        await ask("speed", OPERATION, "speed of scoring", probe_scores.measure_speed)
+    await ask("sync", OPERATION, "new weights", check_sglang_sync)

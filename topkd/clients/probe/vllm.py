@@ -12,7 +12,10 @@ import numpy as np
 from topkd.clients.decoding.binary import read_npy_matrix
 from topkd.clients.decoding.vllm import read_vllm_scores
 from topkd.clients.dialects.vllm import build_vllm_score
-from topkd.clients.probe.session import OPERATION, SCORING, SERVER, Session
+from topkd.clients.probe import scores as probe_scores
+from topkd.clients.probe import tokens as probe_tokens
+from topkd.clients.probe.scores import ask_teacher
+from topkd.clients.probe.session import OPERATION, SCORING, SERVER, TOKENS, Session
 from topkd.topk.errors import (
     ContextLimitError,
     FinalServerError,
@@ -283,3 +286,20 @@ async def check_vllm_sync(session: Session) -> None:
     none = "fine for a teacher; a student needs VLLM_SERVER_DEV_MODE=1 or --enable-lora"
     value = f"{len(found)} way{'s' if len(found) > 1 else ''}" if found else "no route"
     session.add("sync", OPERATION, "new weights", "info", value, f"mounted, not called: {words}" if found else none)
+
+
+async def ask_vllm(session: Session) -> None:
+    """Every question of the vLLM dialects, in an order in which later ones may use earlier answers."""
+    ask = session.ask
+    await ask("speculative", SERVER, "speculative decoding", check_speculative)
+    if await ask("k_max", SCORING, "largest K", score_limit, on_error="fail") and session.scores:
+        await ask_teacher(session)
+        await ask("score_temperature", SCORING, "sampling temperature", score_temperature)
+        await ask("context", SCORING, "longest prompt", check_context_room)
+        await ask("candidates", SCORING, "candidate scoring", check_vllm_candidates)
+        await ask("suffix", SCORING, "suffix scoring", check_suffix_scores)
+        await ask("spelling", TOKENS, "spelling of ids", probe_tokens.check_spelling)
+        await ask("vocabulary", TOKENS, "vocabulary", probe_tokens.check_vocabulary)
+        await ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.check_tokenizer)
+        await ask("speed", OPERATION, "speed of scoring", probe_scores.measure_speed)
+    await ask("sync", OPERATION, "new weights", check_vllm_sync)

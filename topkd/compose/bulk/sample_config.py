@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, SecretStr, model_validator
 
 from topkd.clients import ClientConfig
 from topkd.compose.bulk.report import Cost, InFlight, JobReport, Price, Rows
-
-SamplingDialect: TypeAlias = Literal["auto", "openai", "vllm", "vllm_generate", "sglang"]
+from topkd.compose.config.tables import SamplingDialect
 
 
 class SampleConfig(BaseModel):

@@ -5,12 +5,28 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, SecretStr, field_validator, model_validator
 
+from topkd.clients.dialects.records import list_dialects
 from topkd.compose.config.api_keys import KeyVariable, read_api_key
 from topkd.engine.config.learner import Frozen, LoRAConfig
 
-ScoringDialect: TypeAlias = Literal["auto", "vllm", "vllm_generate", "sglang", "fireworks"]
+
+def _check_dialect(**wanted: bool) -> AfterValidator:
+    """Return a validator for the names of the dialects with these abilities."""
+
+    def check(name: str) -> str:
+        names = list_dialects(**wanted)
+        if name not in names:
+            raise ValueError(f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}")
+        return name
+
+    return AfterValidator(check)
+
+
+ScoringDialect: TypeAlias = Annotated[str, _check_dialect(scores=True)]
+SyncedDialect: TypeAlias = Annotated[str, _check_dialect(syncs=True)]
+SamplingDialect: TypeAlias = Annotated[str, _check_dialect(samples=True, chats=True)]
 PRIVILEGED = ("reference", "feedback", "hint")  # in the order in which they are put around a prompt
 
 
@@ -150,9 +166,6 @@ class ReplayConfig(Frozen):
     policy: str | None = None
 
 
-SamplingDialect: TypeAlias = Literal["auto", "vllm", "vllm_generate", "sglang"]
-
-
 class InProcessSampling(Frozen):
     """The learner's own model, in this process: new weights are there at once."""
 
@@ -190,7 +203,7 @@ class ServerSampling(_Synced):
 
     kind: Literal["server"] = "server"
     url: str
-    dialect: SamplingDialect = "auto"
+    dialect: SyncedDialect = "auto"
     model: str | None = None
     api_key_env: KeyVariable | None = None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from topkd.clients.dialects.records import DIALECTS, ReplyShape
 from topkd.compose.config.run_config import RunConfig
 from topkd.engine.loop.prompts import PromptRow
 from topkd.topk.errors import ConfigError
@@ -64,39 +65,9 @@ class Forecast:
         return sum(self.memory.values())
 
 
-@dataclass(frozen=True, slots=True)
-class ReplyShape:
-    """How large a score comes back.
-
-    Attributes:
-        row: Bytes of a position beside its list.
-        entry: Bytes of a listed token.
-        prompt: Whether the prompt's positions come back too, asked for or not.
-    """
-
-    row: float
-    entry: float
-    prompt: bool
-
-    def size(self, prompt: int, completion: int, k: int) -> float:
-        """Bytes of the reply to one request."""
-        positions = completion + max(prompt - 1, 0) * self.prompt
-        return positions * (self.row + k * self.entry)
-
-
-# As measured on the embedded server, and on a real vLLM where there is one; JSON varies with the tokens' spelling.
-_JSON = ReplyShape(70, 70, prompt=True)
-_REPLIES = {
-    "vllm": _JSON,
-    "vllm_generate": _JSON,  # the same lists: only the server's work differs
-    "sglang": ReplyShape(38, 32 / 3, prompt=False),  # eight bytes in base64
-    "fireworks": ReplyShape(70, 70, prompt=False),
-}
-
-
 def find_reply_shape(dialect: str) -> ReplyShape:
-    """Of a dialect's scores."""
-    return _REPLIES.get(dialect, _JSON)
+    """Return how large the scores of a dialect are; of one that is not known yet, vLLM's."""
+    return DIALECTS[dialect if dialect in DIALECTS else "vllm"].reply
 
 
 def read_model_shape(config: RunConfig) -> Model:

@@ -12,6 +12,7 @@ from topkd.clients import ClientConfig
 from topkd.clients.connection import ScoringClient, connect
 from topkd.clients.decoding.byte_map import ByteMap, load_bytemap
 from topkd.clients.dialects.raw_requests import Wire
+from topkd.clients.dialects.records import find_dialect
 from topkd.clients.probe import tokens as probe_tokens
 from topkd.clients.probe.session import SCORING, TOKENS, Session, Teacher
 from topkd.compose.config.run_config import RunConfig
@@ -20,7 +21,6 @@ from topkd.compose.data.byte_maps import load_student_byte_map
 from topkd.compose.progress import Progress
 from topkd.topk.errors import ConfigError
 
-_SPELLING = ("vllm", "vllm_generate")  # whose scores hold the text of each id
 _COMPARED = ("same", "yes")  # how a verdict begins that was come to
 _STUDENT = "student"  # in the file: the fingerprint of the tokenizer that was compared
 _SHORT = 8  # tokens of the score that asks for K
@@ -151,7 +151,7 @@ async def _check_teacher(
 
 
 async def _compare_tokenizers(session: Session, client: ScoringClient, url: str) -> str:
-    if client.dialect in _SPELLING:
+    if find_dialect(client.dialect).spells:
         await session.ask("spelling", SCORING, "spelling of ids", probe_tokens.check_spelling)
     if not await session.ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.check_tokenizer):
         return session.findings[-1].detail

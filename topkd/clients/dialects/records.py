@@ -1,0 +1,145 @@
+"""One record a dialect: the only list of dialects, read by clients, probe, configs, forecast and command line.
+
+Importing it loads no client: each record names its client class and its probe questions, and imports them when asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from topkd.topk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from topkd.clients.dialects.base import HttpClient
+
+AUTO = "auto"  # in place of a name: ask the server
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyShape:
+    """How large a score comes back.
+
+    Attributes:
+        row: Bytes of a position beside its list.
+        entry: Bytes of a listed token.
+        prompt: Whether the prompt's positions come back too, asked for or not.
+    """
+
+    row: float
+    entry: float
+    prompt: bool
+
+    def size(self, prompt: int, completion: int, k: int) -> float:
+        """Return the bytes of the reply to one request."""
+        positions = completion + max(prompt - 1, 0) * self.prompt
+        return positions * (self.row + k * self.entry)
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What everything but its own module must know of a dialect.
+
+    Attributes:
+        name: As users write it.
+        client: ``module:class`` of its client.
+        questions: ``module:function`` that asks a server of this dialect what a probe wants to know.
+        scores: It scores given ids: it can teach.
+        samples: It continues given ids, with the logprobs they were drawn with.
+        chats: It samples from messages, in text.
+        syncs: A student that learns can be sampled from it: it takes new weights.
+        spells: Its scores hold the text of each id.
+        samples_best_as: The dialect in which the same server samples best.
+        reply: How large a score comes back, measured on the embedded server and a real vLLM.
+    """
+
+    name: str
+    client: str
+    questions: str
+    scores: bool = False
+    samples: bool = False
+    chats: bool = False
+    syncs: bool = False
+    spells: bool = False
+    samples_best_as: str = ""
+    reply: ReplyShape = ReplyShape(70, 70, prompt=True)
+
+    def load_client(self) -> type[HttpClient]:
+        """Import the client class."""
+        return _load(self.client)  # type: ignore[no-any-return]
+
+    def load_questions(self) -> Callable[..., Any]:
+        """Import the probe's questions."""
+        return _load(self.questions)  # type: ignore[no-any-return]
+
+
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+_CLIENTS, _PROBE = "topkd.clients.dialects", "topkd.clients.probe"
+
+# In the order in which "auto" tries them: each client says whether a server is of its kind, the last takes any.
+DIALECTS: dict[str, Dialect] = {
+    dialect.name: dialect
+    for dialect in (
+        Dialect(
+            "fireworks",
+            f"{_CLIENTS}.fireworks:FireworksEcho",
+            f"{_PROBE}.scores:ask_echo_teacher",
+            scores=True,
+            reply=ReplyShape(70, 70, prompt=False),
+        ),
+        Dialect(
+            "vllm_generate",
+            f"{_CLIENTS}.vllm_generate:VllmGenerate",
+            f"{_PROBE}.vllm:ask_vllm",
+            scores=True,
+            samples=True,
+            syncs=True,
+            spells=True,
+            samples_best_as="vllm",  # completions list the sampled token beside the K, not as one of them
+        ),
+        Dialect(
+            "vllm",
+            f"{_CLIENTS}.vllm:VllmCompletions",
+            f"{_PROBE}.vllm:ask_vllm",
+            scores=True,
+            samples=True,
+            syncs=True,
+            spells=True,
+        ),
+        Dialect(
+            "sglang",
+            f"{_CLIENTS}.sglang:Sglang",
+            f"{_PROBE}.sglang:ask_sglang",
+            scores=True,
+            samples=True,
+            syncs=True,
+            reply=ReplyShape(38, 32 / 3, prompt=False),  # eight bytes in base64
+        ),
+        Dialect(
+            "openai",
+            f"{_CLIENTS}.openai:OpenAIChat",
+            f"{_PROBE}.openai:ask_openai",
+            chats=True,
+            samples_best_as="openai",  # opened again with the tokenizer's table
+        ),
+    )
+}
+
+
+def list_dialects(**wanted: bool) -> tuple[str, ...]:
+    """List "auto" and the dialects with the given abilities: ``list_dialects(scores=True)``; any of several will do."""
+    names = [d.name for d in DIALECTS.values() if not wanted or any(getattr(d, ability) for ability in wanted)]
+    return (AUTO, *sorted(names))
+
+
+def find_dialect(name: str) -> Dialect:
+    """Return the record of a dialect; ConfigError for any other name."""
+    if name not in DIALECTS:
+        raise ConfigError("unknown dialect", got=repr(name), expected=f"{AUTO}, " + ", ".join(sorted(DIALECTS)))
+    return DIALECTS[name]
