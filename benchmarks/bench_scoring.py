@@ -82,15 +82,19 @@ def stop(begun: tuple[float, float]) -> tuple[float, float]:
 
 
 async def side_topkd(url: str, ids: list[int], k: int, n: int) -> tuple[float, float]:
-    from topkd.clients import ClientConfig, Job, Stream, VllmCompletions
+    from topkd.clients import ClientConfig, VllmCompletions
 
     config = ClientConfig(max_in_flight=IN_FLIGHT, window_start=IN_FLIGHT, budget_token_k=10**8)
     async with VllmCompletions(url, model="t", config=config) as client:
         await client.score(ids, 0, k)
         begun = start()
-        async for done in Stream(client, (Job(i, ids, 0, k) for i in range(n)), limit=IN_FLIGHT):
-            assert done.topk is not None, done.error
-            assert done.topk.rows == len(ids) - 1
+        gate = asyncio.Semaphore(IN_FLIGHT)
+
+        async def score() -> None:
+            async with gate:
+                assert (await client.score(ids, 0, k)).rows == len(ids) - 1
+
+        await asyncio.gather(*(score() for _ in range(n)))
         return stop(begun)
 
 

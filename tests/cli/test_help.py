@@ -11,6 +11,7 @@ from typing import get_args
 
 import pytest
 import typer
+from pydantic import ValidationError
 
 from topkd.cli import app as commands
 from topkd.cli.commands import probe, sample, score
@@ -75,13 +76,23 @@ def test_paragraphs_of_a_help_page_break_where_the_terminal_ends_and_nowhere_els
 
 
 def test_what_shells_complete_is_what_the_configs_accept():
-    from topkd.clients.connection import DIALECTS
+    from topkd.clients.dialects.records import DIALECTS
     from topkd.compose.bulk.sample_config import SampleConfig
     from topkd.compose.bulk.score_config import ScoreConfig
 
-    assert set(score.DIALECTS) == set(get_args(ScoreConfig.model_fields["dialect"].annotation))
-    assert set(sample.DIALECTS) == set(get_args(SampleConfig.model_fields["dialect"].annotation))
-    assert set(probe.DIALECTS) == {"auto", *DIALECTS}
+    def accepts(model, dialect, **values):
+        try:
+            model(dialect=dialect, **values)
+        except ValidationError:
+            return False
+        return True
+
+    names = {"auto", *DIALECTS}
+    rows = {"data": "rows.jsonl", "out": "cache", "teachers": ("http://h",)}
+    prompts = {"data": "rows.jsonl", "out": "cache", "teacher": "http://h", "tokenizer": "models/teacher"}
+    assert set(score.DIALECTS) == {name for name in names if accepts(ScoreConfig, name, **rows)}
+    assert set(sample.DIALECTS) == {name for name in names if accepts(SampleConfig, name, **prompts)}
+    assert set(probe.DIALECTS) == names
     assert set(CODECS) == set(get_args(ScoreConfig.model_fields["codec"].annotation))
 
 

@@ -7,11 +7,12 @@ import asyncio
 import numpy as np
 import pytest
 
+from tests.fakes.streaming import Job, Stream
 from tests.fakes.virtual_time import in_virtual_time
 from tests.faults.server import VOCAB, FaultyServer, actual_logp, body_of, plus_a_hundredth, until
-from topkd.clients import ClientConfig, Fleet, Job, Stream, TeacherRouter, VllmCompletions
+from topkd.clients import ClientConfig, Fleet, VllmCompletions
 from topkd.clients.fleet.circuit_breaker import Breaker
-from topkd.topk.errors import ConfigError, KLimitError, ResponseError, ServerUnreachableError, TopkdError
+from topkd.topk.errors import ConfigError, KLimitError, ResponseError, ServerUnreachableError
 from topkd.topk.protocols import Sampler, TeacherScorer
 
 QUICK = ClientConfig(
@@ -195,48 +196,6 @@ def test_a_fleet_of_nobody_or_of_twins_is_refused():
         Fleet(["http://h", "http://h"])
     with pytest.raises(ConfigError, match="one for each URL: got 1, expected 2"):
         Fleet(["http://a", "http://b"], make=[VllmCompletions])
-
-
-async def test_an_unmapped_teacher_id_is_an_error_never_a_default():
-    async with FaultyServer() as server, Fleet([server.url], model="t", config=QUICK) as fleet:
-        router = TeacherRouter({"math": fleet})
-        assert (await router.score("math", IDS, 3, 4)).rows == len(IDS) - 4
-        with pytest.raises(ConfigError, match=r"'code'.*'math'"):
-            await router.score("code", IDS, 3, 4)
-
-
-async def test_a_stream_yields_every_job_once_and_a_lost_one_with_its_error():
-    poison = prompts(50)[7]
-    async with (
-        FaultyServer(lambda n, r: "row_short" if r["prompt"] == poison else None) as server,
-        Fleet([server.url], model="t", config=QUICK) as fleet,
-    ):
-        seen = [done async for done in Stream(fleet, iter(jobs(50)), limit=8)]
-    assert sorted(done.key for done in seen) == list(range(50))
-    [lost] = [done for done in seen if done.error]
-    assert lost.key == 7
-    assert lost.topk is None
-    assert isinstance(lost.error, TopkdError)
-
-
-@in_virtual_time
-async def test_a_stream_takes_jobs_only_as_places_become_free():
-    taken = 0
-
-    async def source():
-        nonlocal taken
-        for job in jobs(40):
-            taken += 1
-            yield job
-
-    async with FaultyServer() as server:
-        server.delay_s = 0.02
-        async with Fleet([server.url], model="t", config=QUICK) as fleet:
-            done = 0
-            async for _ in Stream(fleet, source(), limit=5):
-                done += 1
-                assert taken <= done + 5
-    assert done == 40
 
 
 @in_virtual_time

@@ -132,7 +132,7 @@ async def test_a_full_queue_refuses_with_a_hint_instead_of_growing():
     held = await gate.enter(1)
     tasks = [asyncio.create_task(gate.enter(1)) for _ in range(2)]
     await turns()
-    with pytest.raises(ConfigError, match=r"wait for admission.*max_queued = 2.*Stream"):
+    with pytest.raises(ConfigError, match=r"wait for admission.*max_queued = 2.*Semaphore"):
         await gate.enter(1)
     for task in tasks:
         task.cancel()

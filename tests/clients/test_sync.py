@@ -11,10 +11,10 @@ from tests.contract.adapters import make_adapter
 from tests.fakes.tinymodels import make_tiny_model
 from topkd.clients import ClientConfig, Sglang, VllmCompletions
 from topkd.clients.http.transport import Reply
-from topkd.clients.weights.sinks import FleetWeightSink, SglangWeightSink, VllmWeightSink
+from topkd.clients.weights.sinks import SglangWeightSink, VllmWeightSink
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk import SamplingParams
-from topkd.topk.errors import ConfigError, ServerUnreachableError, SyncError
+from topkd.topk.errors import ServerUnreachableError, SyncError
 from topkd.topk.protocols import WeightUpdate
 
 QUICK = ClientConfig(max_retries=1, backoff_s=0.05, total_timeout_s=60.0)
@@ -221,19 +221,6 @@ async def test_sglang_reloads_from_disk_between_pause_and_continue(models):
     )
     assert "no such path" in str(error)
     assert "/continue_generation" in asked
-
-
-async def test_a_fleet_push_that_half_fails_names_what_each_replica_holds(models):
-    good = VllmWeightSink("http://h:1", model="policy", config=QUICK, transport=Script(**GOOD))
-    bad = VllmWeightSink(
-        "http://h:2", model="policy", config=QUICK, transport=Script(**GOOD | {"weight_info": {"weight_version": "v8"}})
-    )
-    fleet = FleetWeightSink([good, bad])
-    with pytest.raises(SyncError, match=r"1 of 2 replicas did not take version v9.*\['v9', ''\]"):
-        await fleet.push(WeightUpdate("full", str(models / "new"), "v9"))
-    assert fleet.versions == ["v9", ""]
-    with pytest.raises(ConfigError, match="at least one replica"):
-        FleetWeightSink([])
 
 
 async def test_an_sglang_reload_is_confirmed_and_every_sample_names_its_version(models):

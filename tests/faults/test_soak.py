@@ -10,9 +10,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from tests.fakes.streaming import Job, Stream
 from tests.fakes.virtual_time import in_virtual_time
 from tests.faults.server import VOCAB, FaultyServer, assert_nothing_left
-from topkd.clients import ClientConfig, Fleet, Job, Stream
+from topkd.clients import ClientConfig, Fleet
 
 FAULTS = [
     "reset_before_header", "reset_mid_body", "closed_keepalive", "429_retry_after", "500", "503", "html_502",

@@ -20,23 +20,16 @@ if TYPE_CHECKING:
     from topkd.clients.dialects.vllm_generate import VllmGenerate
     from topkd.clients.dialects.vllm_inprocess import VllmInProcess
     from topkd.clients.fleet.fleet import Fleet
-    from topkd.clients.router import TeacherRouter
-    from topkd.clients.stream import Done, Job, Stream
-    from topkd.clients.weights.sinks import FleetWeightSink, SglangWeightSink, VllmWeightSink
+    from topkd.clients.weights.sinks import SglangWeightSink, VllmWeightSink
 
 _HOMES = {
     "ClientConfig": "config",
-    "Done": "stream",
     "FireworksEcho": "dialects.fireworks",
     "Fleet": "fleet.fleet",
-    "FleetWeightSink": "weights.sinks",
-    "Job": "stream",
     "OpenAIChat": "dialects.openai",
     "ServerInfo": "dialects.base",
     "Sglang": "dialects.sglang",
     "SglangWeightSink": "weights.sinks",
-    "Stream": "stream",
-    "TeacherRouter": "router",
     "TinkerClient": "dialects.tinker",
     "VllmCompletions": "dialects.vllm",
     "VllmGenerate": "dialects.vllm_generate",
@@ -46,17 +39,12 @@ _HOMES = {
 }
 __all__ = [
     "ClientConfig",
-    "Done",
     "FireworksEcho",
     "Fleet",
-    "FleetWeightSink",
-    "Job",
     "OpenAIChat",
     "ServerInfo",
     "Sglang",
     "SglangWeightSink",
-    "Stream",
-    "TeacherRouter",
     "TinkerClient",
     "VllmCompletions",
     "VllmGenerate",

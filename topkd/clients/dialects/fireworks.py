@@ -18,6 +18,7 @@ from topkd.clients.decoding.sampled import SampleRequest, sent
 from topkd.clients.decoding.vllm_typed import as_ids, typed
 from topkd.clients.dialects.base import ScoringClient, ServerInfo
 from topkd.clients.dialects.raw_requests import ServerFacts
+from topkd.clients.http.endpoint import RequestInfo
 from topkd.topk.errors import AlignmentError, ConfigError, KLimitError, ResponseError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import FinishReason, Rollout, SamplingParams
@@ -210,10 +211,7 @@ class FireworksEcho(ScoringClient):
             build_fireworks_score(model, array, start, k),
             decode=partial(read_fireworks_scores, ids=array, start=start, k=k, vocab_size=self.vocab_size),
             where=self.where(f"{array.size} tokens, K = {k}"),
-            tokens=int(array.size),
-            entries=int(array.size) * (k + 1),
-            k=k,
-            model=model,
+            asks=RequestInfo(tokens=int(array.size), entries=int(array.size) * (k + 1), k=k, model=model),
             response_retries=self.endpoint.config.response_retries,
         )
         self._note(topk, 0)
@@ -237,10 +235,9 @@ class FireworksEcho(ScoringClient):
             build_fireworks_sample(model, prompt, n, params, k),
             decode=partial(sample_reply, asked=SampleRequest(prompt, n, params, k, self.vocab_size, params.exact)),
             where=self.where(f"{n} x {params.max_tokens} tokens"),
-            tokens=int(prompt.size) + params.max_tokens,
-            entries=n * params.max_tokens * (k + 1),
-            k=k,
-            model=model,
+            asks=RequestInfo(
+                tokens=int(prompt.size) + params.max_tokens, entries=n * params.max_tokens * (k + 1), k=k, model=model
+            ),
         )
 
 

@@ -21,6 +21,7 @@ from topkd.clients.decoding.openai import Recovered, chat_reply
 from topkd.clients.decoding.sampled import SampleRequest, sent
 from topkd.clients.dialects.base import ClientOptions, HttpClient
 from topkd.clients.dialects.raw_requests import ServerFacts
+from topkd.clients.http.endpoint import RequestInfo
 from topkd.topk.errors import ConfigError, KLimitError, ResponseError, UnsupportedError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
@@ -159,10 +160,9 @@ class OpenAIChat(HttpClient):
             chat_body(model, messages, n, params, k, strict=self._strict),
             decode=partial(chat_reply, asked=asked, table=self._table),
             where=self.where(f"{n} x {params.max_tokens} tokens"),
-            tokens=int(prompt.size) + params.max_tokens,
-            entries=n * params.max_tokens * (k + 2),
-            k=k,
-            model=model,
+            asks=RequestInfo(
+                tokens=int(prompt.size) + params.max_tokens, entries=n * params.max_tokens * (k + 2), k=k, model=model
+            ),
         )
         self.metrics_.add("sampled_requests")
         self.metrics_.add("ambiguous_entries", recovered.ambiguous_entries)

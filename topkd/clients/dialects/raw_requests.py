@@ -10,6 +10,7 @@ import msgspec
 
 from topkd.clients.decoding.vllm_typed import typed
 from topkd.clients.dialects.base import HttpClient
+from topkd.clients.http.endpoint import RequestInfo
 from topkd.topk.errors import (
     AuthError,
     FinalServerError,
@@ -48,9 +49,7 @@ class Wire:
             dict(body),
             decode=lambda reply: typed(reply, _ANY),
             where=self.client.where(f"POST {path}"),
-            tokens=tokens,
-            entries=entries,
-            k=k,
+            asks=RequestInfo(tokens=tokens, entries=entries, k=k),
         )
         if not isinstance(value, dict):
             raise ResponseError("the reply is not a JSON object", where=self.client.where(f"POST {path}"))
@@ -76,7 +75,7 @@ class Wire:
                 path,
                 decode=lambda reply: reply.decode("utf-8", "replace"),
                 where=self.client.where(f"GET {path}"),
-                entries=2**14,
+                asks=RequestInfo(entries=2**14),
             )
         except AuthError:
             raise

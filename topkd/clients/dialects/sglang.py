@@ -17,6 +17,7 @@ from topkd.clients.decoding.sampled import SampleRequest, sent
 from topkd.clients.decoding.sglang import candidate_rows, sampled_rollouts, scored_rows
 from topkd.clients.dialects.base import ScoringClient, ServerInfo
 from topkd.clients.dialects.raw_requests import ServerFacts, Wire
+from topkd.clients.http.endpoint import RequestInfo
 from topkd.topk.errors import ConfigError, UnsupportedError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
@@ -117,9 +118,7 @@ class Sglang(ScoringClient):
             build_sglang_score(array, start, k),
             decode=partial(scored_rows, ids=array, start=start, k=k, vocab_size=self.vocab_size),
             where=self.where(f"{array.size} tokens, K = {k}"),
-            tokens=int(array.size),
-            entries=rows * (k + 1),
-            k=k,
+            asks=RequestInfo(tokens=int(array.size), entries=rows * (k + 1), k=k),
             response_retries=self.endpoint.config.response_retries,
         )
         self._note(topk, zeros)
@@ -157,9 +156,7 @@ class Sglang(ScoringClient):
             build_sglang_candidates(array, start, union),
             decode=partial(candidate_rows, ids=array, start=start, union=union),
             where=self.where(f"{rows} rows, {union.size} candidates"),
-            tokens=int(array.size),
-            entries=rows * (int(union.size) + 1),
-            k=int(union.size),
+            asks=RequestInfo(tokens=int(array.size), entries=rows * (int(union.size) + 1), k=int(union.size)),
             response_retries=self.endpoint.config.response_retries,
         )
         columns = np.searchsorted(union, np.maximum(wanted, union[0]))
@@ -191,9 +188,11 @@ class Sglang(ScoringClient):
             build_sglang_sample(prompt, params, n, k),
             decode=partial(sampled_rollouts, asked=asked),
             where=self.where(f"{n} x {params.max_tokens} tokens"),
-            tokens=int(prompt.size) + params.max_tokens,
-            entries=n * params.max_tokens * (k + 2) + int(prompt.size),
-            k=k,
+            asks=RequestInfo(
+                tokens=int(prompt.size) + params.max_tokens,
+                entries=n * params.max_tokens * (k + 2) + int(prompt.size),
+                k=k,
+            ),
         )
         self.metrics_.add("sampled_requests")
         self.metrics_.add("sampled_tokens", sum(rollout.completion_ids.size for rollout in result))

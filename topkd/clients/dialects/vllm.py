@@ -20,6 +20,7 @@ from topkd.clients.decoding.vllm import read_vllm_scores
 from topkd.clients.decoding.vllm_typed import typed
 from topkd.clients.dialects.base import ClientOptions, ScoringClient
 from topkd.clients.dialects.raw_requests import ServerFacts
+from topkd.clients.http.endpoint import RequestInfo
 from topkd.clients.http.retry import Try
 from topkd.clients.http.status_errors import is_repeating
 from topkd.topk.errors import ConfigError, FinalServerError, ResponseError, TopkdError
@@ -128,10 +129,7 @@ class VllmCompletions(ScoringClient):
             build,
             decode=partial(read_vllm_scores, ids=array, start=start, k=k, vocab_size=self.vocab_size),
             where=self.where(f"{array.size} tokens, K = {k}"),
-            tokens=int(array.size),
-            entries=int(array.size) * (k + 1),
-            k=k,
-            model=model,
+            asks=RequestInfo(tokens=int(array.size), entries=int(array.size) * (k + 1), k=k, model=model),
             response_retries=self.endpoint.config.response_retries,
         )
         self._note(topk, zeros)
@@ -167,10 +165,12 @@ class VllmCompletions(ScoringClient):
                 lambda attempt: build_vllm_sample(model, prompt, n, params, k) | _salt(attempt),
                 decode=partial(read_rollouts, asked=SampleRequest(prompt, n, params, k, self.vocab_size, exact)),
                 where=self.where(f"{n} x {params.max_tokens} tokens"),
-                tokens=int(prompt.size) + params.max_tokens,
-                entries=n * params.max_tokens * (k + 2) + int(prompt.size),
-                k=k,
-                model=model,
+                asks=RequestInfo(
+                    tokens=int(prompt.size) + params.max_tokens,
+                    entries=n * params.max_tokens * (k + 2) + int(prompt.size),
+                    k=k,
+                    model=model,
+                ),
             ),
         )
         self.metrics_.add("sampled_requests")
@@ -219,7 +219,11 @@ class VllmCompletions(ScoringClient):
         where = self.where("GET /weight_info")
         try:
             answer = await self.endpoint.call(
-                "GET", "/weight_info", decode=lambda body: typed(body, _WEIGHTS), where=where, retries=False
+                "GET",
+                "/weight_info",
+                decode=lambda body: typed(body, _WEIGHTS),
+                where=where,
+                asks=RequestInfo(single_try=True),
             )
         except (FinalServerError, ResponseError):
             self._tells = False

@@ -24,6 +24,7 @@ from topkd.clients.decoding.vllm import check_prompt, fast_reader
 from topkd.clients.decoding.vllm_typed import Row, ScoredChoice, read_prompt_rows, typed
 from topkd.clients.dialects.raw_requests import ServerFacts
 from topkd.clients.dialects.vllm import VllmCompletions
+from topkd.clients.http.endpoint import RequestInfo
 from topkd.clients.http.retry import Try
 from topkd.clients.http.status_errors import is_repeating
 from topkd.topk.errors import ConfigError, KLimitError, RequestRefusedError, ResponseError, UnsupportedError
@@ -158,10 +159,7 @@ class VllmGenerate(VllmCompletions):
                 lambda attempt: build_generate_score(model, array, k) | _salt(attempt),
                 decode=partial(read_generate_scores, ids=array, start=start, k=k, vocab_size=self.vocab_size),
                 where=self.where(f"{array.size} tokens, K = {k}"),
-                tokens=int(array.size),
-                entries=int(array.size) * (k + 1),
-                k=k,
-                model=model,
+                asks=RequestInfo(tokens=int(array.size), entries=int(array.size) * (k + 1), k=k, model=model),
                 response_retries=self.endpoint.config.response_retries,
             )
         except RequestRefusedError as error:
@@ -195,10 +193,12 @@ class VllmGenerate(VllmCompletions):
                     lambda attempt: build_generate_sample(model, prompt, n, params, wide) | _salt(attempt),
                     decode=lambda body: read_generate_rollouts(body, asked=asked),
                     where=self.where(f"{n} x {params.max_tokens} tokens"),
-                    tokens=int(prompt.size) + params.max_tokens,
-                    entries=n * params.max_tokens * (k + 2) + int(prompt.size),
-                    k=wide,
-                    model=model,
+                    asks=RequestInfo(
+                        tokens=int(prompt.size) + params.max_tokens,
+                        entries=n * params.max_tokens * (k + 2) + int(prompt.size),
+                        k=wide,
+                        model=model,
+                    ),
                 ),
             )
         except RequestRefusedError as error:
@@ -258,7 +258,7 @@ class VllmGenerate(VllmCompletions):
             body = build_generate_score(await self.model_name(), np.array([1, 1], dtype=np.int32), 10_000_000)
             try:
                 await self.endpoint.call(
-                    "POST", ROUTE, body, decode=lambda _: None, where=self.where(), entries=300_000
+                    "POST", ROUTE, body, decode=lambda _: None, where=self.where(), asks=RequestInfo(entries=300_000)
                 )
             except KLimitError as error:
                 self._limit = error.limit
@@ -273,10 +273,7 @@ class VllmGenerate(VllmCompletions):
             lambda attempt: build_generate_candidates(model, ids, start, asked) | _salt(attempt),
             decode=lambda body: check_candidates(candidates_reply(body, rows=rows, columns=columns), wanted, start),
             where=self.where(f"{rows} rows, {columns} candidates"),
-            tokens=int(ids.size),
-            entries=rows * columns,
-            k=columns,
-            model=model,
+            asks=RequestInfo(tokens=int(ids.size), entries=rows * columns, k=columns, model=model),
             response_retries=self.endpoint.config.response_retries,
         )
 

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -33,6 +34,25 @@ from topkd.topk.errors import (
 Result = TypeVar("Result")
 _HOST_AND_PORT = re.compile(r"[\w.-]+(:\d{1,5})?(/v1)?")
 _INLINE_BYTES = 32_768  # below this a hop to a thread costs more than the decoding
+
+
+@dataclass(frozen=True, slots=True)
+class RequestInfo:
+    """What a request asks for: it decides time-outs, bounds and messages.
+
+    Attributes:
+        tokens: Prompt tokens plus tokens to generate: the time-out grows with them.
+        entries: (token, logprob) pairs expected in the reply: its size is bounded by them, admission counts them.
+        k: K asked for, for messages.
+        model: Model asked for, for messages.
+        single_try: The request is sent once: repeating it could do harm.
+    """
+
+    tokens: int = 0
+    entries: int = 0
+    k: int = 0
+    model: str = ""
+    single_try: bool = False
 
 
 class Endpoint:
@@ -79,12 +99,8 @@ class Endpoint:
         *,
         decode: Callable[[bytes], Result],
         where: str = "",
-        tokens: int = 0,
-        entries: int = 0,
-        k: int = 0,
-        model: str = "",
+        asks: RequestInfo = RequestInfo(),  # noqa: B008 - frozen
         response_retries: int = 0,
-        retries: bool = True,
         within_s: float | None = None,
     ) -> Result:
         """The decoded reply to one request.
@@ -95,19 +111,15 @@ class Endpoint:
             body: What goes as JSON, or a function of the try that builds it (a retry may have to differ).
             decode: Pure; bytes to a checked value. Runs in a thread when the reply is large.
             where: Endpoint, model and request for error messages.
-            tokens: Prompt tokens plus tokens to generate: the time-out grows with them.
-            entries: (token, logprob) pairs expected in the reply: its size is bounded by them, admission counts them.
-            k: K asked for, for messages.
-            model: Model asked for, for messages.
+            asks: What the request asks for.
             response_retries: Tries left after a reply that failed its checks.
-            retries: False for a single try (a health probe).
             within_s: A try takes no longer, whatever the config allows.
         """
         where = where or f"{self.url}{path}"
-        patience_s = min(self.config.try_timeout_s(tokens), within_s or math.inf)
+        patience_s = min(self.config.try_timeout_s(asks.tokens), within_s or math.inf)
 
         async def attempt(this_try: Try) -> Result:
-            permit = await self.gate.enter(max(1, entries), where=where)
+            permit = await self.gate.enter(max(1, asks.entries), where=where)
             try:
                 this_try.total.start()
                 content = body(this_try) if callable(body) else body
@@ -118,15 +130,15 @@ class Endpoint:
                     {} if content is None else {"content-type": "application/json"},
                     self._private(),
                     timeout_s=max(0.001, min(patience_s, this_try.total.remaining_s)),
-                    max_bytes=self.config.reply_bound(entries),
+                    max_bytes=self.config.reply_bound(asks.entries),
                     stall_s=self.config.stall_timeout_s,
                     on_bytes=self._watchdog.note_bytes,
                 )
-                return await self._once(request, decode, permit, where=where, k=k, model=model)
+                return await self._once(request, decode, permit, where=where, asks=asks)
             finally:
                 permit.release()
 
-        if not retries or self.config.max_retries == 0:
+        if asks.single_try or self.config.max_retries == 0:
             return await attempt(Try(0, Total(self.config.total_timeout_s)))
         return await with_retries(attempt, self.config, self.metrics, response_retries=response_retries)
 
@@ -156,7 +168,7 @@ class Endpoint:
             self._threads = None
 
     async def _once(
-        self, request: Request, decode: Callable[[bytes], Result], permit: Permit, *, where: str, k: int, model: str
+        self, request: Request, decode: Callable[[bytes], Result], permit: Permit, *, where: str, asks: RequestInfo
     ) -> Result:
         self.metrics.add("tries")
         try:
@@ -169,7 +181,7 @@ class Endpoint:
             raise
         self.metrics.add("reply_bytes", len(reply.body))
         if reply.status != 200:
-            failed = error_from_reply(reply, where=where, k=k, model=model)
+            failed = error_from_reply(reply, where=where, k=asks.k, model=asks.model)
             permit.replied(overload=isinstance(failed, ServerBusyError), neutral=True)
             self.metrics.add(f"http_{reply.status}")
             raise failed

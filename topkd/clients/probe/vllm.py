@@ -12,6 +12,7 @@ import numpy as np
 from topkd.clients.decoding.binary import read_npy_matrix
 from topkd.clients.decoding.vllm import read_vllm_scores
 from topkd.clients.dialects.vllm import build_vllm_score
+from topkd.clients.http.endpoint import RequestInfo
 from topkd.clients.probe import scores as probe_scores
 from topkd.clients.probe import tokens as probe_tokens
 from topkd.clients.probe.scores import ask_teacher
@@ -131,9 +132,7 @@ async def _scored(session: Session, fields: dict[str, Any]) -> TopK:
         body,
         decode=lambda reply: read_vllm_scores(reply, ids=session.prompt, start=0, k=k)[0],
         where=session.client.where("temperature"),
-        tokens=int(session.prompt.size),
-        entries=int(session.prompt.size) * (k + 1),
-        k=k,
+        asks=RequestInfo(tokens=int(session.prompt.size), entries=int(session.prompt.size) * (k + 1), k=k),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,10 +21,11 @@ from pydantic import SecretStr
 from topkd.clients.config import ClientConfig
 from topkd.clients.decoding.vllm_typed import typed
 from topkd.clients.dialects.base import HttpClient
+from topkd.clients.http.endpoint import RequestInfo
 from topkd.clients.http.transport import Transport
 from topkd.clients.weights.checkpoints import Shapes, check_folder, check_same_shapes
 from topkd.topk.errors import ConfigError, RequestRefusedError, ResponseError, ServerError, SyncError, TopkdError
-from topkd.topk.protocols import Version, WeightSink, WeightUpdate
+from topkd.topk.protocols import Version, WeightUpdate
 
 _OBJECT: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
 _RESET_TRIES = 20
@@ -135,7 +136,9 @@ class _HttpSink(HttpClient):
         def decode(reply: bytes) -> dict[str, Any]:
             return {} if plain else typed(reply, _OBJECT)
 
-        return await self.endpoint.call("POST", path, body, decode=decode, where=self.where(path), retries=False)
+        return await self.endpoint.call(
+            "POST", path, body, decode=decode, where=self.where(path), asks=RequestInfo(single_try=True)
+        )
 
     async def _get(self, path: str) -> dict[str, Any]:
         return await self.endpoint.call("GET", path, decode=lambda reply: typed(reply, _OBJECT), where=self.where(path))
@@ -243,30 +246,3 @@ class SglangWeightSink(_HttpSink):
 
 def _absolute(path: str) -> str:
     return str(Path(path).resolve())
-
-
-class FleetWeightSink:
-    """One push to every replica. Not atomic: what each replica holds is in ``versions``, and a failure names them."""
-
-    def __init__(self, sinks: Sequence[WeightSink]) -> None:
-        if not sinks:
-            raise ConfigError("a fleet needs at least one replica")
-        self._sinks = list(sinks)
-        self.versions: list[Version] = [""] * len(sinks)
-
-    async def push(self, update: WeightUpdate) -> Version:
-        """The version when *every* replica confirms it; a SyncError that lists who has what otherwise."""
-        outcomes = await asyncio.gather(*(sink.push(update) for sink in self._sinks), return_exceptions=True)
-        failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-        for i, outcome in enumerate(outcomes):
-            if isinstance(outcome, str):
-                self.versions[i] = outcome
-        if not failed:
-            return update.version
-        if not isinstance(failed[0], TopkdError):
-            raise failed[0]
-        raise SyncError(
-            f"{len(failed)} of {len(outcomes)} replicas did not take version {update.version}",
-            got=f"versions now {self.versions}; first error: {failed[0]}",
-            hint="sample only from replicas that have it, or push again",
-        ) from failed[0]
