@@ -135,7 +135,7 @@ class Admission:
                     where=where,
                     got=len(self._waiters),
                     expected=f"at most max_queued = {self._config.max_queued}",
-                    hint="keep fewer requests waiting: start the next one when one is done, say behind an asyncio.Semaphore",
+                    hint="start a request when another is done, say behind an asyncio.Semaphore",
                 )
             loop = asyncio.get_running_loop()
             waiter = _Waiter(cost, loop, loop.create_future())

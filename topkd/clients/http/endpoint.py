@@ -99,7 +99,7 @@ class Endpoint:
         *,
         decode: Callable[[bytes], Result],
         where: str = "",
-        asks: RequestInfo = RequestInfo(),  # noqa: B008 - frozen
+        asks: RequestInfo = RequestInfo(),
         response_retries: int = 0,
         within_s: float | None = None,
     ) -> Result:

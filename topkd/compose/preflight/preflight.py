@@ -21,7 +21,6 @@ from topkd.compose.preflight.lengths import Ends, check_lengths, check_token_ids
 from topkd.compose.preflight.sampler import check_sampler
 from topkd.compose.preflight.teachers import TeacherInfo, check_same_ids, check_teachers, select_teachers
 from topkd.compose.progress import Progress
-from topkd.engine.loop.data_mixing import check_mixture
 from topkd.engine.models.hub import check_there
 from topkd.offline import ReplayScorer, ScoreStore
 from topkd.topk.errors import ConfigError, TopkdError
@@ -256,6 +255,8 @@ async def _check_lengths(state: Preflight) -> None:
 
 
 async def _check_mixture(state: Preflight) -> None:
+    from topkd.engine.loop.data_mixing import check_mixture  # imports torch
+
     check_mixture(state.config, state.loaded_prompts.rows)
 
 
