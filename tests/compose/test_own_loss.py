@@ -126,6 +126,13 @@ async def test_a_loss_in_place_of_sft_is_refused(tmp_path):
         await train(config, tmp_path / "run", loss=likelihood)
 
 
+async def test_a_dry_run_shows_the_function_as_the_config_names_it(tmp_path):
+    settings = (await dry_run(run_config(tmp_path, objective={"kind": LIKELIHOOD}))).settings
+    shown = {key: value for key, value, _ in settings if key.startswith("objective.")}
+    assert shown["objective.kind"] == LIKELIHOOD
+    assert "objective.function" not in shown
+
+
 def test_a_custom_objective_says_what_it_needs(tmp_path):
     objective = run_config(tmp_path, objective={"kind": LIKELIHOOD}).objective
     direct = run_config(tmp_path, objective={"kind": LIKELIHOOD, "reads_sampled_token": False}, data_loss="objective")

@@ -159,8 +159,9 @@ def _note_recorded(state: Preflight, found: DryRun) -> None:
 
 def list_settings(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
     """Every setting in force, by dotted key, and whether it was given; tables that are left out are not listed."""
-    for name in type(model).model_fields:
-        value, is_set = getattr(model, name), name in model.model_fields_set
+    as_written = model.model_dump()
+    for name in as_written:  # a custom objective's function is written as its kind
+        value, is_set = as_written[name] if name == "kind" else getattr(model, name), name in model.model_fields_set
         if isinstance(value, BaseModel):
             yield from list_settings(value, f"{prefix}{name}.")
         elif isinstance(value, dict) and any(isinstance(entry, BaseModel) for entry in value.values()):
