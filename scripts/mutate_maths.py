@@ -49,7 +49,7 @@ class Mutation:
     module: str  # under topkd/topk
     old: str
     new: str
-    tests: tuple[str, ...]  # tests/topk/test_*.py
+    tests: tuple[str, ...]  # names of tests/topk/**/test_*.py
 
     @property
     def file(self) -> str:
@@ -87,7 +87,11 @@ def _tested(folder: Path, tests: tuple[str, ...]) -> int:
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     try:
-        return int(pytest.main([*PYTEST, *(f"tests/topk/test_{name}.py" for name in tests)]))
+        return int(
+            pytest.main(
+                [*PYTEST, *(str(path) for name in tests for path in Path("tests/topk").rglob(f"test_{name}.py"))]
+            )
+        )
     except BaseException:
         traceback.print_exc()
         raise

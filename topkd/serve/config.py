@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 API_KEY_VARIABLE = "TOPKD_SERVE_API_KEY"
+READY_LINE = "topkd serve: ready at "  # then the URL; what ServerProcess waits for
 
 
 class ServeConfig(BaseModel):

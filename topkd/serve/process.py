@@ -13,10 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from topkd.serve.config import API_KEY_VARIABLE, ServeConfig
+from topkd.serve.config import API_KEY_VARIABLE, READY_LINE, ServeConfig
 from topkd.topk.errors import ServerError, ServerTimeoutError
 
-READY_LINE = "topkd serve: ready at "
 LOG_LINES = 15
 
 

@@ -15,10 +15,9 @@ from typing import Any
 
 import uvicorn
 
-from topkd.serve.config import ServeConfig
+from topkd.serve.config import READY_LINE, ServeConfig
 from topkd.topk.errors import ConfigError
 
-READY_LINE = "topkd serve: ready at "
 BACKLOG = 2048  # uvicorn's own
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 

@@ -26,7 +26,7 @@ from topkd.topk.losses import (
 from topkd.topk.losses.divergence import divergence, divergence_terms, log_tail_torch
 from topkd.topk.losses.sparse import bins
 
-TRAPS = {trap["id"]: trap for trap in json.loads((Path(__file__).parents[1] / "golden" / "traps.json").read_text())}
+TRAPS = {trap["id"]: trap for trap in json.loads((Path(__file__).parents[2] / "golden" / "traps.json").read_text())}
 
 
 def trap(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

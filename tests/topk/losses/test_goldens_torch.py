@@ -33,7 +33,7 @@ from topkd.topk.losses.jsd import append_tail
 from topkd.topk.losses.policy import importance_ratio
 from topkd.topk.losses.topk_policy import advantage
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 @cache
