@@ -65,7 +65,7 @@ async def test_a_dry_run_lists_every_problem_that_would_end_the_run_one_by_one(f
     }
     config = run_config(folder, **broken)
     problems = (await dry_run(config)).problems
-    words = ["warmup_steps", "needs wandb", "feedback", "student's positions", "on_policy_fraction", "scorer failed"]
+    words = ["needs wandb", "feedback", "warmup_steps", "student's positions", "on_policy_fraction", "scorer failed"]
     assert len(problems) == len(words)
     for problem, word in zip(problems, words, strict=True):
         assert word in problem

@@ -12,7 +12,7 @@ from topkd.compose.run.signals import StopSignals
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_the_first_signal_asks_and_the_second_interrupts(number):
-    with StopSignals() as stops, stops.listening() as event:
+    with StopSignals() as stops, stops.listen() as event:
         os.kill(os.getpid(), number)
         await asyncio.wait_for(event.wait(), timeout=240)
         assert stops.name == number.name
@@ -36,7 +36,7 @@ async def test_a_signal_whose_exception_was_lost_is_obeyed_at_the_next_step(numb
             os.kill(os.getpid(), number)
         with pytest.raises(leaves):
             stops.obey()
-        with pytest.raises(leaves), stops.listening():
+        with pytest.raises(leaves), stops.listen():
             pass
 
 

@@ -161,12 +161,9 @@ async def _check_processes(state: Preflight) -> None:
 
 
 async def _check_schedule(state: Preflight) -> None:
-    learner, steps = state.config.learner, state.config.steps
-    if learner.schedule != "constant" and learner.warmup_steps >= steps:
-        raise ConfigError(
-            "learner.warmup_steps leaves nothing of the run to fall in", got=learner.warmup_steps,
-            expected=f"below steps = {steps}",
-        )  # fmt: skip
+    from topkd.engine.learner.optimizers import check_schedule  # imports torch
+
+    check_schedule(state.config.learner, state.config.steps)
 
 
 async def _check_packages(state: Preflight) -> None:
@@ -294,12 +291,12 @@ def _find_draws(state: Preflight) -> None:
 
 CHECKS = (
     Check("processes", _check_processes),
-    Check("schedule", _check_schedule),
     Check("packages", _check_packages),
     Check("functions", _check_functions),
     Check("cache", _check_cache, live=False),
     Check("student", _check_student),
     Check("files", _check_files),
+    Check("schedule", _check_schedule),
     Check("teachers", _check_teachers, needs=("student",), replay=False),
     Check("local teachers", _check_local_teachers, needs=("student",), replay=False),
     Check("sampler", _check_sampler, replay=False),

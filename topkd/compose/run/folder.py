@@ -50,6 +50,12 @@ def check_free(out: Path) -> None:
         )
 
 
+def check_resumable(out: Path) -> None:
+    """Raise where a folder holds no run that could be resumed."""
+    if not (out / CONFIG).exists():
+        raise ConfigError("there is no run to resume", where=str(out), hint="leave out --resume")
+
+
 def _list_entries(out: Path) -> list[str] | None:
     """Names in a folder, in order; None where there is none yet.
 
@@ -86,8 +92,8 @@ def _is_run_config(path: Path) -> bool:
 @contextlib.contextmanager
 def lock_folder(out: Path, *, resume: bool = False) -> Iterator[None]:
     """Keeps other processes out of a run's folder (made now, or there to be resumed) until this one leaves or dies."""
-    if resume and not (out / CONFIG).exists():
-        raise ConfigError("there is no run to resume", where=str(out), hint="leave out --resume")
+    if resume:
+        check_resumable(out)
     try:
         import fcntl
     except ImportError:  # no such locks on this platform

@@ -52,7 +52,7 @@ async def open_observers(
     if not run.is_first_rank:
         yield Observers()
         return
-    step = 0 if run.previous.checkpoint is None else run.previous.checkpoint.position.step
+    step = run.previous.step
     evaluation = None
     if findings.evaluation is not None:
         from topkd.compose.run.evaluation import Evaluation

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topkd.compose.config.run_config import save_config, validate_config
-from topkd.compose.progress import Progress
-from topkd.compose.run.folder import check_free, lock_folder, prepare_folder
+from topkd.compose.run.folder import check_free, check_resumable
 from topkd.engine import EngineConfig
 from topkd.engine.loop.metrics import read_metrics
 from topkd.report.load.run_folder import CONFIG, RUN_LOG, STUDENT, TOKENS
-from topkd.topk.errors import ConfigError, DataError, TopkdError, TrainingError
+from topkd.topk.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from topkd.engine.checkpoint.checkpoint import Checkpoint
-    from topkd.engine.learner.distributed import Ranks
 
 # What may differ when a run is resumed: where its servers are, how they are asked, what is written down.
 FREE = ("client.*", "checkpoint.*", "track.*", "teacher.url*", "teachers.*.url*", "*.api_key_env", "sampler.url")
-
-_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,83 +46,29 @@ class PreviousRun:
     resumed: bool = False
     config: EngineConfig | None = None
 
-
-@contextlib.contextmanager
-def enter_run(
-    out: Path, config: EngineConfig, progress: Progress, *, command: str, resume: bool
-) -> Iterator[tuple[PreviousRun, Ranks | None]]:
-    """Lock a run's folder and read what lies in it.
-
-    Under torchrun the first process does so and tells the others.
-    """
-    if not resume:
-        check_free(out)  # before a lock file lies in it
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        with _convert_write_errors(out), lock_folder(out, resume=resume):
-            yield read_previous_run(out, config, progress, command=command, resume=resume), None
-        return
-    from topkd.engine.learner.distributed import Ranks, is_rank_lost
-
-    ranks = Ranks.from_environment()
-    try:
-        with contextlib.ExitStack() as stack:
-            former = PreviousRun()
-            stack.enter_context(_convert_write_errors(out))
-            if ranks.main:
-                stack.enter_context(lock_folder(out, resume=resume))
-                former = read_previous_run(out, config, progress, command=command, resume=resume)
-            yield ranks.first(former), ranks
-    except RuntimeError as error:
-        if not is_rank_lost(error):
-            raise
-        raise TrainingError(
-            "another process of this run is gone, or does not answer", where=f"process {ranks.rank} of {ranks.size}",
-            got=str(error).partition("\n")[0][:200], hint="what it said last is why; then go on with --resume",
-        ) from error  # fmt: skip
-    finally:
-        ranks.close()
-
-
-@contextlib.contextmanager
-def _convert_write_errors(out: Path) -> Iterator[None]:
-    """A file of the run that cannot be written, wherever that is noticed, ends it with one line."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, TopkdError) or error.errno not in _UNWRITABLE:
-            raise
-        raise TrainingError(
-            "cannot write the run's files", where=str(error.filename or out), got=error.strerror,
-            hint="make room, or mend the folder; then go on with --resume",
-        ) from error  # fmt: skip
+    @property
+    def step(self) -> int:
+        """Steps taken before the checkpoint; 0 without one."""
+        return 0 if self.checkpoint is None else self.checkpoint.position.step
 
 
 def read_previous_run(
-    out: Path, config: EngineConfig, progress: Progress, *, command: str, resume: bool
+    out: Path, config: EngineConfig, *, command: str, note: Callable[[str], None] = lambda _: None
 ) -> PreviousRun:
-    """Prepare an empty run folder, or (``resume``) read the run that lies there.
+    """Read the run that a folder holds; refuse one that this command and config cannot resume.
 
-    Nothing is cut back before ``truncate_to_checkpoint``.
+    Nothing is changed: see ``truncate_to_checkpoint``.
     """
-    if not resume:
-        prepare_folder(out)
-        save_config(config, out / CONFIG)
-        return PreviousRun()
-    records = _read_run_log(out)
+    check_resumable(out)
+    records = read_metrics(out / RUN_LOG) if (out / RUN_LOG).exists() else []
     _refuse_another_command(out, records, command)
     _refuse_changes(out, config)
     if _count_finished_steps(out) >= config.steps:
         return _make_previous_run(None, records, finished=True)
-    checkpoint = _find_checkpoint(out, config, progress.note)
-    step = 0 if checkpoint is None else checkpoint.position.step
-    progress.note(f"resuming after step {step}" if step else "no checkpoint yet: starting from the beginning")
-    length = _find_log_end(out, checkpoint)
+    checkpoint = _find_checkpoint(out, config, note)
+    length = _count_kept_bytes(out, checkpoint)
     kept = records[: (out / RUN_LOG).read_bytes()[:length].count(b"\n")] if length else []
     return _make_previous_run(checkpoint, kept, config=config)
-
-
-def _read_run_log(out: Path) -> list[dict[str, Any]]:
-    return read_metrics(out / RUN_LOG) if (out / RUN_LOG).exists() else []  # one machine of several has it
 
 
 def _find_checkpoint(out: Path, config: EngineConfig, on_damage: Callable[[str], None]) -> Checkpoint | None:
@@ -154,29 +94,24 @@ def _make_previous_run(
     return PreviousRun(checkpoint, steps, evals, events, finished=finished, resumed=True, config=config)
 
 
-def truncate_to_checkpoint(out: Path, former: PreviousRun) -> None:
+def truncate_to_checkpoint(out: Path, previous: PreviousRun) -> None:
     """Cut a resumed run's folder back to its checkpoint, once all is there to go on: a refusal costs nothing."""
-    if former.resumed and former.config is not None:
-        _cut(out, former.checkpoint)
-        save_config(former.config, out / CONFIG)
+    if previous.resumed and previous.config is not None:
+        _truncate_records(out, previous.checkpoint)
+        save_config(previous.config, out / CONFIG)
 
 
 def preview_resume(out: Path, config: EngineConfig, *, command: str, resume: bool) -> tuple[str, PreviousRun]:
-    """Say what a run would find in its folder ("": nothing) and return it; raise what it would be refused for."""
+    """Read what a run would find in its folder, and describe it ("": nothing); raise what would refuse the run."""
     if not resume:
         check_free(out)
         return "", PreviousRun()
-    if not (out / CONFIG).exists():
-        raise ConfigError("there is no run to resume", where=str(out), hint="leave out --resume")
-    records = _read_run_log(out)
-    _refuse_another_command(out, records, command)
-    _refuse_changes(out, config)
-    if (done := _count_finished_steps(out)) >= config.steps:
-        return f"{out} is finished: {done} steps; nothing to resume", _make_previous_run(None, records, finished=True)
     damage: list[str] = []
-    checkpoint = _find_checkpoint(out, config, damage.append)
-    where = "from the beginning" if checkpoint is None else f"after step {checkpoint.position.step}"
-    return "; ".join([*damage, f"the run in {out} would go on {where}"]), _make_previous_run(checkpoint, records)
+    previous = read_previous_run(out, config, command=command, note=damage.append)
+    if previous.finished:
+        return f"{out} is finished: {len(previous.steps)} steps; nothing to resume", previous
+    where = "from the beginning" if previous.checkpoint is None else f"after step {previous.step}"
+    return "; ".join([*damage, f"the run in {out} would go on {where}"]), previous
 
 
 def _refuse_another_command(out: Path, records: list[dict[str, Any]], command: str) -> None:
@@ -218,7 +153,7 @@ def _count_finished_steps(out: Path) -> int:
         return 0
 
 
-def _find_log_end(out: Path, checkpoint: Checkpoint | None) -> int:
+def _count_kept_bytes(out: Path, checkpoint: Checkpoint | None) -> int:
     """How many bytes of the run log stand: those before the checkpoint."""
     run_log, length = out / RUN_LOG, 0 if checkpoint is None else checkpoint.run_log_bytes
     there = run_log.stat().st_size if run_log.exists() else 0
@@ -230,9 +165,9 @@ def _find_log_end(out: Path, checkpoint: Checkpoint | None) -> int:
     return length
 
 
-def _cut(out: Path, checkpoint: Checkpoint | None) -> None:
+def _truncate_records(out: Path, checkpoint: Checkpoint | None) -> None:
     """Take back what was written after the checkpoint: it will be written again."""
-    length, step = _find_log_end(out, checkpoint), 0 if checkpoint is None else checkpoint.position.step
+    length, step = _count_kept_bytes(out, checkpoint), 0 if checkpoint is None else checkpoint.position.step
     if (out / RUN_LOG).exists():
         os.truncate(out / RUN_LOG, length)
     tokens = out / TOKENS
@@ -273,11 +208,22 @@ def check_same_rows(events: Sequence[Mapping[str, Any]], note: dict[str, Any], w
         raise DataError(
             "the prompts are not those that the run began with",
             where=where,
-            got=_describe_change(note),
-            expected=_describe_change(began),
+            got=_describe_prompts(note),
+            expected=_describe_prompts(began),
             hint="put the former file back, or start a new run in another --out",
         )
 
 
-def _describe_change(note: dict[str, Any]) -> str:
+def _describe_prompts(note: dict[str, Any]) -> str:
     return f"{note['rows']} rows, digest {note['xxh3_128'][:8]}"
+
+
+def describe_process_change(previous: PreviousRun, size: int) -> str:
+    """Warn about a resume with more or fewer processes than before; "" where nothing changed."""
+    before = [event["processes"] for event in previous.events if "processes" in event]
+    if not before or before[-1] == size:
+        return ""
+    return (
+        f"careful: {before[-1]} of torchrun's processes before, {size} now: completions are drawn from other seeds "
+        "from here on, since rollout.shards is 0 (one a process)"
+    )

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+import errno
+import os
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from topkd.compose.config.run_config import save_config
 from topkd.compose.progress import Progress
-from topkd.compose.run.resume import PreviousRun, enter_run
+from topkd.compose.run.folder import check_free, lock_folder, prepare_folder
+from topkd.compose.run.resume import PreviousRun, read_previous_run
 from topkd.compose.run.signals import StopSignals
 from topkd.engine.config.engine_config import EngineConfig
+from topkd.report.load.run_folder import CONFIG
+from topkd.topk.errors import TopkdError, TrainingError
 
 if TYPE_CHECKING:
     from topkd.engine.learner.distributed import Ranks
 
 T = TypeVar("T")
+
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +112,62 @@ async def open_run(
         signals: Signals that end the run in order, to be resumed.
     """
     out, progress = Path(out), progress or Progress()
-    async with AsyncExitStack() as stack:
-        previous, ranks = stack.enter_context(enter_run(out, config, progress, command=command, resume=resume))
-        shown = progress if ranks is None or ranks.main else Progress()
-        yield Run(out, command, shown, previous, ranks, signals, stack)
+    if not resume:
+        check_free(out)  # before a lock file lies in it
+    with _convert_write_errors(out), _join_ranks() as ranks, contextlib.ExitStack() as locks:
+        previous = PreviousRun()
+        if ranks is None or ranks.main:
+            locks.enter_context(lock_folder(out, resume=resume))
+            previous = _read_or_prepare(out, config, progress, command=command, resume=resume)
+        if ranks is not None:
+            previous, progress = ranks.first(previous), progress if ranks.main else Progress()
+        async with AsyncExitStack() as stack:
+            yield Run(out, command, progress, previous, ranks, signals, stack)
+
+
+def _read_or_prepare(out: Path, config: EngineConfig, progress: Progress, *, command: str, resume: bool) -> PreviousRun:
+    if not resume:
+        prepare_folder(out)
+        save_config(config, out / CONFIG)
+        return PreviousRun()
+    previous = read_previous_run(out, config, command=command, note=progress.note)
+    if not previous.finished:
+        step = previous.step
+        progress.note(f"resuming after step {step}" if step else "no checkpoint yet: starting from the beginning")
+    return previous
+
+
+@contextlib.contextmanager
+def _join_ranks() -> Iterator[Ranks | None]:
+    """Join torchrun's process group; None for a single process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    from topkd.engine.learner.distributed import Ranks, is_rank_lost
+
+    ranks = Ranks.from_environment()
+    try:
+        yield ranks
+    except RuntimeError as error:
+        if not is_rank_lost(error):
+            raise
+        raise TrainingError(
+            "another process of this run is gone, or does not answer", where=f"process {ranks.rank} of {ranks.size}",
+            got=str(error).partition("\n")[0][:200], hint="its own last message says why; then resume with --resume",
+        ) from error  # fmt: skip
+    finally:
+        ranks.close()
+
+
+@contextlib.contextmanager
+def _convert_write_errors(out: Path) -> Iterator[None]:
+    """Turn a run file that cannot be written into one clear error, wherever it is noticed."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, TopkdError) or error.errno not in _UNWRITABLE:
+            raise
+        raise TrainingError(
+            "cannot write the run's files", where=str(error.filename or out), got=error.strerror,
+            hint="free some space or repair the folder; then resume with --resume",
+        ) from error  # fmt: skip

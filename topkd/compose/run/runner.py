@@ -14,7 +14,7 @@ from topkd.compose.config.functions import load_loss
 from topkd.compose.data.digests import describe_rows
 from topkd.compose.run.folder import collect_provenance
 from topkd.compose.run.observers import Observers
-from topkd.compose.run.resume import check_same_rows, truncate_to_checkpoint
+from topkd.compose.run.resume import check_same_rows, describe_process_change, truncate_to_checkpoint
 from topkd.compose.run.run import Run, RunResult
 from topkd.compose.run.sampler import SamplingSetup, stop_ids
 from topkd.compose.teachers.open import Teachers
@@ -91,7 +91,7 @@ async def run_training(run: Run, parts: TrainingParts) -> RunResult:
         saver = RunSaver(
             run.out, config, learner, parts.tokenizer, log, parts.is_remembered, parts.teachers.states, run.progress
         )
-        stop = stack.enter_context(run.signals.listening()) if run.signals is not None else asyncio.Event()
+        stop = stack.enter_context(run.signals.listen()) if run.signals is not None else asyncio.Event()
         _write_first_event(run, parts, log, learner.ranks.size, {"step": start.step, "prompts": prompts})
         hooks = Hooks(
             parts.observers.evaluate,
@@ -147,7 +147,7 @@ def _write_first_event(
     event: dict[str, Any] = {"event": "start"}
     if run.previous.resumed:
         event = {"event": "resumed", "step": position["step"]}
-        if not parts.config.rollout.shards and (change := _describe_process_change(run, processes)):
+        if not parts.config.rollout.shards and (change := describe_process_change(run.previous, processes)):
             run.progress.note(change)
     shared = {"command": run.command, "processes": processes, "prompts": position["prompts"]}
     notes = {**parts.teachers.notes(), **parts.notes}
@@ -170,17 +170,6 @@ def _save_after_error(run: Run, saver: Any, error: BaseException) -> None:
         saver.finish("interrupted" if isinstance(error, _INTERRUPTS) else type(error).__name__)
     except (TopkdError, OSError) as another:  # the first error is the one to report
         run.progress.note(f"the student so far could not be saved: {another}")
-
-
-def _describe_process_change(run: Run, size: int) -> str:
-    """Warn about a resume with more or fewer processes than before; "" where nothing changed."""
-    before = [event["processes"] for event in run.previous.events if "processes" in event]
-    if not before or before[-1] == size:
-        return ""
-    return (
-        f"careful: {before[-1]} of torchrun's processes before, {size} now: completions are drawn from other seeds "
-        "from here on, since rollout.shards is 0 (one a process)"
-    )
 
 
 def _record_transcripts(run: Run, parts: TrainingParts) -> Callable[[int, ScoredBatch], None] | None:

@@ -82,15 +82,15 @@ class RunSaver:
             )
 
 
-def restore_weights(former: PreviousRun, student: Any) -> None:
+def restore_weights(previous: PreviousRun, student: Any) -> None:
     """Set the student to the checkpoint's weights; before its learner is made, which may copy them into shards."""
-    if former.checkpoint is not None:
-        load_weights(student, read_weights(former.checkpoint), where=str(former.checkpoint.path))
+    if previous.checkpoint is not None:
+        load_weights(student, read_weights(previous.checkpoint), where=str(previous.checkpoint.path))
 
 
-def restore_state(former: PreviousRun, learner: Learner, stateful: Mapping[str, Stateful] | None) -> Position:
+def restore_state(previous: PreviousRun, learner: Learner, stateful: Mapping[str, Stateful] | None) -> Position:
     """Set everything else, and give the position to go on from."""
-    if former.checkpoint is None:
+    if previous.checkpoint is None:
         return Position()
-    restore(former.checkpoint, learner, stateful)
-    return former.checkpoint.position
+    restore(previous.checkpoint, learner, stateful)
+    return previous.checkpoint.position

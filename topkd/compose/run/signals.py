@@ -26,25 +26,25 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.name = ""
-        self._left: signal.Signals | None = None  # the signal that was to end what came before the run
+        self._leaving_by: signal.Signals | None = None  # the signal that was to end what came before the run
         self._loop: asyncio.AbstractEventLoop | None = None
         self._event: asyncio.Event | None = None
-        self._former: dict[signal.Signals, Any] = {}
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._asked) for number in _SIGNALS}
+            self._previous_handlers = {number: signal.signal(number, self._request_stop) for number in _SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._former.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self._former = {}
+        self._previous_handlers = {}
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[asyncio.Event]:
+    def listen(self) -> Iterator[asyncio.Event]:
         """Gives the event that a signal sets; within the running loop."""
         self.obey()
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
@@ -58,16 +58,16 @@ class StopSignals:
 
         What a handler raises is lost where Python happens to be in a ``__del__``: long work asks between its steps.
         """
-        if self._left is not None:
-            self._leave(self._left)
+        if self._leaving_by is not None:
+            self._leave(self._leaving_by)
 
     def _leave(self, number: signal.Signals) -> NoReturn:
-        self._left = number
+        self._leaving_by = number
         if number == signal.SIGTERM:
             sys.exit(0)
         raise KeyboardInterrupt
 
-    def _asked(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - how Python calls handlers
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - how Python calls handlers
         if self._loop is not None and self._event is not None and not self.name:
             self.name = signal.Signals(number).name
             self._loop.call_soon_threadsafe(self._event.set)
