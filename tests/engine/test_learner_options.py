@@ -35,7 +35,9 @@ def sample(seed=0, length=6, prompt=(3, 4)):
         for _ in range(length)
     ]
     completion = rng.integers(1, VOCAB, length).tolist()
-    return topk_sample(prompt, completion, lists, -rng.uniform(0.5, 6, length), -rng.uniform(5, 6, length))
+    drawn, behavior = -rng.uniform(0.5, 6, length), -rng.uniform(5, 6, length)
+    actual = [dict(row).get(token, logp) for row, token, logp in zip(lists, completion, drawn, strict=True)]
+    return topk_sample(prompt, completion, lists, actual, behavior)
 
 
 def fresh(folder, **options):
@@ -274,13 +276,13 @@ def test_an_inner_step_that_is_not_finite_is_counted_and_what_was_taken_before_i
     learner = Learner(student, config, TopKPolicyGradient())
     reference = fresh(folder)
     fewer = Learner(reference, config.model_copy(update={"inner_steps": max(good, 1)}), TopKPolicyGradient())
-    real, calls = learner._trainee.score, []
+    real, calls = learner._model.score, []
 
     def score(batch, ids):
         calls.append(1)
         return real(batch, ids) * (math.nan if len(calls) > good else 1.0)
 
-    learner._trainee.score = score
+    learner._model.score = score
     record = learner.step([one])
     assert len(calls) == good + 1, "the same batch from the same weights would not be finite either"
     assert (record["passes"], record["skipped_passes"]) == (good, 4 - good)

@@ -1,4 +1,4 @@
-"""What a run is at one step, on disk: enough to go on as if it had never stopped.
+"""The state of a run at one step, on disk: enough to go on as if it had never stopped.
 
 A checkpoint holds the trained weights (all of a full student's, only the adapter's under LoRA), the optimiser's state,
 the schedules', random number states, the position and the rollouts in flight that later weights could not repeat.
@@ -114,9 +114,9 @@ def save_checkpoint(
     return write_snapshot(out / FOLDER, position.step, fill, keep=keep)
 
 
-def find_newest_checkpoint(out: Path, told: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint of a run; ``told`` hears of each that is damaged."""
-    path = find_newest_snapshot(out / FOLDER, told)
+def find_newest_checkpoint(out: Path, on_damaged: Callable[[str], None]) -> Checkpoint | None:
+    """Find the newest whole checkpoint of a run; ``on_damaged`` is called for each that is not."""
+    path = find_newest_snapshot(out / FOLDER, on_damaged)
     if path is None:
         return None
     values = json.loads((path / _STATE).read_text(encoding="utf-8"))

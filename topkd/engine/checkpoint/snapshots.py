@@ -80,13 +80,13 @@ def write_snapshot(root: Path, step: int, fill: Callable[[Path], None], *, keep:
     return path
 
 
-def find_newest_snapshot(root: Path, told: Callable[[str], None]) -> Path | None:
-    """The newest whole snapshot, or None. ``told`` hears of each that is passed over, and why."""
+def find_newest_snapshot(root: Path, on_damaged: Callable[[str], None]) -> Path | None:
+    """Find the newest whole snapshot, or None; ``on_damaged`` is called with a line for each that is passed over."""
     for path in _list_candidates(root):
         fault = find_fault(path)
         if fault is None:
             return path
-        told(f"checkpoint {path.name} is not used: {fault}")
+        on_damaged(f"checkpoint {path.name} is not used: {fault}")
     return None
 
 

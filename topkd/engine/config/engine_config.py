@@ -1,4 +1,4 @@
-"""What the engine can be told, checked where it enters."""
+"""Settings of a run's loop, rollouts and checkpoints."""
 
 from __future__ import annotations
 

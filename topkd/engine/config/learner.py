@@ -1,4 +1,4 @@
-"""How a step is taken, as a config says it."""
+"""Settings of the learner, of importance sampling and of LoRA."""
 
 from __future__ import annotations
 

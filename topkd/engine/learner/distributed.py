@@ -1,4 +1,4 @@
-"""Several processes under torchrun: who am I, my share of a step, and sums over all of us.
+"""Several processes under torchrun: rank, share of a step, and sums over all ranks.
 
 Every rank draws and scores its own share of a step's prompts, the learner divides by the *global* number of valid
 tokens, and rank 0 alone writes. One process is the case of size 1: nothing here then does anything.

@@ -55,7 +55,7 @@ class LearnerState:
 
 @dataclass(slots=True)
 class _Pass:
-    """What one optimiser step came to: losses of the objective and of the texts, gradient norm, tokens' facts."""
+    """Results of one optimiser step: losses of the objective and of the texts, gradient norm, facts of the tokens."""
 
     skipped: str = ""
     losses: list[float] = field(default_factory=lambda: [0.0, 0.0])
@@ -102,10 +102,10 @@ class Learner:
         self._skipped_in_a_row = 0
         self._taid = _make_scheduler(self.objective, steps)
         self._precision = choose_precision(config, student.device)
-        self._trainee = make_parallel_model(
+        self._model = make_parallel_model(
             student, self.ranks, config.strategy, self._precision, checkpointing=config.gradient_checkpointing
         )
-        self._trained = list(self._trainee.named.values())
+        self._trained = list(self._model.named.values())
         self._peak = config.learning_rate(lora=student.lora)
         self._optimizer = build_optimizer(config, self._trained, self._peak)
 
@@ -121,29 +121,31 @@ class Learner:
             texts: Completions from the data, trained by cross-entropy (this rank's share).
         """
         masks = [find_valid_tokens(sample, self.objective, self.student.vocab_size) for sample in samples]
-        given = sum(int(sample.core.mask.sum()) for sample in samples)
+        unmasked = sum(int(sample.core.mask.sum()) for sample in samples)
         scored = sum(int(mask.sum()) for mask in masks)
         plain = sum(int(text.core.mask.sum()) for text in texts)
-        scored, plain, given = (sum(part) for part in zip(*self.ranks.gather((scored, plain, given)), strict=True))
+        scored, plain, unmasked = (
+            sum(part) for part in zip(*self.ranks.gather((scored, plain, unmasked)), strict=True)
+        )
         num_tokens = scored + plain
-        made: list[_Pass] = []
+        passes: list[_Pass] = []
         with self.lock:
             rate = self._peak * compute_rate_factor(self.config, self.version, self.steps)
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
-            while num_tokens and len(made) < self.config.inner_steps and not (made and made[-1].skipped):
-                made.append(self._pass(samples, masks, texts, num_tokens))
+            while num_tokens and len(passes) < self.config.inner_steps and not (passes and passes[-1].skipped):
+                passes.append(self._take_pass(samples, masks, texts, num_tokens))
             self.version += 1
-        taken = [one for one in made if not one.skipped]
-        counted = taken or made or [_Pass("no trainable token")]
-        losses = [sum(part) / len(counted) for part in zip(*(one.losses for one in counted), strict=True)]
+        taken = [a_pass for a_pass in passes if not a_pass.skipped]
+        counted = taken or passes or [_Pass("no trainable token")]
+        losses = [sum(part) / len(counted) for part in zip(*(a_pass.losses for a_pass in counted), strict=True)]
         skipped = "" if taken else counted[0].skipped
         record: dict[str, Any] = {
             "loss": sum(losses),
-            "grad_norm": sum(one.norm for one in counted) / len(counted),
+            "grad_norm": sum(a_pass.norm for a_pass in counted) / len(counted),
             "lr": rate,
             "tokens": num_tokens,
-            "masked_tokens": given - scored,
+            "masked_tokens": unmasked - scored,
             "skipped": skipped,
         }
         if self.config.inner_steps > 1:
@@ -159,31 +161,31 @@ class Learner:
         record |= batch_metrics(self.ranks.gather(sample_facts(samples, self.student.vocab_size)))
         # Direct losses use no ratio, and bound none.
         importance = self.config.importance if self.objective.needs_behavior else ImportanceSampling(kind="none")
-        gathered = [[part for rank in self.ranks.gather(one.stats) for part in rank] for one in counted]
+        gathered = [[part for rank in self.ranks.gather(a_pass.stats) for part in rank] for a_pass in counted]
         if measured := [token_metrics(stats, importance) for stats in gathered if stats]:
             record |= average_passes(measured)
             record["mismatch_kl"] = measured[0].get("behavior_kl_k3")
         self._count_skips(skipped)
         return record
 
-    def _pass(
+    def _take_pass(
         self, samples: Sequence[PreparedSample], masks: Sequence[Any], texts: Sequence[TextSample], num_tokens: int
     ) -> _Pass:
         """One optimiser step on the whole batch."""
-        made, noise = _Pass(), GradientNoise(num_tokens)
-        with self._trainee.training():
-            self._backward(samples, masks, texts, num_tokens, made, noise)
-        self._trainee.reduce()
-        made.losses = [sum(part) for part in zip(*self.ranks.gather(made.losses), strict=True)]
-        made.norm = clip_gradients(self._trained, self.config.max_grad_norm)
-        if math.isfinite(made.norm) and math.isfinite(sum(made.losses)):
+        result, noise = _Pass(), GradientNoise(num_tokens)
+        with self._model.enable_training():
+            self._backward(samples, masks, texts, num_tokens, result, noise)
+        self._model.reduce_gradients()
+        result.losses = [sum(part) for part in zip(*self.ranks.gather(result.losses), strict=True)]
+        result.norm = clip_gradients(self._trained, self.config.max_grad_norm)
+        if math.isfinite(result.norm) and math.isfinite(sum(result.losses)):
             self._optimizer.step()
-            self._trainee.publish()
+            self._model.copy_to_student()
         else:
-            made.skipped = "non-finite gradient"
+            result.skipped = "non-finite gradient"
         self._optimizer.zero_grad(set_to_none=True)
-        made.noise = noise.metrics(made.norm)
-        return made
+        result.noise = noise.metrics(result.norm)
+        return result
 
     def _backward(  # noqa: PLR0917
         self,
@@ -191,19 +193,19 @@ class Learner:
         masks: Sequence[Any],
         texts: Sequence[TextSample],
         num_tokens: int,
-        made: _Pass,
+        result: _Pass,
         noise: GradientNoise,
     ) -> None:
         budget, device = self.config.micro_batch_tokens, self.student.device
         scored = list(make_micro_batches(samples, masks, budget, device))
         plain = list(make_micro_batches(texts, [text.core.mask for text in texts], budget, device))
         done = 0
-        rounds = self._trainee.rounds(len(scored) + len(plain))
+        rounds = self._model.count_rounds(len(scored) + len(plain))
         for i in range(rounds):
             if i < len(scored):
                 loss, tokens = compute_objective_loss(
                     self._loss,
-                    score=self._trainee.score,
+                    score=self._model.score,
                     batch=scored[i],
                     importance=self.config.importance,
                     num_tokens=num_tokens,
@@ -211,23 +213,23 @@ class Learner:
                     taid_t=1.0 if self._taid is None else self._taid.t,
                     stop_ids=self.stop_ids,
                 )
-                made.stats.append(tokens)
-                made.losses[0] += float(loss.detach())
+                result.stats.append(tokens)
+                result.losses[0] += float(loss.detach())
                 done += scored[i].tokens
             elif i < len(scored) + len(plain):
                 batch = plain[i - len(scored)]
-                loss = compute_text_loss(self._trainee.score, batch, num_tokens)
-                made.losses[1] += float(loss.detach())
+                loss = compute_text_loss(self._model.score, batch, num_tokens)
+                result.losses[1] += float(loss.detach())
                 done += batch.tokens
             else:  # another rank has one more: the same collectives, and nothing learnt
-                loss = self._trainee.score(
-                    _empty_metrics(device), torch.zeros(1, 1, dtype=torch.long, device=device)
+                loss = self._model.score(
+                    _make_empty_batch(device), torch.zeros(1, 1, dtype=torch.long, device=device)
                 ).sum()
                 loss = loss * 0.0
-            scale = self._trainee.loss_scale
+            scale = self._model.loss_scale
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             if i < len(scored):
-                made.stats[-1].coefficient[:] = [value / scale for value in made.stats[-1].coefficient]
+                result.stats[-1].coefficient[:] = [value / scale for value in result.stats[-1].coefficient]
             if self.ranks.size == 1 and rounds > 1 and i == (rounds + 1) // 2 - 1:
                 noise.small(self._trained, done)
 
@@ -238,15 +240,15 @@ class Learner:
             "skipped_in_a_row": self._skipped_in_a_row,
             "objective": {} if self._taid is None else {"taid": self._taid.state_dict()},
         }
-        return LearnerState(values, collect_optimizer_tensors(self._optimizer, self._trainee.named))
+        return LearnerState(values, collect_optimizer_tensors(self._optimizer, self._model.named))
 
     def load_state_dict(self, state: LearnerState) -> None:
         """Continue from ``state_dict()`` of a learner with the same parameters; anything else is refused.
 
         The student's weights are taken as they are now: load them first.
         """
-        self._trainee.adopt()
-        load_optimizer_tensors(self._optimizer, self._trainee.named, state.tensors)
+        self._model.load_from_student()
+        load_optimizer_tensors(self._optimizer, self._model.named, state.tensors)
         self.version = int(state.values["version"])
         self._skipped_in_a_row = int(state.values["skipped_in_a_row"])
         if self._taid is not None:
@@ -291,7 +293,7 @@ def _make_scheduler(objective: Objective, steps: int | None) -> TAIDScheduler | 
     )
 
 
-def _empty_metrics(device: torch.device) -> MicroBatch[TextSample]:
-    one = torch.ones(1, 1, dtype=torch.long, device=device)
+def _make_empty_batch(device: torch.device) -> MicroBatch[TextSample]:
+    mask = torch.ones(1, 1, dtype=torch.long, device=device)
     row = torch.zeros(1, dtype=torch.long, device=device)
-    return MicroBatch([], one, one, row, row, [])
+    return MicroBatch([], mask, mask, row, row, [])

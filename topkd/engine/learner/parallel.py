@@ -34,24 +34,24 @@ class ParallelModel(Protocol):
         """Student logprobs [N, M] at the batch's rows, with graph."""
         ...
 
-    def rounds(self, batches: int) -> int:
-        """How many forward passes this rank makes for its micro-batches."""
+    def count_rounds(self, batches: int) -> int:
+        """Count the forward passes that this rank makes for its micro-batches."""
         ...
 
-    def reduce(self) -> None:
+    def reduce_gradients(self) -> None:
         """Make every rank's gradients the global ones."""
         ...
 
-    def publish(self) -> None:
-        """Bring stepped weights to the student."""
+    def copy_to_student(self) -> None:
+        """Copy the stepped weights to the student."""
         ...
 
-    def adopt(self) -> None:
-        """Take over the student's weights, after something else than a step has changed them."""
+    def load_from_student(self) -> None:
+        """Load the student's weights, after something else than a step has changed them."""
         ...
 
-    def training(self) -> contextlib.AbstractContextManager[None]:
-        """Around the forward and backward passes of a step."""
+    def enable_training(self) -> contextlib.AbstractContextManager[None]:
+        """Enter what the forward and backward passes of a step run in."""
         ...
 
 
@@ -69,21 +69,21 @@ class Replicated:
         """See ``ParallelModel``."""
         return self.student.token_logprobs(batch.input_ids, batch.attention_mask, batch.rows, ids, self.precision)
 
-    def rounds(self, batches: int) -> int:
-        """As many as there are: ranks need not agree."""
+    def count_rounds(self, batches: int) -> int:
+        """Return the number of batches: ranks need not agree."""
         return batches
 
-    def reduce(self) -> None:
+    def reduce_gradients(self) -> None:
         """See ``ParallelModel``."""
         self.ranks.sum_gradients(self.named.values())
 
-    def publish(self) -> None:
+    def copy_to_student(self) -> None:
         """Nothing: the student's weights are the ones that were stepped."""
 
-    def adopt(self) -> None:
+    def load_from_student(self) -> None:
         """Nothing: they are the ones that will be."""
 
-    def training(self) -> contextlib.AbstractContextManager[None]:
+    def enable_training(self) -> contextlib.AbstractContextManager[None]:
         """See ``ParallelModel``."""
         return enable_recomputation(self._layers)
 
@@ -130,25 +130,25 @@ class Sharded:
 
     def score(self, batch: MicroBatch[Any], ids: Tensor) -> Tensor:
         """See ``ParallelModel``."""
-        made: Tensor = self.split(batch.input_ids, batch.attention_mask, batch.rows, ids)
-        return made
+        logp: Tensor = self.split(batch.input_ids, batch.attention_mask, batch.rows, ids)
+        return logp
 
-    def rounds(self, batches: int) -> int:
-        """The most of any rank: every forward pass gathers weights, so all ranks make the same number."""
+    def count_rounds(self, batches: int) -> int:
+        """Return the most of any rank: every forward pass gathers weights, so all ranks make the same number."""
         return self.ranks.most(batches)
 
-    def reduce(self) -> None:
+    def reduce_gradients(self) -> None:
         """Nothing: FSDP has scattered the sums."""
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def copy_to_student(self) -> None:
         """Gather each stepped weight whole into the student's."""
         for name, parameter in self.named.items():
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             self._whole[name].copy_(whole)
 
     @torch.no_grad()
-    def adopt(self) -> None:
+    def load_from_student(self) -> None:
         """Cut the student's whole weights into the shards."""
         for name, parameter in self.named.items():
             whole = self._whole[name].detach()
@@ -156,7 +156,7 @@ class Sharded:
                 whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
             parameter.copy_(whole)
 
-    def training(self) -> contextlib.AbstractContextManager[None]:
+    def enable_training(self) -> contextlib.AbstractContextManager[None]:
         """See ``ParallelModel``."""
         return enable_recomputation(self._layers)
 
@@ -164,9 +164,9 @@ class Sharded:
 def make_parallel_model(
     student: Student, ranks: Ranks, strategy: Strategy, precision: Precision, *, checkpointing: bool
 ) -> ParallelModel:
-    """The student's weights as the strategy holds them."""
-    made = Sharded if strategy == "fsdp2" and ranks.size > 1 else Replicated
-    return made(student, ranks, precision, checkpointing=checkpointing)
+    """Hold the student's weights as the strategy does."""
+    kind = Sharded if strategy == "fsdp2" and ranks.size > 1 else Replicated
+    return kind(student, ranks, precision, checkpointing=checkpointing)
 
 
 def clip_gradients(parameters: list[nn.Parameter], most: float) -> float:
@@ -176,7 +176,7 @@ def clip_gradients(parameters: list[nn.Parameter], most: float) -> float:
 
 
 def prepare_checkpointed_layers(student: Student) -> list[nn.Module]:
-    """The layers that recompute their activations in the backward pass, prepared to do so when they are told."""
+    """The layers that recompute their activations in the backward pass, prepared to do so when it is switched on."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     model = unwrap_adapter(student.model)

@@ -66,18 +66,18 @@ def average_passes(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     if len(passes) == 1:
         return dict(passes[0])
-    joined: dict[str, Any] = {}
+    averages: dict[str, Any] = {}
     for name, first in passes[0].items():
-        values = [one[name] for one in passes if name in one]
+        values = [metrics[name] for metrics in passes if name in metrics]
         if name == "ratio_hist":
-            joined[name] = np.sum(values, axis=0).tolist()
+            averages[name] = np.sum(values, axis=0).tolist()
         elif name == "ratio_max":
-            joined[name] = max(values)
+            averages[name] = max(values)
         elif all(value == first for value in values):
-            joined[name] = first
+            averages[name] = first
         else:
-            joined[name] = _mean(np.array([value for value in values if not math.isnan(value)]))
-    return joined
+            averages[name] = _mean(np.array([value for value in values if not math.isnan(value)]))
+    return averages
 
 
 def _ratio_metrics(

@@ -1,4 +1,4 @@
-"""What an objective sees of one micro-batch: the student's logprobs with graph, the teacher's rows beside them."""
+"""What a loss is computed from: the student's logprobs of a micro-batch with graph, and the teacher's rows."""
 
 from __future__ import annotations
 

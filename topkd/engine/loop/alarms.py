@@ -1,4 +1,4 @@
-"""What a run should be looked at for, from its own step records: completions that never end, or that shrink away.
+"""Alarms from a run's own step records: completions that never end, or that shrink away.
 
 On-policy distillation fails quietly through length: a student that stops ending its answers still lowers its divergence
 token by token. Each alarm sounds once, when its condition begins to hold.

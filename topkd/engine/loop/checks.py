@@ -1,4 +1,4 @@
-"""What a run is refused for: before its first request, and when a step has lost too much."""
+"""Checks before a run's first request, and of the samples that a step has lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from topkd.topk.protocols import TeacherScorer
 
 
 def check_run(config: EngineConfig, rows: Sequence[PromptRow], teachers: Mapping[str, TeacherScorer]) -> None:
-    """Prompts there are, of a length that fits, whose teachers are known and can do what the objective asks."""
+    """Check that there are prompts that fit, and teachers that can do what the objective asks."""
     if not rows:
         raise ConfigError("no prompts to train on", hint="check the data file and the length limits")
     check_mixture(config, rows)

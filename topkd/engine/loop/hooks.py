@@ -1,4 +1,4 @@
-"""What a run is connected to beside its data flow; every hook is optional, and none changes what is learnt."""
+"""Hooks of the loop; every one is optional, and none changes what is learnt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run's run log: one JSON object a line, flushed line by line, strict JSON (a non-finite number is null)."""
+"""The run log: one JSON object a line, flushed line by line, strict JSON (a non-finite number is null)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run stands between two steps: what a checkpoint must know of the loop."""
+"""The position of a run between two steps, as a checkpoint keeps it."""
 
 from __future__ import annotations
 

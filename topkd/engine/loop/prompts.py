@@ -1,4 +1,4 @@
-"""Prompts in, in an order that depends on the seed alone."""
+"""Prompts, and their order, which depends on the seed alone."""
 
 from __future__ import annotations
 

@@ -32,29 +32,30 @@ class BatchSampler(Protocol):
 async def draw_rollouts(
     config: EngineConfig, rows: Sequence[PromptRow], sampler: Sampler, step: int, ranks: Ranks | None = None
 ) -> tuple[list[PromptRow], list[Rollout]]:
-    """The rollouts of step ``step``, each with its row: the same for the same seed and weights.
+    """Draw the rollouts of step ``step``, each with its row: the same for the same seed and weights.
 
     A step's prompts are drawn in ``rollout.shards`` parts, each from a seed of its own; of several processes each takes
     as many whole parts. Completions from the data that the teacher is to score follow them.
     """
     chosen = [rows[i] for i in step_indices(len(rows), count_on_policy_prompts(config), step, config.seed)]
-    data, given = build_data_rollouts(config, rows, step)
+    data_rows, data_rollouts = build_data_rollouts(config, rows, step)
     parts = count_shards(config, ranks)
-    mine: Sequence[int] = range(parts)
+    own_parts: Sequence[int] = range(parts)
     if ranks is not None:
-        mine, data, given = ranks.slice(mine), list(ranks.slice(data)), list(ranks.slice(given))
+        own_parts = ranks.slice(own_parts)
+        data_rows, data_rollouts = list(ranks.slice(data_rows)), list(ranks.slice(data_rollouts))
     asked: list[PromptRow] = []
     drawn: list[Rollout] = []
-    for part in mine:
-        some = chosen[part * len(chosen) // parts : (part + 1) * len(chosen) // parts]
+    for part in own_parts:
+        share = chosen[part * len(chosen) // parts : (part + 1) * len(chosen) // parts]
         seed = derive_seed(config.seed, "rollout", step, *(("part", part, parts) if parts > 1 else ()))
-        asked += [row for row in some for _ in range(config.rollout.samples_per_prompt)]
-        drawn += await _part(config, some, sampler, seed) if some else []
-    return [*asked, *data], [*drawn, *given]
+        asked += [row for row in share for _ in range(config.rollout.samples_per_prompt)]
+        drawn += await _draw_share(config, share, sampler, seed) if share else []
+    return [*asked, *data_rows], [*drawn, *data_rollouts]
 
 
 def count_shards(config: EngineConfig, ranks: Ranks | None) -> int:
-    """Parts that a step's prompts are drawn in: as the config says, else one a process."""
+    """Count the parts that a step's prompts are drawn in: as the config says, else one a process."""
     size = 1 if ranks is None else ranks.size
     parts = config.rollout.shards or size
     if parts % size:
@@ -65,7 +66,7 @@ def count_shards(config: EngineConfig, ranks: Ranks | None) -> int:
     return parts
 
 
-async def _part(config: EngineConfig, chosen: Sequence[PromptRow], sampler: Sampler, seed: int) -> list[Rollout]:
+async def _draw_share(config: EngineConfig, chosen: Sequence[PromptRow], sampler: Sampler, seed: int) -> list[Rollout]:
     params = SamplingParams(
         max_tokens=config.rollout.max_completion_tokens, stop_token_ids=config.rollout.stop_token_ids, seed=seed
     )
@@ -81,5 +82,5 @@ async def _part(config: EngineConfig, chosen: Sequence[PromptRow], sampler: Samp
 
 
 def derive_seed(seed: int, *path: object) -> int:
-    """A 31-bit seed for one purpose of a run, the same on every machine."""
+    """Derive a 31-bit seed for one purpose of a run, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr((seed, *path)).encode(), digest_size=4).digest(), "big") >> 1

@@ -56,7 +56,7 @@ class ScoredBatch:
 
 
 def find_teacher(teachers: Mapping[str, TeacherScorer], teacher_id: str) -> TeacherScorer:
-    """The teacher a row names; an unmapped name is an error, never a default taken silently."""
+    """Find the teacher that a row names; an unmapped name is an error, never a default taken silently."""
     try:
         return teachers[teacher_id]
     except KeyError:
@@ -86,21 +86,21 @@ async def score_rollouts(
         support: Whose list the rows are on; the student's comes with its rollouts.
     """
 
-    async def one(row: PromptRow, rollout: Rollout) -> PreparedSample | TopkdError:
+    async def score_rollout(row: PromptRow, rollout: Rollout) -> PreparedSample | TopkdError:
         if rollout.finish_reason == "abort":
             return ResponseError("the sampler aborted the completion")
         if not rollout.completion_ids.size:
             return ResponseError("the sampler returned an empty completion", where=f"row {row.sample_id or '?'}")
         try:
-            told = row if context is None else await asyncio.to_thread(context, row, rollout)
+            seen = row if context is None else await asyncio.to_thread(context, row, rollout)
             trains = truncated == "keep" or rollout.finish_reason != "length"
             teacher = find_teacher(teachers, row.teacher_id)
-            return await _prepare(told, rollout, teacher, k, support=support, trains=trains)
+            return await _prepare_sample(seen, rollout, teacher, k, support=support, trains=trains)
         except LOSABLE as error:
             return error
 
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(row, rollout)) for row, rollout in zip(rows, rollouts, strict=True)]
+        tasks = [group.create_task(score_rollout(row, rollout)) for row, rollout in zip(rows, rollouts, strict=True)]
     batch = ScoredBatch(truncated=sum(rollout.finish_reason == "length" for rollout in rollouts))
     for outcome in (task.result() for task in tasks):
         if isinstance(outcome, TopkdError):
@@ -111,7 +111,7 @@ async def score_rollouts(
     return batch
 
 
-async def _prepare(
+async def _prepare_sample(
     row: PromptRow, rollout: Rollout, teacher: TeacherScorer, k: int, *, support: Support, trains: bool
 ) -> PreparedSample:
     start, ids = row.teacher_prompt_ids.size - 1, np.concatenate([row.teacher_prompt_ids, rollout.completion_ids])

@@ -1,4 +1,4 @@
-"""How the loop waits: for work or a stop, for a thread whatever happens, and for the one error among many."""
+"""Waiting: for work or a stop, for a thread that must finish, and the root of an exception group."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ async def wait_unless_stopped(stop: asyncio.Event, work: Awaitable[object]) -> b
 async def to_thread_uncancelled(
     function: Callable[..., T], *arguments: object
 ) -> tuple[T, asyncio.CancelledError | None]:
-    """A thread's work to its end, and the cancellation that came meanwhile: weights must not change unrecorded."""
+    """Run in a thread to the end; return the result, and a cancellation that came meanwhile."""
+    # Weights must not change without a record of it.
     work, cancelled = asyncio.ensure_future(asyncio.to_thread(function, *arguments)), None
     while not work.done():
         try:
@@ -36,7 +37,7 @@ async def to_thread_uncancelled(
 
 
 def root_exception(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error that ended a group, however deep."""
+    """Find the error that ended a group, however deep."""
     error: BaseException = errors
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

@@ -31,8 +31,8 @@ class Probe:
     prompt_len: int
     teacher_prompt: Int32 | None = None
 
-    def told(self) -> Probe:
-        """The same continuation behind the teacher's prompt."""
+    def as_seen_by_teacher(self) -> Probe:
+        """Return the same continuation behind the teacher's prompt."""
         if self.teacher_prompt is None:
             return self
         return Probe(np.concatenate([self.teacher_prompt, self.ids[self.prompt_len :]]), self.teacher_prompt.size)
@@ -53,9 +53,9 @@ def exact_divergences(student: Student, teacher: Student, probes: Sequence[Probe
     for begin in range(0, len(ordered), _AT_ONCE):
         batch = ordered[begin : begin + _AT_ONCE]
         rows = _rows(batch)
-        told = [probe.told() for probe in batch]
+        seen = [probe.as_seen_by_teacher() for probe in batch]
         student_logits = student.logit_rows(*_on(student, batch), rows.to(student.device))
-        teacher_logits = teacher.logit_rows(*_on(teacher, told), _rows(told).to(teacher.device))
+        teacher_logits = teacher.logit_rows(*_on(teacher, seen), _rows(seen).to(teacher.device))
         for first in range(0, len(rows), _ROWS_AT_ONCE):
             part = slice(first, first + _ROWS_AT_ONCE)
             sums += _sum_divergences(student_logits[part].cpu(), teacher_logits[part].cpu())

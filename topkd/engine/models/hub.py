@@ -1,4 +1,4 @@
-"""A model's name that is no folder here: whether it can be looked for on the hub at all, found out in seconds."""
+"""Check in seconds whether a model that is no folder here can be found on the hub."""
 
 from __future__ import annotations
 

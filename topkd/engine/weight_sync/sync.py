@@ -176,7 +176,7 @@ class SyncedSampler:
 
             stops = tuple(sorted({*self.stop_ids, *params.stop_token_ids}))
 
-            async def one(place: int, prompt: Ids) -> list[Rollout] | TopkdError:
+            async def sample_prompt(place: int, prompt: Ids) -> list[Rollout] | TopkdError:
                 seed = None if params.seed is None else derive_seed(params.seed, "prompt", place)
                 own = replace(params, seed=seed, stop_token_ids=stops)
                 try:
@@ -185,7 +185,7 @@ class SyncedSampler:
                     return error
 
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(place, prompt)) for place, prompt in enumerate(prompts)]
+                tasks = [group.create_task(sample_prompt(place, prompt)) for place, prompt in enumerate(prompts)]
             outcomes = [task.result() for task in tasks]
             drawn = [outcome for outcome in outcomes if not isinstance(outcome, TopkdError)]
             if not drawn:
@@ -233,10 +233,10 @@ class SyncedSampler:
                     hint="does its generation_config name other eos ids?",
                 )  # fmt: skip
         if full and not all(rollout.version for rollout in rollouts):
-            said = await self.destination.weights()
-            if said != expected:
+            confirmed = await self.destination.weights()
+            if confirmed != expected:
                 raise SyncError(
-                    "the server does not confirm which weights it sampled from", where=where, got=repr(said),
+                    "the server does not confirm which weights it sampled from", where=where, got=repr(confirmed),
                     expected=repr(expected), hint="its replies name no version, and it was asked after the draw",
                 )  # fmt: skip
 

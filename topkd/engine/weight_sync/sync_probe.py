@@ -1,4 +1,4 @@
-"""Does the sampler sample from the weights that were pushed? A few first tokens, against the learner's own rows."""
+"""Check that the sampler has the weights that were pushed: a few first tokens against the learner's own rows."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ class SyncProbe:
             for rollout in task.result():
                 learner.append(row[rollout.completion_ids[0]])
                 served.append(rollout.logp[0])
-        ours, theirs = np.array(learner, dtype=np.float64), np.array(served, dtype=np.float64)
-        kl, worst = float(np.mean(kl_k3(ours, theirs))), float(np.abs(ours - theirs).max())
+        own_logp, served_logp = np.array(learner, dtype=np.float64), np.array(served, dtype=np.float64)
+        kl, worst = float(np.mean(kl_k3(own_logp, served_logp))), float(np.abs(own_logp - served_logp).max())
         if not kl <= self.limit_nats:  # a NaN is above every limit
             raise SyncError(
                 "the sampler does not sample from the weights that were pushed",
