@@ -169,13 +169,13 @@ async def test_a_dead_or_refusing_teacher_ends_the_run_with_its_own_error(folder
 
 
 async def test_an_unmapped_teacher_is_refused_before_the_first_request(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.engine.test_loop.ROWS", [PromptRow([5], [5], "maths", "r")])
+    monkeypatch.setattr("tests.engine.loop.test_loop.ROWS", [PromptRow([5], [5], "maths", "r")])
     with pytest.raises(ConfigError, match="no teacher named 'maths'"):
         await run(folders, tmp_path, config(GJS()), lambda teacher: Faulty(teacher, AssertionError("asked"), 1))
 
 
 async def test_an_overlong_prompt_is_refused_not_cut(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.engine.test_loop.ROWS", [PromptRow([5] * 3000, [5], "", "long one")])
+    monkeypatch.setattr("tests.engine.loop.test_loop.ROWS", [PromptRow([5] * 3000, [5], "", "long one")])
     with pytest.raises(ConfigError, match=r"longer than rollout.max_prompt_tokens \(row long one\): got 3000"):
         await run(folders, tmp_path, config(GJS()))
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.fakes.virtual_time import VirtualLoop
 
-BENCH = Path(__file__).parents[2] / "benchmarks" / "bench_overlap.py"
+BENCH = Path(__file__).parents[3] / "benchmarks" / "bench_overlap.py"
 STEPS = 14
 SLOWEST = {"sampling": "sample", "scoring": "score", "learning": "learn", "syncing": "sync"}
 

@@ -34,7 +34,7 @@ from topkd.topk.errors import ConfigError
 from topkd.topk.losses import KDLoss, SparseTeacher
 
 BIG = 1e9
-RUN_LOG = Path(__file__).parents[2] / "docs" / "run-log.md"
+RUN_LOG = Path(__file__).parents[3] / "docs" / "run-log.md"
 ALL = [ScalarKL(), GJS(), TopKPolicyGradient(), ForwardKL(), ReverseKL(), DirectGJS(), KD(), TAID(), EntropyAware()]
 ALL += [EOPD()]
 

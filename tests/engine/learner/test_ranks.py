@@ -14,7 +14,7 @@ from tests.engine.pieces import model_folder
 from tests.engine.rank_worker import run
 from topkd.engine.learner.distributed import Ranks
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
