@@ -170,13 +170,7 @@ class FireworksEcho(ScoringClient):
 
     Args:
         base_url: Address, without ``/v1``.
-        model: Full model name (``accounts/.../models/...``).
-        api_key: ``"env:NAME"``, ``"file:PATH"``, a key, or None.
-        config: Time-outs, retries and bounds.
-        vocab_size: Ids outside it are refused, in requests and replies.
-        budget: Shared with other clients.
-        metrics: Shared likewise.
-        transport: In place of httpx.
+        **options: Those of every client: see ``ClientOptions``.
     """
 
     dialect = "fireworks"

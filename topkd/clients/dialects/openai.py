@@ -82,13 +82,8 @@ class OpenAIChat(HttpClient):
 
     Args:
         base_url: ``http(s)://host:port``.
-        model: Served name; None takes the only one.
         tokenizer: The *served model's* tokenizer (folder, tokenizer.json, cached Hugging Face id, or a loaded map).
-        api_key: ``"env:NAME"``, ``"file:PATH"``, a key, or None.
-        config: Time-outs, retries and bounds.
-        budget: Shared with other clients.
-        metrics: Shared likewise.
-        transport: In place of httpx.
+        **options: Those of every client: see ``ClientOptions``.
     """
 
     dialect = "openai"

@@ -79,13 +79,7 @@ class Sglang(ScoringClient):
 
     Args:
         base_url: ``http(s)://host:port``.
-        model: Served name; None takes the only one (``/generate`` itself needs none).
-        api_key: ``"env:NAME"``, ``"file:PATH"``, a key, or None.
-        config: Time-outs, retries and bounds.
-        vocab_size: Ids outside it are refused, in requests and replies.
-        budget: Shared with other clients.
-        metrics: Shared likewise.
-        transport: In place of httpx.
+        **options: Those of every client: see ``ClientOptions``.
     """
 
     dialect = "sglang"

@@ -88,15 +88,9 @@ class VllmCompletions(ScoringClient):
 
     Args:
         base_url: ``http(s)://host:port``.
-        model: Served name; None takes the only one the server has.
-        api_key: ``"env:NAME"``, ``"file:PATH"``, a key, or None.
-        config: Time-outs, retries and bounds.
-        vocab_size: Ids outside it are refused, in requests and replies.
         logprobs_mode: How the server was started. ``raw_logprobs`` (its default) are those of the untempered,
             untruncated policy; under inexact sampling parameters ``Rollout.logp`` is then NaN, for unknown.
-        budget: Shared with other clients.
-        metrics: Shared likewise.
-        transport: In place of httpx.
+        **options: Those of every client: see ``ClientOptions``.
     """
 
     dialect = "vllm"
