@@ -49,7 +49,7 @@ def read_rows_compiled(body: bytes, ids: Int32, start: int, k: int) -> tuple[Ran
     extra = np.zeros(rows, dtype=np.bool_)
     buffer = np.frombuffer(body, dtype=np.uint8)
     begin = first + len(_START) + 5
-    end = int(load_reader()(buffer, begin, ids, start, _KEY, _RANK, _TOKEN, _POW10, tokens, logp, actual_logp, extra))
+    end = int(load_reader()(buffer, begin, ids, start, tokens, logp, actual_logp, extra))
     if end < 0 or body.find(_START, end) >= 0:
         return None
     return Ranked(tokens, logp, actual_logp, extra), body[: first + len(_START) - 1] + b"null" + body[end:]
@@ -72,10 +72,6 @@ def _pass(  # noqa: C901, PLR0911, PLR0912, PLR0915, PLR0917 - one loop without 
     pos: int,
     ids: Int32,
     start: int,
-    key: NDArray[np.uint8],
-    rank_key: NDArray[np.uint8],
-    token_key: NDArray[np.uint8],
-    pow10: NDArray[np.float64],
     tokens: Int32,
     logp: NDArray[np.float64],
     actual_logp: NDArray[np.float64],
@@ -107,7 +103,7 @@ def _pass(  # noqa: C901, PLR0911, PLR0912, PLR0915, PLR0917 - one loop without 
             if digits < 1 or digits > 9:
                 return -1
             for i in range(13):
-                if b[pos + i] != key[i]:
+                if b[pos + i] != _KEY[i]:
                     return -1
             pos += 13
             negative = b[pos] == 45  # -
@@ -132,7 +128,7 @@ def _pass(  # noqa: C901, PLR0911, PLR0912, PLR0915, PLR0917 - one loop without 
                     pos += 1
                 if pos == digits:
                     return -1
-            value = np.float64(mantissa) / pow10[fraction]
+            value = np.float64(mantissa) / _POW10[fraction]
             if b[pos] == 101:  # e
                 pos += 1
                 if b[pos] != 45:  # only small numbers are written so
@@ -143,15 +139,18 @@ def _pass(  # noqa: C901, PLR0911, PLR0912, PLR0915, PLR0917 - one loop without 
                 while 48 <= b[pos] <= 57 and pos - digits < 3:
                     exponent = exponent * 10 + (b[pos] - 48)
                     pos += 1
-                if pos == digits or exponent > 22:
+                if pos == digits or exponent > 45:  # the smallest float32 is 1.4e-45
                     return -1
-                value /= pow10[exponent]
+                while exponent > 22:  # the largest power of ten that a float64 holds exactly
+                    value /= _POW10[22]
+                    exponent -= 22
+                value /= _POW10[exponent]
             if negative:
                 value = -value
             if pos > last:
                 return -1
             for i in range(8):
-                if b[pos + i] != rank_key[i]:
+                if b[pos + i] != _RANK[i]:
                     return -1
             pos += 8
             rank = 0
@@ -164,7 +163,7 @@ def _pass(  # noqa: C901, PLR0911, PLR0912, PLR0915, PLR0917 - one loop without 
                 return -1
             if b[pos] == 44:  # ,
                 for i in range(17):
-                    if b[pos + i] != token_key[i]:
+                    if b[pos + i] != _TOKEN[i]:
                         return -1
                 pos += 17
                 if b[pos] == 34:
