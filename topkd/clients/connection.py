@@ -10,7 +10,7 @@ from pydantic import SecretStr
 from topkd.clients.config import ClientConfig
 from topkd.clients.dialects.base import HttpClient, ScoringClient
 from topkd.clients.dialects.raw_requests import ServerFacts
-from topkd.clients.dialects.records import AUTO, DIALECTS, find_dialect
+from topkd.clients.dialects.records import AUTO, DIALECTS, find_dialect, list_dialects
 from topkd.clients.dialects.vllm import VllmCompletions
 from topkd.clients.fleet.fleet import Fleet
 from topkd.topk.errors import UnsupportedError
@@ -18,12 +18,27 @@ from topkd.topk.errors import UnsupportedError
 __all__ = ["ScoringClient", "connect", "open_client"]
 
 
-class ConnectOptions(TypedDict, total=False):
-    """Options of ``connect``: those of every client that a user sets."""
+class ServerOptions(TypedDict, total=False):
+    """Which model of a server to ask, with which key, and how patiently.
+
+    Attributes:
+        model: Served name; None takes the only one the server has.
+        api_key: ``"env:NAME"``, ``"file:PATH"``, a key, or None.
+        config: Time-outs, retries and bounds.
+    """
 
     model: str | None
     api_key: str | SecretStr | None
     config: ClientConfig | None
+
+
+class ConnectOptions(ServerOptions, total=False):
+    """Options of ``connect``.
+
+    Attributes:
+        vocab_size: Ids at or past it are refused, in requests and replies; None takes them.
+    """
+
     vocab_size: int | None
 
 
@@ -47,10 +62,8 @@ async def connect(
 
     Args:
         url: ``http(s)://host:port``, or several.
-        dialect: "vllm", "vllm_generate", "sglang", "fireworks", or "auto" to ask each server which it speaks.
-        **options: ``model``: served name; None takes the only one. ``api_key``: ``"env:NAME"``, ``"file:PATH"``, a
-            key, or None. ``config``: time-outs, retries and bounds. ``vocab_size``: ids at or past it are refused, in
-            requests and replies; None takes them (no server states its own).
+        dialect: A dialect that scores (``list_dialects(scores=True)``), or "auto" to ask each server which it speaks.
+        **options: ``model``, ``api_key``, ``config`` and ``vocab_size``; see ``ConnectOptions``.
 
     Raises:
         UnsupportedError: The server speaks a dialect that only samples (OpenAI chat): it cannot teach.
@@ -82,7 +95,7 @@ async def _open_scoring_client(url: str, dialect: str, options: ConnectOptions) 
             "this server only samples: it cannot score a given completion, so it cannot teach",
             where=client.where(),
             got=f"dialect {client.dialect}",
-            expected="vLLM, SGLang or Fireworks",
+            expected="one of " + ", ".join(list_dialects(scores=True)[1:]),
             hint=f"`topkd probe {client.endpoint.url}` shows what it can do",
         )
     return client

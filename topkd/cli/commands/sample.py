@@ -41,7 +41,7 @@ def sample_command(
     ] = None,
     model: Annotated[str | None, option("Served name; the server's only one when left out.", "NAME")] = None,
     dialect: Annotated[
-        str, option("auto, openai (chat completions), vllm, vllm_generate or sglang.", "NAME", one_of=DIALECTS)
+        str, option(f"{', '.join(DIALECTS)}; openai is chat completions.", "NAME", one_of=DIALECTS)
     ] = "auto",
     k: Annotated[int, option("Entries of each position; 0 for completions alone.", "K", "--k", min=0)] = 20,
     n: Annotated[int, option("Completions of each prompt.", "N", "-n", "--n", min=1)] = 1,

@@ -53,7 +53,7 @@ def score_command(
     ] = None,
     dialect: Annotated[
         str,
-        option("auto, vllm, vllm_generate, sglang or fireworks.", "NAME", one_of=DIALECTS, panel=TEACHER),
+        option(f"{', '.join(DIALECTS[:-1])} or {DIALECTS[-1]}.", "NAME", one_of=DIALECTS, panel=TEACHER),
     ] = "auto",
     k: Annotated[int, option("Entries of each position.", "K", "--k", min=1)] = 20,
     tokenizer: Annotated[str | None, option("Tokenizer (folder or id), for rows of text.", "MODEL")] = None,

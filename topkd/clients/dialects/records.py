@@ -47,9 +47,10 @@ class Dialect:
         client: ``module:class`` of its client.
         questions: ``module:function`` that asks a server of this dialect what a probe wants to know.
         scores: It scores given ids: it can teach.
+        candidates: It scores ids of the caller's choice too.
         samples: It continues given ids, with the logprobs they were drawn with.
         chats: It samples from messages, in text.
-        syncs: A student that learns can be sampled from it: it takes new weights.
+        sink: ``module:class`` of the weight sink that brings new weights to it; "" where none can be brought.
         spells: Its scores hold the text of each id.
         samples_best_as: The dialect in which the same server samples best.
         reply: How large a score comes back, measured on the embedded server and a real vLLM.
@@ -59,12 +60,18 @@ class Dialect:
     client: str
     questions: str
     scores: bool = False
+    candidates: bool = False
     samples: bool = False
     chats: bool = False
-    syncs: bool = False
+    sink: str = ""
     spells: bool = False
     samples_best_as: str = ""
     reply: ReplyShape = ReplyShape(70, 70, prompt=True)
+
+    @property
+    def syncs(self) -> bool:
+        """Whether a student that learns can be sampled from it."""
+        return bool(self.sink)
 
     def load_client(self) -> type[HttpClient]:
         """Import the client class."""
@@ -74,13 +81,17 @@ class Dialect:
         """Import the probe's questions."""
         return _load(self.questions)  # type: ignore[no-any-return]
 
+    def load_sink(self) -> type[Any]:
+        """Import the class of the weight sink, an ``HttpSink``; the record must have one."""
+        return _load(self.sink)  # type: ignore[no-any-return]
+
 
 def _load(place: str) -> Any:
     module, _, name = place.partition(":")
     return getattr(import_module(module), name)
 
 
-_CLIENTS, _PROBE = "topkd.clients.dialects", "topkd.clients.probe"
+_CLIENTS, _PROBE, _SINKS = "topkd.clients.dialects", "topkd.clients.probe", "topkd.clients.weights.sinks"
 
 # In the order in which "auto" tries them: each client says whether a server is of its kind, the last takes any.
 DIALECTS: dict[str, Dialect] = {
@@ -98,8 +109,9 @@ DIALECTS: dict[str, Dialect] = {
             f"{_CLIENTS}.vllm_generate:VllmGenerate",
             f"{_PROBE}.vllm:ask_vllm",
             scores=True,
+            candidates=True,
             samples=True,
-            syncs=True,
+            sink=f"{_SINKS}:VllmWeightSink",
             spells=True,
             samples_best_as="vllm",  # completions list the sampled token beside the K, not as one of them
         ),
@@ -109,7 +121,7 @@ DIALECTS: dict[str, Dialect] = {
             f"{_PROBE}.vllm:ask_vllm",
             scores=True,
             samples=True,
-            syncs=True,
+            sink=f"{_SINKS}:VllmWeightSink",
             spells=True,
         ),
         Dialect(
@@ -117,8 +129,9 @@ DIALECTS: dict[str, Dialect] = {
             f"{_CLIENTS}.sglang:Sglang",
             f"{_PROBE}.sglang:ask_sglang",
             scores=True,
+            candidates=True,
             samples=True,
-            syncs=True,
+            sink=f"{_SINKS}:SglangWeightSink",
             reply=ReplyShape(38, 32 / 3, prompt=False),  # eight bytes in base64
         ),
         Dialect(

@@ -13,6 +13,7 @@ import numpy as np
 from topkd.clients.config import ClientConfig
 from topkd.clients.decoding.sampled import sent
 from topkd.clients.dialects.base import ScoringClient, ServerInfo
+from topkd.clients.dialects.records import list_dialects
 from topkd.clients.dialects.vllm import VllmCompletions
 from topkd.clients.fleet.circuit_breaker import Breaker
 from topkd.clients.fleet.hedging import Hedging
@@ -137,7 +138,7 @@ class Fleet:
             if not isinstance(client, CandidateScorer):
                 raise UnsupportedError(
                     "this dialect scores no candidates", where=client.where(), got=client.dialect,
-                    expected="vllm_generate or sglang",
+                    expected=" or ".join(list_dialects(candidates=True)[1:]),
                 )  # fmt: skip
             return await client.score_candidates(ids, start, candidates)
 

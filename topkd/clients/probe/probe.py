@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import cast
-
-from pydantic import SecretStr
+from typing import Unpack, cast
 
 from topkd.clients.config import ClientConfig
-from topkd.clients.connection import open_client
+from topkd.clients.connection import ServerOptions, open_client
 from topkd.clients.decoding.byte_map import ByteMap, load_bytemap
 from topkd.clients.dialects.base import ServerInfo
 from topkd.clients.dialects.raw_requests import Wire
-from topkd.clients.dialects.records import find_dialect
+from topkd.clients.dialects.records import AUTO, find_dialect
 from topkd.clients.probe import cache as probe_cache
 from topkd.clients.probe import tokens as probe_tokens
 from topkd.clients.probe.findings import Load, ProbeReport, state_probe_verdict
@@ -30,29 +28,25 @@ CONFIG = ClientConfig(
 async def probe(
     url: str,
     *,
-    model: str | None = None,
-    api_key: str | SecretStr | None = None,
     student: str | Path | ByteMap | None = None,
-    dialect: str = "auto",
+    dialect: str = AUTO,
     load: bool = False,
     load_tokens: int = 2048,
     batch: int = 256,
     cached: bool = False,
-    config: ClientConfig | None = None,
+    **server: Unpack[ServerOptions],
 ) -> ProbeReport:
-    """Asks one server what it can do.
+    """Ask a server what it can do.
 
     Args:
         url: ``http(s)://host:port``.
-        model: Served name; None takes the only one.
-        api_key: As for a client.
         student: The student's tokenizer (folder, file, cached Hugging Face id, or a loaded map), to compare ids.
         dialect: "auto" finds it out.
         load: Measure scoring under rising concurrency too.
         load_tokens: Tokens of each request then.
         batch: Sequences of one training step in the forecast.
         cached: A report of the last hour will do, while the server says the same of itself.
-        config: Time-outs and retries.
+        **server: ``model``, ``api_key`` and ``config``, as for ``connect``; see ``ServerOptions``.
 
     Raises:
         ServerUnreachableError, ServerTimeoutError, AuthError: nothing can be found out.
@@ -60,7 +54,7 @@ async def probe(
     """
     started = time.perf_counter()
     known = load_bytemap(student) if isinstance(student, str | Path) else student
-    client = await open_client(url, dialect=dialect, model=model, api_key=api_key, config=config or CONFIG)
+    client = await open_client(url, dialect=dialect, **(server | {"config": server.get("config") or CONFIG}))
     async with client:
         wire = Wire(client)
         info = await client.server_info()

@@ -13,16 +13,13 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import msgspec
-from pydantic import SecretStr
 
-from topkd.clients.config import ClientConfig
 from topkd.clients.decoding.vllm_typed import typed
-from topkd.clients.dialects.base import HttpClient
+from topkd.clients.dialects.base import ClientOptions, HttpClient
 from topkd.clients.http.endpoint import RequestInfo
-from topkd.clients.http.transport import Transport
 from topkd.clients.weights.checkpoints import Shapes, check_folder, check_same_shapes
 from topkd.topk.errors import ConfigError, RequestRefusedError, ResponseError, ServerError, SyncError, TopkdError
 from topkd.topk.protocols import Version, WeightUpdate
@@ -32,23 +29,25 @@ _RESET_TRIES = 20
 _RESET_PAUSE_S = 0.25
 
 
-class _HttpSink(HttpClient):
-    """What the sinks share: calls that are tried once, and failures as SyncErrors that say what state is left."""
+class HttpSink(HttpClient):
+    """Base of the weight sinks over HTTP: calls are sent once, and a SyncError says what state is left.
 
+    Attributes:
+        routes: What a server must have mounted to take an update, by its kind.
+    """
+
+    routes: ClassVar[dict[str, tuple[str, ...]]]
     _info: ClassVar[str] = "/weight_info"
 
     def __init__(
         self,
         base_url: str,
         *,
-        model: str | None = None,
-        api_key: str | SecretStr | None = None,
-        config: ClientConfig | None = None,
-        transport: Transport | None = None,
         reference: str | None = None,
         keep_adapters: int = 2,
+        **options: Unpack[ClientOptions],
     ) -> None:
-        super().__init__(base_url, model=model, api_key=api_key, config=config, transport=transport)
+        super().__init__(base_url, **options)
         if keep_adapters < 1:
             raise ConfigError("keep_adapters must be at least 1", got=keep_adapters)
         self._reference: Shapes | None = check_folder(reference, "full") if reference else None
@@ -162,21 +161,23 @@ class _HttpSink(HttpClient):
                 raise SyncError("the server is left paused", where=self.where(resume), got=error) from error
 
 
-class VllmWeightSink(_HttpSink):
+class VllmWeightSink(HttpSink):
     """Weights to vLLM (and to ``topkd serve``): versioned LoRA adapters, or a full reload from a folder it can read.
 
     Args:
         base_url: ``http(s)://host:port``.
-        model: Served name of the base model; None takes the only one.
-        api_key: As for ``VllmCompletions``.
-        config: Time-outs and retries.
-        transport: In place of httpx.
         reference: Folder of the checkpoint the server runs now; a push with other tensors is then refused untouched.
         keep_adapters: Adapters left loaded, so that requests under way with the last one finish.
+        **options: As for every client; see ``ClientOptions``. ``model`` is the served name of the base model.
 
     ``sampling_model`` names what to sample from after a push. Full reloads need ``VLLM_SERVER_DEV_MODE=1`` there,
     adapters ``--enable-lora`` and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1``.
     """
+
+    routes: ClassVar = {
+        "lora": ("/v1/load_lora_adapter",),
+        "full": ("/pause", "/collective_rpc", "/weight_info"),
+    }
 
     async def _reload(self, update: WeightUpdate) -> None:
         where = self.where(f"version {update.version}")
@@ -211,9 +212,13 @@ class VllmWeightSink(_HttpSink):
         )
 
 
-class SglangWeightSink(_HttpSink):
+class SglangWeightSink(HttpSink):
     """Weights to SGLang: a reload from disk with the cache flushed, or versioned adapters; documented, not observed."""
 
+    routes: ClassVar = {
+        "lora": ("/load_lora_adapter",),
+        "full": ("/pause_generation", "/update_weights_from_disk"),
+    }
     _info: ClassVar[str] = "/model_info"
 
     async def _reload(self, update: WeightUpdate) -> None:

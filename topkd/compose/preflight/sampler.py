@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from topkd.clients.connection import open_client
 from topkd.clients.dialects.raw_requests import Wire
-from topkd.clients.dialects.sglang import Sglang
-from topkd.clients.dialects.vllm import VllmCompletions
+from topkd.clients.dialects.records import find_dialect
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import ServerSampling
 from topkd.compose.preflight.teachers import shorten_patience
@@ -36,17 +35,14 @@ async def check_sampler(config: RunConfig) -> str:
         config=shorten_patience(config.client),
     ) as client:
         info = await client.server_info()
-        if isinstance(client, VllmCompletions):
-            routes = ["/v1/load_lora_adapter"] if by_adapter else ["/pause", "/collective_rpc", "/weight_info"]
-        elif isinstance(client, Sglang):
-            routes = ["/load_lora_adapter"] if by_adapter else ["/pause_generation", "/update_weights_from_disk"]
-        else:
+        dialect = find_dialect(client.dialect)
+        if not dialect.syncs:
             raise UnsupportedError(
                 "this server's weights cannot be changed, so a student that learns cannot be sampled from it",
                 where=client.where(), got=f"dialect {client.dialect}", expected="vLLM, SGLang or topkd serve",
             )  # fmt: skip
         wire, way = Wire(client), "lora" if by_adapter else "full"
-        missing = [route for route in routes if not await wire.mounted(route)]
+        missing = [route for route in dialect.load_sink().routes[way] if not await wire.mounted(route)]
         if missing:
             raise UnsupportedError(
                 "the student's server does not take " + ("adapters" if by_adapter else "new weights"),

@@ -89,26 +89,25 @@ def _find_kind(table: ServerSampling | VllmSampling, student: Any) -> Literal["l
 async def _open_server(
     table: ServerSampling, config: RunConfig, kind: Literal["lora", "full"], vocab_size: int, keep: int
 ) -> AsyncIterator[Destination]:
-    from topkd.clients import SglangWeightSink, VllmWeightSink
     from topkd.clients.connection import open_client
-    from topkd.clients.dialects.sglang import Sglang
-    from topkd.clients.dialects.vllm import VllmCompletions
+    from topkd.clients.dialects.base import ScoringClient
+    from topkd.clients.dialects.records import find_dialect
     from topkd.engine.weight_sync.sync import Destination
 
     key, address = table.api_key(), table.url
     async with contextlib.AsyncExitStack() as stack:
         client = await open_client(address, dialect=table.dialect, model=table.model, api_key=key, config=config.client)
         await stack.enter_async_context(client)
-        if not isinstance(client, VllmCompletions | Sglang):
+        dialect = find_dialect(client.dialect)
+        if not dialect.syncs or not isinstance(client, ScoringClient):
             raise UnsupportedError(
                 "this server's weights cannot be changed, so a student that learns cannot be sampled from it",
                 where=client.where(), got=f"dialect {client.dialect}", expected="vLLM, SGLang or topkd serve",
             )  # fmt: skip
         client.vocab_size = vocab_size
-        make = SglangWeightSink if isinstance(client, Sglang) else VllmWeightSink
         model = await client.model_name()
         sink = await stack.enter_async_context(
-            make(address, model=model, api_key=key, config=config.client, keep_adapters=keep)
+            dialect.load_sink()(address, model=model, api_key=key, config=config.client, keep_adapters=keep)
         )
         stack.push_async_callback(sink.unload)
 

@@ -21,7 +21,7 @@ def check_support(support: Support, teachers: Mapping[str, TeacherScorer]) -> No
                 f"objective.support = {support!r} needs a teacher that scores chosen ids",
                 where=f"teacher {name!r}" if name else "",
                 got=type(teacher).__name__,
-                expected="dialect vllm_generate or sglang, and no [cache]: it keeps the teacher's own lists",
+                expected="a dialect that scores candidates, and no [cache]: it keeps the teacher's own lists",
                 hint='or set objective.support = "teacher"',
             )
 
