@@ -10,7 +10,7 @@ from tests.cli.test_cache import fill, ran, told
 from tests.docs.blocks import ROOT
 from tests.engine.pieces import model_folder
 from topkd.compose.bulk.score_config import ScoreConfig
-from topkd.compose.bulk.selection import SpendingLimit
+from topkd.compose.bulk.spending import SpendingLimit
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import ConfigError, DataError
 
@@ -82,7 +82,7 @@ def test_a_cap_that_no_number_of_tokens_reaches_caps_nothing(data, tmp_path):
     job = ("score", data, "--teacher", DEAD, "--out", tmp_path / "cache", "--estimate", "--price-per-million", "1e-300")
     assert told(*job, "--max-cost", "1e308")["scored"] == 8
     values = {"data": data, "out": tmp_path, "teachers": (DEAD,), "price_per_million": 1e-300, "max_cost": 1e308}
-    assert SpendingLimit(ScoreConfig.model_validate(values)).take(10**12)
+    assert SpendingLimit(ScoreConfig.model_validate(values).caps()).take(10**12)
 
 
 @pytest.mark.parametrize("more", [(), ("--estimate",)])

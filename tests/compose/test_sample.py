@@ -8,7 +8,8 @@ import pytest
 
 from tests.compose.chat_server import AMBIGUOUS, LOGP, ChatServer
 from tests.engine.pieces import model_folder
-from topkd.compose.bulk.sample_config import SampleConfig, SamplingBudget
+from topkd.compose.bulk.sample_config import SampleConfig
+from topkd.compose.bulk.spending import SpendingLimit
 from topkd.compose.cache.identity import build_sampled_policy, check_off_policy, is_off_policy
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.replay import replay
@@ -105,9 +106,9 @@ async def test_a_cache_that_takes_no_commit_ends_the_job(config, monkeypatch):
     async def never(*_):
         await asyncio.Event().wait()
 
-    monkeypatch.setattr("topkd.compose.bulk.report._COMMIT_EVERY_S", 0.01)
+    monkeypatch.setattr("topkd.compose.bulk.job._COMMIT_EVERY_S", 0.01)
     monkeypatch.setattr(ScoreStore, "commit", refused)
-    monkeypatch.setattr(SampleJob, "_ask", never)
+    monkeypatch.setattr(SampleJob, "ask", never)
     async with asyncio.timeout(240):
         with pytest.raises(CacheError, match="No space left"):
             await sample(config())
@@ -116,6 +117,24 @@ async def test_a_cache_that_takes_no_commit_ends_the_job(config, monkeypatch):
 async def test_equal_prompts_in_one_file_are_asked_once(config, server, tmp_path):
     report = await sample(config(data=prompts(tmp_path / "twice.jsonl", ["a", "b", "a", "a"])))
     assert (report.sampled, report.cached, len(server.requests)) == (2, 2, 2)
+
+
+async def test_the_cache_is_read_in_threads_and_never_on_the_event_loop(config, monkeypatch):
+    reads, real = [], ScoreStore.get_rollouts
+
+    def read(*arguments):
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            reads.append("thread")
+        else:
+            reads.append("event loop")
+        return real(*arguments)
+
+    monkeypatch.setattr(ScoreStore, "get_rollouts", read)
+    assert (await sample(config())).sampled == 12
+    assert (await sample(config())).cached == 12
+    assert set(reads) == {"thread"}
 
 
 async def test_an_ambiguous_completion_is_dropped_counted_and_not_paid_for_twice(config, server, tmp_path):
@@ -163,14 +182,14 @@ async def test_a_cap_is_never_crossed_and_what_was_set_aside_comes_back(config, 
     assert (rest.cached, rest.sampled) == (report.sampled, 12 - report.sampled)
 
 
-def test_a_purse_gives_what_is_left_and_not_more(config):
-    purse = SamplingBudget(config(max_tokens=100))
-    assert purse.take(40, 60)
-    assert not purse.take(1, 0)
-    purse.give_back(50)
-    assert purse.take(10, 40)
-    assert not purse.take(0, 1)
-    assert purse.reached == "max_tokens = 100"
+def test_a_spending_limit_gives_what_is_left_and_not_more(config):
+    limit = SpendingLimit(config(max_tokens=100).caps())
+    assert limit.take(40, 60)
+    assert not limit.take(1, 0)
+    limit.give_back(50)
+    assert limit.take(10, 40)
+    assert not limit.take(0, 1)
+    assert limit.reached == "max_tokens = 100"
 
 
 async def test_an_estimate_bounds_the_bill_and_asks_nothing(config, server, tmp_path):

@@ -80,9 +80,9 @@ def test_what_workers_are_sent_and_send_back_survives_pickling(tmp_path):
     assert back.api_key.get_secret_value() == "secret"
     assert "secret" not in repr(back)
     report = ScoreReport("out", rows=2, refused=1, stopped="max_tokens = 3")
-    report.blame(9, DataError("bad", where="d:9"))
+    report.add_failure(9, DataError("bad", where="d:9"))
     total = ScoreReport("out", rows=5)
-    total.blame(30, DataError("bad", where="d:30"))
+    total.add_failure(30, DataError("bad", where="d:30"))
     total.add(pickle.loads(pickle.dumps(report)))
     assert (total.rows, total.refused, total.reasons["bad"], total.complete) == (7, 1, 2, False)
     assert [refusal["row"] for refusal in total.refusals] == [9, 30]
@@ -112,6 +112,16 @@ def scoring_workers(pid):
 def contents(cache):
     with ScoreStore(cache) as store:
         return {record.header.key: bytes(record.payload) for record in store.records(live=False)}
+
+
+async def test_the_driver_of_a_ray_job_loads_no_tokenizer(tmp_path, monkeypatch):
+    async def count_nothing(config, progress):
+        return ScoreReport(str(config.out))
+
+    monkeypatch.setattr("topkd.compose.bulk.ray_runner.score_on_ray", count_nothing)
+    data = written(tmp_path / "d.jsonl", [json.dumps(ROWS[0])])
+    report = await score(config(data, tmp_path / "out", runner="ray", tokenizer=str(tmp_path / "missing")))
+    assert report.rows == 0
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])

@@ -1,279 +1,166 @@
-"""The engine room of ``score``: reads ahead a little, asks a bounded number at once, writes down every row."""
+"""The pump of ``score`` and ``sample``: a bounded number of requests in flight, and a count of every row."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Protocol, TypeGuard
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
-from topkd.compose.bulk.report import JOB_TROUBLE, ROW_TROUBLE, Troubles, committing
-from topkd.compose.bulk.score_config import ScoreConfig, ScoreReport, TeacherAddress
-from topkd.compose.bulk.selection import Claim, Selection, digest_of
-from topkd.compose.cache.identity import GIVEN, build_served_identity
-from topkd.compose.data.sequences import BadRow, Item, ScoreInput
+from topkd.compose.bulk.report import JOB_ERRORS, ROW_ERRORS, FailureTracker, JobReport
 from topkd.compose.progress import Progress
-from topkd.compose.teachers.served import OpenTeacher, open_teacher
 from topkd.engine.loop.waiting import root_exception
 from topkd.engine.models.tokenizer import load_tokenizer
-from topkd.offline import CachingScorer, ScoreStore, TeacherIdentity
-from topkd.topk.errors import DataError
-from topkd.topk.protocols import Ids, TeacherScorer
-from topkd.topk.samples import Rollout, SamplingParams
-from topkd.topk.types import TopK
+from topkd.offline import ScoreStore
+from topkd.offline.store.folder import FORMAT_FILE
 
-_CHUNK = 64
+CHUNK = 64  # rows read at a time
+_COMMIT_EVERY_S = 1.0
 
 
-class RequestBudget(Protocol):
-    """Who may ask for what."""
+class NumberedRow(Protocol):
+    """A row of the data."""
 
-    reached: str  # the cap that a Verdict.CAP is about
-
-    async def claim(self, wanted: Sequence[tuple[bytes, int]]) -> list[Claim]:
-        """A verdict for each row, by its digest and the tokens it would send."""
+    @property
+    def number(self) -> int:
+        """Its line or row number."""
         ...
 
 
-class TeacherQueue:
-    """One teacher of a job, with the cache before it.
+Row = TypeVar("Row", bound=NumberedRow)
+Read = TypeVar("Read")  # a row as it was read, with what the cache says of it
+Reply = TypeVar("Reply")
+
+
+class BulkJob(ABC, Generic[Read, Row, Reply]):
+    """Asks for the rows of a data file and counts the outcome of each.
 
     Args:
-        teacher: Met and ready.
-        store: Open for appending.
-        identity: What its scores are filed under.
-    """
-
-    def __init__(self, teacher: OpenTeacher, store: ScoreStore, identity: TeacherIdentity) -> None:
-        self.teacher, self.identity, self.live = teacher, identity, _Counting(teacher.scorer)
-        self.scorer = CachingScorer(self.live, store, identity)
-        self.asked = False
-
-    def cost_tokens(self, tokens: int) -> int:
-        """Tokens that asking for a sequence sends, with the one that is generated."""
-        return (tokens + 1) * (1 if self.asked else self.teacher.first_cost)
-
-    async def meet(self, item: ScoreInput, k: int) -> None:
-        """Compare the replicas on the first sequence that is asked at all."""
-        if not self.asked:
-            self.asked = True
-            await self.teacher.agree(item.ids, item.start, k)
-
-
-@dataclass(slots=True)
-class CountAnswers:
-    """Counted while the job runs."""
-
-    rows: int = 0
-    busy: int = 0
-
-
-class BulkJob:
-    """Reads ahead a little, keeps a bounded number of requests in flight, and writes down what became of each row.
-
-    Args:
-        config: What was asked.
         report: Filled in.
-        progress: Told what goes on.
+        progress: Shows the counts.
         store: Open for appending.
-        lanes: The teachers, by the teacher_id of their rows.
-        permits: Says which rows may be asked: the caps, and what other workers have taken on.
+        in_flight: Requests at once.
+        strict: The first refused row ends the job.
     """
+
+    stage: str
 
     def __init__(
-        self,
-        config: ScoreConfig,
-        *,
-        report: ScoreReport,
-        progress: Progress,
-        store: ScoreStore,
-        lanes: Mapping[str, TeacherQueue],
-        permits: RequestBudget,
+        self, report: JobReport, progress: Progress, store: ScoreStore, *, in_flight: int, strict: bool
     ) -> None:
-        self.config, self.report, self.progress, self.store = config, report, progress, store
-        self.lanes, self.permits = lanes, permits
-        self.queue: asyncio.Queue[ScoreInput | None] = asyncio.Queue(2 * config.in_flight)
-        self.answered, self.total = CountAnswers(), 0
-        self.troubles = Troubles(report, strict=config.strict)
-        self.began = time.monotonic()
+        self.progress, self.store = progress, store
+        self.failures = FailureTracker(report, strict=strict)
+        self.in_flight = self.replies = self.total = 0
+        self.slot_freed = asyncio.Event()
+        self._slots = asyncio.Semaphore(in_flight)
+        self._requests = asyncio.TaskGroup()
+        self._report, self._start_time = report, time.monotonic()
 
-    async def run(self, selection: Selection) -> None:
-        """To the end of the data, or to a cap."""
-        self.total = await asyncio.to_thread(selection.forecast)
-        self.progress.stage("score", self.total)
+    @abstractmethod
+    def read_chunk(self) -> Sequence[Read]:
+        """Read the next rows in a thread, with what the cache has of them; none at the end of the data."""
+
+    @abstractmethod
+    async def start_chunk(self, chunk: Sequence[Read]) -> bool:
+        """Start the requests of these rows; return False when a cap ends the job."""
+
+    @abstractmethod
+    async def ask(self, row: Row) -> Reply:
+        """Send the request of a row."""
+
+    @abstractmethod
+    async def record(self, row: Row, reply: Reply) -> None:
+        """Count a reply, and store it."""
+
+    @abstractmethod
+    def count_progress(self) -> tuple[int, int]:
+        """Return how many rows are done, and how many tokens were paid for."""
+
+    async def run(self, total: int) -> None:
+        """Ask for every row, up to the end of the data or to a cap; ``total`` rows are expected (0: not known)."""
+        self.total = total
+        self.progress.stage(self.stage, total)
         try:
             async with asyncio.TaskGroup() as group:
-                saving = group.create_task(committing(self.store))
-                workers = [group.create_task(self._work()) for _ in range(self.config.in_flight)]
-                await self._feed(selection)
-                for _ in workers:
-                    await self.queue.put(None)
-                await asyncio.wait(workers)
-                saving.cancel()
+                committing = group.create_task(_commit_regularly(self.store))  # one that fails ends the job
+                async with self._requests:
+                    while chunk := await asyncio.to_thread(self.read_chunk):
+                        if not await self.start_chunk(chunk):
+                            break
+                        self.show()
+                committing.cancel()
         except BaseExceptionGroup as errors:
             raise root_exception(errors) from errors
 
-    async def _feed(self, selection: Selection) -> None:
-        items, report = iter(selection), self.report
-        while chunk := await asyncio.to_thread(lambda: [(item, self._held(item)) for item in islice(items, _CHUNK)]):
-            report.duplicates, report.skipped = selection.duplicates, selection.skipped
-            wanted = [item for item, held in chunk if self._is_new(item, held=held)]
-            priced = [(digest_of(item), self._lane(item).cost_tokens(int(item.ids.size))) for item in wanted]
-            verdicts = await self.permits.claim(priced) if wanted else []
-            for item, verdict in zip(wanted, verdicts, strict=True):
-                if verdict is Claim.CAP:
-                    report.stopped = self.permits.reached
-                    return
-                report.rows += 1
-                if verdict is Claim.ELSEWHERE:
-                    self._elsewhere(item)
-                    continue
-                await self._lane(item).meet(item, self.config.k)
-                await self.queue.put(item)
-            self._show()
+    async def wait_for_slot(self) -> None:
+        """Wait until another request may be started."""
+        await self._slots.acquire()
 
-    def _lane(self, item: ScoreInput) -> TeacherQueue:
-        return self.lanes[item.teacher_id]
+    def start(self, row: Row) -> None:
+        """Start the request of a row, in the slot that was waited for."""
+        self.in_flight += 1
+        self._requests.create_task(self._process(row))
 
-    def _held(self, item: Item) -> bool:
-        """Whether the cache has the row's scores; they are read, so that a damaged record is asked for again."""
-        if isinstance(item, BadRow):
-            return False
-        return self.store.covers(self._lane(item).identity, item.ids, item.start, self.config.k, read=True)
+    def finish(self, row: Row) -> None:
+        """Forget a row whose request has ended, whatever came of it."""
 
-    def _is_new(self, item: Item, *, held: bool) -> TypeGuard[ScoreInput]:
-        """True when a row must be asked for; what becomes of any other is written down here."""
-        report = self.report
-        if isinstance(item, BadRow):
-            self.troubles.refuse(item.number, item.reason)
+    async def _process(self, row: Row) -> None:
+        try:
+            reply = await self.ask(row)
+        except JOB_ERRORS:
+            raise
+        except ROW_ERRORS as error:
+            self.failures.add(row.number, error)
         else:
-            lane, size = self._lane(item), int(item.ids.size)
-            context = lane.teacher.context
-            if context is not None and size + 1 > context:
-                self.troubles.refuse(item.number, DataError(
-                    "a row is longer than the server's context", where=f"{self.config.data}:{item.number}",
-                    got=f"{size} tokens and one to generate", expected=f"at most {context}",
-                ))  # fmt: skip
-            elif held:
-                report.cached += 1
-                report.saved_tokens += size + 1
-                report.positions += size - 1 - item.start
-                self._keep_rollout(item)
-            else:
-                return True
-        report.rows += 1
-        return False
+            self.failures.reset()
+            await self.record(row, reply)
+            self.replies += 1
+        finally:
+            self.in_flight -= 1
+            self.finish(row)
+            self._slots.release()
+            self.slot_freed.set()
+        self.show()
 
-    def _elsewhere(self, item: ScoreInput) -> None:
-        """An equal row is another worker's: it asks, and keeps what is to be kept."""
-        if self.config.dedupe:
-            self.report.duplicates += 1
-            self.report.rows -= 1
-            return
-        self.report.cached += 1
-        self.report.saved_tokens += int(item.ids.size) + 1
-        self.report.positions += int(item.ids.size) - 1 - item.start
-
-    async def _work(self) -> None:
-        while (item := await self.queue.get()) is not None:
-            self.answered.busy += 1
-            try:
-                rows = await self._lane(item).scorer.score(item.ids, item.start, self.config.k)
-            except JOB_TROUBLE:
-                raise
-            except ROW_TROUBLE as error:
-                self.troubles.failed(item.number, error)
-            else:
-                self.troubles.answered()
-                self.answered.rows += 1
-                self.report.positions += rows.rows
-                self._keep_rollout(item)
-            finally:
-                self.answered.busy -= 1
-            self._show()
-
-    def _keep_rollout(self, item: ScoreInput) -> None:
-        """Sampled logprobs of a row go beside its scores, so that a replay can train on it off-policy."""
-        if item.logp is None or item.prompt_ids is None:
-            return
-        prompt, completion = item.prompt_ids, item.ids[item.start + 1 :]
-        # The request that a rollout answers is named by its seed; given rollouts are told apart by what they hold.
-        seed = int.from_bytes(hashlib.blake2b(completion.tobytes(), digest_size=4).digest(), "big") >> 1
-        params = SamplingParams(max_tokens=int(completion.size), seed=seed)
-        given_identity = TeacherIdentity(GIVEN, revision=self.config.data.stem)
-        rollout = Rollout(prompt, completion, item.logp, item.finish_reason, params, version="0")
-        self.store.put_rollouts(given_identity, prompt, [rollout], params)
-
-    def account(self) -> None:
-        """The totals that follow from the counters."""
-        report, lives = self.report, [lane.live for lane in self.lanes.values()]
-        report.scored, report.tokens_sent = sum(live.answered for live in lives), sum(live.tokens for live in lives)
-        report.cached += self.answered.rows - report.scored
-        spared = [lane.scorer.metrics for lane in self.lanes.values()]
-        report.saved_tokens += sum(counter.saved_tokens + counter.hits + counter.joined for counter in spared)
-
-    def _show(self) -> None:
-        report, answered, seconds = self.report, self.answered, max(time.monotonic() - self.began, 1e-9)
-        done = report.cached + report.refused + report.failed + report.duplicates + report.skipped + answered.rows
-        tokens = sum(lane.live.tokens for lane in self.lanes.values())
-        detail = f"{tokens / seconds:.0f} tok/s  {answered.busy} in flight{report.setbacks()}"
-        left = self.total - done
-        if left > 0 and answered.rows:
-            detail += f"  ETA {left * seconds / done:.0f} s"
+    def show(self) -> None:
+        """Show the counts, the rate and the time that is left."""
+        done, tokens = self.count_progress()
+        seconds = max(time.monotonic() - self._start_time, 1e-9)
+        detail = f"{tokens / seconds:.0f} tok/s  {self.in_flight} in flight{self._report.failure_counts()}"
+        if self.total > done and self.replies:
+            detail += f"  ETA {(self.total - done) * seconds / done:.0f} s"
         self.progress.advance(done, detail)
 
 
-class _Counting:
-    """A teacher whose answers are counted."""
-
-    def __init__(self, scorer: TeacherScorer) -> None:
-        self._scorer = scorer
-        self.answered = self.tokens = 0
-
-    async def score(self, ids: Ids, start: int, k: int) -> TopK:
-        """As ``TeacherScorer.score``."""
-        rows = await self._scorer.score(ids, start, k)
-        self.answered += 1
-        self.tokens += len(ids) + 1
-        return rows
-
-
-def build_queues(
-    config: ScoreConfig, teachers: Mapping[str, OpenTeacher], store: ScoreStore
-) -> dict[str, TeacherQueue]:
-    """Each open teacher with the cache before it, by the teacher_id of its rows."""
-    revisions = {name: asked.revision for name, asked in config.asked().items()}
-    return {name: TeacherQueue(teacher, store, build_served_identity(store, teacher.name, revisions[name]))
-            for name, teacher in teachers.items()}  # fmt: skip
+async def _commit_regularly(store: ScoreStore) -> None:
+    """Make replies durable until cancelled, so that a killed job loses the work of one second."""
+    while True:
+        await asyncio.sleep(_COMMIT_EVERY_S)
+        await asyncio.to_thread(store.commit)
 
 
 def sum_counters(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Counters of several clients as one's."""
+    """Add up the counters of several clients."""
     total: dict[str, float] = {}
-    for counter in counters:
-        for name, number in counter.items():
+    for client_counters in counters:
+        for name, number in client_counters.items():
             total[name] = total.get(name, 0.0) + number
     return total
 
 
-def open_job_teacher(config: ScoreConfig, asked: TeacherAddress) -> AbstractAsyncContextManager[OpenTeacher]:
-    """One of the job's teachers, met when the context is entered."""
-    return open_teacher(
-        asked.urls,
-        dialect=config.dialect,
-        model=asked.model,
-        api_key=config.api_key,
-        config=config.client,
-        vocab_size=asked.vocab_size,
-        k=config.k,
-        engine=config.engine,
-    )
+@contextlib.contextmanager
+def open_existing_store(folder: Path) -> Iterator[ScoreStore | None]:
+    """Open the cache of an estimate for reading; None where there is no cache yet."""
+    if not (folder / FORMAT_FILE).exists():
+        yield None
+        return
+    with ScoreStore(folder) as store:
+        yield store
 
 
 def load_text_tokenizer(path: str | None) -> Any:
-    """The tokenizer for rows of text, None when none is named."""
+    """Load the tokenizer for rows of text; return None when none is named."""
     return None if path is None else load_tokenizer(path)

@@ -1,7 +1,7 @@
-"""``topkd score --runner ray``: the same job on many workers, into one store in which each has a segment of its own.
+"""Score on a Ray cluster: many workers write into one store, each into a segment of its own.
 
-Ray Data hands out portions of the data file and gives a lost worker's portion to another one, which finds in the store
-what the dead one had written. The file, and the folder of the store, must be where every worker sees them.
+Ray Data hands out chunks of the data file and gives a lost worker's chunk to another one, which finds in the store what
+the lost one had written. Every worker must be able to read the file and to write the folder of the store.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from topkd.compose.bulk.job import BulkJob, build_queues, load_text_tokenizer, open_job_teacher, sum_counters
+from topkd.compose.bulk.job import load_text_tokenizer, sum_counters
 from topkd.compose.bulk.score_config import ScoreConfig, ScoreReport
-from topkd.compose.bulk.selection import Claim, Selection, SpendingLimit
+from topkd.compose.bulk.score_job import ScoreJob, build_queues, claim_tokens, open_job_teacher
+from topkd.compose.bulk.selection import Claim, Selection
+from topkd.compose.bulk.spending import SpendingLimit
 from topkd.compose.data.files import RowChunk, group_chunks
 from topkd.compose.data.sequences import iter_chunks
 from topkd.compose.progress import Progress
@@ -35,29 +37,30 @@ _SEALING_S = 5.0  # how long dead workers may take to let go of their segments
 
 
 class Ledger:
-    """One for the whole job: which portion asks which sequence, and what the caps still allow.
+    """The claims of a whole job: which chunk asks for which sequence, and what the caps still allow.
 
-    It remembers 16 bytes of every sequence that is asked, so that equal rows in two portions are asked once. A portion
-    that is done anew by another worker keeps its claims; what its first worker may have sent stays counted.
+    It keeps 16 bytes of every claimed sequence, so that equal rows in two chunks are asked for once. A chunk that is
+    repeated by another worker keeps its claims; what its first worker may have sent stays counted.
     """
 
     def __init__(self, config: ScoreConfig) -> None:
-        self.budget = SpendingLimit(config)
+        self.limit = SpendingLimit(config.caps())
         self.owners: dict[bytes, int] = {}
 
-    def claim(self, portion: int, wanted: Sequence[tuple[bytes, int]]) -> list[Claim]:
-        """A verdict for each (digest, tokens)."""
-        verdicts = []
-        for digest, tokens in wanted:
-            if self.owners.setdefault(digest, portion) != portion:
-                verdicts.append(Claim.ELSEWHERE)
-            else:
-                verdicts.append(Claim.ASK if self.budget.take(tokens) else Claim.CAP)
-        return verdicts
+    def claim(self, chunk: int, requests: Sequence[tuple[bytes, int]]) -> list[Claim]:
+        """Decide for each (digest, tokens) of a chunk, which is named by its first row."""
+        return [
+            Claim.ELSEWHERE if self.owners.setdefault(digest, chunk) != chunk else claim_tokens(self.limit, tokens)
+            for digest, tokens in requests
+        ]
+
+    def get_reached(self) -> str:
+        """Return the cap that was reached, "" while none is."""
+        return self.limit.reached
 
 
 class ScoreWorker:
-    """Scores one portion a call; teachers, connections and its segment of the store live as long as it does.
+    """A Ray actor that scores one chunk a call, with its own connections and its own segment of the store.
 
     Args:
         config: Of the whole job; paths absolute.
@@ -73,72 +76,74 @@ class ScoreWorker:
         self._tokenizer: Any = None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """One row in, one row out: what became of the portion, or the error that ends the job."""
-        portion = RowChunk(*(int(batch[name][0]) for name in ("first", "rows", "line", "offset")))
+        """Score the chunk that a row describes; return its report, or the error that ends the job."""
+        chunk = RowChunk(*(int(batch[name][0]) for name in ("first", "rows", "line", "offset")))
         report, error = ScoreReport(str(self.config.out), k=self.config.k), None
         try:
-            self._runner.run(self._score(portion, report))
+            self._runner.run(self._score(chunk, report))
         except TopkdError as reason:
             error = reason
         counters = sum_counters(teacher.metrics() for teacher in (self._teachers or {}).values())
         result = pickle.dumps((self.name, report, error, counters))
-        return {"told": np.array([result], dtype=object)}
+        return {"result": np.array([result], dtype=object)}
 
-    async def _score(self, portion: RowChunk, report: ScoreReport) -> None:
+    async def _score(self, chunk: RowChunk, report: ScoreReport) -> None:
         if self._teachers is None:
             self._tokenizer = load_text_tokenizer(self.config.tokenizer)
-            self._teachers = {name: await self._open.enter_async_context(open_job_teacher(self.config, asked))
-                              for name, asked in self.config.asked().items()}  # fmt: skip
+            self._teachers = {name: await self._open.enter_async_context(open_job_teacher(self.config, address))
+                              for name, address in self.config.addresses().items()}  # fmt: skip
             self._store = ScoreStore(self.config.out, mode="a", codec=self.config.codec)
         assert self._store is not None  # noqa: S101 - opened with the teachers
-        self._store.refresh()  # what other workers have written, one that died on this portion above all
+        self._store.refresh()  # what other workers have written, one that died on this chunk above all
         report.teacher = ", ".join(dict.fromkeys(teacher.name for teacher in self._teachers.values()))
-        lanes = build_queues(self.config, self._teachers, self._store)
-        permits = _Claims(self.ledger, portion.first, SpendingLimit(self.config).reached)
-        job = BulkJob(self.config, report=report, progress=Progress(), store=self._store, lanes=lanes, permits=permits)
+        queues = build_queues(self.config, self._teachers, self._store)
+        budget = _LedgerBudget(self.ledger, chunk.first)
+        job = ScoreJob(self.config, report=report, progress=Progress(), store=self._store, queues=queues, budget=budget)
         try:
-            await job.run(Selection(self.config, self._tokenizer, portion))
+            await job.score(Selection(self.config, self._tokenizer, chunk))
         finally:
-            job.account()
+            job.complete_report()
             await asyncio.to_thread(self._store.commit)
 
 
-class _Claims:
-    """The ledger as one portion sees it."""
+class _LedgerBudget:
+    """The ledger as a chunk's ``RequestBudget``."""
 
-    def __init__(self, ledger: Any, portion: int, reached: str) -> None:
-        self._ledger, self._portion, self.reached = ledger, portion, reached
+    def __init__(self, ledger: Any, chunk: int) -> None:
+        self._ledger, self._chunk, self.reached = ledger, chunk, ""
 
-    async def claim(self, wanted: Sequence[tuple[bytes, int]]) -> list[Claim]:
-        found: list[Claim] = await self._ledger.claim.remote(self._portion, list(wanted))
-        return found
+    async def claim(self, requests: Sequence[tuple[bytes, int]]) -> list[Claim]:
+        claims: list[Claim] = await self._ledger.claim.remote(self._chunk, list(requests))
+        if Claim.CAP in claims:
+            self.reached = await self._ledger.get_reached.remote()
+        return claims
 
 
 async def score_on_ray(config: ScoreConfig, progress: Progress) -> ScoreReport:
-    """As ``score``, on a cluster.
+    """Score on a cluster.
 
     Raises:
         ConfigError: Ray is not installed, or the cluster cannot be joined.
-        TopkdError: What would end a job on one machine ends this one.
+        TopkdError: As on one machine.
     """
     config = config.model_copy(update={"data": config.data.absolute(), "out": config.out.absolute()})
-    portions = await asyncio.to_thread(
+    chunks = await asyncio.to_thread(
         lambda: group_chunks(iter_chunks(config.data), workers=config.workers, limit=config.limit)
     )
     report = ScoreReport(str(config.out), k=config.k)
     with ScoreStore(config.out, mode="a", codec=config.codec):
-        pass  # a folder that cannot be written is said here, in one line
-    if not portions:
+        pass  # a folder that cannot be written is reported here, not by every worker
+    if not chunks:
         return report
-    total = -(-sum(portion.rows for portion in portions) // config.shard[1])
+    total = -(-sum(chunk.rows for chunk in chunks) // config.shard[1])
     counters: dict[str, dict[str, float]] = {}
     began = time.monotonic()
     with _join_cluster(config) as ray:
-        progress.note(f"{len(portions)} portions for {config.workers} workers")
+        progress.note(f"{len(chunks)} chunks for {config.workers} workers")
         progress.stage("score", total)
         ledger = ray.remote(Ledger).options(num_cpus=0).remote(config)
         try:
-            async for result in _iter_results(config, portions, ledger):
+            async for result in _iter_results(config, chunks, ledger):
                 worker, part, error, counters[worker] = pickle.loads(result)  # noqa: S301 - our own workers wrote it
                 report.add(part)
                 if error is not None:
@@ -155,32 +160,32 @@ async def score_on_ray(config: ScoreConfig, progress: Progress) -> ScoreReport:
     return report
 
 
-async def _iter_results(config: ScoreConfig, portions: Sequence[RowChunk], ledger: Any) -> AsyncIterator[bytes]:
-    """What workers tell, one portion after the other as they are done."""
+async def _iter_results(config: ScoreConfig, chunks: Sequence[RowChunk], ledger: Any) -> AsyncIterator[bytes]:
+    """Yield the workers' pickled results as chunks are done."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    items = ray.data.from_items([asdict(portion) for portion in portions], override_num_blocks=len(portions))
+    items = ray.data.from_items([asdict(chunk) for chunk in chunks], override_num_blocks=len(chunks))
     result = items.map_batches(
         ScoreWorker,
         fn_constructor_args=(config, ledger),
         batch_size=1,
         batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=min(config.workers, len(portions))),
+        compute=ray.data.ActorPoolStrategy(size=min(config.workers, len(chunks))),
         num_cpus=1,
         num_gpus=config.gpus_per_worker or None,
     )
     rows: Iterator[Mapping[str, Any]] = iter(result.iter_rows())
     while (row := await asyncio.to_thread(next, rows, None)) is not None:
-        yield row["told"]
+        yield row["result"]
 
 
 @contextlib.contextmanager
 def _join_cluster(config: ScoreConfig) -> Iterator[Any]:
-    """Ray, joined or started; what was started here is stopped again."""
+    """Join or start a Ray cluster; stop the one that was started here."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else every actor is announced as an error
     try:

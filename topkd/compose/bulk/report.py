@@ -1,8 +1,7 @@
-"""What ``score`` and ``sample`` share: what they count of their rows, and what they do about one that fails."""
+"""The report that ``score`` and ``sample`` share, and how they treat rows that fail."""
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -10,7 +9,6 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field
 
-from topkd.offline import ScoreStore
 from topkd.topk.errors import (
     AuthError,
     KLimitError,
@@ -28,16 +26,15 @@ InFlight: TypeAlias = Annotated[int, Field(gt=0, le=10_000)]  # each is a task a
 
 KEPT_REFUSALS = 1000  # of a report; all are counted
 GIVE_UP_AFTER = 32  # rows in a row that the server does not answer
-_COMMIT_EVERY_S = 1.0
 
-# Trouble with this very row; trouble that every row would have ends the job.
-ROW_TROUBLE = (RequestRefusedError, ResponseError, RetryableServerError)
-JOB_TROUBLE = (KLimitError, ModelNotFoundError, AuthError)
+# Errors of a single row; an error that every row would meet ends the job.
+ROW_ERRORS = (RequestRefusedError, ResponseError, RetryableServerError)
+JOB_ERRORS = (KLimitError, ModelNotFoundError, AuthError)
 
 
 @dataclass(slots=True)
 class JobReport:
-    """What became of the rows of a job; ``refusals`` holds the first 1,000."""
+    """The outcome of a job's rows; ``refusals`` holds the first 1,000."""
 
     out: str
     teacher: str = ""
@@ -54,29 +51,29 @@ class JobReport:
     refusals: list[dict[str, Any]] = field(default_factory=list)
     client: dict[str, float] = field(default_factory=dict)
 
-    def blame(self, number: int, error: TopkdError) -> None:
-        """Remember why a row is not in the cache."""
+    def add_failure(self, number: int, error: TopkdError) -> None:
+        """Record why a row is not in the cache."""
         self.reasons[error.what] += 1
         if len(self.refusals) < KEPT_REFUSALS:
             self.refusals.append({"row": number, "reason": str(error)})
 
-    def setbacks(self) -> str:
-        """The counts that a progress line shows once there is something to count."""
+    def failure_counts(self) -> str:
+        """Format the counts that a progress line shows where they are not zero."""
         counts = ((self.cached, "cached"), (self.refused, "refused"), (self.failed, "failed"))
         return "".join(f"  {count} {name}" for count, name in counts if count)
 
     @property
     def complete(self) -> bool:
-        """Everything that could be asked was; refused rows are what the data lacks, not the job."""
+        """Whether every valid row was asked for and answered."""
         return not self.failed and not self.stopped
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain types only."""
+        """Return the report as plain types."""
         return {**asdict(self), "reasons": dict(self.reasons), "complete": self.complete}
 
 
-class Troubles:
-    """Writes down rows that fail, and ends the job when the server answers for none any more.
+class FailureTracker:
+    """Counts rows that fail, and ends the job when the server does not answer any more.
 
     Args:
         report: Where they are counted.
@@ -87,14 +84,14 @@ class Troubles:
         self._report, self._strict, self._in_a_row = report, strict, 0
 
     def refuse(self, number: int, reason: TopkdError) -> None:
-        """A row that cannot be asked."""
+        """Count a row that cannot be asked for."""
         if self._strict:
             raise reason
         self._report.refused += 1
-        self._report.blame(number, reason)
+        self._report.add_failure(number, reason)
 
-    def failed(self, number: int, error: TopkdError) -> None:
-        """A row that was asked without success; the last of too many in a row is raised."""
+    def add(self, number: int, error: TopkdError) -> None:
+        """Count a row whose request failed; the last of too many in a row is raised."""
         self._in_a_row += 1
         if self._in_a_row >= GIVE_UP_AFTER:
             raise error
@@ -102,15 +99,8 @@ class Troubles:
             self.refuse(number, error)
         else:
             self._report.failed += 1
-            self._report.blame(number, error)
+            self._report.add_failure(number, error)
 
-    def answered(self) -> None:
-        """The server is there."""
+    def reset(self) -> None:
+        """Note that the server has answered."""
         self._in_a_row = 0
-
-
-async def committing(store: ScoreStore) -> None:
-    """Until it is cancelled: makes answers durable, so that kill -9 loses a second's work and not a group's."""
-    while True:
-        await asyncio.sleep(_COMMIT_EVERY_S)
-        await asyncio.to_thread(store.commit)

@@ -1,4 +1,4 @@
-"""What ``topkd sample`` is told, and what it reports."""
+"""The config and the report of ``topkd sample``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, SecretStr, model
 
 from topkd.clients import ClientConfig
 from topkd.compose.bulk.report import Cost, InFlight, JobReport, Price, Rows
+from topkd.compose.bulk.spending import Cap
 from topkd.compose.config.tables import SamplingDialect
 
 
 class SampleConfig(BaseModel):
-    """What ``topkd sample`` is told.
+    """The config of ``topkd sample``.
 
     Completions are drawn from the teacher's own distribution (temperature 1, nothing truncated): only so is the
     logprob that comes with a token the one it was drawn with.
@@ -77,46 +78,25 @@ class SampleConfig(BaseModel):
             raise ValueError("max_cost needs price_in and price_out")
         return self
 
+    def caps(self) -> list[Cap]:
+        """Return the job's caps."""
+        caps: list[Cap] = []
+        if self.max_tokens is not None:
+            caps.append(Cap(f"max_tokens = {self.max_tokens}", self.max_tokens))
+        if self.max_cost is not None and self.price_in is not None and self.price_out is not None:
+            caps.append(Cap(f"max_cost = {self.max_cost:g}", self.max_cost * 1e6, self.price_in, self.price_out))
+        return caps
+
     def cost(self, prompt: int, completion: int) -> float | None:
-        """What these tokens cost; None without prices."""
+        """Compute what these tokens cost; None without prices."""
         if self.price_in is None or self.price_out is None:
             return None
         return (prompt * self.price_in + completion * self.price_out) / 1e6
 
 
-class SamplingBudget:
-    """What may still be spent. A request takes its most, and what it did not use comes back with its answer."""
-
-    def __init__(self, config: SampleConfig) -> None:
-        self._config = config
-        self.tokens, self.cost, self.reached = config.max_tokens, config.max_cost, ""
-
-    def take(self, prompt: int, completion: int) -> bool:
-        """Set the most that a request can use aside; False, and nothing is, when it does not fit."""
-        cost = self._config.cost(prompt, completion) or 0.0
-        if self.tokens is not None and prompt + completion > self.tokens:
-            self.reached = f"max_tokens = {self._config.max_tokens}"
-        elif self.cost is not None and cost > self.cost:
-            self.reached = f"max_cost = {self._config.max_cost:g}"
-        else:
-            self._move(-1, prompt, completion)
-            return True
-        return False
-
-    def give_back(self, completion: int) -> None:
-        """Sampled tokens that were set aside and not used."""
-        self._move(1, 0, completion)
-
-    def _move(self, sign: int, prompt: int, completion: int) -> None:
-        if self.tokens is not None:
-            self.tokens += sign * (prompt + completion)
-        if self.cost is not None:
-            self.cost += sign * (self._config.cost(prompt, completion) or 0.0)
-
-
 @dataclass(slots=True)
 class SampleReport(JobReport):
-    """What became of the prompts.
+    """The outcome of a sample job's prompts.
 
     ``completions`` were kept; ``ambiguous_completions`` held bytes that name no single id and were dropped, paid for
     all the same (their length is not known, and counted as the longest). ``ambiguous_entries`` are places of lists that

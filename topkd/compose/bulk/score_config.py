@@ -1,7 +1,8 @@
-"""What ``topkd score`` is told, and what it reports."""
+"""The config and the report of ``topkd score``."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,12 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, SecretStr, model
 
 from topkd.clients import ClientConfig
 from topkd.compose.bulk.report import KEPT_REFUSALS, Cost, InFlight, JobReport, Rows
+from topkd.compose.bulk.spending import Cap
 from topkd.compose.config.tables import ScoringDialect
 from topkd.compose.teachers.served import IN_PROCESS
 
 
 class ScoreConfig(BaseModel):
-    """What ``topkd score`` is told.
+    """The config of ``topkd score``.
 
     Attributes:
         data: JSONL, Parquet, a datasets folder, or a cache whose rollouts are to be scored.
@@ -108,8 +110,18 @@ class ScoreConfig(BaseModel):
                 raise ValueError(f"a model, revision or vocabulary size for {strange}, which has no URL")
         return self
 
-    def asked(self) -> dict[str, TeacherAddress]:
-        """The teachers of the job by the teacher_id of their rows."""
+    def caps(self) -> list[Cap]:
+        """Return the job's caps in tokens, the tightest first."""
+        caps: list[Cap] = []
+        if self.max_tokens is not None:
+            caps.append(Cap(f"max_tokens = {self.max_tokens}", self.max_tokens))
+        if self.max_cost is not None and self.price_per_million is not None:
+            tokens = int(min(self.max_cost / self.price_per_million * 1e6, sys.maxsize))
+            caps.append(Cap(f"max_cost = {self.max_cost:g} ({tokens} tokens)", tokens))
+        return sorted(caps, key=lambda cap: (cap.amount, cap.name))
+
+    def addresses(self) -> dict[str, TeacherAddress]:
+        """Return the job's teachers by the teacher_id of their rows."""
         if self.teachers:
             return {self.teacher_id: TeacherAddress(self.teachers, self.model, self.revision, self.vocab_size)}
         return {
@@ -135,11 +147,11 @@ class TeacherAddress:
 
 @dataclass(slots=True)
 class ScoreReport(JobReport):
-    """What became of the rows.
+    """The outcome of a score job's rows.
 
     ``tokens_sent`` counts each sequence once plus the one token that a scoring request generates; what a retry sends
-    again is not in it. ``saved_tokens`` are what would have been sent for what the cache answered. ``skipped`` rows are
-    for a teacher that this job was not asked about. An estimate also tells the ``largest_id`` of its rows, and whether
+    again is not in it. ``saved_tokens`` would have been sent without the cache. ``skipped`` rows are
+    for a teacher that is not in this job. An estimate also has the ``largest_id`` of its rows, and whether
     the size of a teacher's vocabulary is not known (``unbounded``), so that such an id may yet be refused.
     """
 
@@ -153,7 +165,7 @@ class ScoreReport(JobReport):
     unbounded: bool = False
 
     def add(self, other: ScoreReport) -> None:
-        """Count a part of the job in; the client's counters and the costs are for whoever has the whole."""
+        """Add the counts of a part of the job, except cost and client counters, which belong to the whole."""
         for name in _COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.reasons.update(other.reasons)

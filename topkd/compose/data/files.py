@@ -42,9 +42,9 @@ def count_rows(path: Path) -> int:
         raise DataError("cannot read the data file", where=str(path), got=error.strerror) from error
 
 
-def iter_raw_rows(path: Path, portion: RowChunk | None = None) -> Iterator[tuple[int, Any]]:
+def iter_raw_rows(path: Path, chunk: RowChunk | None = None) -> Iterator[tuple[int, Any]]:
     """Rows as they stand: bytes of a JSONL line with its number from 1, else mappings with theirs from 0."""
-    first, last = (0, None) if portion is None else (portion.first, portion.first + portion.rows)
+    first, last = (0, None) if chunk is None else (chunk.first, chunk.first + chunk.rows)
     if path.is_dir():
         data = _open_dataset(path)
         yield from enumerate(data if last is None else data.select(range(first, last)), first)
@@ -53,15 +53,15 @@ def iter_raw_rows(path: Path, portion: RowChunk | None = None) -> Iterator[tuple
                 for number, row in enumerate(batch.to_pylist(), start) if number >= first)  # fmt: skip
         yield from rows if last is None else islice(rows, last - first)
     else:
-        yield from islice(_iter_lines(path, portion), None if portion is None else portion.rows)
+        yield from islice(_iter_lines(path, chunk), None if chunk is None else chunk.rows)
 
 
-def _iter_lines(path: Path, portion: RowChunk | None) -> Iterator[tuple[int, bytes]]:
+def _iter_lines(path: Path, chunk: RowChunk | None) -> Iterator[tuple[int, bytes]]:
     try:
         with path.open("rb") as file:
-            if portion is not None:
-                file.seek(portion.offset)
-            first = 1 if portion is None else portion.line
+            if chunk is not None:
+                file.seek(chunk.offset)
+            first = 1 if chunk is None else chunk.line
             yield from ((number, line) for number, line in enumerate(file, start=first) if line.strip())
     except OSError as error:
         raise DataError("cannot read the data file", where=str(path), got=error.strerror) from error
@@ -145,13 +145,9 @@ def parse_json_object(raw: Any, where: str) -> dict[str, Any]:
     return raw
 
 
-UNIT = 64  # rows between two places where a portion may begin
-
-
-_UNITS = 16  # of a portion at most
-
-
-_EACH = 8  # portions a worker at least, so that none waits long for the last
+UNIT = 64  # rows between two places where a chunk may begin
+_MAX_UNITS = 16  # of a chunk
+_CHUNKS_EACH = 8  # for every worker at least, so that none waits long for the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,19 +168,19 @@ class RowChunk:
 
 
 def group_chunks(units: Iterator[RowChunk], *, workers: int, limit: int | None = None) -> list[RowChunk]:
-    """Units of a file, cut at the limit, as portions of a size that keeps all workers busy.
+    """Group the units of a file, cut at the limit, into chunks of a size that keeps all workers busy.
 
     Args:
-        units: In the order of the file.
-        workers: How many will share the portions.
+        units: In the order of the file (``iter_chunks``).
+        workers: How many share the chunks.
         limit: Rows at most.
     """
-    kept = []
+    within = []
     for unit in units:
         rows = unit.rows if limit is None else min(unit.rows, limit - unit.first)
         if rows <= 0:
             break
-        kept.append(replace(unit, rows=rows))
-    size = max(1, min(_UNITS, len(kept) // (_EACH * workers)))
-    groups = [kept[at : at + size] for at in range(0, len(kept), size)]
+        within.append(replace(unit, rows=rows))
+    size = max(1, min(_MAX_UNITS, len(within) // (_CHUNKS_EACH * workers)))
+    groups = [within[at : at + size] for at in range(0, len(within), size)]
     return [replace(group[0], rows=sum(unit.rows for unit in group)) for group in groups]

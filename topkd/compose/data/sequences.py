@@ -79,22 +79,22 @@ class BadRow:
 Item: TypeAlias = ScoreInput | BadRow
 
 
-def read_sequences(path: Path, tokenizer: Any = None, portion: RowChunk | None = None) -> Iterator[Item]:
+def read_sequences(path: Path, tokenizer: Any = None, chunk: RowChunk | None = None) -> Iterator[Item]:
     """Every row in order, lazily; a bad one comes as a ``BadRow`` in its place.
 
     Args:
         path: A JSONL or Parquet file, a folder of ``datasets.Dataset.save_to_disk``, or a cache (its rollouts).
         tokenizer: For rows of text; None when all rows hold ids.
-        portion: Only these rows (of ``iter_chunks``).
+        chunk: Only these rows (of ``iter_chunks``).
     """
     if path.is_dir() and (path / FORMAT_FILE).exists():
         yield from (
             _iter_rollouts(path)
-            if portion is None
-            else islice(_iter_rollouts(path), portion.first, portion.first + portion.rows)
+            if chunk is None
+            else islice(_iter_rollouts(path), chunk.first, chunk.first + chunk.rows)
         )
         return
-    for number, raw in iter_raw_rows(path, portion):
+    for number, raw in iter_raw_rows(path, chunk):
         try:
             yield _build_sequence(number, raw, tokenizer, f"{path}:{number}")
         except DataError as error:
@@ -113,7 +113,7 @@ def check_source(path: Path) -> None:
 
 
 def iter_chunks(path: Path) -> Iterator[RowChunk]:
-    """Where the rows of a source may be divided."""
+    """Yield the smallest chunks that the rows of a source can be divided into."""
     if path.is_dir() and (path / FORMAT_FILE).exists():
         rows = sum(1 for _ in _iter_rollouts(path))
     elif path.is_dir() or path.suffix == ".parquet":
