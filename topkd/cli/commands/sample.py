@@ -69,7 +69,7 @@ def sample_command(
     scalar_kl or topk_pg, whose importance weights start from the teacher's own logprobs.
 
     Exit code 0: every prompt has its completions. 1: rows were refused or not answered (each is named), or a cap
-    stopped the job; everything else is in the cache. 2: the question cannot be right, and nothing was asked.
+    stopped the job; everything else is in the cache. 2: invalid arguments or input; no request was sent.
 
     Example: topkd sample rows.jsonl --teacher URL --tokenizer MODEL --out cache
     """

@@ -107,10 +107,10 @@ def score_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a data file into a cache; run it again to go on where it stopped, for what is cached costs nothing.
+    """Score a data file into a cache; run it again to continue, and cached rows cost nothing.
 
     Exit code 0: every row is in the cache. 1: rows were refused or not answered (each is named), or a cap stopped the
-    job; everything else is in the cache. 2: the question cannot be right, and nothing was asked.
+    job; everything else is in the cache. 2: invalid arguments or input; no request was sent.
 
     Example: topkd score data.jsonl --teacher http://127.0.0.1:8000 --out cache
     """

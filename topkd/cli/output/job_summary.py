@@ -1,4 +1,4 @@
-"""How the jobs ``score`` and ``sample`` tell what became of their rows, and what they then return."""
+"""The output and the exit code of ``score`` and ``sample``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN = 10  # refused rows that are named on a terminal
 
 
 def print_report_and_exit(report: JobReport, lines: Callable[[], Sequence[str]], *, as_json: bool) -> None:
-    """Prints the report, as its own ``lines`` and what is common to all jobs or as JSON; exit code 1 if rows lack."""
+    """Print the report as lines or as JSON; exit with code 1 if rows are missing."""
     if as_json:
         typer.echo(json.dumps(report.as_dict()))
     else:
@@ -26,13 +26,13 @@ def print_report_and_exit(report: JobReport, lines: Callable[[], Sequence[str]],
 
 
 def format_counts(report: JobReport, done: str, ahead: str, others: Sequence[str]) -> str:
-    """The count called ``done`` (``ahead``, where it is an estimate), and the others that are not zero."""
+    """Format the count ``done`` (called ``ahead`` in an estimate) and the others that are not zero."""
     parts = [f"{getattr(report, done)} {ahead if report.estimate else done}"]
     return ", ".join(parts + [f"{count} {name}" for name in others if (count := getattr(report, name))])
 
 
 def format_cost(report: JobReport) -> str:
-    """What it cost, where there is a price; the currency is known to whoever gave that."""
+    """Format the cost where there is a price; the currency is that of the price."""
     return "" if report.cost is None else f", cost {report.cost:.4f} (in the currency of the price)"
 
 
