@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,7 +46,7 @@ class Cell:
         probes: Sequences of each kind to measure on (embedded).
         rollouts_of: For a replay, the cell whose rollouts are taken; for a live cell that keeps its own, its own id.
         drawn_by: For a replay, the digest of that cell: other rollouts make another replay.
-        given: By content, the files that a base file names; "" for the embedded pair.
+        inputs: Digests of the files that a base file names; "" for the embedded pair.
     """
 
     id: str
@@ -59,23 +59,25 @@ class Cell:
     probes: int
     rollouts_of: str = ""
     drawn_by: str = ""
-    given: str = ""
+    inputs: str = ""
 
     @property
     def digest(self) -> str:
-        """Of everything that shapes the result: a cell whose settings changed is another cell."""
-        shaping = {key: value for key, value in asdict(self).items() if value or key not in {"drawn_by", "given"}}
+        """Digest of all that shapes the result: a cell whose settings changed is another cell."""
+        shaping = {key: value for key, value in asdict(self).items() if key not in {"drawn_by", "inputs"}}
+        # Finished cells lie on disk under digests that have the inputs as "given", and neither key when it is empty.
+        shaping |= {key: value for key, value in (("drawn_by", self.drawn_by), ("given", self.inputs)) if value}
         return hashlib.blake2b(json.dumps(shaping, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 def read_finished(folder: Path, cell: Cell) -> dict[str, Any] | None:
-    """The result that lies in the cell's folder, when it is of exactly these settings and did not fail."""
+    """Read the cell's result; None unless it has exactly these settings and did not fail."""
     result = _read_result(folder / cell.id)
     return result if result is not None and result.get("digest") == cell.digest else None
 
 
 def _read_result(folder: Path) -> dict[str, Any] | None:
-    """The result of a cell that ended well, whatever its settings."""
+    """Read the result of a cell that did not fail, whatever its settings."""
     try:
         result: Any = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -160,7 +162,7 @@ async def _run_embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]
     shutil.rmtree(folder / STUDENT, ignore_errors=True)  # what is compared are the measurements
     if cell.rollouts_of == cell.id:
         recording.write(folder)
-    return summarize_run(result.steps, result.evals, _entries(config))
+    return summarize_run(config, result.steps, result.evals)
 
 
 @functools.cache
@@ -177,7 +179,7 @@ async def _run_file(cell: Cell, _: Path, folder: Path) -> dict[str, Any]:
 
     config = validate_config(RunConfig, cell.values, where=f"cell {cell.id}")
     result = await train(config, folder)
-    return summarize_run(result.steps, group_by_step(result.evals), _entries(config))
+    return summarize_run(config, result.steps, group_by_step(result.evals))
 
 
 def group_by_step(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -189,24 +191,17 @@ def group_by_step(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return list(moments.values())
 
 
-def _entries(config: EngineConfig) -> Callable[[int], int]:
-    """Logprobs that the teacher must send for so many tokens: a sampled-token estimator needs one each."""
-    per_token = config.objective.count_entries(config.k)
-    return lambda tokens: tokens * per_token
-
-
-def summarize_run(
-    steps: list[dict[str, Any]], evals: list[dict[str, Any]], entries: Callable[[int], int]
-) -> dict[str, Any]:
-    """A cell's evaluations against tokens trained on, and what its steps looked like on average."""
+def summarize_run(config: EngineConfig, steps: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str, Any]:
+    """Summarize a cell: its evaluations by tokens trained on, means over its steps, and what the teacher sent."""
     trained = [0]
     for record in steps:
         trained.append(trained[-1] + record["tokens"])
     scored = sum(record["completion_tokens"] for record in steps)
+    entries = scored * config.objective.count_entries(config.k)
 
     def mean(name: str) -> float | None:
-        found = [record[name] for record in steps if isinstance(record.get(name), int | float)]
-        return sum(found) / len(found) if found else None
+        values = [record[name] for record in steps if isinstance(record.get(name), int | float)]
+        return sum(values) / len(values) if values else None
 
     lengths = [record["completion_tokens"] / max(1, record["samples"]) for record in steps if record["samples"]]
     return {
@@ -226,6 +221,6 @@ def summarize_run(
         "length_last": lengths[-1] if lengths else None,
         "teacher_calls": sum(record["samples"] for record in steps),
         "teacher_tokens": scored,
-        "teacher_entries": entries(scored),
-        "teacher_bytes": 8 * entries(scored),  # an int32 id and a float32 logprob each
+        "teacher_entries": entries,
+        "teacher_bytes": 8 * entries,  # an int32 id and a float32 logprob each
     }
