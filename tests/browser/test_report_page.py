@@ -50,6 +50,12 @@ def comparison_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def unfold(page: Any) -> None:
+    """Open what is folded away, and wait until its charts are drawn."""
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    page.wait_for_function("[...document.querySelectorAll('.plot')].every((plot) => plot.querySelector('svg, p'))")
+
+
 def panel(page: Any, key: str) -> Any:
     return page.locator(f"#panel-{key}")
 
@@ -62,6 +68,7 @@ def test_every_panel_draws_inside_the_page_at_every_width(run_page, comparison_p
         data = json.loads(page.locator("#data").text_content())
         keys = [one["key"] for section in data["sections"] for one in section["panels"]]
         assert len(keys) > 30
+        unfold(page)
         for key in keys:
             drawn = (
                 panel(page, key)
@@ -313,7 +320,7 @@ def test_the_page_is_walked_through_by_tab_in_the_order_it_is_read(comparison_pa
         stop = page.evaluate("""() => {
             const at = document.activeElement;
             if (at === document.body) return null;
-            const section = at.closest('header, #controls, #charts, #explorer, #summary, #settings');
+            const section = at.closest('header, #contents, #controls, #charts, #explorer, #summary, #settings');
             return [section ? section.id || 'header' : at.className, getComputedStyle(at).outlineStyle];
         }""")
         if stop is None:
@@ -321,7 +328,7 @@ def test_the_page_is_walked_through_by_tab_in_the_order_it_is_read(comparison_pa
         stops.append(stop)
     assert {outline for _, outline in stops} == {"solid"}
     visited = [where for i, (where, _) in enumerate(stops) if i == 0 or stops[i - 1][0] != where]
-    assert visited == ["skip", "header", "controls", "charts", "explorer", "summary", "settings"]
+    assert visited == ["skip", "header", "contents", "controls", "charts", "explorer", "summary", "settings"]
 
 
 def test_nothing_that_a_model_wrote_runs(run_page, open_page):
@@ -329,3 +336,35 @@ def test_nothing_that_a_model_wrote_runs(run_page, open_page):
     assert page.evaluate("window.pwned") is None
     assert page.locator("img").count() == 0
     assert NASTY.replace("\u2028", "") in page.locator("#tokens .token").first.text_content().replace("\u2028", "")
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 720), (1280, 480), (768, 1024), (360, 640)])
+def test_an_enlarged_chart_fits_the_window(run_page, open_page, width, height):
+    page = open_page(run_page, width=width).page
+    page.set_viewport_size({"width": width, "height": height})
+    for key in ("reverse_kl", "ratio_hist"):
+        panel(page, key).locator("button.wide").click()
+        box = panel(page, key).bounding_box()
+        controls = page.locator("#controls").bounding_box() if width > 640 else {"y": 0, "height": 0}
+        assert box["y"] >= controls["y"] + controls["height"]
+        assert box["y"] + box["height"] <= height
+        assert panel(page, key).locator("svg.lines").bounding_box()["height"] > 190
+
+
+def test_the_contents_lead_to_every_part_of_the_page(run_page, open_page):
+    page = open_page(run_page).page
+    links = page.locator("#contents a")
+    names = links.all_text_contents()
+    assert names[0] == "What the student wrote"
+    assert {"Distance to the teacher", "Tokens", "Results", "Settings", "About this page"} <= set(names)
+    for i, name in enumerate(names):
+        links.nth(i).click()
+        target = page.locator(page.evaluate("location.hash"))
+        assert name in target.inner_text()
+
+
+def test_what_has_one_value_throughout_is_folded_away(run_page, open_page):
+    page = open_page(run_page).page
+    assert not panel(page, "lr").is_visible()
+    page.locator("#section-gradient summary").click()
+    panel(page, "lr").locator("svg.lines").wait_for()

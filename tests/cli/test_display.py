@@ -11,6 +11,9 @@ from rich.console import Console
 
 from topkd.cli.output.progress import Display, format_eta, print_result
 from topkd.compose.train import RunResult
+from topkd.engine.loop.metrics import make_strict_json
+from topkd.report.load.collection import gather
+from topkd.report.page.content import build_content
 
 STEP = {"step": 3, "kl_k1": 0.0, "grad_norm": math.nan, "tokens": 40, "lost": {}}
 CLOCKS = {"sample_s": 1.0, "score_wait_s": 0.5, "learn_s": 0.5}
@@ -27,16 +30,27 @@ def test_json_of_a_run_is_strict_whatever_its_numbers(capsys):
     assert said["evals"] == [{"step": 3, "reverse_kl": None}]
 
 
-def test_a_finished_run_says_where_it_lies(capsys):
-    print_result(RunResult(Path("runs/a"), [STEP], []), "replayed", as_json=False)
-    assert capsys.readouterr().out.startswith("3 steps replayed; last kl_k1 0 nats; student: runs/a/student, ")
-    first = {**STEP, "step": 1, "kl_k1": 0.7989920601175624}
-    print_result(RunResult(Path("runs/my run"), [first], []), "done", as_json=False)
-    out = capsys.readouterr().out
-    assert out.startswith("1 step done; last kl_k1 0.799 nats; student: runs/my run/student, ")
-    assert out.splitlines()[-1] == "its page: topkd report 'runs/my run'"
-    print_result(RunResult(Path("runs/a"), [{**STEP, "kl_k1": None}], []), "done", as_json=False)
-    assert "3 steps done; no signal in the last step; student" in capsys.readouterr().out
+def write_log(folder: Path, *records: dict) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"steps": len(records), "objective": {"kind": "gjs"}}))
+    lines = [json.dumps({"kind": "step", **make_strict_json(record)}) for record in records]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_a_finished_run_ends_in_the_words_of_its_report_and_says_where_it_lies(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    records = [{**STEP, "step": n, "kl_k1": value} for n, value in enumerate((2.0, 1.99, 1.0), 1)]
+    run = write_log(Path("my run"), *records)
+    print_result(RunResult(run, records, []), "done", as_json=False)
+    summary, result, page = capsys.readouterr().out.splitlines()
+    report = build_content(gather([run])).verdict
+    assert summary == report.summary
+    assert result == f"3 steps done; {report.headline}; student: my run/student, run log: my run/metrics.jsonl"
+    assert page == "its page: topkd report 'my run'"
+    run = write_log(Path("a"), {**STEP, "step": 1, "kl_k1": 0.7989920601175624})
+    print_result(RunResult(run, [{**STEP, "step": 1}], []), "replayed", as_json=False)
+    assert "1 step replayed; estimated KL(student ‖ teacher) is 0.799 nats a token" in capsys.readouterr().out
 
 
 def test_a_kl_of_exactly_zero_is_shown_as_zero_and_an_absent_one_as_what_there_is_instead(monkeypatch):
@@ -50,18 +64,25 @@ def test_a_kl_of_exactly_zero_is_shown_as_zero_and_an_absent_one_as_what_there_i
     assert [detail.split("  ")[0] for detail in seen] == ["kl 0.000", "no signal", "-log p 2.500"]
 
 
-def test_a_warm_start_on_data_ends_with_its_own_measure(capsys):
-    last = {key: value for key, value in STEP.items() if key != "kl_k1"} | {"sft_loss": 2.5}
-    print_result(RunResult(Path("runs/a"), [last], []), "done", as_json=False)
-    assert "last sft_loss 2.5 nats;" in capsys.readouterr().out
+def test_a_warm_start_on_data_ends_with_its_own_measure(tmp_path, capsys):
+    records = [{"step": n, "sft_loss": loss, "tokens": 40} for n, loss in enumerate((3.0, 2.5), 1)]
+    print_result(RunResult(write_log(tmp_path / "a", *records), records, []), "done", as_json=False)
+    out = capsys.readouterr().out
+    assert out.startswith("Training worked: 2 steps of gjs, and the student predicts the data better than before.\n")
+    assert "−log p of the data fell from 3 to 2.5 nats a token (−17 %)" in out
 
 
 @pytest.mark.parametrize(
-    ("mass", "shown"), [(0.7, "last loss 5.25 nats;"), (math.nan, "no signal"), (None, "no signal")]
+    ("mass", "shown"),
+    [
+        (0.7, "done; The loss on the teacher's lists went from 6.5 to 5.25 nats;"),
+        (math.nan, "done; Nothing in the run log says how far the student is from its teacher;"),
+        (None, "done; Nothing in the run log says"),
+    ],
 )
-def test_a_replay_of_imported_lists_is_judged_by_its_loss_unless_they_list_nothing(capsys, mass, shown):
-    last = STEP | {"kl_k1": None, "loss": 5.25, "teacher_mass": mass}
-    print_result(RunResult(Path("runs/a"), [last], []), "replayed", as_json=False)
+def test_a_replay_of_imported_lists_is_judged_by_its_loss_unless_they_list_nothing(tmp_path, capsys, mass, shown):
+    records = [{**STEP, "step": n, "kl_k1": None, "loss": at, "teacher_mass": mass} for n, at in ((1, 6.5), (2, 5.25))]
+    print_result(RunResult(write_log(tmp_path / "a", *records), records, []), "done", as_json=False)
     assert shown in capsys.readouterr().out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from typer.testing import CliRunner
 from tests.fakes.interrupts import interruptible
 from tests.report.made import write_comparison, write_run
 from topkd.cli.app import app
+from topkd.report.load.collection import gather
+from topkd.report.page.content import build_content
 from topkd.topk.errors import ConfigError, DataError
 
 runner = CliRunner()
@@ -26,7 +29,9 @@ def test_a_run_gets_its_page_beside_it_and_the_verdict_on_the_terminal(tmp_path:
     path = write_run(tmp_path / "run")
     result = runner.invoke(app, ["report", str(path)], catch_exceptions=False)
     assert result.exit_code == 0
-    assert result.stdout.startswith("KL(student ‖ teacher) fell from 2 to 1.5 nats a token (−25 %)")
+    summary, headline = result.stdout.splitlines()[:2]
+    assert summary == "Training worked: 60 steps of topk_pg, and the student came closer to the teacher."
+    assert headline == "KL(student ‖ teacher) fell from 2 to 1.5 nats a token (−25 %)"
     assert (path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert "report.html (" in result.stdout
 
@@ -107,3 +112,31 @@ def test_follow_says_where_and_ends_on_ctrl_c(tmp_path: Path) -> None:
             assert served.wait(30) == 0
         finally:
             served.kill()
+
+
+def test_labels_of_a_histograms_figure_do_not_run_into_each_other(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from topkd.report.page import figures
+
+    path = write_run(tmp_path / "run", steps=5)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    edges = [2.0**power for power in range(-10, 11)]
+    for record in lines:
+        if record["kind"] == "step":
+            record |= {"ratio_hist": [1] * 20, "ratio_hist_edges": edges}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    page = build_content(gather([path]))
+    panel = next(panel for section in page.data["sections"] for panel in section["panels"] if panel["kind"] == "hist")
+    figure = Figure(figsize=(3.5, 2.5), layout="constrained")
+    axes = figure.subplots()
+    figures._histogram(axes, page, panel)
+    figure.canvas.draw()
+    low, high = axes.get_xlim()
+    boxes = [
+        label.get_window_extent()
+        for tick, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+        if low <= tick <= high and label.get_text()
+    ]
+    assert len(boxes) > 2
+    assert all(left.x1 + 2 < right.x0 for left, right in itertools.pairwise(boxes))

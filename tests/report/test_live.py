@@ -54,7 +54,7 @@ def test_new_records_reach_the_page_and_nothing_is_sent_twice(tmp_path: Path) ->
         assert "connect-src &#39;self&#39;" in text
         assert "asks the run's own server on this machine for news" in text
         news = json.loads(get(page, "/data.json")[1])
-        assert news["data"]["state"] == {"running": 1, "text": "running, step 20 of 60"}
+        assert news["data"]["state"] == {"running": 1, "steps": 20, "text": "running, step 20 of 60"}
         assert get(page, f"/data.json?since={news['version']}") == (204, "")
         with (path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(evaluation(30, "topk_pg", 0, 60)) + "\n")

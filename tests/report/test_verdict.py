@@ -24,6 +24,7 @@ def page_of(*paths: Path):
 
 def test_one_run_tells_where_its_kl_began_and_ended(tmp_path: Path) -> None:
     said = page_of(write_run(tmp_path / "run")).verdict
+    assert said.summary == "Training worked: 60 steps of topk_pg, and the student came closer to the teacher."
     assert said.headline == "KL(student ‖ teacher) fell from 2 to 1.5 nats a token (−25 %)"
     facts = {label: (value, remark) for label, value, remark in said.facts}
     assert facts["Tokens trained on"] == ("6,000", "")
@@ -229,7 +230,7 @@ def test_a_change_from_or_to_what_is_not_above_zero_has_no_percentage(
 
 def test_one_look_is_no_change(tmp_path: Path) -> None:
     said = page_of(write_run(tmp_path / "run", done=5)).verdict
-    assert said.headline == "KL(student ‖ teacher) is 2 nats a token at the first look"
+    assert said.headline == "KL(student ‖ teacher) is 2 nats a token at the first measurement"
     assert "5 of 60 steps, running" in said.detail
 
 
@@ -284,7 +285,7 @@ def test_a_run_whose_process_is_gone_is_unfinished_at_once_and_counts_beside_no_
     with lock_folder(path):
         assert page_of(path).data["state"]["text"] == "running, step 20 of 60"
     page = page_of(path)
-    assert page.data["state"] == {"running": 0, "text": "unfinished, step 20 of 60"}
+    assert page.data["state"] == {"running": 0, "steps": 20, "text": "unfinished, step 20 of 60"}
     assert page.verdict.detail.endswith("20 of 60 steps, unfinished.")
     (warned,) = page.verdict.warnings
     assert warned == (

@@ -24,7 +24,7 @@ from topkd.clients import ClientConfig, connect
 from topkd.compose.config.run_config import save_config
 from topkd.compose.demo_assets.assets import PROMPT_TOKENS, build_assets, cache_root, choose_prompts
 from topkd.compose.demo_assets.first_run import FOLDER, write_first_run
-from topkd.compose.demo_assets.folders import SUMMARY, open_demo_folder
+from topkd.compose.demo_assets.folders import open_demo_folder
 from topkd.compose.progress import Progress
 from topkd.compose.run.observers import Observers
 from topkd.compose.run.run import Run, RunResult
@@ -34,7 +34,7 @@ from topkd.compose.run.signals import StopSignals
 from topkd.compose.teachers.open import Teachers
 from topkd.engine import EngineConfig, LearnerConfig, RolloutConfig
 from topkd.engine.config.objectives import GJS, Objective, ScalarKL, TopKPolicyGradient
-from topkd.report.load.run_folder import CONFIG
+from topkd.report.load.run_folder import CONFIG, DEMO
 from topkd.report.page.demo_figure import write_demo_curve
 from topkd.serve import ServeConfig, ServerProcess
 
@@ -226,5 +226,5 @@ def _finish(
         seconds,
     )
     summary = {"before": done.before, "after": done.after, "tokens": done.tokens, "seconds": seconds, **samples}
-    (result.out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (result.out / DEMO).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return done

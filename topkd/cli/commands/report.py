@@ -52,13 +52,15 @@ def report_command(
 
         drawn = write_figures(page, figures)
     if as_json:
-        typer.echo(json.dumps(_print_page(page, path, drawn), ensure_ascii=False))
+        typer.echo(json.dumps(_build_result(page, path, drawn), ensure_ascii=False))
         return
+    if page.verdict.summary:
+        typer.echo(page.verdict.summary)
     typer.echo(page.verdict.headline)
     if page.verdict.detail:
         typer.echo(page.verdict.detail)
     for warning in page.verdict.warnings:
-        typer.echo(f"careful: {warning}")
+        typer.echo(f"warning: {warning}")
     typer.echo(f"{path} ({size / 1e3:,.0f} kB, complete in itself)")
     if drawn:
         typer.echo(f"{len(drawn)} figures in {figures}")
@@ -77,10 +79,11 @@ def _follow(runs: list[Path], port: int, *, as_json: bool) -> None:
             time.sleep(3600)
 
 
-def _print_page(page: Page, path: Path, drawn: list[Path]) -> dict[str, Any]:
+def _build_result(page: Page, path: Path, drawn: list[Path]) -> dict[str, Any]:
     statement = page.verdict
     return {
         "out": str(path),
+        "summary": statement.summary,
         "headline": statement.headline,
         "detail": statement.detail,
         "metric": statement.metric,

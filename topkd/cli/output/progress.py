@@ -125,16 +125,19 @@ def format_evaluation(record: dict[str, Any]) -> str:
 
 
 def print_result(result: RunResult, verb: str, *, as_json: bool) -> None:
-    """A finished run on standard output: where it lies and how it ended, as a sentence or as strict JSON."""
+    """Print how a finished run ended and where it lies, in the words of its report or as strict JSON."""
     from topkd.engine.loop.metrics import make_strict_json
+    from topkd.report.analysis.verdict import judge_folder
 
     last = result.steps[-1]
-    measure = _find_measure(last)
-    ended = "no signal in the last step" if measure is None else f"last {measure} {last[measure]:.4g} nats"
     if as_json:
         typer.echo(json.dumps(make_strict_json({"out": str(result.out), "last_step": last, "evals": result.evals})))
         return
+    verdict = judge_folder(result.out)
+    if verdict.summary:
+        typer.echo(verdict.summary)
     typer.echo(
-        f"{last['step']} step{'s' * (last['step'] != 1)} {verb}; {ended}; student: {result.out / 'student'}, "
-        f"run log: {result.out / 'metrics.jsonl'}\nits page: topkd report {shlex.quote(str(result.out))}"
+        f"{last['step']} step{'s' * (last['step'] != 1)} {verb}; {verdict.headline}; "
+        f"student: {result.out / 'student'}, run log: {result.out / 'metrics.jsonl'}\n"
+        f"its page: topkd report {shlex.quote(str(result.out))}"
     )

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TextIO
 
 from topkd.compose.progress import Progress
+from topkd.report.load.run_folder import DEMO
 from topkd.topk.errors import ConfigError
-
-SUMMARY = "demo.json"  # in a demo's folder: what it has to show, empty until it ends
 
 
 def find_free_folder(usual: Path) -> Path:
@@ -41,7 +40,7 @@ def open_demo_folder(out: Path | None, usual: Path, progress: Progress) -> Itera
         there = folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / SUMMARY).open("x", encoding="utf-8").close()
+            (folder / DEMO).open("x", encoding="utf-8").close()
             break
         except OSError as error:
             if isinstance(error, FileExistsError) and not _is_free(folder):
@@ -52,7 +51,7 @@ def open_demo_folder(out: Path | None, usual: Path, progress: Progress) -> Itera
     try:
         yield folder
     except BaseException:
-        (folder / SUMMARY).unlink(missing_ok=True)
+        (folder / DEMO).unlink(missing_ok=True)
         if not there:
             with contextlib.suppress(OSError):
                 folder.rmdir()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,10 @@ class Interval:
     low: float
     high: float
     n: int
+
+    def within_shares(self) -> Interval:
+        """Return the interval cut at 0 and 1, which no share can leave."""
+        return replace(self, low=max(self.low, 0.0), high=min(self.high, 1.0)) if math.isfinite(self.low) else self
 
     @property
     def clear(self) -> bool:

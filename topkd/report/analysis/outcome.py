@@ -1,10 +1,10 @@
-"""What came of each run: where its divergences began and ended, and what the teacher was asked for."""
+"""First and last values of each run's metrics, how noisy they are, and what the run cost."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,37 +12,50 @@ import numpy as np
 from topkd.report.analysis.formatting import NAMES
 from topkd.report.analysis.intervals import Interval, compute_interval
 from topkd.report.load.collection import RunGroup
-from topkd.report.load.columns import has_column, read_column, sum_costs
+from topkd.report.load.columns import Floats, has_column, read_column, sum_costs
 from topkd.report.load.evaluations import FIXED, make_eval_source
 from topkd.report.load.run_log import Run
 
 EVALUATED = ("reverse_kl", "forward_kl", "jsd", "agreement", "accuracy")
+SHARES = {
+    "agreement": "eval_tokens",
+    "accuracy": "answers",
+}  # shares of one, and the field that counts what they are of
+_Z95 = 1.96
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One run's ends.
+    """First and last values of one run's metrics.
 
     Attributes:
         run: The run.
         first: Metric -> value at the first evaluation (or over the first steps, for the estimate).
         last: Metric -> value at the last one.
         area: Mean of the main metric over the tokens of the run (area under its curve over its width).
-        looks: How many values of the main metric there are.
+        measurements: How many values of the main metric there are.
         totals: Tokens, requests and seconds.
+        noise: Metric -> half-width of the 95 % interval of last - first; absent where it cannot be known.
+        counts: Share -> how many positions (or answers) it is of.
     """
 
     run: Run
     first: dict[str, float]
     last: dict[str, float]
     area: float
-    looks: int
+    measurements: int
     totals: dict[str, float | None]
+    noise: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def is_within_noise(self, key: str) -> bool:
+        """Whether the metric changed by no more than its noise explains; False where the noise is unknown."""
+        return key in self.noise and abs(self.last[key] - self.first[key]) <= self.noise[key]
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What the verdict is about."""
+    """A measure of the distance to the teacher, which the verdict is about."""
 
     key: str
     name: str
@@ -52,14 +65,14 @@ class Metric:
 EXACT = Metric("reverse_kl", NAMES["reverse_kl"], exact=True)
 SAMPLED = Metric("kl_k1", f"estimated {EXACT.name}", exact=False)
 ESTIMATES = (SAMPLED, Metric("sft_loss", "−log p of the data", exact=False))
-# What the same field of the run log is where the student did not draw the completions: a number, and no distance.
+# The same field of the run log where the student did not draw the completions: a number, but not a distance.
 LOG_RATIO = Metric("log_ratio", "log student/teacher ratio on the completions it replays", exact=False)
 
 
-def main_metric(groups: Sequence[RunGroup], wanted: Any = None) -> Metric | None:
-    """The exact held-out divergence where every run has it, else what steps estimate or tell; None before any.
+def choose_metric(groups: Sequence[RunGroup], wanted: Any = None) -> Metric | None:
+    """Choose the exact held-out divergence where every run has it, else an estimate of the steps; None before any.
 
-    ``wanted`` is the one that a comparison judges by; without one, KL(student || teacher).
+    ``wanted`` is the key that a comparison judges by; without it, KL(student || teacher).
     """
     runs = [run for group in groups for run in group.runs]
     exact = Metric(wanted, NAMES[wanted], exact=True) if wanted in NAMES else EXACT
@@ -74,15 +87,22 @@ def main_metric(groups: Sequence[RunGroup], wanted: Any = None) -> Metric | None
 
 
 def compute_outcome(run: Run, metric: Metric) -> Outcome:
-    """The ends of one run."""
+    """Compute the first and last values, the area, the noise and the cost of one run."""
     evals = make_eval_source(run, FIXED)
     first: dict[str, float] = {}
     last: dict[str, float] = {}
+    noise: dict[str, float] = {}
+    counts: dict[str, int] = {}
     for key in EVALUATED:
         values = read_column(evals.records, key)
         known = values[np.isfinite(values)]
-        if known.size:
-            first[key], last[key] = float(known[0]), float(known[-1])
+        if not known.size:
+            continue
+        first[key], last[key] = float(known[0]), float(known[-1])
+        size = read_column(evals.records, SHARES[key])[-1] if key in SHARES else math.nan
+        if math.isfinite(size) and size > 0:
+            counts[key] = int(size)
+            noise[key] = _compute_share_noise(first[key], last[key], counts[key])
     if not metric.exact:
         values = read_column(run.steps, SAMPLED.key if metric is LOG_RATIO else metric.key)
         known = values[np.isfinite(values)]
@@ -92,14 +112,27 @@ def compute_outcome(run: Run, metric: Metric) -> Outcome:
         if known.size:  # single steps are noisy: a tenth of the run at each end
             part = max(1, known.size // 10)
             first[own.key], last[own.key] = float(known[:part].mean()), float(known[-part:].mean())
+            if known.size > 2 and own is SAMPLED:
+                noise[own.key] = _compute_step_noise(known, part)
         x, y = read_column(run.steps, "step"), values if own is metric else np.full_like(values, np.nan)
     else:
         y = read_column(evals.records, metric.key)
         x = evals.axes.get("tokens", evals.axes["step"])
-    return Outcome(run, first, last, _area(x, y), int(np.isfinite(y).sum()), sum_costs(run))
+    return Outcome(run, first, last, _compute_area(x, y), int(np.isfinite(y).sum()), sum_costs(run), noise, counts)
 
 
-def _area(x: Any, y: Any) -> float:
+def _compute_share_noise(first: float, last: float, size: int) -> float:
+    """Compute the 95 % half-width of the difference of two shares, each of ``size`` positions."""
+    return _Z95 * math.sqrt((first * (1 - first) + last * (1 - last)) / size)
+
+
+def _compute_step_noise(values: Floats, part: int) -> float:
+    """Compute the 95 % half-width of the difference of two means of ``part`` steps, from how neighbours differ."""
+    deviation = float(np.sqrt(np.mean(np.diff(values) ** 2) / 2))
+    return _Z95 * deviation * math.sqrt(2 / part)
+
+
+def _compute_area(x: Any, y: Any) -> float:
     known = np.isfinite(x) & np.isfinite(y)
     x, y = x[known], y[known]
     if x.size < 2 or x[-1] <= x[0]:
@@ -107,8 +140,8 @@ def _area(x: Any, y: Any) -> float:
     return float(np.trapezoid(y, x) / (x[-1] - x[0]))
 
 
-def values_by_seed(outcomes: Sequence[Outcome], key: str) -> dict[int, float]:
-    """seed -> last value, of the runs that ended as planned: what may be compared."""
+def collect_last_by_seed(outcomes: Sequence[Outcome], key: str) -> dict[int, float]:
+    """Return seed -> last value of the runs that are counted in a verdict."""
     return {
         item.run.seed: item.last[key]
         for item in outcomes
@@ -117,15 +150,16 @@ def values_by_seed(outcomes: Sequence[Outcome], key: str) -> dict[int, float]:
 
 
 def is_counted(run: Run) -> bool:
-    """A run that failed, was stopped or was killed is in no verdict."""
+    """Return whether a run counts in a verdict: it did not fail and was not stopped or killed."""
     return run.state in ("finished", "running")
 
 
 def select_counted(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Those of a group's runs that its means are over; the only run of a group speaks for itself."""
+    """Return the runs that a group's means are over; the only run of a group always counts."""
     return [item for item in outcomes if is_counted(item.run) or len(outcomes) == 1]
 
 
 def compute_spread(outcomes: Sequence[Outcome], key: str) -> Interval:
-    """The last values of a group's runs, with their interval over seeds."""
-    return compute_interval([item.last[key] for item in outcomes if key in item.last and is_counted(item.run)])
+    """Compute the mean of a group's last values with its interval over seeds; a share's stays in [0, 1]."""
+    interval = compute_interval([item.last[key] for item in outcomes if key in item.last and is_counted(item.run)])
+    return interval.within_shares() if key in SHARES else interval

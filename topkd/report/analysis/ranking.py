@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from topkd.report.analysis.intervals import Interval, subtract_paired
-from topkd.report.analysis.outcome import SAMPLED, Metric, Outcome, compute_spread, is_counted, values_by_seed
+from topkd.report.analysis.outcome import SAMPLED, Metric, Outcome, collect_last_by_seed, compute_spread, is_counted
 from topkd.report.load.collection import RunGroup
 
 
@@ -57,12 +57,12 @@ def rank_groups(
     rows.sort(key=lambda row: (row.control, row.end.mean if math.isfinite(row.end.mean) else math.inf))
     if not rows:
         return []
-    best = values_by_seed(outcomes[rows[0].group], metric.key)
+    best = collect_last_by_seed(outcomes[rows[0].group], metric.key)
     return [rows[0], *(_compare_with(row, outcomes[row.group], best, metric) for row in rows[1:])]
 
 
 def _compare_with(row: Rank, ones: Sequence[Outcome], best: dict[int, float], metric: Metric) -> Rank:
-    gap = subtract_paired(values_by_seed(ones, metric.key), best)
+    gap = subtract_paired(collect_last_by_seed(ones, metric.key), best)
     return replace(row, difference=gap if gap.n >= 2 else None)
 
 

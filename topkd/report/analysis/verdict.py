@@ -1,28 +1,37 @@
-"""The page's first lines: which setting won, by how much, and what to be careful about."""
+"""The verdict of a report: what happened, which setting won and by how much, and what to be careful about."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from topkd.report.analysis.formatting import format_change, format_interval, format_number, format_short_count
+from topkd.report.analysis.formatting import (
+    format_change,
+    format_interval,
+    format_number,
+    format_percent,
+    format_short_count,
+)
+from topkd.report.analysis.intervals import compute_interval
 from topkd.report.analysis.outcome import (
     LOG_RATIO,
     SAMPLED,
     Metric,
     Outcome,
+    choose_metric,
     compute_outcome,
     compute_spread,
     is_counted,
-    main_metric,
     select_counted,
 )
 from topkd.report.analysis.ranking import Rank, rank_groups
+from topkd.report.analysis.summary import summarize_run, summarize_runs, summarize_settings
 from topkd.report.analysis.warnings import Warned, cut_on_purpose, find_warnings
-from topkd.report.load.collection import Collection, RunGroup
-from topkd.report.load.run_log import last_step
+from topkd.report.load.collection import Collection, RunGroup, gather
+from topkd.report.load.run_log import Record, last_step
 
 ENOUGH_SEEDS = 8
 FEW_SEEDS = 4  # below it a comparison is a first look, whatever its intervals say
@@ -47,15 +56,16 @@ _RESTS = {
     "log_ratio": ", and no estimate of it: [eval] in the run file measures how far student and teacher are apart",
 }
 _UNDECIDED = "No winner: these run logs hold no KL by which the settings could be compared"
-_SHARES = (("agreement", "Same top token"), ("accuracy", "Task accuracy"))
+_SHARES = (("agreement", "Same top token", "positions"), ("accuracy", "Task accuracy", "answers"))
 
 
 @dataclass(slots=True)
 class ReportVerdict:
-    """What stands at the top.
+    """The text at the top of the page.
 
     Attributes:
-        headline: The result in one sentence.
+        headline: The result in one sentence, with its figures.
+        summary: What was done and whether it worked, in plain words.
         caveat: Why a comparison is a first look only; "" when it is more.
         detail: How sure it is.
         tone: "won", "open" (no clear winner), "one" (a single setting) or "waiting".
@@ -69,6 +79,7 @@ class ReportVerdict:
     """
 
     headline: str
+    summary: str = ""
     caveat: str = ""
     detail: str = ""
     tone: str = "one"
@@ -82,8 +93,8 @@ class ReportVerdict:
 
 
 def write_verdict(collection: Collection, groups: Sequence[RunGroup]) -> tuple[ReportVerdict, list[list[Outcome]]]:
-    """The verdict over the groups, and the outcomes it rests on, group by group."""
-    metric = main_metric(groups, collection.comparison.get("metric"))
+    """Write the verdict over the groups; return it with the outcomes that it rests on, group by group."""
+    metric = choose_metric(groups, collection.comparison.get("metric"))
     if metric is None:
         return _describe_nothing(groups), [[] for _ in groups]
     outcomes = [[compute_outcome(run, metric) for run in group.runs] for group in groups]
@@ -98,6 +109,7 @@ def write_verdict(collection: Collection, groups: Sequence[RunGroup]) -> tuple[R
         statement.caveat = _write_caveat(collection, groups, statement.ranks)
     statement.metric = metric.name
     _use_stated_verdict(statement, collection.comparison)
+    statement.summary = _write_summary(statement, collection, groups, outcomes, metric)
     if not metric.exact:
         rests = _RESTS[(LOG_RATIO if statement.headline == _UNDECIDED else metric).key]
         statement.warnings.insert(0, f"no exact held-out KL in the run log{rests}")
@@ -122,10 +134,44 @@ def write_verdict(collection: Collection, groups: Sequence[RunGroup]) -> tuple[R
     return statement, outcomes
 
 
+def judge_folder(path: Path) -> ReportVerdict:
+    """Write the verdict over the run, or the comparison, in one folder."""
+    collection = gather([path])
+    return write_verdict(collection, collection.groups())[0]
+
+
+def _write_summary(
+    statement: ReportVerdict,
+    collection: Collection,
+    groups: Sequence[RunGroup],
+    outcomes: Sequence[Sequence[Outcome]],
+    metric: Metric,
+) -> str:
+    if len(groups) > 1:
+        winner = statement.ranks[0].label if statement.tone == "won" and statement.ranks else ""
+        stated = collection.comparison.get("verdict")
+        if isinstance(stated, dict) and (name := stated.get("winner")):
+            arms = (arm for arm in collection.comparison.get("arms") or () if isinstance(arm, dict))
+            winner = next((str(arm.get("label") or name) for arm in arms if arm.get("name") == name), str(name))
+        return summarize_settings(outcomes, metric, winner, finished=not collection.unfinished)
+    counted = select_counted(outcomes[0])
+    if len(counted) == 1:
+        return summarize_run(counted[0], metric)
+    return summarize_runs(counted, metric, groups[0].label)
+
+
 def _describe_nothing(groups: Sequence[RunGroup]) -> ReportVerdict:
-    steps = max((last_step(run.steps) for group in groups for run in group.runs), default=0)
+    runs = [run for group in groups for run in group.runs]
+    steps = max((last_step(run.steps) for run in runs), default=0)
     if not steps:
         return ReportVerdict("Waiting for the first step.", tone="waiting")
+    losses = [step["loss"] for step in runs[0].steps if _has_list_loss(step)] if len(runs) == 1 else []
+    if losses:
+        return ReportVerdict(
+            f"The loss on the teacher's lists went from {format_number(losses[0])} to {format_number(losses[-1])} nats",
+            detail=f"{steps:,} steps; nothing in the run log measures the distance of student and teacher.",
+            tone="open",
+        )
     return ReportVerdict(
         "Nothing in the run log says how far the student is from its teacher",
         detail=f"{steps:,} steps, and neither an evaluation nor an estimate among them: the curves are below.",
@@ -133,23 +179,37 @@ def _describe_nothing(groups: Sequence[RunGroup]) -> ReportVerdict:
     )
 
 
+def _has_list_loss(step: Record) -> bool:
+    """Whether the step's loss is over teacher lists: it then knows the mass that they hold."""
+    return all(isinstance(step.get(key), int | float) and math.isfinite(step[key]) for key in ("loss", "teacher_mass"))
+
+
 def _describe_run(item: Outcome, metric: Metric) -> ReportVerdict:
     first, last = item.first.get(metric.key, math.nan), item.last.get(metric.key, math.nan)
     steps = last_step(item.run.steps)
-    way = "fell" if last < first else "rose" if last > first else "did not move"
+    way = "fell" if last < first else "rose"
     where = "On held-out prefixes, exact over the whole vocabulary" if metric.exact else _BASIS[metric.key]
-    if item.looks < 2:
+    if item.measurements < 2:
         return ReportVerdict(
-            f"{metric.name} is {format_number(last)} nats a token at the first look",
+            f"{metric.name} is {format_number(last)} nats a token at the first measurement",
             detail=f"{where}; {steps:,} of {item.run.planned or steps:,} steps, {item.run.state}.",
             facts=_list_facts(item),
         )
-    share = "" if metric is LOG_RATIO else format_change(first, last)
+    share = "" if metric is LOG_RATIO else _format_share(first, last, is_noise=item.is_within_noise(metric.key))
+    span = f"{way} from {format_number(first)} to" if first != last else "stayed at"
     return ReportVerdict(
-        f"{metric.name} {way} from {format_number(first)} to {format_number(last)} nats a token{share}",
+        f"{metric.name} {span} {format_number(last)} nats a token{share}",
         detail=f"{where}; {steps:,} of {item.run.planned or steps:,} steps, {item.run.state}.",
         facts=_list_facts(item),
     )
+
+
+def _format_share(first: float, last: float, *, is_noise: bool) -> str:
+    """Format the change in per cent; say where it is within noise."""
+    share = format_change(first, last)
+    if not is_noise:
+        return share
+    return f"{share.removesuffix(')')}, within noise)" if share else " (within noise)"
 
 
 def _describe_group(group: RunGroup, outcomes: Sequence[Sequence[Outcome]], metric: Metric) -> ReportVerdict:
@@ -173,7 +233,9 @@ def _describe_group(group: RunGroup, outcomes: Sequence[Sequence[Outcome]], metr
     differ = "that differ in their seed, with the 95 % interval over them."
     if None in seeds or len(seeds) < len(ended):
         differ = "of which some share a seed: the interval over them says how they repeat, not how seeds vary."
-    share = "" if metric is LOG_RATIO else format_change(first, end.mean)
+    moved = compute_interval([item.last[metric.key] - item.first[metric.key] for item in ended])
+    is_noise = moved.low <= 0.0 <= moved.high
+    share = "" if metric is LOG_RATIO else _format_share(first, end.mean, is_noise=is_noise)
     if metric is LOG_RATIO:
         differ += f" {_BASIS[metric.key]}."
     return ReportVerdict(
@@ -250,7 +312,7 @@ def _list_doubts(ranks: Sequence[Rank], outcomes: Sequence[Sequence[Outcome]]) -
 
 
 def _write_caveat(collection: Collection, groups: Sequence[RunGroup], ranks: Sequence[Rank]) -> str:
-    """What makes a comparison a first look, under its headline: a reader of that alone must not take it for more."""
+    """Say why a comparison is only a first look; "" when it is more."""
     seeds = min((rank.end.n for rank in ranks if rank.end.n and not rank.control), default=0)
     arms = [arm for arm in collection.comparison.get("arms") or () if isinstance(arm, dict)]
     has_rates = any(arm.get("lr") is not None or "learner" in (arm.get("set") or ()) for arm in arms)
@@ -264,7 +326,7 @@ def _write_caveat(collection: Collection, groups: Sequence[RunGroup], ranks: Seq
 
 
 def _use_stated_verdict(statement: ReportVerdict, comparison: dict[str, Any]) -> None:
-    """A comparison's own verdict in place of the page's: it knows what was tuned and how, and weighs areas and ends."""
+    """Put a comparison's own verdict in place of the page's: it knows what was tuned, and weighs areas and ends."""
     statement.note = str(comparison.get("note") or "")
     stated = comparison.get("verdict")
     text = stated.get("text") if isinstance(stated, dict) else None
@@ -285,19 +347,25 @@ def _list_facts(item: Outcome) -> list[tuple[str, str, str]]:
         if key in item.last
     ]
     facts += [
-        (label, f"{100 * item.last[key]:.1f} %", f"from {100 * item.first[key]:.1f} %")
-        for key, label in _SHARES
+        (label, format_percent(item.last[key]), _describe_share(item, key, unit))
+        for key, label, unit in _SHARES
         if key in item.last
     ]
     return facts + _list_costs(item.totals)
 
 
+def _describe_share(item: Outcome, key: str, unit: str) -> str:
+    """Say what a share was before, of how many it is, and whether the change is within noise."""
+    noise = ", within noise" if item.is_within_noise(key) and item.measurements > 1 else ""
+    size = f" (of {item.counts[key]:,} {unit})" if key in item.counts else ""
+    return f"from {format_percent(item.first[key])}{noise}{size}"
+
+
 def _list_mean_facts(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str]]:
     facts = []
-    for key, label in (*_DISTANCES, *_SHARES):
+    for key, label, *unit in (*_DISTANCES, *_SHARES):
         if (end := compute_spread(outcomes, key)).n:
-            text = f"{100 * end.mean:.1f} %" if (key, label) in _SHARES else format_number(end.mean)
-            facts.append((label, text, ""))
+            facts.append((label, format_percent(end.mean) if unit else format_number(end.mean), ""))
     mean: dict[str, float | None] = {}
     for key in outcomes[0].totals if outcomes else ():
         known = [value for item in select_counted(outcomes) if (value := item.totals[key]) is not None]
@@ -306,7 +374,7 @@ def _list_mean_facts(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str]]:
 
 
 def _list_costs(totals: dict[str, float | None]) -> list[tuple[str, str, str]]:
-    """Tokens, the teacher's work and time; what the run log does not say is left out."""
+    """List tokens, the teacher's work and time; leave out what the run log does not have."""
     statement = []
     if (tokens := totals.get("tokens")) is not None:
         statement.append(("Tokens trained on", format_short_count(tokens), ""))
@@ -324,10 +392,10 @@ def _list_costs(totals: dict[str, float | None]) -> list[tuple[str, str, str]]:
     return statement
 
 
-def _gather_warnings(found: Sequence[tuple[Outcome, Warned]], runs: int) -> list[str]:
-    """Warnings of all ``runs``; one that many share is said once, with their number."""
+def _gather_warnings(warnings: Sequence[tuple[Outcome, Warned]], runs: int) -> list[str]:
+    """Gather the warnings of all ``runs``; one that many share is listed once, with their number."""
     by_kind: dict[str, list[tuple[Outcome, Warned]]] = {}
-    for item, warned in found:
+    for item, warned in warnings:
         by_kind.setdefault(warned.kind, []).append((item, warned))
     statement = []
     for same in by_kind.values():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 RUN_LOG, CONFIG, TOKENS, STUDENT, CHECKPOINTS = "metrics.jsonl", "config.json", "tokens.jsonl", "student", "checkpoints"
 LOCK = ".lock"
+DEMO = "demo.json"  # of a demo: divergences and texts before and after; empty until it ends
 COMPARISON, CELLS = "compare.json", "cells"  # of a comparison's folder; each cell is a run's folder
 
 

@@ -12,6 +12,7 @@ from topkd.report.analysis.tables import Table, build_runs_table, build_settings
 from topkd.report.analysis.verdict import EMBEDDED, OF_TEXT, ReportVerdict, write_verdict
 from topkd.report.load.collection import Collection, RunGroup
 from topkd.report.load.columns import AXES, step_axes
+from topkd.report.load.completions import Completion, read_completions
 from topkd.report.load.evaluations import list_prefix_kinds
 from topkd.report.load.run_log import last_step
 from topkd.report.page.measurements import list_by_prefixes, list_training
@@ -35,6 +36,8 @@ class Page:
     runs: Table
     settings: Table
     transcripts: TranscriptFile
+    completions: list[Completion]
+    completions_of: str
     data: dict[str, Any]
     notes: list[str]
 
@@ -82,9 +85,20 @@ def build_content(collection: Collection, *, live: bool = False, baseline: Mappi
         build_runs_table(groups, outcomes),
         build_settings_table(collection, groups, baseline),
         recorded,
+        *_find_completions(groups, statement),
         data,
         notes,
     )
+
+
+def _find_completions(groups: Sequence[RunGroup], statement: ReportVerdict) -> tuple[list[Completion], str]:
+    """Find what a student wrote, of the best setting that recorded it; return the texts and whose they are."""
+    order = dict.fromkeys([*(rank.group for rank in statement.ranks), *range(len(groups))])
+    runs = [run for index in order for run in groups[index].runs if not run.replayed]
+    for run in runs:
+        if texts := read_completions(run):
+            return texts, run.name if len(runs) > 1 else ""
+    return [], ""
 
 
 def _build_measured_tables(groups: Sequence[RunGroup], statement: ReportVerdict) -> list[Table]:
@@ -103,7 +117,7 @@ def _section(section: Section, groups: Sequence[RunGroup], account: Thinning, ki
             found = build_panel_lines(panel, groups, account)
             lines = {"": found} if found else {}
         if lines:
-            drawn.append({**_head(panel), "kind": "line", "lines": lines})
+            drawn.append({**_head(panel), "kind": "line", "lines": lines, "constant": _is_constant(lines)})
         elif not panel.special:
             absent.append(f"{panel.title} ({' or '.join(panel.fields)})")
     _share_zero_scale(drawn, groups)
@@ -113,6 +127,12 @@ def _section(section: Section, groups: Sequence[RunGroup], account: Thinning, ki
         else:
             absent.insert(0, "Importance ratios (ratio_hist)")
     return {"key": section.key, "title": section.title, "text": section.text, "panels": drawn, "absent": absent}
+
+
+def _is_constant(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
+    """Return whether every line of a panel has the same value at several steps: there is nothing to see in it."""
+    values = [[y for y in line["y"] if y is not None] for kind in lines.values() for line in kind]
+    return all(len(ys) > 1 for ys in values) and len({y for ys in values for y in ys}) == 1
 
 
 def _relabel_log_ratio(sections: Sequence[dict[str, Any]], groups: Sequence[RunGroup]) -> None:
@@ -177,6 +197,7 @@ def _state(collection: Collection) -> dict[str, Any]:
     only_run = collection.runs[0] if len(states) == 1 else None
     return {
         "running": sum(state == "running" for state in states),
+        "steps": max(last_step(run.steps) for run in collection.runs),
         "text": f"{only_run.state}, step {last_step(only_run.steps):,} of {only_run.planned or '?'}"
         if only_run
         else ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),

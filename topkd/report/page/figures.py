@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,8 @@ def _panel(axes: Any, page: Page, panel: dict[str, Any], lines: list[dict[str, A
 
 
 def _histogram(axes: Any, page: Page, panel: dict[str, Any]) -> None:
+    from matplotlib.ticker import FixedLocator, NullLocator
+
     edges = panel["edges"]
     for line in _select_shown(page, panel["lines"]):
         at, style, _, label = _look(page, line["g"])
@@ -100,8 +103,17 @@ def _histogram(axes: Any, page: Page, panel: dict[str, Any]) -> None:
         shares = [100 * share for share in closed]
         axes.stairs(shares, edges[: len(shares) + 1], color=at, linestyle=style, label=label)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(_choose_ratio_ticks(edges)))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:.3g}")  # the scale's own ticks are formulas
     axes.set(title=panel["title"], xlabel="new / rollout probability", ylabel=panel["unit"])
+
+
+def _choose_ratio_ticks(edges: list[float]) -> list[float]:
+    """Choose at most seven powers of two, 1 among them: labels of all of them run into each other."""
+    low, high = (math.log2(edge) for edge in (min(edge for edge in edges if edge > 0.0), max(edges)))
+    stride = max(1, math.ceil((high - low) / 6))
+    return [2.0**power for power in range(math.ceil(low), math.floor(high) + 1) if power % stride == 0]
 
 
 def _strip(axes: Any, page: Page, measure: dict[str, Any], strip: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from topkd.report.load.collection import Collection
 from topkd.report.page.content import Page, build_content
 from topkd.report.page.palette import write_stylesheet
 
+FRAGMENTS = ("verdict", "completions", "summary", "settings", "notes")
 SCRIPTS = ("core", "scales", "lines", "bars", "strips", "explorer", "tables", "main")
 
 
@@ -47,7 +48,7 @@ def render_page(page: Page, *, live: bool = False) -> str:
 
 def render_fragments(page: Page) -> dict[str, str]:
     """The written parts of the page, for a live page to replace: element id -> HTML."""
-    return {name: _template(f"{name}.html").render(page=page) for name in ("verdict", "summary", "settings", "notes")}
+    return {name: _template(f"{name}.html").render(page=page) for name in FRAGMENTS}
 
 
 def escape_json(text: str) -> str:

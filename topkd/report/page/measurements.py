@@ -9,7 +9,7 @@ import numpy as np
 
 from topkd.report.analysis.formatting import format_interval, format_number, format_percent
 from topkd.report.analysis.intervals import compute_interval
-from topkd.report.analysis.outcome import is_counted
+from topkd.report.analysis.outcome import SHARES, is_counted
 from topkd.report.analysis.tables import Table
 from topkd.report.load.collection import RunGroup
 from topkd.report.load.columns import Floats, read_column
@@ -77,9 +77,8 @@ def _last(group: RunGroup, kind: str, key: str) -> str:
         values += known[-1:].tolist()
     if not values:
         return ""
-    return format_interval(
-        compute_interval(values), format_percent if key in ("agreement", "accuracy") else format_number
-    )
+    interval = compute_interval(values)
+    return format_interval(interval.within_shares(), format_percent) if key in SHARES else format_interval(interval)
 
 
 def _tokens(runs: Sequence[Run]) -> str:

@@ -44,6 +44,9 @@ function updateExplorer() {
   const none = !data.rollouts.length;
   section.hidden = none;
   byId('explorer-absent').hidden = !none;
+  byId('explorer-absent').textContent = data.state.steps
+    ? 'No rollouts were recorded: a run that writes tokens.jsonl shows them here, token by token.'
+    : 'Rollouts appear here, token by token, once the first step has recorded some.';
   if (none) return;
   const first = !byId('rollout');
   if (first) buildExplorer(byId('explorer-body'));

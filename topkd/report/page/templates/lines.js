@@ -27,6 +27,8 @@ class LineChart {
   enlarge() {
     const on = this.node.classList.toggle('large');
     this.wide.setAttribute('aria-pressed', String(on));
+    this.draw();
+    if (on) this.node.scrollIntoView({ block: 'start' });
   }
 
   update(panel) {
@@ -79,7 +81,7 @@ class LineChart {
   }
 
   layout(xs, shown) {
-    this.height = this.node.classList.contains('large') ? Math.min(440, Math.max(260, this.width * 0.45)) : this.width < 300 ? 190 : 210;
+    this.height = this.node.classList.contains('large') ? this.largeHeight() : this.width < 300 ? 190 : 210;
     const mains = this.lines.filter((line) => line.role === 'main');
     const room = () => Math.max(0, ...mains.map((line) => textWidth(this.label(line)) + 16));
     this.named = data.groups.length > 1;
@@ -96,6 +98,15 @@ class LineChart {
     this.x = scale([low, high > low ? high : low + 1], [this.box.left, this.box.right]);
     this.y = scale(this.domain, [this.box.bottom, this.box.top], this.log);
     this.xTicks = linearTicks(low, high, Math.max(1, Math.floor((this.box.right - this.box.left) / 64)));
+  }
+
+  // An enlarged chart fits the window, with its title and note, below the controls that stay at the top.
+  largeHeight() {
+    const around = this.node.offsetHeight - this.plot.offsetHeight;
+    const controls = byId('controls');
+    const above = getComputedStyle(controls).position === 'sticky' ? controls.offsetHeight : 0;
+    this.node.style.scrollMarginTop = `${above + 10}px`;
+    return Math.max(200, Math.min(this.width * 0.55, innerHeight - above - around - 30));
   }
 
   axes() {

@@ -61,23 +61,38 @@ function sections() {
     if (!node) {
       node = el('section', { class: 'card', id: `section-${section.key}`, 'aria-labelledby': `heading-${section.key}` },
         el('h2', { id: `heading-${section.key}`, text: section.title }), el('p', { class: 'soft lead-in', text: section.text }),
-        el('div', { class: 'grid' }), el('p', { class: 'soft absent' }));
+        el('div', { class: 'grid' }),
+        el('details', { class: 'folded' }, el('summary'), el('div', { class: 'grid' }), el('p', { class: 'soft absent' })));
       host.append(node);
     }
-    const grid = node.querySelector('.grid');
-    section.panels.forEach((panel, place) => {
-      let chart = charts.get(panel.key);
-      if (!chart) {
-        chart = panel.kind === 'hist' ? new Histogram(panel) : new LineChart(panel);
-        charts.set(panel.key, chart);
-        grid.insertBefore(chart.node, grid.children[place] || null);
-      } else chart.update(panel);
-    });
-    const absent = node.querySelector('.absent');
-    absent.textContent = section.absent.length ? `Not in ${data.groups.length > 1 ? 'these run logs' : 'this run log'}: ${section.absent.join(', ')}.` : '';
-    node.hidden = !section.panels.length && !data.live;
-    node.querySelector('.lead-in').hidden = !section.panels.length;
+    const [grid, foldedGrid] = node.querySelectorAll('.grid');
+    const folded = section.panels.filter((panel) => panel.constant);
+    for (const [panels, place] of [[section.panels.filter((panel) => !panel.constant), grid], [folded, foldedGrid]]) {
+      panels.forEach((panel, i) => {
+        let chart = charts.get(panel.key);
+        if (!chart) {
+          chart = panel.kind === 'hist' ? new Histogram(panel) : new LineChart(panel);
+          charts.set(panel.key, chart);
+        } else chart.update(panel);
+        if (place.children[i] !== chart.node) place.insertBefore(chart.node, place.children[i] || null);
+      });
+    }
+    const logs = data.groups.length > 1 ? 'these run logs' : 'this run log';
+    const { absent } = section;
+    node.querySelector('.folded').hidden = !folded.length && !absent.length;
+    node.querySelector('.folded summary').textContent = [
+      folded.length ? `The same at every step: ${folded.map((panel) => panel.title).join(', ')}` : '',
+      absent.length ? `${absent.length} ${absent.length > 1 ? 'charts' : 'chart'} not in ${logs}` : '',
+    ].filter(Boolean).join('; ');
+    node.querySelector('.absent').textContent = absent.length ? `Not in ${logs}: ${absent.join(', ')}.` : '';
+    node.hidden = !section.panels.length;
   }
+}
+
+// Links to the parts of the page that are there now.
+function contents() {
+  const parts = [...document.querySelectorAll('main section.card[id]')].filter((node) => !node.hidden);
+  byId('contents').replaceChildren(...parts.map((node) => el('a', { href: `#${node.id}`, text: node.querySelector('h2').textContent })));
 }
 
 function themes() {
@@ -105,6 +120,7 @@ function everything() {
   sections();
   drawDots(byId('dots'));
   updateExplorer();
+  contents();
   byId('state').textContent = data.state.text;
   byId('state').classList.toggle('running', data.state.running > 0 && data.live);
 }
