@@ -39,7 +39,9 @@ def test_a_run_gets_its_page_beside_it_and_the_verdict_on_the_terminal(tmp_path:
 def test_a_page_is_written_over_a_page_and_over_nothing_else(tmp_path: Path) -> None:
     path, run_log = write_run(tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
     held = run_log.read_bytes()
-    with pytest.raises(ConfigError, match=r"the file is no page .*metrics.jsonl\); choose another --out"):
+    with pytest.raises(
+        ConfigError, match=r"file exists and is not a topkd report .*metrics.jsonl\); choose another --out"
+    ):
         runner.invoke(app, ["report", str(path), "--out", str(run_log)], catch_exceptions=False)
     assert run_log.read_bytes() == held
     (tmp_path / "empty.html").touch()
@@ -130,7 +132,7 @@ def test_labels_of_a_histograms_figure_do_not_run_into_each_other(tmp_path: Path
     panel = next(panel for section in page.data["sections"] for panel in section["panels"] if panel["kind"] == "hist")
     figure = Figure(figsize=(3.5, 2.5), layout="constrained")
     axes = figure.subplots()
-    figures._histogram(axes, page, panel)
+    figures._draw_histogram(axes, page, panel)
     figure.canvas.draw()
     low, high = axes.get_xlim()
     boxes = [

@@ -1,4 +1,4 @@
-"""The report's page, written where runs lie."""
+"""Write the page of a report."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from topkd.report.page.content import Page, build_content
 from topkd.report.page.html import render_page
 from topkd.topk.errors import ConfigError
 
-_BEGINNING = b"<!doctype html"
+_FIRST_BYTES = b"<!doctype html"
 
 
 def write_page(runs: Sequence[Path], out: Path | None = None) -> tuple[Page, Path, int]:
-    """One HTML page of runs or a comparison; returns it, where it lies and its size in bytes.
+    """Write one HTML page of runs or a comparison; return it, its path and its size in bytes.
 
     Args:
         runs: Folders of runs, or of one comparison.
@@ -28,7 +28,9 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> tuple[Page, Pat
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() and path.stat().st_size and not _is_page(path):
             raise ConfigError(
-                "the file is no page", where=str(path), hint="choose another --out: it is not written over"
+                "file exists and is not a topkd report",
+                where=str(path),
+                hint="choose another --out: it is not overwritten",
             )
         path.write_bytes(text)
     except OSError as error:
@@ -38,4 +40,4 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> tuple[Page, Pat
 
 def _is_page(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(len(_BEGINNING)).lower() == _BEGINNING
+        return file.read(len(_FIRST_BYTES)).lower() == _FIRST_BYTES

@@ -87,7 +87,7 @@ def _build_result(page: Page, path: Path, drawn: list[Path]) -> dict[str, Any]:
         "headline": statement.headline,
         "detail": statement.detail,
         "metric": statement.metric,
-        "ranks": [rank.plain() for rank in statement.ranks],
+        "ranks": [rank.to_json() for rank in statement.ranks],
         "results": [dict(zip(page.summary.columns, row, strict=True)) for row in page.summary.rows],
         "warnings": statement.warnings,
         "notes": page.notes,

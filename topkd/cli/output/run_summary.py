@@ -22,12 +22,12 @@ CODES = {"SIGTERM": 0, "SIGINT": 130}
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks: the only one, or torchrun's first."""
+    """Return whether this process prints: the only one, or torchrun's first."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def resume_command(command: str, config: Path, out: Path, overrides: list[str], *, cache: Path | None = None) -> str:
-    """The command line that goes on with a run: as it was called, since a resumed run must be the same one."""
+    """Return the command line that continues a run, with the options that it was started with."""
     words = [*_launch_words(), command, str(config), *(["--cache", str(cache)] if cache else []), "--out", str(out)]
     for pair in overrides:
         words += ["--set", pair]
@@ -35,7 +35,7 @@ def resume_command(command: str, config: Path, out: Path, overrides: list[str], 
 
 
 def _launch_words() -> list[str]:
-    """``topkd``, or what starts it as often as it runs now: fewer processes would draw other completions."""
+    """Return ``topkd``, or the torchrun command of as many processes: fewer would draw other completions."""
     size, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
     if "RANK" not in os.environ or size == "1":
         return ["topkd"]
@@ -45,7 +45,7 @@ def _launch_words() -> list[str]:
 
 @contextlib.contextmanager
 def hint_resume(out: Path, again: str) -> Iterator[None]:
-    """Around a run: where it fails after it has written here, and a checkpoint lies here, it is said how to go on.
+    """Print how to resume a run that fails after it has written to its folder and saved a checkpoint.
 
     Args:
         out: Its folder.
@@ -63,7 +63,7 @@ def hint_resume(out: Path, again: str) -> Iterator[None]:
 
 
 def _find_write_time(file: Path) -> int | None:
-    """When a file was last written to; None where there is none."""
+    """Return when a file was last written; None where there is none."""
     try:
         return file.stat().st_mtime_ns
     except OSError:

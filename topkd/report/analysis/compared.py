@@ -17,7 +17,7 @@ _COSTS = (("teacher_calls", "teacher calls"), ("teacher_tokens", "teacher tokens
 
 
 def build_comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
-    """A table for each phase that a comparison had, and one of its tuning; what it does not hold is left out."""
+    """Build a table for each phase of a comparison and one of its tuning; leave out what it does not have."""
     arms = {arm["name"]: arm for arm in comparison.get("arms") or () if isinstance(arm, dict) and "name" in arm}
     tables = []
     for phase, title in _TITLES.items():
@@ -30,7 +30,7 @@ def build_comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
 
 
 def _build_tuning_table(comparison: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """Every learning rate that was tried, and what became of it."""
+    """Build the table of the learning rates that were tried, and their results."""
     trials = {name: trial for name, trial in (comparison.get("tuning") or {}).items() if isinstance(trial, dict)}
     rates = sorted({rate for trial in trials.values() for rate in trial.get("rates") or ()})
     if not rates:

@@ -31,11 +31,6 @@ class Interval:
         """Return the interval cut at 0 and 1, which no share can leave."""
         return replace(self, low=max(self.low, 0.0), high=min(self.high, 1.0)) if math.isfinite(self.low) else self
 
-    @property
-    def clear(self) -> bool:
-        """The interval exists and leaves out zero."""
-        return self.low > 0.0 or self.high < 0.0
-
 
 def t_quantile(freedom: int) -> float:
     """Compute the 97.5 % quantile of Student's t to 4 digits; beyond 30 degrees by the first terms of its expansion."""

@@ -49,7 +49,7 @@ class Outcome:
     counts: dict[str, int] = field(default_factory=dict)
 
     def is_within_noise(self, key: str) -> bool:
-        """Whether the metric changed by no more than its noise explains; False where the noise is unknown."""
+        """Return whether the metric changed by no more than its noise; False where the noise is unknown."""
         return key in self.noise and abs(self.last[key] - self.first[key]) <= self.noise[key]
 
 

@@ -26,8 +26,8 @@ class Rank:
     difference: Interval | None = None
     control: bool = False
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON can say it."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the values as JSON types."""
         gap = None if self.difference is None else asdict(self.difference)
         values = {key: value if math.isfinite(value) else None for key, value in asdict(self.end).items()}
         return {"group": self.group, "label": self.label, **values, "values": self.values, "difference": gap}
@@ -39,7 +39,7 @@ def rank_groups(
     metric: Metric,
     controls: Container[str] = (),
 ) -> list[Rank]:
-    """The settings that were run on-policy, best first; replays of other runs' rollouts are ranked nowhere.
+    """Rank the settings that were run on-policy, best first; replays of other runs' rollouts are not ranked.
 
     Nor is, by an estimate from rollouts, what trained on completions that the student did not draw.
     """

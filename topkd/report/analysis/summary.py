@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from topkd.report.analysis.outcome import LOG_RATIO, Metric, Outcome, is_counted
-from topkd.report.load.run_log import Run, flatten_settings, last_step
+from topkd.report.load.run_log import Run, find_last_step, flatten_settings
 
 _DATA_LOSS = "sft_loss"
 
@@ -55,7 +55,7 @@ def summarize_settings(outcomes: Sequence[Sequence[Outcome]], metric: Metric, wi
 
 
 def _describe_steps(run: Run) -> str:
-    steps = last_step(run.steps)
+    steps = find_last_step(run.steps)
     kind = run.params.get("objective.kind") or flatten_settings(run.config).get("objective.kind")
     count = f"{steps:,}" if run.planned in (None, steps) else f"{steps:,} of {run.planned:,}"
     data = " on completions that it did not draw" if run.foreign else ""

@@ -51,7 +51,7 @@ class Table:
 def build_summary_table(
     groups: Sequence[RunGroup], outcomes: Sequence[Sequence[Outcome]], statement: ReportVerdict
 ) -> Table:
-    """A row a setting, best first: last values with 95 % intervals over seeds, differences to the best, cost."""
+    """Build a row a setting, best first: last values with 95 % intervals over seeds, differences to the best, cost."""
     gaps = {rank.group: rank.difference for rank in statement.ranks}
     order = [*gaps, *(index for index in range(len(groups)) if index not in gaps)]
     flatly = [item for group in outcomes for item in group]
@@ -67,20 +67,20 @@ def build_summary_table(
         ones = outcomes[index]
         meant = select_counted(ones)
         row = [groups[index].label, str(len(ones)) if len(meant) == len(ones) else f"{len(meant)} of {len(ones)}"]
-        row += [_metric(ones, key) for key, _ in metrics]
+        row += [_format_metric(ones, key) for key, _ in metrics]
         if paired:
             gap = gaps.get(index)
             row.append(format_interval(gap) if gap else "best" if index == order[0] else "—")
         if areas:
-            row.append(format_number(_mean([item.area for item in meant])))
-        row += [_total(meant, key) for key, _ in sums]
+            row.append(format_number(_compute_mean([item.area for item in meant])))
+        row += [_format_total(meant, key) for key, _ in sums]
         rows.append(row)
     note = "Means over seeds with 95 % Student-t intervals in brackets." if any(len(g.runs) > 1 for g in groups) else ""
     return Table(columns, rows, [False, *[True] * (len(columns) - 1)], note=note)
 
 
 def build_runs_table(groups: Sequence[RunGroup], outcomes: Sequence[Sequence[Outcome]]) -> Table:
-    """A row a run."""
+    """Build a row a run."""
     flatly = [(group, item) for group, ones in zip(groups, outcomes, strict=True) for item in ones]
     metrics = [(key, name) for key, name in _METRICS if any(key in item.last for _, item in flatly)]
     sums = [(key, name) for key, name in _TOTALS if any(item.totals.get(key) is not None for _, item in flatly)]
@@ -91,8 +91,8 @@ def build_runs_table(groups: Sequence[RunGroup], outcomes: Sequence[Sequence[Out
             group.label,
             "?" if item.run.seed is None else str(item.run.seed),
             item.run.state,
-            *(_metric([item], key) for key, _ in metrics),
-            *(_total([item], key) for key, _ in sums),
+            *(_format_metric([item], key) for key, _ in metrics),
+            *(_format_total([item], key) for key, _ in sums),
         ]
         for group, item in flatly
     ]
@@ -102,7 +102,7 @@ def build_runs_table(groups: Sequence[RunGroup], outcomes: Sequence[Sequence[Out
 def build_settings_table(
     collection: Collection, groups: Sequence[RunGroup], baseline: Mapping[str, Any] | None = None
 ) -> Table:
-    """Every setting of each group, those that differ first and marked; for one group, against topkd's defaults."""
+    """Build the table of all settings, differing ones first and marked; of one group, against topkd's defaults."""
     configs = [{**flatten_settings(group.runs[0].config), **group.runs[0].params} for group in groups]
     for config in configs:
         config.pop("seed", None)
@@ -125,17 +125,17 @@ def build_settings_table(
     return Table(columns, rows, [False] * len(columns), frozenset(marked), note)
 
 
-def _metric(ones: Sequence[Outcome], key: str) -> str:
+def _format_metric(ones: Sequence[Outcome], key: str) -> str:
     say = format_percent if key in ("agreement", "accuracy") else format_number
     return say(ones[0].last.get(key, math.nan)) if len(ones) == 1 else format_interval(compute_spread(ones, key), say)
 
 
-def _total(ones: Sequence[Outcome], key: str) -> str:
+def _format_total(ones: Sequence[Outcome], key: str) -> str:
     known = [value for item in ones if (value := item.totals.get(key)) is not None]
     return format_short_count(sum(known) / len(known)) if known else "?"
 
 
-def _mean(values: Sequence[float]) -> float:
+def _compute_mean(values: Sequence[float]) -> float:
     known = [value for value in values if math.isfinite(value)]
     return sum(known) / len(known) if known else math.nan
 

@@ -29,9 +29,9 @@ from topkd.report.analysis.outcome import (
 )
 from topkd.report.analysis.ranking import Rank, rank_groups
 from topkd.report.analysis.summary import summarize_run, summarize_runs, summarize_settings
-from topkd.report.analysis.warnings import Warned, cut_on_purpose, find_warnings
+from topkd.report.analysis.warnings import RunWarning, describe_short_limit, find_warnings
 from topkd.report.load.collection import Collection, RunGroup, gather
-from topkd.report.load.run_log import Record, last_step
+from topkd.report.load.run_log import Record, find_last_step
 
 ENOUGH_SEEDS = 8
 FEW_SEEDS = 4  # below it a comparison is a first look, whatever its intervals say
@@ -120,15 +120,17 @@ def write_verdict(collection: Collection, groups: Sequence[RunGroup]) -> tuple[R
             f"Not finished: {count} run{'s' * (count > 1)} so far, and no verdict",
             "open",
         )
-    found = [(item, warned) for ones in outcomes for item in ones for warned in find_warnings(item)]
+    found = [(item, warning) for ones in outcomes for item in ones for warning in find_warnings(item)]
     if collection.comparison.get("base") == EMBEDDED:
         statement.notes.append(_CUT)
         statement.facts = [
             (OF_TEXT if label == _SHARES[1][1] else label, value, remark) for label, value, remark in statement.facts
         ]
-        found = [(item, warned) for item, warned in found if not warned.kind.endswith("truncation_rate")]
+        found = [(item, warning) for item, warning in found if not warning.kind.endswith("truncation_rate")]
     else:
-        statement.notes += dict.fromkeys(filter(None, (cut_on_purpose(item.run) for ones in outcomes for item in ones)))
+        statement.notes += dict.fromkeys(
+            filter(None, (describe_short_limit(item.run) for ones in outcomes for item in ones))
+        )
     statement.warnings += _gather_warnings(found, sum(map(len, outcomes)))
     statement.warnings += collection.notes
     return statement, outcomes
@@ -162,7 +164,7 @@ def _write_summary(
 
 def _describe_nothing(groups: Sequence[RunGroup]) -> ReportVerdict:
     runs = [run for group in groups for run in group.runs]
-    steps = max((last_step(run.steps) for run in runs), default=0)
+    steps = max((find_last_step(run.steps) for run in runs), default=0)
     if not steps:
         return ReportVerdict("Waiting for the first step.", tone="waiting")
     losses = [step["loss"] for step in runs[0].steps if _has_list_loss(step)] if len(runs) == 1 else []
@@ -180,13 +182,13 @@ def _describe_nothing(groups: Sequence[RunGroup]) -> ReportVerdict:
 
 
 def _has_list_loss(step: Record) -> bool:
-    """Whether the step's loss is over teacher lists: it then knows the mass that they hold."""
+    """Return whether the step's loss is over teacher lists: it then knows the mass that they hold."""
     return all(isinstance(step.get(key), int | float) and math.isfinite(step[key]) for key in ("loss", "teacher_mass"))
 
 
 def _describe_run(item: Outcome, metric: Metric) -> ReportVerdict:
     first, last = item.first.get(metric.key, math.nan), item.last.get(metric.key, math.nan)
-    steps = last_step(item.run.steps)
+    steps = find_last_step(item.run.steps)
     way = "fell" if last < first else "rose"
     where = "On held-out prefixes, exact over the whole vocabulary" if metric.exact else _BASIS[metric.key]
     if item.measurements < 2:
@@ -321,7 +323,7 @@ def _write_caveat(collection: Collection, groups: Sequence[RunGroup], ranks: Seq
         few.append("one learning rate for all, tuned for none")
     if not few:
         return ""
-    steps = max((last_step(run.steps) for group in groups for run in group.runs), default=0)
+    steps = max((find_last_step(run.steps) for group in groups for run in group.runs), default=0)
     return f"A first look, not a result: {', '.join([*few, f'{steps:,} steps a run'])}."
 
 
@@ -392,16 +394,16 @@ def _list_costs(totals: dict[str, float | None]) -> list[tuple[str, str, str]]:
     return statement
 
 
-def _gather_warnings(warnings: Sequence[tuple[Outcome, Warned]], runs: int) -> list[str]:
+def _gather_warnings(warnings: Sequence[tuple[Outcome, RunWarning]], runs: int) -> list[str]:
     """Gather the warnings of all ``runs``; one that many share is listed once, with their number."""
-    by_kind: dict[str, list[tuple[Outcome, Warned]]] = {}
-    for item, warned in warnings:
-        by_kind.setdefault(warned.kind, []).append((item, warned))
+    by_kind: dict[str, list[tuple[Outcome, RunWarning]]] = {}
+    for item, warning in warnings:
+        by_kind.setdefault(warning.kind, []).append((item, warning))
     statement = []
     for same in by_kind.values():
         if len(same) > 2:
-            item, warned = same[0]
-            statement.append(f"{len(same)} runs: {warned.text} ({item.run.name}; the others alike)")
+            item, warning = same[0]
+            statement.append(f"{len(same)} runs: {warning.text} ({item.run.name}; the others alike)")
         else:
-            statement += [warned.text if runs == 1 else f"{item.run.name}: {warned.text}" for item, warned in same]
+            statement += [warning.text if runs == 1 else f"{item.run.name}: {warning.text}" for item, warning in same]
     return statement

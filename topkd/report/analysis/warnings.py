@@ -12,7 +12,7 @@ from topkd.report.analysis.outcome import Outcome
 from topkd.report.load.columns import read_column
 from topkd.report.load.evaluations import FIXED, make_eval_source
 from topkd.report.load.run_folder import RUN_LOG
-from topkd.report.load.run_log import Record, Run, last_step
+from topkd.report.load.run_log import Record, Run, find_last_step
 
 _QUIET_S, _QUIET_STEPS = 900.0, 10.0  # of an unfinished run that is still taken to go on
 _FRAGMENT = 64  # tokens: who sets a limit as short means to cut
@@ -38,54 +38,54 @@ _ALARMS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Warned:
+class RunWarning:
     """Something to be careful about; runs that share the kind are named together."""
 
     kind: str
     text: str
 
 
-def find_warnings(item: Outcome) -> list[Warned]:
-    """What a careful reader would ask about a run."""
+def find_warnings(item: Outcome) -> list[RunWarning]:
+    """Find what a careful reader would ask about a run."""
     run = item.run
-    warnings: list[Warned] = []
+    warnings: list[RunWarning] = []
     if run.state == "stopped":
         reason = next((event.get("reason") for event in run.events if event.get("event") == "stopped"), None)
-        text = f"stopped at step {last_step(run.steps)} of {run.planned or '?'} ({reason or 'no reason given'})"
-        warnings.append(Warned("stopped", text))
+        text = f"stopped at step {find_last_step(run.steps)} of {run.planned or '?'} ({reason or 'no reason given'})"
+        warnings.append(RunWarning("stopped", text))
     onwards = "the same topkd compare goes on" if "arm" in run.params else "--resume goes on from its last checkpoint"
     if run.state == "unfinished":
         text = (
-            f"ended at step {last_step(run.steps)} of {run.planned or '?'} without a word, and no process of this "
+            f"ended at step {find_last_step(run.steps)} of {run.planned or '?'} without a word, and no process of this "
             f"machine is at work on it: was it killed? ({onwards})"
         )
-        warnings.append(Warned("silent", text))
+        warnings.append(RunWarning("silent", text))
     if run.state == "running" and run.planned is not None and (quiet := find_silence(run)) is not None:
         text = f"unfinished, and nothing was written for {quiet}: was it killed? ({onwards})"
-        warnings.append(Warned("silent", text))
-    meant = cut_on_purpose(run)
+        warnings.append(RunWarning("silent", text))
+    meant = describe_short_limit(run)
     alarms = [event for event in run.events if event.get("event") == "alarm"]
     alarms = [event for event in alarms if not (meant and event.get("alarm") == "truncation_rate")]
-    warnings += [Warned(f"alarm {_alarm(event)[1]}", _alarm(event)[0]) for event in alarms[:20]]
+    warnings += [RunWarning(f"alarm {_describe_alarm(event)[1]}", _describe_alarm(event)[0]) for event in alarms[:20]]
     if lost := item.totals.get("lost"):
         asked = float(np.nansum(read_column(run.steps, "samples"))) + lost
         warnings.append(
-            Warned("lost", f"{lost:,.0f} of {asked:,.0f} samples were lost on the way to the teacher and back")
+            RunWarning("lost", f"{lost:,.0f} of {asked:,.0f} samples were lost on the way to the teacher and back")
         )
     if skipped := sum(bool(record.get("skipped")) for record in run.steps):
         text = f"{skipped} of {len(run.steps)} steps changed no weight (`skipped` in the run log says why)"
-        warnings.append(Warned("skipped", text))
+        warnings.append(RunWarning("skipped", text))
     best = read_column(make_eval_source(run, FIXED).records, "reverse_kl")
     if best.size > 2 and np.isfinite(best).any() and best[-1] > 1.05 * np.nanmin(best):
         text = f"the last KL ({best[-1]:.4g}) is above the best one ({np.nanmin(best):.4g}): it was better before"
-        warnings.append(Warned("worse", text))
-    alarmed = {warned.kind for warned in warnings}
-    rates = [warned for warned in _rates(run) if not (meant and warned.kind == "truncation_rate")]
-    return warnings + [warned for warned in rates if f"alarm {warned.kind}" not in alarmed]
+        warnings.append(RunWarning("worse", text))
+    alarmed = {warning.kind for warning in warnings}
+    rates = [warning for warning in _find_high_rates(run) if not (meant and warning.kind == "truncation_rate")]
+    return warnings + [warning for warning in rates if f"alarm {warning.kind}" not in alarmed]
 
 
-def cut_on_purpose(run: Run) -> str:
-    """In words, that a limit of a few tokens cut the completions: pieces of text were asked for; "" elsewhere."""
+def describe_short_limit(run: Run) -> str:
+    """Say that a limit of a few tokens cut the completions on purpose; "" elsewhere."""
     rollout = run.config.get("rollout")
     limit = rollout.get("max_completion_tokens") if isinstance(rollout, dict) else None
     truncated, samples = np.nansum(read_column(run.steps, "truncated")), np.nansum(read_column(run.steps, "samples"))
@@ -98,7 +98,7 @@ def cut_on_purpose(run: Run) -> str:
 
 
 def find_silence(run: Run) -> str | None:
-    """For how long an unfinished run has written nothing, where that is far longer than its steps take."""
+    """Say for how long an unfinished run has written nothing, where that is far longer than its steps take."""
     try:
         quiet_s = time.time() - (run.path / RUN_LOG).stat().st_mtime
     except OSError:
@@ -110,27 +110,27 @@ def find_silence(run: Run) -> str | None:
     return f"{quiet_s / 3600:,.0f} hours" if quiet_s >= 7200 else f"{quiet_s / 60:,.0f} minutes"
 
 
-def _rates(run: Run) -> list[Warned]:
+def _find_high_rates(run: Run) -> list[RunWarning]:
     warnings = []
     ess = read_column(run.steps, "ess")
     if np.isfinite(ess).any() and np.nanmean(ess) < 0.5:
         warnings.append(
-            Warned("ess", f"effective sample size {100 * np.nanmean(ess):.0f} % on average: far off-policy")
+            RunWarning("ess", f"effective sample size {100 * np.nanmean(ess):.0f} % on average: far off-policy")
         )
     missing, tokens = read_column(run.steps, "missing_tokens"), read_column(run.steps, "completion_tokens")
     if np.nansum(missing) > 0:
         share = 100 * np.nansum(missing) / max(np.nansum(tokens), 1.0)
         text = f"{np.nansum(missing):,.0f} tokens ({share:.2g} %) had no teacher logprob and were masked"
-        warnings.append(Warned("missing", text))
+        warnings.append(RunWarning("missing", text))
     truncated, samples = np.nansum(read_column(run.steps, "truncated")), np.nansum(read_column(run.steps, "samples"))
     if samples and truncated > 0.5 * samples:
         text = f"{100 * truncated / samples:.0f} % of completions were cut at the length limit: {_ENDS}"
-        warnings.append(Warned("truncation_rate", text))
+        warnings.append(RunWarning("truncation_rate", text))
     return warnings
 
 
-def _alarm(event: Record) -> tuple[str, str]:
-    """An alarm in words, and its kind: the field that crossed its limit."""
+def _describe_alarm(event: Record) -> tuple[str, str]:
+    """Return an alarm in words, and its kind: the field that crossed its limit."""
     kind = str(event.get("alarm") or "alarm")
     value, limit = event.get("value"), event.get("limit")
     name, advice = _ALARMS.get(kind, (kind, ""))

@@ -28,12 +28,12 @@ class RunGroup:
 
     @property
     def replayed(self) -> bool:
-        """Trained on other runs' rollouts: shown beside the others, ranked apart."""
+        """Whether it trained on other runs' rollouts: shown beside the others, and not ranked."""
         return self.runs[0].replayed
 
     @property
     def foreign(self) -> bool:
-        """Trained on completions that its students did not draw."""
+        """Whether it trained on completions that its students did not draw."""
         return any(run.foreign for run in self.runs)
 
 
@@ -49,12 +49,12 @@ class Collection:
 
     @property
     def controls(self) -> frozenset[str]:
-        """Arms of the comparison, by what they are called on the page, that are yardsticks and cannot win."""
+        """Labels of the comparison's control arms, which cannot win."""
         arms = [arm for arm in self.comparison.get("arms") or () if isinstance(arm, dict) and arm.get("control")]
         return frozenset(str(arm.get("label") or arm.get("name")) for arm in arms)
 
     def groups(self) -> list[RunGroup]:
-        """Runs by setting, in the order of their first run."""
+        """Group the runs by setting, in the order of their first run."""
         is_replayed = [run.replayed or run.foreign for run in self.runs]
         settings = [
             (dict(run.params) or flatten_settings(run.config))
@@ -70,12 +70,12 @@ class Collection:
         distinct = [{key: settings[indices[0]].get(key) for key in differing} for indices in members]
         return [
             RunGroup(label, setting, [self.runs[index] for index in indices])
-            for label, setting, indices in zip(_labels(distinct, self), distinct, members, strict=True)
+            for label, setting, indices in zip(_label_groups(distinct, self), distinct, members, strict=True)
         ]
 
 
 def gather(paths: Sequence[Path], *, waiting: bool = False) -> Collection:
-    """The collection behind the paths given: each a run's folder or a comparison's."""
+    """Read the runs and the comparison in some folders."""
     runs: list[Run] = []
     comparison: dict[str, Any] = {}
     notes: list[str] = []
@@ -93,13 +93,13 @@ def gather(paths: Sequence[Path], *, waiting: bool = False) -> Collection:
             runs.append(read_run(path, waiting=waiting))
     if not runs:
         raise DataError("nothing to report", where=", ".join(map(str, paths)), got="no run with a run log")
-    _tell_apart(runs)
+    _disambiguate_names(runs)
     title = str(comparison.get("name") or title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs"))
     return Collection(title, runs, comparison, notes, unfinished)
 
 
 def find_differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Keys that do not have the same value everywhere (absent counts as a value), the telling ones first."""
+    """Find keys that do not have the same value everywhere (absent counts as a value), the most telling first."""
     keys = list(dict.fromkeys(key for setting in settings for key in setting))
     missing = object()
     differing = [
@@ -110,8 +110,8 @@ def find_differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
     return sorted(differing, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
 
 
-def _labels(settings: Sequence[dict[str, Any]], collection: Collection) -> list[str]:
-    """The shortest list of differing settings that tells the groups apart, in words."""
+def _label_groups(settings: Sequence[dict[str, Any]], collection: Collection) -> list[str]:
+    """Write a label for each group: the shortest list of differing settings that tells the groups apart."""
     if len(settings) == 1:
         run = collection.runs[0]
         kind = run.params.get("objective.kind") or flatten_settings(run.config).get("objective.kind")
@@ -143,8 +143,8 @@ def _format_value(key: str, value: Any) -> str:
     return f"{last} {value:g}" if isinstance(value, float) else f"{last} {value}"
 
 
-def _tell_apart(runs: Sequence[Run]) -> None:
-    """Runs of the same folder name get their parent's before it."""
+def _disambiguate_names(runs: Sequence[Run]) -> None:
+    """Put the parent folder's name before the names of runs that share one."""
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:

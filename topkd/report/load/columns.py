@@ -37,49 +37,49 @@ _STAGES = ("sample_s", "score_wait_s", "learn_s")
 
 
 def read_column(records: Sequence[Record], key: str) -> Floats:
-    """A field of every record; NaN where it is absent, null, or no number."""
+    """Read a field of every record; NaN where it is absent, null, or not a number."""
     return np.array([_number(record.get(key)) for record in records], dtype=np.float64)
 
 
 def has_column(records: Sequence[Record], key: str) -> bool:
-    """Whether any record has a number there."""
+    """Return whether any record has a number in the field."""
     return any(np.isfinite(_number(record.get(key))) for record in records)
 
 
 def find_first_name(records: Sequence[Record], names: Sequence[str]) -> str | None:
-    """The first of the names that the records have."""
+    """Find the first of the names that the records have."""
     return next((name for name in names if has_column(records, name)), None)
 
 
-def sum_running(values: Floats) -> Floats:
-    """Sums so far. A step that does not say its count makes every later total unknown, never too small."""
+def compute_running_sum(values: Floats) -> Floats:
+    """Compute running sums; after a step without a count every later total is unknown, never too small."""
     return np.cumsum(values)
 
 
-def step_axes(run: Run) -> dict[str, Floats]:
-    """The x axes of a run's step records that it can tell."""
+def compute_step_axes(run: Run) -> dict[str, Floats]:
+    """Compute the x axes that a run's step records have."""
     if "axes" not in run.derived:
-        run.derived["axes"] = _step_axes(run.steps)
+        run.derived["axes"] = _compute_step_axes(run.steps)
     axes: dict[str, Floats] = run.derived["axes"]
     return axes
 
 
-def _step_axes(records: Sequence[Record]) -> dict[str, Floats]:
+def _compute_step_axes(records: Sequence[Record]) -> dict[str, Floats]:
     axes = {"step": read_column(records, "step")}
     if has_column(records, "tokens"):
-        axes["tokens"] = sum_running(read_column(records, "tokens"))
+        axes["tokens"] = compute_running_sum(read_column(records, "tokens"))
     if has_column(records, "elapsed_s"):
         axes["seconds"] = read_column(records, "elapsed_s")
     elif all(has_column(records, name) for name in _STAGES):
-        axes["seconds"] = sum_running(np.sum([read_column(records, name) for name in _STAGES], axis=0))
+        axes["seconds"] = compute_running_sum(np.sum([read_column(records, name) for name in _STAGES], axis=0))
     for key, names in (("cost", _COST), ("requests", _REQUESTS), ("bytes", _BYTES)):
         if (name := find_first_name(records, names)) is not None:
-            axes[key] = sum_running(read_column(records, name))
+            axes[key] = compute_running_sum(read_column(records, name))
     return axes
 
 
-def axes_at(steps: Floats, axes: dict[str, Floats], at: Floats) -> dict[str, Floats]:
-    """The axes at given step numbers: 0 before the first step, NaN at a step that has no record."""
+def compute_axes_at(steps: Floats, axes: dict[str, Floats], at: Floats) -> dict[str, Floats]:
+    """Compute the axes at some step numbers: 0 before the first step, NaN at a step that has no record."""
     place = np.searchsorted(steps, at)
     inside = (place < steps.size) & (at > 0)
     safe = np.minimum(place, max(0, steps.size - 1))
@@ -93,14 +93,14 @@ def axes_at(steps: Floats, axes: dict[str, Floats], at: Floats) -> dict[str, Flo
 
 
 def sum_costs(run: Run) -> dict[str, float | None]:
-    """What a run cost, summed over its steps; None where it does not say."""
+    """Sum what a run cost over its steps; None where the run log does not have it."""
     names = {"tokens": ("tokens",), "scored_tokens": _COST, "requests": _REQUESTS, "teacher_bytes": _BYTES}
     names |= {"retries": ("retries",), "cache_hits": ("cache_hits",)}
     sums: dict[str, float | None] = {}
     for key, choices in names.items():
         name = find_first_name(run.steps, choices)
         sums[key] = None if name is None else _known(float(np.nansum(read_column(run.steps, name))))
-    seconds = step_axes(run).get("seconds")
+    seconds = compute_step_axes(run).get("seconds")
     sums["seconds"] = _known(float(seconds[-1])) if seconds is not None and seconds.size else None
     lost = [record["lost"] for record in run.steps if isinstance(record.get("lost"), dict)]
     sums["lost"] = float(sum(_number(count) for counts in lost for count in counts.values())) if lost else None

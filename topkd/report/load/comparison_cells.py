@@ -12,13 +12,13 @@ from topkd.topk.errors import DataError
 
 
 def read_listed_cells(folder: Path, comparison: Mapping[str, Any], notes: list[str]) -> list[Run]:
-    """The cells that a finished comparison names; what is wrong with one goes to ``notes``."""
+    """Read the cells that a finished comparison lists; what is wrong with one goes to ``notes``."""
     cells = comparison.get("cells")
     if not isinstance(cells, list):
         raise DataError(
             "a comparison without cells", where=str(folder / COMPARISON), got=type(cells).__name__, expected="a list"
         )
-    labels = _labels(comparison)
+    labels = _read_labels(comparison)
     runs = []
     for cell in cells:
         name = str(cell.get("id", "?"))
@@ -41,8 +41,8 @@ def read_listed_cells(folder: Path, comparison: Mapping[str, Any], notes: list[s
 
 
 def read_unfinished_cells(folder: Path, notes: list[str]) -> list[Run]:
-    """The cells so far of a comparison that is not finished, by their folders' names; trials until others run."""
-    labels = _labels(read_config(folder))
+    """Read the cells of an unfinished comparison by their folders' names; tuning trials only until others run."""
+    labels = _read_labels(read_config(folder))
     found = []
     for run_log in sorted((folder / CELLS).glob(f"*/{RUN_LOG}")):
         run = read_run(run_log.parent)
@@ -59,12 +59,12 @@ def read_unfinished_cells(folder: Path, notes: list[str]) -> list[Run]:
     return runs or [run for _, run in found]
 
 
-def count_values(folder: Path) -> tuple[int, bool]:
-    """What changes when a comparison gets further: its cells with a run log, and whether it is finished."""
+def count_cells(folder: Path) -> tuple[int, bool]:
+    """Count a comparison's cells that have a run log; also return whether it is finished."""
     return sum(1 for _ in (folder / CELLS).glob(f"*/{RUN_LOG}")), (folder / COMPARISON).exists()
 
 
-def _labels(record: Record | Mapping[str, Any]) -> dict[Any, Any]:
-    """Arm -> what it is called, where it is called anything."""
+def _read_labels(record: Record | Mapping[str, Any]) -> dict[Any, Any]:
+    """Return the label of each arm that has one."""
     arms = record.get("arms")
     return {arm.get("name"): arm.get("label") or arm.get("name") for arm in arms or () if isinstance(arm, dict)}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from topkd.report.load.collection import RunGroup
-from topkd.report.load.columns import Floats, axes_at, has_column, read_column, step_axes
+from topkd.report.load.columns import Floats, compute_axes_at, compute_step_axes, has_column, read_column
 from topkd.report.load.run_log import Record, Run
 
 FIXED = "fixed"
@@ -22,25 +22,25 @@ class Source:
 
 
 def make_step_source(run: Run) -> Source:
-    """The step records."""
-    return Source(run, run.steps, step_axes(run))
+    """Return the step records of a run with their axes."""
+    return Source(run, run.steps, compute_step_axes(run))
 
 
 def make_eval_source(run: Run, prefixes: str) -> Source:
-    """The evaluations on one kind of prefixes, placed on the axes by their step."""
+    """Return the evaluations on one kind of prefixes, placed on the axes by their step."""
     records = [record for record in run.evals if read_prefixes(record) == prefixes]
-    axes = step_axes(run)
-    return Source(run, records, axes_at(axes["step"], axes, read_column(records, "step")))
+    axes = compute_step_axes(run)
+    return Source(run, records, compute_axes_at(axes["step"], axes, read_column(records, "step")))
 
 
 def read_prefixes(record: Record) -> str:
-    """Which prefixes an evaluation was on; a record that does not say used the fixed ones."""
+    """Return which prefixes an evaluation was on; the fixed ones where the record does not say."""
     value = record.get("prefixes")
     return value if isinstance(value, str) and value else FIXED
 
 
 def list_prefix_kinds(groups: Sequence[RunGroup]) -> list[str]:
-    """The kinds of prefixes that evaluations were on, the fixed ones first."""
+    """List the kinds of prefixes that evaluations were on, the fixed ones first."""
     kinds = {
         read_prefixes(record)
         for group in groups

@@ -29,7 +29,7 @@ def parse_cell_name(name: str, arms: Container[str]) -> tuple[str, str, str]:
 
 
 def is_deserted(folder: Path) -> bool:
-    """No process is at work on the run: its lock is there, names this machine, and is free.
+    """Return whether no process works on the run: its lock exists, names this machine, and is free.
 
     False where that cannot be known: a folder without a lock, one that came (or is shared) from another machine, a
     platform or a file system without such locks. The lock is held only for as long as it takes to ask.
@@ -47,5 +47,5 @@ def is_deserted(folder: Path) -> bool:
 
 
 def describe_machine() -> bytes:
-    """What a lock that is held here says: copies of it elsewhere are free, whatever goes on here."""
+    """Return this machine's name, which a lock holds: copies of it on other machines say nothing about this one."""
     return platform.node().encode(errors="replace")

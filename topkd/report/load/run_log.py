@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 
 @dataclass(slots=True)
-class Lines:
+class GrowingFile:
     """A JSONL file that grows: each ``read`` gives the whole lines that are new since the last one."""
 
     path: Path
@@ -28,11 +28,11 @@ class Lines:
 
     @property
     def shrunk(self) -> bool:
-        """The file is shorter than what was read of it."""
+        """Whether the file is shorter than what was read of it."""
         return self.offset > 0 and (not self.path.exists() or self.path.stat().st_size < self.offset)
 
     def read(self) -> list[Record]:
-        """New records. A last line without its newline is still being written (or torn), and waits."""
+        """Read new records. A last line without its newline is still being written, and is left for later."""
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
@@ -94,8 +94,8 @@ class Run:
     events: list[Record] = field(default_factory=list)
     rollouts: list[Record] = field(default_factory=list)
     derived: dict[str, Any] = field(default_factory=dict)
-    _run_log: Lines | None = None
-    _tokens: Lines | None = None
+    _run_log: GrowingFile | None = None
+    _tokens: GrowingFile | None = None
 
     def refresh(self) -> bool:
         """Read what was written since the last time; True when there was anything, or its process is gone or back."""
@@ -108,14 +108,14 @@ class Run:
             self.seed = self.seed if self.seed is not None else _seed(self.config)
         if self._run_log is None or self._tokens is None or self._run_log.shrunk or self._tokens.shrunk:
             # The first look; or a resumed run cut its run log back to a checkpoint, and what was read is void.
-            self._run_log, self._tokens = Lines(self.path / RUN_LOG), Lines(self.path / TOKENS)
+            self._run_log, self._tokens = GrowingFile(self.path / RUN_LOG), GrowingFile(self.path / TOKENS)
             for read in (self.steps, self.evals, self.events, self.rollouts):
                 read.clear()
         records, rollouts = self._run_log.read(), self._tokens.read()
         for record in records:
             kind = record.get("kind")
             if kind == "eval":
-                self.evals += evaluations(record)
+                self.evals += split_evaluation(record)
             else:
                 (self.steps if kind == "step" else self.events).append(record)
         self.rollouts += [rollout for rollout in rollouts if isinstance(rollout.get("tokens"), list)]
@@ -131,7 +131,7 @@ class Run:
 
     @property
     def foreign(self) -> bool:
-        """Its completions are of another policy than the student that learns: log s - log t on them estimates no KL.
+        """Whether another policy than the learning student drew its completions: log s - log t on them estimates no KL.
 
         A run on its own rollouts knows how many versions behind they are; a replay of others' says that it cannot.
         """
@@ -146,14 +146,14 @@ class Run:
         turns = [event["event"] for event in self.events if event.get("event") in ("start", "resumed", "stopped")]
         if turns and turns[-1] == "stopped":
             return "stopped"
-        last = last_step(self.steps)
+        last = find_last_step(self.steps)
         if self.planned is not None and last >= self.planned:
             return "finished"
         return "unfinished" if self.left else "running"
 
 
-def evaluations(record: Record) -> list[Record]:
-    """An evaluation as one flat record a kind of prefixes: kinds may stand side by side in it, a table each."""
+def split_evaluation(record: Record) -> list[Record]:
+    """Split an evaluation into one flat record for each kind of prefixes in it."""
     flat_, nested = {}, []
     for key, value in record.items():
         if isinstance(value, dict) and MEASURED & value.keys():
@@ -164,7 +164,7 @@ def evaluations(record: Record) -> list[Record]:
 
 
 def read_run(path: Path, *, name: str | None = None, waiting: bool = False) -> Run:
-    """The run in a folder. ``waiting`` accepts one whose run log is not there yet (a page that follows it)."""
+    """Read the run in a folder. ``waiting`` accepts one without a run log yet (for a page that follows it)."""
     if not waiting and not (path / RUN_LOG).exists():
         raise DataError(
             "no run here",
@@ -179,7 +179,7 @@ def read_run(path: Path, *, name: str | None = None, waiting: bool = False) -> R
 
 
 def read_config(path: Path) -> Record:
-    """``config.json`` of a run; {} when there is none, an error when it is torn."""
+    """Read ``config.json`` of a run; {} when there is none, an error when it is damaged."""
     file = path / CONFIG
     if not file.exists():
         return {}
@@ -187,7 +187,7 @@ def read_config(path: Path) -> Record:
 
 
 def read_object(file: Path) -> Record:
-    """A JSON file that holds one object."""
+    """Read a JSON file that holds one object."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"), parse_constant=str)  # no number that JSON cannot say
     except (OSError, ValueError) as error:
@@ -197,13 +197,13 @@ def read_object(file: Path) -> Record:
     return value
 
 
-def last_step(steps: list[Record]) -> int:
-    """The last step's number; 0 before the first."""
+def find_last_step(steps: list[Record]) -> int:
+    """Return the last step's number; 0 before the first."""
     return next((step["step"] for step in reversed(steps) if isinstance(step.get("step"), int)), 0)
 
 
 def flatten_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys: {"objective": {"beta": .5}} -> {"objective.beta": .5}."""
+    """Flatten nested settings into dotted keys: {"objective": {"beta": .5}} -> {"objective.beta": .5}."""
     out: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:

@@ -11,14 +11,14 @@ from topkd.report.analysis.outcome import Outcome
 from topkd.report.analysis.tables import Table, build_runs_table, build_settings_table, build_summary_table
 from topkd.report.analysis.verdict import EMBEDDED, OF_TEXT, ReportVerdict, write_verdict
 from topkd.report.load.collection import Collection, RunGroup
-from topkd.report.load.columns import AXES, step_axes
+from topkd.report.load.columns import AXES, compute_step_axes
 from topkd.report.load.completions import Completion, read_completions
 from topkd.report.load.evaluations import list_prefix_kinds
-from topkd.report.load.run_log import last_step
+from topkd.report.load.run_log import find_last_step
 from topkd.report.page.measurements import list_by_prefixes, list_training
 from topkd.report.page.palette import DASHES, GROUPS
 from topkd.report.page.panels import EXACT_DIVERGENCES, SECTIONS, Panel, Section
-from topkd.report.page.series import Thinning, build_panel_lines, build_ratio_histogram
+from topkd.report.page.series import Downsampling, build_panel_series, build_ratio_histogram
 from topkd.report.page.strip_charts import list_measures
 from topkd.report.page.token_explorer import TranscriptFile, select_transcripts
 
@@ -43,12 +43,12 @@ class Page:
 
 
 def build_content(collection: Collection, *, live: bool = False, baseline: Mapping[str, Any] | None = None) -> Page:
-    """The content of the page about a collection."""
+    """Build the content of the page about a collection."""
     groups = collection.groups()
     statement, outcomes = write_verdict(collection, groups)
-    account = Thinning()
+    downsampled = Downsampling()
     kinds = list_prefix_kinds(groups) or ["fixed"]
-    sections = [_section(section, groups, account, kinds) for section in SECTIONS]
+    sections = [_build_section(section, groups, downsampled, kinds) for section in SECTIONS]
     if collection.comparison.get("base") == EMBEDDED:
         for panel in (panel for section in sections for panel in section["panels"] if panel["key"] == "accuracy"):
             panel |= {"title": OF_TEXT, "unit": "% of tokens", "note": "Held-out text's own, as the first choice."}
@@ -56,21 +56,27 @@ def build_content(collection: Collection, *, live: bool = False, baseline: Mappi
     recorded = select_transcripts(groups)
     notes = [
         note
-        for note in (*statement.notes, account.sentence(), _smoothing(account), recorded.note, _colours(groups))
+        for note in (
+            *statement.notes,
+            downsampled.describe(),
+            _describe_smoothing(downsampled),
+            recorded.note,
+            _describe_colours(groups),
+        )
         if note
     ]
     data = {
         "live": live,
         "title": collection.title,
-        "state": _state(collection),
+        "state": _describe_state(collection),
         "groups": [{"label": group.label, "n": len(group.runs), "apart": group.replayed} for group in groups],
-        "axes": _axes(groups),
+        "axes": _list_axes(groups),
         "prefixes": kinds,
         "sections": sections,
         "metric": statement.metric,
-        "ranks": [rank.plain() for rank in statement.ranks],
+        "ranks": [rank.to_json() for rank in statement.ranks],
         "seeds": [
-            only_run.plain() for only_run in list_measures(collection, groups, statement.ranks, statement.metric)
+            only_run.to_json() for only_run in list_measures(collection, groups, statement.ranks, statement.metric)
         ],
         "comparison": collection.comparison,
         "rollouts": recorded.heads,
@@ -102,22 +108,24 @@ def _find_completions(groups: Sequence[RunGroup], statement: ReportVerdict) -> t
 
 
 def _build_measured_tables(groups: Sequence[RunGroup], statement: ReportVerdict) -> list[Table]:
-    """Tables of the settings that were run on-policy, best first."""
+    """Build tables of the settings that were run on-policy, best first."""
     order = [rank.group for rank in statement.ranks] or [i for i, group in enumerate(groups) if not group.replayed]
     return [table for table in (list_by_prefixes(groups, order), list_training(groups, order)) if table is not None]
 
 
-def _section(section: Section, groups: Sequence[RunGroup], account: Thinning, kinds: Sequence[str]) -> dict[str, Any]:
+def _build_section(
+    section: Section, groups: Sequence[RunGroup], downsampled: Downsampling, kinds: Sequence[str]
+) -> dict[str, Any]:
     drawn: list[dict[str, Any]] = []
     absent: list[str] = []
     for panel in section.panels:
         if panel.source == "eval":
-            lines = {kind: found for kind in kinds if (found := build_panel_lines(panel, groups, account, kind))}
+            lines = {kind: found for kind in kinds if (found := build_panel_series(panel, groups, downsampled, kind))}
         else:
-            found = build_panel_lines(panel, groups, account)
+            found = build_panel_series(panel, groups, downsampled)
             lines = {"": found} if found else {}
         if lines:
-            drawn.append({**_head(panel), "kind": "line", "lines": lines, "constant": _is_constant(lines)})
+            drawn.append({**_build_head(panel), "kind": "line", "lines": lines, "constant": _is_constant(lines)})
         elif not panel.special:
             absent.append(f"{panel.title} ({' or '.join(panel.fields)})")
     _share_zero_scale(drawn, groups)
@@ -136,7 +144,7 @@ def _is_constant(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
 
 
 def _relabel_log_ratio(sections: Sequence[dict[str, Any]], groups: Sequence[RunGroup]) -> None:
-    """Says of log s - log t what it is where a student learnt from completions that it did not draw."""
+    """Relabel log s - log t where a student learnt from completions that it did not draw."""
     foreign = [group.label for group in groups if group.foreign]
     for panel in (panel for section in sections for panel in section["panels"] if panel["key"] == "kl_k1" and foreign):
         panel["title"] = "Mean log S/T on the completions of a step"
@@ -150,7 +158,7 @@ _UNDRAWN = "On replayed completions, which the learning student did not draw,"
 
 
 def _share_zero_scale(drawn: Sequence[dict[str, Any]], groups: Sequence[RunGroup]) -> None:
-    """Whether the exact divergences begin at zero: all of them, as soon as one comes near it, or none."""
+    """Set whether the axes of exact divergences begin at zero: all of them, as soon as one comes near it, or none."""
     exact = [panel for panel in drawn if panel["key"] in EXACT_DIVERGENCES]
     ends = [
         (min(known), max(known))
@@ -174,7 +182,7 @@ _RATIOS = {
 }
 
 
-def _head(panel: Panel) -> dict[str, Any]:
+def _build_head(panel: Panel) -> dict[str, Any]:
     return {
         "key": panel.key,
         "title": panel.title,
@@ -185,33 +193,33 @@ def _head(panel: Panel) -> dict[str, Any]:
     }
 
 
-def _axes(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
-    """Every choice of x, and whether all runs can be placed on it."""
-    tables = [step_axes(run) for group in groups for run in group.runs if run.steps]
+def _list_axes(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
+    """List every choice of x, and whether all runs can be placed on it."""
+    tables = [compute_step_axes(run) for group in groups for run in group.runs if run.steps]
     available = {axis.key: bool(tables) and all(axis.key in table for table in tables) for axis in AXES}
     return [{"key": axis.key, "label": axis.label, "unit": axis.unit, "ok": available[axis.key]} for axis in AXES]
 
 
-def _state(collection: Collection) -> dict[str, Any]:
+def _describe_state(collection: Collection) -> dict[str, Any]:
     states = [run.state for run in collection.runs]
     only_run = collection.runs[0] if len(states) == 1 else None
     return {
         "running": sum(state == "running" for state in states),
-        "steps": max(last_step(run.steps) for run in collection.runs),
-        "text": f"{only_run.state}, step {last_step(only_run.steps):,} of {only_run.planned or '?'}"
+        "steps": max(find_last_step(run.steps) for run in collection.runs),
+        "text": f"{only_run.state}, step {find_last_step(only_run.steps):,} of {only_run.planned or '?'}"
         if only_run
         else ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
     }
 
 
-def _smoothing(account: Thinning) -> str:
-    if not account.windows:
+def _describe_smoothing(downsampled: Downsampling) -> str:
+    if not downsampled.windows:
         return ""
-    widths = " or ".join(str(width) for width in sorted(account.windows))
+    widths = " or ".join(str(width) for width in sorted(downsampled.windows))
     return f"Bold lines of noisy series are centred means over {widths} steps; the thin line behind them is the values."
 
 
-def _colours(groups: Sequence[RunGroup]) -> str:
+def _describe_colours(groups: Sequence[RunGroup]) -> str:
     styles = len(GROUPS["light"]) * len(DASHES)
     if len(groups) <= styles:
         return ""

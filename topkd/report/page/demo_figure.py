@@ -10,7 +10,7 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # told apart with every ki
 
 
 def write_demo_curve(evals: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
-    """Two panels: exact held-out divergences and agreement against steps; the noisy training estimate beside them."""
+    """Draw exact held-out divergences with the noisy training estimate, and agreement, against steps."""
     import matplotlib as mpl
 
     mpl.use("Agg")

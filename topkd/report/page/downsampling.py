@@ -15,7 +15,7 @@ Rows = NDArray[np.intp]
 
 
 def keep_extremes(values: Floats, points: int) -> Rows:
-    """At most ``points`` rows of ``values``, in order: the minimum and the maximum of equal stretches, and both ends.
+    """Keep at most ``points`` rows of ``values``, in order: minimum and maximum of equal stretches, and both ends.
 
     No value above or below what is kept exists in its stretch. Where all of a stretch is NaN, its first row stands for
     it. A series that is short enough is kept whole.
@@ -37,19 +37,19 @@ def keep_extremes(values: Floats, points: int) -> Rows:
 
 
 def keep_evenly(size: int, points: int) -> Rows:
-    """At most ``points`` rows of a smooth series, evenly spaced, both ends included."""
+    """Keep at most ``points`` rows of a smooth series, evenly spaced, both ends included."""
     if size <= points:
         return np.arange(size)
     return np.unique(np.linspace(0, size - 1, points).round().astype(np.intp))
 
 
 def choose_window(size: int) -> int:
-    """How many neighbours a smoothed value averages: a twentieth of the series, odd, 1 when it is short."""
+    """Choose how many neighbours a smoothed value averages: a twentieth of the series, odd, 1 when it is short."""
     return 1 if size < 30 else (size // 40) * 2 + 1
 
 
-def rolling_mean(values: Floats, window: int) -> Floats:
-    """Centred mean of the known values in a window that ends where the series does; NaN where all of it is unknown."""
+def compute_rolling_mean(values: Floats, window: int) -> Floats:
+    """Compute the centred mean of the known values in a window cut at the ends; NaN where all are unknown."""
     if window <= 1:
         return values
     known = np.isfinite(values)

@@ -44,11 +44,11 @@ def write_figures(page: Page, folder: Path) -> list[Path]:
         raise ConfigError("cannot make the figures' folder", where=str(folder), got=error.strerror) from error
     written: list[Path] = []
     with mpl.rc_context(_RC):
-        for name, draw in _figures(page):
+        for name, draw in _list_figures(page):
             figure = Figure(figsize=(3.5, 2.5), layout="constrained")
             axes = figure.subplots()
             draw(axes)
-            _legend(figure, axes)
+            _draw_legend(figure, axes)
             for suffix, options in ((".png", {"dpi": 300}), (".svg", {"metadata": {"Date": None}})):
                 path = folder / f"{name}{suffix}"
                 figure.savefig(path, **options)
@@ -56,27 +56,29 @@ def write_figures(page: Page, folder: Path) -> list[Path]:
     return written
 
 
-def _figures(page: Page) -> Iterator[tuple[str, Any]]:
+def _list_figures(page: Page) -> Iterator[tuple[str, Any]]:
     axis = next(axis for axis in page.data["axes"] if axis["ok"] or axis["key"] == "step")
     for section in page.data["sections"]:
         for panel in section["panels"]:
             if panel["kind"] == "hist":
-                yield panel["key"], lambda axes, panel=panel: _histogram(axes, page, panel)
+                yield panel["key"], lambda axes, panel=panel: _draw_histogram(axes, page, panel)
                 continue
             for prefixes, lines in panel["lines"].items():
                 name = panel["key"] if prefixes in ("", page.data["prefixes"][0]) else f"{panel['key']}-{prefixes}"
-                yield name, lambda axes, panel=panel, lines=lines: _panel(axes, page, panel, lines, axis)
+                yield name, lambda axes, panel=panel, lines=lines: _draw_panel(axes, page, panel, lines, axis)
     for measure in page.data["seeds"]:
         for name, strip in zip(("seeds", "paired"), measure["strips"], strict=False):
             yield (
                 f"{name}-{measure['key']}",
-                lambda axes, measure=measure, strip=strip: _strip(axes, page, measure, strip),
+                lambda axes, measure=measure, strip=strip: _draw_strip(axes, page, measure, strip),
             )
 
 
-def _panel(axes: Any, page: Page, panel: dict[str, Any], lines: list[dict[str, Any]], axis: dict[str, Any]) -> None:
+def _draw_panel(
+    axes: Any, page: Page, panel: dict[str, Any], lines: list[dict[str, Any]], axis: dict[str, Any]
+) -> None:
     for line in _select_shown(page, lines):
-        at, style, marker, label = _look(page, line["g"])
+        at, style, marker, label = _choose_style(page, line["g"])
         x, y = _replace_holes(line["x"].get(axis["key"]) or line["x"]["step"]), _replace_holes(line["y"])
         if line["role"] == "main":
             every = max(1, len(y) // 6)  # a shape as well as a colour, without burying the line
@@ -88,17 +90,17 @@ def _panel(axes: Any, page: Page, panel: dict[str, Any], lines: list[dict[str, A
             axes.plot(x, y, color=at, lw=0.6, alpha=0.35)
         if "lo" in line:
             axes.fill_between(x, _replace_holes(line["lo"]), _replace_holes(line["hi"]), color=at, alpha=0.15, lw=0)
-    axes.set(title=_wrap(panel["title"]), xlabel=axis["label"], ylabel=panel["unit"])
+    axes.set(title=_wrap_title(panel["title"]), xlabel=axis["label"], ylabel=panel["unit"])
     if panel["zero"]:
         axes.set_ylim(bottom=0.0)
 
 
-def _histogram(axes: Any, page: Page, panel: dict[str, Any]) -> None:
+def _draw_histogram(axes: Any, page: Page, panel: dict[str, Any]) -> None:
     from matplotlib.ticker import FixedLocator, NullLocator
 
     edges = panel["edges"]
     for line in _select_shown(page, panel["lines"]):
-        at, style, _, label = _look(page, line["g"])
+        at, style, _, label = _choose_style(page, line["g"])
         closed = line["y"][1:-1] if len(line["y"]) == len(edges) + 1 else line["y"]
         shares = [100 * share for share in closed]
         axes.stairs(shares, edges[: len(shares) + 1], color=at, linestyle=style, label=label)
@@ -110,15 +112,15 @@ def _histogram(axes: Any, page: Page, panel: dict[str, Any]) -> None:
 
 
 def _choose_ratio_ticks(edges: list[float]) -> list[float]:
-    """Choose at most seven powers of two, 1 among them: labels of all of them run into each other."""
+    """Choose about five powers of two, 1 among them: labels of all of them run into each other."""
     low, high = (math.log2(edge) for edge in (min(edge for edge in edges if edge > 0.0), max(edges)))
-    stride = max(1, math.ceil((high - low) / 6))
+    stride = max(1, math.ceil((high - low) / 4))
     return [2.0**power for power in range(math.ceil(low), math.floor(high) + 1) if power % stride == 0]
 
 
-def _strip(axes: Any, page: Page, measure: dict[str, Any], strip: dict[str, Any]) -> None:
+def _draw_strip(axes: Any, page: Page, measure: dict[str, Any], strip: dict[str, Any]) -> None:
     for row, arm_row in enumerate(strip["rows"]):
-        at, _, marker, _ = _look(page, arm_row["group"])
+        at, _, marker, _ = _choose_style(page, arm_row["group"])
         if arm_row["low"] is not None:
             axes.hlines(row, arm_row["low"], arm_row["high"], color=at, lw=2, alpha=0.5)
         for late, shape, face in ((False, marker, at), (True, ">", "none")):  # open: ended before it arrived
@@ -132,11 +134,11 @@ def _strip(axes: Any, page: Page, measure: dict[str, Any], strip: dict[str, Any]
     axes.set_yticks(range(len(strip["rows"])), [textwrap.fill(arm_row["label"], 24) for arm_row in strip["rows"]])
     axes.set_ylim(len(strip["rows"]) - 0.5, -0.5)
     pairs = "" if strip["even"] is None else f"\npaired {'ratio' if strip['ratio'] else 'difference'} to the best, 95 %"
-    axes.set_title(_wrap(measure["title"]) + pairs)
+    axes.set_title(_wrap_title(measure["title"]) + pairs)
 
 
-def _legend(figure: Any, axes: Any) -> None:
-    """Where there is room in the axes for a few names, in it; many stand below, in a taller figure."""
+def _draw_legend(figure: Any, axes: Any) -> None:
+    """Draw the legend: a few names inside the axes, many below them in a taller figure."""
     handles, labels = axes.get_legend_handles_labels()
     if 1 < len(labels) <= _INSIDE:
         axes.legend()
@@ -146,21 +148,21 @@ def _legend(figure: Any, axes: Any) -> None:
 
 
 def _select_shown(page: Page, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of runs on their own rollouts; replays of others' are on the page, on demand."""
+    """Select the lines of runs on their own rollouts; the page shows replays of others' on demand."""
     return [line for line in lines if not page.groups[line["g"]].replayed]
 
 
-def _wrap(title: str) -> str:
+def _wrap_title(title: str) -> str:
     return textwrap.fill(title, 44)
 
 
-def _look(page: Page, group: int) -> tuple[str, Any, str, str]:
-    """Colour, line style, marker and label of a setting, as on the page."""
+def _choose_style(page: Page, group: int) -> tuple[str, Any, str, str]:
+    """Choose colour, line style, marker and label of a setting, as on the page."""
     turn = group // len(_COLOURS)
     marker = _MARKERS[(group + turn) % len(_MARKERS)]
     return _COLOURS[group % len(_COLOURS)], _STYLES[turn % len(_STYLES)], marker, page.groups[group].label
 
 
 def _replace_holes(values: list[float | None]) -> list[float]:
-    """Holes as NaN: matplotlib lifts its pen there."""
+    """Replace holes by NaN, where matplotlib interrupts a line."""
     return [float("nan") if value is None else value for value in values]

@@ -23,12 +23,12 @@ SCRIPTS = ("core", "scales", "lines", "bars", "strips", "explorer", "tables", "m
 
 
 def render(collection: Collection, baseline: Mapping[str, Any] | None = None) -> str:
-    """The page about a collection, whole, as text."""
+    """Render the page about a collection as one HTML text."""
     return render_page(build_content(collection, baseline=baseline))
 
 
 def render_page(page: Page, *, live: bool = False) -> str:
-    """The HTML of a page. ``live`` makes it ask its server for news; otherwise it asks nobody for anything."""
+    """Render a page as HTML. ``live`` makes it ask its server for news; otherwise it makes no request."""
     style, script = _style(), _script()
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
@@ -47,12 +47,12 @@ def render_page(page: Page, *, live: bool = False) -> str:
 
 
 def render_fragments(page: Page) -> dict[str, str]:
-    """The written parts of the page, for a live page to replace: element id -> HTML."""
+    """Render the text parts of the page, for a live page to replace: element id -> HTML."""
     return {name: _template(f"{name}.html").render(page=page) for name in FRAGMENTS}
 
 
 def escape_json(text: str) -> str:
-    """JSON that can stand in a script element: no character that could end it or begin a comment."""
+    """Escape JSON for a script element: no character that could end it or begin a comment."""
     return (
         text.replace("&", "\\u0026")
         .replace("<", "\\u003c")

@@ -33,7 +33,7 @@ class LivePage:
     def __init__(self, paths: Sequence[Path], port: int = 0, baseline: Mapping[str, Any] | None = None) -> None:
         self.paths, self.baseline = list(paths), baseline
         self._lock = threading.Lock()
-        self._cells = [cells.count_values(path) for path in self.paths]
+        self._cells = [cells.count_cells(path) for path in self.paths]
         self._collection: Collection = gather(self.paths, waiting=True)
         self._page: Page | None = None
         self._version = 1
@@ -60,7 +60,7 @@ class LivePage:
         return f"http://{_HOST}:{self.port}/"
 
     def news(self) -> tuple[int, Page]:
-        """The page's content now, and a number that changes when it does.
+        """Read the page's content now, and a number that changes when it does.
 
         Long runs take their time to read: what was made last is given again until ten times that has passed.
         """
@@ -68,7 +68,7 @@ class LivePage:
             began = time.monotonic()
             if self._page is not None and began < self._rest_until:
                 return self._version, self._page
-            if self._refreshed():
+            if self._refresh():
                 self._version += 1
                 self._page = None
             if self._page is None:
@@ -77,9 +77,9 @@ class LivePage:
                 self._rest_until = ended + (ended - began) * (1.0 / _SHARE - 1.0)
             return self._version, self._page
 
-    def _refreshed(self) -> bool:
+    def _refresh(self) -> bool:
         """Read on; True when there was anything new. A comparison has more runs than it had."""
-        now = [cells.count_values(path) for path in self.paths]
+        now = [cells.count_cells(path) for path in self.paths]
         if now == self._cells:
             # Another run may have taken the folder: what was read is of a run log that is gone then.
             with contextlib.suppress(DataError):
@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.0"  # a connection a reply: one kept alive would outlive the page
 
     def do_GET(self) -> None:
-        """The page, its news, or one rollout."""
+        """Reply with the page, its news, or one rollout."""
         if self.headers.get("Host", "").lower() not in {f"{name}:{self.live.port}" for name in (_HOST, "localhost")}:
             self._reply(403, "text/plain", "This page is served to this machine only.\n")
             return
@@ -127,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(200, "text/html", render_page(page, live=True))
         elif parts.path == "/data.json":
             self._news(version, page, parse_qs(parts.query).get("since", [""])[0])
-        elif parts.path.startswith("/rollout/") and (body := _rollout(page, parts.path)) is not None:
+        elif parts.path.startswith("/rollout/") and (body := _find_rollout(page, parts.path)) is not None:
             self._reply(200, "application/json", body)
         else:
             self._reply(404, "text/plain", "nothing here\n")
@@ -152,10 +152,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
-        """Silent: the terminal belongs to the run."""
+        """Log nothing: the terminal belongs to the run."""
 
 
-def _rollout(page: Page, path: str) -> str | None:
+def _find_rollout(page: Page, path: str) -> str | None:
     place = path.removeprefix("/rollout/").removesuffix(".json")
     bodies = page.transcripts.bodies
     return bodies[int(place)] if place.isdecimal() and int(place) < len(bodies) else None

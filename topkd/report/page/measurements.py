@@ -33,12 +33,15 @@ _PANELS: Final = {panel.key: panel for section in SECTIONS for panel in section.
 
 
 def list_by_prefixes(groups: Sequence[RunGroup], order: Sequence[int]) -> Table | None:
-    """Last values on each kind of prefixes, setting by setting; None where only one kind was measured."""
+    """List last values on each kind of prefixes, setting by setting; None where only one kind was measured."""
     kinds = list_prefix_kinds(groups)
     if len(kinds) < 2:
         return None
     table = [
-        ([_PREFIXES.get(kind, kind), groups[index].label], [_last(groups[index], kind, key) for key, _ in _MEASURES])
+        (
+            [_PREFIXES.get(kind, kind), groups[index].label],
+            [_format_last(groups[index], kind, key) for key, _ in _MEASURES],
+        )
         for kind in kinds
         for index in order
     ]
@@ -50,9 +53,9 @@ def list_by_prefixes(groups: Sequence[RunGroup], order: Sequence[int]) -> Table 
 
 
 def list_training(groups: Sequence[RunGroup], order: Sequence[int]) -> Table | None:
-    """Tokens a step, clipped ratios, and lengths and truncation at both ends of the runs; None without steps."""
+    """List tokens a step, clipped ratios, and lengths and truncation at both ends of the runs; None without steps."""
     rows = [
-        [groups[index].label, *(say(runs) for say in _SAID.values())]
+        [groups[index].label, *(say(runs) for say in _CELLS.values())]
         for index in order
         if (
             runs := [
@@ -60,16 +63,16 @@ def list_training(groups: Sequence[RunGroup], order: Sequence[int]) -> Table | N
             ]
         )
     ]
-    kept = [place for place in range(1, len(_SAID) + 1) if any(row[place] != "—" for row in rows)]
+    kept = [place for place in range(1, len(_CELLS) + 1) if any(row[place] != "—" for row in rows)]
     if not kept:
         return None
-    columns = ["setting", *(list(_SAID)[place - 1] for place in kept)]
+    columns = ["setting", *(list(_CELLS)[place - 1] for place in kept)]
     rows = [[row[0], *(row[place] for place in kept)] for row in rows]
     note = "Means over steps and seeds; with an arrow, over the first and over the last tenth of the steps."
     return Table(columns, rows, [False, *[True] * len(kept)], note=note, title="How training went")
 
 
-def _last(group: RunGroup, kind: str, key: str) -> str:
+def _format_last(group: RunGroup, kind: str, key: str) -> str:
     values = []
     for run in filter(is_counted, group.runs) if len(group.runs) > 1 else group.runs:
         known = read_column(make_eval_source(run, kind).records, key)
@@ -81,8 +84,8 @@ def _last(group: RunGroup, kind: str, key: str) -> str:
     return format_interval(interval.within_shares(), format_percent) if key in SHARES else format_interval(interval)
 
 
-def _tokens(runs: Sequence[Run]) -> str:
-    """How many tokens a step learnt from: one number where all steps of all runs had as many."""
+def _format_tokens(runs: Sequence[Run]) -> str:
+    """Format how many tokens a step learnt from: one number where all steps of all runs had as many."""
     every = np.concatenate([read_column(run.steps, "tokens") for run in runs])
     every = every[np.isfinite(every)]
     if not every.size:
@@ -91,17 +94,17 @@ def _tokens(runs: Sequence[Run]) -> str:
     return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
 
 
-def _mean(key: str, unit: str = "") -> Callable[[Sequence[Run]], str]:
+def _format_mean(key: str, unit: str = "") -> Callable[[Sequence[Run]], str]:
     def say(runs: Sequence[Run]) -> str:
-        means = [known.mean() for run in runs if (known := _known(run, key)).size]
+        means = [known.mean() for run in runs if (known := _read_known(run, key)).size]
         return f"{format_number(float(np.mean(means)))}{unit}" if means else "—"
 
     return say
 
 
-def _drift(key: str, unit: str = "") -> Callable[[Sequence[Run]], str]:
+def _format_drift(key: str, unit: str = "") -> Callable[[Sequence[Run]], str]:
     def say(runs: Sequence[Run]) -> str:
-        known = [values for run in runs if (values := _known(run, key)).size]
+        known = [values for run in runs if (values := _read_known(run, key)).size]
         if not known:
             return "—"
         tenth = [max(1, values.size // 10) for values in known]
@@ -112,17 +115,17 @@ def _drift(key: str, unit: str = "") -> Callable[[Sequence[Run]], str]:
     return say
 
 
-def _known(run: Run, key: str) -> Floats:
+def _read_known(run: Run, key: str) -> Floats:
     values = _PANELS[key].values(run.steps)
     return np.empty(0) if values is None else values[np.isfinite(values)]
 
 
-_SAID: Final[dict[str, Callable[[Sequence[Run]], str]]] = {
-    "tokens a step": _tokens,
-    "ratios clipped": _mean("clip_fraction", " %"),
-    "effective sample size": _mean("ess", " %"),
-    "effective coefficient": _mean("effective_coefficient"),
-    "completion length": _drift("length"),
-    "cut at the limit": _drift("truncation", " %"),
-    "chance of ending, a token": _drift("eos", " %"),
+_CELLS: Final[dict[str, Callable[[Sequence[Run]], str]]] = {
+    "tokens a step": _format_tokens,
+    "ratios clipped": _format_mean("clip_fraction", " %"),
+    "effective sample size": _format_mean("ess", " %"),
+    "effective coefficient": _format_mean("effective_coefficient"),
+    "completion length": _format_drift("length"),
+    "cut at the limit": _format_drift("truncation", " %"),
+    "chance of ending, a token": _format_drift("eos", " %"),
 }

@@ -54,26 +54,26 @@ RAMP_STEPS: Final = 5  # on each side of zero, zero included
 
 
 def make_ramp(theme: str, end: str) -> list[str]:
-    """``RAMP_STEPS`` colours from the card to an end of ``RAMP_ENDS``."""
+    """Make ``RAMP_STEPS`` colours from the card to an end of ``RAMP_ENDS``."""
     card, full = _rgb(THEMES[theme]["card"]), _rgb(RAMP_ENDS[theme][end])
     shares = [step / (RAMP_STEPS - 1) for step in range(RAMP_STEPS)]
     return [_hex([round(a + (b - a) * share) for a, b in zip(card, full, strict=True)]) for share in shares]
 
 
 def compute_contrast(first: str, second: str) -> float:
-    """WCAG 2 contrast ratio of two colours, 1 to 21."""
+    """Compute the WCAG 2 contrast ratio of two colours, 1 to 21."""
     lighter, darker = sorted((compute_luminance(first), compute_luminance(second)), reverse=True)
     return (lighter + 0.05) / (darker + 0.05)
 
 
 def compute_luminance(colour: str) -> float:
-    """WCAG 2 relative luminance, 0 to 1."""
+    """Compute the WCAG 2 relative luminance, 0 to 1."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in _rgb(colour))]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def write_stylesheet() -> str:
-    """The colours as CSS custom properties: the system's theme, unless the reader chose one; paper is light."""
+    """Write the colours as CSS custom properties: the system's theme, unless the reader chose one; paper is light."""
     light, dark = (_properties(theme) for theme in ("light", "dark"))
     return (
         f":root{{color-scheme:light;{light}}}\n"

@@ -8,9 +8,9 @@ from typing import Final, Literal
 
 import numpy as np
 
-from topkd.report.load.columns import Floats, find_first_name, has_column, read_column, sum_running
+from topkd.report.load.columns import Floats, compute_running_sum, find_first_name, has_column, read_column
 from topkd.report.load.run_log import Record
-from topkd.report.page.downsampling import choose_window, rolling_mean
+from topkd.report.page.downsampling import choose_window, compute_rolling_mean
 
 Source = Literal["step", "eval"]
 
@@ -52,7 +52,7 @@ class Panel:
     special: bool = False
 
     def values(self, records: Sequence[Record]) -> Floats | None:
-        """The panel's y for records of its source; None when they do not have it."""
+        """Compute the panel's y for records of its source; None when they do not have it."""
         name = find_first_name(records, self.fields)
         if name is None:
             return None
@@ -62,18 +62,18 @@ class Panel:
                 values = np.where(read_column(records, self.per) > 0, values / read_column(records, self.per), np.nan)
         if self.share:
             values = 100.0 * values
-        return sum_running(values) if self.total else values
+        return compute_running_sum(values) if self.total else values
 
     def smoothed(self, records: Sequence[Record], values: Floats, window: int) -> Floats:
-        """The values' rolling mean; of a ratio, the ratio of rolling means, unknown where that would divide by <= 0."""
+        """Compute the rolling mean; of a ratio, the ratio of rolling means, unknown where that would divide by <= 0."""
         if self.over is None or not all(has_column(records, name) for name in self.over):
-            return rolling_mean(values, window)
-        above, below = (rolling_mean(read_column(records, name), window) for name in self.over)
+            return compute_rolling_mean(values, window)
+        above, below = (compute_rolling_mean(read_column(records, name), window) for name in self.over)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(below > 0.0, above / below, np.nan)
 
     def window(self, size: int) -> int:
-        """How many steps a smoothed value is of; 1 for what is not smoothed."""
+        """Return how many steps a smoothed value is of; 1 for what is not smoothed."""
         if self.source == "eval" or self.total or not self.smooth:
             return 1
         return choose_window(size) if self.over is None else max(9, choose_window(size))

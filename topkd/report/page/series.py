@@ -11,7 +11,7 @@ import numpy as np
 from topkd.report.load.collection import RunGroup
 from topkd.report.load.columns import Floats
 from topkd.report.load.evaluations import FIXED, Source, make_eval_source, make_step_source
-from topkd.report.page import downsampling as thinning
+from topkd.report.page import downsampling
 from topkd.report.page.panels import Panel
 
 POINTS = 400  # drawn of a series at most; a line is rarely wider than this in pixels
@@ -19,15 +19,15 @@ SMOOTH_POINTS = 160
 
 
 @dataclass(slots=True)
-class Thinning:
+class Downsampling:
     """What the page has to say about down-sampling."""
 
     longest: int = 0
     windows: set[int] = field(default_factory=set)
     series: int = 0
 
-    def sentence(self) -> str:
-        """In words; "" when every value is drawn."""
+    def describe(self) -> str:
+        """Describe the down-sampling in words; "" when every value is drawn."""
         if not self.series:
             return ""
         return (
@@ -37,10 +37,10 @@ class Thinning:
         )
 
 
-def build_panel_lines(
-    panel: Panel, groups: Sequence[RunGroup], account: Thinning, prefixes: str = FIXED
+def build_panel_series(
+    panel: Panel, groups: Sequence[RunGroup], downsampled: Downsampling, prefixes: str = FIXED
 ) -> list[dict[str, Any]]:
-    """The lines of one panel.
+    """Build the lines of one panel.
 
     A group of one run is drawn as its values, with their rolling mean where they are noisy. Several runs are drawn as
     their mean over seeds, with each seed (evaluations) or the span of the seeds' rolling means (steps) around it.
@@ -54,31 +54,33 @@ def build_panel_lines(
         if not drawn:
             continue
         if len(drawn) == 1:
-            lines += _single(index, *drawn[0], panel, account)
+            lines += _draw_single(index, *drawn[0], panel, downsampled)
         else:
-            lines += _several(index, drawn, panel)
+            lines += _draw_several(index, drawn, panel)
     return lines
 
 
-def _single(index: int, source: Source, values: Floats, panel: Panel, account: Thinning) -> list[dict[str, Any]]:
-    rows = thinning.keep_extremes(values, POINTS)
+def _draw_single(
+    index: int, source: Source, values: Floats, panel: Panel, downsampled: Downsampling
+) -> list[dict[str, Any]]:
+    rows = downsampling.keep_extremes(values, POINTS)
     if rows.size < values.size:
-        account.series += 1
-        account.longest = max(account.longest, values.size)
+        downsampled.series += 1
+        downsampled.longest = max(downsampled.longest, values.size)
     window = panel.window(values.size)
     if window <= 1:
-        return [_line(index, "main", source.axes, values, rows)]
+        return [_build_line(index, "main", source.axes, values, rows)]
     smooth = panel.smoothed(source.records, values, window)
-    main = _line(index, "main", source.axes, smooth, thinning.keep_evenly(values.size, SMOOTH_POINTS))
+    main = _build_line(index, "main", source.axes, smooth, downsampling.keep_evenly(values.size, SMOOTH_POINTS))
     if panel.over is not None:  # single ratios would only hide the one of means
         return [main]
-    account.windows.add(window)
-    return [_line(index, "raw", source.axes, values, rows), main]
+    downsampled.windows.add(window)
+    return [_build_line(index, "raw", source.axes, values, rows), main]
 
 
-def _several(index: int, drawn: list[tuple[Source, Floats]], panel: Panel) -> list[dict[str, Any]]:
-    """Means over seeds exist only where every seed has a value: a shorter run ends the mean, it does not move it."""
-    steps = _common_steps([source for source, _ in drawn])
+def _draw_several(index: int, drawn: list[tuple[Source, Floats]], panel: Panel) -> list[dict[str, Any]]:
+    """Draw means over seeds, which end where the shortest run ends, and the seeds around them."""
+    steps = _find_common_steps([source for source, _ in drawn])
     if not steps.size:
         return []
     window = panel.window(steps.size)
@@ -91,26 +93,28 @@ def _several(index: int, drawn: list[tuple[Source, Floats]], panel: Panel) -> li
     table = np.stack(stacked)
     shared = [key for key in axes[0] if all(key in run_axes for run_axes in axes)]
     mean_axes = {key: np.mean([run_axes[key] for run_axes in axes], axis=0) for key in shared}
-    rows = thinning.keep_evenly(steps.size, SMOOTH_POINTS)
-    main = _line(index, "main", mean_axes, table.mean(axis=0), rows) | {"n": len(drawn)}
+    rows = downsampling.keep_evenly(steps.size, SMOOTH_POINTS)
+    main = _build_line(index, "main", mean_axes, table.mean(axis=0), rows) | {"n": len(drawn)}
     if panel.source == "step":
         return [main | {"lo": _round_digits(table.min(axis=0)[rows]), "hi": _round_digits(table.max(axis=0)[rows])}]
     seeds = [
-        _line(index, "seed", source.axes, values, thinning.keep_extremes(values, SMOOTH_POINTS))
+        _build_line(index, "seed", source.axes, values, downsampling.keep_extremes(values, SMOOTH_POINTS))
         | {"name": source.run.name}
         for source, values in drawn
     ]
     return [*seeds, main]
 
 
-def _common_steps(sources: list[Source]) -> Floats:
+def _find_common_steps(sources: list[Source]) -> Floats:
     steps = sources[0].axes["step"]
     for source in sources[1:]:
         steps = np.intersect1d(steps, source.axes["step"])
     return steps[np.isfinite(steps)]
 
 
-def _line(index: int, role: str, axes: dict[str, Floats], values: Floats, rows: thinning.Rows) -> dict[str, Any]:
+def _build_line(
+    index: int, role: str, axes: dict[str, Floats], values: Floats, rows: downsampling.Rows
+) -> dict[str, Any]:
     return {
         "g": index,
         "role": role,
@@ -120,7 +124,7 @@ def _line(index: int, role: str, axes: dict[str, Floats], values: Floats, rows: 
 
 
 def build_ratio_histogram(groups: Sequence[RunGroup]) -> dict[str, Any] | None:
-    """Importance ratios of all steps of each group: the share of tokens in each bin of the run log's own edges."""
+    """Build the histogram of importance ratios over all steps of each group, in the run log's own bins."""
     edges: list[float] | None = None
     lines = []
     for index, group in enumerate(groups):
@@ -139,7 +143,7 @@ def build_ratio_histogram(groups: Sequence[RunGroup]) -> dict[str, Any] | None:
 
 
 def _round_digits(values: Floats, digits: int = 5) -> list[float | int | None]:
-    """Plain numbers of so many significant digits; a hole is None."""
+    """Round to plain numbers of so many significant digits; a hole is None."""
     out: list[float | int | None] = []
     for value in values.tolist():
         if not np.isfinite(value):

@@ -55,28 +55,28 @@ class Measure:
     title: str
     strips: list[Strip]
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON can say it."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the values as JSON types."""
         return asdict(self)
 
 
 def list_measures(
     collection: Collection, groups: Sequence[RunGroup], ranks: Sequence[Rank], metric: str
 ) -> list[Measure]:
-    """Area and tokens to the target where a comparison has them, then the last values; nothing for a lone run."""
-    found = [*_compare_arms(collection.comparison, groups, metric), *_last(ranks, metric)]
+    """List area and tokens to the target of a comparison, then the last values; nothing for a single run."""
+    found = [*_compare_arms(collection.comparison, groups, metric), *_measure_last(ranks, metric)]
     return [point for point in found if sum(len(row.dots) for row in point.strips[0].rows) > 1]
 
 
-def _last(ranks: Sequence[Rank], metric: str) -> list[Measure]:
+def _measure_last(ranks: Sequence[Rank], metric: str) -> list[Measure]:
     known = [rank for rank in ranks if rank.values]
     if not known:
         return []
     seeds = {rank.group: [Dot(point["seed"], point["value"]) for point in rank.values] for rank in known}
-    rows = [_row(rank, seeds[rank.group], rank.end, format_number(rank.end.mean)) for rank in known]
+    rows = [_build_row(rank, seeds[rank.group], rank.end, format_number(rank.end.mean)) for rank in known]
     best = {dot.seed: dot.value for dot in seeds[known[0].group] if dot.seed is not None}
     gaps = [
-        _row(
+        _build_row(
             rank,
             [Dot(dot.seed, dot.value - best[dot.seed]) for dot in seeds[rank.group] if dot.seed in best],
             rank.difference,
@@ -92,7 +92,7 @@ def _last(ranks: Sequence[Rank], metric: str) -> list[Measure]:
     return [Measure("last", f"Last {metric}", strips)]
 
 
-def _row(rank: Rank, dots: list[Dot], spread: Interval, text: str) -> Row:
+def _build_row(rank: Rank, dots: list[Dot], spread: Interval, text: str) -> Row:
     return Row(rank.group, rank.label, dots, _known(spread.mean), _known(spread.low), _known(spread.high), text)
 
 
@@ -106,31 +106,35 @@ class _Arm:
     control: bool = False
 
     def values(self, key: str) -> dict[int, float]:
-        """Seed -> value, of the seeds that have one."""
+        """Return the value of each seed that has one."""
         return {s: fact[key] for s, fact in self.seeds.items() if _number(fact.get(key))}
 
 
 def _compare_arms(comparison: Mapping[str, Any], groups: Sequence[RunGroup], metric: str) -> list[Measure]:
-    arms = _arms(comparison, groups)
+    arms = _read_arms(comparison, groups)
     areas = (arm for arm in arms if arm.values("area"))
     by_area = sorted(areas, key=lambda arm: (arm.control, _mean(arm.values("area").values())))
     rest = [arm for arm in arms if arm not in by_area]
-    by_tokens = sorted(filter(_arrivals, [*by_area, *rest]), key=_speed)  # where all are alike, as by their areas
+    by_tokens = sorted(
+        filter(_find_arrivals, [*by_area, *rest]), key=_rank_speed
+    )  # where all are alike, as by their areas
     found = []
     if by_area:
         note = f"Mean over the tokens trained on, as a share of the first value: 1 learnt nothing. {_DOTS}"
-        rows = [_spread(arm, "area") for arm in by_area]
-        found.append(Measure("area", f"Area under {metric}", [Strip(note, rows), *_ratios(by_area, "area", "area")]))
+        rows = [_build_spread_row(arm, "area") for arm in by_area]
+        found.append(
+            Measure("area", f"Area under {metric}", [Strip(note, rows), *_build_ratio_strip(by_area, "area", "area")])
+        )
     if by_tokens:
         title = f"Tokens until {metric} is {comparison.get('target', '?')} of its first value"
         note = "A dot is a seed. An open triangle is a run that ended before it got there; with one, no mean is taken."
         rows = [_find_arrival(arm) for arm in by_tokens]
-        ratios = _ratios(by_tokens, "tokens_to_target", "tokens")
+        ratios = _build_ratio_strip(by_tokens, "tokens_to_target", "tokens")
         found.append(Measure("tokens", title, [Strip(note, rows), *ratios]))
     return found
 
 
-def _arms(comparison: Mapping[str, Any], groups: Sequence[RunGroup]) -> list[_Arm]:
+def _read_arms(comparison: Mapping[str, Any], groups: Sequence[RunGroup]) -> list[_Arm]:
     live = comparison.get("live")
     stated_arms = {arm.get("name"): arm for arm in comparison.get("arms") or () if isinstance(arm, dict)}
     places = {group.runs[0].params.get("arm"): index for index, group in enumerate(groups) if not group.replayed}
@@ -144,7 +148,7 @@ def _arms(comparison: Mapping[str, Any], groups: Sequence[RunGroup]) -> list[_Ar
     return found
 
 
-def _spread(arm: _Arm, key: str) -> Row:
+def _build_spread_row(arm: _Arm, key: str) -> Row:
     values = arm.values(key)
     dots, spread = [Dot(*point) for point in values.items()], compute_interval([*values.values()])
     return Row(
@@ -152,8 +156,8 @@ def _spread(arm: _Arm, key: str) -> Row:
     )
 
 
-def _arrivals(arm: _Arm) -> list[Dot]:
-    """Where each seed reached the target, or ended without it."""
+def _find_arrivals(arm: _Arm) -> list[Dot]:
+    """Find where each seed reached the target, or ended without reaching it."""
     dots = []
     for seed, fact in arm.seeds.items():
         late = not _number(fact.get("tokens_to_target"))
@@ -164,7 +168,7 @@ def _arrivals(arm: _Arm) -> list[Dot]:
 
 
 def _find_arrival(arm: _Arm) -> Row:
-    dots = _arrivals(arm)
+    dots = _find_arrivals(arm)
     late = sum(dot.late for dot in dots)
     if late:
         return Row(arm.group, arm.label, dots, None, None, None, f"{late} of {len(dots)} never")
@@ -180,13 +184,13 @@ def _find_arrival(arm: _Arm) -> Row:
     )
 
 
-def _speed(arm: _Arm) -> tuple[bool, int, float]:
-    dots = _arrivals(arm)
+def _rank_speed(arm: _Arm) -> tuple[bool, int, float]:
+    dots = _find_arrivals(arm)
     return arm.control, sum(dot.late for dot in dots), _mean([dot.value for dot in dots])
 
 
-def _ratios(arms: Sequence[_Arm], key: str, what: str) -> list[Strip]:
-    """The first arm's value over each other's, seed by seed: the interval is of the mean log-ratio."""
+def _build_ratio_strip(arms: Sequence[_Arm], key: str, what: str) -> list[Strip]:
+    """Compute the first arm's value over each other's, seed by seed; the interval is of the mean log-ratio."""
     best, *others = arms
     mine = best.values(key)
     rows = []

@@ -28,12 +28,12 @@ class TranscriptFile:
 
 
 def select_transcripts(groups: Sequence[RunGroup], budget: int = BUDGET_CHARS) -> TranscriptFile:
-    """As many rollouts as the budget holds, taken evenly from all runs and from early to late in each."""
+    """Select as many rollouts as the budget holds, evenly from all runs and from early to late in each."""
     places = [
         (index, run, record) for index, group in enumerate(groups) for run in group.runs for record in run.rollouts
     ]
-    sizes = [_size(record) for _, _, record in places]
-    chosen = _within(sizes, budget)
+    sizes = [_estimate_size(record) for _, _, record in places]
+    chosen = _choose_within(sizes, budget)
     several = len({id(run) for _, run, _ in places}) > 1
     heads, bodies = [], []
     for place in chosen:
@@ -41,7 +41,7 @@ def select_transcripts(groups: Sequence[RunGroup], budget: int = BUDGET_CHARS) -
         heads.append(
             {
                 "g": index,
-                "label": _label(record, run.name if several else ""),
+                "label": _write_label(record, run.name if several else ""),
                 "step": record.get("step"),
                 "n": len(record["tokens"]),
             }
@@ -53,11 +53,11 @@ def select_transcripts(groups: Sequence[RunGroup], budget: int = BUDGET_CHARS) -
 
 
 def build_body(record: Record) -> dict[str, Any]:
-    """One rollout in short keys: b, s, t are the behaviour's, student's and teacher's logprob of the token drawn."""
+    """Build a rollout in short keys: b, s, t are the rollout's, student's and teacher's logprob of its token."""
     texts = record.get("texts")
     texts = texts if isinstance(texts, dict) else {}
     tokens = [token for token in record["tokens"] if isinstance(token, dict)]
-    shown = [_token(token) for token in tokens]
+    shown = [_build_token(token) for token in tokens]
     used = {str(entry[0]) for token in shown for side in ("T", "S") for entry in token[side] or ()}
     return {
         "prompt": str(record.get("prompt", "")),
@@ -72,7 +72,7 @@ def build_body(record: Record) -> dict[str, Any]:
     }
 
 
-def _token(token: dict[str, Any]) -> dict[str, Any]:
+def _build_token(token: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": token.get("id"),
         "text": str(token.get("text", "")),
@@ -82,12 +82,12 @@ def _token(token: dict[str, Any]) -> dict[str, Any]:
         "a": _number(token.get("advantage")),
         "d": _number(token.get("divergence")),
         "m": token.get("trains") is not False,
-        "T": _list(token.get("teacher")),
-        "S": _list(token.get("student")),
+        "T": _build_list(token.get("teacher")),
+        "S": _build_list(token.get("student")),
     }
 
 
-def _list(entries: Any) -> list[list[Any]] | None:
+def _build_list(entries: Any) -> list[list[Any]] | None:
     if not isinstance(entries, list):
         return None
     pairs = [entry for entry in entries if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], int)]
@@ -100,13 +100,13 @@ def _number(value: Any) -> float | None:
     return float(f"{value:.5g}")
 
 
-def _label(record: Record, run: str) -> str:
+def _write_label(record: Record, run: str) -> str:
     parts = [run, f"step {record.get('step', '?')}", str(record.get("sample_id") or "")]
     return " · ".join(part for part in parts if part)
 
 
-def _size(record: Record) -> int:
-    """About how many characters a rollout takes on the page."""
+def _estimate_size(record: Record) -> int:
+    """Estimate how many characters a rollout takes on the page."""
     entries = sum(
         min(LISTED, len(token[side]))
         for token in record["tokens"]
@@ -117,8 +117,8 @@ def _size(record: Record) -> int:
     return 400 + 110 * len(record["tokens"]) + 30 * entries
 
 
-def _within(sizes: Sequence[int], budget: int) -> list[int]:
-    """Evenly spaced places whose sizes together stay within the budget: all of them where they do."""
+def _choose_within(sizes: Sequence[int], budget: int) -> list[int]:
+    """Choose evenly spaced indices whose sizes together stay within the budget: all of them where they fit."""
     count = len(sizes)
     while count > 0:
         step = len(sizes) / count
