@@ -37,9 +37,9 @@ def samples_of(step: int) -> list:
             lists.append(
                 None if (i, t) == (2, 1) else [(int(v), float(np.log(q))) for v, q in zip(ids, p, strict=True)]
             )
-        samples.append(
-            topk_sample(prompt, completion, lists, -rng.uniform(0.5, 6, length), -rng.uniform(4.5, 6.5, length))
-        )
+        drawn, behavior = -rng.uniform(0.5, 6, length), -rng.uniform(4.5, 6.5, length)
+        actual = [dict(row or ()).get(token, logp) for row, token, logp in zip(lists, completion, drawn, strict=True)]
+        samples.append(topk_sample(prompt, completion, lists, actual, behavior))
     return samples
 
 
