@@ -10,10 +10,10 @@ import torch
 from tests.engine.pieces import VOCAB, topk_sample
 from topkd.engine.config.learner import LearnerConfig
 from topkd.engine.config.objectives import TAID, Objective, TopKPolicyGradient
-from topkd.engine.learner.batching import TextSample
 from topkd.engine.learner.distributed import Ranks
 from topkd.engine.learner.learner import Learner
 from topkd.engine.models.student import Student
+from topkd.topk.samples import TextSample
 
 STEPS = 3
 

@@ -191,6 +191,13 @@ class SampleCore:
 
 
 @dataclass(frozen=True, slots=True)
+class TextSample:
+    """A completion that came with the data: ids and a mask, no logprobs."""
+
+    core: SampleCore
+
+
+@dataclass(frozen=True, slots=True)
 class ScalarPreparedSample:
     """A sample whose teacher gave the realised tokens' logprobs: float32 [C]; NaN = unknown, and masked."""
 

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 from tests.engine.pieces import VOCAB, model_folder, topk_sample
 from topkd.engine.config.learner import LearnerConfig, LoRAConfig
 from topkd.engine.config.objectives import SFT, TAID, DirectGJS, TopKPolicyGradient
-from topkd.engine.learner.batching import TextSample
 from topkd.engine.learner.learner import Learner
 from topkd.engine.models.lora import merge_adapter
 from topkd.engine.models.sampler import InProcessSampler
 from topkd.engine.models.student import Precision, Student
 from topkd.topk import SamplingParams
 from topkd.topk.errors import ConfigError
+from topkd.topk.samples import TextSample
 
 
 @pytest.fixture(scope="module")

@@ -175,8 +175,18 @@ async def _check_packages(state: Preflight) -> None:
         (config.learner.optimizer == "adamw_8bit", 'learner.optimizer = "adamw_8bit"', "bitsandbytes",
          "pip install bitsandbytes"),
     ):  # fmt: skip
-        if is_needed and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{key} needs {package}", hint=f"install it with: {hint}")
+        if is_needed:
+            _require(package, key, hint)
+
+
+def _require(package: str, key: str, hint: str = "pip install 'topkd[train]'") -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{key} needs {package}", hint=f"install it with: {hint}")
+
+
+async def _check_framework(_state: Preflight) -> None:
+    for package in ("torch", "transformers"):
+        _require(package, "a student")
 
 
 async def _check_functions(state: Preflight) -> None:
@@ -290,13 +300,14 @@ def _find_draws(state: Preflight) -> None:
 
 
 CHECKS = (
+    Check("framework", _check_framework),
     Check("processes", _check_processes),
     Check("packages", _check_packages),
     Check("functions", _check_functions),
     Check("cache", _check_cache, live=False),
     Check("student", _check_student),
     Check("files", _check_files),
-    Check("schedule", _check_schedule),
+    Check("schedule", _check_schedule, needs=("framework",)),
     Check("teachers", _check_teachers, needs=("student",), replay=False),
     Check("local teachers", _check_local_teachers, needs=("student",), replay=False),
     Check("sampler", _check_sampler, replay=False),

@@ -20,7 +20,6 @@ from topkd.compose.run.sampler import SamplingSetup, stop_ids
 from topkd.compose.teachers.open import Teachers
 from topkd.engine import EngineConfig
 from topkd.engine.loop.hooks import Hooks
-from topkd.engine.loop.loop import LoopParts, Source
 from topkd.engine.loop.metrics import MetricsLog
 from topkd.engine.loop.prompts import PromptRow
 from topkd.engine.loop.scoring import Context, ScoredBatch
@@ -30,6 +29,7 @@ from topkd.topk.errors import TopkdError
 if TYPE_CHECKING:
     from topkd.engine.learner.learner import Learner
     from topkd.engine.learner.token_view import TokenLoss
+    from topkd.engine.loop.loop import Source
 
 _INTERRUPTS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)  # a request to stop is no error of the run
 
@@ -74,7 +74,7 @@ class TrainingParts:
 async def run_training(run: Run, parts: TrainingParts) -> RunResult:
     """Train from the beginning, or from the previous run's checkpoint, to the end or to a stop."""
     from topkd.compose.run.saving import RunSaver, restore_state, restore_weights
-    from topkd.engine.loop.loop import distil
+    from topkd.engine.loop.loop import LoopParts, distil
 
     config, prompts = parts.config, describe_rows(parts.rows)
     if run.previous.checkpoint is not None:

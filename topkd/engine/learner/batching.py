@@ -11,16 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from topkd.topk.samples import PreparedSample, SampleCore
+from topkd.topk.samples import PreparedSample, TextSample
 from topkd.topk.types import Bool
-
-
-@dataclass(frozen=True, slots=True)
-class TextSample:
-    """A completion that came with the data: ids and a mask, no logprobs."""
-
-    core: SampleCore
-
 
 S = TypeVar("S", bound=PreparedSample | TextSample)
 

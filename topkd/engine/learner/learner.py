@@ -13,7 +13,7 @@ from torch import Tensor
 
 from topkd.engine.config.learner import ImportanceSampling, LearnerConfig
 from topkd.engine.config.objectives import TAID, Objective
-from topkd.engine.learner.batching import MicroBatch, TextSample, make_micro_batches
+from topkd.engine.learner.batching import MicroBatch, make_micro_batches
 from topkd.engine.learner.distributed import Ranks
 from topkd.engine.learner.objectives import (
     TokenStats,
@@ -34,7 +34,7 @@ from topkd.engine.learner.token_metrics import GradientNoise, average_passes, ba
 from topkd.engine.learner.token_view import TokenLoss
 from topkd.engine.models.student import Precision, Student
 from topkd.topk.errors import ConfigError, TrainingError
-from topkd.topk.samples import PreparedSample
+from topkd.topk.samples import PreparedSample, TextSample
 from topkd.topk.schedule import TAIDScheduler
 
 MAX_SKIPPED_IN_A_ROW = 5

@@ -20,7 +20,7 @@ from topkd.engine.config.objectives import (
     check_loss_function,
     name_function,
 )
-from topkd.engine.learner.batching import MicroBatch, TextSample
+from topkd.engine.learner.batching import MicroBatch
 from topkd.engine.learner.direct_losses import (
     compute_entropy_aware,
     compute_eopd,
@@ -41,7 +41,7 @@ from topkd.engine.learner.token_view import (
     select_teacher_rows,
 )
 from topkd.topk.errors import ConfigError
-from topkd.topk.samples import PreparedSample
+from topkd.topk.samples import PreparedSample, TextSample
 from topkd.topk.types import Bool, Float32, Float64
 
 ObjectiveLoss: TypeAlias = Callable[[Any, TokenView], LossOutput]

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from topkd.engine.config.engine_config import EngineConfig
-from topkd.engine.learner.batching import TextSample
 from topkd.engine.loop.prompts import PromptRow, step_indices
 from topkd.topk.errors import ConfigError
-from topkd.topk.samples import Rollout, SampleCore, SamplingParams
+from topkd.topk.samples import Rollout, SampleCore, SamplingParams, TextSample
 from topkd.topk.types import Bool
 
 DATA = "data"  # the version of a completion that no policy of this run has drawn
