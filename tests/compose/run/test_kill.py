@@ -17,7 +17,7 @@ from topkd.engine.loop.metrics import drop_timings, read_metrics
 from topkd.serve import ServeConfig, ServerProcess
 
 KILLS, STEPS = 30, 110
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def run_config(folders, url, cache):
@@ -56,7 +56,7 @@ async def test_thirty_kills_change_no_number_and_ask_nothing_kept_again(folders,
         path.write_text(run_config(folders, server.url, tmp_path / "cache-killed").model_dump_json())
         out = tmp_path / "killed"
         done = subprocess.run(
-            [sys.executable, "-m", "tests.compose.killed_runs", str(path), str(out), str(KILLS), "7"],
+            [sys.executable, "-m", "tests.compose.run.killed_runs", str(path), str(out), str(KILLS), "7"],
             cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1700,
             check=False,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.cli.test_cache import ran
-from tests.compose.test_score import ROWS, written
+from tests.compose.bulk.test_score import ROWS, written
 from tests.engine.pieces import model_folder
 from topkd.clients import ClientConfig, connect
 from topkd.compose.config.run_config import RunConfig

@@ -11,7 +11,7 @@ from topkd.compose.config.run_config import RunConfig, read_toml, validate_confi
 from topkd.compose.run.folder import lock_folder
 from topkd.topk.errors import ConfigError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ARMS = [{"name": "a", "set": {"objective": {"kind": "gjs"}}}, {"name": "b", "set": {"k": 5}}]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.compose.test_compare_stats import result
+from tests.compose.comparison.test_statistics import result
 from topkd.compose.comparison.statistics import summarize_arms
 from topkd.compose.comparison.summary import judge_arms
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.compose.chat_server import AMBIGUOUS, LOGP, ChatServer
+from tests.compose.bulk.chat_server import AMBIGUOUS, LOGP, ChatServer
 from tests.engine.pieces import model_folder
 from topkd.compose.bulk.sample_config import SampleConfig
 from topkd.compose.bulk.spending import SpendingLimit

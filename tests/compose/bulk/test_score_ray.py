@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from tests.compose.test_score import keys, sent_tokens, written
+from tests.compose.bulk.test_score import keys, sent_tokens, written
 from tests.engine.pieces import model_folder
 from topkd.compose.bulk.ray_runner import Ledger
 from topkd.compose.bulk.score_config import ScoreConfig, ScoreReport
