@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.clients import test_sglang as sglang
+from tests.clients.dialects import test_sglang as sglang
 from tests.clients.probing import served
 from tests.clients.toy import VOCAB, npy
 from tests.clients.vllm_toy import VllmToy

@@ -22,7 +22,7 @@ from topkd.topk.errors import (
 )
 from topkd.topk.samples import SamplingParams
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "vllm-0.32.0"
+GOLDEN = Path(__file__).parents[2] / "golden" / "vllm-0.32.0"
 FAST = ClientConfig(backoff_s=0.0, max_retries=1)
 TOY = Toy()
 PROMPT = [5, 6, 7, 8]

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.clients.test_fireworks import position
-from tests.clients.test_sglang import TOY as SGLANG_TOY
-from tests.clients.test_sglang import meta
-from tests.clients.test_vllm_generate import generated
+from tests.clients.dialects.test_fireworks import position
+from tests.clients.dialects.test_sglang import TOY as SGLANG_TOY
+from tests.clients.dialects.test_sglang import meta
+from tests.clients.dialects.test_vllm_generate import generated
 from tests.clients.toy import VOCAB, Toy, npy
 from tests.clients.vllm_toy import VllmToy
 from topkd.clients.decoding import generate_sampled as vllm_generate_sampled

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.clients.dialects.script import Script
 from tests.clients.replies import score_body, score_rows
-from tests.clients.script import Script
 from topkd.clients import ClientConfig, VllmCompletions, connect
 from topkd.topk.errors import (
     AlignmentError,

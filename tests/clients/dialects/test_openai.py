@@ -17,7 +17,7 @@ from topkd.clients.dialects.openai import ROUTE, OpenAIChat
 from topkd.topk.errors import AlignmentError, ConfigError, KLimitError, ResponseError, UnsupportedError
 from topkd.topk.samples import SamplingParams
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 FAST = ClientConfig(max_retries=0)
 MESSAGES = [{"role": "user", "content": "def get"}]
 

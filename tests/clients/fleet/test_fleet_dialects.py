@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.clients import test_fireworks as fireworks
-from tests.clients import test_sglang as sglang
+from tests.clients.dialects import test_fireworks as fireworks
+from tests.clients.dialects import test_sglang as sglang
 from tests.clients.probing import served
 from tests.clients.toy import VOCAB, Toy, Wire
 from tests.clients.vllm_toy import VllmToy

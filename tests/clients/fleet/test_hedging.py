@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from tests.clients.test_fleet import IDS, QUICK, prompts
+from tests.clients.fleet.test_fleet import IDS, QUICK, prompts
 from tests.fakes.virtual_time import in_virtual_time
 from tests.faults.server import FaultyServer, actual_logp, body_of, until
 from topkd.clients import ClientConfig, Fleet

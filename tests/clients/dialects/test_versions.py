@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.clients.script import Script
-from tests.clients.test_vllm import FAST, PROMPT, choice, sampled
+from tests.clients.dialects.script import Script
+from tests.clients.dialects.test_vllm import FAST, PROMPT, choice, sampled
 from tests.clients.toy import Wire, refused
 from topkd.clients import VllmCompletions
 from topkd.topk.samples import SamplingParams

@@ -19,7 +19,7 @@ from topkd.clients.decoding.vllm_typed import read_prompt_rows, scored_choice
 from topkd.topk.errors import AlignmentError, ResponseError
 from topkd.topk.types import TopK
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 CAPTURES = sorted((GOLDEN / "vllm-0.32.0").glob("a*.json"))
 READERS = {"numpy": decode_numpy.read_rows}
 if decode_numba.available():

@@ -30,7 +30,7 @@ from topkd.topk.errors import (
 )
 from topkd.topk.samples import SamplingParams
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 ONCE = ClientConfig(max_retries=0, response_retries=0, backoff_s=0.0)
 MODELS = {"object": "list", "data": [{"id": "t", "max_model_len": 8192}]}
 GENERATE = "/inference/v1/generate"

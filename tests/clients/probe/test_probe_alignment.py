@@ -15,7 +15,7 @@ from topkd.clients.probe.alignment import check_alignment
 from topkd.clients.probe.openai import check_echo_alignment
 from topkd.topk.types import TopK
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "llama-cpp"
+GOLDEN = Path(__file__).parents[2] / "golden" / "llama-cpp"
 
 
 def _choice(name: str) -> dict[str, Any]:

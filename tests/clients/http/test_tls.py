@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.clients.test_fleet import IDS, QUICK
+from tests.clients.fleet.test_fleet import IDS, QUICK
 from tests.faults.server import KEY, FaultyServer, actual_logp
 from topkd.clients import VllmCompletions
 from topkd.topk.errors import FinalServerError
