@@ -1,29 +1,30 @@
-"""Entropy-aware distillation: forward KL where the teacher is unsure, reverse KL where it knows.
+"""Entropy-aware distillation: forward KL where the teacher's entropy is high, reverse KL where it is low.
 
-The weight of forward KL at a token is the teacher's entropy there over ``h_max``: where several answers are good the
-student is to cover them, where one is it is to choose. A top-K list gives a lower bound of the entropy; that is used.
+The weight of the forward KL at a token is the teacher's entropy divided by ``h_max``. Where several answers are good,
+the student then covers all of them; where one is good, it takes that one. The entropy used is the lower bound that a
+top-K list gives.
 
     python examples/entropy_aware.py
 """
 
 import asyncio
 
-from made_here import folder_of, rows, student, teacher, told
+from letter_task import make_output_folder, print_evaluations, train_student, train_teacher, write_rows
 
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.train import train
 
 
 def main() -> None:
-    """Train, and print the divergence and the accuracy on the way."""
-    here = folder_of(__file__)
-    data = rows(here / "letters.jsonl", hint=None)
+    """Train, and print divergence and accuracy."""
+    here = make_output_folder(__file__)
+    data = write_rows(here / "letters.jsonl", hint=None)
     config = RunConfig.model_validate(
         {
             "steps": 40,
             "objective": {"kind": "entropy_aware", "h_max": 2.0},
-            "student": {"model": str(student(here / "student"))},
-            "teacher": {"kind": "local", "model": str(teacher(here / "teacher"))},
+            "student": {"model": str(train_student(here / "student"))},
+            "teacher": {"kind": "local", "model": str(train_teacher(here / "teacher"))},
             "data": {"path": str(data)},
             "rollout": {"prompts_per_step": 52, "samples_per_prompt": 1, "max_completion_tokens": 3},
             "learner": {"lr": 2e-3, "warmup_steps": 5},
@@ -31,7 +32,7 @@ def main() -> None:
         }
     )
     asyncio.run(train(config, here / "run"))
-    told(here / "run")
+    print_evaluations(here / "run")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""A remote teacher and a local student: the teacher is reached over HTTP only, and never opened by the learner.
+"""A remote teacher and a local student: the learner reaches the teacher over HTTP only.
 
-The embedded server stands in for any vLLM: give ``url`` the address of yours. ``eval.teacher`` opens the teacher's
-weights here too, only to measure the exact divergence; leave it out where you do not have them.
+The example starts the embedded server. To use a vLLM, put its address in ``url``. ``eval.teacher`` also loads the
+teacher's weights here, only to measure exact divergences; leave it out if you do not have them.
 
     python examples/remote_teacher.py
 """
 
 import asyncio
 
-from made_here import folder_of, rows, student, teacher, told
+from letter_task import make_output_folder, print_evaluations, train_student, train_teacher, write_rows
 
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.train import train
@@ -16,18 +16,18 @@ from topkd.serve import ServeConfig, ServerProcess
 
 
 def main() -> None:
-    """Serve a teacher, train against it, print how near the student came."""
-    here = folder_of(__file__)
-    data = rows(here / "letters.jsonl", hint=None)
-    knows = teacher(here / "teacher")
-    with ServerProcess(ServeConfig(model=str(knows), served_model_name="teacher", port=0)) as server:
+    """Serve a teacher, train from it, and print divergence and accuracy."""
+    here = make_output_folder(__file__)
+    data = write_rows(here / "letters.jsonl", hint=None)
+    teacher = train_teacher(here / "teacher")
+    with ServerProcess(ServeConfig(model=str(teacher), served_model_name="teacher", port=0)) as server:
         config = RunConfig.model_validate(
             {
                 "steps": 40,
-                "student": {"model": str(student(here / "student"))},
+                "student": {"model": str(train_student(here / "student"))},
                 "teacher": {"url": server.url},
                 "data": {"path": str(data)},
-                "cache": {"path": str(here / "cache")},  # every score is paid for once; `topkd replay` needs no server
+                "cache": {"path": str(here / "cache")},  # no sequence is scored twice; `topkd replay` needs no server
                 "rollout": {"prompts_per_step": 52, "samples_per_prompt": 1, "max_completion_tokens": 3},
                 "learner": {"lr": 2e-3, "warmup_steps": 5},
                 "eval": {
@@ -35,13 +35,13 @@ def main() -> None:
                     "every": 20,
                     "max_tokens": 3,
                     "scorer": "exact_match",
-                    "teacher": str(knows),
+                    "teacher": str(teacher),
                     "best": "accuracy",
                 },
             }
         )
         asyncio.run(train(config, here / "run"))
-    told(here / "run")
+    print_evaluations(here / "run")
 
 
 if __name__ == "__main__":

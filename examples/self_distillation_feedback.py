@@ -1,34 +1,34 @@
-"""Self-distillation with feedback (SDPO): the teacher is the student, told what was wrong with the attempt it scores.
+"""Self-distillation with feedback (SDPO): the teacher is the student with feedback on the completion in its prompt.
 
-A function of yours looks at each completion. What it says goes into the teacher's prompt, and the teacher scores that
-same completion: tokens that lead astray lose probability, the ones it would have written gain. The teacher follows the
-student slowly (an exponential average), so that it gets better with it.
+A function of yours returns feedback on each completion. It is put into the teacher's prompt, and the teacher scores the
+same completion: wrong tokens become less likely, better ones more likely. The teacher's weights follow the student's
+slowly (an exponential average), so the teacher improves too.
 
     python examples/self_distillation_feedback.py
 """
 
 import asyncio
 
-from made_here import folder_of, rows, student, told
+from letter_task import make_output_folder, print_evaluations, train_student, write_rows
 
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.train import train
 
 
 def feedback(row: dict, completion: str) -> str | None:
-    """What a checker (a compiler, a unit test, a reader) would say; None when there is nothing to say."""
+    """Return what a checker (a compiler, a unit test) would print; None if the answer is right."""
     return None if completion == row["answer"] else f"it is {row['answer']}"
 
 
 def main() -> None:
     """Train, and print the accuracy without feedback."""
-    here = folder_of(__file__)
-    data = rows(here / "letters.jsonl", hint=None)
+    here = make_output_folder(__file__)
+    data = write_rows(here / "letters.jsonl", hint=None)
     config = RunConfig.model_validate(
         {
             "steps": 50,
-            "max_staleness": 0,  # a teacher that moves scores each step with the weights of that step
-            "student": {"model": str(student(here / "student"))},
+            "max_staleness": 0,  # the teacher's weights change, so it must score at the right step
+            "student": {"model": str(train_student(here / "student"))},
             "teacher": {"kind": "self", "ema": 0.99},
             "data": {
                 "path": str(data),
@@ -43,12 +43,12 @@ def main() -> None:
                 "max_tokens": 3,
                 "scorer": "exact_match",
                 "ceiling": False,
-                "prefixes": [],  # the teacher here is the student itself: told nothing, they never differ
+                "prefixes": [],  # without feedback the teacher is the student: no divergence to measure
             },
         }
     )
     asyncio.run(train(config, here / "run"))
-    told(here / "run")
+    print_evaluations(here / "run")
 
 
 if __name__ == "__main__":

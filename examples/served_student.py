@@ -1,12 +1,12 @@
-"""The student sampled from a server that gets a new LoRA adapter after each step; each completion says which it is of.
+"""Sample the student from a server that receives a new LoRA adapter after each step, and show each step's version.
 
-The embedded server stands in for vLLM. With one of yours that serves the student's model, give its address:
+The example starts the embedded server. To use a vLLM that serves the student's model, pass its address:
 
     python examples/served_student.py
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve runs/examples/served_student/student --enable-lora --enable-scale-out
     python examples/served_student.py runs/examples/served_student http://127.0.0.1:8000
 
-What a server must be started with, and what is checked: docs/how-to/served-student.md.
+How to start such a server, and what is checked: docs/how-to/served-student.md.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import contextlib
 import shutil
 import sys
 
-from made_here import folder_of, rows, student, teacher, told
+from letter_task import make_output_folder, print_evaluations, train_student, train_teacher, write_rows
 
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.train import train
@@ -23,13 +23,13 @@ from topkd.serve import ServeConfig, ServerProcess
 
 
 def main() -> None:
-    """Train an adapter, sample from it elsewhere, print the accuracy and which weights each step learnt from."""
-    here = folder_of(__file__)
-    data = rows(here / "letters.jsonl", hint=None)
-    knows = teacher(here / "teacher")
+    """Train an adapter, sample from a server, and print the accuracy and the weight version of each step."""
+    here = make_output_folder(__file__)
+    data = write_rows(here / "letters.jsonl", hint=None)
+    teacher = train_teacher(here / "teacher")
     base = here / "student"
     if not base.exists():  # a server may be serving it
-        student(base)
+        train_student(base)
     with contextlib.ExitStack() as stack:
         if len(sys.argv) > 2:
             url = sys.argv[2]
@@ -39,7 +39,7 @@ def main() -> None:
             {
                 "steps": 30,
                 "student": {"model": str(base), "lora": {"r": 16, "alpha": 32.0}},
-                "teacher": {"kind": "local", "model": str(knows)},
+                "teacher": {"kind": "local", "model": str(teacher)},
                 "data": {"path": str(data)},
                 "sampler": {"kind": "server", "url": url},
                 "rollout": {"prompts_per_step": 52, "samples_per_prompt": 1, "max_completion_tokens": 3},
@@ -55,7 +55,7 @@ def main() -> None:
         )
         shutil.rmtree(here / "run", ignore_errors=True)
         asyncio.run(train(config, here / "run"))
-    told(here / "run")
+    print_evaluations(here / "run")
     steps = read_metrics(here / "run" / "metrics.jsonl", "step")
     for step in steps[-3:]:
         learnt, pushed = ", ".join(step["rollout_versions"]), step["sampler_version"]

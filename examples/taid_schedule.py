@@ -1,29 +1,29 @@
-"""TAID (arXiv:2501.16937): the target is no fixed teacher, it moves from the student to the teacher while training.
+"""TAID (arXiv:2501.16937): the target moves from the student to the teacher while training.
 
-At the interpolation weight t the target lies t of the way to the teacher; t runs from 0.4 to 1 over the run's steps,
-faster while the loss falls. The weight of every step is in the run log (``taid_t``).
+The target is a mixture of student and teacher. The teacher's weight t grows from 0.4 to 1 over the run's steps, faster
+while the loss falls. The weight of every step is in the run log (``taid_t``).
 
     python examples/taid_schedule.py
 """
 
 import asyncio
 
-from made_here import folder_of, rows, student, teacher, told
+from letter_task import make_output_folder, print_evaluations, train_student, train_teacher, write_rows
 
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.train import train
 
 
 def main() -> None:
-    """Train, and print the divergence and the accuracy on the way."""
-    here = folder_of(__file__)
-    data = rows(here / "letters.jsonl", hint=None)
+    """Train, and print divergence and accuracy."""
+    here = make_output_folder(__file__)
+    data = write_rows(here / "letters.jsonl", hint=None)
     config = RunConfig.model_validate(
         {
             "steps": 40,
             "objective": {"kind": "taid", "t_start": 0.4, "t_end": 1.0, "alpha": 5e-4},
-            "student": {"model": str(student(here / "student"))},
-            "teacher": {"kind": "local", "model": str(teacher(here / "teacher"))},
+            "student": {"model": str(train_student(here / "student"))},
+            "teacher": {"kind": "local", "model": str(train_teacher(here / "teacher"))},
             "data": {"path": str(data)},
             "rollout": {"prompts_per_step": 52, "samples_per_prompt": 1, "max_completion_tokens": 3},
             "learner": {"lr": 2e-3, "warmup_steps": 5},
@@ -31,7 +31,7 @@ def main() -> None:
         }
     )
     asyncio.run(train(config, here / "run"))
-    told(here / "run")
+    print_evaluations(here / "run")
 
 
 if __name__ == "__main__":
