@@ -14,7 +14,13 @@ SERVED = {"sampler": {"kind": "server", "url": "http://127.0.0.1:8001"}}
 IN_VLLM = {"sampler": {"kind": "vllm"}}
 TABLES = {"student": {"model": "m", "lora": {}}, "cache": {"path": "c"}, "eval": {"path": "e.jsonl"}}
 # Between them they have every key of an objective, of a sampler and of the tables that a run may leave out.
-VARIANTS = ({}, SERVED, IN_VLLM, TABLES, *({"objective": {"kind": kind}} for kind in ("gjs", "fkl", "taid", "entropy_aware", "eopd")))
+VARIANTS = (
+    {},
+    SERVED,
+    IN_VLLM,
+    TABLES,
+    *({"objective": {"kind": kind}} for kind in ("gjs", "fkl", "taid", "entropy_aware", "eopd")),
+)
 
 
 def rows():
@@ -53,7 +59,9 @@ def defaults(key):
 def test_a_default_is_the_one_that_its_page_gives(key, value):
     found = list(defaults(key))
     assert found, f"no run has a {key}"
-    assert all(one == value or (value is False and one in {None, "off"}) for one in found), f"{key} is {found}"
+    assert all(default == value or (value is False and default in {None, "off"}) for default in found), (
+        f"{key} is {found}"
+    )
 
 
 def test_most_rows_are_compared():

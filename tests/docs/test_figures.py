@@ -80,7 +80,7 @@ def fused():
 def store():
     found = result("bench_store")
     size, ratio, plain = found["bytes_per_token"]["64"], found["ratios"], found["without_numba"]
-    measured = {name: one["measured"] for name, one in ratio.items()}
+    measured = {name: entry["measured"] for name, entry in ratio.items()}
     yield f"K = 64, {size['packed']:.0f} B/token ({size['cold']:.0f} cold)"
     fast = f"sequential {times(measured['sequential_vs_hf'])}, random {times(measured['random_vs_hf'])}"
     slow = f"({times(plain['sequential_vs_hf'])} and {times(plain['random_vs_hf'])} without `[fast]`)"

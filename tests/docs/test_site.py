@@ -42,15 +42,15 @@ def test_the_reference_shows_the_public_names_with_their_docstrings(site):
         assert re.search(rf'id="topkd\.topk\.[\w.]+\.{name}"', maths), name
 
 
-def said_by_the_code():
-    """What the code can print: string constants that are no docstrings, and patterns of those with values in them."""
+def find_messages():
+    """Find what the code can print: string constants except docstrings, and patterns of f-strings."""
     constants, patterns = [], []
     for path in sorted((ROOT / "topkd").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):
-                parts = [re.escape(one.value) if isinstance(one, ast.Constant) else ".+?" for one in node.values]
+                parts = [re.escape(part.value) if isinstance(part, ast.Constant) else ".+?" for part in node.values]
                 if sum(len(part) for part in parts if part != ".+?") > 8:
                     patterns.append("".join(parts))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
@@ -63,17 +63,17 @@ def test_the_messages_that_troubleshooting_explains_are_the_messages_of_the_code
     cells = re.findall(r"^\| (`[^|]+`) \|", page, re.MULTILINE)
     quoted = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
     assert len(quoted) > 40
-    constants, patterns = said_by_the_code()
-    unsaid = [
+    constants, patterns = find_messages()
+    unknown = [
         message for message in quoted
         if not any(message in text for text in constants)
         and not any(re.match(pattern, message) for pattern in patterns)
     ]  # fmt: skip
-    assert unsaid == []
+    assert unknown == []
 
 
-def test_a_message_that_only_a_docstring_or_a_name_holds_counts_as_unsaid():
-    constants, patterns = said_by_the_code()
+def test_a_message_that_only_a_docstring_or_a_name_holds_counts_as_unknown():
+    constants, patterns = find_messages()
     assert not any("no silent wrong numbers" in text for text in constants)
     assert any(re.match(pattern, "step 12 lost 40 of 64 samples") for pattern in patterns)
     assert not any(re.match(pattern, "step 12 mislaid 40 of 64 samples") for pattern in patterns)
@@ -87,10 +87,10 @@ def test_the_options_that_migration_pages_name_exist():
         for field in model.model_fields.values():
             stack = [field.annotation]
             while stack:
-                one = stack.pop()
-                stack += getattr(one, "__args__", ())
-                if depth and hasattr(one, "model_fields"):
-                    found |= keys(one, depth - 1)
+                annotation = stack.pop()
+                stack += getattr(annotation, "__args__", ())
+                if depth and hasattr(annotation, "model_fields"):
+                    found |= keys(annotation, depth - 1)
         return found
 
     known = keys(RunConfig) | {"kind", "r"}
