@@ -1,4 +1,4 @@
-"""The commands: a thin skin on ``topkd.compose``."""
+"""The commands: a thin layer over ``topkd.compose``."""
 
 from topkd.cli.app import main
 

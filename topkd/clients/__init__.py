@@ -1,4 +1,6 @@
-"""How servers say it. Knows: HTTP, dialects, retries. Does not know: losses, training, caches.
+"""Clients of model servers: requests, and checked replies.
+
+Knows: HTTP, dialects, retries. Does not know: losses, training, caches.
 
 Names are imported when they are first used: ``import topkd.clients`` costs nothing.
 """

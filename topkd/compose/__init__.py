@@ -1,1 +1,1 @@
-"""The rooms plugged together: train, score, replay, compare as library functions over one frozen config."""
+"""The commands as library functions: train, score, replay, compare. Connects all other rooms."""

@@ -1,4 +1,4 @@
-"""Moving samples and taking steps.
+"""Training: sample, score, learn, checkpoint.
 
 Knows: torch, the student, the order of things. Does not know: HTTP, files of scores. Importing the package
 loads no torch: take what you need from its modules (``topkd.engine.loop.loop``, ``topkd.engine.learner.learner``, ...).

@@ -1,1 +1,4 @@
-"""What people look at. Knows: finished metrics. Does not know: how they came about."""
+"""Reports: HTML pages and figures about runs.
+
+Knows: finished metrics. Does not know: how they were made.
+"""

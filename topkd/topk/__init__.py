@@ -1,4 +1,4 @@
-"""What a top-K logprob is, and all the maths on it.
+"""Top-K logprobs: types, errors, protocols, and all the maths.
 
 Knows: probabilities, divergences, advantages, estimators. Does not know: servers, files, clocks, loggers, torch
 (but for ``losses``, ``fused`` and ``schedule``, which are imported only by who asks).

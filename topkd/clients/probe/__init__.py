@@ -1,4 +1,4 @@
-"""What can this endpoint do: about forty small requests and a verdict.
+"""``topkd probe``: find out what a server can do, with about forty small requests.
 
 Knows: every dialect. Does not know: training.
 """

@@ -1,4 +1,4 @@
-"""Matched runs over arms and seeds, and what they show together.
+"""Comparisons: matched runs over arms and seeds, and their statistics.
 
 Knows: cells and statistics. Does not know: how a page is drawn.
 """

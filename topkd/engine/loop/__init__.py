@@ -1,4 +1,4 @@
-"""The order of things: sample, score, learn, publish, evaluate.
+"""The training loop: sample, score, learn, publish weights, evaluate.
 
 Knows: asyncio. Does not know: models' insides.
 """
