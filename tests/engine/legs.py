@@ -8,10 +8,9 @@ from topkd.engine.checkpoint.checkpoint import find_newest_checkpoint, restore, 
 from topkd.engine.config.engine_config import CheckpointConfig, EngineConfig, RolloutConfig
 from topkd.engine.config.learner import LearnerConfig
 from topkd.engine.learner.learner import Learner
-from topkd.engine.loop.hooks import Hooks
+from topkd.engine.loop.hooks import Hooks, Position
 from topkd.engine.loop.loop import LoopParts, distil
 from topkd.engine.loop.metrics import MetricsLog, drop_timings, read_metrics
-from topkd.engine.loop.position import Position
 from topkd.engine.loop.prompts import PromptRow
 from topkd.engine.models.local_teacher import LocalTeacher
 from topkd.engine.models.sampler import InProcessSampler

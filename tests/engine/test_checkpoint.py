@@ -16,8 +16,8 @@ from topkd.engine.checkpoint.snapshots import MANIFEST, find_fault, find_newest_
 from topkd.engine.config.engine_config import EngineConfig
 from topkd.engine.config.learner import LearnerConfig
 from topkd.engine.learner.learner import Learner
+from topkd.engine.loop.hooks import Position, Queued
 from topkd.engine.loop.metrics import read_metrics
-from topkd.engine.loop.position import Position, Queued
 from topkd.engine.models.student import Student
 from topkd.topk.errors import ConfigError, TrainingError
 

@@ -5,12 +5,11 @@ Knows: probabilities, divergences, advantages, estimators. Does not know: server
 """
 
 from topkd.topk.compat import compute_topk_gjs, extract_token_logprobs, slice_completion_topk
-from topkd.topk.maths.advantages import forward_kl_advantage, gjs_advantage, scalar_kl_advantage
+from topkd.topk.maths.advantages import forward_kl_advantage, gjs_advantage, kl_k1, kl_k3, scalar_kl_advantage
 from topkd.topk.maths.baselines import discounted_return, topk_value_baseline, value_baseline
 from topkd.topk.maths.divergence import gjs, shared_support_gjs
-from topkd.topk.maths.entropy import entropy_bounds
 from topkd.topk.maths.estimator import gated_rows, topk_weights
-from topkd.topk.maths.kl_estimates import kl_k1, kl_k3
+from topkd.topk.maths.mass import entropy_bounds
 from topkd.topk.maths.pairs import topk_gjs
 from topkd.topk.samples import (
     Behavior,

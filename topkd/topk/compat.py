@@ -11,13 +11,12 @@ from typing import TypeAlias, TypeVar
 
 import numpy as np
 
-from topkd.topk.alignment import align
 from topkd.topk.errors import AlignmentError, ConfigError
-from topkd.topk.inputs import check_beta, check_floor, logp64
+from topkd.topk.inputs import check_floor, logp64
 from topkd.topk.maths.divergence import integrand
-from topkd.topk.maths.pairs import log_renormalised
+from topkd.topk.maths.pairs import align, log_renormalised
 from topkd.topk.maths.ragged import pad_rows
-from topkd.topk.maths.scalars import check_integer
+from topkd.topk.maths.scalars import check_beta, check_integer
 from topkd.topk.types import PAD_ID, Float64, Int32
 
 Position: TypeAlias = Sequence[tuple[int, float]]

@@ -65,16 +65,6 @@ def to_dtype(value: Float64, dtype: np.dtype[np.floating]) -> NDArray[np.floatin
         return value.astype(dtype, copy=False)
 
 
-def check_beta(beta: float, name: str = "beta") -> float:
-    """Return ``beta`` as a float in [0, 1]: the mixture weight of the *teacher*."""
-    number = check_real(name, beta)
-    if not 0.0 <= number <= 1.0:
-        raise ConfigError(
-            f"{name} out of range", got=beta, expected="0 (forward KL) .. 1 (reverse KL), the teacher's mixture weight"
-        )
-    return number
-
-
 def check_floor(name: str, value: float) -> float:
     """Return a negative log-probability that stands for a missing id (-inf = no probability)."""
     number = check_real(name, value)

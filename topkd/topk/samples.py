@@ -64,15 +64,7 @@ class SamplingParams:
     @property
     def exact(self) -> bool:
         """True when the sampled distribution is the policy's own softmax, untempered and untruncated."""
-        return (
-            self.temperature == 1.0
-            and self.top_p == 1.0
-            and self.top_k == 0
-            and self.min_p == 0.0
-            and self.repetition_penalty == 1.0
-            and self.presence_penalty == 0.0
-            and self.frequency_penalty == 0.0
-        )
+        return self == SamplingParams(self.max_tokens, stop_token_ids=self.stop_token_ids, seed=self.seed)
 
 
 @dataclass(frozen=True, slots=True)

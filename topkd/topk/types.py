@@ -76,18 +76,21 @@ class TopK:
         """Compute the captured mass of each row, sum_k exp(logp_k), as float64 [R]."""
         return np.asarray(np.exp(self.logp, dtype=np.float64).sum(axis=1))
 
+    def tail_mass(self) -> Float64:
+        """Compute the mass outside each row's list: the stored tail where it is known, else 1 - mass; float64 [R]."""
+        tail = np.exp(self.tail_logp, dtype=np.float64)
+        return np.where(np.isnan(tail), 1.0 - self.mass(), tail)
+
     def ceiling(self) -> Float64:
         """Bound the *probability* of an id that the row does not list: min(p_K, 1 - mass), float64 [R].
 
-        p_K is the smallest listed probability. ``tail_logp`` serves as 1 - mass where it is known. NaN for a hole.
+        p_K is the smallest listed probability, 1 - mass the stored tail where it is known. NaN for a hole.
         """
-        counts = self.listed.sum(axis=1)
-        last = np.take_along_axis(self.logp, np.maximum(counts - 1, 0)[:, None], axis=1)[:, 0] if self.k else None
-        if last is None:
+        if not self.k:
             return np.full(self.rows, np.nan)
-        remaining = np.maximum(1.0 - self.mass(), 0.0)
-        tail = np.exp(self.tail_logp, dtype=np.float64)
-        bound = np.minimum(np.exp(last, dtype=np.float64), np.where(np.isnan(tail), remaining, tail))
+        counts = self.listed.sum(axis=1)
+        last = np.take_along_axis(self.logp, np.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
+        bound = np.minimum(np.exp(last, dtype=np.float64), np.maximum(self.tail_mass(), 0.0))
         return np.where(counts > 0, bound, np.nan)
 
     def at(self, ids: ArrayLike) -> tuple[Float32, Bool]:
@@ -115,6 +118,10 @@ class TopK:
         exact = (columns == self.actual_ids[:, None]) & (columns >= 0) & ~np.isnan(self.actual_logp)[:, None]
         np.copyto(logp, self.actual_logp[:, None], where=exact)
         return logp.reshape(wanted.shape), ~np.isnan(logp.reshape(wanted.shape))
+
+    def take(self, rows: NDArray[np.intp]) -> TopK:
+        """Select rows by index; ``start`` becomes 0, as they need not follow one another."""
+        return TopK(0, *(getattr(self, name)[rows] for name in _FIELDS))
 
     def slice(self, rows: slice | None = None, *, k: int | None = None) -> TopK:
         """Select rows and/or a narrower list.

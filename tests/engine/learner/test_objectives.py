@@ -27,8 +27,7 @@ from topkd.engine.config.objectives import (
     TopKPolicyGradient,
 )
 from topkd.engine.learner.learner import Learner
-from topkd.engine.learner.objectives import LOSSES
-from topkd.engine.learner.policy_gradients import mean_advantage
+from topkd.engine.learner.losses import LOSSES, mean_advantage
 from topkd.engine.models.student import Student
 from topkd.topk.errors import ConfigError
 from topkd.topk.losses import KDLoss, SparseTeacher

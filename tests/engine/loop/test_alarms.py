@@ -1,6 +1,6 @@
 """Alarms sound once, when something begins to go wrong, and never for a steady run."""
 
-from topkd.engine.loop.alarms import find_alarms
+from topkd.engine.loop.metrics import find_alarms
 
 
 def run(**series):

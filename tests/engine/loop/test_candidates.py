@@ -9,10 +9,10 @@ from topkd.engine.config.engine_config import EngineConfig, RolloutConfig
 from topkd.engine.config.learner import LearnerConfig
 from topkd.engine.config.objectives import TopKPolicyGradient
 from topkd.engine.learner.learner import Learner
-from topkd.engine.loop.candidates import build_support_rows, check_support, move_to_support
 from topkd.engine.loop.loop import LoopParts, distil
 from topkd.engine.loop.metrics import MetricsLog
 from topkd.engine.loop.prompts import PromptRow
+from topkd.engine.loop.scoring import build_support_rows, check_support, move_to_support
 from topkd.engine.models.divergences import Probe, exact_divergences
 from topkd.engine.models.local_teacher import LocalTeacher
 from topkd.engine.models.sampler import InProcessSampler

@@ -210,7 +210,7 @@ def test_tensors_that_are_none_are_refused_in_the_policy_losses() -> None:
         reinforce_loss(Z[0], [1.0])
     with pytest.raises(ConfigError, match="not a tensor"):
         topk_policy_gradient_loss(LOGP[:, :2].tolist(), LOGP[:, 3], TEACHER)
-    with pytest.raises(ConfigError, match="row_weight has another shape"):
+    with pytest.raises(ConfigError, match="row_weight and the mask differ in shape"):
         sparse_divergence_loss(Z, TEACHER, row_weight=torch.ones(1))
     with pytest.raises(ConfigError, match="floating-point"):
         gather_logprobs(Z.long(), torch.zeros(2, 1, dtype=torch.long))

@@ -20,8 +20,8 @@ from topkd.engine.checkpoint.checkpoint import (
 from topkd.engine.config.engine_config import EngineConfig
 from topkd.engine.learner.learner import Learner
 from topkd.engine.learner.objectives import describe_objective
+from topkd.engine.loop.hooks import Position
 from topkd.engine.loop.metrics import MetricsLog
-from topkd.engine.loop.position import Position
 from topkd.report.load.run_folder import STUDENT
 
 

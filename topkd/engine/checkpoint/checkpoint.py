@@ -1,4 +1,4 @@
-"""The state of a run at one step, on disk: enough to go on as if it had never stopped.
+"""A run's checkpoint on disk: everything a resumed run needs to continue exactly.
 
 A checkpoint holds the trained weights (all of a full student's, only the adapter's under LoRA), the optimiser's state,
 the schedules', random number states, the position and the rollouts in flight that later weights could not repeat.
@@ -7,19 +7,20 @@ the schedules', random number states, the position and the rollouts in flight th
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
 from topkd.engine.checkpoint.snapshots import find_newest_snapshot, write_folder, write_snapshot
-from topkd.engine.checkpoint.tensor_files import collect_random_state, load_tensors, save_tensors, set_random_state
 from topkd.engine.learner.learner import Learner, LearnerState
-from topkd.engine.loop.position import Position, Queued
+from topkd.engine.loop.hooks import Position, Queued
 from topkd.engine.models.student import Student
 from topkd.topk.errors import ConfigError
 from topkd.topk.wire import read_rollouts, write_rollouts
@@ -34,26 +35,26 @@ _STATE, _WEIGHTS, _OPTIMIZER, _RANDOM = (
 
 
 class Stateful(Protocol):
-    """Something beside the learner that a step depends on: a teacher that follows the student, say."""
+    """A part beside the learner that a step depends on, such as a teacher that follows the student."""
 
     def state_dict(self) -> Mapping[str, Tensor]:
-        """Its state as whole tensors."""
+        """Return the state as whole tensors."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> object:
-        """Continue from that state."""
+        """Continue from a saved state."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One checkpoint folder that has been checked.
+    """A checkpoint folder whose files were checked.
 
     Attributes:
-        path: Where it lies.
-        position: Where the run stood.
-        run_log_bytes: How long the run log was.
-        notes: What the writer wished to find again.
+        path: The folder.
+        position: The run's position.
+        run_log_bytes: Length of the run log at that position.
+        notes: The caller's own values.
     """
 
     path: Path
@@ -77,13 +78,13 @@ def save_checkpoint(
 
     Args:
         out: The run's folder.
-        position: Where the run stands.
+        position: The run's position.
         learner: Weights, optimiser and schedules.
-        run_log_bytes: Length of the run log that goes with it.
-        keep: How many checkpoints stay.
-        remembered: Whoever gives the rollouts will give those in flight again: they need not be kept here.
-        stateful: What else has a state, by name.
-        notes: Kept as they are.
+        run_log_bytes: Length of the run log at that position.
+        keep: How many checkpoints to keep.
+        remembered: The source of the rollouts (a cache, a replay) repeats those in flight: leave them out.
+        stateful: Other parts with a state, by name.
+        notes: The caller's own values, written as they are.
     """
     state = learner.state_dict()
     trained = collect_trained_weights(learner.student)
@@ -133,7 +134,7 @@ def find_newest_checkpoint(out: Path, on_damaged: Callable[[str], None]) -> Chec
 
 
 def restore(checkpoint: Checkpoint, learner: Learner, stateful: Mapping[str, Stateful] | None = None) -> None:
-    """Bring learner, random numbers and whatever else has a state to where the checkpoint left them."""
+    """Restore learner, random numbers and every other stateful part from a checkpoint."""
     values = json.loads((checkpoint.path / _STATE).read_text(encoding="utf-8"))
     if values["frozen"] != fingerprint_frozen(learner.student):
         raise ConfigError(
@@ -153,17 +154,17 @@ def restore(checkpoint: Checkpoint, learner: Learner, stateful: Mapping[str, Sta
 
 
 def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The checkpoint's trained weights."""
+    """Read the checkpoint's trained weights."""
     return load_tensors(checkpoint.path / _WEIGHTS)
 
 
 def collect_trained_weights(student: Student) -> dict[str, Tensor]:
-    """The parameters that training changes, by name; tied ones once."""
+    """Collect the parameters that training changes, by name; tied ones once."""
     return {name: p.detach() for name, p in student.model.named_parameters() if p.requires_grad}
 
 
 def load_weights(student: Student, weights: Mapping[str, Tensor], *, where: str) -> None:
-    """Set the trained parameters; another set of them, or another shape, is refused."""
+    """Set the trained parameters; refuse other names, shapes or dtypes."""
     own = collect_trained_weights(student)
     if differing := sorted(own.keys() ^ weights.keys()):
         raise ConfigError("weights of another student", where=where, got=f"{differing[0]} ({len(differing)} differ)")
@@ -180,7 +181,7 @@ def load_weights(student: Student, weights: Mapping[str, Tensor], *, where: str)
 
 
 def fingerprint_frozen(student: Student) -> str:
-    """A fingerprint of what training does not change (some of each tensor): "" when all is trained."""
+    """Fingerprint the weights that training does not change (a sample of each); "" when all train."""
     frozen = [(name, p.detach()) for name, p in student.model.named_parameters() if not p.requires_grad]
     if not frozen:
         return ""
@@ -193,7 +194,7 @@ def fingerprint_frozen(student: Student) -> str:
 
 
 def save_student(student: Student, tokenizer: Any, path: Path, state: Mapping[str, Any]) -> Path:
-    """Write model (safetensors), tokenizer and ``topkd.json`` as one loadable folder, whole or not at all."""
+    """Write model, tokenizer and ``topkd.json`` as one loadable folder, complete or not at all."""
 
     def fill(folder: Path) -> None:
         student.model.save_pretrained(folder)  # type: ignore[operator]
@@ -218,3 +219,56 @@ def _describe_queue(queued: Queued, *, remembered: bool) -> dict[str, Any]:
 
 def _rollouts(step: int) -> str:
     return f"rollouts-{step:08d}.jsonl"
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors of any device and layout to a safetensors file."""
+    from safetensors.torch import save_file
+
+    own: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        # safetensors refuses tensors that share storage (views, tied weights); a copy has its own.
+        shared = plain.untyped_storage().nbytes() != plain.nbytes or plain.untyped_storage().data_ptr() in places
+        own[name] = plain.clone() if shared else plain
+        places.add(own[name].untyped_storage().data_ptr())
+    save_file(own, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file, on the CPU."""
+    from safetensors.torch import load_file
+
+    return dict(load_file(path))
+
+
+def collect_random_state() -> dict[str, Tensor]:
+    """Collect the random states of torch (CPU and CUDA), NumPy and Python as tensors."""
+    version, words, gauss = random.getstate()
+    _, keys, place, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - what libraries draw from
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*keys.tolist(), place, has_gauss], dtype=torch.int64),  # type: ignore[union-attr]
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    for number, cuda in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []):
+        state[f"cuda{number}"] = cuda
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor]) -> None:
+    """Set the random states; skip a GPU that this machine does not have."""
+    torch.set_rng_state(state["torch"])
+    version, *words = state["python"].tolist()
+    gauss = state["python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss[0] if gauss else None))
+    *keys, place, has_gauss = state["numpy"].tolist()
+    cached = float(state["numpy_gauss"])
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), place, has_gauss, cached))  # noqa: NPY002
+    if torch.cuda.is_available():
+        there = [state[f"cuda{number}"] for number in range(torch.cuda.device_count()) if f"cuda{number}" in state]
+        for number, cuda in enumerate(there):
+            torch.cuda.set_rng_state(cuda, number)

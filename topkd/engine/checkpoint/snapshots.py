@@ -1,7 +1,7 @@
-"""Folders that are whole or not there: written beside their name, flushed, renamed; checked before they are used.
+"""Folders that are complete or absent: written under a temporary name, flushed, renamed, and checked before use.
 
 A snapshot's ``manifest.json`` is written last and names every other file with its size and checksum (XXH3, 128 bits).
-What is torn, altered or without a manifest is never selected; the one before it is, and the reader is told.
+One that is torn, altered or without a manifest is never used: the one before it is, and the caller gets the reason.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _PREFIX = "step-"
 
 
 def name_of(step: int) -> str:
-    """The folder of the snapshot after ``step`` steps."""
+    """Name the snapshot folder of ``step``."""
     return f"{_PREFIX}{step:08d}"
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> Path:
-    """Make the folder ``path`` with what ``fill`` puts into it; a killed process leaves the former one or none.
+    """Write the folder ``path`` with the files that ``fill`` creates; a killed process leaves the old folder or none.
 
-    A folder that may not be written is one ConfigError, a full disk one TrainingError; what was begun is gone again.
+    Raise ConfigError where the folder may not be written, TrainingError for a full disk; nothing half-written stays.
     """
     from safetensors import SafetensorError
 
@@ -62,7 +62,7 @@ def _convert_write_error(path: Path, error: Exception) -> TopkdError:
 
 
 def write_snapshot(root: Path, step: int, fill: Callable[[Path], None], *, keep: int) -> Path:
-    """Write the snapshot after ``step`` steps under ``root``; then only the newest ``keep`` stay."""
+    """Write the snapshot of ``step`` under ``root``, then delete all but the newest ``keep``."""
 
     def whole(folder: Path) -> None:
         fill(folder)
@@ -81,7 +81,7 @@ def write_snapshot(root: Path, step: int, fill: Callable[[Path], None], *, keep:
 
 
 def find_newest_snapshot(root: Path, on_damaged: Callable[[str], None]) -> Path | None:
-    """Find the newest whole snapshot, or None; ``on_damaged`` is called with a line for each that is passed over."""
+    """Find the newest complete snapshot, or None; call ``on_damaged`` with the reason for each damaged one."""
     for path in _list_candidates(root):
         fault = find_fault(path)
         if fault is None:
@@ -91,7 +91,7 @@ def find_newest_snapshot(root: Path, on_damaged: Callable[[str], None]) -> Path 
 
 
 def find_fault(path: Path) -> str | None:
-    """What is wrong with a snapshot, or None: every file is read and compared with the manifest."""
+    """Find what is wrong with a snapshot, or None; every file is compared with the manifest."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         form, files = manifest["format"], dict(manifest["files"])
@@ -117,7 +117,7 @@ def _list_candidates(root: Path) -> list[Path]:
 
 
 def describe_file(file: Path) -> dict[str, int | str]:
-    """Size and checksum of a file."""
+    """Compute size and checksum of a file."""
     digest = xxhash.xxh3_128()
     with file.open("rb") as data:
         while part := data.read(1 << 22):

@@ -63,7 +63,7 @@ class EngineConfig(Frozen):
     @field_validator("objective", mode="before")
     @classmethod
     def _find_kind(cls, value: object) -> object:
-        """Settings without a kind are those of the default objective; a kind may name a function."""
+        """Complete the kind: the default objective's where it is missing, ``custom`` where it names a function."""
         return expand_kind(value, DEFAULT_KIND) if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")

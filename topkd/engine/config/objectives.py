@@ -21,7 +21,7 @@ class ObjectiveSettings(Frozen):
     """Settings of an objective, and what it needs.
 
     Attributes:
-        kind: Its name in a config; the key of its loss in ``topkd.engine.learner.objectives``.
+        kind: Its name in a config; the key of its loss in ``topkd.engine.learner.losses``.
         is_data_only: It learns from completions that came with the data, and no teacher is asked.
         allows_ppo: Its whole gradient is a sampled token's ratio, which PPO can clip.
     """
@@ -32,23 +32,24 @@ class ObjectiveSettings(Frozen):
 
     @property
     def name(self) -> str:
-        """What the run log calls it."""
+        """The objective's name in the run log."""
         return self.kind
 
     @property
     def needs_list(self) -> bool:
         """Whether the teacher's list is read, beside the realised token."""
-        return True
+        return not self.is_data_only
 
     @property
     def needs_behavior(self) -> bool:
         """Whether it weighs sampled tokens by the probability they were sampled with; a direct loss does not."""
-        return True
+        return not self.is_data_only
 
     @property
     def list_support(self) -> Support:
         """Whose list the loss reads."""
-        return "teacher"
+        support: Support = getattr(self, "support", "teacher")
+        return support
 
     @property
     def needs_finite_teacher(self) -> bool:
@@ -58,7 +59,7 @@ class ObjectiveSettings(Frozen):
     @property
     def sums_returns(self) -> bool:
         """Whether a token's loss adds up the divergences of those that follow it."""
-        return False
+        return bool(getattr(self, "gamma", 0.0) > 0.0)
 
     def count_entries(self, k: int) -> int:
         """Count the logprobs that the teacher sends for a token, of lists of ``k``."""
@@ -106,13 +107,13 @@ class _Sampled(ObjectiveSettings):
 
     @property
     def needs_list(self) -> bool:
-        """A baseline and a return are sums over the list."""
+        """Whether a baseline or a return is used: both are sums over the list."""
         return self.baseline == "value" or self.sums_returns
 
     @property
-    def sums_returns(self) -> bool:
-        """At ``gamma`` above 0."""
-        return self.gamma > 0.0
+    def needs_finite_teacher(self) -> bool:
+        """Whether the advantage is a log-ratio: it is at ``beta`` 1."""
+        return isinstance(self, ScalarKL | GJS) and self.beta == 1.0
 
     def _find_own_conflict(self) -> str | None:
         if self.advantage == "state" and not self.sums_returns:
@@ -126,12 +127,8 @@ class _Sampled(ObjectiveSettings):
 class ScalarKL(_Sampled):
     """Sampled-token reverse KL: A = log t(y) - log s(y)."""
 
+    beta: ClassVar[float] = 1.0
     kind: Literal["scalar_kl"] = "scalar_kl"
-
-    @property
-    def needs_finite_teacher(self) -> bool:
-        """The advantage is a log-ratio."""
-        return True
 
 
 class GJS(_Sampled):
@@ -139,11 +136,6 @@ class GJS(_Sampled):
 
     kind: Literal["gjs"] = "gjs"
     beta: Beta = 0.5
-
-    @property
-    def needs_finite_teacher(self) -> bool:
-        """At ``beta`` 1 the advantage is a log-ratio."""
-        return self.beta == 1.0
 
 
 class TopKPolicyGradient(ObjectiveSettings):
@@ -158,29 +150,20 @@ class TopKPolicyGradient(ObjectiveSettings):
     gamma: Gamma = 0.0
     support: Support = "teacher"
 
-    @property
-    def list_support(self) -> Support:
-        """As the config says."""
-        return self.support
-
-    @property
-    def sums_returns(self) -> bool:
-        """At ``gamma`` above 0."""
-        return self.gamma > 0.0
-
 
 class _Direct(ObjectiveSettings):
     """A loss on the teacher's whole list, differentiated through the student: no sampled token, no ratio."""
 
     @property
     def needs_behavior(self) -> bool:
-        """No sampled token is weighed."""
+        """False: a direct loss weighs no sampled token."""
         return False
 
 
 class ForwardKL(_Direct):
     """KL(T||S) on the list's bins: what is outside it is one bin, or (``renormalise``) is not looked at."""
 
+    beta: ClassVar[float] = 0.0
     kind: Literal["fkl"] = "fkl"
     tail: Tail = "bucket"
 
@@ -188,6 +171,7 @@ class ForwardKL(_Direct):
 class ReverseKL(_Direct):
     """KL(S||T) on the list's bins."""
 
+    beta: ClassVar[float] = 1.0
     kind: Literal["rkl"] = "rkl"
     tail: Tail = "bucket"
 
@@ -251,16 +235,6 @@ class SFT(ObjectiveSettings):
     is_data_only: ClassVar[bool] = True
     kind: Literal["sft"] = "sft"
 
-    @property
-    def needs_behavior(self) -> bool:
-        """No policy drew the completions."""
-        return False
-
-    @property
-    def needs_list(self) -> bool:
-        """No teacher is asked."""
-        return False
-
 
 class CustomObjective(ObjectiveSettings):
     """A loss function of your own: ``kind = "module:function"`` or ``kind = "file.py:function"``.
@@ -279,23 +253,18 @@ class CustomObjective(ObjectiveSettings):
 
     @property
     def name(self) -> str:
-        """The function, as the config names it."""
+        """The function as the config names it."""
         return self.function
 
     @property
     def needs_list(self) -> bool:
-        """As the config says."""
+        """The config's ``reads_list``."""
         return self.reads_list
 
     @property
     def needs_behavior(self) -> bool:
-        """As the config says."""
+        """The config's ``reads_sampled_token``."""
         return self.reads_sampled_token
-
-    @property
-    def list_support(self) -> Support:
-        """As the config says."""
-        return self.support
 
     @model_serializer(mode="wrap")
     def _dump_function_as_kind(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -304,7 +273,7 @@ class CustomObjective(ObjectiveSettings):
 
     @classmethod
     def of_function(cls, function: Callable[..., Any], in_place_of: ObjectiveSettings) -> CustomObjective:
-        """Settings of a function that was given as an argument; it replaces another objective, and needs as much."""
+        """Make the settings of a function passed as an argument; it needs what the objective it replaces needs."""
         check_loss_function(function, where=(name := name_function(function)))
         return cls(
             function=name,

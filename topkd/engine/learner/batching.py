@@ -39,14 +39,14 @@ class MicroBatch(Generic[S]):
 
     @property
     def tokens(self) -> int:
-        """Trained tokens N."""
+        """The number of trained tokens, N."""
         return int(self.rows.shape[0])
 
 
 def make_micro_batches(
     samples: Sequence[S], masks: Sequence[Bool], budget_tokens: int, device: torch.device
 ) -> Iterator[MicroBatch[S]]:
-    """Groups of similar length whose padded size stays within ``budget_tokens`` (a longer sample goes alone).
+    """Yield batches of similar lengths, padded to at most ``budget_tokens`` (a longer sample goes alone).
 
     ``masks`` say per sample which completion tokens train; samples with none are left out.
     """

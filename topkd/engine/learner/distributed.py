@@ -31,7 +31,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls, *, timeout_s: float = 1800.0) -> Ranks:
-        """What torchrun says, with the process group made (gloo, and nccl for tensors on a GPU); else one process."""
+        """Join torchrun's process group (gloo, and nccl for tensors on a GPU); without torchrun, one process."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1 or "RANK" not in os.environ:
             return cls()
@@ -52,24 +52,24 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this rank writes."""
+        """Whether this is rank 0, which alone writes."""
         return self.rank == 0
 
     def slice(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's contiguous share; the shares of all ranks, in order, are ``items``."""
+        """Take this rank's contiguous share of ``items``."""
         count = len(items)
         return items[self.rank * count // self.size : (self.rank + 1) * count // self.size]
 
     def total(self, value: float) -> float:
-        """The sum over ranks."""
+        """Sum a value over ranks."""
         return sum(self.gather(float(value)))
 
     def most(self, value: int) -> int:
-        """The largest over ranks."""
+        """Find the largest value of any rank."""
         return max(self.gather(int(value)))
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value (anything that pickles), in rank order, on every rank."""
+        """Gather every rank's value (anything that pickles), in rank order, on every rank."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -77,7 +77,7 @@ class Ranks:
         return found
 
     def first(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
+        """Broadcast rank 0's value to every rank."""
         if self.size == 1:
             return value
         box: list[Any] = [value]
@@ -102,13 +102,13 @@ class Ranks:
             _sum_flat(bucket)
 
     def close(self) -> None:
-        """Leave the group (torch warns of one that is still there at exit)."""
+        """Leave the process group; torch warns of one that is open at exit."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def is_rank_lost(error: BaseException) -> bool:
-    """Whether this is what a rank is told when another one is gone: gloo has no class for it."""
+    """Tell whether an error means that another rank is gone; gloo has no class for it."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 

@@ -65,7 +65,7 @@ class _Pass:
 
 
 class Learner:
-    """Owns the optimiser. ``version`` counts the steps that changed the weights' history, and labels rollouts.
+    """Takes optimiser steps on the student. ``version`` counts the steps taken, and labels rollouts.
 
     Args:
         student: The model; its weights change only inside ``step``, under ``lock``.
@@ -110,7 +110,7 @@ class Learner:
         self._optimizer = build_optimizer(config, self._trained, self._peak)
 
     def step(self, samples: Sequence[PreparedSample], texts: Sequence[TextSample] = ()) -> dict[str, Any]:
-        """Take one step; returns the run log entry, the same on every rank.
+        """Take one step and return its run log entry, the same on every rank.
 
         A step without a trainable token, or with a non-finite gradient, changes no weight and says so in ``skipped``;
         several in a row end the run. Of several inner steps the first that is not finite is the last one tried, and the
@@ -171,7 +171,7 @@ class Learner:
     def _take_pass(
         self, samples: Sequence[PreparedSample], masks: Sequence[Any], texts: Sequence[TextSample], num_tokens: int
     ) -> _Pass:
-        """One optimiser step on the whole batch."""
+        """Take one optimiser step on the whole batch."""
         result, noise = _Pass(), GradientNoise(num_tokens)
         with self._model.enable_training():
             self._backward(samples, masks, texts, num_tokens, result, noise)
@@ -234,7 +234,7 @@ class Learner:
                 noise.small(self._trained, done)
 
     def state_dict(self) -> LearnerState:
-        """Everything but the weights that the next step depends on; under FSDP2 every rank must call it."""
+        """Return all state but the weights; under FSDP2 every rank must call it."""
         values = {
             "version": self.version,
             "skipped_in_a_row": self._skipped_in_a_row,
@@ -243,7 +243,7 @@ class Learner:
         return LearnerState(values, collect_optimizer_tensors(self._optimizer, self._model.named))
 
     def load_state_dict(self, state: LearnerState) -> None:
-        """Continue from ``state_dict()`` of a learner with the same parameters; anything else is refused.
+        """Continue from the ``state_dict()`` of a learner with the same parameters; refuse any other.
 
         The student's weights are taken as they are now: load them first.
         """
@@ -267,7 +267,7 @@ class Learner:
 
 
 def choose_precision(config: LearnerConfig, device: torch.device) -> Precision:
-    """What the forward pass runs in; bfloat16 where it was asked for and is not there is refused."""
+    """Choose the dtype of the forward pass; refuse bfloat16 on a GPU without it."""
     if config.autocast == "off":
         return Precision()
     if config.autocast == "auto":

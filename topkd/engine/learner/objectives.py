@@ -1,11 +1,11 @@
-"""From teacher and student logprobs to a loss: a registry of one loss for each kind, the same run log for all."""
+"""Bind an objective's settings to its loss, mask the tokens it cannot use, and compute it on a micro-batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -21,45 +21,19 @@ from topkd.engine.config.objectives import (
     name_function,
 )
 from topkd.engine.learner.batching import MicroBatch
-from topkd.engine.learner.direct_losses import (
-    compute_entropy_aware,
-    compute_eopd,
-    compute_forward_kl,
-    compute_gjs,
-    compute_kd,
-    compute_reverse_kl,
-    compute_taid,
-)
-from topkd.engine.learner.policy_gradients import compute_sampled_gradient, compute_topk_gradient, find_finite_suffix
+from topkd.engine.learner.losses import LOSSES, find_finite_suffix
 from topkd.engine.learner.token_view import (
     LossOutput,
     TokenLoss,
     TokenView,
-    build_view,
     require_list,
     select_behavior_logp,
     select_teacher_rows,
 )
 from topkd.topk.errors import ConfigError
+from topkd.topk.losses import SparseTeacher
 from topkd.topk.samples import PreparedSample, TextSample
 from topkd.topk.types import Bool, Float32, Float64
-
-ObjectiveLoss: TypeAlias = Callable[[Any, TokenView], LossOutput]
-"""(an objective's settings, the tokens) -> the loss."""
-
-LOSSES: Mapping[str, ObjectiveLoss] = {
-    "scalar_kl": compute_sampled_gradient,
-    "gjs": compute_sampled_gradient,
-    "topk_pg": compute_topk_gradient,
-    "fkl": compute_forward_kl,
-    "rkl": compute_reverse_kl,
-    "gjs_direct": compute_gjs,
-    "kd": compute_kd,
-    "taid": compute_taid,
-    "entropy_aware": compute_entropy_aware,
-    "eopd": compute_eopd,
-}
-"""Objective kind -> its loss; ``sft`` has none here, it trains on texts (``compute_text_loss``)."""
 
 Score: TypeAlias = Callable[[MicroBatch[PreparedSample] | MicroBatch[TextSample], Tensor], Tensor]
 """(batch, ids int64 [N, M]) -> exact student logprobs [N, M] with graph, at the batch's rows."""
@@ -130,12 +104,12 @@ def _refuse_scored_samples(_: TokenView) -> LossOutput:
 
 
 def describe_objective(objective: Objective) -> dict[str, object]:
-    """Return what the run log calls an objective: its name and settings."""
+    """Describe an objective for the run log: its name and settings."""
     return {"divergence_mode": objective.name, "objective": objective.model_dump()}
 
 
 def find_valid_tokens(sample: PreparedSample, objective: Objective, vocab_size: int) -> Bool:
-    """Bool [C]: completion tokens that train. Unknown teacher or behaviour logprobs are masked, never replaced.
+    """Find the completion tokens that train, bool [C]; unknown logprobs are masked, never replaced.
 
     Where the advantage is a log-ratio (scalar KL, beta = 1), a token to which the teacher gives exactly zero
     probability has none that is finite: masked too. The top-K objective leaves out such a token's tail term alone,
@@ -168,7 +142,7 @@ def compute_objective_loss(
     taid_t: float = 1.0,
     stop_ids: tuple[int, ...] = (),
 ) -> tuple[Tensor, TokenStats]:
-    """Loss of one micro-batch, divided by ``num_tokens`` of the whole step, and what its tokens looked like.
+    """Compute one micro-batch's loss, divided by the whole step's ``num_tokens``, and its tokens' statistics.
 
     Args:
         objective: What to minimise.
@@ -184,13 +158,22 @@ def compute_objective_loss(
     ids = torch.from_numpy(rows.ids.astype(np.int64)).to(batch.targets.device)
     stops = torch.tensor(stop_ids, dtype=torch.long, device=ids.device).expand(batch.tokens, -1)
     logp = score(batch, torch.cat([ids, batch.targets[:, None], stops], dim=1))
-    view = build_view(
-        batch, logp, rows, importance=importance, num_tokens=num_tokens, vocab_size=vocab_size, taid_t=taid_t
+    behavior = select_behavior_logp(batch)
+    view = TokenView(
+        logp_at_ids=logp[:, : rows.k],
+        logp_new=logp[:, rows.k],
+        teacher=SparseTeacher.from_topk(rows, logp.device, torch.float32),
+        behavior_logp=torch.from_numpy(behavior).to(logp.device),
+        importance=importance,
+        lengths=tuple(len(pick) for pick in batch.picks),
+        num_tokens=num_tokens,
+        vocab_size=vocab_size,
+        taid_t=taid_t,
     )
     output = objective.compute(view)
     stats = TokenStats(
         view.logp_new.detach().cpu().numpy(),
-        select_behavior_logp(batch),
+        behavior,
         rows.actual_logp,
         output.advantage,
         output.counts,
@@ -208,5 +191,5 @@ def compute_objective_loss(
 
 
 def compute_text_loss(score: Score, batch: MicroBatch[TextSample], num_tokens: int) -> Tensor:
-    """Cross-entropy of the data's own tokens, -(1/N) sum log s(y), in nats."""
+    """Compute the cross-entropy of the data's own tokens, -(1/N) sum log s(y), in nats."""
     return -score(batch, batch.targets[:, None]).sum() / num_tokens

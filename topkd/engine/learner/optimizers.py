@@ -15,7 +15,7 @@ from topkd.topk.errors import ConfigError
 
 
 def build_optimizer(config: LearnerConfig, parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-    """The configured optimiser; one that this machine cannot run is refused, never replaced."""
+    """Build the configured optimiser; refuse one that this machine cannot run."""
     chosen = list(parameters)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(chosen, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
@@ -35,7 +35,7 @@ def build_optimizer(config: LearnerConfig, parameters: Iterable[Tensor], lr: flo
 
 
 def collect_optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of all state tensors by "parameter name/entry"; sharded ones are gathered whole (every rank must call)."""
+    """Copy all state tensors by "parameter name/entry", sharded ones gathered whole (every rank must call)."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in named.items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -48,7 +48,7 @@ def collect_optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[s
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Puts back what ``collect_optimizer_tensors`` gave; state of another student is refused."""
+    """Load the tensors of ``collect_optimizer_tensors``; refuse those of another student."""
     fresh: dict[str, dict[str, Any]] = {}
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")
@@ -73,7 +73,7 @@ def _place_tensor(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def check_schedule(config: LearnerConfig, steps: int | None) -> None:
-    """Refuses a falling rate without an end, and a warm-up longer than the run."""
+    """Refuse a falling rate without a last step, and a warm-up longer than the run."""
     if config.schedule != "constant" and steps is None:
         raise ConfigError(f"learner.schedule {config.schedule!r} falls towards the last step", hint="give the steps")
     if steps is not None and config.schedule != "constant" and config.warmup_steps >= steps:
@@ -85,7 +85,7 @@ def check_schedule(config: LearnerConfig, steps: int | None) -> None:
 
 
 def compute_rate_factor(config: LearnerConfig, step: int, steps: int | None) -> float:
-    """What the peak rate is multiplied by at 0-based ``step``, in (0, 1].
+    """Compute the factor of the peak rate at 0-based ``step``, in (0, 1].
 
     Warm-up: (step + 1) / warmup_steps. Then, with p from 0 at the first step after it to 1 at the step after the last,
     linear 1 - (1 - f) p, cosine f + (1 - f) (1 + cos(pi p)) / 2, f = ``final_lr_fraction``.

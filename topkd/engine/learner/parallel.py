@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,39 +24,8 @@ from topkd.engine.models.student import Precision, Student, split_logprobs
 from topkd.topk.errors import ConfigError
 
 
-class ParallelModel(Protocol):
-    """Weights that train, and how a step reaches them."""
-
-    named: dict[str, nn.Parameter]
-    loss_scale: float
-
-    def score(self, batch: MicroBatch[Any], ids: Tensor) -> Tensor:
-        """Student logprobs [N, M] at the batch's rows, with graph."""
-        ...
-
-    def count_rounds(self, batches: int) -> int:
-        """Count the forward passes that this rank makes for its micro-batches."""
-        ...
-
-    def reduce_gradients(self) -> None:
-        """Make every rank's gradients the global ones."""
-        ...
-
-    def copy_to_student(self) -> None:
-        """Copy the stepped weights to the student."""
-        ...
-
-    def load_from_student(self) -> None:
-        """Load the student's weights, after something else than a step has changed them."""
-        ...
-
-    def enable_training(self) -> contextlib.AbstractContextManager[None]:
-        """Enter what the forward and backward passes of a step run in."""
-        ...
-
-
-class Replicated:
-    """The student's own weights, whole on every rank."""
+class ParallelModel:
+    """Weights that train, and how a step reaches them: here the student's own, whole on every rank."""
 
     loss_scale = 1.0
 
@@ -66,25 +35,25 @@ class Replicated:
         self._layers = prepare_checkpointed_layers(student) if checkpointing else []
 
     def score(self, batch: MicroBatch[Any], ids: Tensor) -> Tensor:
-        """See ``ParallelModel``."""
+        """Compute student logprobs [N, M] at the batch's rows, with graph."""
         return self.student.token_logprobs(batch.input_ids, batch.attention_mask, batch.rows, ids, self.precision)
 
     def count_rounds(self, batches: int) -> int:
-        """Return the number of batches: ranks need not agree."""
+        """Count the forward passes that this rank makes for its micro-batches; ranks need not agree."""
         return batches
 
     def reduce_gradients(self) -> None:
-        """See ``ParallelModel``."""
+        """Make every rank's gradients the global ones."""
         self.ranks.sum_gradients(self.named.values())
 
     def copy_to_student(self) -> None:
-        """Nothing: the student's weights are the ones that were stepped."""
+        """Copy the stepped weights to the student; nothing to do where they are its own."""
 
     def load_from_student(self) -> None:
-        """Nothing: they are the ones that will be."""
+        """Load the student's weights, after something else than a step has changed them; nothing to do here."""
 
     def enable_training(self) -> contextlib.AbstractContextManager[None]:
-        """See ``ParallelModel``."""
+        """Enter what the forward and backward passes of a step run in."""
         return enable_recomputation(self._layers)
 
 
@@ -100,7 +69,7 @@ class _Split(nn.Module):
         return split_logprobs(self.backbone, self.head, input_ids, attention_mask, rows, ids, self.precision)
 
 
-class Sharded:
+class ShardedModel(ParallelModel):
     """A twin of the student whose weights, gradients and optimiser state lie in shards over the ranks."""
 
     def __init__(self, student: Student, ranks: Ranks, precision: Precision, *, checkpointing: bool) -> None:
@@ -113,7 +82,7 @@ class Sharded:
                 got="a LoRA adapter, which is small",
                 hint='use strategy "ddp"',
             )
-        self.student, self.ranks = student, ranks
+        super().__init__(student, ranks, precision, checkpointing=False)
         self.loss_scale = float(ranks.size)  # FSDP averages gradients over ranks; the loss is already a global mean
         twin = copy.deepcopy(student.model)
         inner = Student(twin, *_same_modules(student, twin), student.device)
@@ -129,16 +98,16 @@ class Sharded:
         self._whole = dict(student.model.named_parameters())
 
     def score(self, batch: MicroBatch[Any], ids: Tensor) -> Tensor:
-        """See ``ParallelModel``."""
+        """Run the sharded backbone and head."""
         logp: Tensor = self.split(batch.input_ids, batch.attention_mask, batch.rows, ids)
         return logp
 
     def count_rounds(self, batches: int) -> int:
-        """Return the most of any rank: every forward pass gathers weights, so all ranks make the same number."""
+        """Count those of the rank with the most: each one gathers weights, so all ranks make the same number."""
         return self.ranks.most(batches)
 
     def reduce_gradients(self) -> None:
-        """Nothing: FSDP has scattered the sums."""
+        """Leave the gradients: FSDP has scattered their sums."""
 
     @torch.no_grad()
     def copy_to_student(self) -> None:
@@ -156,27 +125,23 @@ class Sharded:
                 whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
             parameter.copy_(whole)
 
-    def enable_training(self) -> contextlib.AbstractContextManager[None]:
-        """See ``ParallelModel``."""
-        return enable_recomputation(self._layers)
-
 
 def make_parallel_model(
     student: Student, ranks: Ranks, strategy: Strategy, precision: Precision, *, checkpointing: bool
 ) -> ParallelModel:
     """Hold the student's weights as the strategy does."""
-    kind = Sharded if strategy == "fsdp2" and ranks.size > 1 else Replicated
+    kind = ShardedModel if strategy == "fsdp2" and ranks.size > 1 else ParallelModel
     return kind(student, ranks, precision, checkpointing=checkpointing)
 
 
 def clip_gradients(parameters: list[nn.Parameter], most: float) -> float:
-    """Bound the global norm of the gradients; returns the norm before."""
+    """Clip the global norm of the gradients and return the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, most)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def prepare_checkpointed_layers(student: Student) -> list[nn.Module]:
-    """The layers that recompute their activations in the backward pass, prepared to do so when it is switched on."""
+    """Find the layers that can recompute their activations, and prepare them to."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     model = unwrap_adapter(student.model)
@@ -210,13 +175,13 @@ def enable_recomputation(layers: list[nn.Module]) -> Iterator[None]:
 
 
 def _same_modules(student: Student, twin: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The twin's backbone and head."""
+    """Find the twin's backbone and head."""
     names = {id(module): name for name, module in student.model.named_modules()}
     return twin.get_submodule(names[id(student.backbone)]), twin.get_submodule(names[id(student.head)])
 
 
 def _blocks(backbone: nn.Module) -> list[nn.Module]:
-    """The backbone's repeated layers: the longest ModuleList of it."""
+    """Find the backbone's repeated layers: its longest ModuleList."""
     longest: list[nn.Module] = []
     for module in backbone.modules():
         if isinstance(module, nn.ModuleList) and len(module) > len(longest):

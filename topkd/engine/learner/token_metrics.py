@@ -1,4 +1,4 @@
-"""What a step's tokens say, as numbers for the run log. docs/run-log.md defines each of them."""
+"""A step's token statistics for the run log; docs/run-log.md defines each of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RATIO_EDGES = [float(2.0 ** (i / 2)) for i in range(-8, 9)]  # 1/16 .. 16, two b
 
 
 def token_metrics(stats: Sequence[TokenStats], importance: ImportanceSampling) -> dict[str, Any]:
-    """KLs, advantages, ratios and coefficients over a step's trained tokens; KLs have the sign of a KL.
+    """Compute KLs, advantages, ratios and coefficients over a step's trained tokens.
 
     Tokens that the teacher excludes (log t = -inf) have no finite estimate of a KL: they are left out of both and
     counted in ``teacher_zero_tokens``. Tokens without a behaviour logprob (of completions that came with the data) have
@@ -60,7 +60,7 @@ def token_metrics(stats: Sequence[TokenStats], importance: ImportanceSampling) -
 
 
 def average_passes(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several optimiser steps on the same tokens as one record: means over them.
+    """Average the records of several optimiser steps on the same tokens.
 
     Of ``ratio_max`` it is the greatest, of ``ratio_hist`` the sum: every token counts once a pass.
     """
@@ -107,7 +107,7 @@ def _ratio_metrics(
 
 
 def _combine_counts(stats: Sequence[TokenStats]) -> dict[str, float]:
-    """What the objective itself counted: sums, and means weighted by tokens."""
+    """Combine the objective's own counts (summed) and means (weighted by tokens)."""
     tokens = sum(part.logp_new.size for part in stats)
     counts = {name: sum(part.counts[name] for part in stats) for name in stats[0].counts}
     means = {
@@ -140,7 +140,7 @@ class SampleFacts:
 
 
 def sample_facts(samples: Sequence[PreparedSample], vocab_size: int) -> SampleFacts:
-    """The facts of some samples."""
+    """Collect the facts of one rank's samples."""
     missing = wanted = 0
     lows, highs, shares = ([np.zeros(0)] for _ in range(3))
     for sample in samples:
@@ -167,7 +167,7 @@ def sample_facts(samples: Sequence[PreparedSample], vocab_size: int) -> SampleFa
 
 
 def batch_metrics(facts: Sequence[SampleFacts]) -> dict[str, float]:
-    """``length_mean``, ``missing_mass``, ``entropy_lo``, ``entropy_hi`` and ``topk_overlap``, where they exist."""
+    """Compute ``length_mean``, ``missing_mass``, ``entropy_lo``, ``entropy_hi`` and ``topk_overlap`` where known."""
     lengths = [length for part in facts for length in part.lengths]
     if not lengths:
         return {}
@@ -207,14 +207,14 @@ class GradientNoise:
         self._square = 0.0
 
     def small(self, parameters: Sequence[Tensor], tokens: int) -> None:
-        """Look at the gradients after ``tokens`` tokens."""
+        """Record the gradients' norm after ``tokens`` tokens."""
         norms = [parameter.grad.norm() for parameter in parameters if parameter.grad is not None]
         if tokens and norms:
             self._tokens = tokens
             self._square = float(torch.stack(norms).square().sum()) * (self.num_tokens / tokens) ** 2
 
     def metrics(self, norm: float) -> dict[str, float]:
-        """``grad_noise`` (tokens), and the two parts that are worth averaging; nothing without two micro-batches."""
+        """Compute ``grad_noise`` (in tokens) and its two parts; nothing without two micro-batches."""
         n, total = self._tokens, self.num_tokens
         if not 0 < n < total or not math.isfinite(norm):
             return {}

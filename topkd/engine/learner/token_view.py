@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from topkd.engine.config.learner import ImportanceSampling
@@ -67,28 +66,22 @@ TokenLoss: TypeAlias = Callable[[TokenView], Tensor]
 
 
 def select_teacher_rows(batch: MicroBatch[PreparedSample], vocab_size: int, *, lists: bool) -> TopK:
-    """The teacher's rows of a batch's tokens, ids past the student's vocabulary moved to the tail.
+    """Select the teacher's rows of a batch's tokens; move ids past the student's vocabulary to the tail.
 
     Without ``lists`` they are rows of K = 0 that know their realised token.
     """
     parts = []
     for sample, pick in zip(batch.samples, batch.picks, strict=True):
         if lists:
-            rows = require_list(sample)
-            part = TopK(
-                0, rows.ids[pick], rows.logp[pick], rows.actual_ids[pick], rows.actual_logp[pick], rows.tail_logp[pick]
-            )
+            parts.append(require_list(sample).take(pick))
         else:
-            none = TopK.from_lists([None] * len(pick))
-            part = TopK(
-                0, none.ids, none.logp, sample.core.completion_ids[pick], sample.teacher_logp[pick], none.tail_logp
-            )
-        parts.append(part)
+            actual_ids, actual_logp = sample.core.completion_ids[pick], sample.teacher_logp[pick]
+            parts.append(TopK.from_lists([None] * len(pick), actual_ids=actual_ids, actual_logp=actual_logp))
     return TopK.concat(parts).within(vocab_size)
 
 
 def require_list(sample: PreparedSample) -> TopK:
-    """The sample's top-K rows; refused where the teacher gave realised tokens only."""
+    """Return the sample's top-K rows; refuse a sample with realised-token logprobs only."""
     if not isinstance(sample, TopKPreparedSample):
         raise ConfigError(
             "this objective needs the teacher's top-K rows",
@@ -99,30 +92,6 @@ def require_list(sample: PreparedSample) -> TopK:
 
 
 def select_behavior_logp(batch: MicroBatch[PreparedSample]) -> Float32:
-    """The rollouts' own logprobs at a batch's tokens, float32 [N]; NaN = unknown."""
+    """Select the rollouts' own logprobs of a batch's tokens, float32 [N]; NaN = unknown."""
     pairs = zip(batch.samples, batch.picks, strict=True)
     return np.concatenate([sample.behavior.logp[pick] for sample, pick in pairs])
-
-
-def build_view(
-    batch: MicroBatch[PreparedSample],
-    logp: Tensor,
-    rows: TopK,
-    *,
-    importance: ImportanceSampling,
-    num_tokens: int,
-    vocab_size: int,
-    taid_t: float,
-) -> TokenView:
-    """The view behind ``logp`` [N, K + 1]: the teacher's ids in ``rows``' order, then the realised token."""
-    return TokenView(
-        logp[:, : rows.k],
-        logp[:, rows.k],
-        SparseTeacher.from_topk(rows, logp.device, torch.float32),
-        torch.from_numpy(select_behavior_logp(batch)).to(logp.device),
-        importance,
-        tuple(len(pick) for pick in batch.picks),
-        num_tokens,
-        vocab_size,
-        taid_t,
-    )

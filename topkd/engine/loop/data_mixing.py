@@ -23,13 +23,13 @@ _POOL = 0x5F7  # keeps the data rows' order apart from the prompts'
 
 
 def count_on_policy_prompts(config: EngineConfig) -> int:
-    """How many of a step's prompts the student completes."""
+    """Count the prompts of a step that the student completes."""
     share = 0.0 if config.objective.is_data_only else config.on_policy_fraction
     return round(share * config.rollout.prompts_per_step)
 
 
 def check_mixture(config: EngineConfig, rows: Sequence[PromptRow]) -> None:
-    """Refuses a run that wants completions from data that has none, or a mixture that its steps are too small for."""
+    """Refuse a run whose data lacks the completions it asks for, or whose steps are too small for the mixture."""
     prompts = config.rollout.prompts_per_step
     if 0.0 < config.on_policy_fraction < 1.0 and count_on_policy_prompts(config) in {0, prompts}:
         raise ConfigError(
@@ -46,7 +46,7 @@ def check_mixture(config: EngineConfig, rows: Sequence[PromptRow]) -> None:
 
 
 def select_data_rows(config: EngineConfig, rows: Sequence[PromptRow], step: int) -> list[PromptRow]:
-    """The rows whose own completions step ``step`` learns from."""
+    """Select the rows whose own completions step ``step`` learns from."""
     count = config.rollout.prompts_per_step - count_on_policy_prompts(config)
     if not count:
         return []
@@ -57,7 +57,7 @@ def select_data_rows(config: EngineConfig, rows: Sequence[PromptRow], step: int)
 def build_data_rollouts(
     config: EngineConfig, rows: Sequence[PromptRow], step: int
 ) -> tuple[list[PromptRow], list[Rollout]]:
-    """The same as rollouts to be scored, each with its row; none where the data trains by cross-entropy."""
+    """Build rollouts of those rows for the teacher to score; none where they train by cross-entropy."""
     if config.data_loss == "sft" or config.objective.is_data_only:
         return [], []
     chosen = select_data_rows(config, rows, step)
@@ -65,14 +65,14 @@ def build_data_rollouts(
 
 
 def build_data_texts(config: EngineConfig, rows: Sequence[PromptRow], step: int) -> list[TextSample]:
-    """The same as texts; none where the teacher scores them."""
+    """Build texts of those rows; none where the teacher scores them."""
     if config.data_loss == "objective" and not config.objective.is_data_only:
         return []
     return [_text(row) for row in select_data_rows(config, rows, step)]
 
 
 def build_trained_mask(row: PromptRow, rollout: Rollout) -> Bool:
-    """Which tokens of a rollout train: all that the student drew, and of the data's own those its mask names."""
+    """Mark a rollout's tokens that train: all that the student drew, those in the mask of a data completion."""
     if rollout.version == DATA and row.completion_mask is not None:
         return row.completion_mask
     return np.ones(rollout.completion_ids.size, dtype=np.bool_)

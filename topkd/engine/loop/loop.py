@@ -17,17 +17,22 @@ from topkd.engine.config.engine_config import EngineConfig
 from topkd.engine.learner.distributed import Ranks
 from topkd.engine.learner.learner import Learner
 from topkd.engine.learner.objectives import describe_objective
-from topkd.engine.loop.alarms import find_alarms
-from topkd.engine.loop.checks import check_run, refuse_losses
-from topkd.engine.loop.data_mixing import DATA, build_data_texts
-from topkd.engine.loop.hooks import Hooks, Record
-from topkd.engine.loop.metrics import MetricsLog
+from topkd.engine.loop.data_mixing import DATA, build_data_texts, check_mixture
+from topkd.engine.loop.hooks import Hooks, Position, Record
+from topkd.engine.loop.metrics import MetricsLog, find_alarms
 from topkd.engine.loop.pipeline import BatchPipeline, Drawn, InFlight, Schedule
-from topkd.engine.loop.position import Position
 from topkd.engine.loop.prompts import PromptRow
 from topkd.engine.loop.rollouts import draw_rollouts
-from topkd.engine.loop.scoring import ScoredBatch, compute_teacher_metrics, score_rollouts, summarize_scores
+from topkd.engine.loop.scoring import (
+    ScoredBatch,
+    check_support,
+    compute_teacher_metrics,
+    find_teacher,
+    score_rollouts,
+    summarize_scores,
+)
 from topkd.engine.loop.waiting import root_exception, to_thread_uncancelled, wait_unless_stopped
+from topkd.topk.errors import CacheMissError, ConfigError, TrainingError
 from topkd.topk.protocols import Sampler, TeacherScorer
 
 Source: TypeAlias = Callable[[int], Awaitable[Drawn]]
@@ -154,7 +159,7 @@ class _Run:
         await self.finish()
 
     def learn_batch(self, step: int, batch: ScoredBatch) -> Record:
-        """The learner's step, and what the step's scores were like on all ranks; in a thread."""
+        """Take the learner's step and summarise the scores of all ranks; runs in a thread."""
         texts = self.ranks.slice(build_data_texts(self.config, self.rows, step))
         learnt = self.learner.step(batch.samples, texts)
         return learnt | compute_teacher_metrics(self.ranks.gather(summarize_scores(batch)))
@@ -205,14 +210,14 @@ class _Run:
             self.write_record({"step": version, "event": "published", **sync_record}, "event")
 
     def write_record(self, record: Record, kind: str = "step") -> None:
-        """Into the run log, and an event of its own for each alarm in it."""
+        """Write a record to the run log, and an event for each of its alarms."""
         sounding = record.pop("alarms", [])
         self.write(kind, record)
         for alarm in sounding:
             self.write("event", {"event": "alarm", "step": record["step"], **alarm})
 
     def is_evaluation_due(self, step: int) -> bool:
-        """Whether an evaluation is due after this many steps."""
+        """Tell whether an evaluation is due after ``step`` steps."""
         every = self.config.eval_every
         return self.evaluated < step and (step in (0, self.config.steps) or bool(every and step % every == 0))
 
@@ -225,12 +230,12 @@ class _Run:
         self.evaluated = step
 
     def is_checkpoint_due(self, step: int) -> bool:
-        """Whether a checkpoint is due after this many steps."""
+        """Tell whether a checkpoint is due after ``step`` steps."""
         every = self.config.checkpoint.every
         return bool(every) and (step % every == 0 or step == self.config.steps)
 
     def checkpoint(self) -> None:
-        """Hand over the position, when it is one a run can go on from and has not been kept yet."""
+        """Write a checkpoint, where the position can be resumed and has none yet."""
         step = self.done
         if self.hooks.checkpoint is None or not self.config.checkpoint.every or step == self.kept:
             return
@@ -253,7 +258,7 @@ class _Run:
         await asyncio.to_thread(self.checkpoint)
 
     def save_after_failure(self) -> None:
-        """What was learnt is in the run log and in a checkpoint, unless the run log takes no more."""
+        """Write the run log's last records and a checkpoint, unless the run log cannot be written."""
         if self.torn:  # a checkpoint would vouch for steps whose records are not there: the former one stands
             return
         self.flush()
@@ -276,23 +281,54 @@ class _Run:
             self.hooks.on_record(kind, record)
 
     async def wait_unless_stopped(self, work: Awaitable[object]) -> bool:
-        """Wait for the work; False when the run is to stop. Several processes stop together, so they also ask then."""
+        """Wait for the work; False when the run is to stop (several processes ask ``should_stop`` instead)."""
         if self.ranks.size == 1:
             return await wait_unless_stopped(self.stop, work)
         await work
         return True
 
     async def should_stop(self) -> bool:
-        """Whether a process of the run was told to stop."""
+        """Ask all processes whether one of them is to stop."""
         return bool(await asyncio.to_thread(self.ranks.most, int(self.stop.is_set())))
 
 
 def _compute_staleness(step: int, drawn: InFlight) -> int | None:
-    """Versions between the weights that sampled and those that learn; a sampler may be synced less than every step.
-
-    None where nothing was sampled.
-    """
+    """Count the versions between the weights that sampled and those that learn; None where nothing was sampled."""
     if not set(drawn.versions) - {DATA}:
         return None
     numbered = [int(version) for version in drawn.versions if version.isdecimal()]
     return step - min([drawn.version, *numbered])
+
+
+def check_run(config: EngineConfig, rows: Sequence[PromptRow], teachers: Mapping[str, TeacherScorer]) -> None:
+    """Check that prompts fit, and that the teachers can do what the objective asks."""
+    if not rows:
+        raise ConfigError("no prompts to train on", hint="check the data file and the length limits")
+    check_mixture(config, rows)
+    if not config.objective.is_data_only:
+        for teacher_id in {row.teacher_id for row in rows}:
+            find_teacher(teachers, teacher_id)
+    check_support(config.objective.list_support, teachers)
+    longest = max(rows, key=lambda row: row.prompt_ids.size)
+    if longest.prompt_ids.size > config.rollout.max_prompt_tokens:
+        raise ConfigError(
+            "a prompt is longer than rollout.max_prompt_tokens",
+            where=f"row {longest.sample_id or '?'}",
+            got=longest.prompt_ids.size,
+            expected=f"at most {config.rollout.max_prompt_tokens}",
+            hint='raise the limit or set overlong = "drop"; prompts are never cut silently',
+        )
+
+
+def refuse_losses(config: EngineConfig, batch: ScoredBatch, step: int) -> None:
+    """Raise where more than ``max_lost_fraction`` of a step's samples have no scores: their error, or the counts."""
+    lost = batch.lost.total()
+    if lost <= config.max_lost_fraction * batch.total:
+        return
+    if batch.first_error is not None and (lost == batch.total or isinstance(batch.first_error, CacheMissError)):
+        raise batch.first_error
+    raise TrainingError(
+        f"step {step + 1} lost {lost} of {batch.total} samples",
+        got=f"{dict(batch.lost)}; first: {batch.first_error}",
+        expected=f"at most the fraction max_lost_fraction = {config.max_lost_fraction}",
+    ) from batch.first_error

@@ -1,11 +1,11 @@
-"""The run log: one JSON object a line, flushed line by line, strict JSON (a non-finite number is null)."""
+"""The run log (one strict JSON object a line, a non-finite number is null), and alarms from its step records."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -15,6 +15,13 @@ from topkd.topk.errors import ConfigError, DataError
 # What a run asked of its servers: after a resume the cache answers what was asked before.
 TRAFFIC = frozenset({"requests", "retries", "failed_requests", "cache_hits", "scored_tokens", "teacher_bytes"})
 RECORD_KINDS = ("step", "eval", "event")
+
+# Alarms.
+WINDOW = 5  # steps that are averaged: one step's completions differ by chance
+TRUNCATED = 0.5  # share of completions cut at the limit
+LENGTH_FACTOR = 2.0  # against the first steps of the run
+EOS_FACTOR = 0.1
+MISMATCH_NATS = 0.02  # bfloat16 against float32 stays below a hundredth
 
 
 class MetricsLog:
@@ -29,12 +36,12 @@ class MetricsLog:
             raise ConfigError(f"cannot write metrics to {path}", got=error.strerror) from error
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        """One line; numbers that JSON cannot say are written as null."""
+        """Write one record as one line; numbers that JSON lacks become null."""
         self._file.write(json.dumps({"kind": kind, **make_strict_json(dict(record))}, allow_nan=False) + "\n")
         self._file.flush()
 
     def kept(self) -> int:
-        """Bytes of the run log, all of them on disk now: a checkpoint names them, a resumed run goes on from there."""
+        """Flush the run log to disk and return its length in bytes, which a checkpoint keeps for a resume."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
@@ -49,7 +56,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path, kind: str | None = None, *, end: int | None = None) -> list[dict[str, Any]]:
-    """Records of a run log, or of its first ``end`` bytes.
+    """Read the records of a run log, or of its first ``end`` bytes.
 
     A torn last line (a killed run) is left out, any other unreadable line is an error.
     """
@@ -77,12 +84,12 @@ def read_metrics(path: Path, kind: str | None = None, *, end: int | None = None)
 
 
 def drop_timings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record without seconds (``*_s``) and traffic: what a deterministic run repeats, and a resumed one ends with."""
+    """Drop seconds (``*_s``) and traffic from a record: what is left is the same in a repeated or resumed run."""
     return {key: value for key, value in record.items() if not key.endswith("_s") and key not in TRAFFIC}
 
 
 def make_strict_json(value: Any) -> Any:
-    """The value with every non-finite number as None, at any depth: what strict JSON can say."""
+    """Replace every non-finite number by None, at any depth, as strict JSON needs it."""
     if isinstance(value, dict):
         return {key: make_strict_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -90,3 +97,39 @@ def make_strict_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def find_alarms(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Find the alarms that the last of these step records sets off; the ones before it are the run so far.
+
+    On-policy distillation fails quietly through length: a student that stops ending its answers still lowers its
+    divergence token by token. Each alarm sounds once, when its condition begins to hold.
+    """
+    before = {alarm["alarm"] for alarm in _find_standing(records[:-1])}
+    return [alarm for alarm in _find_standing(records) if alarm["alarm"] not in before]
+
+
+def _find_standing(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    mismatch = _mean([record for record in records if record.get("mismatch_kl") is not None][-1:], "mismatch_kl")
+    if mismatch is not None and mismatch > MISMATCH_NATS:
+        found.append({"alarm": "mismatch_kl", "value": mismatch, "limit": MISMATCH_NATS})
+    cut = _mean(records[-WINDOW:], "truncation_rate")
+    if len(records) >= WINDOW and cut is not None and cut >= TRUNCATED:
+        found.append({"alarm": "truncation_rate", "value": cut, "limit": TRUNCATED})
+    if len(records) < 2 * WINDOW:  # too short a run to have changed
+        return found
+    for name, low, high in (("length_mean", 1 / LENGTH_FACTOR, LENGTH_FACTOR), ("eos_probability", EOS_FACTOR, None)):
+        first, last = _mean(records[:WINDOW], name), _mean(records[-WINDOW:], name)
+        if not first or last is None:
+            continue
+        if last < low * first:
+            found.append({"alarm": name, "value": last, "limit": low * first})
+        elif high is not None and last > high * first:
+            found.append({"alarm": name, "value": last, "limit": high * first})
+    return found
+
+
+def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    values = [float(record[name]) for record in records if record.get(name) is not None]
+    return sum(values) / len(values) if values else None

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from topkd.engine.loop.position import Position, Queued
+from topkd.engine.loop.hooks import Position, Queued
 from topkd.engine.loop.prompts import PromptRow
 from topkd.engine.loop.scoring import ScoredBatch
 from topkd.topk.samples import Rollout
@@ -53,7 +53,7 @@ class Schedule:
     publish_while_sampling: bool = False
 
     def batches_due(self, version: int) -> int:
-        """Count the batches there are once everything that ``version`` gives is sampled."""
+        """Count the batches sampled once ``version`` has given all that it is due."""
         return min(version + self.max_staleness + 1, self.steps)
 
 
@@ -98,20 +98,20 @@ class BatchPipeline:
         self.published, self.sampled = WaitableCounter(start.step - 1), WaitableCounter(start.step)
 
     def start(self, group: asyncio.TaskGroup) -> None:
-        """Begin; the tasks end with the run's last version, with ``stop``, or with the group."""
+        """Start publishing and sampling; the tasks end with the last version, ``stop``, or the group."""
         self._tasks += [group.create_task(self._publish_versions()), group.create_task(self._sample_batches(group))]
 
     def batch(self, step: int) -> InFlight:
-        """The sampled batch of a step, its scores perhaps still under way; it stays in the queue until ``learnt``."""
+        """Return a step's sampled batch, perhaps still being scored; it stays until ``release``."""
         return self._flying[step - self._flying[0].step]
 
     def release(self, step: int) -> None:
-        """The step has been taken: its batch is needed no more."""
+        """Drop the batch of a step that has been taken."""
         while self._flying and self._flying[0].step <= step:
             self._flying.popleft()
 
     def queue(self, step: int) -> tuple[Queued, ...]:
-        """What is in flight after ``step`` steps and came from older weights than those."""
+        """List the batches in flight after ``step`` steps that older weights have sampled."""
         places = {id(row): place for place, row in enumerate(self._rows)}
         held = []
         for batch in self._flying:
@@ -127,12 +127,12 @@ class BatchPipeline:
         return (*held, *self._queued)
 
     def stop(self) -> None:
-        """Cancel what is under way: requests are abandoned, nothing new begins."""
+        """Cancel all work under way; nothing new begins."""
         for task in self._tasks:
             task.cancel()
 
     async def _publish_versions(self) -> None:
-        """Publish version after version; each when all that the one before gives is drawn (``beside``: being drawn)."""
+        """Publish each version once its predecessor's batches are drawn (or begun, with publish_while_sampling)."""
         for version in range(self._first, self.schedule.steps + 1):
             await self.weights.wait_for(version)
             if self.schedule.publish_while_sampling:
@@ -189,13 +189,13 @@ class WaitableCounter:
         self._moved = asyncio.Event()
 
     def advance_to(self, value: int) -> None:
-        """Raise it to ``value``, and wake who waits."""
+        """Raise the value and wake its waiters."""
         if value > self.value:
             self.value = value
             moved, self._moved = self._moved, asyncio.Event()
             moved.set()
 
     async def wait_for(self, value: int) -> None:
-        """Wait until it is at least ``value``."""
+        """Wait until the value is at least ``value``."""
         while self.value < value:
             await self._moved.wait()

@@ -25,7 +25,7 @@ class BatchSampler(Protocol):
     async def sample_batch(
         self, prompts: Sequence[Ids], n: int, params: SamplingParams, *, k: int = 0
     ) -> list[list[Rollout]]:
-        """N rollouts for each prompt."""
+        """Draw n rollouts for each prompt."""
         ...
 
 

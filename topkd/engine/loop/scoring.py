@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from topkd.engine.config.objectives import Support
-from topkd.engine.loop.candidates import move_to_support
 from topkd.engine.loop.data_mixing import build_trained_mask
 from topkd.engine.loop.prompts import PromptRow
 from topkd.topk.errors import (
@@ -22,7 +21,7 @@ from topkd.topk.errors import (
     RetryableServerError,
     TopkdError,
 )
-from topkd.topk.protocols import TeacherScorer
+from topkd.topk.protocols import CandidateScorer, Ids, TeacherScorer
 from topkd.topk.samples import (
     PreparedSample,
     Rollout,
@@ -31,6 +30,7 @@ from topkd.topk.samples import (
     TopKBehavior,
     TopKPreparedSample,
 )
+from topkd.topk.types import PAD_ID, Float32, Int32, TopK
 
 Context: TypeAlias = Callable[[PromptRow, Rollout], PromptRow]
 
@@ -51,12 +51,12 @@ class ScoredBatch:
 
     @property
     def total(self) -> int:
-        """Samples asked for."""
+        """The number of samples asked for."""
         return len(self.samples) + self.lost.total()
 
 
 def find_teacher(teachers: Mapping[str, TeacherScorer], teacher_id: str) -> TeacherScorer:
-    """Find the teacher that a row names; an unmapped name is an error, never a default taken silently."""
+    """Find the teacher that a row names; refuse an unknown name."""
     try:
         return teachers[teacher_id]
     except KeyError:
@@ -129,7 +129,7 @@ async def _prepare_sample(
 
 
 def summarize_scores(batch: ScoredBatch) -> dict[str, Any]:
-    """What ``compute_teacher_metrics`` needs of one process's share of a step: sums and counts."""
+    """Sum up one process's share of a step for ``compute_teacher_metrics``."""
     topks = [sample.teacher for sample in batch.samples if isinstance(sample, TopKPreparedSample)]
     masses = [topk.mass()[topk.signal].astype(np.float64) for topk in topks]  # a hole has no mass, not mass 0
     tails = [np.exp(tail[~np.isnan(tail)]) for tail in (topk.tail_logp.astype(np.float64) for topk in topks)]
@@ -149,7 +149,7 @@ def summarize_scores(batch: ScoredBatch) -> dict[str, Any]:
 
 
 def compute_teacher_metrics(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the scores of a step look like, over all shares: captured and tail mass, realised tokens inside, holes."""
+    """Compute a step's score statistics over all shares: captured and tail mass, realised tokens inside, holes."""
     lost: Counter[str] = Counter()
     for share in facts:
         lost.update(share["lost"])
@@ -171,3 +171,66 @@ def compute_teacher_metrics(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any
             "rows_without_signal": total["without_signal"],
         }
     return account
+
+
+def check_support(support: Support, teachers: Mapping[str, TeacherScorer]) -> None:
+    """Refuse teachers that cannot score ids of the student's choice where ``support`` needs it."""
+    for name, teacher in teachers.items():
+        if support != "teacher" and not isinstance(teacher, CandidateScorer):
+            raise ConfigError(
+                f"objective.support = {support!r} needs a teacher that scores chosen ids",
+                where=f"teacher {name!r}" if name else "",
+                got=type(teacher).__name__,
+                expected="a dialect that scores candidates, and no [cache]: it keeps the teacher's own lists",
+                hint='or set objective.support = "teacher"',
+            )
+
+
+async def move_to_support(teacher: TeacherScorer, ids: Ids, scores: TopK, rollout: Rollout, support: Support) -> TopK:
+    """Replace the teacher's own list by the one that ``support`` names; the realised tokens stay."""
+    if support == "teacher":
+        return scores
+    if rollout.topk is None:
+        raise ConfigError(
+            "a completion has no list of the student's, on which the teacher could be asked",
+            expected=f"the sampler's top-K, for objective.support = {support!r}",
+            hint="completions from the data have none: use on_policy_fraction = 1",
+        )
+    if not isinstance(teacher, CandidateScorer):
+        raise ConfigError("the teacher scores no chosen ids", got=type(teacher).__name__)
+    wanted = rollout.topk.ids
+    return build_support_rows(scores, wanted, await teacher.score_candidates(ids, scores.start, wanted), support)
+
+
+def build_support_rows(scores: TopK, wanted: Int32, values: Float32, support: Support) -> TopK:
+    """Build the teacher's rows at the ids ``wanted`` [R, K] (-1 pads), whose logprobs are ``values``.
+
+    For the union the ids that the teacher lists itself stay as they are, and the tail loses what the others add. The
+    list never depends on the realised token: it may hold it only as one of the K best of either side.
+    """
+    new = wanted >= 0
+    ids, logp = wanted, np.where(new, values, -np.inf).astype(np.float64)
+    if support == "union":
+        known = (wanted[:, :, None] == scores.ids[:, None, :]).any(axis=2)
+        new &= ~known
+        ids = np.concatenate([scores.ids, np.where(new, wanted, PAD_ID)], axis=1)
+        logp = np.concatenate([scores.logp.astype(np.float64), np.where(new, logp, -np.inf)], axis=1)
+    order = np.lexsort((-logp, ids < 0), axis=1)  # by logprob, pads behind an id whose probability is zero
+    ids, logp = np.take_along_axis(ids, order, axis=1), np.take_along_axis(logp, order, axis=1)
+    # A hole stays a hole: a row that the teacher could not answer has no list to add to.
+    hole = ~scores.signal
+    rest = 1.0 - np.exp(logp).sum(axis=1)
+    if support == "union":
+        added = np.exp(np.where(new, values, -np.inf).astype(np.float64)).sum(axis=1)
+        tail = np.exp(scores.tail_logp.astype(np.float64))
+        rest = np.where(np.isnan(tail), rest, tail - added)  # the teacher's tail is of unrounded values
+    with np.errstate(divide="ignore"):
+        tail_logp = np.log(np.maximum(rest, 0.0))
+    return TopK(
+        scores.start,
+        np.where(hole[:, None], PAD_ID, ids).astype(np.int32),
+        np.where(hole[:, None], -np.inf, logp).astype(np.float32),
+        scores.actual_ids,
+        scores.actual_logp,
+        np.where(hole, np.nan, tail_logp).astype(np.float32),
+    )

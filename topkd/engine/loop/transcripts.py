@@ -103,7 +103,7 @@ class TranscriptRecorder:
                 self.problem(f"rollouts are no longer recorded: {self.path}: {error.strerror}")
 
     def record(self, step: int, sample: PreparedSample) -> dict[str, Any]:
-        """One rollout as plain values."""
+        """Describe one rollout as plain values."""
         core, tokens = sample.core, min(self.limits.max_tokens, sample.core.completion_len)
         teacher = sample.teacher if isinstance(sample, TopKPreparedSample) else TopK.from_lists([None] * tokens)
         teacher = teacher.within(self.student.vocab_size)
@@ -153,7 +153,7 @@ class TranscriptRecorder:
     def _student(
         self, full_ids: Int32, prompt_len: int, at: Int32
     ) -> tuple[list[tuple[list[int], list[float]]], Float64, Float32]:
-        """The student's own top-K of each completion row, its logprobs at the ids ``at``, and at the realised token."""
+        """Compute the student's own top-K of each row, its logprobs at the ids ``at``, and at the realised token."""
         inputs = torch.from_numpy(full_ids[:-1].astype(np.int64))[None].to(self.student.device)
         own: list[tuple[list[int], list[float]]] = []
         listed, realised = [], []
@@ -171,14 +171,14 @@ class TranscriptRecorder:
         return own, np.concatenate(listed).astype(np.float64), np.concatenate(realised)
 
     def _advantage(self, teacher_logp: Float32, student_logp: Float32) -> Float64:
-        """Of the sampled token, before baselines, clips and weights; NaN where the objective gives tokens none."""
+        """Compute each sampled token's advantage before baselines, clips and weights; NaN where it has none."""
         if isinstance(self.objective, CustomObjective) or not self.objective.needs_behavior:
             return np.full(teacher_logp.shape, np.nan)
         return np.asarray(gjs_advantage(teacher_logp, student_logp, getattr(self.objective, "beta", 1.0)), np.float64)
 
     def _divergence(self, teacher: TopK, student_logp: Float64) -> tuple[Float64, str]:
-        """Of each row, on the teacher's list and one bin for the rest (its stored tail); NaN for one without a list."""
-        beta = 0.0 if self.kind == "fkl" else getattr(self.objective, "beta", 1.0)
+        """Compute each row's divergence on the teacher's list and one bin for the rest; NaN without a list."""
+        beta = getattr(self.objective, "beta", 1.0)
         name = {0.0: "KL(T‖S)", 1.0: "KL(S‖T)"}.get(beta, f"GJS with beta {beta:g}")
         if not teacher.k:
             return np.full(teacher.rows, np.nan), "not known: the teacher's lists were not asked for"
@@ -187,7 +187,7 @@ class TranscriptRecorder:
         return np.where(teacher.signal, values, np.nan), f"{name} on the teacher's list and one bin for the rest"
 
     def _text(self, token: int) -> str:
-        """One token as text; a piece of a character, which has no text of its own, as the tokenizer writes it."""
+        """Decode one token; a piece of a character is shown as the tokenizer writes it."""
         if self.tokenizer is None:
             return f"#{token}"
         text = str(self.tokenizer.decode([token]))
@@ -200,23 +200,23 @@ class TranscriptRecorder:
 
 
 def _choose_spread(samples: Sequence[PreparedSample], count: int) -> list[PreparedSample]:
-    """So many samples, from all over the batch: neighbours share a prompt."""
+    """Choose ``count`` samples spread over the batch, as neighbours share a prompt."""
     places = sorted({int(place) for place in np.linspace(0, len(samples) - 1, min(count, len(samples)))})
     return [samples[place] for place in places]
 
 
 def _list_pairs(ids: list[int], logps: list[float]) -> list[tuple[int, float]]:
-    """A list without its pads."""
+    """Pair ids and logprobs, without pads."""
     return [(token, _round_short(logp)) for token, logp in zip(ids, logps, strict=True) if token >= 0]
 
 
 def _round_short(value: float) -> float:
-    """Four digits: enough to look at."""
+    """Round to four digits, enough to look at."""
     return float(f"{float(value):.4g}")
 
 
 def _read_recorded_steps(path: Path) -> set[int]:
-    """Steps that the file holds whole; a torn last line is taken out, so that the next one starts a line."""
+    """Read which steps the file holds; remove a torn last line, so that the next record starts a line."""
     if not path.exists():
         return set()
     data = path.read_bytes()

@@ -40,7 +40,7 @@ class Probe:
 
 @torch.inference_mode()
 def exact_divergences(student: Student, teacher: Student, probes: Sequence[Probe]) -> dict[str, float]:
-    """Mean over scored positions, in nats, of KL(S||T), KL(T||S) and JSD, and how often both put the same token first.
+    """Measure mean KL(S||T), KL(T||S) and JSD in nats, and how often both models rank the same token first.
 
     Float64 over the full vocabulary, from each model's own float32 logits.
     """
@@ -79,7 +79,7 @@ def _sum_divergences(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def _weighted_difference(first: Tensor, second: Tensor) -> Tensor:
-    """sum exp(a) (a - b), where a = -inf (an id that a model excludes) contributes exactly 0."""
+    """Compute sum exp(a) (a - b), where a = -inf (an id that a model excludes) contributes exactly 0."""
     terms = first.exp() * (first - second)
     return torch.where(torch.isneginf(first), 0.0, terms).sum()  # picking is several times cheaper than gathering
 

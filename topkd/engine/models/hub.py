@@ -14,9 +14,9 @@ _FILES = ("config.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def check_there(model: str) -> None:
-    """Raises for a name that is neither a folder, nor kept by the hub's library, nor to be had from a hub in reach.
+    """Refuse a name that is no folder, is not in the hub's cache, and cannot be downloaded because no hub answers.
 
-    The library itself would retry for half a minute before it says so.
+    The hub's library itself would retry for half a minute first.
     """
     if os.path.exists(model):  # noqa: PTH110 - of a name too long for a path it says no; pathlib raises
         return

@@ -43,7 +43,7 @@ class LocalTeacher:
 
     @torch.inference_mode()
     def _logp(self, ids: NDArray[np.int64], start: int) -> Tensor:
-        """float64 [R, V] on the CPU: what comes after position ``start``, and after each later one but the last."""
+        """Compute logprobs of the tokens after ``start``, float64 [R, V] on the CPU."""
         if not 0 <= start < ids.size - 1:
             raise ConfigError("nothing to score", got=f"start {start} of {ids.size} tokens", expected="start < len - 1")
         device = self.model.device
@@ -68,7 +68,7 @@ class LocalTeacher:
 
 
 class SelfTeacher:
-    """Scores with the student's weights as an exponential moving average of them has it (OPSD, SDPO).
+    """Scores with an exponential moving average of the student's weights (OPSD, SDPO).
 
     After each step ``teacher = ema * teacher + (1 - ema) * student``, in float32: 1 keeps the weights the run began
     with, 0 is the student itself (nothing is copied), between them the teacher follows at a distance of about
@@ -93,7 +93,7 @@ class SelfTeacher:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Take the student's last step into the average; to be called once after each step."""
+        """Add the student's last step to the average; call it once after each step."""
         if self.ema in {0.0, 1.0}:
             return
         with self._lock:
@@ -103,13 +103,13 @@ class SelfTeacher:
                 own.lerp_(followed.to(own.dtype), 1.0 - self.ema)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The average's weights, for a checkpoint; empty where they follow from the run's other state."""
+        """Return the average's weights; empty where the run's other state determines them."""
         if self.ema in {0.0, 1.0}:
             return {}
         return {name: weights.detach() for name, weights in self.model.model.named_parameters()}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from a checkpoint's average."""
+        """Continue from a checkpoint's average."""
         for name, weights in self.model.model.named_parameters() if state else ():
             weights.data.copy_(state[name])
 

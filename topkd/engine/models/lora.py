@@ -14,7 +14,7 @@ from topkd.topk.errors import ConfigError
 
 
 def with_adapter(model: Any, config: LoRAConfig, seed: int = 0) -> Any:
-    """The model behind a fresh peft adapter: only the adapter (and ``modules_to_save``) trains.
+    """Wrap a model in a fresh peft adapter: only the adapter (and ``modules_to_save``) trains.
 
     The adapter starts as no change at all; the same seed gives the same one.
     """
@@ -52,45 +52,44 @@ def with_adapter(model: Any, config: LoRAConfig, seed: int = 0) -> Any:
 
 
 def has_adapter(model: Any) -> bool:
-    """Whether a model is peft's, with an adapter that trains."""
+    """Tell whether a model is a peft model, with an adapter that trains."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def unwrap_adapter(model: Any) -> Any:
-    """The causal LM itself: the adapter's layers are inside it either way."""
+    """Return the causal LM itself; the adapter's layers are inside it either way."""
     return model.get_base_model() if has_adapter(model) else model
 
 
 def merge_adapter(model: Any) -> Any:
-    """A copy of the model with the adapter added into its weights: an ordinary Hugging Face model."""
+    """Copy the model with the adapter added into its weights: an ordinary Hugging Face model."""
     return copy.deepcopy(model).merge_and_unload() if has_adapter(model) else model
 
 
 def head_weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """(weight [V, H], bias [V] or None) that an output head multiplies by, with graph, adapters included."""
+    """Return an output head's weight [V, H] and bias [V] or None, with graph, adapters included."""
+    head, inner, weight = _find_weight(head)
+    if inner is not head:  # W + scaling B A; peft computes it without cutting the graph
+        weight = weight + head.get_delta_weight(_active(head)).to(weight.dtype)  # type: ignore[operator]
+    bias = getattr(inner, "bias", None)
+    return weight, bias if isinstance(bias, Tensor) else None
+
+
+def head_rows(head: nn.Module) -> int:
+    """Return V, without forming the weights of an adapted head."""
+    return int(_find_weight(head)[2].shape[0])
+
+
+def _find_weight(head: nn.Module) -> tuple[nn.Module, nn.Module, Tensor]:
+    """Find the head in use, the layer below its adapter (or itself), and that layer's weight."""
     saved = getattr(head, "modules_to_save", None)
     if isinstance(saved, nn.ModuleDict):  # trained whole: the copy that is in use
         head = saved[_active(head)]
     base = getattr(head, "base_layer", None)
     inner = base if isinstance(base, nn.Module) else head
-    weight, bias = inner.weight, getattr(inner, "bias", None)
-    if not isinstance(weight, Tensor):
+    if not isinstance(inner.weight, Tensor):
         raise ConfigError("the student's output head has no weight matrix", got=type(head).__name__)
-    if inner is not head:  # W + scaling B A; peft computes it without cutting the graph
-        weight = weight + head.get_delta_weight(_active(head)).to(weight.dtype)  # type: ignore[operator]
-    return weight, bias if isinstance(bias, Tensor) else None
-
-
-def head_rows(head: nn.Module) -> int:
-    """V, without forming the weights of an adapted head."""
-    saved = getattr(head, "modules_to_save", None)
-    if isinstance(saved, nn.ModuleDict):
-        head = saved[_active(head)]
-    base = getattr(head, "base_layer", None)
-    weight = (base if isinstance(base, nn.Module) else head).weight
-    if not isinstance(weight, Tensor):
-        raise ConfigError("the student's output head has no weight matrix", got=type(head).__name__)
-    return int(weight.shape[0])
+    return head, inner, inner.weight
 
 
 def _active(head: nn.Module) -> str:

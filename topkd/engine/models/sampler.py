@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ class InProcessSampler:
     async def sample_batch(
         self, prompts: Sequence[Ids], n: int, params: SamplingParams, *, k: int = 0
     ) -> list[list[Rollout]]:
-        """n rollouts for each prompt; the same seed and prompts give the same rollouts."""
+        """Draw n rollouts for each prompt; the same seed and prompts give the same rollouts."""
         given_up = threading.Event()
         try:
             return await asyncio.to_thread(self._sample_batch, prompts, n, params, k, given_up)
@@ -184,16 +184,10 @@ def _top(logp: Tensor, k: int) -> tuple[Int32, Float32, Float32]:
 
 
 class AnswerSampler(InProcessSampler):
-    """Draws at any temperature; at 0 it takes the most likely token. The logprobs it states are at temperature 1."""
+    """Samples at any temperature; at 0 takes the most likely token. Its logprobs are at temperature 1."""
 
     def _check(self, params: SamplingParams) -> None:
-        plain = SamplingParams(
-            max_tokens=params.max_tokens,
-            temperature=params.temperature,
-            stop_token_ids=params.stop_token_ids,
-            seed=params.seed,
-        )
-        if params != plain:
+        if not replace(params, temperature=1.0).exact:
             raise ConfigError("an evaluation in this process samples at a temperature, untruncated", got=params)
 
     def _drawn(self, logp: Tensor, params: SamplingParams, generator: torch.Generator) -> Tensor:

@@ -46,7 +46,7 @@ class Student:
 
     @classmethod
     def wrap(cls, model: nn.Module, device: Device = "auto") -> Student:
-        """Take a loaded Hugging Face causal LM, with a peft adapter or without; moved to ``device``.
+        """Wrap a loaded Hugging Face causal LM, with or without a peft adapter, and move it to ``device``.
 
         ``device="auto"`` is cuda, then mps, then cpu.
         """
@@ -75,7 +75,7 @@ class Student:
         lora: LoRAConfig | None = None,
         seed: int = 0,
     ) -> Student:
-        """Load a model folder or id. Trained weights are kept in ``dtype`` (float32 unless memory forbids it).
+        """Load a model folder or hub id, its weights in ``dtype`` (float32 unless memory forbids it).
 
         With ``lora`` a fresh adapter, the same for the same seed, is what trains.
         """
@@ -83,29 +83,29 @@ class Student:
         return cls.wrap(model if lora is None else with_adapter(model, lora, seed), device)
 
     def hidden_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
-        """Final hidden states [N, H] at flat positions ``rows`` of a right-padded batch [B, T]."""
+        """Compute final hidden states [N, H] at flat positions ``rows`` of a right-padded batch [B, T]."""
         hidden: Tensor = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
         return hidden.reshape(-1, hidden.shape[-1])[rows]
 
     def logit_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
-        """float32 logits [N, V] at those positions only: masked and prompt rows never reach the head."""
+        """Compute float32 logits [N, V] at those positions only: masked and prompt rows never reach the head."""
         logits: Tensor = self.head(self.hidden_rows(input_ids, attention_mask, rows))
         return logits.float()
 
     def token_logprobs(
         self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, ids: Tensor, precision: Precision = FULL
     ) -> Tensor:
-        """Exact log s at ``ids`` [N, M] (-1 pads give -inf) of those positions, float32 with graph; no N x V exists."""
+        """Compute exact log s at ``ids`` [N, M] (-1 pads give -inf), float32 with graph, without N x V logits."""
         return split_logprobs(self.backbone, self.head, input_ids, attention_mask, rows, ids, precision)
 
     def head_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """The output head as (weight [V, H], bias [V] or None), for losses that never build N x V logits."""
+        """Return the output head's weight [V, H] and bias [V] or None, for losses without N x V logits."""
         return head_weights(self.head)
 
     def known(self, ids: ArrayLike) -> NDArray[np.int64]:
-        """Token ids as int64; ConfigError where one is no integer, or none of this model's.
+        """Convert token ids to int64; refuse ids that are no integers, or not in the vocabulary.
 
         Unchecked they would be an index error, on a GPU the end of the process, and -1 the last id's logprob.
         """
@@ -121,21 +121,21 @@ class Student:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the output head (a padded vocabulary counts)."""
+        """The number of rows of the output head (padding included)."""
         return head_rows(self.head)
 
     @property
     def lora(self) -> bool:
-        """Whether an adapter trains, and not the model itself."""
+        """Whether an adapter trains instead of the model itself."""
         return has_adapter(self.model)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What a step changes, by name."""
+        """Return the parameters that train, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @torch.inference_mode()
     def _check_head(self) -> None:
-        """Soft-capped or scaled logits are more than the head times the hidden state; say so before they mislead."""
+        """Refuse a model that soft-caps or scales its logits after the head."""
         ids = torch.arange(1, 5, device=self.device)[None] % self.vocab_size
         whole = self.model(input_ids=ids).logits.float()
         rows = self.logit_rows(ids, torch.ones_like(ids), torch.arange(4, device=self.device))
@@ -156,7 +156,7 @@ def split_logprobs(  # noqa: PLR0917
     ids: Tensor,
     precision: Precision = FULL,
 ) -> Tensor:
-    """See ``Student.token_logprobs``; the backbone and the head may be anybody's."""
+    """Compute ``Student.token_logprobs`` with any backbone and head."""
     kind = input_ids.device.type
     with torch.autocast(kind, dtype=precision.dtype or torch.bfloat16, enabled=precision.dtype is not None):
         output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
@@ -169,7 +169,7 @@ def split_logprobs(  # noqa: PLR0917
 
 
 def pick_device(device: Device) -> torch.device:
-    """``auto`` is cuda, then mps, then cpu; asking for an absent one is an error, never a fallback."""
+    """Pick a device: ``auto`` is cuda, then mps, then cpu; refuse one that is not there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         return torch.device(next(name for name, there in available.items() if there))
@@ -183,7 +183,7 @@ def pick_device(device: Device) -> torch.device:
 
 
 def load_causal_lm(path: str, dtype: DType = "float32") -> Any:
-    """A Hugging Face causal LM from a folder or an id; one clear error when it cannot be loaded."""
+    """Load a Hugging Face causal LM from a folder or a hub id; any failure is one ConfigError."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 

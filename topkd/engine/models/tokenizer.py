@@ -10,7 +10,7 @@ from topkd.topk.errors import ConfigError
 
 
 def load_tokenizer(path: str) -> Any:
-    """A Hugging Face tokenizer from a folder or an id; one without tokens is refused."""
+    """Load a Hugging Face tokenizer from a folder or a hub id; refuse one without tokens."""
     try:
         from transformers import AutoTokenizer
         from transformers.utils import logging
@@ -32,13 +32,13 @@ def load_tokenizer(path: str) -> Any:
 
 
 def describe_load_failure(path: str, what: str) -> str:
-    """The beginning of an error's message."""
+    """Describe what could not be loaded, as the beginning of an error's message."""
     kind = "folder" if Path(path).exists() else "no such folder here, and not loadable as a hub id"
     return f"cannot load {what} from {path!r} ({kind})"
 
 
 def quote_first_line(error: Exception) -> str:
-    """What a library said, as far as one line holds it; with its kind where the words alone say little."""
+    """Quote the first line of a library's error, with its class where the words alone say little."""
     line = next((line for line in str(error).splitlines() if line.strip()), "")[:200]
     plain = isinstance(error, OSError | ValueError | RuntimeError) and line
     return line if plain else f"{type(error).__name__}: {line}".rstrip(": ")

@@ -1,4 +1,4 @@
-"""A student that is sampled somewhere else: its weights follow the learner's, and every completion says which it is of.
+"""Keep a student on a sampling server in step with the learner, and check which weights each completion is from.
 
 After a step the weights are captured as a folder, pushed through a WeightSink, probed, and only then sampled from. The
 learner goes on meanwhile.
@@ -22,23 +22,14 @@ import numpy as np
 
 from topkd.engine.checkpoint.snapshots import write_folder
 from topkd.engine.loop.rollouts import derive_seed
+from topkd.engine.loop.scoring import LOSABLE
 from topkd.engine.models.lora import merge_adapter
 from topkd.engine.models.student import Student
 from topkd.engine.weight_sync.sync_probe import SyncProbe
-from topkd.topk.errors import (
-    ConfigError,
-    ContextLimitError,
-    ResponseError,
-    RetryableServerError,
-    SyncError,
-    TopkdError,
-)
+from topkd.topk.errors import ConfigError, ResponseError, SyncError, TopkdError
 from topkd.topk.protocols import Ids, Sampler, Version, WeightSink, WeightUpdate
 from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import Float32
-
-# One prompt's trouble: its completions are lost, counted, and the batch lives. What holds for all of them is raised.
-LOSABLE = (RetryableServerError, ResponseError, ContextLimitError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +99,7 @@ class SyncedSampler:
         self._turn = asyncio.Lock()
 
     def capture(self, version: int) -> None:
-        """Write the learner's weights and the probe's rows, when this version is to be pushed. Runs in a thread."""
+        """Write the learner's weights and take the probe's rows, if this version is to be pushed; runs in a thread."""
         if self.version >= 0 and version % self.every:
             return
 
@@ -124,7 +115,7 @@ class SyncedSampler:
             self._captured[version] = path, self.probe.rows()
 
     async def publish(self, version: int) -> dict[str, Any]:
-        """Bring a captured version to where sampling happens; what it took, for the run log."""
+        """Push a captured version to the sampler, check it with the probe, and return the run log's values."""
         began = time.perf_counter()
         found: dict[str, Any] = {}
         if version in self._captured:
@@ -163,7 +154,7 @@ class SyncedSampler:
     async def sample_batch(
         self, prompts: Sequence[Ids], n: int, params: SamplingParams, *, k: int = 0
     ) -> list[list[Rollout]]:
-        """n rollouts for each prompt, each prompt with a seed of its own; a prompt that is lost gives aborted ones."""
+        """Draw n rollouts for each prompt, each with a seed of its own; a prompt that fails gives aborted ones."""
         if not params.exact:
             raise ConfigError(
                 "the student is sampled from the policy itself", got=params,
@@ -202,7 +193,7 @@ class SyncedSampler:
         return batch
 
     def close(self) -> None:
-        """Remove what was written; call it when the server needs none of it."""
+        """Remove the written folders; call it when the server no longer reads them."""
         self._drop_all_but(0)
         for path, _ in self._captured.values():
             shutil.rmtree(path, ignore_errors=True)
@@ -210,7 +201,7 @@ class SyncedSampler:
             self.folder.rmdir()
 
     async def _verify(self, rollouts: Sequence[Rollout], version: int, stops: Sequence[int]) -> None:
-        """Every completion is of the version that was published, with logprobs, and ends where the student's do."""
+        """Check each completion: sampled from the published version, with logprobs, ended by the student's stop ids."""
         where, full, expected = self.destination.where, self.destination.kind == "full", f"{version}-{self._tag}"
         if not full and self._base is None and rollouts[0].version != expected:
             self._base = rollouts[0].version  # an adapter is asked for by its name; what replies tell is its base's
@@ -242,7 +233,7 @@ class SyncedSampler:
 
     @contextlib.asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
-        """Draws and pushes take turns, unless versions are served side by side: then nothing waits here."""
+        """Make sampling and pushes take turns, unless the server holds both versions."""
         if self.destination.publish_while_sampling:
             yield
         else:

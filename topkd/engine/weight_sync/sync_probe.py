@@ -44,13 +44,13 @@ class SyncProbe:
 
     @classmethod
     def of(cls, student: Student, prompts: Sequence[Ids], **limits: float) -> SyncProbe:
-        """A probe on a few of a run's prompts, spread over them."""
+        """Make a probe of a few of a run's prompts, spread over them."""
         places = np.unique(np.linspace(0, len(prompts) - 1, CONTEXTS).astype(int))
         return cls(student, tuple(np.asarray(prompts[place], dtype=np.int32) for place in places.tolist()), **limits)
 
     @torch.inference_mode()
     def rows(self) -> Float32:
-        """float32 [contexts, V]: the learner's log-probabilities of what comes next, now."""
+        """Compute the learner's next-token logprobs at each context, float32 [contexts, V]."""
         found = []
         for context in self.contexts:  # one by one: a padded batch would round otherwise than the sampler does
             ids = torch.from_numpy(context.astype(np.int64))[None].to(self.student.device)
@@ -62,7 +62,7 @@ class SyncProbe:
     async def compare(
         self, sampler: Sampler, rows: Float32, params: SamplingParams, where: str, *, first_nats: float | None = None
     ) -> dict[str, Any]:
-        """What the sampler says of the tokens it draws now, against ``rows``.
+        """Compare the logprobs of tokens that the sampler draws now with the learner's ``rows``.
 
         Args:
             sampler: Who is asked.

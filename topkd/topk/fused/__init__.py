@@ -10,7 +10,6 @@ Shapes: N rows, H hidden, V vocabulary, K ids a row (-1 = pad). Nothing depends 
 """
 
 from topkd.topk.fused.functions import RowLoss
-from topkd.topk.fused.head import disable_compile, fused_row_loss, gather_logprobs, topk_logprobs
-from topkd.topk.fused.subset import subset_logits
+from topkd.topk.fused.head import disable_compile, fused_row_loss, gather_logprobs, subset_logits, topk_logprobs
 
 __all__ = ["RowLoss", "disable_compile", "fused_row_loss", "gather_logprobs", "subset_logits", "topk_logprobs"]

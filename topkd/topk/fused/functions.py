@@ -1,4 +1,4 @@
-"""The autograd functions behind ``topk_logprobs`` (vocabulary chunks) and ``fused_row_loss`` (row chunks)."""
+"""The autograd functions behind ``topk_logprobs``, ``fused_row_loss`` and ``subset_logits``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.fused.blocks import WeightSum, accumulator, add_at, exponentiate, iter_widened
+from topkd.topk.fused.blocks import CHUNK_BYTES, WeightSum, accumulator, add_at, exponentiate, iter_widened
 
 RowLoss: TypeAlias = Callable[[Tensor, Tensor, slice], Tensor]
 """(logp [C, K], lse [C], rows) -> loss of each row [C]; may be differentiated with respect to logp only."""
@@ -138,3 +138,57 @@ class TopKLogprobs(torch.autograd.Function):
 def _columns(hidden: Tensor, weight: Tensor, bias: Tensor | None, first: int, columns: int) -> Tensor:
     z = hidden @ weight[first : first + columns].t()
     return z if bias is None else z.add_(bias[first : first + columns])
+
+
+class SubsetLogits(torch.autograd.Function):
+    """Logits at a few ids of each row, ``rows`` rows at a time; no other logit is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, rows: int) -> Tensor:
+        """Multiply each row with the head's rows of its ids."""
+        z = torch.empty(ids.shape, dtype=accumulator(hidden), device=hidden.device)
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            z[part] = torch.bmm(weight[ids[part]], hidden[part].unsqueeze(-1)).squeeze(-1)
+        ctx.save_for_backward(hidden, weight, ids)
+        ctx.rows = rows
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_z: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of hidden states and head."""
+        hidden, weight, ids = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, hidden.shape[0], ctx.rows):
+            part = slice(start, start + ctx.rows)
+            if d_hidden is not None:
+                d_hidden[part] = torch.bmm(d_z[part].to(hidden.dtype).unsqueeze(1), weight[ids[part]]).squeeze(1)
+        d_weight = _weight_gradient(d_z, hidden, weight, ids, ctx.rows) if ctx.needs_input_grad[1] else None
+        return d_hidden, d_weight, None, None
+
+
+def _weight_gradient(d_z: Tensor, hidden: Tensor, weight: Tensor, ids: Tensor, rows: int) -> Tensor:
+    """dW[v] = sum over the places of v of d_z h: a common id has thousands, so half precision is summed in float32.
+
+    Only the ids that occur are widened, a few columns at a time.
+    """
+    d_weight, wide = torch.zeros_like(weight), accumulator(weight)
+    if weight.dtype == wide:
+        _add_outer(d_weight, ids, d_z, hidden, rows)
+        return d_weight
+    listed, place = torch.unique(ids, return_inverse=True)
+    step = max(1, CHUNK_BYTES // (4 * d_z.element_size() * max(listed.shape[0], 1)))
+    for first in range(0, weight.shape[1], step):
+        part = hidden[:, first : first + step].to(wide)
+        total = part.new_zeros((listed.shape[0], part.shape[1]))
+        _add_outer(total, place, d_z, part, max(1, rows // 4))
+        d_weight[listed, first : first + step] = total.to(weight.dtype)
+    return d_weight
+
+
+def _add_outer(total: Tensor, place: Tensor, d_z: Tensor, hidden: Tensor, rows: int) -> None:
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        outer = d_z[part].unsqueeze(-1) * hidden[part].unsqueeze(1)
+        total.index_add_(0, place[part].reshape(-1), outer.reshape(-1, total.shape[1]))

@@ -1,4 +1,4 @@
-"""Logprobs at a few ids from logits or from the head, and row losses that never hold N x V; the arguments' checks."""
+"""Logprobs and logits at a few ids from the head, and row losses on them, without N x V logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from topkd.topk.errors import ConfigError
 from topkd.topk.fused.blocks import CHUNK_BYTES, even
-from topkd.topk.fused.functions import RowLoss, SummedRowLoss, TopKLogprobs
+from topkd.topk.fused.functions import RowLoss, SubsetLogits, SummedRowLoss, TopKLogprobs
 from topkd.topk.maths.scalars import check_positive
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -103,6 +103,22 @@ def fused_row_loss(
         grad = torch.is_grad_enabled()
         total: Tensor = SummedRowLoss.apply(hidden, weight, bias, ids, row_loss, rows, grad)  # type: ignore[no-untyped-call]
     return total
+
+
+@disable_compile
+def subset_logits(hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """Logits at the ids only, [N, K] float32 (float64 stays), -inf at pads; cost N K H instead of N V H.
+
+    z_k = hidden . weight[id_k] + bias, exact up to rounding; dW of half-precision weights is summed in float32. Enough
+    for every loss that is renormalised on the ids: the normaliser over the vocabulary cancels.
+    """
+    hidden, weight, bias = match_head_dtype(hidden, weight, bias)
+    check_head_ids(ids, hidden.shape[:-1], weight.shape[0])
+    rows = max(1, CHUNK_BYTES // (2 * weight.element_size() * max(ids.shape[-1] * weight.shape[1], 1)))
+    z = SubsetLogits.apply(hidden, weight, ids.clamp(min=0), rows)  # type: ignore[no-untyped-call]
+    if bias is not None:
+        z = z + bias.to(z.dtype)[ids.clamp(min=0)]
+    return torch.as_tensor(z.masked_fill(ids < 0, -math.inf))
 
 
 def match_head_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

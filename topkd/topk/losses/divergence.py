@@ -12,18 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from topkd.topk.errors import ConfigError
-from topkd.topk.maths.scalars import check_real
+from topkd.topk.maths.scalars import check_beta
 
 CLAMPED_LOG_MASS = -1e-7  # a captured mass above 1 - 1e-7 is rounding, and log(1 - mass) would be noise or nan
-
-
-def check_beta_torch(beta: float) -> float:
-    """The mixture weight, if it lies in [0, 1]."""
-    number = check_real("beta", beta)
-    if not 0.0 <= number <= 1.0:
-        raise ConfigError("beta must lie in [0, 1]", got=beta, hint="0 = forward KL, 1 = reverse KL, between = GJS")
-    return number
 
 
 def divergence_terms(teacher_logp: Tensor, student_logp: Tensor, beta: float) -> Tensor:
@@ -38,7 +29,7 @@ def divergence_terms(teacher_logp: Tensor, student_logp: Tensor, beta: float) ->
         student_logp: Natural-log probabilities [..., V].
         beta: Mixture weight of the teacher, in [0, 1].
     """
-    check_beta_torch(beta)
+    check_beta(beta)
     teacher_logp = teacher_logp.detach()
     teacher_has, student_has = ~torch.isneginf(teacher_logp), ~torch.isneginf(student_logp)  # nan stays nan
     # -inf is replaced before any arithmetic: a where() after it would still send nan through the backward pass

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from topkd.topk.errors import ConfigError
+from topkd.topk.losses.cross_entropy import entropy
 from topkd.topk.losses.divergence import divergence, log_softmax
-from topkd.topk.losses.jsd import check_above_zero, check_options, select_rows
+from topkd.topk.losses.jsd import check_options, select_rows
 from topkd.topk.losses.policy import importance_ratio
-from topkd.topk.losses.taid import entropy
 from topkd.topk.losses.tokens import (
     FullReduction,
     Reduction,
@@ -29,7 +29,7 @@ from topkd.topk.losses.tokens import (
     select_behavior,
     upcast,
 )
-from topkd.topk.maths.scalars import check_integer, check_real
+from topkd.topk.maths.scalars import check_above_zero, check_integer, check_real
 
 
 def teacher_entropy(teacher_logits: Tensor) -> Tensor:
@@ -165,23 +165,12 @@ def eopd_loss(
     check_gate(tau, alpha)
     check_above_zero(cap=cap, advantage_clip=advantage_clip)
     check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
-    check_tensors(sampled_ids=sampled_ids)
     check_same("student_logits", student_logits.shape, teacher_logits=teacher_logits)
     valid = boolean_mask(mask, student_logits.shape[:-1], student_logits.device)
-    if sampled_ids.shape != valid.shape or sampled_ids.is_floating_point() or sampled_ids.dtype == torch.bool:
-        got = f"{sampled_ids.dtype} {tuple(sampled_ids.shape)}"
-        raise ConfigError("sampled_ids must be integers, one a position", got=got, expected=tuple(valid.shape))
+    chosen = select_sampled_ids(sampled_ids, valid, student_logits.shape[-1])
     student_logp = log_softmax(select_rows(student_logits, valid), dead=math.nan)
     teacher_logp = log_softmax(select_rows(teacher_logits.detach(), valid).to(student_logp.dtype), dead=math.nan)
-    chosen = sampled_ids.to(valid.device)[valid].long().unsqueeze(-1)
-    if chosen.numel() and bool(((chosen < 0) | (chosen >= student_logp.shape[-1])).any()):
-        raise ConfigError(
-            "a sampled id lies outside the vocabulary",
-            got=f"{int(chosen.min())}..{int(chosen.max())}",
-            expected=f"0..{student_logp.shape[-1] - 1}",
-            hint="mask padding",
-        )
-    s_y, t_y = student_logp.gather(-1, chosen).squeeze(-1), teacher_logp.gather(-1, chosen).squeeze(-1)
+    s_y, t_y = (logp.gather(-1, chosen).squeeze(-1) for logp in (student_logp, teacher_logp))
     behavior = select_behavior(behavior_logp, valid)
     sampled_term, advantage, known = sampled_reverse_kl(s_y, t_y, behavior, cap, advantage_clip)
     h_teacher = entropy(teacher_logp)
@@ -198,6 +187,21 @@ def eopd_loss(
         "excluded": float((~known).sum()),
     }
     return loss, metrics
+
+
+def select_sampled_ids(sampled_ids: Tensor, valid: Tensor, vocab: int) -> Tensor:
+    """Select the sampled ids of the valid positions, int64 [N, 1]; refuse ids outside the vocabulary."""
+    check_tensors(sampled_ids=sampled_ids)
+    if sampled_ids.shape != valid.shape or sampled_ids.is_floating_point() or sampled_ids.dtype == torch.bool:
+        got = f"{sampled_ids.dtype} {tuple(sampled_ids.shape)}"
+        raise ConfigError("sampled_ids must be integers, one a position", got=got, expected=tuple(valid.shape))
+    chosen = sampled_ids.to(valid.device)[valid].long().unsqueeze(-1)
+    if chosen.numel() and bool(((chosen < 0) | (chosen >= vocab)).any()):
+        got = f"{int(chosen.min())}..{int(chosen.max())}"
+        raise ConfigError(
+            "a sampled id lies outside the vocabulary", got=got, expected=f"0..{vocab - 1}", hint="mask padding"
+        )
+    return chosen
 
 
 def check_gate(tau: float, alpha: float) -> None:

@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 
 from topkd.topk.fused import disable_compile, fused_row_loss
-from topkd.topk.losses.divergence import check_beta_torch
-from topkd.topk.losses.jsd import check_above_zero
-from topkd.topk.losses.sparse import loss_dtype, scale_total, select_teacher
+from topkd.topk.fused.blocks import accumulator
+from topkd.topk.losses.sparse import scale_total, select_teacher
 from topkd.topk.losses.teacher import Teacher
 from topkd.topk.losses.tokens import Reduction, check_logits, select_behavior
 from topkd.topk.losses.topk_policy import (
     SupportWeights,
-    check_lam,
     compute_bucket_divergence,
     compute_row_losses,
     compute_support_weights,
     find_usable_rows,
     summarise_estimator,
 )
+from topkd.topk.maths.scalars import check_above_zero, check_beta, check_lam
 
 
 class FusedPolicyLoss(NamedTuple):
@@ -85,7 +84,7 @@ def fused_topk_policy_gradient_loss(
     Returns:
         The loss, the student's logprobs of the sampled tokens, the rows that were used, and metrics.
     """
-    check_beta_torch(beta)
+    check_beta(beta)
     check_lam(lam)
     check_above_zero(cap=cap)
     check_logits(hidden=hidden, weight=weight)
@@ -95,7 +94,7 @@ def fused_topk_policy_gradient_loss(
     behavior = select_behavior(behavior_logp if lam > 0.0 else None, used)
     made: list[SupportWeights] = []
     buckets: list[Tensor] = []
-    student_logp = torch.empty(rows.actual_ids.shape, dtype=loss_dtype(hidden), device=hidden.device)
+    student_logp = torch.empty(rows.actual_ids.shape, dtype=accumulator(hidden), device=hidden.device)
 
     def row_loss(logp: Tensor, lse: Tensor, part: slice) -> Tensor:  # noqa: ARG001 - the protocol's argument
         at_ids, actual, teacher_part = logp[:, :-1], logp[:, -1], rows.rows(part)

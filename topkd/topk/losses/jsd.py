@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.losses.divergence import check_beta_torch, clamp_value, divergence_terms, log_softmax
+from topkd.topk.losses.divergence import clamp_value, divergence_terms, log_softmax
 from topkd.topk.losses.tokens import FullReduction, check_logits, labels_mask, reduce_tokens, upcast
-from topkd.topk.maths.scalars import check_integer, check_real
+from topkd.topk.maths.scalars import check_above_zero, check_beta, check_integer, check_real
 
 Tail: TypeAlias = Literal["bucket", "renormalise"]
 _PROBABILITY_TOLERANCE = 1e-2  # wide enough for bf16 rows of any vocabulary, far below what logits add up to
@@ -57,7 +57,7 @@ def generalized_jsd_loss(  # noqa: PLR0917 - the source's signature
     Returns:
         A scalar, or [...] for reduction "none". nan where a valid row has no finite logit on a side: no distribution.
     """
-    check_beta_torch(beta)
+    check_beta(beta)
     if logits_are_probs and (temperature != 1.0 or top_k is not None):
         raise ConfigError("logits_are_probs takes neither a temperature nor top_k: both act on logits")
     check_options(temperature=temperature, top_k=top_k, tail=tail)
@@ -125,10 +125,3 @@ def check_options(*, temperature: float = 1.0, top_k: int | None = None, tail: s
         raise ConfigError("top_k must be at least 1", got=top_k)
     if tail not in ("bucket", "renormalise"):
         raise ConfigError("unknown tail", got=tail, expected="bucket or renormalise")
-
-
-def check_above_zero(**values: float | None) -> None:
-    """Raise ConfigError where a given value is not above 0."""
-    for name, value in values.items():
-        if value is not None and not check_real(name, value) > 0:
-            raise ConfigError(f"{name} must be positive", got=value)

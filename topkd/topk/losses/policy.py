@@ -19,7 +19,7 @@ from topkd.topk.losses.tokens import (
     reduce_tokens,
     upcast,
 )
-from topkd.topk.maths.scalars import check_real
+from topkd.topk.maths.scalars import check_above_zero, check_real
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) = 4.9e8: beyond it a ratio carries no information, only overflow
 
@@ -53,13 +53,14 @@ def importance_sampling_loss(
     Returns:
         A scalar.
     """
+    check_above_zero(cap=cap)
     new, behavior, advantage, valid = _select(logp_new, logp_behavior, advantages, mask)
     ratio = importance_ratio(new, behavior)
     if cap is None:
         # value r*A; the gradient stays -r*A where the log-ratio is clamped, as a clamp in the graph would stop it
         values = -(ratio * advantage * (1.0 + _tracked(new) - _tracked(new).detach()))
     else:
-        values = -(ratio.clamp(max=_positive("cap", cap)) * advantage * _tracked(new))
+        values = -(ratio.clamp(max=cap) * advantage * _tracked(new))
     return reduce_tokens(values, valid, _known(reduction), num_tokens)
 
 
@@ -199,9 +200,3 @@ def _known(reduction: Reduction) -> Reduction:
     if reduction not in ("mean", "sum"):
         raise ConfigError("unknown reduction", got=reduction, expected="mean or sum")
     return reduction
-
-
-def _positive(name: str, value: float) -> float:
-    if not check_real(name, value) > 0:
-        raise ConfigError(f"{name} must be positive", got=value)
-    return value

@@ -16,20 +16,21 @@ from torch import Tensor
 
 from topkd.topk.errors import ConfigError
 from topkd.topk.fused import disable_compile, fused_row_loss, gather_logprobs, subset_logits
-from topkd.topk.losses.divergence import check_beta_torch, divergence, log_softmax, log_tail_torch
+from topkd.topk.fused.blocks import accumulator
+from topkd.topk.losses.divergence import divergence, log_softmax, log_tail_torch
 from topkd.topk.losses.jsd import Tail, append_tail, check_options
 from topkd.topk.losses.teacher import SparseTeacher, Teacher, flatten_teacher
 from topkd.topk.losses.tokens import (
     FullReduction,
     Reduction,
     boolean_mask,
-    check_finite,
     check_logits,
-    check_tensors,
     reduce_mean,
     reduce_tokens,
+    select_known,
     to_widest,
 )
+from topkd.topk.maths.scalars import check_beta
 
 Usable: TypeAlias = Callable[[SparseTeacher], Tensor]
 """Which rows can train: bool [N]."""
@@ -166,7 +167,7 @@ def select_teacher(
     usable: Usable | None = None,
 ) -> tuple[SparseTeacher, Tensor]:
     """Select the teacher's rows that train, and the boolean selection (valid and usable: not a hole)."""
-    sparse = flatten_teacher(teacher, shape, like.device, loss_dtype(like)).head(k)
+    sparse = flatten_teacher(teacher, shape, like.device, accumulator(like)).head(k)
     used: Tensor = boolean_mask(mask, shape, like.device)
     known = sparse.signal if usable is None else usable(sparse)
     used = torch.logical_and(used, known.reshape(shape))
@@ -176,17 +177,8 @@ def select_teacher(
 def select_weight(row_weight: Tensor | None, used: Tensor, like: Tensor) -> Tensor:
     """Select the detached factors of the rows that train, [N] in the loss's dtype; ones when None."""
     if row_weight is None:
-        return torch.ones(int(used.sum()), dtype=loss_dtype(like), device=like.device)
-    check_tensors(row_weight=row_weight)
-    if row_weight.shape != used.shape:
-        raise ConfigError("row_weight has another shape", got=tuple(row_weight.shape), expected=tuple(used.shape))
-    check_finite(used, row_weight=row_weight)
-    return row_weight.detach()[used].to(loss_dtype(like))
-
-
-def loss_dtype(like: Tensor) -> torch.dtype:
-    """float64 for float64 inputs, else float32."""
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
+        return torch.ones(int(used.sum()), dtype=accumulator(like), device=like.device)
+    return select_known("row_weight", row_weight, used).to(accumulator(like))
 
 
 def scale_total(total: Tensor, count: int, reduction: Reduction, num_tokens: float | Tensor | None) -> Tensor:
@@ -198,7 +190,7 @@ def scale_total(total: Tensor, count: int, reduction: Reduction, num_tokens: flo
 
 def check_sparse_options(beta: float, tail: str, temperature: float) -> None:
     """Raise ConfigError where an option lies outside its range, or a bucket would be tempered."""
-    check_beta_torch(beta)
+    check_beta(beta)
     check_options(temperature=temperature, tail=tail)
     if tail == "bucket" and temperature != 1.0:
         raise ConfigError(

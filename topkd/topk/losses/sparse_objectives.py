@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from topkd.topk.fused import gather_logprobs
+from topkd.topk.losses.cross_entropy import blend, cross_entropy, entropy
 from topkd.topk.losses.divergence import divergence, log_softmax
 from topkd.topk.losses.entropy import add_covering_term, check_gate, sampled_reverse_kl
-from topkd.topk.losses.jsd import Tail, check_above_zero
+from topkd.topk.losses.jsd import Tail
 from topkd.topk.losses.sparse import bins, check_sparse_options, select_teacher
-from topkd.topk.losses.taid import blend, check_t, cross_entropy, entropy
 from topkd.topk.losses.teacher import SparseTeacher, Teacher
 from topkd.topk.losses.tokens import Reduction, check_logits, reduce_mean, reduce_tokens, select_behavior, to_widest
+from topkd.topk.maths.scalars import check_above_zero, check_fraction
 
 
 def sparse_taid_loss(
@@ -50,7 +51,7 @@ def sparse_taid_loss(
     Returns:
         (loss, metrics).
     """
-    check_t(t)
+    check_fraction("t", t)
     check_sparse_options(0.5, tail, 1.0)
     check_logits(student_logits=student_logits)
     rows, used = select_teacher(teacher, mask, student_logits.shape[:-1], student_logits, k)

@@ -68,13 +68,7 @@ class SparseTeacher:
 
     def rows(self, index: Tensor | slice) -> SparseTeacher:
         """Select rows by a boolean or integer index, or a slice."""
-        return SparseTeacher(
-            self.ids[index],
-            self.logp[index],
-            self.tail_logp[index],
-            self.actual_ids[index],
-            self.actual_logp[index],
-        )
+        return SparseTeacher(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def to(self, device: torch.device) -> SparseTeacher:
         """Move the rows to a device."""

@@ -48,11 +48,11 @@ def check_logits(**logits: Tensor) -> None:
 
 
 def check_same(name: str, shape: torch.Size, **others: Tensor) -> None:
-    """Raise ConfigError where a tensor has not the shape of the argument called ``name``."""
+    """Raise ConfigError where a tensor differs in shape from ``name``."""
     check_tensors(**others)
     for other, tensor in others.items():
         if tensor.shape != shape:
-            raise ConfigError(f"{other} has not the shape of {name}", got=tuple(tensor.shape), expected=tuple(shape))
+            raise ConfigError(f"{other} and {name} differ in shape", got=tuple(tensor.shape), expected=tuple(shape))
 
 
 def check_finite(mask: Tensor, **values: Tensor) -> None:
@@ -69,15 +69,16 @@ def check_finite(mask: Tensor, **values: Tensor) -> None:
             )
 
 
+def select_known(name: str, values: Tensor, used: Tensor) -> Tensor:
+    """Select the detached values of the rows that train; refuse another shape, and values that are not finite."""
+    check_same("the mask", used.shape, **{name: values})
+    check_finite(used, **{name: values})
+    return values.detach()[used]
+
+
 def select_behavior(behavior_logp: Tensor | None, used: Tensor) -> Tensor | None:
-    """Return the detached behaviour logprobs of the rows that train; refuse values that are not finite."""
-    if behavior_logp is None:
-        return None
-    check_tensors(behavior_logp=behavior_logp)
-    if behavior_logp.shape != used.shape:
-        raise ConfigError("behavior_logp has another shape", got=tuple(behavior_logp.shape), expected=tuple(used.shape))
-    check_finite(used, behavior_logp=behavior_logp)
-    return behavior_logp.detach()[used]
+    """Select the behaviour logprobs of the rows that train; None stays None."""
+    return None if behavior_logp is None else select_known("behavior_logp", behavior_logp, used)
 
 
 def boolean_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:

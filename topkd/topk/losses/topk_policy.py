@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.losses.divergence import check_beta_torch, divergence
-from topkd.topk.losses.jsd import append_tail, check_above_zero
+from topkd.topk.losses.divergence import divergence
+from topkd.topk.losses.jsd import append_tail
 from topkd.topk.losses.policy import importance_ratio
 from topkd.topk.losses.teacher import SparseTeacher, Teacher, flatten_teacher
 from topkd.topk.losses.tokens import (
@@ -32,7 +32,7 @@ from topkd.topk.losses.tokens import (
     to_widest,
     upcast,
 )
-from topkd.topk.maths.scalars import check_real
+from topkd.topk.maths.scalars import check_above_zero, check_beta, check_lam
 from topkd.topk.types import MASS_TOLERANCE
 
 TAIL_GATE = 1e-6  # below this the tail's advantage is a quotient of two roundings
@@ -154,12 +154,6 @@ def find_usable_rows(teacher: SparseTeacher, lam: float) -> Tensor:
     return signal & (teacher.actual_ids >= 0) & ~torch.isnan(teacher.actual_logp)
 
 
-def check_lam(lam: float) -> None:
-    """Raise ConfigError unless lam lies in [0, 1]."""
-    if not 0.0 <= check_real("lam", lam) <= 1.0:
-        raise ConfigError("lam must lie in [0, 1]", got=lam, hint="0 = (K+1)-bin divergence, 1 = the whole vocabulary")
-
-
 def summarise_estimator(weights: SupportWeights, bucket: Tensor, masked_rows: int) -> dict[str, float]:
     """Summarise the rows that were used: means, and counts of gated, excluded or masked rows."""
     count = max(weights.actual.shape[0], 1)
@@ -249,7 +243,7 @@ def topk_policy_gradient_loss(
     Returns:
         A scalar, or (scalar, metrics).
     """
-    check_beta_torch(beta)
+    check_beta(beta)
     check_lam(lam)
     check_above_zero(cap=cap)
     check_tensors(student_logp_at_ids=student_logp_at_ids, student_logp_actual=student_logp_actual)

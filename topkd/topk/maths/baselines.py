@@ -6,11 +6,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.inputs import check_beta, check_floor, float64, logp64, logp_pair
-from topkd.topk.maths.divergence import kl_terms, log_mixture
+from topkd.topk.inputs import check_floor, float64, logp64
+from topkd.topk.maths.divergence import check_rows, find_silent_rows, kl_terms, log_mixture
 from topkd.topk.maths.mass import LOG_MASS_CLAMP, check_mass, log_tail
 from topkd.topk.maths.pairs import align_scores, union_bins
-from topkd.topk.maths.scalars import check_real
+from topkd.topk.maths.scalars import check_beta, check_fraction
 from topkd.topk.types import Float64, TopK
 
 _LEAST_TAIL = np.log(-np.expm1(LOG_MASS_CLAMP))  # 1e-7, as on the student's side
@@ -41,12 +41,10 @@ def value_baseline(
         token of the student's no probability.
     """
     beta = check_beta(beta)
-    teacher, student = logp_pair(teacher_logp, student_logp)
-    if teacher.ndim < 1 or teacher.shape != student.shape:
-        raise ConfigError("value_baseline: both sides must be [..., K]", got=f"{teacher.shape} and {student.shape}")
+    teacher, student = check_rows(teacher_logp, student_logp)
     check_mass("teacher_logp", teacher)
     check_mass("student_logp", student)
-    silent = np.isneginf(teacher).all(axis=-1) | np.isneginf(student).all(axis=-1)
+    silent = find_silent_rows(teacher, student)
     tail = log_tail(teacher)
     if teacher_tail_logp is not None:
         stored = logp64("teacher_tail_logp", teacher_tail_logp)
@@ -100,9 +98,7 @@ def discounted_return(
         ConfigError: For ``advantage=None`` at gamma = 0: nothing of what is left depends on the sampled token, and
             its policy gradient is zero in expectation.
     """
-    gamma = check_real("gamma", gamma)
-    if not 0.0 <= gamma <= 1.0:
-        raise ConfigError("gamma out of range", got=gamma, expected="0 .. 1")
+    gamma = check_fraction("gamma", gamma)
     values = float64("divergence", divergence)
     if values.ndim != 1:
         raise ConfigError("discounted_return: divergence must be [N]", got=values.shape)

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.inputs import check_beta, logp_pair
+from topkd.topk.inputs import logp_pair
 from topkd.topk.maths.mass import check_mass, log_mass, log_tail
+from topkd.topk.maths.scalars import check_beta
 from topkd.topk.types import Bool, Float64
 
 DENSE_TOLERANCE = 1e-2  # a dense row whose mass is further from 1 than half-precision rounding explains is not dense
@@ -39,7 +40,7 @@ def gjs(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float) -> Float6
         float64 [...]; NaN for a row that holds a NaN or is all -inf on a side (no signal).
     """
     beta = check_beta(beta)
-    teacher, student = _rows(teacher_logp, student_logp)
+    teacher, student = check_rows(teacher_logp, student_logp)
     for name, logp in (("teacher_logp", teacher), ("student_logp", student)):
         mass = np.exp(logp).sum(axis=-1)
         wrong = (np.abs(mass - 1.0) > DENSE_TOLERANCE) & (mass > 0.0)
@@ -51,7 +52,9 @@ def gjs(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float) -> Float6
                 expected="1",
                 hint="for top-K lists use shared_support_gjs or topk_gjs",
             )
-    return np.where(_no_signal(teacher, student), np.nan, np.maximum(integrand(teacher, student, beta).sum(-1), 0.0))
+    return np.where(
+        find_silent_rows(teacher, student), np.nan, np.maximum(integrand(teacher, student, beta).sum(-1), 0.0)
+    )
 
 
 def shared_support_gjs(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float, tail: Tail = "bucket") -> Float64:
@@ -79,12 +82,12 @@ def shared_support_gjs(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: f
         float64 [...]; NaN for a row that holds a NaN or has no finite entry on a side (no signal).
     """
     beta = check_beta(beta)
-    teacher, student = _rows(teacher_logp, student_logp)
+    teacher, student = check_rows(teacher_logp, student_logp)
     if tail not in ("bucket", "renormalise", "partial"):
         raise ConfigError("shared_support_gjs: unknown tail", got=repr(tail), expected="bucket, renormalise or partial")
     check_mass("teacher_logp", teacher)
     check_mass("student_logp", student)
-    silent = _no_signal(teacher, student)
+    silent = find_silent_rows(teacher, student)
     if tail == "renormalise":
         with np.errstate(invalid="ignore"):
             teacher, student = teacher - log_mass(teacher)[..., None], student - log_mass(student)[..., None]
@@ -123,7 +126,8 @@ def kl_terms(logp: Float64, logq: Float64) -> Float64:
         return np.where(empty, 0.0, np.where(broken, np.inf, np.exp(logp) * (logp - logq)))
 
 
-def _rows(teacher_logp: ArrayLike, student_logp: ArrayLike) -> tuple[Float64, Float64]:
+def check_rows(teacher_logp: ArrayLike, student_logp: ArrayLike) -> tuple[Float64, Float64]:
+    """Return both sides as float64 of one shape [..., V]."""
     teacher, student = logp_pair(teacher_logp, student_logp)
     if teacher.ndim < 1 or teacher.shape != student.shape:
         raise ConfigError(
@@ -132,5 +136,6 @@ def _rows(teacher_logp: ArrayLike, student_logp: ArrayLike) -> tuple[Float64, Fl
     return teacher, student
 
 
-def _no_signal(teacher: Float64, student: Float64) -> Bool:
+def find_silent_rows(teacher: Float64, student: Float64) -> Bool:
+    """Find rows that are all -inf on a side: no signal."""
     return np.asarray(np.isneginf(teacher).all(axis=-1) | np.isneginf(student).all(axis=-1))

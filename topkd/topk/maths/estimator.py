@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.inputs import check_beta, check_scores, float64, logp64, result_dtype, to_dtype
+from topkd.topk.inputs import check_scores, float64, logp64, result_dtype, to_dtype
 from topkd.topk.maths.advantages import advantage64
 from topkd.topk.maths.mass import check_mass
-from topkd.topk.maths.scalars import check_real
+from topkd.topk.maths.scalars import check_beta, check_lam
 from topkd.topk.types import Bool, Float64, TopK
 
 EMPTY_TAIL = 1e-6  # below this the tail mass is rounding, and the ratio of two of them is noise
@@ -58,38 +58,22 @@ def topk_weights(
         signal, to be masked: a row without list or with an unknown student logprob (both weights), and for lam > 0 a
         realised token outside A that is unknown, has s = 0, or has t = 0 at beta = 1 (``w_actual``).
     """
-    beta, lam = check_beta(beta), check_real("lam", lam)
+    beta, lam = check_beta(beta), check_lam(lam)
     check_scores(teacher=teacher)
-    if not 0.0 <= lam <= 1.0:
-        raise ConfigError("lam out of range", got=lam, expected="0 (tail bucket) .. 1 (unbiased for the dense loss)")
     member = _members(teacher, beta)
     known = _student(teacher, student_logp_at_ids)
     student = np.where(member, known, -np.inf)
-    actual = logp64("student_logp_actual", student_logp_actual)
-    ratio = float64("is_weight", 1.0 if is_weight is None else is_weight)
-    if (ratio < 0.0).any() or np.isinf(ratio).any():
-        raise ConfigError("is_weight: not an importance ratio", got=ratio.min(), expected="0 <= ratio < inf")
-    if actual.shape != (teacher.rows,) or (ratio.ndim and ratio.shape != (teacher.rows,)):
-        raise ConfigError(
-            "topk_weights: student_logp_actual and is_weight must be [R]",
-            got=f"{actual.shape} and {ratio.shape}",
-            expected=(teacher.rows,),
-        )
-    teacher_tail, student_tail = _tails(teacher, student)
-    gated = (teacher_tail < EMPTY_TAIL) | (student_tail < EMPTY_TAIL)
-    baseline = advantage64(np.log(teacher_tail) - np.log(student_tail), beta)
-    baseline = np.where(gated, 0.0, baseline)
-
+    actual, ratio = _sampled(teacher.rows, student_logp_actual, is_weight)
+    teacher_tail, student_tail, gated = _tails(teacher, student)
+    baseline = np.where(gated, 0.0, advantage64(np.log(teacher_tail) - np.log(student_tail), beta))
     at_ids = teacher.logp.astype(np.float64)
     weights = np.where(member, weighted_advantage(at_ids, student, beta) - np.exp(student) * baseline[:, None], 0.0)
-
     inside = ((teacher.ids == teacher.actual_ids[:, None]) & member).any(axis=1)
     with np.errstate(invalid="ignore"):
         difference = np.where(np.isneginf(actual), np.nan, teacher.actual_logp.astype(np.float64) - actual)
     tail = lam * ratio * (advantage64(difference, beta) - baseline)
     tail = np.where(teacher.actual_ids < 0, np.nan, tail)
     tail = np.where(inside | gated | (lam == 0.0), 0.0, tail)
-
     hole = ~teacher.signal if teacher.k else np.zeros(teacher.rows, dtype=np.bool_)
     hole = hole | np.isnan(known).any(axis=1)
     dtype = result_dtype(student_logp_at_ids, student_logp_actual)
@@ -107,8 +91,7 @@ def gated_rows(teacher: TopK, student_logp_at_ids: ArrayLike, *, beta: float = 0
     """
     check_scores(teacher=teacher)
     student = np.where(_members(teacher, check_beta(beta)), _student(teacher, student_logp_at_ids), -np.inf)
-    teacher_tail, student_tail = _tails(teacher, student)
-    return np.asarray((teacher_tail < EMPTY_TAIL) | (student_tail < EMPTY_TAIL))
+    return _tails(teacher, student)[2]
 
 
 def _members(teacher: TopK, beta: float) -> Bool:
@@ -126,6 +109,21 @@ def weighted_advantage(teacher: Float64, student: Float64, beta: float) -> Float
     return np.where(np.isneginf(student) & ~np.isnan(teacher), 0.0, value)
 
 
+def _sampled(rows: int, student_logp_actual: ArrayLike, is_weight: ArrayLike | None) -> tuple[Float64, Float64]:
+    """The realised tokens' logprobs and importance ratios as float64, [R] (or one ratio for all)."""
+    actual = logp64("student_logp_actual", student_logp_actual)
+    ratio = float64("is_weight", 1.0 if is_weight is None else is_weight)
+    if (ratio < 0.0).any() or np.isinf(ratio).any():
+        raise ConfigError("is_weight: not an importance ratio", got=ratio.min(), expected="0 <= ratio < inf")
+    if actual.shape != (rows,) or (ratio.ndim and ratio.shape != (rows,)):
+        raise ConfigError(
+            "topk_weights: student_logp_actual and is_weight must be [R]",
+            got=f"{actual.shape} and {ratio.shape}",
+            expected=(rows,),
+        )
+    return actual, ratio
+
+
 def _student(teacher: TopK, student_logp_at_ids: ArrayLike) -> Float64:
     """The student's logprobs at the teacher's ids as float64, -inf at pads."""
     values = float64("student_logp_at_ids", student_logp_at_ids)
@@ -136,8 +134,8 @@ def _student(teacher: TopK, student_logp_at_ids: ArrayLike) -> Float64:
     return student
 
 
-def _tails(teacher: TopK, student: Float64) -> tuple[Float64, Float64]:
-    stored = np.exp(teacher.tail_logp, dtype=np.float64)
-    teacher_tail = np.where(np.isnan(stored), 1.0 - teacher.mass(), stored)
-    student_tail = 1.0 - np.exp(student).sum(axis=1)
-    return np.maximum(teacher_tail, _LEAST_TAIL), np.maximum(student_tail, _LEAST_TAIL)
+def _tails(teacher: TopK, student: Float64) -> tuple[Float64, Float64, Bool]:
+    """(t_o, s_o, whether one of them is empty to rounding), each [R]."""
+    teacher_tail = np.maximum(teacher.tail_mass(), _LEAST_TAIL)
+    student_tail = np.maximum(1.0 - np.exp(student).sum(axis=1), _LEAST_TAIL)
+    return teacher_tail, student_tail, np.asarray((teacher_tail < EMPTY_TAIL) | (student_tail < EMPTY_TAIL))

@@ -5,22 +5,107 @@ beta is the mixture weight of the *teacher*; natural log; NaN = no signal. These
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from topkd.topk.alignment import Aligned, align
 from topkd.topk.errors import AlignmentError, ConfigError
-from topkd.topk.inputs import check_beta, check_floor, check_scores
+from topkd.topk.inputs import check_floor, check_scores
 from topkd.topk.maths.divergence import integrand, shared_support_gjs
 from topkd.topk.maths.mass import log_mass
+from topkd.topk.maths.scalars import check_beta
 from topkd.topk.maths.union import MIN_TAIL, UnionTail
-from topkd.topk.types import Bool, Float64, TopK
+from topkd.topk.types import Bool, Float64, Int32, TopK
+
+_PAD_KEY = np.iinfo(np.int64).max
 
 # Where float32 is exact enough and a missing id's share is itself below that; elsewhere float64 does the work.
 FAST_BETA = (0.01, 0.99)
 FAST_FLOOR = (-80.0, -15.0)  # below it exp(floor) is no normal float32, and a pad's 0 would not be told from it
 Missing = Literal["union_tail", "intersection_tail", "floor", "renormalise"]
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """[R, N] slots, N = K_T + K_S; a slot outside the union is in neither list and holds -inf on both sides.
+
+    Attributes:
+        teacher: float64 logprobs; -inf where the teacher does not list the id.
+        student: float64 logprobs; -inf where the student does not list the id.
+        in_teacher: True where the teacher lists the id (with any probability, zero included).
+        in_student: True where the student does.
+        teacher_tail: float64 [R], probability outside the teacher's list; NaN = unknown, to be taken as 1 - mass.
+        student_tail: float64 [R], as above.
+    """
+
+    teacher: Float64
+    student: Float64
+    in_teacher: Bool
+    in_student: Bool
+    teacher_tail: Float64
+    student_tail: Float64
+
+    @property
+    def union(self) -> Bool:
+        """True where at least one side lists the id."""
+        return np.asarray(self.in_teacher | self.in_student)
+
+    @property
+    def both(self) -> Bool:
+        """True where both sides list the id."""
+        return np.asarray(self.in_teacher & self.in_student)
+
+    @property
+    def signal(self) -> Bool:
+        """bool [R]: both sides list at least one id with non-zero probability."""
+        return np.asarray(np.isfinite(self.teacher).any(axis=1) & np.isfinite(self.student).any(axis=1))
+
+
+def align(
+    teacher_ids: Int32,
+    teacher_logp: NDArray[np.floating],
+    student_ids: Int32,
+    student_logp: NDArray[np.floating],
+    *,
+    teacher_tail: Float64 | None = None,
+    student_tail: Float64 | None = None,
+) -> Aligned:
+    """The union of two lists a row; ids are unique within a list, negative ids are pads.
+
+    One sort a row of the keys ``2 id + side``: an id that both sides list becomes two neighbours whose keys differ only
+    in the last bit.
+    """
+    rows, width = teacher_ids.shape[0], teacher_ids.shape[1] + student_ids.shape[1]
+    ids = np.concatenate([teacher_ids, student_ids], axis=1).astype(np.int64)
+    logp = np.concatenate([teacher_logp, student_logp], axis=1, dtype=np.float64)
+    keys = ids * 2
+    keys[:, teacher_ids.shape[1] :] += 1
+    keys[ids < 0] = _PAD_KEY
+    order = np.argsort(keys, axis=1)
+    keys, logp = np.take_along_axis(keys, order, axis=1), np.take_along_axis(logp, order, axis=1)
+
+    listed = keys != _PAD_KEY
+    from_student = listed & (keys % 2 == 1)
+    paired = np.zeros((rows, width), dtype=np.bool_)  # slot i (teacher) and slot i + 1 (student) are one id
+    paired[:, :-1] = ((keys[:, 1:] ^ keys[:, :-1]) == 1) & listed[:, 1:]
+    second = np.zeros_like(paired)
+    second[:, 1:] = paired[:, :-1]
+    following = np.full_like(logp, -np.inf)
+    following[:, :-1] = logp[:, 1:]
+
+    in_teacher = listed & ~from_student
+    in_student = (from_student & ~second) | paired
+    unknown = np.full(rows, np.nan)
+    return Aligned(
+        teacher=np.where(in_teacher, logp, -np.inf),
+        student=np.where(paired, following, np.where(in_student, logp, -np.inf)),
+        in_teacher=in_teacher,
+        in_student=in_student,
+        teacher_tail=unknown if teacher_tail is None else teacher_tail,
+        student_tail=unknown if student_tail is None else student_tail,
+    )
 
 
 def topk_gjs(
@@ -69,7 +154,7 @@ def topk_gjs(
     if missing == "union_tail" and FAST_BETA[0] <= beta <= FAST_BETA[1] and FAST_FLOOR[0] <= floor <= FAST_FLOOR[1]:
         values, left = UnionTail(teacher, student, beta, floor)()
         if left.size:
-            values[left] = _exact(_rows(teacher, left), _rows(student, left), beta, missing, floor)
+            values[left] = _exact(teacher.take(left), student.take(left), beta, missing, floor)
         return values
     return _exact(teacher, student, beta, missing, floor)
 
@@ -152,17 +237,6 @@ def align_scores(teacher: TopK, student: TopK) -> Aligned:
         student.logp,
         teacher_tail=np.exp(teacher.tail_logp, dtype=np.float64),
         student_tail=np.exp(student.tail_logp, dtype=np.float64),
-    )
-
-
-def _rows(scores: TopK, index: np.ndarray[tuple[int, ...], np.dtype[np.intp]]) -> TopK:
-    return TopK(
-        0,
-        scores.ids[index],
-        scores.logp[index],
-        scores.actual_ids[index],
-        scores.actual_logp[index],
-        scores.tail_logp[index],
     )
 
 
