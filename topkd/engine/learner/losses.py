@@ -44,7 +44,7 @@ def compute_sampled_gradient(objective: ScalarKL | GJS, view: TokenView) -> Loss
     """Compute the loss of a sampled-token objective."""
     advantage = compute_own_advantage(view, objective.beta)
     if objective.needs_list:
-        rows = select_rows(view, objective.beta)
+        rows = _move_zeros_to_tail(view, objective.beta)
         if objective.baseline == "value":
             advantage = advantage - mean_advantage(view.logp_at_ids, rows, objective.beta)
         if objective.sums_returns:
@@ -84,7 +84,7 @@ def compute_topk_gradient(objective: TopKPolicyGradient, view: TokenView) -> Los
     )
     advantage = compute_own_advantage(view, objective.beta)
     if objective.sums_returns:
-        following = _sum_returns(objective, view, select_rows(view, objective.beta), None)
+        following = _sum_returns(objective, view, _move_zeros_to_tail(view, objective.beta), None)
         loss = loss + weight_gradients(view, following)
     counts, means = {"gated_rows": counted["gated_rows"]}, {"divergence_bucket": counted["divergence_bucket"]}
     return LossOutput(loss, advantage, counts, means)
@@ -122,8 +122,8 @@ def mean_advantage(student_logp: Tensor, rows: SparseTeacher, beta: float) -> Fl
     return value_baseline(np.where(listed, teacher, -np.inf), student, beta, teacher_tail_logp=tail)
 
 
-def select_rows(view: TokenView, beta: float) -> SparseTeacher:
-    """Select the teacher's rows; at beta = 1 ids of teacher probability zero go to the tail.
+def _move_zeros_to_tail(view: TokenView, beta: float) -> SparseTeacher:
+    """Return the teacher's rows; at beta = 1 ids of teacher probability zero are moved to the tail.
 
     They alone would make the divergence infinite.
     """
@@ -141,7 +141,7 @@ def find_finite_suffix(
 
 def compute_divergence(objective: ForwardKL | ReverseKL | DirectGJS, view: TokenView) -> LossOutput:
     """Compute KL(T||S), KL(S||T) or the generalised Jensen-Shannon divergence on the bins."""
-    rows = select_rows(view, objective.beta)
+    rows = _move_zeros_to_tail(view, objective.beta)
     return _average(view, divergence(*bins(view.logp_at_ids, rows, objective.tail), objective.beta))
 
 
@@ -154,7 +154,7 @@ def compute_cross_entropy(objective: KD | TAID, view: TokenView) -> LossOutput:
 def compute_entropy_aware(objective: EntropyAware, view: TokenView) -> LossOutput:
     """Compute both KLs, weighed by the teacher's entropy."""
     limit = math.log(view.vocab_size) if objective.h_max is None else objective.h_max
-    rows = select_rows(view, 1.0)
+    rows = _move_zeros_to_tail(view, 1.0)
     per_row, low, high = entropy_aware_rows(view.logp_at_ids, rows, h_max=limit, vocab_size=view.vocab_size)
     return _average(view, per_row, entropy_weight_lo=low, entropy_weight_hi=high)
 
