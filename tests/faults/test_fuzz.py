@@ -19,7 +19,7 @@ from topkd.clients.decoding import vllm as decode
 from topkd.clients.decoding import vllm_numba as decode_numba
 from topkd.clients.decoding import vllm_numpy as decode_numpy
 from topkd.clients.decoding.binary import read_flat_lists, read_npy_matrix
-from topkd.clients.decoding.sampled import SampleRequest, read_rollouts
+from topkd.clients.decoding.sampled import SampleRequest, read_sampled_rollouts
 from topkd.clients.http.status_errors import error_from_reply
 from topkd.clients.http.transport import Reply
 from topkd.topk.errors import ServerBusyError, ServerError, TopkdError
@@ -201,11 +201,11 @@ def fuzz_samples(n: int, seed: int) -> dict[str, int]:
         for i in range(2)
     ]
     body = json.dumps({"choices": choices}, separators=(",", ":")).encode()
-    assert len(read_rollouts(body, asked=asked)) == 2
+    assert len(read_sampled_rollouts(body, asked=asked)) == 2
     seen: dict[str, int] = {}
     for _ in range(n):
         try:
-            drawn = read_rollouts(mutate_text(body, rng), asked=asked)
+            drawn = read_sampled_rollouts(mutate_text(body, rng), asked=asked)
         except (TopkdError, ServerBusyError) as error:
             outcome = type(error).__name__
         else:

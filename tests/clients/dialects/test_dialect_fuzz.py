@@ -16,10 +16,9 @@ from tests.clients.dialects.test_sglang import meta
 from tests.clients.dialects.test_vllm_generate import generated
 from tests.clients.toy import VOCAB, Toy, npy
 from tests.clients.vllm_toy import VllmToy
-from topkd.clients.decoding import generate_sampled as vllm_generate_sampled
 from topkd.clients.decoding import openai as openai_replies
 from topkd.clients.decoding import sglang as sglang_replies
-from topkd.clients.decoding.sampled import SampleRequest
+from topkd.clients.decoding.sampled import SampleRequest, read_generate_rollouts
 from topkd.clients.dialects import fireworks, vllm_generate
 from topkd.topk.errors import TopkdError
 from topkd.topk.samples import SamplingParams
@@ -93,21 +92,21 @@ CASES: dict[str, tuple[Any, Callable[[bytes], Any]]] = {
         _scored(),
         lambda b: vllm_generate.read_generate_scores(b, ids=IDS, start=2, k=5, vocab_size=VOCAB)[0],
     ),
-    "generate candidates": (_candidates(), lambda b: vllm_generate.candidates_reply(b, rows=8, columns=4)),
+    "generate candidates": (_candidates(), lambda b: vllm_generate.read_generate_candidates(b, rows=8, columns=4)),
     "generate draw": (
         generated("ranked", TOY.draw([8], 6), k=4, cut=True),
-        lambda b: vllm_generate_sampled.read_generate_rollouts(b, asked=ASKED),
+        lambda b: read_generate_rollouts(b, asked=ASKED),
     ),
     "sglang flat": (
         _sglang(flat=True),
-        lambda b: sglang_replies.scored_rows(b, ids=IDS, start=2, k=5, vocab_size=VOCAB)[0],
+        lambda b: sglang_replies.read_sglang_scores(b, ids=IDS, start=2, k=5, vocab_size=VOCAB)[0],
     ),
     "sglang nested": (
         _sglang(flat=False),
-        lambda b: sglang_replies.scored_rows(b, ids=IDS, start=2, k=5, vocab_size=VOCAB)[0],
+        lambda b: sglang_replies.read_sglang_scores(b, ids=IDS, start=2, k=5, vocab_size=VOCAB)[0],
     ),
     "fireworks echo": (_echo(), lambda b: fireworks.read_fireworks_scores(b, ids=IDS, start=2, k=5, vocab_size=VOCAB)),
-    "chat": (_chat(), lambda b: openai_replies.chat_reply(b, asked=ASKED, table=None)),
+    "chat": (_chat(), lambda b: openai_replies.read_chat_rollouts(b, asked=ASKED, table=None)),
 }
 
 

@@ -163,7 +163,7 @@ async def test_defaults_of_local_servers_are_overruled_and_hosted_ones_get_no_un
 @pytest.mark.parametrize("ids", [[], [1.5], [2**40], [-1], [[1]], ["1"]], ids=repr)
 async def test_a_prompt_that_is_no_list_of_ids_is_refused_unrounded_before_anything_is_sent(ids: Any):
     up = client()
-    with pytest.raises(ConfigError, match=r"chat needs prompt_ids|token id outside"):
+    with pytest.raises(ConfigError, match=r"flat, non-empty sequence of token ids|token id outside"):
         await up.chat(MESSAGES, 1, SamplingParams(4), prompt_ids=ids)
 
 

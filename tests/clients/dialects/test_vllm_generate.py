@@ -11,7 +11,13 @@ import pytest
 
 from tests.clients.toy import VOCAB, Toy, Wire, npy, refused, scripted
 from topkd.clients.config import ClientConfig
-from topkd.clients.dialects.vllm_generate import ROUTE, VllmGenerate, candidates_reply, read_generate_scores, windows
+from topkd.clients.dialects.vllm_generate import (
+    ROUTE,
+    VllmGenerate,
+    read_generate_candidates,
+    read_generate_scores,
+    split_windows,
+)
 from topkd.topk.errors import (
     AlignmentError,
     ConfigError,
@@ -64,21 +70,23 @@ def test_recorded_candidate_matrices_are_read_in_the_order_asked(name: str):
     request, body = capture(name)
     asked = request["sampling_params"]["prompt_logprob_token_ids"]
     columns = max(len(row) for row in asked)
-    got = candidates_reply(json.dumps(body).encode(), rows=len(asked), columns=columns)
+    got = read_generate_candidates(json.dumps(body).encode(), rows=len(asked), columns=columns)
     for row, ids in enumerate(asked):
         padded = ids + [-1] * (columns - len(ids))
         assert np.isneginf(got[row]).tolist() == [token < 0 for token in padded]
     if name == "v2_start":  # the same rows as the tail of v1
         _, whole = capture("v1_all_rows")
-        np.testing.assert_array_equal(got, candidates_reply(json.dumps(whole).encode(), rows=16, columns=4)[12:])
+        np.testing.assert_array_equal(
+            got, read_generate_candidates(json.dumps(whole).encode(), rows=16, columns=4)[12:]
+        )
 
 
 def test_a_matrix_of_another_shape_or_none_at_all_is_refused():
     _, body = capture("v2_start")
     with pytest.raises(AlignmentError, match="shape"):
-        candidates_reply(json.dumps(body).encode(), rows=5, columns=4)
+        read_generate_candidates(json.dumps(body).encode(), rows=5, columns=4)
     with pytest.raises(ResponseError, match="ignored"):
-        candidates_reply(json.dumps(body | {"prompt_token_id_logprobs": None}).encode(), rows=4, columns=4)
+        read_generate_candidates(json.dumps(body | {"prompt_token_id_logprobs": None}).encode(), rows=4, columns=4)
 
 
 def generated(shape: str, ids: list[int], *, k: int, cut: bool) -> dict[str, Any]:
@@ -199,7 +207,7 @@ async def test_rows_that_share_too_few_candidates_are_refused_not_scored_in_a_hu
 
 def test_windows_hold_at_most_the_limit_and_cover_every_row():
     asked = wanted(30, 3)
-    ranges = windows(asked, 20)
+    ranges = split_windows(asked, 20)
     assert [first for first, _ in ranges[1:]] == [last for _, last in ranges[:-1]]
     assert (ranges[0][0], ranges[-1][1]) == (0, 30)
     for first, last in ranges:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.clients.toy import VOCAB, Toy
-from topkd.clients.dialects.vllm_inprocess import VllmInProcess, flat_rows
+from topkd.clients.dialects.vllm_inprocess import VllmInProcess, read_flat_scores
 from topkd.topk.errors import (
     AlignmentError,
     ConfigError,
@@ -231,7 +231,7 @@ def test_a_table_that_cannot_be_right_is_refused(spoil: Any, error: Any):
     table = prompt_table(IDS, VOCAB - 1)
     spoil(table)
     with pytest.raises(error):
-        flat_rows(table, IDS, 0, VOCAB - 1, VOCAB)
+        read_flat_scores(table, IDS, 0, VOCAB - 1, VOCAB)
 
 
 def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):

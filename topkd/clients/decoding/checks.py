@@ -1,4 +1,4 @@
-"""What every reply must satisfy, whatever dialect it came in. Pure: arrays in, a checked ``TopK`` out."""
+"""What every request and every reply must satisfy, whatever the dialect. Pure: arrays in, a checked ``TopK`` out."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from topkd.topk.errors import AlignmentError, ConfigError, ResponseError
 from topkd.topk.protocols import Ids
-from topkd.topk.types import PAD_ID, Bool, Float32, Float64, Int32, TopK, tail_logp
+from topkd.topk.types import MASS_TOLERANCE, PAD_ID, Bool, Float32, Float64, Int32, TopK, tail_logp
 
 LOWEST = -9000.0  # vLLM writes -inf as -9999.0: no softmax output in float32 or float64 comes near
 _ABOVE_ZERO = 1e-3
+_SAME = 1e-3
+_FLOAT_LOWEST = -1e30  # dialects turn their sentinels for zero probability into -inf before
 _LAST = np.int32(np.iinfo(np.int32).max)
 
 
@@ -50,7 +52,7 @@ class Ranked:
 
 
 def check_request_ids(ids: Ids, start: int, k: int, vocab_size: int | None = None) -> Int32:
-    """The ids as int32, refused where no server could score them.
+    """Return the ids to score as int32; refuse what no server could score.
 
     Raises:
         ConfigError: fewer than start + 2 ids, a negative start or k, or an id outside the vocabulary.
@@ -68,8 +70,30 @@ def check_request_ids(ids: Ids, start: int, k: int, vocab_size: int | None = Non
     return array.astype(np.int32)
 
 
+def check_prompt_ids(prompt_ids: Ids, n: int, k: int, vocab_size: int | None = None) -> Int32:
+    """Return a prompt to continue as int32; refuse what no server could continue."""
+    prompt = np.asarray(prompt_ids)
+    if prompt.ndim != 1 or prompt.size < 1 or prompt.dtype.kind not in "iu":
+        raise ConfigError(
+            "a prompt must be a flat, non-empty sequence of token ids", got=f"{prompt.dtype} {prompt.shape}"
+        )
+    if n < 1 or k < 0:
+        raise ConfigError("n must be at least 1 and k at least 0", got=f"n = {n}, k = {k}")
+    check_vocabulary(prompt, vocab_size)
+    return prompt.astype(np.int32)
+
+
+def check_candidate_ids(candidates: Int32, rows: int, vocab_size: int | None = None) -> Int32:
+    """Return candidate ids [rows, K] (-1 pads) as int32; refuse another shape and ids the model cannot have."""
+    ids = np.asarray(candidates)
+    if ids.ndim != 2 or ids.shape[0] != rows or ids.shape[1] < 1 or ids.dtype.kind not in "iu":
+        raise ConfigError("candidates of the wrong shape", got=f"{ids.dtype} {ids.shape}", expected=f"[{rows}, K]")
+    check_vocabulary(np.where(ids == PAD_ID, 0, ids).ravel(), vocab_size)
+    return ids.astype(np.int32)
+
+
 def check_vocabulary(ids: NDArray[np.integer], vocab_size: int | None) -> None:
-    """Refuses ids of a request that the model cannot have."""
+    """Refuse a request with ids that the model cannot have."""
     top = np.iinfo(np.int32).max if vocab_size is None else vocab_size - 1
     if ids.size and (int(ids.min()) < 0 or int(ids.max()) > top):
         at = int(np.argmax((ids < 0) | (ids > top)))
@@ -83,7 +107,7 @@ def check_vocabulary(ids: NDArray[np.integer], vocab_size: int | None) -> None:
 
 
 def build_scores(entries: Entries, ids: Int32, start: int, k: int, vocab_size: int | None = None) -> tuple[TopK, int]:
-    """Rows of a K-or-(K+1)-entry reply (vLLM's form) as ``TopK``, and how many -inf sentinels it held.
+    """Check a reply of K or K + 1 entries a row (vLLM's form); return it and its count of -inf sentinels.
 
     A row lists the top K; the realised token is among them, or is one more entry that no entry lies below. It is found
     by its id, never by its place.
@@ -120,7 +144,7 @@ def build_scores(entries: Entries, ids: Int32, start: int, k: int, vocab_size: i
 
 
 def build_ranked_scores(rows: Ranked, ids: Int32, start: int, vocab_size: int | None = None) -> tuple[TopK, int]:
-    """The same from a fast decoder's rows."""
+    """Check the rows of a fast decoder likewise."""
     _check_values(rows.ids, rows.logp, start, vocab_size)
     _check_values(ids[start + 1 :, None], rows.actual_logp[:, None], start, vocab_size)
     logp, actual_logp = rows.logp, rows.actual_logp
@@ -136,7 +160,7 @@ def build_ranked_scores(rows: Ranked, ids: Int32, start: int, vocab_size: int | 
 
 
 def _extra(entries: Entries, listed: Bool, logp: Float64, actual_logp: Float64, *, start: int, want: int) -> Bool:
-    """Rows whose realised token comes on top of the K; refuses rows that are neither K nor K + 1 entries."""
+    """Find the rows whose realised token comes on top of the K; refuse rows of neither K nor K + 1 entries."""
     counts = listed.sum(axis=1)
     extra = np.asarray(counts == want + 1)
     row = _first((counts != want) & ~extra)
@@ -158,7 +182,7 @@ def _extra(entries: Entries, listed: Bool, logp: Float64, actual_logp: Float64, 
 def build_sorted_scores(
     ids: Int32, logp: Float64, *, start: int, k: int, actual_ids: Int32, actual_logp: Float64 | Float32
 ) -> TopK:
-    """``TopK`` of entries in any order: by logprob, ties by id, cut to ``k`` columns (pads last)."""
+    """Sort entries by logprob, ties by id, and cut them to ``k`` columns (pads last)."""
     width = ids.shape[1]
     if width > 1:
         left, right = logp[:, :-1], logp[:, 1:]
@@ -179,14 +203,76 @@ def build_sorted_scores(
     )
 
 
+def topk_with_actual(ids: Int32, logp: Float64, *, start: int, k: int, actual_ids: Int32, actual_logp: Float64) -> TopK:
+    """Join lists (-1 pads) and realised tokens that were served apart, after a check that they agree.
+
+    A realised token that is listed must have one logprob, and one that is not must not beat the list: rows that belong
+    to another position break this almost surely.
+
+    Raises:
+        AlignmentError: they contradict each other.
+        ResponseError: a value that is no logprob.
+    """
+    for values in (logp, actual_logp):
+        bad = np.isnan(values) | (values > _SAME) | ((values < _FLOAT_LOWEST) & ~np.isneginf(values))
+        if bad.any():
+            raise ResponseError("a value is no logprob", got=float(values[bad][0]), expected="a number <= 0")
+    topk = build_sorted_scores(ids, logp, start=start, k=k, actual_ids=actual_ids, actual_logp=actual_logp)
+    if not topk.k:
+        return topk
+    hit = topk.ids == topk.actual_ids[:, None]
+    inside = hit.any(axis=1)
+    listed = np.where(hit, topk.logp, -np.inf).max(axis=1)
+    with np.errstate(invalid="ignore"):
+        differs = inside & (np.abs(listed - topk.actual_logp) > _SAME)
+        # Only a full list says that everything outside it is less probable.
+        beats = ~inside & topk.listed.all(axis=1) & (topk.actual_logp > topk.logp[:, -1] + _SAME)
+    wrong = differs | beats
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        other = float(listed[row] if inside[row] else topk.logp[row, -1])
+        raise AlignmentError(
+            "the list and the realised token's logprob contradict each other",
+            where=f"row {row}, predicting position {start + row + 1}",
+            got=f"{float(topk.actual_logp[row]):.6g} beside {other:.6g}",
+        )
+    return topk
+
+
+def check_candidates(values: Float32, wanted: Int32, start: int) -> Float32:
+    """Refuse candidates' logprobs [R, K] whose pads are not -inf, or whose distinct ids exceed all probability."""
+    pads = wanted < 0
+    if not np.isneginf(values[pads]).all():
+        raise ResponseError("a pad (-1) of the candidates came back with a logprob")
+    order = np.argsort(wanted, axis=1, kind="stable")
+    ids, logp = np.take_along_axis(wanted, order, axis=1), np.take_along_axis(values, order, axis=1)
+    p = np.exp(logp, dtype=np.float64)
+    p[:, 1:][ids[:, 1:] == ids[:, :-1]] = 0.0
+    mass = p.sum(axis=1)
+    if (mass > 1 + MASS_TOLERANCE).any():
+        row = int(np.argmax(mass > 1 + MASS_TOLERANCE))
+        raise ResponseError(
+            "candidates hold more than all probability", where=f"row {row}, position {start + row + 1}", got=mass[row]
+        )
+    return values
+
+
 def check_reply_rows(got: int, expected: int) -> None:
-    """Refuses a reply that is a row short or long."""
+    """Refuse a reply that is a row short or long."""
     if got != expected:
         raise AlignmentError(
             "wrong number of rows",
             got=got,
             expected=expected,
             hint="was the prompt truncated, or does a proxy change the request?",
+        )
+
+
+def check_reply_vocabulary(ids: Int32, vocab_size: int | None, where: str = "") -> None:
+    """Refuse a reply with ids that the model cannot have."""
+    if vocab_size is not None and ids.size and int(ids.max()) >= vocab_size:
+        raise ResponseError(
+            "id outside the vocabulary", where=where, got=int(ids.max()), expected=f"below {vocab_size}"
         )
 
 

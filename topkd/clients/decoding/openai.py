@@ -9,11 +9,11 @@ import msgspec
 import numpy as np
 
 from topkd.clients.decoding.byte_map import ByteMap
-from topkd.clients.decoding.listed import topk_with_actual
-from topkd.clients.decoding.sampled import SampleRequest, Span, versions
+from topkd.clients.decoding.checks import topk_with_actual
+from topkd.clients.decoding.sampled import SampleRequest, Span, build_rollout, check_finish_reason, join_versions
 from topkd.clients.decoding.vllm_typed import typed
 from topkd.topk.errors import AlignmentError, ResponseError
-from topkd.topk.samples import FinishReason, Rollout
+from topkd.topk.samples import Rollout
 from topkd.topk.types import PAD_ID, Float64, Int32, TopK
 
 _PREFIX = "token_id:"
@@ -70,8 +70,8 @@ class Recovered:
     ambiguous_rollouts: int
 
 
-def chat_reply(body: bytes, *, asked: SampleRequest, table: ByteMap | None) -> Recovered:
-    """The draws of a reply whose every token names one id.
+def read_chat_rollouts(body: bytes, *, asked: SampleRequest, table: ByteMap | None) -> Recovered:
+    """Read the draws of a reply whose every token names one id.
 
     Raises:
         ResponseError: no logprobs, or values that cannot be logprobs.
@@ -98,9 +98,8 @@ def chat_reply(body: bytes, *, asked: SampleRequest, table: ByteMap | None) -> R
                 where=f"choice {choice.index}",
                 hint="the model or the provider behind the server gives none",
             )
-        if choice.finish_reason not in {"stop", "length"}:
-            raise ResponseError("unknown finish_reason", where=f"choice {choice.index}", got=choice.finish_reason)
-        ids = [entry_id(entry, table) for entry in content]
+        check_finish_reason(choice.finish_reason, f"choice {choice.index}")
+        ids = [find_entry_id(entry, table) for entry in content]
         rows = [_row(position, table) for position in content]
         listed += sum(row.served for row in rows)
         ambiguous += sum(row.dropped for row in rows)
@@ -111,8 +110,8 @@ def chat_reply(body: bytes, *, asked: SampleRequest, table: ByteMap | None) -> R
     return Recovered(rollouts, listed, ambiguous, lost)
 
 
-def entry_id(entry: _Entry, table: ByteMap | None) -> int | None:
-    """The token id of an entry: stated, or the only one with its bytes; None when there is no such."""
+def find_entry_id(entry: _Entry, table: ByteMap | None) -> int | None:
+    """Find the token id of an entry: stated, or the only one with its bytes; None when there is no such."""
     if entry.id is not None and 0 <= entry.id <= _MAX_ID:
         return entry.id
     if entry.token.startswith(_PREFIX) and entry.token[len(_PREFIX) :].isdecimal():
@@ -137,7 +136,7 @@ class _Row:
 
 
 def _row(position: _Position, table: ByteMap | None) -> _Row:
-    """The list down to its first entry without an id: what is kept is still the top of the distribution."""
+    """Cut a list before its first entry without an id: what is kept is still the top of the distribution."""
     entries = [entry for entry in position.top_logprobs or [] if entry.logprob is not None and entry.logprob > _LOWEST]
     entries.sort(key=lambda entry: -(entry.logprob or 0.0))
     served = position.top_logprobs or []
@@ -147,12 +146,12 @@ def _row(position: _Position, table: ByteMap | None) -> _Row:
     ids: list[int] = []
     logp: list[float] = []
     for entry in entries:
-        token = entry_id(entry, table)
+        token = find_entry_id(entry, table)
         if token is None or token in ids:
             break
         ids.append(token)
         logp.append(cast("float", entry.logprob))
-    dropped = sum(entry_id(entry, table) is None for entry in entries)
+    dropped = sum(find_entry_id(entry, table) is None for entry in entries)
     return _Row(ids, logp, len(served), dropped)
 
 
@@ -175,15 +174,9 @@ def _rollout(choice: _Choice, content: list[_Position], ids: Int32, rows: list[_
     logp = np.array([np.nan if p.logprob is None else p.logprob for p in content], dtype=np.float64)
     if np.isnan(logp).any() or (logp <= _LOWEST).any() or (logp > 1e-3).any():
         raise ResponseError("a sampled token's logprob cannot be one", where=where, expected="a finite number <= 0")
-    return Rollout(
-        prompt_ids=asked.prompt,
-        completion_ids=ids,
-        logp=(logp if asked.exact else np.full(ids.size, np.nan)).astype(np.float32),
-        finish_reason=cast("FinishReason", choice.finish_reason),
-        sampling=asked.params,
-        topk=_topk(rows, ids, logp, asked) if asked.k else None,
-        version=versions(choice.weight_versions),
-    )
+    topk = _topk(rows, ids, logp, asked) if asked.k else None
+    finish_reason, version = check_finish_reason(choice.finish_reason), join_versions(choice.weight_versions)
+    return build_rollout(asked, ids, logp, finish_reason, topk=topk, version=version)
 
 
 def _bytes(entry: _Entry) -> bytes:

@@ -1,18 +1,26 @@
-"""Sampling replies of ``/v1/completions`` to ``Rollout``: ids, exact logprobs, the sampler's own list. Pure."""
+"""Sampling requests, and replies to ``Rollout``: ids, exact logprobs, the sampler's own list. Pure.
+
+Replies of ``/inference/v1/generate`` come in three shapes. Before 0.32 an entry names its token ``"token_id:N"``; from
+0.32 on it has an integer ``token_id`` and a rank. Until 0.32 a list is cut to the K asked for *including* the sampled
+token, which comes first; from 0.33 on it is whole. Each list is cut to its k best and the sampled token, which is the
+form of ``/v1/completions``.
+"""
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 import numpy as np
 
-from topkd.clients.decoding.checks import LOWEST, Entries, build_scores
+from topkd.clients.decoding.checks import LOWEST, build_scores, check_prompt_ids, check_reply_vocabulary
 from topkd.clients.decoding.vllm_typed import Logprob, as_ids, entries_of, typed
 from topkd.topk.errors import AlignmentError, ResponseError, ServerBusyError
+from topkd.topk.protocols import Ids
 from topkd.topk.samples import FinishReason, Rollout, SamplingParams
-from topkd.topk.types import Float64, Int32, TopK
+from topkd.topk.types import Float32, Float64, Int32, TopK
 
 _PREFIX = "token_id:"
 
@@ -74,14 +82,90 @@ class SampleRequest:
     exact: bool
 
 
-def read_rollouts(body: bytes, *, asked: SampleRequest) -> list[Rollout]:
-    """The n rollouts of a reply, in the order of their index.
+def prepare_sample_request(
+    prompt_ids: Ids, n: int, params: SamplingParams, k: int, vocab_size: int | None = None
+) -> SampleRequest:
+    """Check a sampling request, and draw its seed where it has none.
+
+    With a seed a retry draws the same completions: what a lost reply held has no influence on what is kept.
+    """
+    prompt = check_prompt_ids(prompt_ids, n, k, vocab_size)
+    return SampleRequest(prompt, n, draw_seed(params), k, vocab_size, params.exact)
+
+
+def draw_seed(params: SamplingParams) -> SamplingParams:
+    """Return the parameters with a seed: their own, or a random one."""
+    return params if params.seed is not None else replace(params, seed=secrets.randbelow(2**31))
+
+
+def build_vllm_sampling(n: int, params: SamplingParams, k: int) -> dict[str, Any]:
+    """Build vLLM's sampling parameters, every one stated: no ``generation_config`` of the model's can leak in."""
+    return {
+        "n": n,
+        "max_tokens": params.max_tokens,
+        "min_tokens": 0,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "min_p": params.min_p,
+        "repetition_penalty": params.repetition_penalty,
+        "presence_penalty": params.presence_penalty,
+        "frequency_penalty": params.frequency_penalty,
+        "stop_token_ids": list(params.stop_token_ids),
+        "ignore_eos": bool(params.stop_token_ids),  # else a generation_config adds ends of its own
+        "seed": params.seed,
+        "logprobs": k,
+    }
+
+
+def check_finish_reason(reason: str | None, where: str = "") -> FinishReason:
+    """Return why a completion ended; refuse anything but an end token and the length."""
+    if reason not in {"stop", "length"}:
+        raise ResponseError("unknown finish_reason", where=where, got=reason, expected="stop or length")
+    return cast("FinishReason", reason)
+
+
+def check_completion_ids(ids: Int32, asked: SampleRequest, where: str = "") -> Int32:
+    """Refuse a completion that is empty, longer than asked for, or has ids outside the vocabulary."""
+    if not 1 <= ids.size <= asked.params.max_tokens:
+        expected = f"1..{asked.params.max_tokens}"
+        raise ResponseError("wrong number of tokens", where=where, got=ids.size, expected=expected)
+    check_reply_vocabulary(ids, asked.vocab_size, where)
+    return ids
+
+
+def build_rollout(
+    asked: SampleRequest,
+    ids: Int32,
+    logp: Float64 | Float32,
+    finish_reason: FinishReason,
+    *,
+    topk: TopK | None,
+    version: str = "",
+) -> Rollout:
+    """Build the rollout of a checked completion; logprobs of another distribution than the sampled one become NaN."""
+    return Rollout(
+        prompt_ids=asked.prompt,
+        completion_ids=ids,
+        logp=(logp if asked.exact else np.full(ids.size, np.nan)).astype(np.float32),
+        finish_reason=finish_reason,
+        sampling=asked.params,
+        topk=topk if asked.k else None,
+        version=version,
+    )
+
+
+def read_sampled_rollouts(body: bytes, *, asked: SampleRequest) -> list[Rollout]:
+    """Read the n rollouts of a ``/v1/completions`` reply, in the order of their index.
 
     Raises:
         ResponseError, AlignmentError: the reply cannot be trusted.
         ServerBusyError: the server aborted a generation (it is being paused or drained).
     """
-    reply = typed(body, _DECODER)
+    return _rollouts(typed(body, _DECODER), asked)
+
+
+def _rollouts(reply: Sampled, asked: SampleRequest) -> list[Rollout]:
     choices = sorted(reply.choices, key=lambda choice: choice.index)
     if [choice.index for choice in choices] != list(range(asked.n)):
         raise ResponseError(
@@ -94,8 +178,7 @@ def _rollout(choice: SampledChoice, reply: Sampled, asked: SampleRequest) -> Rol
     where = f"choice {choice.index}"
     if choice.finish_reason == "abort":
         raise ServerBusyError("the server aborted the generation", where=where, hint="was it paused for new weights?")
-    if choice.finish_reason not in {"stop", "length"}:
-        raise ResponseError("unknown finish_reason", where=where, got=choice.finish_reason, expected="stop or length")
+    finish_reason = check_finish_reason(choice.finish_reason, where)
     if choice.token_ids is None or choice.logprobs is None:
         missing = "token_ids" if choice.token_ids is None else "logprobs"
         raise ResponseError(
@@ -103,25 +186,10 @@ def _rollout(choice: SampledChoice, reply: Sampled, asked: SampleRequest) -> Rol
             where=where,
             hint="the server ignored the field: it is too old to sample from",
         )
-    ids = as_ids(choice.token_ids, where)
-    if asked.vocab_size is not None and ids.size and int(ids.max()) >= asked.vocab_size:
-        raise ResponseError(
-            "id outside the vocabulary", where=where, got=int(ids.max()), expected=f"below {asked.vocab_size}"
-        )
-    if not 1 <= ids.size <= asked.params.max_tokens:
-        raise ResponseError(
-            "wrong number of tokens", where=where, got=ids.size, expected=f"1..{asked.params.max_tokens}"
-        )
+    ids = check_completion_ids(as_ids(choice.token_ids, where), asked, where)
     logp = _sampled_logp(choice.logprobs, ids, where)
-    return Rollout(
-        prompt_ids=asked.prompt,
-        completion_ids=ids,
-        logp=(logp if asked.exact else np.full(ids.size, np.nan)).astype(np.float32),
-        finish_reason=cast("FinishReason", choice.finish_reason),
-        sampling=asked.params,
-        topk=_topk(choice.logprobs, ids, logp, asked, where) if asked.k else None,
-        version=_version(choice, reply),
-    )
+    topk = _topk(choice.logprobs, ids, logp, asked, where) if asked.k else None
+    return build_rollout(asked, ids, logp, finish_reason, topk=topk, version=_version(choice, reply))
 
 
 def _sampled_logp(logprobs: Logprobs, ids: Int32, where: str) -> Float64:
@@ -173,8 +241,7 @@ def _topk(logprobs: Logprobs, ids: Int32, logp: Float64, asked: SampleRequest, w
             hint="return_tokens_as_token_ids was ignored",
         ) from error
     source = np.concatenate([asked.prompt, ids])
-    entries: Entries = entries_of(rows, ids.tolist())
-    topk, _ = build_scores(entries, source, asked.prompt.size - 1, asked.k, asked.vocab_size)
+    topk, _ = build_scores(entries_of(rows, ids.tolist()), source, asked.prompt.size - 1, asked.k, asked.vocab_size)
     if ids.size and not np.allclose(topk.actual_logp, logp, atol=1e-3):
         raise AlignmentError("top_logprobs and token_logprobs disagree about the sampled token", where=where)
     return topk
@@ -185,18 +252,93 @@ def _value(value: float | None) -> float:
 
 
 def _version(choice: SampledChoice, reply: Sampled) -> str:
-    """The version, "7+8" when the weights changed in mid-completion, "" when the server does not say."""
+    """Read the version: "7+8" when the weights changed in mid-completion, "" when the server does not say."""
     if choice.weight_versions:
-        return versions(choice.weight_versions)
+        return join_versions(choice.weight_versions)
     version = choice.weight_version if choice.weight_version is not None else reply.weight_version
     return "" if version is None else str(version)
 
 
-def versions(spans: list[Span] | None) -> str:
-    """The versions of a completion's tokens in their order, joined by "+"; "" when none is named."""
+def join_versions(spans: list[Span] | None) -> str:
+    """Join the versions of a completion's tokens in their order by "+"; "" when none is named."""
     return "+".join(dict.fromkeys(str(span.version) for span in spans or () if span.version is not None))
 
 
-def sent(params: SamplingParams, seed: int) -> SamplingParams:
-    """The parameters with the seed that goes over the wire."""
-    return replace(params, seed=seed)
+class _Entry(msgspec.Struct):
+    logprob: float | None
+    token_id: int | None = None
+    token: str | None = None
+    rank: int | None = None
+
+    def id(self) -> int:
+        """Read the token id, however it is written."""
+        if self.token_id is not None:
+            return self.token_id
+        if self.token is not None and self.token.startswith(_PREFIX) and self.token[len(_PREFIX) :].isdecimal():
+            return int(self.token[len(_PREFIX) :])
+        raise ResponseError("a sampled entry has no token id", got=self.token, expected="token_id, or 'token_id:N'")
+
+
+class _Position(_Entry):
+    top_logprobs: list[_Entry] = []
+
+
+class _GeneratedLogprobs(msgspec.Struct):
+    content: list[_Position] | None = None
+
+
+class _GeneratedChoice(msgspec.Struct):
+    index: int
+    token_ids: list[int] | None = None
+    logprobs: _GeneratedLogprobs | None = None
+    finish_reason: str | None = None
+    weight_versions: list[Span] | None = None
+
+
+class _Generated(msgspec.Struct):
+    choices: list[_GeneratedChoice]
+
+
+_GENERATED = msgspec.json.Decoder(_Generated)
+
+
+def read_generate_rollouts(body: bytes, *, asked: SampleRequest) -> list[Rollout]:
+    """Read the n rollouts of an ``/inference/v1/generate`` reply; errors as ``read_sampled_rollouts``."""
+    return _rollouts(Sampled([_convert_choice(choice, asked.k) for choice in typed(body, _GENERATED).choices]), asked)
+
+
+def _convert_choice(choice: _GeneratedChoice, k: int) -> SampledChoice:
+    content = choice.logprobs.content if choice.logprobs else None
+    logprobs = None
+    if content is not None:
+        logprobs = Logprobs(
+            token_logprobs=[entry.logprob for entry in content],
+            tokens=[f"{_PREFIX}{entry.id()}" for entry in content],
+            top_logprobs=[_cut_list(entry, k, place, choice.index) for place, entry in enumerate(content)],
+        )
+    return SampledChoice(
+        index=choice.index,
+        token_ids=choice.token_ids,
+        logprobs=logprobs,
+        finish_reason=choice.finish_reason,
+        weight_versions=choice.weight_versions,
+    )
+
+
+def _cut_list(position: _Position, k: int, place: int, index: int) -> dict[str, float | None]:
+    if k == 0:
+        return {}
+    best: dict[int, _Entry] = {}
+    for entry in position.top_logprobs:
+        if entry.logprob is None:
+            raise ResponseError("a listed logprob is null", where=f"choice {index}, token {place}")
+        best.setdefault(entry.id(), entry)
+    top = sorted(best.items(), key=lambda item: -(item[1].logprob or 0.0))[:k]
+    ranks = sorted(entry.rank for _, entry in top if entry.rank is not None)
+    # Equal logprobs share a rank in some kernels, so a rank above its place is what shows a gap.
+    if any(rank > at for at, rank in enumerate(ranks, start=1)):
+        raise ResponseError(
+            "a top-K entry is missing", where=f"choice {index}, token {place}", got=f"ranks {ranks[-3:]}", expected=k
+        )
+    listed = {f"{_PREFIX}{token}": entry.logprob for token, entry in top}
+    return listed | {f"{_PREFIX}{position.id()}": position.logprob}

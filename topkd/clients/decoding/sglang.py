@@ -7,18 +7,17 @@ list it is read as probability zero, for a realised token it cannot be told and 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from topkd.clients.decoding.binary import read_flat_lists
-from topkd.clients.decoding.checks import check_reply_rows
-from topkd.clients.decoding.listed import topk_with_actual
-from topkd.clients.decoding.sampled import SampleRequest
+from topkd.clients.decoding.checks import check_reply_rows, check_reply_vocabulary, topk_with_actual
+from topkd.clients.decoding.sampled import SampleRequest, build_rollout, check_completion_ids, check_finish_reason
 from topkd.clients.decoding.vllm_typed import as_ids, typed
 from topkd.topk.errors import AlignmentError, ResponseError, ServerBusyError
-from topkd.topk.samples import FinishReason, Rollout
+from topkd.topk.samples import Rollout
 from topkd.topk.types import Float32, Float64, Int32, TopK
 
 _LOWEST = -1e30  # generated -inf is written as -3.4e38
@@ -53,10 +52,10 @@ _ONE = msgspec.json.Decoder(_Reply)
 _MANY = msgspec.json.Decoder(list[_Reply] | _Reply)
 
 
-def scored_rows(
+def read_sglang_scores(
     body: bytes, *, ids: Int32, start: int, k: int, vocab_size: int | None = None
 ) -> tuple[TopK, int, bool]:
-    """Checked rows ``start ..``, how many zero-probability entries they held, and whether the arrays came flat."""
+    """Read rows ``start ..``, how many zero-probability entries they held, and whether the arrays came flat."""
     meta = typed(body, _ONE).meta_info
     _refuse_abort(meta)
     actual_logp = _realised(meta, ids, start)
@@ -69,8 +68,7 @@ def scored_rows(
         listed, logp = _flat(meta, rows, want)
     else:
         listed, logp = _nested(meta.input_top_logprobs, rows, want, "input_top_logprobs")
-    if vocab_size is not None and listed.size and int(listed.max()) >= vocab_size:
-        raise ResponseError("id outside the vocabulary", got=int(listed.max()), expected=f"below {vocab_size}")
+    check_reply_vocabulary(listed, vocab_size)
     zero = logp <= _LOWEST
     logp = np.where(zero, -np.inf, logp)
     actual = ids[start + 1 :]
@@ -78,8 +76,8 @@ def scored_rows(
     return topk, int(np.count_nonzero(zero)), flat
 
 
-def candidate_rows(body: bytes, *, ids: Int32, start: int, union: Int32) -> Float32:
-    """float32 [R, U] logprobs of the shared list ``union`` at rows ``start ..``, in its order."""
+def read_sglang_candidates(body: bytes, *, ids: Int32, start: int, union: Int32) -> Float32:
+    """Read float32 [R, U] logprobs of the shared list ``union`` at rows ``start ..``, in its order."""
     meta = typed(body, _ONE).meta_info
     _refuse_abort(meta)
     rows = _realised(meta, ids, start).size
@@ -101,8 +99,8 @@ def candidate_rows(body: bytes, *, ids: Int32, start: int, union: Int32) -> Floa
     return np.where(logp <= _LOWEST, -np.inf, logp).astype(np.float32)
 
 
-def sampled_rollouts(body: bytes, *, asked: SampleRequest) -> list[Rollout]:
-    """The n rollouts of a reply (an object for one, a list for more)."""
+def read_sglang_rollouts(body: bytes, *, asked: SampleRequest) -> list[Rollout]:
+    """Read the n rollouts of a reply (an object for one, a list for more)."""
     reply = typed(body, _MANY)
     replies = reply if isinstance(reply, list) else [reply]
     if len(replies) != asked.n:
@@ -114,8 +112,7 @@ def _rollout(reply: _Reply, asked: SampleRequest, index: int) -> Rollout:
     meta, where = reply.meta_info, f"completion {index}"
     _refuse_abort(meta)
     reason = meta.finish_reason.type if isinstance(meta.finish_reason, _Finish) else meta.finish_reason
-    if reason not in {"stop", "length"}:
-        raise ResponseError("unknown finish_reason", where=where, got=reason, expected="stop or length")
+    finish_reason = check_finish_reason(reason, where)
     if meta.output_token_logprobs is None:
         raise ResponseError("the reply has no output_token_logprobs", where=where)
     ids = as_ids([entry[1] for entry in meta.output_token_logprobs], where)
@@ -126,12 +123,7 @@ def _rollout(reply: _Reply, asked: SampleRequest, index: int) -> Rollout:
             got=f"{len(reply.output_ids)} ids",
             expected=ids.size,
         )
-    if not 1 <= ids.size <= asked.params.max_tokens:
-        raise ResponseError(
-            "wrong number of tokens", where=where, got=ids.size, expected=f"1..{asked.params.max_tokens}"
-        )
-    if asked.vocab_size is not None and int(ids.max()) >= asked.vocab_size:
-        raise ResponseError("id outside the vocabulary", where=where, got=int(ids.max()))
+    check_completion_ids(ids, asked, where)
     logp = _numbers([entry[0] for entry in meta.output_token_logprobs], where)
     topk = None
     if asked.k:
@@ -140,15 +132,8 @@ def _rollout(reply: _Reply, asked: SampleRequest, index: int) -> Rollout:
         values = np.where(values <= _LOWEST, -np.inf, values)
         start = int(asked.prompt.size) - 1
         topk = topk_with_actual(listed, values, start=start, k=want, actual_ids=ids, actual_logp=logp)
-    return Rollout(
-        prompt_ids=asked.prompt,
-        completion_ids=ids,
-        logp=(logp if asked.exact else np.full(ids.size, np.nan)).astype(np.float32),
-        finish_reason=cast("FinishReason", reason),
-        sampling=asked.params,
-        topk=topk,
-        version="" if meta.weight_version is None else str(meta.weight_version),
-    )
+    version = "" if meta.weight_version is None else str(meta.weight_version)
+    return build_rollout(asked, ids, logp, finish_reason, topk=topk, version=version)
 
 
 def _refuse_abort(meta: _Meta) -> None:

@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, ClassVar, Self, TypedDict, TypeVar, Unpack
 
 import msgspec
 from pydantic import SecretStr
 
 from topkd.clients.config import ClientConfig
+from topkd.clients.decoding.sampled import SampleRequest
 from topkd.clients.decoding.vllm_typed import typed
 from topkd.clients.http.admission import MemoryBudget
-from topkd.clients.http.endpoint import Endpoint
+from topkd.clients.http.endpoint import Endpoint, RequestInfo
 from topkd.clients.http.metrics import Metrics
 from topkd.clients.http.transport import Transport
-from topkd.topk.errors import ConfigError, ModelNotFoundError, RequestRefusedError, ResponseError, ServerFailedError
+from topkd.topk.errors import (
+    ConfigError,
+    KLimitError,
+    ModelNotFoundError,
+    RequestRefusedError,
+    ResponseError,
+    ServerFailedError,
+    UnsupportedError,
+)
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
-from topkd.topk.types import TopK
+from topkd.topk.types import Int32, TopK
 
 if TYPE_CHECKING:
     from topkd.clients.dialects.raw_requests import ServerFacts
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What a server says about itself. ``max_model_len`` None and ``version`` "" are: it does not say."""
+    """What a server states about itself. ``max_model_len`` None and ``version`` "": it states none."""
 
     model: str
     max_model_len: int | None
@@ -104,13 +115,11 @@ class HttpClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Closes connections and threads."""
+        """Close connections and threads."""
         await self.endpoint.aclose()
 
     @property
@@ -128,18 +137,18 @@ class HttpClient:
         )
 
     def under(self, model: str) -> Self:
-        """The same connections, window and counters under another served name: an adapter that was loaded later."""
+        """Copy this client for another served name (an adapter loaded later); connections and counters are shared."""
         other = copy.copy(self)
         other._model = model  # noqa: SLF001 - our own copy
         return other
 
     async def model_name(self) -> str:
-        """The served name: the one given, or the server's only one."""
+        """Find the served name: the given one, or the server's only one."""
         if self._model is None:
             cards = await self._cards()
             if len(cards) != 1:
                 raise ConfigError(
-                    "the server has no single model; say which",
+                    "the server has more or less than one model: name one",
                     where=self.endpoint.url,
                     got=", ".join(card.id for card in cards) or "no model",
                     hint="model=...",
@@ -148,7 +157,7 @@ class HttpClient:
         return self._model
 
     async def server_info(self) -> ServerInfo:
-        """Model, context length and version, from ``/v1/models`` and ``/version``."""
+        """Ask for model, context length and version, at ``/v1/models`` and ``/version``."""
         name = await self.model_name()
         cards = await self._cards()
         names = tuple(card.id for card in cards)
@@ -160,22 +169,17 @@ class HttpClient:
         return ServerInfo(name, mine[0].max_model_len, await self.server_version(), names)
 
     async def server_version(self) -> str:
-        """What ``GET /version`` says; "" on a server without that route."""
+        """Ask ``GET /version``; "" on a server without that route."""
         try:
-            return (
-                await self.endpoint.call(
-                    "GET",
-                    "/version",
-                    decode=lambda body: typed(body, _VERSION),
-                    where=self.where(),
-                    within_s=_FACTS_S,
-                )
-            ).version
+            reply = await self.endpoint.call(
+                "GET", "/version", decode=lambda body: typed(body, _VERSION), where=self.where(), within_s=_FACTS_S
+            )
         except (RequestRefusedError, ResponseError, ServerFailedError):
             return ""
+        return reply.version
 
     async def healthy(self) -> bool:
-        """One short try of ``GET /health``, outside admission and retries."""
+        """Ask ``GET /health`` once, outside admission and retries."""
         return await self.endpoint.ping("/health")
 
     async def _cards(self) -> list[_Card]:
@@ -188,20 +192,66 @@ class HttpClient:
         )
         return reply.data
 
-    def _note(self, topk: TopK, zeros: int) -> None:
+    async def _ask_scores(
+        self, route: str, body: object, decode: Callable[[bytes], Result], *, ids: Int32, k: int, entries: int = 0
+    ) -> Result:
+        """Send a scoring request; once more after a reply that failed its checks."""
+        return await self.endpoint.call(
+            "POST",
+            route,
+            body,
+            decode=decode,
+            where=self.where(f"{ids.size} tokens, K = {k}"),
+            asks=RequestInfo(int(ids.size), entries or int(ids.size) * (k + 1), k=k, model=self._model or ""),
+            response_retries=self.endpoint.config.response_retries,
+        )
+
+    async def _ask_rollouts(
+        self, route: str, body: object, decode: Callable[[bytes], Result], asked: SampleRequest, *, k: int | None = None
+    ) -> Result:
+        """Send a sampling request for lists of ``k``; the request's own K where it is left out."""
+        tokens, prompt = asked.n * asked.params.max_tokens, int(asked.prompt.size)
+        k = asked.k if k is None else k
+        return await self.endpoint.call(
+            "POST",
+            route,
+            body,
+            decode=decode,
+            where=self.where(f"{asked.n} x {asked.params.max_tokens} tokens"),
+            asks=RequestInfo(
+                prompt + asked.params.max_tokens, tokens * (asked.k + 2) + prompt, k=k, model=self._model or ""
+            ),
+        )
+
+    def _check_k(self, k: int, limit: int) -> None:
+        """Refuse a K above a service's fixed limit before anything is sent."""
+        if k > limit:
+            error = KLimitError(
+                f"K = {k} is above the limit of this service", where=self.where(), expected=f"K <= {limit}"
+            )
+            error.limit = limit
+            raise error
+
+    def _count_scores(self, topk: TopK, zeros: int = 0) -> None:
         self.metrics_.add("scored_requests")
         self.metrics_.add("scored_rows", topk.rows)
         if zeros:
             self.metrics_.add("zero_probability_sentinels", zeros)
 
+    def _count_rollouts(self, rollouts: list[Rollout], asked: SampleRequest) -> None:
+        self.metrics_.add("sampled_requests")
+        self.metrics_.add("sampled_tokens", sum(rollout.completion_ids.size for rollout in rollouts))
+        if not asked.exact:
+            self.metrics_.add("inexact_rollouts", asked.n)
+
 
 class ScoringClient(HttpClient):
-    """A client that scores given ids: it can teach, and draws completions too."""
+    """A client that scores given ids: it can teach. Most of them draw completions too."""
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
-        """Return rows ``start .. len(ids) - 2`` with the K most probable tokens and each realised logprob."""
+        """Score rows ``start .. len(ids) - 2``: the K most probable tokens, and each realised logprob."""
         raise NotImplementedError
 
-    async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
-        """Return n completions with the exact logprobs they were sampled with."""
-        raise NotImplementedError
+    async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:  # noqa: ARG002
+        """Draw n completions with the exact logprobs they were sampled with; by default an UnsupportedError."""
+        raise UnsupportedError("this dialect only scores: it cannot sample", where=self.where(), got=self.dialect)

@@ -6,23 +6,19 @@ at. Spoken by OpenAI, Azure, OpenRouter, llama.cpp, Ollama and, in addition to t
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Unpack
 from urllib.parse import urlsplit
 
-import numpy as np
-
 from topkd.clients.decoding.byte_map import ByteMap, load_bytemap
-from topkd.clients.decoding.checks import check_vocabulary
-from topkd.clients.decoding.openai import Recovered, chat_reply
-from topkd.clients.decoding.sampled import SampleRequest, sent
+from topkd.clients.decoding.openai import Recovered, read_chat_rollouts
+from topkd.clients.decoding.sampled import SampleRequest, prepare_sample_request
 from topkd.clients.dialects.base import ClientOptions, HttpClient
 from topkd.clients.dialects.raw_requests import ServerFacts
-from topkd.clients.http.endpoint import RequestInfo
-from topkd.topk.errors import ConfigError, KLimitError, ResponseError, UnsupportedError
+from topkd.topk.errors import ConfigError, ResponseError, UnsupportedError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import TopK
@@ -33,10 +29,10 @@ Message = Mapping[str, str]
 _STRICT = ("openai.com", "azure.com", "openrouter.ai")  # refuse, or pass on, fields they do not know
 
 
-def chat_body(
+def build_chat(
     model: str, messages: Sequence[Message], n: int, params: SamplingParams, k: int, *, strict: bool
 ) -> dict[str, Any]:
-    """A chat request with every parameter said that the server knows.
+    """Build a chat request with every parameter stated that the server knows.
 
     Args:
         model: Served name.
@@ -90,7 +86,7 @@ class OpenAIChat(HttpClient):
 
     @classmethod
     async def matches(cls, server: ServerFacts) -> bool:  # noqa: ARG003
-        """Anything else with ``/v1/models``: as far as one can know, it only samples."""
+        """Take any server with ``/v1/models``: as far as can be known, it only samples."""
         return True
 
     def __init__(
@@ -102,17 +98,17 @@ class OpenAIChat(HttpClient):
         self._strict = any(host == name or host.endswith(f".{name}") for name in _STRICT)
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:  # noqa: ARG002
-        """Raises UnsupportedError: chat completions cannot score a given sequence."""
+        """Raise UnsupportedError: chat completions cannot score a given sequence."""
         self._cannot(f"score {len(ids)} given ids", "chat completions return logprobs of generated tokens only")
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:  # noqa: ARG002
-        """Raises UnsupportedError: the server renders the prompt itself, from messages; see ``chat``."""
+        """Raise UnsupportedError: the server renders the prompt itself, from messages; see ``chat``."""
         self._cannot(f"continue {len(prompt_ids)} given ids", "chat completions take messages: use chat(messages, ...)")
 
     async def chat(
         self, messages: Sequence[Message], n: int, params: SamplingParams, *, prompt_ids: Ids, k: int = 0
     ) -> list[Rollout]:
-        """n answers to ``messages`` with exact logprobs, ids recovered from bytes.
+        """Draw n answers to ``messages`` with exact logprobs, ids recovered from bytes.
 
         A list is cut before its first entry whose bytes name no single id, so that what it holds is still the top of
         the distribution (``metrics["ambiguous_entries"]``). A draw that contains such a token is left out
@@ -130,36 +126,22 @@ class OpenAIChat(HttpClient):
             AlignmentError: the server counts another number of prompt tokens.
             ResponseError: no draw could be read back as ids.
         """
-        if k > MAX_K:
-            error = KLimitError(
-                f"K = {k} is above the limit of chat completions", where=self.where(), expected="K <= 20"
-            )
-            error.limit = MAX_K
-            raise error
-        prompt = np.asarray(prompt_ids)
-        if prompt.ndim != 1 or prompt.size < 1 or prompt.dtype.kind not in "iu" or n < 1 or k < 0:
-            got = f"{prompt.dtype} {prompt.shape}, n = {n}, k = {k}"
-            raise ConfigError("chat needs prompt_ids (token ids), n >= 1 and k >= 0", got=got)
-        check_vocabulary(prompt, None)
-        prompt = prompt.astype(np.int32)
+        self._check_k(k, MAX_K)
+        asked = prepare_sample_request(prompt_ids, n, params, k)
+        params = asked.params
         if self._strict and (params.top_k or params.min_p or params.repetition_penalty != 1.0 or params.stop_token_ids):
             raise ConfigError(
                 "this server knows no top_k, min_p, repetition_penalty or stop_token_ids", where=self.where()
             )
-        model = await self.model_name()
-        params = params if params.seed is not None else sent(params, secrets.randbelow(2**31))
-        asked = SampleRequest(prompt, n, params, k, self._table.size if self._table else None, params.exact)
-        recovered: Recovered = await self.endpoint.call(
-            "POST",
-            ROUTE,
-            chat_body(model, messages, n, params, k, strict=self._strict),
-            decode=partial(chat_reply, asked=asked, table=self._table),
-            where=self.where(f"{n} x {params.max_tokens} tokens"),
-            asks=RequestInfo(
-                tokens=int(prompt.size) + params.max_tokens, entries=n * params.max_tokens * (k + 2), k=k, model=model
-            ),
-        )
-        self.metrics_.add("sampled_requests")
+        asked = replace(asked, vocab_size=self._table.size if self._table else None)
+        body = build_chat(await self.model_name(), messages, n, params, k, strict=self._strict)
+        decode = partial(read_chat_rollouts, asked=asked, table=self._table)
+        recovered = await self._ask_rollouts(ROUTE, body, decode, asked)
+        return self._take(recovered, asked)
+
+    def _take(self, recovered: Recovered, asked: SampleRequest) -> list[Rollout]:
+        """Count what a reply held, and refuse one of which no draw could be read."""
+        self._count_rollouts(recovered.rollouts, asked)
         self.metrics_.add("ambiguous_entries", recovered.ambiguous_entries)
         self.metrics_.add("ambiguous_rollouts", recovered.ambiguous_rollouts)
         self.metrics_.add("listed_entries", recovered.listed_entries)

@@ -6,19 +6,19 @@ Sampled logprobs follow the temperature there (scores never do), so a draw is ex
 
 from __future__ import annotations
 
-import secrets
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from topkd.clients.decoding.checks import check_request_ids, check_vocabulary
-from topkd.clients.decoding.sampled import SampleRequest, sent
-from topkd.clients.decoding.sglang import candidate_rows, sampled_rollouts, scored_rows
+from topkd.clients.decoding.checks import check_candidate_ids, check_request_ids
+from topkd.clients.decoding.sampled import prepare_sample_request
+from topkd.clients.decoding.sglang import read_sglang_candidates, read_sglang_rollouts, read_sglang_scores
 from topkd.clients.dialects.base import ScoringClient, ServerInfo
 from topkd.clients.dialects.raw_requests import ServerFacts, Wire
 from topkd.clients.http.endpoint import RequestInfo
-from topkd.topk.errors import ConfigError, UnsupportedError
+from topkd.topk.errors import UnsupportedError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import Float32, Int32, TopK
@@ -28,7 +28,7 @@ _UNION_CELLS = 4_000_000  # rows x distinct ids of one request: nested JSON of a
 
 
 def build_sglang_score(ids: Int32, start: int, k: int) -> dict[str, Any]:
-    """A request that scores rows ``start ..``; nothing is generated. Entry 0 of the reply is null by design."""
+    """Build a request that scores rows ``start ..``; nothing is generated. Entry 0 of the reply is null by design."""
     return {
         "input_ids": ids.tolist(),
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
@@ -42,12 +42,12 @@ def build_sglang_score(ids: Int32, start: int, k: int) -> dict[str, Any]:
 
 
 def build_sglang_candidates(ids: Int32, start: int, candidates: Int32) -> dict[str, Any]:
-    """A request that scores the same ``candidates`` at every row ``start ..``."""
+    """Build a request that scores the same ``candidates`` at every row ``start ..``."""
     return build_sglang_score(ids, start, 0) | {"token_ids_logprob": candidates.tolist()}
 
 
 def build_sglang_sample(prompt: Int32, params: SamplingParams, n: int, k: int) -> dict[str, Any]:
-    """A sampling request with every parameter said."""
+    """Build a sampling request with every parameter stated."""
     return {
         "input_ids": prompt.tolist(),
         "sampling_params": {
@@ -86,7 +86,7 @@ class Sglang(ScoringClient):
 
     @classmethod
     async def matches(cls, server: ServerFacts) -> bool:
-        """An SGLang says its own version in ``/server_info``."""
+        """Recognise an SGLang: it states its own version in ``/server_info``."""
         for route in ("/server_info", "/get_server_info"):
             info = await server.wire.get(route)
             if info is not None and ("sglang" in str(info.get("version", "")) or "tokenizer_path" in info):
@@ -94,7 +94,7 @@ class Sglang(ScoringClient):
         return await server.wire.mounted("/generate") and bool(await server.wire.get("/model_info"))
 
     async def server_info(self) -> ServerInfo:
-        """As the base class, with the version that ``/server_info`` states."""
+        """Ask as the base class does, and take the version that ``/server_info`` states."""
         info = await super().server_info()
         server_state = await Wire(self).get("/server_info") or await Wire(self).get("/get_server_info") or {}
         length = info.max_model_len
@@ -103,36 +103,30 @@ class Sglang(ScoringClient):
         return ServerInfo(info.model, length, str(server_state.get("version") or info.version), info.models)
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
-        """As ``TeacherScorer``: only rows ``start .. len(ids) - 2`` are sent, a cached prefix is used up to there."""
+        """Score, as ``TeacherScorer``: only the rows from ``start`` are sent, a cached prefix is used up to there."""
         array = check_request_ids(ids, start, k, self.vocab_size)
         rows = int(array.size) - 1 - start
-        topk, zeros, flat = await self.endpoint.call(
-            "POST",
+        topk, zeros, flat = await self._ask_scores(
             ROUTE,
             build_sglang_score(array, start, k),
-            decode=partial(scored_rows, ids=array, start=start, k=k, vocab_size=self.vocab_size),
-            where=self.where(f"{array.size} tokens, K = {k}"),
-            asks=RequestInfo(tokens=int(array.size), entries=rows * (k + 1), k=k),
-            response_retries=self.endpoint.config.response_retries,
+            partial(read_sglang_scores, ids=array, start=start, k=k, vocab_size=self.vocab_size),
+            ids=array,
+            k=k,
+            entries=rows * (k + 1),
         )
-        self._note(topk, zeros)
+        self._count_scores(topk, zeros)
         self.metrics_.add("decoded_flat" if flat else "decoded_nested")
         return topk
 
     async def score_candidates(self, ids: Ids, start: int, candidates: Int32) -> Float32:
-        """float32 [R, K] at ``candidates`` [R, K] (-1 pads give -inf), through one list that all rows share.
+        """Score ``candidates`` [R, K] (-1 pads give -inf), through one list that all rows share.
 
         Raises:
             UnsupportedError: rows times distinct candidates is more than one reply should hold.
         """
         array = check_request_ids(ids, start, 0, self.vocab_size)
         rows = int(array.size) - 1 - start
-        wanted = np.asarray(candidates)
-        if wanted.ndim != 2 or wanted.shape[0] != rows or wanted.shape[1] < 1 or wanted.dtype.kind not in "iu":
-            raise ConfigError(
-                "candidates of the wrong shape", got=f"{wanted.dtype} {wanted.shape}", expected=f"[{rows}, K]"
-            )
-        check_vocabulary(np.where(wanted == -1, 0, wanted).ravel(), self.vocab_size)
+        wanted = check_candidate_ids(candidates, rows, self.vocab_size)
         union = np.unique(wanted[wanted >= 0]).astype(np.int32)
         if not union.size:
             return np.full(wanted.shape, -np.inf, dtype=np.float32)
@@ -148,7 +142,7 @@ class Sglang(ScoringClient):
             "POST",
             ROUTE,
             build_sglang_candidates(array, start, union),
-            decode=partial(candidate_rows, ids=array, start=start, union=union),
+            decode=partial(read_sglang_candidates, ids=array, start=start, union=union),
             where=self.where(f"{rows} rows, {union.size} candidates"),
             asks=RequestInfo(tokens=int(array.size), entries=rows * (int(union.size) + 1), k=int(union.size)),
             response_retries=self.endpoint.config.response_retries,
@@ -158,36 +152,17 @@ class Sglang(ScoringClient):
         return np.where(wanted >= 0, values, -np.inf).astype(np.float32)
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
-        """n completions with the logprobs they were sampled with, the stop token kept.
+        """Draw n completions with the logprobs they were sampled with, the stop token kept.
 
         Served logprobs follow the temperature but no truncation or penalty: with those ``Rollout.logp`` is NaN.
         """
-        prompt = np.asarray(prompt_ids)
-        if prompt.ndim != 1 or prompt.size < 1 or prompt.dtype.kind not in "iu":
-            raise ConfigError(
-                "a prompt must be a flat, non-empty sequence of token ids", got=f"{prompt.dtype} {prompt.shape}"
-            )
-        if n < 1 or k < 0:
-            raise ConfigError("n must be at least 1 and k at least 0", got=f"n = {n}, k = {k}")
-        check_vocabulary(prompt, self.vocab_size)
-        prompt = prompt.astype(np.int32)
-        params = params if params.seed is not None else sent(params, secrets.randbelow(2**31))
-        tempered = SamplingParams(params.max_tokens, stop_token_ids=params.stop_token_ids, seed=params.seed)
+        asked = prepare_sample_request(prompt_ids, n, params, k, self.vocab_size)
+        params = asked.params
         # A tempered draw's own logprob is what SGLang serves; whether it is depends on a server flag, so only
         # temperature 1, where both readings agree, counts as exact.
-        asked = SampleRequest(prompt, n, params, k, self.vocab_size, params == tempered)
-        result = await self.endpoint.call(
-            "POST",
-            ROUTE,
-            build_sglang_sample(prompt, params, n, k),
-            decode=partial(sampled_rollouts, asked=asked),
-            where=self.where(f"{n} x {params.max_tokens} tokens"),
-            asks=RequestInfo(
-                tokens=int(prompt.size) + params.max_tokens,
-                entries=n * params.max_tokens * (k + 2) + int(prompt.size),
-                k=k,
-            ),
-        )
-        self.metrics_.add("sampled_requests")
-        self.metrics_.add("sampled_tokens", sum(rollout.completion_ids.size for rollout in result))
+        tempered = SamplingParams(params.max_tokens, stop_token_ids=params.stop_token_ids, seed=params.seed)
+        asked = replace(asked, exact=params == tempered)
+        body = build_sglang_sample(asked.prompt, params, n, k)
+        result = await self._ask_rollouts(ROUTE, body, partial(read_sglang_rollouts, asked=asked), asked)
+        self._count_rollouts(result, asked)
         return result

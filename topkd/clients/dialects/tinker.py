@@ -8,15 +8,24 @@ NaN, and a candidate that was not asked for comes back as 0.0, which would be pr
 from __future__ import annotations
 
 import asyncio
-import secrets
-from dataclasses import replace
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 
-from topkd.clients.decoding.checks import check_reply_rows, check_request_ids, check_vocabulary
-from topkd.clients.decoding.listed import check_candidates, topk_with_actual
+from topkd.clients.decoding.checks import (
+    check_candidate_ids,
+    check_candidates,
+    check_reply_rows,
+    check_request_ids,
+    topk_with_actual,
+)
+from topkd.clients.decoding.sampled import (
+    SampleRequest,
+    build_rollout,
+    check_completion_ids,
+    check_finish_reason,
+    prepare_sample_request,
+)
 from topkd.topk.errors import (
     AuthError,
     ConfigError,
@@ -30,7 +39,7 @@ from topkd.topk.errors import (
     TopkdError,
 )
 from topkd.topk.protocols import Ids
-from topkd.topk.samples import FinishReason, Rollout, SamplingParams
+from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import PAD_ID, Float32, Float64, Int32, TopK
 
 _EMPTY = -9e4  # the SDK's sentinel is -99999
@@ -58,7 +67,7 @@ class TinkerClient:
     def connect(
         cls, *, base_model: str | None = None, model_path: str | None = None, vocab_size: int | None = None
     ) -> TinkerClient:
-        """A client of the service for a base model or for saved weights (``tinker://...``); the SDK finds the key.
+        """Open a client of the service for a base model or for saved weights (``tinker://...``); the SDK finds the key.
 
         Raises:
             ConfigError: not exactly one of the two is given, or the SDK is not installed.
@@ -71,22 +80,20 @@ class TinkerClient:
             service = sdk.ServiceClient()
             client = service.create_sampling_client(base_model=base_model, model_path=model_path)
         except Exception as error:  # the SDK's tree, and what lies below it
-            raise _mapped(error) from error
+            raise _convert_error(error) from error
         return cls(client, vocab_size=vocab_size, version=model_path or "")
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Nothing of ours is open: the SDK closes its session with the process."""
+        """Do nothing: the SDK closes its session with the process."""
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
-        """As ``TeacherScorer``; only the rows asked for are computed."""
+        """Score, as ``TeacherScorer``; only the rows asked for are computed."""
         array = check_request_ids(ids, start, k, self.vocab_size)
         actual = array[start + 1 :]
         reply = await self._sample(
@@ -113,15 +120,9 @@ class TinkerClient:
         )
 
     async def score_candidates(self, ids: Ids, start: int, candidates: Int32) -> Float32:
-        """As ``CandidateScorer``: own ids at each row; rows before ``start`` are not computed."""
+        """Score candidates, as ``CandidateScorer``: own ids at each row; rows before ``start`` are not computed."""
         array = check_request_ids(ids, start, 0, self.vocab_size)
-        wanted = np.asarray(candidates)
-        rows = int(array.size) - 1 - start
-        if wanted.ndim != 2 or wanted.shape[0] != rows or wanted.shape[1] < 1 or wanted.dtype.kind not in "iu":
-            raise ConfigError(
-                "candidates of the wrong shape", got=f"{wanted.dtype} {wanted.shape}", expected=f"[{rows}, K]"
-            )
-        check_vocabulary(np.where(wanted == PAD_ID, 0, wanted).ravel(), self.vocab_size)
+        wanted = check_candidate_ids(candidates, int(array.size) - 1 - start, self.vocab_size)
         if not (wanted >= 0).any():
             return np.full(wanted.shape, -np.inf, dtype=np.float32)
         asked = np.full((array.size - 1, wanted.shape[1]), PAD_ID, dtype=np.int64)
@@ -135,31 +136,23 @@ class TinkerClient:
         kept = values.reshape(asked.shape)[start:]
         if not np.isfinite(kept[wanted >= 0]).all() or (kept[wanted >= 0] > 1e-3).any():
             raise ResponseError("a candidate's logprob cannot be one", expected="a finite number <= 0")
-        return check_candidates(np.where(wanted >= 0, kept, -np.inf).astype(np.float32), wanted.astype(np.int32), start)
+        return check_candidates(np.where(wanted >= 0, kept, -np.inf).astype(np.float32), wanted, start)
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
-        """As ``Sampler``; NaN logprobs unless the draw is the policy's own."""
-        prompt = np.asarray(prompt_ids)
-        if prompt.ndim != 1 or prompt.size < 1 or prompt.dtype.kind not in "iu" or n < 1 or k < 0:
-            raise ConfigError("sample needs a flat prompt of ids, n >= 1 and k >= 0", got=f"{prompt.shape}, {n}, {k}")
+        """Draw, as ``Sampler``; NaN logprobs unless the draw is the policy's own."""
+        asked = prepare_sample_request(prompt_ids, n, params, k, self.vocab_size)
         if params.min_p or params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty:
             raise ConfigError("Tinker samples with temperature, top_k and top_p only")
-        check_vocabulary(prompt, self.vocab_size)
-        prompt = prompt.astype(np.int32)
-        params = params if params.seed is not None else replace(params, seed=secrets.randbelow(2**31))
-        reply = await self._sample(prompt, n, params, topk_sample_logprobs=k)
+        reply = await self._sample(asked.prompt, n, asked.params, topk_sample_logprobs=k)
         if len(reply.sequences) != n:
             raise ResponseError("wrong number of completions", got=len(reply.sequences), expected=n)
-        return [self._rollout(sequence, prompt, params, k) for sequence in reply.sequences]
+        return [self._rollout(sequence, asked) for sequence in reply.sequences]
 
-    def _rollout(self, sequence: Any, prompt: Int32, params: SamplingParams, k: int) -> Rollout:
-        if sequence.stop_reason not in {"stop", "length"}:
-            raise ResponseError("unknown stop_reason", got=sequence.stop_reason, expected="stop or length")
+    def _rollout(self, sequence: Any, asked: SampleRequest) -> Rollout:
+        finish_reason = check_finish_reason(sequence.stop_reason)
         if sequence.tokens_np is None or sequence.logprobs_np is None:
             raise ResponseError("a sequence comes without tokens or logprobs")
-        ids = np.asarray(sequence.tokens_np, dtype=np.int32)
-        if not 1 <= ids.size <= params.max_tokens:
-            raise ResponseError("wrong number of tokens", got=ids.size, expected=f"1..{params.max_tokens}")
+        ids = check_completion_ids(np.asarray(sequence.tokens_np, dtype=np.int32), asked)
         logp = np.asarray(sequence.logprobs_np, dtype=np.float64)
         check_reply_rows(int(logp.size), int(ids.size))
         topk = _rows(
@@ -168,19 +161,11 @@ class TinkerClient:
             first=0,
             length=int(ids.size),
             actual=ids,
-            start=int(prompt.size) - 1,
-            k=k,
+            start=int(asked.prompt.size) - 1,
+            k=asked.k,
             vocab_size=self.vocab_size,
         )
-        return Rollout(
-            prompt_ids=prompt,
-            completion_ids=ids,
-            logp=topk.actual_logp if params.exact else np.full(ids.size, np.nan, np.float32),
-            finish_reason=cast("FinishReason", sequence.stop_reason),
-            sampling=params,
-            topk=topk if k else None,
-            version=self.version,
-        )
+        return build_rollout(asked, ids, topk.actual_logp, finish_reason, topk=topk, version=self.version)
 
     async def _sample(self, ids: Int32, n: int, params: SamplingParams, **options: Any) -> Any:
         sampling = self._types.SamplingParams(
@@ -204,7 +189,7 @@ class TinkerClient:
                 "the installed tinker SDK is too old", got=str(error), hint="pip install -U tinker"
             ) from error
         except Exception as error:  # the SDK's tree, and what lies below it
-            raise _mapped(error) from error
+            raise _convert_error(error) from error
 
 
 def _rows(
@@ -260,8 +245,8 @@ def _sdk() -> Any:
     return tinker
 
 
-def _mapped(error: Exception) -> TopkdError:
-    """The SDK's exception as one of ours; its message, never its request (which holds the key)."""
+def _convert_error(error: Exception) -> TopkdError:
+    """Convert the SDK's exception to one of ours; its message, never its request (which holds the key)."""
     if isinstance(error, TopkdError):
         return error
     text, names = f"{type(error).__name__}: {error}", {base.__name__ for base in type(error).__mro__}

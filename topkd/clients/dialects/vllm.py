@@ -5,17 +5,15 @@ Token ids in, ids out. Spoken by vLLM (0.11 and later) and by ``topkd serve``.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Coroutine
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import msgspec
-import numpy as np
 
-from topkd.clients.decoding.checks import check_request_ids, check_vocabulary
-from topkd.clients.decoding.sampled import SampleRequest, read_rollouts, sent
+from topkd.clients.decoding.checks import check_request_ids
+from topkd.clients.decoding.sampled import build_vllm_sampling, prepare_sample_request, read_sampled_rollouts
 from topkd.clients.decoding.vllm import read_vllm_scores
 from topkd.clients.decoding.vllm_typed import typed
 from topkd.clients.dialects.base import ClientOptions, ScoringClient
@@ -23,13 +21,12 @@ from topkd.clients.dialects.raw_requests import ServerFacts
 from topkd.clients.http.endpoint import RequestInfo
 from topkd.clients.http.retry import Try
 from topkd.clients.http.status_errors import is_repeating
-from topkd.topk.errors import ConfigError, FinalServerError, ResponseError, TopkdError
+from topkd.topk.errors import FinalServerError, ResponseError, TopkdError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import Int32, TopK
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
-_ROUTE = "/v1/completions"
 
 
 class _Weights(msgspec.Struct):
@@ -40,7 +37,7 @@ _WEIGHTS = msgspec.json.Decoder(_Weights)
 
 
 def build_vllm_score(model: str, ids: Int32, k: int) -> dict[str, Any]:
-    """A request that scores every position of ``ids``; the one token it must generate is thrown away."""
+    """Build a request that scores every position of ``ids``; the one token it must generate is thrown away."""
     return {
         "model": model,
         "prompt": ids.tolist(),
@@ -53,31 +50,23 @@ def build_vllm_score(model: str, ids: Int32, k: int) -> dict[str, Any]:
 
 
 def build_vllm_sample(model: str, prompt: Int32, n: int, params: SamplingParams, k: int) -> dict[str, Any]:
-    """A sampling request with every parameter said, so that no ``generation_config`` of the model's can leak in."""
-    return {
+    """Build a sampling request with every parameter stated."""
+    return build_vllm_sampling(n, params, k) | {
         "model": model,
         "prompt": prompt.tolist(),
-        "n": n,
-        "max_tokens": params.max_tokens,
-        "min_tokens": 0,
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "top_k": params.top_k,
-        "min_p": params.min_p,
-        "repetition_penalty": params.repetition_penalty,
-        "presence_penalty": params.presence_penalty,
-        "frequency_penalty": params.frequency_penalty,
         "stop": [],
-        "stop_token_ids": list(params.stop_token_ids),
-        "ignore_eos": bool(params.stop_token_ids),  # else a generation_config adds ends of its own
-        "seed": params.seed,
-        "logprobs": k,
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
         "return_weight_versions": True,
         "skip_special_tokens": False,
         "add_special_tokens": False,
     }
+
+
+def build_salt(attempt: Try) -> dict[str, str]:
+    """Build the field that makes a retry miss the server's cache: a broken entry gives the same NaN again."""
+    repeats = attempt.failure is not None and is_repeating(attempt.failure)
+    return {"cache_salt": f"retry-{attempt.number}"} if repeats else {}
 
 
 class VllmCompletions(ScoringClient):
@@ -94,10 +83,15 @@ class VllmCompletions(ScoringClient):
     """
 
     dialect = "vllm"
+    route: ClassVar[str] = "/v1/completions"
+    _build_score = staticmethod(build_vllm_score)
+    _read_scores = staticmethod(read_vllm_scores)
+    _build_sample = staticmethod(build_vllm_sample)
+    _read_rollouts = staticmethod(read_sampled_rollouts)
 
     @classmethod
     async def matches(cls, server: ServerFacts) -> bool:
-        """A vLLM has ``/version``."""
+        """Recognise a vLLM: it has ``/version``."""
         return bool(await server.version())
 
     def __init__(
@@ -105,76 +99,52 @@ class VllmCompletions(ScoringClient):
     ) -> None:
         super().__init__(base_url, **options)
         self.logprobs_mode = logprobs_mode
-        self._tells: bool | None = None  # whether /weight_info is worth asking; None before it was tried
+        self._has_weight_info: bool | None = None  # whether /weight_info is worth asking; None before it was tried
         self._adapter: tuple[str, str] | None = None  # name and version, once it is known
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
-        """Rows ``start .. len(ids) - 2`` with the K most probable tokens and the exact realised logprob of each."""
+        """Score rows ``start .. len(ids) - 2``: the K most probable tokens, and the exact realised logprob of each."""
         array = check_request_ids(ids, start, k, self.vocab_size)
         model = await self.model_name()
-
-        def build(attempt: Try) -> dict[str, Any]:
-            # The same broken cache entry gives the same NaN again: the one retry asks for another.
-            return build_vllm_score(model, array, k) | _salt(attempt)
-
-        topk, zeros, fast = await self.endpoint.call(
-            "POST",
-            _ROUTE,
-            build,
-            decode=partial(read_vllm_scores, ids=array, start=start, k=k, vocab_size=self.vocab_size),
-            where=self.where(f"{array.size} tokens, K = {k}"),
-            asks=RequestInfo(tokens=int(array.size), entries=int(array.size) * (k + 1), k=k, model=model),
-            response_retries=self.endpoint.config.response_retries,
+        topk, zeros, fast = await self._ask_scores(
+            self.route,
+            lambda attempt: self._build_score(model, array, k) | build_salt(attempt),
+            partial(self._read_scores, ids=array, start=start, k=k, vocab_size=self.vocab_size),
+            ids=array,
+            k=k,
         )
-        self._note(topk, zeros)
+        self._count_scores(topk, zeros)
         self.metrics_.add("decoded_fast" if fast else "decoded_typed")
         return topk
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
-        """n completions with the exact logprobs they were sampled with, the stop token kept.
+        """Draw n completions with the exact logprobs they were sampled with, the stop token kept.
 
-        A request without a seed gets one: a retry then draws the same completions, and what a lost reply held has no
-        influence on what is kept. ``Rollout.sampling`` records the seed that was sent. ``Rollout.version`` is what the
-        reply says (vLLM 0.33 on), else what ``/weight_info`` said before and after; "" (unknown) where neither does:
-        vLLM before 0.33 outside development mode.
+        ``Rollout.sampling`` records the seed that was sent. ``Rollout.version`` is what the reply states (vLLM 0.33
+        on), else what ``/weight_info`` stated before and after; "" (unknown) where neither does: vLLM before 0.33
+        outside development mode.
         """
-        prompt = np.asarray(prompt_ids)
-        if prompt.ndim != 1 or prompt.size < 1 or prompt.dtype.kind not in "iu":
-            raise ConfigError(
-                "a prompt must be a flat, non-empty sequence of token ids", got=f"{prompt.dtype} {prompt.shape}"
-            )
-        if n < 1 or k < 0:
-            raise ConfigError("n must be at least 1 and k at least 0", got=f"n = {n}, k = {k}")
-        check_vocabulary(prompt, self.vocab_size)
-        prompt = prompt.astype(np.int32)
-        model = await self.model_name()
-        params = params if params.seed is not None else sent(params, secrets.randbelow(2**31))
-        processed = self.logprobs_mode == "processed_logprobs" and params.temperature > 0
-        exact = params.exact or processed
-        result = await self._versioned(
-            model,
-            self.endpoint.call(
-                "POST",
-                _ROUTE,
-                lambda attempt: build_vllm_sample(model, prompt, n, params, k) | _salt(attempt),
-                decode=partial(read_rollouts, asked=SampleRequest(prompt, n, params, k, self.vocab_size, exact)),
-                where=self.where(f"{n} x {params.max_tokens} tokens"),
-                asks=RequestInfo(
-                    tokens=int(prompt.size) + params.max_tokens,
-                    entries=n * params.max_tokens * (k + 2) + int(prompt.size),
-                    k=k,
-                    model=model,
-                ),
-            ),
+        asked = prepare_sample_request(prompt_ids, n, params, k, self.vocab_size)
+        if self.logprobs_mode == "processed_logprobs" and params.temperature > 0:
+            asked = replace(asked, exact=True)
+        model, width = await self.model_name(), await self._list_width(k)
+        draw = self._ask_rollouts(
+            self.route,
+            lambda attempt: self._build_sample(model, asked.prompt, n, asked.params, width) | build_salt(attempt),
+            partial(self._read_rollouts, asked=asked),
+            asked,
+            k=width,
         )
-        self.metrics_.add("sampled_requests")
-        self.metrics_.add("sampled_tokens", sum(rollout.completion_ids.size for rollout in result))
-        if not exact:
-            self.metrics_.add("inexact_rollouts", n)
+        result = await self._versioned(model, draw)
+        self._count_rollouts(result, asked)
         return result
 
+    async def _list_width(self, k: int) -> int:
+        """Return the width of list to ask for, so that K entries come back."""
+        return k
+
     async def _versioned(self, model: str, draw: Coroutine[None, None, list[Rollout]]) -> list[Rollout]:
-        """The rollouts, each with the weight version that drew it, from wherever the server tells it."""
+        """Draw, and label each rollout with the weight version that drew it, from wherever the server states it."""
         try:
             adapter = await self._adapter_version(model)
             before = "" if adapter else await self._weight_version()
@@ -185,7 +155,7 @@ class VllmCompletions(ScoringClient):
         if adapter:  # a reply's own version is that of the weights underneath
             return [replace(rollout, version=adapter) for rollout in result]
         if any(rollout.version for rollout in result):
-            self._tells = False  # replies say it themselves: no more questions
+            self._has_weight_info = False  # replies say it themselves: no more questions
         elif before:
             after = await self._weight_version()
             # Equal before and after: what was drawn in between came from these weights.
@@ -194,7 +164,7 @@ class VllmCompletions(ScoringClient):
         return result
 
     async def _adapter_version(self, model: str) -> str:
-        """The version in the name of an adapter that a weight sink has loaded (``base@version``); "" for others."""
+        """Read the version in the name of an adapter that a weight sink loaded (``base@version``); "" for others."""
         base, _, version = model.rpartition("@")
         if not base or not version:
             return ""
@@ -204,11 +174,11 @@ class VllmCompletions(ScoringClient):
         return self._adapter[1]
 
     async def _weight_version(self) -> str:
-        """What ``/weight_info`` says; "" where it is not mounted, or where replies hold the version anyway.
+        """Ask ``/weight_info``; "" where it is not mounted, or where replies hold the version anyway.
 
-        vLLM before 0.33 leaves the version out of this route's replies; its development mode tells it beside them.
+        vLLM before 0.33 leaves the version out of this route's replies; its development mode states it beside them.
         """
-        if self._tells is False:
+        if self._has_weight_info is False:
             return ""
         where = self.where("GET /weight_info")
         try:
@@ -220,17 +190,9 @@ class VllmCompletions(ScoringClient):
                 asks=RequestInfo(single_try=True),
             )
         except (FinalServerError, ResponseError):
-            self._tells = False
+            self._has_weight_info = False
             return ""
         except TopkdError:  # unknown for this draw; a draw is not lost for want of its label
             return ""
-        self._tells = True
+        self._has_weight_info = True
         return "" if answer.weight_version is None else str(answer.weight_version)
-
-
-def _salt(attempt: Try) -> dict[str, str]:
-    return (
-        {"cache_salt": f"retry-{attempt.number}"}
-        if attempt.failure is not None and is_repeating(attempt.failure)
-        else {}
-    )

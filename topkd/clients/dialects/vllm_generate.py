@@ -6,31 +6,32 @@ With ``detokenize: false`` the server neither decodes nor escapes a string for e
 
 from __future__ import annotations
 
+import contextlib
 import re
-import secrets
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from topkd.clients.decoding.binary import read_npy_matrix
-from topkd.clients.decoding.checks import build_ranked_scores, build_scores, check_request_ids, check_vocabulary
-from topkd.clients.decoding.generate_sampled import read_generate_rollouts
-from topkd.clients.decoding.listed import check_candidates
-from topkd.clients.decoding.sampled import SampleRequest, sent
+from topkd.clients.decoding.checks import (
+    build_ranked_scores,
+    build_scores,
+    check_candidate_ids,
+    check_candidates,
+    check_request_ids,
+)
+from topkd.clients.decoding.sampled import build_vllm_sampling, read_generate_rollouts
 from topkd.clients.decoding.vllm import check_prompt, fast_reader
 from topkd.clients.decoding.vllm_typed import Row, ScoredChoice, read_prompt_rows, typed
 from topkd.clients.dialects.raw_requests import ServerFacts
-from topkd.clients.dialects.vllm import VllmCompletions
+from topkd.clients.dialects.vllm import VllmCompletions, build_salt
 from topkd.clients.http.endpoint import RequestInfo
-from topkd.clients.http.retry import Try
-from topkd.clients.http.status_errors import is_repeating
-from topkd.topk.errors import ConfigError, KLimitError, RequestRefusedError, ResponseError, UnsupportedError
+from topkd.topk.errors import KLimitError, RequestRefusedError, ResponseError, UnsupportedError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
-from topkd.topk.types import PAD_ID, Float32, Int32, TopK
+from topkd.topk.types import Float32, Int32, TopK
 
 ROUTE = "/inference/v1/generate"
 Schema = Literal["rows", "shared"]
@@ -55,35 +56,19 @@ _CANDIDATES = msgspec.json.Decoder(_Candidates)
 
 
 def build_generate_score(model: str, ids: Int32, k: int) -> dict[str, Any]:
-    """A request that scores every position of ``ids`` without a string in the reply."""
+    """Build a request that scores every position of ``ids`` without a string in the reply."""
     sampling = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": k, "detokenize": False}
     return {"model": model, "token_ids": ids.tolist(), "sampling_params": sampling, "return_token_ids": True}
 
 
-def build_generate_sample(model: str, prompt: Int32, n: int, params: SamplingParams, logprobs: int) -> dict[str, Any]:
-    """A sampling request with every parameter said."""
-    sampling = {
-        "n": n,
-        "max_tokens": params.max_tokens,
-        "min_tokens": 0,
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "top_k": params.top_k,
-        "min_p": params.min_p,
-        "repetition_penalty": params.repetition_penalty,
-        "presence_penalty": params.presence_penalty,
-        "frequency_penalty": params.frequency_penalty,
-        "stop_token_ids": list(params.stop_token_ids),
-        "ignore_eos": bool(params.stop_token_ids),  # else a generation_config adds ends of its own
-        "seed": params.seed,
-        "logprobs": logprobs,
-        "detokenize": False,
-    }
+def build_generate_sample(model: str, prompt: Int32, n: int, params: SamplingParams, k: int) -> dict[str, Any]:
+    """Build a sampling request with every parameter stated."""
+    sampling = build_vllm_sampling(n, params, k) | {"detokenize": False}
     return {"model": model, "token_ids": prompt.tolist(), "sampling_params": sampling}
 
 
 def build_generate_candidates(model: str, ids: Int32, start: int, candidates: list[Any]) -> dict[str, Any]:
-    """A request that scores ``candidates`` (a list a row, or one for all) at rows ``start ..``."""
+    """Build a request that scores ``candidates`` (a list a row, or one for all) at rows ``start ..``."""
     sampling = {
         "max_tokens": 1,
         "temperature": 0,
@@ -97,7 +82,7 @@ def build_generate_candidates(model: str, ids: Int32, start: int, candidates: li
 def read_generate_scores(
     body: bytes, *, ids: Int32, start: int, k: int, vocab_size: int | None = None
 ) -> tuple[TopK, int, bool]:
-    """Bytes to checked rows, as ``decode.score_reply`` does for completions."""
+    """Read checked rows, as ``read_vllm_scores`` does for completions."""
     fast = fast_reader()(body, ids, start, k) if len(body) >= _WORTH_IT else None
     if fast is None:
         reply = typed(body, _SCORED)
@@ -109,8 +94,8 @@ def read_generate_scores(
     return *build_ranked_scores(found, ids, start, vocab_size), True
 
 
-def candidates_reply(body: bytes, *, rows: int, columns: int) -> Float32:
-    """float32 [rows, columns], in the order asked; a 200 without the field is an error.
+def read_generate_candidates(body: bytes, *, rows: int, columns: int) -> Float32:
+    """Read float32 [rows, columns], in the order asked; a 200 without the field is an error.
 
     Raises:
         ResponseError: the field is null, or values that are no logprobs.
@@ -131,86 +116,42 @@ class VllmGenerate(VllmCompletions):
     """Teacher, candidate scorer and sampler over ``/inference/v1/generate``; arguments as ``VllmCompletions``."""
 
     dialect = "vllm_generate"
-
-    @classmethod
-    async def matches(cls, server: ServerFacts) -> bool:
-        """A vLLM scores cheaper where ``/inference/v1/generate`` is mounted."""
-        return bool(await server.version()) and await server.wire.mounted(ROUTE)
-
+    route: ClassVar[str] = ROUTE
+    _build_score = staticmethod(build_generate_score)
+    _read_scores = staticmethod(read_generate_scores)
+    _build_sample = staticmethod(build_generate_sample)
+    _read_rollouts = staticmethod(read_generate_rollouts)
     _version: tuple[int, ...] | None = None
     _schema: Schema | None = None
     _limit: int | None = None
 
+    @classmethod
+    async def matches(cls, server: ServerFacts) -> bool:
+        """Recognise a vLLM with ``/inference/v1/generate``, where scores are cheaper."""
+        return bool(await server.version()) and await server.wire.mounted(ROUTE)
+
     async def version(self) -> tuple[int, ...]:
-        """Major and minor number of the server; () when it does not say."""
+        """Ask for major and minor number of the server; () when it states none."""
         if self._version is None:
             version_match = re.match(r"v?(\d+)\.(\d+)", await self.server_version())
             self._version = (int(version_match[1]), int(version_match[2])) if version_match else ()
         return self._version
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
-        """As ``TeacherScorer``: rows ``start .. len(ids) - 2``."""
-        array = check_request_ids(ids, start, k, self.vocab_size)
-        model = await self.model_name()
-        try:
-            topk, zeros, fast = await self.endpoint.call(
-                "POST",
-                ROUTE,
-                lambda attempt: build_generate_score(model, array, k) | _salt(attempt),
-                decode=partial(read_generate_scores, ids=array, start=start, k=k, vocab_size=self.vocab_size),
-                where=self.where(f"{array.size} tokens, K = {k}"),
-                asks=RequestInfo(tokens=int(array.size), entries=int(array.size) * (k + 1), k=k, model=model),
-                response_retries=self.endpoint.config.response_retries,
-            )
-        except RequestRefusedError as error:
-            raise _explained(error) from error
-        self._note(topk, zeros)
-        self.metrics_.add("decoded_fast" if fast else "decoded_typed")
-        return topk
+        """Score, as ``TeacherScorer``: rows ``start .. len(ids) - 2``."""
+        with _explain_refusal():
+            return await super().score(ids, start, k)
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
-        """As ``VllmCompletions.sample``. Before vLLM 0.33 a list of K costs K + 1, which the server's limit caps."""
-        prompt = np.asarray(prompt_ids)
-        if prompt.ndim != 1 or prompt.size < 1 or prompt.dtype.kind not in "iu":
-            raise ConfigError(
-                "a prompt must be a flat, non-empty sequence of token ids", got=f"{prompt.dtype} {prompt.shape}"
-            )
-        if n < 1 or k < 0:
-            raise ConfigError("n must be at least 1 and k at least 0", got=f"n = {n}, k = {k}")
-        check_vocabulary(prompt, self.vocab_size)
-        prompt = prompt.astype(np.int32)
-        model = await self.model_name()
-        params = params if params.seed is not None else sent(params, secrets.randbelow(2**31))
-        processed = self.logprobs_mode == "processed_logprobs" and params.temperature > 0
-        asked = SampleRequest(prompt, n, params, k, self.vocab_size, params.exact or processed)
-        wide = k if k == 0 or await self.version() >= _COMPLETE else k + 1
-        try:
-            result = await self._versioned(
-                model,
-                self.endpoint.call(
-                    "POST",
-                    ROUTE,
-                    lambda attempt: build_generate_sample(model, prompt, n, params, wide) | _salt(attempt),
-                    decode=lambda body: read_generate_rollouts(body, asked=asked),
-                    where=self.where(f"{n} x {params.max_tokens} tokens"),
-                    asks=RequestInfo(
-                        tokens=int(prompt.size) + params.max_tokens,
-                        entries=n * params.max_tokens * (k + 2) + int(prompt.size),
-                        k=wide,
-                        model=model,
-                    ),
-                ),
-            )
-        except RequestRefusedError as error:
-            raise _explained(error) from error
-        self.metrics_.add("sampled_requests")
-        self.metrics_.add("sampled_tokens", sum(rollout.completion_ids.size for rollout in result))
-        if not asked.exact:
-            self.metrics_.add("inexact_rollouts", n)
-        return result
+        """Draw as ``VllmCompletions``. Before vLLM 0.33 a list of K costs K + 1, which the server's limit caps."""
+        with _explain_refusal():
+            return await super().sample(prompt_ids, n, params, k=k)
+
+    async def _list_width(self, k: int) -> int:
+        return k if k == 0 or await self.version() >= _COMPLETE else k + 1
 
     async def score_candidates(self, ids: Ids, start: int, candidates: Int32) -> Float32:
-        """float32 [R, K] logprobs of ``candidates`` [R, K] at rows ``start ..``; -1 pads give -inf.
+        """Score ``candidates`` [R, K] at rows ``start ..``: float32 [R, K] logprobs; -1 pads give -inf.
 
         The schema is chosen by the server's version, changed when the server refuses it, and the reply's shape proves
         it. vLLM 0.31 takes one list for all rows: the rows are then cut into windows whose union it serves.
@@ -219,26 +160,24 @@ class VllmGenerate(VllmCompletions):
             UnsupportedError: the server scores no candidates, or the rows share too few of them for its schema.
         """
         array = check_request_ids(ids, start, 0, self.vocab_size)
-        wanted = _candidates(candidates, array.size - 1 - start, self.vocab_size)
+        wanted = check_candidate_ids(candidates, int(array.size) - 1 - start, self.vocab_size)
         if self._schema is None:
             version = await self.version()
             self._schema = "shared" if () < version < _ROWS else "rows"
-        try:
+        with _explain_refusal():
+            try:
+                return await self._by_schema(self._schema, array, start, wanted)
+            except RequestRefusedError as error:
+                if not _is_other_schema(error):
+                    raise
+            self._schema = "shared" if self._schema == "rows" else "rows"
             return await self._by_schema(self._schema, array, start, wanted)
-        except RequestRefusedError as error:
-            if not _other_schema(error):
-                raise _explained(error) from error
-        self._schema = "shared" if self._schema == "rows" else "rows"
-        try:
-            return await self._by_schema(self._schema, array, start, wanted)
-        except RequestRefusedError as error:
-            raise _explained(error) from error
 
     async def _by_schema(self, schema: Schema, ids: Int32, start: int, wanted: Int32) -> Float32:
         if schema == "rows":
             return await self._matrix(ids, start, wanted.tolist(), wanted)
         parts = []
-        for first, last in windows(wanted, await self._shared_limit()):
+        for first, last in split_windows(wanted, await self._shared_limit()):
             union = np.unique(wanted[first:last])
             union = union[union >= 0]
             part = wanted[first:last]
@@ -253,7 +192,7 @@ class VllmGenerate(VllmCompletions):
         return np.concatenate(parts).astype(np.float32)
 
     async def _shared_limit(self) -> int:
-        """Ids of one shared list: the server's limit on K, from the refusal of far too many."""
+        """Find how many ids a shared list may have: the server's limit on K, from the refusal of far too many."""
         if self._limit is None:
             body = build_generate_score(await self.model_name(), np.array([1, 1], dtype=np.int32), 10_000_000)
             try:
@@ -270,16 +209,18 @@ class VllmGenerate(VllmCompletions):
         return await self.endpoint.call(
             "POST",
             ROUTE,
-            lambda attempt: build_generate_candidates(model, ids, start, asked) | _salt(attempt),
-            decode=lambda body: check_candidates(candidates_reply(body, rows=rows, columns=columns), wanted, start),
+            lambda attempt: build_generate_candidates(model, ids, start, asked) | build_salt(attempt),
+            decode=lambda body: check_candidates(
+                read_generate_candidates(body, rows=rows, columns=columns), wanted, start
+            ),
             where=self.where(f"{rows} rows, {columns} candidates"),
             asks=RequestInfo(tokens=int(ids.size), entries=rows * columns, k=columns, model=model),
             response_retries=self.endpoint.config.response_retries,
         )
 
 
-def windows(wanted: Int32, limit: int) -> list[tuple[int, int]]:
-    """Row ranges, as long as possible, whose distinct candidates are at most ``limit``.
+def split_windows(wanted: Int32, limit: int) -> list[tuple[int, int]]:
+    """Split rows into ranges, as long as possible, of at most ``limit`` distinct candidates.
 
     Raises:
         UnsupportedError: a row alone has more, or too many windows would be needed (each is a whole prefill).
@@ -305,34 +246,18 @@ def windows(wanted: Int32, limit: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def _candidates(candidates: Int32, rows: int, vocab_size: int | None) -> Int32:
-    wanted: NDArray[np.integer[Any]] = np.asarray(candidates)
-    if wanted.ndim != 2 or wanted.shape[0] != rows or wanted.shape[1] < 1 or wanted.dtype.kind not in "iu":
-        raise ConfigError(
-            "candidates of the wrong shape", got=f"{wanted.dtype} {wanted.shape}", expected=f"[{rows}, K]"
-        )
-    check_vocabulary(np.where(wanted == PAD_ID, 0, wanted).ravel(), vocab_size)
-    return wanted.astype(np.int32)
-
-
-def _salt(attempt: Try) -> dict[str, str]:
-    return (
-        {"cache_salt": f"retry-{attempt.number}"}
-        if attempt.failure is not None and is_repeating(attempt.failure)
-        else {}
-    )
-
-
-def _other_schema(error: RequestRefusedError) -> bool:
+def _is_other_schema(error: RequestRefusedError) -> bool:
     text = str(error)
     return "prompt_logprob_token_ids" in text and any(sign in text for sign in ("_type", "valid list", "valid integer"))
 
 
-def _explained(error: RequestRefusedError) -> Exception:
-    """The refusal as the error class it means on this route."""
-    text = str(error)
-    if error.got == "HTTP 404" and "no such route" in text:
-        return UnsupportedError(
-            f"the server has no {ROUTE}", where=error.where, got=error.got, hint="start vLLM with --enable-scale-out"
-        )
-    return error
+@contextlib.contextmanager
+def _explain_refusal() -> Iterator[None]:
+    """Raise a refusal as the error that it means on this route."""
+    try:
+        yield
+    except RequestRefusedError as error:
+        if error.got == "HTTP 404" and "no such route" in str(error):
+            hint = "start vLLM with --enable-scale-out"
+            raise UnsupportedError(f"the server has no {ROUTE}", where=error.where, got=error.got, hint=hint) from error
+        raise

@@ -7,18 +7,28 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any, Self, cast
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 
-from topkd.clients.decoding.checks import check_reply_rows, check_request_ids, check_vocabulary
-from topkd.clients.decoding.listed import check_candidates, topk_with_actual
+from topkd.clients.decoding.checks import (
+    check_candidate_ids,
+    check_candidates,
+    check_reply_rows,
+    check_request_ids,
+    topk_with_actual,
+)
+from topkd.clients.decoding.sampled import (
+    SampleRequest,
+    build_rollout,
+    build_vllm_sampling,
+    check_finish_reason,
+    prepare_sample_request,
+)
 from topkd.topk.errors import (
     AlignmentError,
     ConfigError,
@@ -32,7 +42,7 @@ from topkd.topk.errors import (
     UnsupportedError,
 )
 from topkd.topk.protocols import Ids, Version, WeightUpdate
-from topkd.topk.samples import FinishReason, Rollout, SamplingParams
+from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import Float32, Int32, TopK
 
 _LIMIT = re.compile(r"greater than max allowed: (\d+)")
@@ -81,32 +91,24 @@ class VllmInProcess:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Ends the engine's thread, after what is running."""
+        """End the engine's thread, after what is running."""
         await asyncio.to_thread(self._thread.shutdown)
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
-        """As ``TeacherScorer``."""
+        """Score, as ``TeacherScorer``."""
         array = check_request_ids(ids, start, k, self.vocab_size)
         fields = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k, "flat_logprobs": True, "detokenize": False}
         reply = await self._generate(array.tolist(), fields)
-        return flat_rows(reply.prompt_logprobs, array, start, k, self.vocab_size)
+        return read_flat_scores(reply.prompt_logprobs, array, start, k, self.vocab_size)
 
     async def score_candidates(self, ids: Ids, start: int, candidates: Int32) -> Float32:
-        """As ``CandidateScorer``; needs vLLM 0.32 and its model runner V2."""
+        """Score candidates, as ``CandidateScorer``; needs vLLM 0.32 and its model runner V2."""
         array = check_request_ids(ids, start, 0, self.vocab_size)
-        wanted = np.asarray(candidates)
-        rows = int(array.size) - 1 - start
-        if wanted.ndim != 2 or wanted.shape[0] != rows or wanted.shape[1] < 1 or wanted.dtype.kind not in "iu":
-            raise ConfigError(
-                "candidates of the wrong shape", got=f"{wanted.dtype} {wanted.shape}", expected=f"[{rows}, K]"
-            )
-        check_vocabulary(np.where(wanted == -1, 0, wanted).ravel(), self.vocab_size)
+        wanted = check_candidate_ids(candidates, int(array.size) - 1 - start, self.vocab_size)
         fields = {
             "max_tokens": 1,
             "temperature": 0.0,
@@ -120,25 +122,21 @@ class VllmInProcess:
         values = np.asarray(matrix, dtype=np.float32)
         if values.shape != wanted.shape:
             raise AlignmentError("candidate logprobs of another shape", got=values.shape, expected=wanted.shape)
-        return check_candidates(values, wanted.astype(np.int32), start)
+        return check_candidates(values, wanted, start)
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
-        """As ``Sampler``; NaN logprobs under inexact parameters, as the engine's are of the untempered model."""
-        prompt = np.asarray(prompt_ids)
-        if prompt.ndim != 1 or prompt.size < 1 or prompt.dtype.kind not in "iu" or n < 1 or k < 0:
-            raise ConfigError("sample needs a flat prompt of ids, n >= 1 and k >= 0", got=f"{prompt.shape}, {n}, {k}")
-        check_vocabulary(prompt, self.vocab_size)
-        prompt = prompt.astype(np.int32)
-        params = params if params.seed is not None else replace(params, seed=secrets.randbelow(2**31))
+        """Draw, as ``Sampler``; NaN logprobs under inexact parameters, as the engine's are of the untempered model."""
+        asked = prepare_sample_request(prompt_ids, n, params, k, self.vocab_size)
         version = self.version
-        reply = await self._generate(prompt.tolist(), sample_fields(params, n, k))
+        fields = build_vllm_sampling(n, asked.params, k) | {"flat_logprobs": True, "detokenize": False}
+        reply = await self._generate(asked.prompt.tolist(), fields)
         outputs = sorted(reply.outputs, key=lambda output: output.index)
         if len(outputs) != n:
             raise ResponseError("wrong number of completions", got=len(outputs), expected=n)
-        return [rollout(output, prompt, params, k=k, vocab_size=self.vocab_size, version=version) for output in outputs]
+        return [_read_rollout(output, asked, version) for output in outputs]
 
     async def push(self, update: WeightUpdate) -> Version:
-        """Loads a checkpoint folder in place and forgets cached prefixes, or takes an adapter; see ``WeightSink``.
+        """Load a checkpoint folder in place and forget cached prefixes, or take an adapter; see ``WeightSink``.
 
         An adapter (needs ``enable_lora=True``) is what everything runs with from then on; the engine proves it with one
         token, and its prefixes are cached under it alone.
@@ -167,11 +165,11 @@ class VllmInProcess:
         return self.version
 
     async def sleep(self) -> None:
-        """Gives the device's memory back: weights move to the host, cached states are dropped. CUDA only."""
+        """Give the device's memory back: weights move to the host, cached states are dropped. CUDA only."""
         await self._do(lambda: self._llm.sleep(level=1))
 
     async def wake(self) -> None:
-        """Undoes ``sleep``."""
+        """Undo ``sleep``."""
         await self._do(self._llm.wake_up)
 
     async def _do(self, call: Callable[[], object]) -> None:
@@ -205,7 +203,7 @@ class VllmInProcess:
         return await job.done
 
     def _run(self) -> None:
-        """Runs whatever waits. A request that the engine refuses must not take the others with it."""
+        """Run whatever waits. A request that the engine refuses must not take the others with it."""
         with self._lock:
             jobs, self._waiting = self._waiting, []
         jobs = [job for job in jobs if not job.done.cancelled()]
@@ -226,13 +224,13 @@ class VllmInProcess:
 
     def _answer(self, jobs: list[_Job]) -> None:
         inputs = [{"prompt_token_ids": job.prompt} for job in jobs]
-        replies = self._llm.generate(inputs, [job.sampling for job in jobs], use_tqdm=False, **_under(jobs))
+        replies = self._llm.generate(inputs, [job.sampling for job in jobs], use_tqdm=False, **_adapter_option(jobs))
         for job, reply in zip(jobs, replies, strict=True):
             _settle(job, reply)
 
 
-def _under(jobs: list[_Job]) -> dict[str, Any]:
-    """Each job runs with the adapter of the time when it was asked, whatever has been pushed since."""
+def _adapter_option(jobs: list[_Job]) -> dict[str, Any]:
+    """Run each job with the adapter of the time when it was asked, whatever has been pushed since."""
     adapters = [job.adapter for job in jobs]
     return {"lora_request": adapters} if any(adapters) else {}
 
@@ -249,58 +247,26 @@ def _settle(job: _Job, value: Any) -> None:
     job.loop.call_soon_threadsafe(settle)
 
 
-def sample_fields(params: SamplingParams, n: int, k: int) -> dict[str, Any]:
-    """Arguments of the engine's ``SamplingParams``, every one said."""
-    return {
-        "n": n,
-        "max_tokens": params.max_tokens,
-        "min_tokens": 0,
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "top_k": params.top_k,
-        "min_p": params.min_p,
-        "repetition_penalty": params.repetition_penalty,
-        "presence_penalty": params.presence_penalty,
-        "frequency_penalty": params.frequency_penalty,
-        "stop_token_ids": list(params.stop_token_ids),
-        "ignore_eos": bool(params.stop_token_ids),  # else a generation_config adds ends of its own
-        "seed": params.seed,
-        "logprobs": k,
-        "flat_logprobs": True,
-        "detokenize": False,
-    }
-
-
-def flat_rows(table: Any, ids: Int32, start: int, k: int, vocab_size: int | None = None) -> TopK:
-    """Checked rows ``start ..`` of flat prompt logprobs: one empty row, then the realised token and K more a row."""
+def read_flat_scores(table: Any, ids: Int32, start: int, k: int, vocab_size: int | None = None) -> TopK:
+    """Read rows ``start ..`` of flat prompt logprobs: one empty row, then the realised token and K more a row."""
     if table is None:
         raise ResponseError("the engine gives no prompt logprobs")
     check_reply_rows(len(table.start_indices), int(ids.size))
     return _rows(table, start + 1, ids[start + 1 :], start=start, k=k, vocab_size=vocab_size)
 
 
-def rollout(
-    output: Any, prompt: Int32, params: SamplingParams, *, k: int, vocab_size: int | None, version: str
-) -> Rollout:
-    """One completion of the engine's, checked."""
-    if output.finish_reason not in {"stop", "length"}:
-        raise ResponseError("unknown finish_reason", got=output.finish_reason, expected="stop or length")
+def _read_rollout(output: Any, asked: SampleRequest, version: str) -> Rollout:
+    """Read one completion of the engine's, checked."""
+    finish_reason = check_finish_reason(output.finish_reason)
     ids = np.array(list(output.token_ids), dtype=np.int32)
     check_reply_rows(len(output.logprobs.start_indices), int(ids.size))
-    topk = _rows(output.logprobs, 0, ids, start=int(prompt.size) - 1, k=k, vocab_size=vocab_size)
-    return Rollout(
-        prompt_ids=prompt,
-        completion_ids=ids,
-        logp=topk.actual_logp if params.exact else np.full(ids.size, np.nan, np.float32),
-        finish_reason=cast("FinishReason", output.finish_reason),
-        sampling=params,
-        topk=topk if k else None,
-        version=version,
-    )
+    start = int(asked.prompt.size) - 1
+    topk = _rows(output.logprobs, 0, ids, start=start, k=asked.k, vocab_size=asked.vocab_size)
+    return build_rollout(asked, ids, topk.actual_logp, finish_reason, topk=topk, version=version)
 
 
 def _rows(table: Any, first: int, actual: Int32, *, start: int, k: int, vocab_size: int | None) -> TopK:
-    """Rows ``first ..`` of a flat table. The realised token comes first in each, again where the K hold it."""
+    """Read rows ``first ..`` of a flat table. The realised token comes first in each, again where the K hold it."""
     want = k if vocab_size is None else min(k, vocab_size)
     begins, ends = (np.asarray(part[first:], dtype=np.int64) for part in (table.start_indices, table.end_indices))
     widths = ends - begins
@@ -324,7 +290,7 @@ def _rows(table: Any, first: int, actual: Int32, *, start: int, k: int, vocab_si
 
 
 def convert_engine_error(error: Exception) -> TopkdError:
-    """The engine's exception as one of ours."""
+    """Convert the engine's exception to one of ours."""
     text = str(error) or type(error).__name__
     limit_match = _LIMIT.search(text)
     if limit_match:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
 
 from topkd.clients.config import ClientConfig
-from topkd.clients.decoding.sampled import sent
+from topkd.clients.decoding.sampled import draw_seed
 from topkd.clients.dialects.base import ScoringClient, ServerInfo
 from topkd.clients.dialects.records import list_dialects
 from topkd.clients.dialects.vllm import VllmCompletions
@@ -105,9 +103,7 @@ class Fleet:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
     @property
@@ -146,7 +142,7 @@ class Fleet:
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
         """As ``Sampler``; the seed is drawn once, so that another replica draws the same."""
-        seeded = params if params.seed is not None else sent(params, secrets.randbelow(2**31))
+        seeded = draw_seed(params)
         return await self._run(lambda client: client.sample(prompt_ids, n, seeded, k=k), response_retries=0)
 
     async def meet(self) -> ServerInfo:
