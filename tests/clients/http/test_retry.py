@@ -7,7 +7,7 @@ import pytest
 from topkd.clients.config import ClientConfig
 from topkd.clients.http.metrics import Metrics
 from topkd.clients.http.retry import with_retries
-from topkd.clients.http.status_errors import error_from_reply, is_repeating, mark_repeating, retry_after_s
+from topkd.clients.http.status_errors import error_from_reply, is_repeating, mark_repeating, read_retry_after_s
 from topkd.clients.http.transport import Reply
 from topkd.topk.errors import (
     AlignmentError,
@@ -249,7 +249,7 @@ def test_the_k_limit_carries_the_servers_number():
     ],
 )
 def test_retry_after_is_read_in_all_its_forms(headers: dict, seconds: float | None):
-    assert retry_after_s(headers, now=1445412480.0) == seconds
+    assert read_retry_after_s(headers, now=1445412480.0) == seconds
 
 
 def test_a_server_that_says_do_not_retry_is_believed():

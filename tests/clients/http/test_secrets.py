@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.server import KEY, FaultyServer
 from topkd.clients import ClientConfig, VllmCompletions
-from topkd.clients.http.secrets import load_key
+from topkd.clients.http.endpoint import load_key
 from topkd.topk.errors import ConfigError, TopkdError
 
 

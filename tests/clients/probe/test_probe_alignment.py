@@ -11,8 +11,8 @@ import pytest
 
 from tests.clients.probing import probed
 from topkd.clients.config import ClientConfig
-from topkd.clients.probe.alignment import check_alignment
 from topkd.clients.probe.openai import check_echo_alignment
+from topkd.clients.probe.scores import check_alignment
 from topkd.topk.types import TopK
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "llama-cpp"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,13 +31,13 @@ class Wire:
 
     @property
     def requests(self) -> int:
-        """HTTP exchanges so far, retries included."""
+        """Count the HTTP exchanges so far, retries included."""
         return int(self.client.metrics_["tries"])
 
     async def post(
         self, path: str, body: Mapping[str, Any], *, entries: int = 4096, tokens: int = 64, k: int = 0
     ) -> dict[str, Any]:
-        """The JSON object of a 200.
+        """Ask ``POST path`` for a JSON object.
 
         Raises:
             ServerError: any other status, in the server's words.
@@ -56,34 +56,26 @@ class Wire:
         return value
 
     async def get(self, path: str) -> dict[str, Any] | None:
-        """The JSON object of ``GET path``; None where there is no such thing."""
+        """Ask ``GET path`` for a JSON object; None where there is no such thing."""
+        value = await self._get(path, lambda reply: typed(reply, _ANY), 0)
+        return value if isinstance(value, dict) else None
+
+    async def text(self, path: str) -> str:
+        """Ask ``GET path`` for text; "" where there is no such route."""
+        return await self._get(path, lambda reply: reply.decode("utf-8", "replace"), 2**14) or ""
+
+    async def _get(self, path: str, decode: Callable[[bytes], Any], entries: int) -> Any:
         try:
-            value = await self.client.endpoint.call(
-                "GET", path, decode=lambda reply: typed(reply, _ANY), where=self.client.where(f"GET {path}")
+            return await self.client.endpoint.call(
+                "GET", path, decode=decode, where=self.client.where(f"GET {path}"), asks=RequestInfo(entries=entries)
             )
         except AuthError:
             raise
         except (FinalServerError, ResponseError, ServerFailedError):
             return None
-        return value if isinstance(value, dict) else None
-
-    async def text(self, path: str) -> str:
-        """The body of ``GET path``, "" where there is no such route."""
-        try:
-            return await self.client.endpoint.call(
-                "GET",
-                path,
-                decode=lambda reply: reply.decode("utf-8", "replace"),
-                where=self.client.where(f"GET {path}"),
-                asks=RequestInfo(entries=2**14),
-            )
-        except AuthError:
-            raise
-        except (FinalServerError, ResponseError, ServerFailedError):
-            return ""
 
     async def mounted(self, path: str) -> bool:
-        """Whether a POST-only route is there: it answers a GET with 405, and a route that is not there with 404.
+        """Check that a POST-only route is there: it answers a GET with 405, and a route that is not there with 404.
 
         Nothing is changed on the server, whatever the route does.
         """
@@ -99,7 +91,7 @@ class Wire:
 
 
 class ServerFacts:
-    """A server whose dialect is not known yet: what its routes say, each asked once."""
+    """A server whose dialect is not known yet: what its routes state, each asked once."""
 
     def __init__(self, client: HttpClient) -> None:
         self.client, self.wire = client, Wire(client)
@@ -111,12 +103,12 @@ class ServerFacts:
         return urlsplit(self.client.endpoint.url).hostname or ""
 
     async def version(self) -> str:
-        """What ``GET /version`` says; "" without that route."""
+        """Ask ``GET /version``; "" without that route."""
         if self._version is None:
             self._version = await self.client.server_version()
         return self._version
 
 
 def plain(error: TopkdError) -> str:
-    """What an error says, without endpoint and advice."""
+    """Shorten an error to what happened, without endpoint and advice."""
     return error.what if error.got is None else f"{error.what}: {error.got}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -19,7 +21,6 @@ from topkd.clients.config import ClientConfig
 from topkd.clients.http.admission import Admission, MemoryBudget, Permit
 from topkd.clients.http.metrics import Metrics
 from topkd.clients.http.retry import Total, Try, with_retries
-from topkd.clients.http.secrets import load_key
 from topkd.clients.http.status_errors import error_from_reply
 from topkd.clients.http.transport import HttpxTransport, Reply, Request, Transport
 from topkd.clients.http.watchdog import Watchdog
@@ -103,7 +104,7 @@ class Endpoint:
         response_retries: int = 0,
         within_s: float | None = None,
     ) -> Result:
-        """The decoded reply to one request.
+        """Send one request and decode its reply.
 
         Args:
             method: HTTP method.
@@ -143,15 +144,15 @@ class Endpoint:
         return await with_retries(attempt, self.config, self.metrics, response_retries=response_retries)
 
     async def ping(self, path: str, *, timeout_s: float = 5.0) -> bool:
-        """One short GET past the gate: a replica whose places are all taken by stuck requests can still be probed."""
+        """Send one short GET past the gate: a replica full of stuck requests can still be probed."""
         return await self._status(path, timeout_s) == 200
 
     async def answers(self) -> bool:
-        """Whether anything but a failure comes back from ``GET /health``: a server without that route lives too."""
+        """Check that ``GET /health`` brings anything but a failure: a server without that route lives too."""
         return 0 < await self._status("/health", min(5.0, self.config.watchdog_s or 5.0)) < 500
 
     async def _status(self, path: str, timeout_s: float) -> int:
-        """The status of one short GET past the gate; 0 when there is none."""
+        """Return the status of one short GET past the gate; 0 when there is none."""
         request = Request("GET", self.url + path, private=self._private(), timeout_s=timeout_s, max_bytes=65_536)
         try:
             return (await self._transport.send(request)).status
@@ -159,7 +160,7 @@ class Endpoint:
             return 0
 
     async def aclose(self) -> None:
-        """Closes connections and decoding threads."""
+        """Close connections and decoding threads."""
         self.gate.close()
         await self._watchdog.aclose()
         await self._transport.aclose()
@@ -210,7 +211,7 @@ class Endpoint:
 
 
 def add_location(error: ResponseError, where: str) -> ResponseError:
-    """The same error, saying which endpoint, model and request it is about."""
+    """Add endpoint, model and request to an error."""
     if where in error.where:
         return error
     place = f"{where}, {error.where}" if error.where else where
@@ -218,7 +219,7 @@ def add_location(error: ResponseError, where: str) -> ResponseError:
 
 
 def normalize_url(base_url: str) -> str:
-    """``scheme://host[:port][/prefix]`` without a trailing slash or ``/v1``; a ConfigError when it is no such thing."""
+    """Return ``scheme://host[:port][/prefix]``, without a trailing slash or ``/v1``; refuse anything else."""
     text = base_url.strip().rstrip("/")
     try:
         parts = urlsplit(text)
@@ -231,3 +232,35 @@ def normalize_url(base_url: str) -> str:
         meant = f"did you mean http://{text}?" if _HOST_AND_PORT.fullmatch(text) else ""
         raise ConfigError("not a base URL", got=repr(base_url), expected="http(s)://host:port", hint=meant)
     return text.removesuffix("/v1").rstrip("/")
+
+
+def load_key(api_key: str | SecretStr | None, *, where: str = "") -> SecretStr | None:
+    """Load an API key, masked in repr.
+
+    Args:
+        api_key: ``"env:NAME"`` (an environment variable), ``"file:PATH"`` (its first line), a key, or None for none.
+        where: Endpoint for the error message.
+    """
+    if api_key is None:
+        return None
+    value = api_key.get_secret_value() if isinstance(api_key, SecretStr) else api_key
+    if value.startswith("env:"):
+        name = value.removeprefix("env:")
+        if not os.environ.get(name):
+            raise ConfigError(
+                f"environment variable {name} is not set", where=where, hint=f"export {name}=<the API key>"
+            )
+        value = os.environ[name]
+    elif value.startswith("file:"):
+        path = Path(value.removeprefix("file:")).expanduser()
+        try:
+            value = path.read_text(encoding="utf-8").partition("\n")[0]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the API key file {path}", where=where, got=type(error).__name__) from error
+    value = value.strip()
+    if not value:
+        return None
+    if not value.isascii() or not value.isprintable():
+        # Refused here, without showing it: the HTTP layer would quote the whole header in its own error.
+        raise ConfigError("the API key holds characters that an HTTP header cannot carry", where=where)
+    return SecretStr(value)

@@ -46,7 +46,7 @@ _Error = TypeVar("_Error", bound=RetryableServerError)
 
 
 def error_from_reply(reply: Reply, *, where: str, k: int = 0, model: str = "") -> ServerError:
-    """The error a non-200 reply stands for. Pure.
+    """Convert a non-200 reply to an error. Pure.
 
     Args:
         reply: The reply.
@@ -54,7 +54,7 @@ def error_from_reply(reply: Reply, *, where: str, k: int = 0, model: str = "") -
         k: The K that was asked for.
         model: The model that was asked for.
     """
-    message = _words(reply)
+    message, code = _read_message(reply)
     status = f"HTTP {reply.status}"
     if reply.status in {401, 403}:
         return AuthError(
@@ -83,7 +83,7 @@ def error_from_reply(reply: Reply, *, where: str, k: int = 0, model: str = "") -
     if reply.status == 404:
         return _not_found(message, where=where, model=model)
     if 400 <= reply.status < 500:
-        final = _final(message, _code(reply), status, where)
+        final = _final(message, code, status, where)
         if final is not None:
             return final
     return _retryable(reply, message, status, where) or RequestRefusedError(
@@ -92,7 +92,7 @@ def error_from_reply(reply: Reply, *, where: str, k: int = 0, model: str = "") -
 
 
 def _final(message: str, code: str, status: str, where: str) -> ServerError | None:
-    """Refusals whose meaning is more than their status."""
+    """Convert refusals whose meaning is more than their status."""
     if _CONTEXT.search(message) or code == "context_length_exceeded":
         return ContextLimitError(f"too long for the server's context: {message}", where=where, got=status)
     if _NO_CANDIDATES in message:
@@ -126,25 +126,25 @@ def _retryable(reply: Reply, message: str, status: str, where: str) -> Retryable
         error = ServerFailedError(f"the server failed: {message}", where=where, got=status)
     else:
         return None
-    error.retry_after_s = retry_after_s(reply.headers)
+    error.retry_after_s = read_retry_after_s(reply.headers)
     if reply.headers.get("x-should-retry", "").lower() == "false":
         mark_repeating(error)
     return error
 
 
 def mark_repeating(error: _Error) -> _Error:
-    """Marks an error that the same request will most likely meet again: one more try is enough to know."""
+    """Mark an error that the same request will most likely meet again: one more try is enough to know."""
     error.__dict__["repeats"] = True
     return error
 
 
 def is_repeating(error: BaseException) -> bool:
-    """True for an error marked by ``mark_repeating``."""
+    """Check for the mark of ``mark_repeating``."""
     return bool(getattr(error, "__dict__", {}).get("repeats"))
 
 
-def retry_after_s(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Seconds the server asks us to wait: ``retry-after-ms``, or ``Retry-After`` as seconds or as a date."""
+def read_retry_after_s(headers: Mapping[str, str], now: float | None = None) -> float | None:
+    """Read how many seconds the server asks us to wait: ``retry-after-ms``, or ``Retry-After`` as seconds or as a date."""
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         text = headers.get(name, "").strip()
         if re.fullmatch(r"\d{1,12}(\.\d*)?", text):
@@ -156,29 +156,23 @@ def retry_after_s(headers: Mapping[str, str], now: float | None = None) -> float
     return max(0.0, date.timestamp() - (time.time() if now is None else now))
 
 
-def _words(reply: Reply) -> str:
-    """The server's message: an envelope's message, a flat one, a bare string, a detail, or a page's title."""
+def _read_message(reply: Reply) -> tuple[str, str]:
+    """Read the server's message and, in an OpenAI-style error, its code ("" elsewhere).
+
+    The message is an envelope's, a flat one, a bare string, a detail, or a page's title.
+    """
     try:
         body = msgspec.json.decode(reply.body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return _page(reply.body)
+        return _page(reply.body), ""
     if not isinstance(body, dict):
-        return _short(str(body))
-    error = body.get("error")
+        return _short(str(body)), ""
+    error, code = body.get("error"), None
     if isinstance(error, dict):
-        error = error.get("message")
-    return _short(str(error or body.get("message") or body.get("detail") or body))
-
-
-def _code(reply: Reply) -> str:
-    """The machine-readable code of an OpenAI-style error; "" where there is none."""
-    try:
-        body = msgspec.json.decode(reply.body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return ""
-    error = body.get("error") if isinstance(body, dict) else None
-    code = error.get("code") or error.get("type") if isinstance(error, dict) else None
-    return code if isinstance(code, str) else ""
+        error, code = error.get("message"), error.get("code") or error.get("type")
+    return _short(str(error or body.get("message") or body.get("detail") or body)), code if isinstance(
+        code, str
+    ) else ""
 
 
 def _page(body: bytes) -> str:

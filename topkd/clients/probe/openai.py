@@ -9,7 +9,7 @@ import numpy as np
 
 from topkd.clients.dialects.raw_requests import plain
 from topkd.clients.probe import vllm as probe_vllm
-from topkd.clients.probe.alignment import Alignment, check_alignment
+from topkd.clients.probe.scores import Alignment, check_alignment
 from topkd.clients.probe.session import SAMPLING, SCORING, SERVER, Session
 from topkd.topk.errors import AuthError, ServerTimeoutError, ServerUnreachableError, TopkdError
 from topkd.topk.types import TopK
@@ -18,7 +18,7 @@ _TEXT = "def get(self, key):\n    return self.data[key]\n"
 
 
 async def check_chat_sampling(session: Session) -> None:
-    """Logprobs of chat completions, and how their tokens are named."""
+    """Check logprobs of chat completions, and how their tokens are named."""
     body = {
         "model": session.info.model,
         "messages": [{"role": "user", "content": _TEXT}],
@@ -28,28 +28,26 @@ async def check_chat_sampling(session: Session) -> None:
         "logprobs": True,
         "top_logprobs": 20,
     }
-    title = "chat draws"
     try:
         reply = await session.wire.post("/v1/chat/completions", body)
     except (AuthError, ServerTimeoutError, ServerUnreachableError):
         raise
     except TopkdError as error:
-        session.add("sampling", SAMPLING, title, "unknown", "error", plain(error))
+        session.report("unknown", "error", plain(error))
         return
     position = _first_position(reply)
     if position is None:
-        session.add("sampling", SAMPLING, title, "warn", "no logprobs", "drawn tokens come without them")
+        session.report("warn", "no logprobs", "drawn tokens come without them")
         return
     listed = position.get("top_logprobs")
     k = len(listed) if isinstance(listed, list) else 0
     named = "by id" if isinstance(position.get("id"), int) else "by bytes" if position.get("bytes") else "by text"
     session.know(sample_k=k, ids="int" if named == "by id" else "string")
-    session.add("sampling", SAMPLING, title, "ok" if k else "warn", f"top {k}", f"tokens are named {named}")
+    session.report("ok" if k else "warn", f"top {k}", f"tokens are named {named}")
 
 
 async def check_echo(session: Session) -> None:
-    """Some servers echo a prompt with logprobs. Draws are scored again that way, and the two compared."""
-    title = "echo"
+    """Score draws again by echo, where a server echoes prompts with logprobs, and compare the two."""
     body = {"model": session.info.model, "prompt": _TEXT, "temperature": 0, "logprobs": 5}
     drawn = await session.wire.post("/v1/completions", body | {"max_tokens": 6})
     text = _choice(drawn).get("text")
@@ -57,16 +55,16 @@ async def check_echo(session: Session) -> None:
     echoed = await session.wire.post("/v1/completions", body | {"prompt": full, "max_tokens": 1, "echo": True})
     test = check_echo_alignment(_choice(drawn), _choice(echoed))
     if test is None:
-        session.add("echo", SCORING, title, "info", "no scores", "echo brings no logprobs of the prompt")
+        session.report("info", "no scores", "echo brings no logprobs of the prompt")
     elif test.aligned:
-        session.add("echo", SCORING, title, "info", "by text only", "echo scores text; ids cannot be asked for")
+        session.report("info", "by text only", "echo scores text; ids cannot be asked for")
     else:
         shift = "off by one" if test.shift else f"off by {test.worst:.2g} nats"
-        session.add("echo", SCORING, title, "fail", shift, f"its echoed logprobs are {shift}: rows of another token")
+        session.report("fail", shift, f"its echoed logprobs are {shift}: rows of another token")
 
 
 def check_echo_alignment(drawn: dict[str, Any], echoed: dict[str, Any]) -> Alignment | None:
-    """Compares a draw's logprobs with those of its echo; None when the echo scores nothing.
+    """Compare a draw's logprobs with those of its echo; None when the echo scores nothing.
 
     Both are choices of ``/v1/completions`` in OpenAI's legacy form; tokens are known by their text.
     """
@@ -119,7 +117,7 @@ def _first_position(reply: dict[str, Any]) -> dict[str, Any] | None:
 
 
 async def ask_openai(session: Session) -> None:
-    """An OpenAI-compatible server: does it score after all, does its echo hold, what do its draws carry?"""
+    """Ask an OpenAI-compatible server: does it score after all, does its echo hold, what do its draws carry?"""
     ask = session.ask
     if await ask("k_max", SCORING, "largest K", probe_vllm.score_limit, on_error="fail"):
         session.add("dialect", SERVER, "dialect", "warn", "vllm, it seems", "it scores: probe it with --dialect vllm")

@@ -1,10 +1,20 @@
-"""``probe``: what an endpoint can do, from real requests on a handful of tokens. A 200 proves nothing; values do."""
+"""``probe``: what an endpoint can do, from real requests on a handful of tokens. A 200 proves nothing; values do.
+
+Reports are kept, so that a run that starts twice an hour asks its server once. One is used again only for the same URL,
+model and student tokenizer, within its time, and while the server still states the same version, context and models.
+It holds no key.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import time
+from dataclasses import fields
 from pathlib import Path
-from typing import Unpack, cast
+from typing import Any, Unpack, cast
+
+import xxhash
 
 from topkd.clients.config import ClientConfig
 from topkd.clients.connection import ServerOptions, open_client
@@ -12,9 +22,8 @@ from topkd.clients.decoding.byte_map import ByteMap, load_bytemap
 from topkd.clients.dialects.base import ServerInfo
 from topkd.clients.dialects.raw_requests import Wire
 from topkd.clients.dialects.records import AUTO, find_dialect
-from topkd.clients.probe import cache as probe_cache
 from topkd.clients.probe import tokens as probe_tokens
-from topkd.clients.probe.findings import Load, ProbeReport, state_probe_verdict
+from topkd.clients.probe.findings import Capabilities, Finding, Load, ProbeReport, state_probe_verdict
 from topkd.clients.probe.load import list_advice, measure_load
 from topkd.clients.probe.session import GROUPS, SERVER, Session, Teacher
 
@@ -23,6 +32,8 @@ from topkd.clients.probe.session import GROUPS, SERVER, Session, Teacher
 CONFIG = ClientConfig(
     max_retries=1, response_retries=0, backoff_s=0.1, backoff_max_s=0.5, read_timeout_s=60.0, window_start=256
 )
+MAX_AGE_S = 3600.0
+_FORMAT = 1
 
 
 async def probe(
@@ -45,7 +56,7 @@ async def probe(
         load: Measure scoring under rising concurrency too.
         load_tokens: Tokens of each request then.
         batch: Sequences of one training step in the forecast.
-        cached: A report of the last hour will do, while the server says the same of itself.
+        cached: A report of the last hour will do, while the server states the same of itself.
         **server: ``model``, ``api_key`` and ``config``, as for ``connect``; see ``ServerOptions``.
 
     Raises:
@@ -59,7 +70,7 @@ async def probe(
         wire = Wire(client)
         info = await client.server_info()
         tokens = "" if known is None else known.fingerprint
-        kept = probe_cache.read_kept_report(client.endpoint.url, info, tokens) if cached and not load else None
+        kept = read_kept_report(client.endpoint.url, info, tokens) if cached and not load else None
         if kept is not None:
             return kept
         prompt = await probe_tokens.probe_prompt(wire, info.model, known)
@@ -68,17 +79,17 @@ async def probe(
         await find_dialect(client.dialect).load_questions()(session)
         measured = await measure_load(session, tokens=load_tokens, batch=batch) if load and can_teach(session) else None
         found = build_report(session, client.endpoint.url, client.dialect, started, measured)
-        probe_cache.keep(found, info, tokens)
+        keep_report(found, info, tokens)
         return found
 
 
 def can_teach(session: Session) -> bool:
-    """Whether what was found so far allows teaching."""
+    """Check that what was found so far allows teaching."""
     return state_probe_verdict(session.capabilities, tuple(session.findings))[0]
 
 
 def build_report(session: Session, url: str, dialect: str, started: float, load: Load | None) -> ProbeReport:
-    """The report of a session that has asked everything."""
+    """Build the report of a session that has asked everything."""
     findings = tuple(sorted(session.findings, key=lambda finding: GROUPS.index(finding.group)))
     can_teach, words = state_probe_verdict(session.capabilities, findings)
     return ProbeReport(
@@ -103,3 +114,57 @@ def _server(session: Session) -> None:
     session.add("model", SERVER, "model", "info", info.model, f"and {others} more names" if others > 0 else "")
     short, _, build = info.version.partition("+")
     session.add("version", SERVER, "version", "info", short or "not stated", f"build {build}" if build else "")
+
+
+def find_probe_folder() -> Path:
+    """Return the folder of kept reports, ``$XDG_CACHE_HOME/topkd/probes``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "topkd" / "probes"
+
+
+def read_kept_report(url: str, info: ServerInfo, student: str, *, max_age_s: float = MAX_AGE_S) -> ProbeReport | None:
+    """Read the kept report for what this server states of itself; None when there is none that may be used."""
+    try:
+        kept = json.loads(_place(url, info, student).read_text(encoding="utf-8"))
+        fresh = 0 <= time.time() - kept["at"] <= max_age_s
+        if kept["format"] != _FORMAT or kept["server"] != _identity(url, info, student) or not fresh:
+            return None
+        return _report(kept["report"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a file that cannot be read is a report that was never kept
+
+
+def keep_report(report: ProbeReport, info: ServerInfo, student: str) -> None:
+    """Keep a report; a folder that cannot be written to keeps nothing."""
+    place = _place(report.url, info, student)
+    server = _identity(report.url, info, student)
+    kept = {"format": _FORMAT, "at": time.time(), "server": server, "report": report.as_json()}
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = place.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(kept), encoding="utf-8")
+        partial.replace(place)
+    except OSError:
+        return
+
+
+def _identity(url: str, info: ServerInfo, student: str) -> list[Any]:
+    return [url, info.model, info.max_model_len, info.version, sorted(info.models), student]
+
+
+def _place(url: str, info: ServerInfo, student: str) -> Path:
+    return find_probe_folder() / f"{xxhash.xxh3_128_hexdigest(json.dumps(_identity(url, info, student)).encode())}.json"
+
+
+def _report(value: dict[str, Any]) -> ProbeReport:
+    known = {field.name for field in fields(ProbeReport)}
+    value = {name: item for name, item in value.items() if name in known}
+    capabilities = value["capabilities"]
+    return ProbeReport(
+        **value
+        | {
+            "capabilities": Capabilities(**capabilities | {"sync": tuple(capabilities["sync"])}),
+            "findings": tuple(Finding(**finding) for finding in value["findings"]),
+            "advice": tuple(value["advice"]),
+            "load": None,  # a load is measured anew: it is about the server's other users too
+        }
+    )

@@ -1,8 +1,8 @@
-"""What the questions of a probe share: the client, what is known so far, and the findings in the order made."""
+"""What the questions of a probe share: the client, what is known so far, and the findings in order."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -25,11 +25,11 @@ class Teacher(Protocol):
     """A client that can be probed."""
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
-        """As ``TeacherScorer``."""
+        """Score, as ``TeacherScorer``."""
         ...
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
-        """As ``Sampler``."""
+        """Draw, as ``Sampler``."""
         ...
 
 
@@ -60,31 +60,45 @@ class Session:
     findings: list[Finding] = field(default_factory=list)
     seen_ids: set[int] = field(default_factory=set)
     decoded: dict[int, str] = field(default_factory=dict)
+    _question: tuple[str, str, str] = ("", "", "")
 
     def add(  # noqa: PLR0917 - a row of a table, written where it is found
         self, key: str, group: str, title: str, status: Status, value: str, detail: str = ""
     ) -> None:
-        """Writes a finding down."""
+        """Add a finding."""
         self.findings.append(Finding(key, group, title, status, value, detail))
 
+    def report(self, status: Status, value: str, detail: str = "") -> None:
+        """Add the answer to the question under way."""
+        self.add(*self._question, status, value, detail)
+
+    async def report_sync(self, ways: Mapping[str, tuple[str, tuple[str, ...]]], without: str = "") -> None:
+        """Report which ways for new weights are there, by the routes of each."""
+        found = [way for way, (_, routes) in ways.items() if all([await self.wire.mounted(route) for route in routes])]
+        self.know(sync=tuple(found))
+        value = f"{len(found)} way{'s' if len(found) > 1 else ''}" if found else "no route"
+        self.report(
+            "info", value, "mounted, not called: " + ", ".join(ways[way][0] for way in found) if found else without
+        )
+
     def know(self, **facts: Any) -> None:
-        """Writes capabilities down."""
+        """Record capabilities."""
         self.capabilities = replace(self.capabilities, **facts)
 
     @property
     def k(self) -> int:
-        """A K that the server serves, at most 20."""
+        """Choose a K that the server serves, at most 20."""
         limit = self.capabilities.score_k
         return 1 if limit is None else 20 if limit < 0 else max(1, min(20, limit))
 
     @property
     def scores(self) -> bool:
-        """Whether the endpoint was seen to score."""
+        """Check that the endpoint was seen to score."""
         return self.capabilities.score_k is not None
 
     @property
     def sample_k(self) -> int:
-        """A K that a draw can be listed with: some releases need one place more."""
+        """Choose a K for the lists of a draw: some releases need one place more."""
         limit = self.capabilities.score_k
         return self.k - 1 if limit is not None and self.k == limit > 1 else self.k
 
@@ -97,16 +111,17 @@ class Session:
         *,
         on_error: Status = "unknown",
     ) -> bool:
-        """Runs one question; an error of the server's becomes its finding. True when the question was answered.
+        """Ask one question; an error of the server's becomes its finding. True when the question was answered.
 
         A server that is gone, slow beyond its time-out, or closed to our key ends the probe: nothing else could be
         found out.
         """
+        self._question = key, group, title
         try:
             await question(self)
         except (ServerUnreachableError, ServerTimeoutError, AuthError):
             raise
         except TopkdError as error:
-            self.add(key, group, title, on_error, "error", plain(error))
+            self.report(on_error, "error", plain(error))
             return False
         return True

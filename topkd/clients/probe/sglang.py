@@ -21,7 +21,7 @@ _SYNC = {
 
 
 async def check_sglang_candidates(session: Session) -> None:
-    """Chosen ids at every position through one shared list; the values must be the scores'."""
+    """Score chosen ids at every position through one shared list; the values must be the scores'."""
     if not isinstance(session.client, Sglang):
         return
     ids = session.prompt[:6]
@@ -31,10 +31,7 @@ async def check_sglang_candidates(session: Session) -> None:
     right = off < 0.02
     if right:
         session.know(candidates="shared", candidates_k=-1)
-    session.add(
-        "candidates",
-        SCORING,
-        "candidate scoring",
+    session.report(
         "ok" if right else "warn",
         "shared" if right else "wrong values",
         "one list for all positions" if right else f"{off:.2g} nats from the scores",
@@ -42,14 +39,8 @@ async def check_sglang_candidates(session: Session) -> None:
 
 
 async def check_sglang_sync(session: Session) -> None:
-    """Ways for new weights, by which routes are mounted; nothing is called."""
-    found = [
-        kind for kind, (_, routes) in _SYNC.items() if all([await session.wire.mounted(route) for route in routes])
-    ]
-    session.know(sync=tuple(found))
-    words = ", ".join(_SYNC[kind][0] for kind in found)
-    value = f"{len(found)} way{'s' if len(found) > 1 else ''}" if found else "no route"
-    session.add("sync", OPERATION, "new weights", "info", value, f"mounted, not called: {words}" if found else "")
+    """List ways for new weights, by which routes are mounted; nothing is called."""
+    await session.report_sync(_SYNC)
 
 
 async def ask_sglang(session: Session) -> None:

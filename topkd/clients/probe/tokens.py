@@ -24,7 +24,7 @@ _SPELT = 24
 
 
 async def probe_prompt(wire: Wire, model: str, student: ByteMap | None) -> Int32:
-    """Ids to score: the server's own reading of a text, else the student's, else small numbers."""
+    """Choose ids to score: the server's own reading of a text, else the student's, else small numbers."""
     ids = await tokenize_remotely(wire, model, TEXT)
     if ids is None and student is not None:
         ids = np.array(student.encode(TEXT), dtype=np.int32)
@@ -32,7 +32,7 @@ async def probe_prompt(wire: Wire, model: str, student: ByteMap | None) -> Int32
 
 
 async def tokenize_remotely(wire: Wire, model: str, text: str) -> Int32 | None:
-    """What ``/tokenize`` makes of a text, without special tokens; None where there is no such route."""
+    """Ask ``/tokenize`` for a text's ids, without special tokens; None where there is no such route."""
     body = {"model": model, "prompt": text, "content": text, "add_special_tokens": False, "add_special": False}
     try:
         tokens = (await wire.post("/tokenize", body)).get("tokens")
@@ -43,22 +43,18 @@ async def tokenize_remotely(wire: Wire, model: str, text: str) -> Int32 | None:
     return None
 
 
-async def check_vocabulary(session: Session) -> None:
-    """The model's own vocabulary, its last id taken, the next refused, and every id of a reply inside."""
+async def check_vocabulary_size(session: Session) -> None:
+    """Check the model's own vocabulary: its last id taken, the next refused, and every id of a reply inside."""
     size = session.capabilities.vocab_size
-    title = "vocabulary"
     if not size:
-        session.add("vocabulary", TOKENS, title, "unknown", "size not stated", "no limit on K names it")
+        session.report("unknown", "size not stated", "no limit on K names it")
         return
     last, beyond = [await _taken(session, token) for token in (size - 1, size)]
     stray = sorted(token for token in session.seen_ids if token >= size)
     if stray:
-        session.add("vocabulary", TOKENS, title, "fail", f"id {stray[0]}", f"its replies hold ids past {size - 1}")
+        session.report("fail", f"id {stray[0]}", f"its replies hold ids past {size - 1}")
         return
-    session.add(
-        "vocabulary",
-        TOKENS,
-        title,
+    session.report(
         "ok" if last and not beyond else "warn",
         f"0..{size - 1:,}",
         f"{len(session.seen_ids)} ids seen inside; {size} {'taken' if beyond else 'refused'}"
@@ -76,7 +72,7 @@ async def _taken(session: Session, token: int) -> bool:
 
 
 async def check_spelling(session: Session) -> None:
-    """How the server spells the ids of one wide score: evidence for the tokenizer it uses."""
+    """Read how the server spells the ids of one wide score: evidence for the tokenizer it uses."""
     limit = session.capabilities.score_k or 1
     k = _LISTED if limit < 0 else min(_LISTED, limit)
     body = build_vllm_score(session.info.model, session.prompt, k)
@@ -91,10 +87,10 @@ async def check_spelling(session: Session) -> None:
 
 
 async def check_tokenizer(session: Session) -> None:
-    """Whether the server's ids are the student's ids, by what they spell and by how a text is cut."""
-    student, title = session.student, "the student's tokenizer"
+    """Compare the server's ids with the student's, by what they spell and by how a text is cut."""
+    student = session.student
     if student is None:
-        session.add("tokenizer", TOKENS, title, "unknown", "not asked", "--student FOLDER compares them")
+        session.report("unknown", "not asked", "--student FOLDER compares them")
         return
     padding = (session.capabilities.vocab_size or student.size) - student.size
     session.add(
@@ -114,23 +110,23 @@ async def check_tokenizer(session: Session) -> None:
         server_text = session.decoded[token]
         why = f"its tokens are not the student's: id {token} is {server_text!r} there and {mine!r} here"
         value = f"no: {len(differ)} of {len(session.decoded)}"
-        session.add("tokenizer", TOKENS, title, "fail", value, why)
+        session.report("fail", value, why)
         return
     ids = await tokenize_remotely(session.wire, session.info.model, TEXT)
     cut = None if ids is None else await asyncio.to_thread(_cut_alike, student, ids.tolist())
     seen = f"{len(session.decoded)} ids are spelt alike"
     if not session.decoded and not cut:
         why = "the server spells no id" + ("; a test text gives other ids" if cut is False else " and has no /tokenize")
-        session.add("tokenizer", TOKENS, title, "unknown" if cut is None else "warn", "not shown", why)
+        session.report("unknown" if cut is None else "warn", "not shown", why)
     elif cut is False:
         # Harmless while ids travel and text does not; the teacher then reads cuts it was not trained on.
-        session.add("tokenizer", TOKENS, title, "warn", "yes, cut otherwise", f"{seen}; a test text gives other ids")
+        session.report("warn", "yes, cut otherwise", f"{seen}; a test text gives other ids")
     else:
-        session.add("tokenizer", TOKENS, title, "ok", "yes", seen + (", a test text gives the same ids" if cut else ""))
+        session.report("ok", "yes", seen + (", a test text gives the same ids" if cut else ""))
 
 
 async def _detokenize(session: Session) -> None:
-    """A few ids spelt by ``/detokenize``, for servers whose scores hold no text."""
+    """Ask ``/detokenize`` for a few ids, for servers whose scores hold no text."""
     if not await session.wire.mounted("/detokenize"):
         return
     for token in sorted({*session.prompt.tolist(), *sorted(session.seen_ids)[::16]})[:_SPELT]:
@@ -144,7 +140,7 @@ async def _detokenize(session: Session) -> None:
 
 
 def _cut_alike(student: ByteMap, ids: list[int]) -> bool:
-    """Whether the student's tokenizer makes the same ids of the test text, by its file or as transformers loads it."""
+    """Check that the student's tokenizer makes the same ids of the test text, by its file or as transformers loads it."""
     return ids == student.encode(TEXT) or ids == student.encode_as_loaded(TEXT)
 
 

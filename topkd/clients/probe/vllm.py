@@ -32,24 +32,20 @@ _HUGE = 10_000_000  # above any vocabulary
 _CONFIRMED = 1024
 _ASKED = re.compile(r"logprobs of (\d+)")
 _SAME = 2e-2
-_TITLE_K = "largest K"
 
 
 async def score_limit(session: Session) -> None:
-    """K_max: from the words of a refusal, then confirmed by a score of that width."""
+    """Find the largest K: from the text of a refusal, then confirmed by a score of that width."""
     limit = await _stated_limit(session)
     confirmed = min(_CONFIRMED, limit if limit >= 0 else session.capabilities.vocab_size or _CONFIRMED)
     if limit == 0:
-        session.add("k_max", SCORING, _TITLE_K, "fail", "0", "the server scores no list (max_logprobs 0)")
+        session.report("fail", "0", "the server scores no list (max_logprobs 0)")
         return
     scores = await session.teacher.score(session.prompt, 0, confirmed)
     session.seen_ids.update(scores.ids[scores.listed].tolist())
     session.know(score_k=limit)
     small = 0 < limit < 20
-    session.add(
-        "k_max",
-        SCORING,
-        _TITLE_K,
+    session.report(
         "warn" if small else "ok",
         "no limit" if limit < 0 else str(limit),
         ("below the default K = 20: serve with --max-logprobs 20 or more; " if small else "")
@@ -69,7 +65,7 @@ async def score_limit(session: Session) -> None:
 
 
 async def _stated_limit(session: Session) -> int:
-    """The server's own limit (-1 = none), learnt by asking for far too many; the vocabulary by asking for all."""
+    """Find the server's own limit (-1 = none), learnt by asking for far too many; the vocabulary by asking for all."""
     body = build_vllm_score(session.info.model, session.prompt[:2], _HUGE)
     try:
         reply = await session.wire.post(ROUTE, body, entries=300_000, k=_HUGE)
@@ -94,7 +90,7 @@ async def _stated_limit(session: Session) -> int:
 
 
 def _rows(reply: dict[str, Any]) -> list[dict[str, Any] | None]:
-    """``prompt_logprobs`` of a reply; a server that ignored the field says so here."""
+    """Read ``prompt_logprobs`` of a reply; refuse one of a server that ignored the field."""
     try:
         rows = reply["choices"][0]["prompt_logprobs"]
     except (KeyError, IndexError, TypeError):
@@ -107,16 +103,13 @@ def _rows(reply: dict[str, Any]) -> list[dict[str, Any] | None]:
 
 
 async def score_temperature(session: Session) -> None:
-    """Scores must not follow the sampling parameters of their request."""
+    """Check that scores do not follow the sampling parameters of their request."""
     plain, heated = [await _scored(session, fields) for fields in ({}, {"temperature": 2.0})]
     difference = float(np.abs(plain.actual_logp - heated.actual_logp).max())
     same = difference < _SAME
     if same:
         session.know(score_temp="none")
-    session.add(
-        "score_temperature",
-        SCORING,
-        "sampling temperature",
+    session.report(
         "ok" if same else "fail",
         "ignored" if same else "followed",
         "as they must be in a score" if same else "its scores follow the sampling temperature",
@@ -137,29 +130,26 @@ async def _scored(session: Session, fields: dict[str, Any]) -> TopK:
 
 
 async def check_context_room(session: Session) -> None:
-    """A score generates one token that is thrown away, so prompt + 1 must fit."""
+    """Find the longest prompt: a score generates one token that is thrown away, so prompt + 1 must fit."""
     limit = session.info.max_model_len
     session.know(max_model_len=limit)
     if limit is None:
-        session.add(
-            "context", SCORING, "longest prompt", "unknown", "not stated", "the server does not say its context"
-        )
+        session.report("unknown", "not stated", "the server does not say its context")
         return
     ids = np.resize(session.prompt, limit)
     try:
         await session.wire.post(ROUTE, build_vllm_score(session.info.model, ids, 1), tokens=limit, entries=4 * limit)
     except (ContextLimitError, RequestRefusedError):
-        session.add("context", SCORING, "longest prompt", "ok", f"{limit - 1:,} tokens", f"prompt + 1 fit {limit:,}")
+        session.report("ok", f"{limit - 1:,} tokens", f"prompt + 1 fit {limit:,}")
         return
-    session.add("context", SCORING, "longest prompt", "ok", f"{limit:,} tokens", "a full context is scored")
+    session.report("ok", f"{limit:,} tokens", "a full context is scored")
 
 
 async def check_vllm_candidates(session: Session) -> None:
-    """Chosen ids at every position: which schema, and whether the values are right."""
-    title = "candidate scoring"
+    """Score chosen ids at every position: which schema, and are the values right?"""
     if not await session.wire.mounted(GENERATE):
         detail = f"{GENERATE} is not mounted (vLLM: --enable-scale-out)"
-        session.add("candidates", SCORING, title, "info", "no", detail)
+        session.report("info", "no", detail)
         return
     ids = session.prompt[:6]
     truth = (await session.teacher.score(ids, 0, session.k)).actual_logp
@@ -168,31 +158,26 @@ async def check_vllm_candidates(session: Session) -> None:
         got = await _matrix(session, ids, wanted, rows=ids.size - 1, k=1)
         schema, right = "rows", float(np.abs(got[:, 0] - truth).max())
     except UnsupportedError as error:
-        session.add("candidates", SCORING, title, "info", "no", error.hint or error.what)
+        session.report("info", "no", error.hint or error.what)
         return
     except RequestRefusedError as refused:
         if "valid list" not in str(refused) and "list_type" not in str(refused):
-            session.add("candidates", SCORING, title, "info", "no", refused.what.split(": ", 1)[-1])
+            session.report("info", "no", refused.what.split(": ", 1)[-1])
             return
         shared = sorted({int(token) for token in ids[1:]})
         got = await _matrix(session, ids, shared, rows=ids.size - 1, k=len(shared))
         columns = np.searchsorted(shared, ids[1:])
         schema, right = "shared", float(np.abs(got[np.arange(ids.size - 1), columns] - truth).max())
     except ResponseError as error:
-        session.add("candidates", SCORING, title, "info", "no", error.what)
+        session.report("info", "no", error.what)
         return
     if right > 0.3:
-        session.add("candidates", SCORING, title, "warn", "wrong values", f"{right:.2g} nats from the scores")
+        session.report("warn", "wrong values", f"{right:.2g} nats from the scores")
         return
     session.know(candidates=schema, candidates_k=session.capabilities.score_k or 0)
     schema_text = "own ids a position" if schema == "rows" else "one list for all"
-    session.add(
-        "candidates",
-        SCORING,
-        title,
-        "ok",
-        schema,
-        f"{schema_text}; as scored" if right < _SAME else f"{schema_text}; {right:.1g} nats off",
+    session.report(
+        "ok", schema, f"{schema_text}; as scored" if right < _SAME else f"{schema_text}; {right:.1g} nats off"
     )
 
 
@@ -209,8 +194,7 @@ async def _matrix(session: Session, ids: Int32, wanted: list[Any], *, rows: int,
 
 
 async def check_suffix_scores(session: Session) -> None:
-    """Whether a score can leave the prompt's rows out; on no released vLLM it can."""
-    title = "suffix scoring"
+    """Check whether a score can leave the prompt's rows out; on no released vLLM it can."""
     start = int(session.prompt.size) - 3
     sampling = {"max_tokens": 1, "prompt_logprobs": 1, "prompt_logprob_start": start, "detokenize": False}
     body = {"model": session.info.model, "token_ids": session.prompt.tolist(), "sampling_params": sampling}
@@ -220,36 +204,28 @@ async def check_suffix_scores(session: Session) -> None:
         rows = None
     short = isinstance(rows, list) and len([row for row in rows if row]) < session.prompt.size - 1
     session.know(suffix_scoring=short)
-    session.add(
-        "suffix", SCORING, title, "info", "yes" if short else "no", "" if short else "every row is computed, sent"
-    )
+    session.report("info", "yes" if short else "no", "" if short else "every row is computed, sent")
 
 
 async def check_speculative(session: Session) -> None:
-    """Speculative decoding corrupts prompt logprobs without a sign in the reply: such a teacher is refused."""
-    title = "speculative decoding"
+    """Refuse a teacher that decodes speculatively: that corrupts prompt logprobs without a sign in the reply."""
     metrics = await session.wire.text("/metrics")
     info = await session.wire.get("/server_info?config_format=json")
     on = "spec_decode_num_draft" in metrics or _configured(info)
     if on:
-        session.add(
-            "speculative",
-            SERVER,
-            title,
+        session.report(
             "fail",
             "on",
             "it decodes speculatively, which corrupts prompt logprobs silently: serve it without --speculative-config",
         )
     elif metrics or info:
-        session.add("speculative", SERVER, title, "ok", "off", "no draft counters in /metrics" if metrics else "")
+        session.report("ok", "off", "no draft counters in /metrics" if metrics else "")
     else:
-        session.add(
-            "speculative", SERVER, title, "unknown", "not visible", "no /metrics and no /server_info to look at"
-        )
+        session.report("unknown", "not visible", "no /metrics and no /server_info to look at")
 
 
 def _configured(info: dict[str, Any] | None) -> bool:
-    """Whether a configuration dump, of whatever nesting, names a draft model or method."""
+    """Check whether a configuration dump, of whatever nesting, names a draft model or method."""
     if not isinstance(info, dict):
         return False
     for name, value in info.items():
@@ -261,34 +237,20 @@ def _configured(info: dict[str, Any] | None) -> bool:
 
 
 _SYNC = {
-    "lora": ("/v1/load_lora_adapter",),
-    "reload": ("/collective_rpc", "/reset_prefix_cache"),
-    "transfer": ("/init_weight_transfer_engine", "/update_weights"),
-    "pause": ("/pause", "/resume"),
-}
-_SYNC_WORDS = {
-    "lora": "LoRA adapters",
-    "reload": "disk reload",
-    "transfer": "NCCL/IPC",
-    "pause": "pause",
+    "lora": ("LoRA adapters", ("/v1/load_lora_adapter",)),
+    "reload": ("disk reload", ("/collective_rpc", "/reset_prefix_cache")),
+    "transfer": ("NCCL/IPC", ("/init_weight_transfer_engine", "/update_weights")),
+    "pause": ("pause", ("/pause", "/resume")),
 }
 
 
 async def check_vllm_sync(session: Session) -> None:
-    """Ways for new weights, by which routes are mounted; nothing is called."""
-    found = []
-    for kind, routes in _SYNC.items():
-        if all([await session.wire.mounted(route) for route in routes]):
-            found.append(kind)
-    session.know(sync=tuple(found))
-    words = ", ".join(_SYNC_WORDS[kind] for kind in found)
-    none = "fine for a teacher; a student needs VLLM_SERVER_DEV_MODE=1 or --enable-lora"
-    value = f"{len(found)} way{'s' if len(found) > 1 else ''}" if found else "no route"
-    session.add("sync", OPERATION, "new weights", "info", value, f"mounted, not called: {words}" if found else none)
+    """List ways for new weights, by which routes are mounted; nothing is called."""
+    await session.report_sync(_SYNC, "fine for a teacher; a student needs VLLM_SERVER_DEV_MODE=1 or --enable-lora")
 
 
 async def ask_vllm(session: Session) -> None:
-    """Every question of the vLLM dialects, in an order in which later ones may use earlier answers."""
+    """Ask every question of the vLLM dialects, in an order in which later ones may use earlier answers."""
     ask = session.ask
     await ask("speculative", SERVER, "speculative decoding", check_speculative)
     if await ask("k_max", SCORING, "largest K", score_limit, on_error="fail") and session.scores:
@@ -298,7 +260,7 @@ async def ask_vllm(session: Session) -> None:
         await ask("candidates", SCORING, "candidate scoring", check_vllm_candidates)
         await ask("suffix", SCORING, "suffix scoring", check_suffix_scores)
         await ask("spelling", TOKENS, "spelling of ids", probe_tokens.check_spelling)
-        await ask("vocabulary", TOKENS, "vocabulary", probe_tokens.check_vocabulary)
+        await ask("vocabulary", TOKENS, "vocabulary", probe_tokens.check_vocabulary_size)
         await ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.check_tokenizer)
         await ask("speed", OPERATION, "speed of scoring", probe_scores.measure_speed)
     await ask("sync", OPERATION, "new weights", check_vllm_sync)

@@ -1,4 +1,4 @@
-"""Weight sinks: new student weights to the server that samples, confirmed or refused, never in between unsaid.
+"""Weight sinks bring new student weights to the server that samples; every push is confirmed or an error.
 
 Full weights: check the folder -> pause -> reload -> cache reset confirmed -> version set and read back -> resume, in
 ``finally`` -> one generated token. Adapters: a new versioned name a push, because a server may keep stale cache entries
@@ -9,28 +9,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import struct
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import msgspec
 
 from topkd.clients.decoding.vllm_typed import typed
 from topkd.clients.dialects.base import ClientOptions, HttpClient
 from topkd.clients.http.endpoint import RequestInfo
-from topkd.clients.weights.checkpoints import Shapes, check_folder, check_same_shapes
 from topkd.topk.errors import ConfigError, RequestRefusedError, ResponseError, ServerError, SyncError, TopkdError
 from topkd.topk.protocols import Version, WeightUpdate
 
 _OBJECT: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
 _RESET_TRIES = 20
 _RESET_PAUSE_S = 0.25
+_HEADER_LIMIT = 100 * 2**20  # safetensors' own bound
+
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
 class HttpSink(HttpClient):
-    """Base of the weight sinks over HTTP: calls are sent once, and a SyncError says what state is left.
+    """Base of the weight sinks over HTTP: calls are sent once, and a SyncError states what state is left.
 
     Attributes:
         routes: What a server must have mounted to take an update, by its kind.
@@ -58,7 +62,7 @@ class HttpSink(HttpClient):
         self.sampling_model: str | None = None
 
     async def push(self, update: WeightUpdate) -> Version:
-        """Bring the weights to the server; returns the version that the *server* confirms. One push at a time."""
+        """Bring the weights to the server; return the version that the *server* confirms. One push at a time."""
         if not update.version:
             raise ConfigError("a weight update needs a version")
         async with self._pushing:
@@ -77,7 +81,7 @@ class HttpSink(HttpClient):
             return update.version
 
     async def weight_version(self) -> Version:
-        """What the server calls the weights it holds; "" where it does not say."""
+        """Ask what the server calls the weights it holds; "" where it states nothing."""
         try:
             return str((await self._get(self._info)).get("weight_version") or "")
         except (RequestRefusedError, ResponseError):
@@ -124,7 +128,7 @@ class HttpSink(HttpClient):
         return [card.id for card in await self._cards()]
 
     async def _generates(self, model: str) -> None:
-        """One token, generated: a prompt score alone can look right on a server whose generation is broken."""
+        """Generate one token: a prompt score alone can look right on a server whose generation is broken."""
         body = {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0.0}
         try:
             await self._post("/v1/completions", body)
@@ -144,7 +148,7 @@ class HttpSink(HttpClient):
 
     @contextlib.asynccontextmanager
     async def _paused(self, pause: str, resume: str, body: object = None) -> AsyncIterator[None]:
-        """Between pause and resume; resumed whatever happens, a cancellation included."""
+        """Pause the server, and resume it whatever happens, a cancellation included."""
         try:
             await self._post(pause, body)
         except TopkdError as error:
@@ -200,7 +204,7 @@ class VllmWeightSink(HttpSink):
         await self._generates(await self.model_name())
 
     async def _reset_cache(self) -> None:
-        """The old weights' key-value cache must be gone: prompt scores bypass it and would hide a stale one."""
+        """Drop the old weights' key-value cache: prompt scores bypass it and would hide a stale one."""
         reply: dict[str, Any] = {}
         for _ in range(_RESET_TRIES):
             reply = await self._post("/reset_prefix_cache")
@@ -251,3 +255,70 @@ class SglangWeightSink(HttpSink):
 
 def _absolute(path: str) -> str:
     return str(Path(path).resolve())
+
+
+def check_folder(path: str, kind: Literal["full", "lora"]) -> Shapes:
+    """Read every tensor's dtype and shape from the safetensors headers of a folder.
+
+    Checked before a server is asked to load it: a failed reload can leave a server unusable.
+
+    Raises:
+        SyncError: a file is absent or incomplete.
+    """
+    folder = Path(path)
+    config = folder / ("config.json" if kind == "full" else "adapter_config.json")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unusable(folder, f"{config.name}: {_reason(error)}") from error
+    files = sorted(folder.glob("*.safetensors"))
+    if kind == "lora":
+        files = [file for file in files if file.name == "adapter_model.safetensors"]
+    if not files:
+        raise _unusable(folder, "no adapter_model.safetensors" if kind == "lora" else "no *.safetensors file")
+    shapes: Shapes = {}
+    for file in files:
+        try:
+            shapes |= _header(file)
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            raise _unusable(folder, f"{file.name}: {_reason(error)}") from error
+    return shapes
+
+
+def check_same_shapes(shapes: Shapes, reference: Shapes, path: str) -> None:
+    """Refuse a checkpoint that does not fit what the server holds: only a restart would mend that."""
+    for name in sorted(set(shapes) | set(reference)):
+        new, old = shapes.get(name), reference.get(name)
+        if new is None or old is None or new[1] != old[1]:
+            raise SyncError(
+                "the checkpoint does not fit the model that is served",
+                where=f"{path}, tensor {name}",
+                got="absent" if new is None else new[1],
+                expected="absent" if old is None else old[1],
+                hint="the server was not touched",
+            )
+
+
+def _header(file: Path) -> Shapes:
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > _HEADER_LIMIT:
+            raise ValueError("header too long")
+        entries: dict[str, Any] = json.loads(stream.read(length))
+    size = file.stat().st_size - 8 - length
+    entries.pop("__metadata__", None)
+    if max((entry["data_offsets"][1] for entry in entries.values()), default=0) != size:
+        raise ValueError("the file is shorter or longer than its header says")
+    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    return str(error)[:120] or type(error).__name__
+
+
+def _unusable(folder: Path, reason: str) -> SyncError:
+    return SyncError(
+        "not a checkpoint that a server could load", where=str(folder), got=reason, hint="the server was not touched"
+    )
