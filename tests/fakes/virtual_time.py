@@ -88,7 +88,7 @@ def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[
 
 
 def _use(clock: Callable[[], float], patch: pytest.MonkeyPatch) -> None:
-    from topkd.clients.fleet.circuit_breaker import Breaker
+    from topkd.clients.fleet.routing import Breaker
     from topkd.clients.http import watchdog
     from topkd.clients.http.admission import AdaptiveWindow
     from topkd.clients.http.retry import Total

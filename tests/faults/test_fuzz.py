@@ -162,11 +162,11 @@ def check_score(body: bytes, ids: np.ndarray, start: int, k: int) -> str:
 def _with(read, body, ids, start, k):
     fast = read(body, ids, start, k)
     if fast is None:
-        choice = decode.scored_choice(body)
+        choice = decode.read_scored_choice(body)
         decode.check_prompt(choice.prompt_token_ids, ids)
         return decode.build_scores(decode.read_prompt_rows(choice, ids, start), ids, start, k, VOCAB)
     rows, envelope = fast
-    decode.check_prompt(decode.scored_choice(envelope).prompt_token_ids, ids)
+    decode.check_prompt(decode.read_scored_choice(envelope).prompt_token_ids, ids)
     return decode.build_ranked_scores(rows, ids, start, VOCAB)
 
 

@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict, Unpack, cast, overload
+from typing import Any, Literal, Unpack, cast, overload
 from urllib.parse import urlsplit
 
-from pydantic import SecretStr
-
-from topkd.clients.config import ClientConfig
-from topkd.clients.dialects.base import HttpClient, ScoringClient
-from topkd.clients.dialects.raw_requests import ServerFacts
+from topkd.clients.dialects.base import ConnectOptions, HttpClient, ScoringClient, ServerFacts
 from topkd.clients.dialects.records import AUTO, DIALECTS, find_dialect, list_dialects
 from topkd.clients.dialects.vllm import VllmCompletions
 from topkd.clients.fleet.fleet import Fleet
 from topkd.topk.errors import UnsupportedError
 
 __all__ = ["ScoringClient", "connect", "open_client"]
-
-
-class ServerOptions(TypedDict, total=False):
-    """Which model of a server to ask, with which key, and how patiently.
-
-    Attributes:
-        model: Served name; None takes the only one the server has.
-        api_key: ``"env:NAME"``, ``"file:PATH"``, a key, or None.
-        config: Time-outs, retries and bounds.
-    """
-
-    model: str | None
-    api_key: str | SecretStr | None
-    config: ClientConfig | None
-
-
-class ConnectOptions(ServerOptions, total=False):
-    """Options of ``connect``.
-
-    Attributes:
-        vocab_size: Ids at or past it are refused, in requests and replies; None takes them.
-    """
-
-    vocab_size: int | None
 
 
 @overload
@@ -80,7 +52,7 @@ async def connect(
             makes.append(type(client))
     fleet = Fleet(url, make=makes, **options)
     try:
-        await fleet.meet()
+        await fleet.check_replicas()
     except BaseException:
         await fleet.aclose()
         raise

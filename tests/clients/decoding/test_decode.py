@@ -15,7 +15,7 @@ from topkd.clients.decoding import vllm as decode
 from topkd.clients.decoding import vllm_numba as decode_numba
 from topkd.clients.decoding import vllm_numpy as decode_numpy
 from topkd.clients.decoding.checks import build_ranked_scores, build_scores
-from topkd.clients.decoding.vllm_typed import read_prompt_rows, scored_choice
+from topkd.clients.decoding.vllm import read_prompt_rows, read_scored_choice
 from topkd.topk.errors import AlignmentError, ResponseError
 from topkd.topk.types import TopK
 
@@ -27,7 +27,7 @@ if decode_numba.available():
 
 
 def typed(body: bytes, ids: np.ndarray, start: int, k: int, vocab: int | None = None) -> tuple[TopK, int]:
-    return build_scores(read_prompt_rows(scored_choice(body), ids, start), ids, start, k, vocab)
+    return build_scores(read_prompt_rows(read_scored_choice(body), ids, start), ids, start, k, vocab)
 
 
 def by_hand(rows: list, ids: np.ndarray, start: int, k: int) -> TopK:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from tests.fakes.streaming import Job, Stream
 from tests.fakes.virtual_time import in_virtual_time
 from tests.faults.server import VOCAB, FaultyServer, actual_logp, body_of, plus_a_hundredth, until
 from topkd.clients import ClientConfig, Fleet, VllmCompletions
-from topkd.clients.fleet.circuit_breaker import Breaker
+from topkd.clients.fleet.routing import Breaker
 from topkd.topk.errors import ConfigError, KLimitError, ResponseError, ServerUnreachableError
 from topkd.topk.protocols import Sampler, TeacherScorer
 
@@ -260,3 +262,36 @@ async def test_a_probe_does_not_wait_behind_the_requests_that_are_stuck():
         for task in stuck:
             task.cancel()
         await asyncio.gather(*stuck, return_exceptions=True)
+
+
+def test_a_fleet_closes_in_one_loop_while_a_probe_of_another_is_pending():
+    config = QUICK.model_copy(update={"breaker_failures": 1, "max_retries": 100})
+    fleet = Fleet(["http://127.0.0.1:1"], model="t", config=config)
+    asked = threading.Event()
+
+    async def hang() -> bool:
+        asked.set()
+        await asyncio.Event().wait()
+        return True
+
+    async def fail(*_: Any) -> Any:
+        raise ServerUnreachableError("no connection")
+
+    for replica in fleet.replicas:
+        replica.client.healthy, replica.client.score = hang, fail  # type: ignore[method-assign]
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        down = asyncio.run_coroutine_threadsafe(fleet.score(IDS, 3, 4), loop)
+        assert asked.wait(30), "every circuit is open, and a probe is under way in the other loop"
+        down.cancel()
+        [probe] = fleet._probes
+        asyncio.run(fleet.aclose())
+        asyncio.run_coroutine_threadsafe(asyncio.wait([probe]), loop).result(30)
+        assert probe.cancelled()
+        assert not fleet._probes
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

@@ -79,14 +79,14 @@ async def test_replicas_of_two_dialects_are_one_teacher_when_they_agree_and_none
     urls, makes = ["http://a", "http://b"], [Sglang, FireworksEcho]
     hosts = Hosts(a=sglang.server(), b=seeded(fireworks, Toy(seed=2), monkeypatch))
     async with Fleet(urls, make=makes, model="t", config=QUICK, transport=hosts) as fleet:
-        info = await fleet.meet()
+        info = await fleet.check_replicas()
         assert (info.model, info.max_model_len) == ("t", 4096)
         assert (await fleet.score(IDS, 4, 3)).k == 3
     monkeypatch.setattr(fireworks, "TOY", Toy(seed=7))
     hosts = Hosts(a=sglang.server(), b=fireworks.server())
     async with Fleet(urls, make=makes, model="t", config=QUICK, transport=hosts) as fleet:
         with pytest.raises(ResponseError, match=r"replicas disagree \(http://\w and http://\w"):
-            await fleet.meet()
+            await fleet.check_replicas()
 
 
 async def test_a_hosted_replica_without_a_health_route_closes_its_circuit_again(monkeypatch: pytest.MonkeyPatch):

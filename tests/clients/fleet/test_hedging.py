@@ -13,7 +13,7 @@ from tests.clients.fleet.test_fleet import IDS, QUICK, prompts
 from tests.fakes.virtual_time import in_virtual_time
 from tests.faults.server import FaultyServer, actual_logp, body_of, until
 from topkd.clients import ClientConfig, Fleet
-from topkd.clients.fleet.hedging import Hedging
+from topkd.clients.fleet.routing import Hedging
 from topkd.topk.errors import KLimitError
 
 HEDGED = QUICK.model_copy(update={"read_timeout_s": 60.0, "hedge_share": 0.05, "total_timeout_s": 120.0})

@@ -11,7 +11,7 @@ import numpy as np
 from topkd.clients.decoding.byte_map import ByteMap
 from topkd.clients.decoding.checks import topk_with_actual
 from topkd.clients.decoding.sampled import SampleRequest, Span, build_rollout, check_finish_reason, join_versions
-from topkd.clients.decoding.vllm_typed import typed
+from topkd.clients.decoding.vllm import typed
 from topkd.topk.errors import AlignmentError, ResponseError
 from topkd.topk.samples import Rollout
 from topkd.topk.types import PAD_ID, Float64, Int32, TopK

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from topkd.clients.decoding.checks import LOWEST, build_scores, check_prompt_ids, check_reply_vocabulary
-from topkd.clients.decoding.vllm_typed import Logprob, as_ids, entries_of, typed
+from topkd.clients.decoding.vllm import Logprob, as_ids, entries_of, typed
 from topkd.topk.errors import AlignmentError, ResponseError, ServerBusyError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import FinishReason, Rollout, SamplingParams

@@ -15,7 +15,7 @@ import numpy as np
 from topkd.clients.decoding.binary import read_flat_lists
 from topkd.clients.decoding.checks import check_reply_rows, check_reply_vocabulary, topk_with_actual
 from topkd.clients.decoding.sampled import SampleRequest, build_rollout, check_completion_ids, check_finish_reason
-from topkd.clients.decoding.vllm_typed import as_ids, typed
+from topkd.clients.decoding.vllm import as_ids, typed
 from topkd.topk.errors import AlignmentError, ResponseError, ServerBusyError
 from topkd.topk.samples import Rollout
 from topkd.topk.types import Float32, Float64, Int32, TopK

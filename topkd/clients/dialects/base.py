@@ -1,37 +1,41 @@
-"""What every HTTP dialect shares: an endpoint, a model name found once, server facts, metrics, clean closing."""
+"""What every HTTP dialect shares: an endpoint, a model name found once, server facts, metrics, clean closing.
+
+Beside the clients: ``Wire`` asks single questions outside any dialect, and ``ServerFacts`` what tells dialects apart.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self, TypedDict, TypeVar, Unpack
+from typing import Any, ClassVar, Self, TypedDict, TypeVar, Unpack
+from urllib.parse import urlsplit
 
 import msgspec
 from pydantic import SecretStr
 
 from topkd.clients.config import ClientConfig
 from topkd.clients.decoding.sampled import SampleRequest
-from topkd.clients.decoding.vllm_typed import typed
+from topkd.clients.decoding.vllm import typed
 from topkd.clients.http.admission import MemoryBudget
 from topkd.clients.http.endpoint import Endpoint, RequestInfo
 from topkd.clients.http.metrics import Metrics
 from topkd.clients.http.transport import Transport
 from topkd.topk.errors import (
+    AuthError,
     ConfigError,
+    FinalServerError,
     KLimitError,
     ModelNotFoundError,
     RequestRefusedError,
     ResponseError,
     ServerFailedError,
+    TopkdError,
     UnsupportedError,
 )
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import Int32, TopK
-
-if TYPE_CHECKING:
-    from topkd.clients.dialects.raw_requests import ServerFacts
 
 Result = TypeVar("Result")
 
@@ -63,25 +67,42 @@ class _Version(msgspec.Struct):
 _FACTS_S = 15.0  # of a try: nothing has to be computed for a list of models, and a server that hangs is seen by it
 _MODELS = msgspec.json.Decoder(_Models)
 _VERSION = msgspec.json.Decoder(_Version)
+_ANY = msgspec.json.Decoder(Any)
 
 
-class ClientOptions(TypedDict, total=False):
-    """Options of every client.
+class ServerOptions(TypedDict, total=False):
+    """Which model of a server to ask, with which key, and how patiently.
 
     Attributes:
         model: Served name; None takes the only one the server has.
         api_key: ``"env:NAME"``, ``"file:PATH"``, a key, or None.
         config: Time-outs, retries and bounds.
-        vocab_size: Ids outside it are refused, in requests and replies.
-        budget: Shared with other clients.
-        metrics: Shared likewise.
-        transport: In place of httpx.
     """
 
     model: str | None
     api_key: str | SecretStr | None
     config: ClientConfig | None
+
+
+class ConnectOptions(ServerOptions, total=False):
+    """Options of ``connect``.
+
+    Attributes:
+        vocab_size: Ids at or past it are refused, in requests and replies; None takes them.
+    """
+
     vocab_size: int | None
+
+
+class ClientOptions(ConnectOptions, total=False):
+    """Options of every client.
+
+    Attributes:
+        budget: Shared with other clients.
+        metrics: Shared likewise.
+        transport: In place of httpx.
+    """
+
     budget: MemoryBudget | None
     metrics: Metrics | None
     transport: Transport | None
@@ -255,3 +276,94 @@ class ScoringClient(HttpClient):
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:  # noqa: ARG002
         """Draw n completions with the exact logprobs they were sampled with; by default an UnsupportedError."""
         raise UnsupportedError("this dialect only scores: it cannot sample", where=self.where(), got=self.dialect)
+
+
+class Wire:
+    """Asks one server. ``requests`` counts what was asked."""
+
+    def __init__(self, client: HttpClient) -> None:
+        self.client = client
+
+    @property
+    def requests(self) -> int:
+        """Count the HTTP exchanges so far, retries included."""
+        return int(self.client.metrics_["tries"])
+
+    async def post(
+        self, path: str, body: Mapping[str, Any], *, entries: int = 4096, tokens: int = 64, k: int = 0
+    ) -> dict[str, Any]:
+        """Ask ``POST path`` for a JSON object.
+
+        Raises:
+            ServerError: any other status, in the server's words.
+            ResponseError: not a JSON object.
+        """
+        value = await self.client.endpoint.call(
+            "POST",
+            path,
+            dict(body),
+            decode=lambda reply: typed(reply, _ANY),
+            where=self.client.where(f"POST {path}"),
+            asks=RequestInfo(tokens=tokens, entries=entries, k=k),
+        )
+        if not isinstance(value, dict):
+            raise ResponseError("the reply is not a JSON object", where=self.client.where(f"POST {path}"))
+        return value
+
+    async def get(self, path: str) -> dict[str, Any] | None:
+        """Ask ``GET path`` for a JSON object; None where there is no such thing."""
+        value = await self._get(path, lambda reply: typed(reply, _ANY), 0)
+        return value if isinstance(value, dict) else None
+
+    async def text(self, path: str) -> str:
+        """Ask ``GET path`` for text; "" where there is no such route."""
+        return await self._get(path, lambda reply: reply.decode("utf-8", "replace"), 2**14) or ""
+
+    async def _get(self, path: str, decode: Callable[[bytes], Any], entries: int) -> Any:
+        try:
+            return await self.client.endpoint.call(
+                "GET", path, decode=decode, where=self.client.where(f"GET {path}"), asks=RequestInfo(entries=entries)
+            )
+        except AuthError:
+            raise
+        except (FinalServerError, ResponseError, ServerFailedError):
+            return None
+
+    async def mounted(self, path: str) -> bool:
+        """Check that a POST-only route is there: it answers a GET with 405, and a route that is not there with 404.
+
+        Nothing is changed on the server, whatever the route does.
+        """
+        try:
+            await self.client.endpoint.call("GET", path, decode=lambda _: None, where=self.client.where(f"GET {path}"))
+        except RequestRefusedError as error:
+            return error.got == "HTTP 405"
+        except AuthError:
+            return True
+        except (FinalServerError, ResponseError, ServerFailedError):
+            return False
+        return True
+
+
+class ServerFacts:
+    """A server whose dialect is not known yet: what its routes state, each asked once."""
+
+    def __init__(self, client: HttpClient) -> None:
+        self.client, self.wire = client, Wire(client)
+        self._version: str | None = None
+
+    @property
+    def host(self) -> str:
+        """The host of its URL."""
+        return urlsplit(self.client.endpoint.url).hostname or ""
+
+    async def version(self) -> str:
+        """Ask ``GET /version``; "" without that route."""
+        if self._version is None:
+            self._version = await self.client.server_version()
+        return self._version
+
+
+def plain(error: TopkdError) -> str:
+    """Shorten an error to what happened, without endpoint and advice."""
+    return error.what if error.got is None else f"{error.what}: {error.got}"

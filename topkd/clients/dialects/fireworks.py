@@ -24,9 +24,8 @@ from topkd.clients.decoding.sampled import (
     check_finish_reason,
     prepare_sample_request,
 )
-from topkd.clients.decoding.vllm_typed import as_ids, typed
-from topkd.clients.dialects.base import ScoringClient, ServerInfo
-from topkd.clients.dialects.raw_requests import ServerFacts
+from topkd.clients.decoding.vllm import as_ids, typed
+from topkd.clients.dialects.base import ScoringClient, ServerFacts, ServerInfo
 from topkd.topk.errors import AlignmentError, ConfigError, ResponseError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
@@ -104,7 +103,7 @@ def build_fireworks_sample(model: str, prompt: Int32, n: int, params: SamplingPa
 def read_fireworks_scores(body: bytes, *, ids: Int32, start: int, k: int, vocab_size: int | None = None) -> TopK:
     """Read checked rows. A full echo begins with an unconditional row for token 0, which predicts nothing of ours."""
     actual = ids[start + 1 :]
-    content = _content(body, 1)[0]
+    [(_, content)] = _read_choices(body, 1)
     if len(content) == ids.size:
         content = content[start + 1 :]
     check_reply_rows(len(content), int(actual.size))
@@ -117,11 +116,8 @@ def read_fireworks_scores(body: bytes, *, ids: Int32, start: int, k: int, vocab_
 
 def read_fireworks_rollouts(body: bytes, *, asked: SampleRequest) -> list[Rollout]:
     """Read the n rollouts of a reply, in the order of their index."""
-    choices = sorted(typed(body, _DECODER).choices, key=lambda choice: choice.index)
-    if [choice.index for choice in choices] != list(range(asked.n)):
-        raise ResponseError("wrong choices", got=[choice.index for choice in choices][:8], expected=f"0..{asked.n - 1}")
     rollouts = []
-    for choice, content in zip(choices, _content(body, asked.n), strict=True):
+    for choice, content in _read_choices(body, asked.n):
         where = f"choice {choice.index}"
         finish_reason = check_finish_reason(choice.finish_reason, where)
         ids = check_completion_ids(as_ids([position.token_id for position in content], where), asked, where)
@@ -131,13 +127,14 @@ def read_fireworks_rollouts(body: bytes, *, asked: SampleRequest) -> list[Rollou
     return rollouts
 
 
-def _content(body: bytes, n: int) -> list[list[_Position]]:
+def _read_choices(body: bytes, n: int) -> list[tuple[_Choice, list[_Position]]]:
+    """Read the choices of a reply in the order of their index, each with its tokens."""
     choices = sorted(typed(body, _DECODER).choices, key=lambda choice: choice.index)
-    if len(choices) != n:
-        raise ResponseError("wrong number of choices", got=len(choices), expected=n)
+    if [choice.index for choice in choices] != list(range(n)):
+        raise ResponseError("wrong choices", got=[choice.index for choice in choices][:8], expected=f"0..{n - 1}")
     if any(choice.logprobs is None or choice.logprobs.content is None for choice in choices):
         raise ResponseError("the reply has no logprobs.content", hint="the model serves no logprobs on this route")
-    return [choice.logprobs.content or [] for choice in choices if choice.logprobs is not None]
+    return [(choice, choice.logprobs.content or []) for choice in choices if choice.logprobs is not None]
 
 
 def _rows(content: list[_Position], *, start: int, k: int, actual: Int32, vocab_size: int | None) -> TopK:

@@ -16,8 +16,7 @@ from urllib.parse import urlsplit
 from topkd.clients.decoding.byte_map import ByteMap, load_bytemap
 from topkd.clients.decoding.openai import Recovered, read_chat_rollouts
 from topkd.clients.decoding.sampled import SampleRequest, prepare_sample_request
-from topkd.clients.dialects.base import ClientOptions, HttpClient
-from topkd.clients.dialects.raw_requests import ServerFacts
+from topkd.clients.dialects.base import ClientOptions, HttpClient, ServerFacts
 from topkd.topk.errors import ConfigError, ResponseError, UnsupportedError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams

@@ -15,8 +15,7 @@ import numpy as np
 from topkd.clients.decoding.checks import check_candidate_ids, check_request_ids
 from topkd.clients.decoding.sampled import prepare_sample_request
 from topkd.clients.decoding.sglang import read_sglang_candidates, read_sglang_rollouts, read_sglang_scores
-from topkd.clients.dialects.base import ScoringClient, ServerInfo
-from topkd.clients.dialects.raw_requests import ServerFacts, Wire
+from topkd.clients.dialects.base import ScoringClient, ServerFacts, ServerInfo, Wire
 from topkd.clients.http.endpoint import RequestInfo
 from topkd.topk.errors import UnsupportedError
 from topkd.topk.protocols import Ids

@@ -14,10 +14,8 @@ import msgspec
 
 from topkd.clients.decoding.checks import check_request_ids
 from topkd.clients.decoding.sampled import build_vllm_sampling, prepare_sample_request, read_sampled_rollouts
-from topkd.clients.decoding.vllm import read_vllm_scores
-from topkd.clients.decoding.vllm_typed import typed
-from topkd.clients.dialects.base import ClientOptions, ScoringClient
-from topkd.clients.dialects.raw_requests import ServerFacts
+from topkd.clients.decoding.vllm import read_vllm_scores, typed
+from topkd.clients.dialects.base import ClientOptions, ScoringClient, ServerFacts
 from topkd.clients.http.endpoint import RequestInfo
 from topkd.clients.http.retry import Try
 from topkd.clients.http.status_errors import is_repeating

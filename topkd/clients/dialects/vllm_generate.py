@@ -15,17 +15,10 @@ import msgspec
 import numpy as np
 
 from topkd.clients.decoding.binary import read_npy_matrix
-from topkd.clients.decoding.checks import (
-    build_ranked_scores,
-    build_scores,
-    check_candidate_ids,
-    check_candidates,
-    check_request_ids,
-)
+from topkd.clients.decoding.checks import check_candidate_ids, check_candidates, check_request_ids
 from topkd.clients.decoding.sampled import build_vllm_sampling, read_generate_rollouts
-from topkd.clients.decoding.vllm import check_prompt, fast_reader
-from topkd.clients.decoding.vllm_typed import Row, ScoredChoice, read_prompt_rows, typed
-from topkd.clients.dialects.raw_requests import ServerFacts
+from topkd.clients.decoding.vllm import read_generate_scores, typed
+from topkd.clients.dialects.base import ServerFacts
 from topkd.clients.dialects.vllm import VllmCompletions, build_salt
 from topkd.clients.http.endpoint import RequestInfo
 from topkd.topk.errors import KLimitError, RequestRefusedError, ResponseError, UnsupportedError
@@ -37,21 +30,14 @@ ROUTE = "/inference/v1/generate"
 Schema = Literal["rows", "shared"]
 _COMPLETE = (0, 33)  # from here on generated lists are whole; before, the sampled token takes a place in them
 _ROWS = (0, 32)
-_WORTH_IT = 16_384
 _MAX_WINDOWS = 16
 _SHARED = 1024  # ids of a shared list on a server without a limit
-
-
-class _Scored(msgspec.Struct):
-    prompt_logprobs: list[Row | None] | None = None
-    prompt_token_ids: list[int] | None = None
 
 
 class _Candidates(msgspec.Struct):
     prompt_token_id_logprobs: bytes | None = None  # msgspec decodes the base64
 
 
-_SCORED = msgspec.json.Decoder(_Scored)
 _CANDIDATES = msgspec.json.Decoder(_Candidates)
 
 
@@ -77,21 +63,6 @@ def build_generate_candidates(model: str, ids: Int32, start: int, candidates: li
         "detokenize": False,
     }
     return {"model": model, "token_ids": ids.tolist(), "sampling_params": sampling}
-
-
-def read_generate_scores(
-    body: bytes, *, ids: Int32, start: int, k: int, vocab_size: int | None = None
-) -> tuple[TopK, int, bool]:
-    """Read checked rows, as ``read_vllm_scores`` does for completions."""
-    fast = fast_reader()(body, ids, start, k) if len(body) >= _WORTH_IT else None
-    if fast is None:
-        reply = typed(body, _SCORED)
-        check_prompt(reply.prompt_token_ids, ids)
-        rows = read_prompt_rows(ScoredChoice(prompt_logprobs=reply.prompt_logprobs), ids, start)
-        return *build_scores(rows, ids, start, k, vocab_size), False
-    found, envelope = fast
-    check_prompt(typed(envelope, _SCORED).prompt_token_ids, ids)
-    return *build_ranked_scores(found, ids, start, vocab_size), True
 
 
 def read_generate_candidates(body: bytes, *, rows: int, columns: int) -> Float32:

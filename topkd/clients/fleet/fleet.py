@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Self, TypeVar
 
@@ -13,8 +14,7 @@ from topkd.clients.decoding.sampled import draw_seed
 from topkd.clients.dialects.base import ScoringClient, ServerInfo
 from topkd.clients.dialects.records import list_dialects
 from topkd.clients.dialects.vllm import VllmCompletions
-from topkd.clients.fleet.circuit_breaker import Breaker
-from topkd.clients.fleet.hedging import Hedging
+from topkd.clients.fleet.routing import Breaker, Hedging
 from topkd.clients.http.admission import MemoryBudget
 from topkd.clients.http.metrics import Metrics
 from topkd.clients.http.retry import Try, with_retries
@@ -45,15 +45,15 @@ class Replica:
 
     @property
     def url(self) -> str:
-        """Base URL."""
+        """Return the base URL."""
         return self.client.endpoint.url
 
     def expected_wait(self) -> float:
-        """Load times speed: what a new request would wait here."""
+        """Estimate what a new request would wait here: load times speed."""
         return (self.client.endpoint.gate.load + 1) * (self.seconds + 1e-9)
 
     def answered(self, seconds: float) -> None:
-        """A request came back whole."""
+        """Record a request that came back whole."""
         self.breaker.success()
         self.seconds += (1.0 if self.seconds == 0.0 else _SMOOTHING) * (seconds - self.seconds)
 
@@ -108,7 +108,7 @@ class Fleet:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Counters over all replicas, and each replica's window, load and circuit."""
+        """Count over all replicas, and show each replica's window, load and circuit."""
         out = self.metrics_.snapshot()
         for number, replica in enumerate(self.replicas):
             gate = replica.client.endpoint.gate
@@ -120,7 +120,7 @@ class Fleet:
         return out
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
-        """As ``TeacherScorer``, from whichever replica answers."""
+        """Score, as ``TeacherScorer``, from whichever replica answers."""
         return await self._run(
             lambda client: client.score(ids, start, k),
             response_retries=max(1, self.config.response_retries),
@@ -128,7 +128,7 @@ class Fleet:
         )
 
     async def score_candidates(self, ids: Ids, start: int, candidates: Int32) -> Float32:
-        """As ``CandidateScorer``, from whichever replica answers; an UnsupportedError where the dialect scores none."""
+        """Score candidates, as ``CandidateScorer``; an UnsupportedError where the dialect scores none."""
 
         async def ask(client: ScoringClient) -> Float32:
             if not isinstance(client, CandidateScorer):
@@ -141,12 +141,12 @@ class Fleet:
         return await self._run(ask, response_retries=max(1, self.config.response_retries), tokens=len(ids))
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
-        """As ``Sampler``; the seed is drawn once, so that another replica draws the same."""
+        """Draw, as ``Sampler``; the seed is drawn once, so that another replica draws the same."""
         seeded = draw_seed(params)
         return await self._run(lambda client: client.sample(prompt_ids, n, seeded, k=k), response_retries=0)
 
-    async def meet(self) -> ServerInfo:
-        """What all replicas are: one model, the shortest of their contexts; they are seen to score alike.
+    async def check_replicas(self) -> ServerInfo:
+        """Check that all replicas serve one model and score alike.
 
         Raises:
             ConfigError: they serve different models.
@@ -157,7 +157,7 @@ class Fleet:
         return info
 
     async def server_info(self) -> ServerInfo:
-        """What all replicas say they are: one model, the shortest of their contexts."""
+        """Ask all replicas: one model, the shortest of their contexts."""
         infos = await asyncio.gather(*(replica.client.server_info() for replica in self.replicas))
         names = sorted({info.model for info in infos})
         if len(names) > 1:
@@ -167,7 +167,7 @@ class Fleet:
         return ServerInfo(infos[0].model, min(lengths, default=None), infos[0].version, infos[0].models)
 
     async def agreement(self, ids: Ids, start: int, k: int, *, tolerance_nats: float = 0.005) -> float:
-        """Largest difference in the realised logprobs of ``ids`` between any two replicas.
+        """Compare the replicas: return the largest difference in the realised logprobs of ``ids``.
 
         Raises:
             ResponseError: the difference is above ``tolerance_nats``: they do not serve the same weights (or one is
@@ -191,22 +191,25 @@ class Fleet:
         return float(spread[worst])
 
     async def drain(self) -> None:
-        """Refuses new requests and waits for those under way."""
+        """Refuse new requests and wait for those under way."""
         self._closing = True
         while self._busy:
             await self._idle.wait()
 
     async def aclose(self) -> None:
-        """Ends probes and closes every replica."""
+        """Close every replica and end the probes; those of other event loops end there."""
         self._closing = True
-        probes = list(self._probes)
-        for probe in probes:
+        own = self._own_probes()
+        for probe in self._probes.difference(own):
+            with contextlib.suppress(RuntimeError):  # its loop is closed
+                probe.get_loop().call_soon_threadsafe(probe.cancel)
+        for probe in own:
             probe.cancel()
-        await asyncio.gather(*probes, return_exceptions=True)
+        await asyncio.gather(*own, return_exceptions=True)
         await asyncio.gather(*(replica.client.aclose() for replica in self.replicas))
 
     async def _run(self, ask: Ask[Result], *, response_retries: int, tokens: int = 0) -> Result:
-        """One request; with ``tokens`` it is a score, which may be hedged."""
+        """Send one request; with ``tokens`` it is a score, which may be hedged."""
         if self._closing:
             raise ConfigError("the fleet is closed")
         failed: set[int] = set()
@@ -236,7 +239,7 @@ class Fleet:
                 self._idle.set()
 
     async def _ask(self, number: int, ask: Ask[Result], failed: set[int]) -> Result:
-        """One try at one replica, which is the better or the worse known for it."""
+        """Try one replica, and record how it did."""
         replica = self.replicas[number]
         begun = asyncio.get_running_loop().time()
         try:
@@ -250,7 +253,7 @@ class Fleet:
         return result
 
     async def _hedged(self, number: int, ask: Ask[Result], failed: set[int], patience_s: float) -> Result:
-        """One try that, when it takes longer than ``patience_s``, is made at a second replica too."""
+        """Try one replica, and a second one too when it takes longer than ``patience_s``."""
         first = asyncio.create_task(self._ask(number, ask, failed))
         tasks = [first]
         try:
@@ -274,7 +277,7 @@ class Fleet:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _spare(self, number: int, failed: set[int]) -> int | None:
-        """Another replica with a free place; None when all have enough to do."""
+        """Find another replica with a free place; None when all have enough to do."""
         free = [
             n
             for n, replica in enumerate(self.replicas)
@@ -283,7 +286,7 @@ class Fleet:
         return min(free, key=lambda n: self.replicas[n].expected_wait(), default=None)
 
     async def _pick(self, attempt_info: Try, failed: set[int]) -> int:
-        """The replica for the next try; waits for a probe when every circuit is open."""
+        """Choose the replica for the next try; wait for a probe when every circuit is open."""
         while True:
             closed = [n for n, replica in enumerate(self.replicas) if replica.breaker.closed]
             for replica in self.replicas:
@@ -301,10 +304,14 @@ class Fleet:
                 raise ServerUnreachableError(
                     f"all {len(self.replicas)} replicas are down", where=", ".join(r.url for r in self.replicas)
                 )
-            if self._probes:
-                await asyncio.wait(self._probes, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+            if own := self._own_probes():
+                await asyncio.wait(own, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
             else:
                 await asyncio.sleep(pause)
+
+    def _own_probes(self) -> set[asyncio.Task[None]]:
+        """Find the probes of the running event loop: only those can be awaited in it."""
+        return {probe for probe in self._probes if probe.get_loop() is asyncio.get_running_loop()}
 
     async def _probe(self, replica: Replica) -> None:
         self.metrics_.add("probes")

@@ -144,7 +144,7 @@ def is_repeating(error: BaseException) -> bool:
 
 
 def read_retry_after_s(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Read how many seconds the server asks us to wait: ``retry-after-ms``, or ``Retry-After`` as seconds or as a date."""
+    """Read the pause that the server asks for: ``retry-after-ms``, or ``Retry-After`` as seconds or as a date."""
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         text = headers.get(name, "").strip()
         if re.fullmatch(r"\d{1,12}(\.\d*)?", text):
@@ -169,10 +169,10 @@ def _read_message(reply: Reply) -> tuple[str, str]:
         return _short(str(body)), ""
     error, code = body.get("error"), None
     if isinstance(error, dict):
-        error, code = error.get("message"), error.get("code") or error.get("type")
-    return _short(str(error or body.get("message") or body.get("detail") or body)), code if isinstance(
-        code, str
-    ) else ""
+        code = error.get("code") or error.get("type")
+        error = error.get("message")
+    message = error or body.get("message") or body.get("detail") or body
+    return _short(str(message)), code if isinstance(code, str) else ""
 
 
 def _page(body: bytes) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from topkd.clients.dialects.raw_requests import plain
+from topkd.clients.dialects.base import plain
 from topkd.clients.probe import vllm as probe_vllm
 from topkd.clients.probe.scores import Alignment, check_alignment
 from topkd.clients.probe.session import SAMPLING, SCORING, SERVER, Session

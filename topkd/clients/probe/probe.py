@@ -17,10 +17,9 @@ from typing import Any, Unpack, cast
 import xxhash
 
 from topkd.clients.config import ClientConfig
-from topkd.clients.connection import ServerOptions, open_client
+from topkd.clients.connection import open_client
 from topkd.clients.decoding.byte_map import ByteMap, load_bytemap
-from topkd.clients.dialects.base import ServerInfo
-from topkd.clients.dialects.raw_requests import Wire
+from topkd.clients.dialects.base import ServerInfo, ServerOptions, Wire
 from topkd.clients.dialects.records import AUTO, find_dialect
 from topkd.clients.probe import tokens as probe_tokens
 from topkd.clients.probe.findings import Capabilities, Finding, Load, ProbeReport, state_probe_verdict

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from topkd.clients.decoding.byte_map import ByteMap
-from topkd.clients.dialects.base import HttpClient, ServerInfo
-from topkd.clients.dialects.raw_requests import Wire, plain
+from topkd.clients.dialects.base import HttpClient, ServerInfo, Wire, plain
 from topkd.clients.probe.findings import Capabilities, Finding, Status
 from topkd.topk.errors import AuthError, ServerTimeoutError, ServerUnreachableError, TopkdError
 from topkd.topk.protocols import Ids
@@ -77,9 +76,8 @@ class Session:
         found = [way for way, (_, routes) in ways.items() if all([await self.wire.mounted(route) for route in routes])]
         self.know(sync=tuple(found))
         value = f"{len(found)} way{'s' if len(found) > 1 else ''}" if found else "no route"
-        self.report(
-            "info", value, "mounted, not called: " + ", ".join(ways[way][0] for way in found) if found else without
-        )
+        names = ", ".join(ways[way][0] for way in found)
+        self.report("info", value, f"mounted, not called: {names}" if found else without)
 
     def know(self, **facts: Any) -> None:
         """Record capabilities."""

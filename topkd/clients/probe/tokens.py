@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from topkd.clients.decoding.byte_map import ByteMap
-from topkd.clients.decoding.vllm_typed import as_ids
-from topkd.clients.dialects.raw_requests import Wire
+from topkd.clients.decoding.vllm import as_ids
+from topkd.clients.dialects.base import Wire
 from topkd.clients.dialects.vllm import build_vllm_score
 from topkd.clients.probe.session import TEXT, TOKENS, Session
 from topkd.clients.probe.vllm import ROUTE
@@ -140,7 +140,7 @@ async def _detokenize(session: Session) -> None:
 
 
 def _cut_alike(student: ByteMap, ids: list[int]) -> bool:
-    """Check that the student's tokenizer makes the same ids of the test text, by its file or as transformers loads it."""
+    """Compare the student's ids of the test text, by its tokenizer's file or as transformers loads it."""
     return ids == student.encode(TEXT) or ids == student.encode_as_loaded(TEXT)
 
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, Unpack
 
 import msgspec
 
-from topkd.clients.decoding.vllm_typed import typed
+from topkd.clients.decoding.vllm import typed
 from topkd.clients.dialects.base import ClientOptions, HttpClient
 from topkd.clients.http.endpoint import RequestInfo
 from topkd.topk.errors import ConfigError, RequestRefusedError, ResponseError, ServerError, SyncError, TopkdError
@@ -71,9 +71,13 @@ class HttpSink(HttpClient):
             if update.kind == "full" and self._reference is not None:
                 check_same_shapes(shapes, self._reference, update.path)
             if update.kind == "full":
-                await self._reload(update)
-                self._reference = shapes
+                confirmed = await self._reload(update)
+                if confirmed != update.version:
+                    where = self.where(f"version {update.version}")
+                    raise SyncError("the server reports another weight version", where=where, got=confirmed)
                 self.sampling_model = await self.model_name()
+                await self._generates(self.sampling_model)
+                self._reference = shapes
             else:
                 await self._adapter(update)
             self.version = update.version
@@ -93,7 +97,8 @@ class HttpSink(HttpClient):
             with contextlib.suppress(ServerError, ResponseError):
                 await self._unload_adapter({"lora_name": self._adapters.popleft()})
 
-    async def _reload(self, update: WeightUpdate) -> None:
+    async def _reload(self, update: WeightUpdate) -> object:
+        """Load full weights; return the version that the server then states."""
         raise ConfigError("this server takes no full weights", where=self.endpoint.url, got=update.path)
 
     async def _adapter(self, update: WeightUpdate) -> None:
@@ -183,7 +188,7 @@ class VllmWeightSink(HttpSink):
         "full": ("/pause", "/collective_rpc", "/weight_info"),
     }
 
-    async def _reload(self, update: WeightUpdate) -> None:
+    async def _reload(self, update: WeightUpdate) -> object:
         where = self.where(f"version {update.version}")
         body = {"method": "reload_weights", "kwargs": {"weights_path": update.path}}
         async with self._paused("/pause?mode=wait", "/resume"):
@@ -199,9 +204,7 @@ class VllmWeightSink(HttpSink):
                     "the weight update failed half-way", where=where, got=error,
                     hint="the server may hold unusable weights: restart it before sampling",
                 ) from error  # fmt: skip
-        if confirmed != update.version:
-            raise SyncError("the server reports another weight version", where=where, got=confirmed)
-        await self._generates(await self.model_name())
+        return confirmed
 
     async def _reset_cache(self) -> None:
         """Drop the old weights' key-value cache: prompt scores bypass it and would hide a stale one."""
@@ -225,7 +228,7 @@ class SglangWeightSink(HttpSink):
     }
     _info: ClassVar[str] = "/model_info"
 
-    async def _reload(self, update: WeightUpdate) -> None:
+    async def _reload(self, update: WeightUpdate) -> object:
         where = self.where(f"version {update.version}")
         body = {
             "model_path": update.path,
@@ -240,9 +243,7 @@ class SglangWeightSink(HttpSink):
                 raise SyncError("the weight update failed half-way", where=where, got=error) from error
         if not reply.get("success"):
             raise SyncError("the server refused the weights", where=where, got=reply.get("message"))
-        if confirmed != update.version:
-            raise SyncError("the server reports another weight version", where=where, got=confirmed)
-        await self._generates(await self.model_name())
+        return confirmed
 
     async def _load_adapter(self, body: dict[str, str]) -> None:
         reply = await self._post("/load_lora_adapter", body)

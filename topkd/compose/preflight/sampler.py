@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from topkd.clients.connection import open_client
-from topkd.clients.dialects.raw_requests import Wire
+from topkd.clients.dialects.base import Wire
 from topkd.clients.dialects.records import find_dialect
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import ServerSampling

@@ -11,7 +11,7 @@ from typing import Any, cast
 from topkd.clients import ClientConfig
 from topkd.clients.connection import ScoringClient, connect
 from topkd.clients.decoding.byte_map import ByteMap, load_bytemap
-from topkd.clients.dialects.raw_requests import Wire
+from topkd.clients.dialects.base import Wire
 from topkd.clients.dialects.records import find_dialect
 from topkd.clients.probe import tokens as probe_tokens
 from topkd.clients.probe.session import SCORING, TOKENS, Session, Teacher
