@@ -30,6 +30,7 @@ from topkd.clients.decoding import vllm as decode
 from topkd.clients.decoding import vllm_numba as decode_numba
 from topkd.clients.decoding import vllm_numpy as decode_numpy
 from topkd.clients.decoding.binary import read_flat_lists, read_npy_matrix
+from topkd.clients.decoding.checks import build_scores
 from topkd.clients.decoding.vllm import read_prompt_rows, read_scored_choice
 
 RESULTS = Path(__file__).parent / "results" / "bench_decode.json"
@@ -57,14 +58,14 @@ def json_loop(body: bytes, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndar
 def fast(read: Callable) -> Callable:
     def run(body: bytes, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rows, envelope = read(body, ids, 0, k)
-        decode.check_prompt(read_scored_choice(envelope).prompt_token_ids, ids)
+        assert read_scored_choice(envelope).prompt_token_ids == ids.tolist()
         return rows.ids, rows.logp.astype(np.float32), rows.actual_logp.astype(np.float32)
 
     return run
 
 
 def typed(body: bytes, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    topk, _ = decode.scored(read_prompt_rows(read_scored_choice(body), ids, 0), ids, 0, k)
+    topk, _ = build_scores(read_prompt_rows(read_scored_choice(body), ids, 0), ids, 0, k)
     return topk.ids, topk.logp, topk.actual_logp
 
 

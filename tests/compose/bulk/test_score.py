@@ -280,8 +280,10 @@ async def test_given_logprobs_travel_into_the_cache_and_train_off_policy(config,
 
 async def test_replicas_share_the_work_and_must_agree(config, server, model, tmp_path):
     other = server.url.replace("127.0.0.1", "localhost")
+    before = sent_tokens(server)
     report = await score(config(teachers=(server.url, other)))
     assert (report.scored, report.failed) == (60, 0)
+    assert sent_tokens(server) - before == sum(TOKENS) + 2 * 8, "compared once, on eight ids, when the job connects"
     with pytest.raises(ServerUnreachableError, match=r"127\.0\.0\.1:1"):
         await score(
             config(teachers=("http://127.0.0.1:1",), out=tmp_path / "x", client={"max_retries": 1, "backoff_s": 0.01})

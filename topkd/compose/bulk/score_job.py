@@ -70,17 +70,6 @@ class TeacherQueue:
     def __init__(self, teacher: OpenTeacher, store: ScoreStore, identity: TeacherIdentity) -> None:
         self.teacher, self.identity, self.live = teacher, identity, _CountingScorer(teacher.scorer)
         self.scorer = CachingScorer(self.live, store, identity)
-        self.has_compared = False
-
-    def cost_tokens(self, tokens: int) -> int:
-        """Count the tokens that a request for a sequence sends, with the one that is generated."""
-        return (tokens + 1) * (1 if self.has_compared else self.teacher.first_cost)
-
-    async def compare_replicas(self, item: ScoreInput, k: int) -> None:
-        """Compare the replicas on the first sequence that is asked for."""
-        if not self.has_compared:
-            self.has_compared = True
-            await self.teacher.agree(item.ids, item.start, k)
 
 
 class ScoreJob(BulkJob[tuple[Item, bool], ScoreInput, TopK]):
@@ -125,7 +114,8 @@ class ScoreJob(BulkJob[tuple[Item, bool], ScoreInput, TopK]):
         report.duplicates, report.skipped = self.selection.duplicates, self.selection.skipped
         items = [item for item, is_cached in chunk if self._needs_request(item, is_cached=is_cached)
                  and isinstance(item, ScoreInput)]  # fmt: skip
-        requests = [(digest_sequence(item), self._queue(item).cost_tokens(int(item.ids.size))) for item in items]
+        # A request sends its sequence, and generates one token.
+        requests = [(digest_sequence(item), int(item.ids.size) + 1) for item in items]
         claims = await self.budget.claim(requests) if requests else []
         for item, claim in zip(items, claims, strict=True):
             if claim is Claim.CAP:
@@ -135,7 +125,6 @@ class ScoreJob(BulkJob[tuple[Item, bool], ScoreInput, TopK]):
             if claim is Claim.ELSEWHERE:
                 self._count_elsewhere(item)
                 continue
-            await self._queue(item).compare_replicas(item, self.config.k)
             await self.wait_for_slot()
             self.start(item)
         return True

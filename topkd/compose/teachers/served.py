@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from topkd.clients import ClientConfig, Fleet, VllmInProcess, connect
 from topkd.topk.errors import ConfigError
-from topkd.topk.protocols import Ids, TeacherScorer
+from topkd.topk.protocols import TeacherScorer
 
 IN_PROCESS = "vllm:"  # before a folder or id, in place of a URL
 
@@ -35,16 +35,6 @@ class OpenTeacher:
     context: int | None
     fleet: Fleet | None = None
     version: str = ""
-
-    @property
-    def first_cost(self) -> int:
-        """How often the first row is sent: replicas are compared on it before anything else."""
-        return 1 if self.fleet is None else 1 + len(self.fleet.replicas)
-
-    async def agree(self, ids: Ids, start: int, k: int) -> None:
-        """Raises ResponseError when replicas do not serve the same weights."""
-        if self.fleet is not None:
-            await self.fleet.agreement(ids, start, k)
 
     def fingerprint(self) -> dict[str, str | int | None]:
         """Who answered, for a run's provenance."""
