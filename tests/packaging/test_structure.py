@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 LONG = {
     "topkd/cli/commands/score.py score_command": "a signature of options; the body is ten lines",
     "topkd/clients/decoding/vllm_numba.py _pass": "numba compiles one loop without calls into the fastest code",
-    "topkd/clients/dialects/openai.py OpenAIChat.chat": "to be split",
     "topkd/compose/demo.py demo": "to be split",
     "topkd/compose/replay.py replay": "to be split",
     "topkd/topk/losses/entropy.py eopd_loss": "a public loss: formula, arguments and checks before ten lines of maths",
@@ -25,7 +24,7 @@ LONG = {
     "topkd/topk/maths/estimator.py topk_weights": "a public function of the maths, as above",
 }
 # Public names that two files define.
-TWICE = {"Completion", "Run", "check_vocabulary", "main", "read_rollouts", "summarize_run"}
+TWICE = {"Completion", "Run", "main", "summarize_run"}
 MOST_VAGUE = 18
 MOST_LINES_OF_CODE = 42_700
 

@@ -70,20 +70,7 @@ def check_request_ids(ids: Ids, start: int, k: int, vocab_size: int | None = Non
     return array.astype(np.int32)
 
 
-def check_prompt_ids(prompt_ids: Ids, n: int, k: int, vocab_size: int | None = None) -> Int32:
-    """Return a prompt to continue as int32; refuse what no server could continue."""
-    prompt = np.asarray(prompt_ids)
-    if prompt.ndim != 1 or prompt.size < 1 or prompt.dtype.kind not in "iu":
-        raise ConfigError(
-            "a prompt must be a flat, non-empty sequence of token ids", got=f"{prompt.dtype} {prompt.shape}"
-        )
-    if n < 1 or k < 0:
-        raise ConfigError("n must be at least 1 and k at least 0", got=f"n = {n}, k = {k}")
-    check_vocabulary(prompt, vocab_size)
-    return prompt.astype(np.int32)
-
-
-def check_candidate_ids(candidates: Int32, rows: int, vocab_size: int | None = None) -> Int32:
+def prepare_candidates(candidates: Int32, rows: int, vocab_size: int | None = None) -> Int32:
     """Return candidate ids [rows, K] (-1 pads) as int32; refuse another shape and ids the model cannot have."""
     ids = np.asarray(candidates)
     if ids.ndim != 2 or ids.shape[0] != rows or ids.shape[1] < 1 or ids.dtype.kind not in "iu":

@@ -15,9 +15,9 @@ from typing import Any, cast
 import msgspec
 import numpy as np
 
-from topkd.clients.decoding.checks import LOWEST, build_scores, check_prompt_ids, check_reply_vocabulary
+from topkd.clients.decoding.checks import LOWEST, build_scores, check_reply_vocabulary, check_vocabulary
 from topkd.clients.decoding.vllm import Logprob, as_ids, entries_of, typed
-from topkd.topk.errors import AlignmentError, ResponseError, ServerBusyError
+from topkd.topk.errors import AlignmentError, ConfigError, ResponseError, ServerBusyError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import FinishReason, Rollout, SamplingParams
 from topkd.topk.types import Float32, Float64, Int32, TopK
@@ -89,8 +89,15 @@ def prepare_sample_request(
 
     With a seed a retry draws the same completions: what a lost reply held has no influence on what is kept.
     """
-    prompt = check_prompt_ids(prompt_ids, n, k, vocab_size)
-    return SampleRequest(prompt, n, draw_seed(params), k, vocab_size, params.exact)
+    prompt = np.asarray(prompt_ids)
+    if prompt.ndim != 1 or prompt.size < 1 or prompt.dtype.kind not in "iu":
+        raise ConfigError(
+            "a prompt must be a flat, non-empty sequence of token ids", got=f"{prompt.dtype} {prompt.shape}"
+        )
+    if n < 1 or k < 0:
+        raise ConfigError("n must be at least 1 and k at least 0", got=f"n = {n}, k = {k}")
+    check_vocabulary(prompt, vocab_size)
+    return SampleRequest(prompt.astype(np.int32), n, draw_seed(params), k, vocab_size, params.exact)
 
 
 def draw_seed(params: SamplingParams) -> SamplingParams:

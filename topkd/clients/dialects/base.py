@@ -17,6 +17,7 @@ from pydantic import SecretStr
 from topkd.clients.config import ClientConfig
 from topkd.clients.decoding.sampled import SampleRequest
 from topkd.clients.decoding.vllm import typed
+from topkd.clients.dialects.records import find_dialect
 from topkd.clients.http.admission import MemoryBudget
 from topkd.clients.http.endpoint import Endpoint, RequestInfo
 from topkd.clients.http.metrics import Metrics
@@ -244,12 +245,12 @@ class HttpClient:
             ),
         )
 
-    def _check_k(self, k: int, limit: int) -> None:
-        """Refuse a K above a service's fixed limit before anything is sent."""
-        if k > limit:
-            error = KLimitError(
-                f"K = {k} is above the limit of this service", where=self.where(), expected=f"K <= {limit}"
-            )
+    def _check_k(self, k: int) -> None:
+        """Refuse a K above the limit of the dialect before anything is sent."""
+        limit = find_dialect(self.dialect).max_k
+        if 0 < limit < k:
+            what = f"K = {k} is above the limit of the {self.dialect} dialect"
+            error = KLimitError(what, where=self.where(), expected=f"K <= {limit}")
             error.limit = limit
             raise error
 

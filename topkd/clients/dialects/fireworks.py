@@ -32,7 +32,6 @@ from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import Float64, Int32, TopK
 
 ROUTE = "/v1/completions"
-MAX_K = 5
 
 
 class _Top(msgspec.Struct):
@@ -182,7 +181,7 @@ class FireworksEcho(ScoringClient):
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
         """Score, as ``TeacherScorer``, for K <= 5."""
-        self._check_k(k, MAX_K)
+        self._check_k(k)
         array = check_request_ids(ids, start, k, self.vocab_size)
         body = build_fireworks_score(await self.model_name(), array, start, k)
         decode = partial(read_fireworks_scores, ids=array, start=start, k=k, vocab_size=self.vocab_size)
@@ -192,7 +191,7 @@ class FireworksEcho(ScoringClient):
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
         """Draw n completions with exact logprobs (NaN under inexact parameters); their version is unknown ("")."""
-        self._check_k(k, MAX_K)
+        self._check_k(k)
         asked = prepare_sample_request(prompt_ids, n, params, k, self.vocab_size)
         if params.stop_token_ids:
             raise ConfigError("Fireworks takes no stop_token_ids", where=self.where(), got=params.stop_token_ids)

@@ -17,13 +17,13 @@ from topkd.clients.decoding.byte_map import ByteMap, load_bytemap
 from topkd.clients.decoding.openai import Recovered, read_chat_rollouts
 from topkd.clients.decoding.sampled import SampleRequest, prepare_sample_request
 from topkd.clients.dialects.base import ClientOptions, HttpClient, ServerFacts
+from topkd.clients.dialects.records import find_dialect
 from topkd.topk.errors import ConfigError, ResponseError, UnsupportedError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import TopK
 
 ROUTE = "/v1/chat/completions"
-MAX_K = 20
 Message = Mapping[str, str]
 _STRICT = ("openai.com", "azure.com", "openrouter.ai")  # refuse, or pass on, fields they do not know
 
@@ -53,7 +53,7 @@ def build_chat(
         "frequency_penalty": params.frequency_penalty,
         "seed": params.seed,
         "logprobs": True,
-        "top_logprobs": min(k + 1, MAX_K) if k else 0,
+        "top_logprobs": min(k + 1, find_dialect("openai").max_k) if k else 0,
     }
     if not strict:
         body |= {
@@ -125,7 +125,7 @@ class OpenAIChat(HttpClient):
             AlignmentError: the server counts another number of prompt tokens.
             ResponseError: no draw could be read back as ids.
         """
-        self._check_k(k, MAX_K)
+        self._check_k(k)
         asked = prepare_sample_request(prompt_ids, n, params, k)
         params = asked.params
         if self._strict and (params.top_k or params.min_p or params.repetition_penalty != 1.0 or params.stop_token_ids):

@@ -45,7 +45,8 @@ class Dialect:
     Attributes:
         name: As users write it.
         client: ``module:class`` of its client.
-        questions: ``module:function`` that asks a server of this dialect what a probe wants to know.
+        questions: ``module:function`` that asks a server what a probe wants to know; the default asks what any dialect
+            answers through its client.
         scores: It scores given ids: it can teach.
         candidates: It scores ids of the caller's choice too.
         samples: It continues given ids, with the logprobs they were drawn with.
@@ -53,12 +54,13 @@ class Dialect:
         sink: ``module:class`` of the weight sink that brings new weights to it; "" where none can be brought.
         spells: Its scores hold the text of each id.
         samples_best_as: The dialect in which the same server samples best.
+        max_k: The largest K that any of its servers takes; 0: each server has its own limit, or none.
         reply: How large a score comes back, measured on the embedded server and a real vLLM.
     """
 
     name: str
     client: str
-    questions: str
+    questions: str = "topkd.clients.probe.scores:ask_scorer"
     scores: bool = False
     candidates: bool = False
     samples: bool = False
@@ -66,6 +68,7 @@ class Dialect:
     sink: str = ""
     spells: bool = False
     samples_best_as: str = ""
+    max_k: int = 0
     reply: ReplyShape = ReplyShape(70, 70, prompt=True)
 
     @property
@@ -100,8 +103,8 @@ DIALECTS: dict[str, Dialect] = {
         Dialect(
             "fireworks",
             f"{_CLIENTS}.fireworks:FireworksEcho",
-            f"{_PROBE}.scores:ask_echo_teacher",
             scores=True,
+            max_k=5,
             reply=ReplyShape(70, 70, prompt=False),
         ),
         Dialect(
@@ -139,6 +142,7 @@ DIALECTS: dict[str, Dialect] = {
             f"{_CLIENTS}.openai:OpenAIChat",
             f"{_PROBE}.openai:ask_openai",
             chats=True,
+            max_k=20,
             samples_best_as="openai",  # opened again with the tokenizer's table
         ),
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from topkd.clients.decoding.checks import check_candidate_ids, check_request_ids
+from topkd.clients.decoding.checks import check_request_ids, prepare_candidates
 from topkd.clients.decoding.sampled import prepare_sample_request
 from topkd.clients.decoding.sglang import read_sglang_candidates, read_sglang_rollouts, read_sglang_scores
 from topkd.clients.dialects.base import ScoringClient, ServerFacts, ServerInfo, Wire
@@ -125,7 +125,7 @@ class Sglang(ScoringClient):
         """
         array = check_request_ids(ids, start, 0, self.vocab_size)
         rows = int(array.size) - 1 - start
-        wanted = check_candidate_ids(candidates, rows, self.vocab_size)
+        wanted = prepare_candidates(candidates, rows, self.vocab_size)
         union = np.unique(wanted[wanted >= 0]).astype(np.int32)
         if not union.size:
             return np.full(wanted.shape, -np.inf, dtype=np.float32)

@@ -13,10 +13,10 @@ from typing import Any, Self
 import numpy as np
 
 from topkd.clients.decoding.checks import (
-    check_candidate_ids,
     check_candidates,
     check_reply_rows,
     check_request_ids,
+    prepare_candidates,
     topk_with_actual,
 )
 from topkd.clients.decoding.sampled import (
@@ -122,7 +122,7 @@ class TinkerClient:
     async def score_candidates(self, ids: Ids, start: int, candidates: Int32) -> Float32:
         """Score candidates, as ``CandidateScorer``: own ids at each row; rows before ``start`` are not computed."""
         array = check_request_ids(ids, start, 0, self.vocab_size)
-        wanted = check_candidate_ids(candidates, int(array.size) - 1 - start, self.vocab_size)
+        wanted = prepare_candidates(candidates, int(array.size) - 1 - start, self.vocab_size)
         if not (wanted >= 0).any():
             return np.full(wanted.shape, -np.inf, dtype=np.float32)
         asked = np.full((array.size - 1, wanted.shape[1]), PAD_ID, dtype=np.int64)

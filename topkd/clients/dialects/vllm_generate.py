@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from topkd.clients.decoding.binary import read_npy_matrix
-from topkd.clients.decoding.checks import check_candidate_ids, check_candidates, check_request_ids
+from topkd.clients.decoding.checks import check_candidates, check_request_ids, prepare_candidates
 from topkd.clients.decoding.sampled import build_vllm_sampling, read_generate_rollouts
 from topkd.clients.decoding.vllm import read_generate_scores, typed
 from topkd.clients.dialects.base import ServerFacts
@@ -131,7 +131,7 @@ class VllmGenerate(VllmCompletions):
             UnsupportedError: the server scores no candidates, or the rows share too few of them for its schema.
         """
         array = check_request_ids(ids, start, 0, self.vocab_size)
-        wanted = check_candidate_ids(candidates, int(array.size) - 1 - start, self.vocab_size)
+        wanted = prepare_candidates(candidates, int(array.size) - 1 - start, self.vocab_size)
         if self._schema is None:
             version = await self.version()
             self._schema = "shared" if () < version < _ROWS else "rows"

@@ -16,10 +16,10 @@ from typing import Any, Self
 import numpy as np
 
 from topkd.clients.decoding.checks import (
-    check_candidate_ids,
     check_candidates,
     check_reply_rows,
     check_request_ids,
+    prepare_candidates,
     topk_with_actual,
 )
 from topkd.clients.decoding.sampled import (
@@ -108,7 +108,7 @@ class VllmInProcess:
     async def score_candidates(self, ids: Ids, start: int, candidates: Int32) -> Float32:
         """Score candidates, as ``CandidateScorer``; needs vLLM 0.32 and its model runner V2."""
         array = check_request_ids(ids, start, 0, self.vocab_size)
-        wanted = check_candidate_ids(candidates, int(array.size) - 1 - start, self.vocab_size)
+        wanted = prepare_candidates(candidates, int(array.size) - 1 - start, self.vocab_size)
         fields = {
             "max_tokens": 1,
             "temperature": 0.0,

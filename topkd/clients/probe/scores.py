@@ -13,7 +13,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from topkd.clients.dialects.fireworks import MAX_K
+from topkd.clients.dialects.base import ScoringClient
+from topkd.clients.dialects.records import find_dialect
 from topkd.clients.probe import tokens as probe_tokens
 from topkd.clients.probe.findings import SampleTemp, Status
 from topkd.clients.probe.session import OPERATION, SAMPLING, SCORING, TOKENS, Session
@@ -23,6 +24,7 @@ from topkd.topk.types import Float32, Int32, TopK
 
 DRAWN = 12
 _SPEED_TOKENS = 512
+_USUAL_K = 20  # the default of a run
 EXACT = 5e-3  # above float32 noise over thousands of tokens, below a systematic error of 0.01
 NOISE = 0.3  # 16-bit servers differ by up to this between prefill and decoding; other rows differ by nats
 _SAME = 2e-2
@@ -288,15 +290,26 @@ async def ask_teacher(session: Session) -> None:
     """Ask what any teacher must answer, through its client."""
     ask = session.ask
     await ask("realised_token", SCORING, "realised token's logprob", check_realised_token, on_error="fail")
+    if isinstance(session.client, ScoringClient) and type(session.client).sample is ScoringClient.sample:
+        session.add(
+            "alignment",
+            SCORING,
+            "alignment self-test",
+            "unknown",
+            "not made",
+            "the dialect draws nothing to score again",
+        )
+        return
     await ask("alignment", SCORING, "alignment self-test", check_self_scores, on_error="fail")
     await ask("sampling", SAMPLING, "ids and logprobs", check_sampling_list)
     await ask("sample_temperature", SAMPLING, "logprobs are of", sample_temperature)
 
 
-async def ask_echo_teacher(session: Session) -> None:
-    """Ask every question of a server that scores by echo."""
-    ask = session.ask
-    confirm = partial(confirm_widest_k, asked=MAX_K, limit=MAX_K)
+async def ask_scorer(session: Session) -> None:
+    """Ask what any dialect that scores can answer through its client alone."""
+    ask, limit = session.ask, find_dialect(session.client.dialect).max_k
+    # Without a stated limit the usual K is tried, and only that K is then known to be served.
+    confirm = partial(confirm_widest_k, asked=limit or _USUAL_K, limit=limit or _USUAL_K)
     if await ask("k_max", SCORING, "largest K", confirm, on_error="fail"):
         await ask_teacher(session)
         await ask("tokenizer", TOKENS, "the student's tokenizer", probe_tokens.check_tokenizer)
