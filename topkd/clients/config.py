@@ -1,4 +1,4 @@
-"""``ClientConfig``: every knob of the HTTP clients, with the defaults that are sane for one busy server."""
+"""``ClientConfig``: every setting of the HTTP clients, with defaults for one busy server."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ class ClientConfig(BaseModel):
     breaker_cooldown_s: Seconds = 5.0
 
     def try_timeout_s(self, tokens: int) -> float:
-        """Seconds one try may take when ``tokens`` are to be scored or generated."""
+        """Return the seconds one try may take when ``tokens`` are to be scored or generated."""
         return self.read_timeout_s + self.read_timeout_per_token_s * tokens
 
     def reply_bound(self, entries: int) -> int:
-        """Bytes a reply of ``entries`` (token, logprob) pairs may have: 512 each is seven times the usual."""
+        """Return the bytes a reply of ``entries`` (token, logprob) pairs may have: 512 each, seven times the usual."""
         return min(self.max_reply_bytes, 262_144 + 512 * entries)

@@ -73,8 +73,8 @@ async def _open_scoring_client(url: str, dialect: str, options: ConnectOptions) 
     return client
 
 
-async def detect(client: HttpClient) -> str:
-    """Find out the dialect of the server behind a client, by which routes answer: a few GETs, no tokens.
+async def detect_dialect(client: HttpClient) -> str:
+    """Find the dialect of a server by which routes answer: a few GETs, no tokens.
 
     Whether it does what its routes promise is for the probe, and for the checks of each reply.
     """
@@ -82,7 +82,7 @@ async def detect(client: HttpClient) -> str:
     for name, dialect in DIALECTS.items():
         if await dialect.load_client().matches(server):
             return name
-    raise UnsupportedError("the server speaks no dialect that is known", where=client.where())
+    raise UnsupportedError("unknown server: none of the dialects matches it", where=client.where())
 
 
 async def open_client(url: str, *, dialect: str = AUTO, **options: Any) -> HttpClient:
@@ -98,7 +98,7 @@ async def open_client(url: str, *, dialect: str = AUTO, **options: Any) -> HttpC
         async with HttpClient(url, **shared) as asking:
             if not _is_hosted(url):
                 await asking.server_info()
-            dialect = await detect(asking)
+            dialect = await detect_dialect(asking)
     client = find_dialect(dialect).load_client()(url, **options)
     try:
         if not _is_hosted(url):
@@ -110,6 +110,6 @@ async def open_client(url: str, *, dialect: str = AUTO, **options: Any) -> HttpC
 
 
 def _is_hosted(url: str) -> bool:
-    """Whether listing models would list a catalogue."""
+    """Check for a hosted service, where listing models would list a catalogue."""
     host = urlsplit(url).hostname or ""
     return host.endswith(".fireworks.ai") or host in {"fireworks.ai", "api.openai.com"}

@@ -204,9 +204,9 @@ async def test_nan_on_the_server_gets_one_retry_with_another_cache_salt():
         ({"token_ids": [11, 5000]}, ResponseError, "outside the vocabulary"),
         ({"token_ids": [11, -1]}, ResponseError, "token id"),
         ({"token_ids": [11, 10**30]}, ResponseError, "token id|out of range|shape"),
-        ({"logp": (-0.5, None)}, ResponseError, "cannot be one"),
-        ({"logp": (-0.5, -9999.0)}, ResponseError, "cannot be one"),
-        ({"logp": (-0.5, 0.5)}, ResponseError, "cannot be one"),
+        ({"logp": (-0.5, None)}, ResponseError, "of a sampled token is invalid"),
+        ({"logp": (-0.5, -9999.0)}, ResponseError, "of a sampled token is invalid"),
+        ({"logp": (-0.5, 0.5)}, ResponseError, "of a sampled token is invalid"),
         ({"index": 1}, ResponseError, "wrong choices"),
     ],
 )

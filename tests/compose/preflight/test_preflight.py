@@ -123,7 +123,7 @@ async def test_what_was_not_compared_is_compared_by_the_next_start_and_the_words
     notes, kept = Notes(), tmp_path / "teachers.json"
     missing = run_config(folder, server.url, student={"model": "./nope"})
     await check_teachers(missing, notes, kept)
-    assert notes.said[-1].endswith("not compared with the student's: student.model './nope': no tokenizer there")
+    assert notes.said[-1].endswith("not compared with the student's: student.model './nope': no tokenizer found")
     for resumed in (False, True):
         await check_teachers(missing, Progress(), kept)
         met = await check_teachers(run_config(folder, server.url), Progress(), kept, resumed=resumed)

@@ -47,7 +47,7 @@ def probe_command(
 ) -> None:
     """Find out what an endpoint can do, from real requests on a handful of tokens.
 
-    Exit code 0: it can teach. 1: it cannot, or does not answer. 2: the question cannot be right.
+    Exit code 0: it can teach. 1: it cannot, or does not answer. 2: invalid arguments or input.
 
     Example: topkd probe http://127.0.0.1:8000 --student ./models/student
     """

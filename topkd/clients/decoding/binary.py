@@ -19,7 +19,7 @@ _HEADER_LIMIT = 4096
 
 
 def read_npy_matrix(raw: bytes, *, rows: int, k: int, what: str = "npy matrix") -> Float32:
-    """float32 [rows, K] of a ``.npy`` buffer, a read-only view of it.
+    """Read float32 [rows, K] of a ``.npy`` buffer, a read-only view of it.
 
     Raises:
         ResponseError: no such buffer, another dtype, or NaN (-inf is probability zero and may be there).
@@ -44,7 +44,7 @@ def read_npy_matrix(raw: bytes, *, rows: int, k: int, what: str = "npy matrix") 
 def read_flat_lists(
     values: bytes, indices: bytes, *, rows: int, k: int, what: str = "flat top-K"
 ) -> tuple[Int32, Float32]:
-    """ids int32 [rows, K] and logprobs float32 [rows, K] of two flat little-endian buffers.
+    """Read ids int32 [rows, K] and logprobs float32 [rows, K] of two flat little-endian buffers.
 
     Raises:
         AlignmentError: not ``rows * k`` entries.

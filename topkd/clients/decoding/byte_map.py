@@ -41,12 +41,12 @@ class ByteMap:
 
     @property
     def size(self) -> int:
-        """One more than the largest id."""
+        """Return one more than the largest id."""
         return max(self.token_bytes, default=-1) + 1
 
     @cached_property
     def ids_of(self) -> dict[bytes, tuple[int, ...]]:
-        """bytes -> the ids that stand for them."""
+        """Map bytes to the ids that stand for them."""
         found: defaultdict[bytes, list[int]] = defaultdict(list)
         for token, spelt in self.token_bytes.items():
             found[spelt].append(token)
@@ -54,21 +54,21 @@ class ByteMap:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of what every id stands for."""
+        """Hash what every id stands for."""
         table = b"".join(b"%d:%d:%s" % (token, len(spelt), spelt) for token, spelt in sorted(self.token_bytes.items()))
         return xxhash.xxh3_128_hexdigest(table)
 
     def only_id(self, spelt: bytes) -> int | None:
-        """The one id that stands for these bytes; None when there is none, or more than one."""
+        """Find the only id that stands for these bytes; None when there is none, or more than one."""
         ids = self.ids_of.get(spelt, ())
         return ids[0] if len(ids) == 1 else None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens around it, as tokenizer.json cuts it."""
+        """Encode a text without special tokens around it, as tokenizer.json cuts it."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_as_loaded(self, text: str) -> list[int] | None:
-        """Ids of a text as ``loaded`` cuts it; None where that is not known.
+        """Encode a text as ``loaded`` cuts it; None where that is not known.
 
         For some model types transformers builds the pre-tokenizer itself, whatever tokenizer.json says. Servers and
         trainers load tokenizers through it, so that is what a text becomes there.
@@ -77,7 +77,7 @@ class ByteMap:
 
 
 def load_bytemap(source: str | Path) -> ByteMap:
-    """The byte map of a ``tokenizer.json``, a folder that holds one, or a Hugging Face id in the local cache.
+    """Load the byte map of a ``tokenizer.json``, a folder that holds one, or a Hugging Face id in the local cache.
 
     Raises:
         ConfigError: there is no such tokenizer here, or it is of a kind whose bytes are not known.
@@ -94,7 +94,7 @@ def load_bytemap(source: str | Path) -> ByteMap:
 
 
 def read_byte_map(tokenizer: Any, *, where: str = "tokenizer") -> ByteMap:
-    """The byte map of a ``tokenizers.Tokenizer``."""
+    """Read the byte map of a ``tokenizers.Tokenizer``."""
     definition = json.loads(tokenizer.to_str())
     added = {entry["id"]: entry for entry in definition.get("added_tokens") or []}
     kinds = _kinds(definition.get("decoder")) | _kinds(definition.get("pre_tokenizer"))
@@ -131,7 +131,7 @@ def _find(source: str) -> Path:
         if isinstance(cached, str):
             return Path(cached)
     raise ConfigError(
-        "no tokenizer there",
+        "no tokenizer found",
         got=repr(source),
         expected="a tokenizer.json, a folder with one, or a Hugging Face id in the local cache",
     )

@@ -203,7 +203,7 @@ def topk_with_actual(ids: Int32, logp: Float64, *, start: int, k: int, actual_id
     for values in (logp, actual_logp):
         bad = np.isnan(values) | (values > _SAME) | ((values < _FLOAT_LOWEST) & ~np.isneginf(values))
         if bad.any():
-            raise ResponseError("a value is no logprob", got=float(values[bad][0]), expected="a number <= 0")
+            raise ResponseError("a logprob is invalid", got=float(values[bad][0]), expected="a number <= 0")
     topk = build_sorted_scores(ids, logp, start=start, k=k, actual_ids=actual_ids, actual_logp=actual_logp)
     if not topk.k:
         return topk
@@ -239,7 +239,9 @@ def check_candidates(values: Float32, wanted: Int32, start: int) -> Float32:
     if (mass > 1 + MASS_TOLERANCE).any():
         row = int(np.argmax(mass > 1 + MASS_TOLERANCE))
         raise ResponseError(
-            "candidates hold more than all probability", where=f"row {row}, position {start + row + 1}", got=mass[row]
+            "the probabilities of the candidates add up to more than 1",
+            where=f"row {row}, position {start + row + 1}",
+            got=mass[row],
         )
     return values
 

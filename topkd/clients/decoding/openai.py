@@ -173,7 +173,7 @@ def _rollout(choice: _Choice, content: list[_Position], ids: Int32, rows: list[_
         raise ResponseError("too many tokens", where=where, got=ids.size, expected=asked.params.max_tokens)
     logp = np.array([np.nan if p.logprob is None else p.logprob for p in content], dtype=np.float64)
     if np.isnan(logp).any() or (logp <= _LOWEST).any() or (logp > 1e-3).any():
-        raise ResponseError("a sampled token's logprob cannot be one", where=where, expected="a finite number <= 0")
+        raise ResponseError("the logprob of a sampled token is invalid", where=where, expected="a finite number <= 0")
     topk = _topk(rows, ids, logp, asked) if asked.k else None
     finish_reason, version = check_finish_reason(choice.finish_reason), join_versions(choice.weight_versions)
     return build_rollout(asked, ids, logp, finish_reason, topk=topk, version=version)

@@ -218,7 +218,7 @@ def _sampled_logp(logprobs: Logprobs, ids: Int32, where: str) -> Float64:
     if bad.any():
         position = int(np.argmax(bad))
         raise ResponseError(
-            "a sampled token's logprob cannot be one",
+            "the logprob of a sampled token is invalid",
             where=f"{where}, token {position}",
             got=served[position],
             expected="a finite number <= 0",

@@ -95,7 +95,7 @@ def read_sglang_candidates(body: bytes, *, ids: Int32, start: int, union: Int32)
             expected=union[:4].tolist(),
         )
     if (np.exp(logp).sum(axis=1) > 1 + 1e-3).any():
-        raise ResponseError("candidates hold more than all probability")
+        raise ResponseError("the probabilities of the candidates add up to more than 1")
     return np.where(logp <= _LOWEST, -np.inf, logp).astype(np.float32)
 
 

@@ -128,11 +128,11 @@ def entries_of(rows: list[Row], actual: list[int]) -> Entries:
         ids[listed] = np.fromiter((token for row in rows for token in row), dtype=np.int64, count=total)
         rank = np.array([entry.rank or 0 if entry else 0 for entry in served], dtype=np.int64)
     except OverflowError as error:
-        raise ResponseError("a token id or rank is too large to be one", got=str(error)) from error
+        raise ResponseError("a token id or rank is too large", got=str(error)) from error
     logp[listed] = np.fromiter((entry.logprob for row in rows for entry in row.values()), dtype=np.float64, count=total)
     if total and (int(ids[listed].min()) < 0 or int(ids.max()) > _MAX_ID):
         raise ResponseError(
-            "a token id cannot be one", got=f"{ids[listed].min()}..{ids.max()}", expected=f"0..{_MAX_ID}"
+            "a token id is out of range", got=f"{ids[listed].min()}..{ids.max()}", expected=f"0..{_MAX_ID}"
         )
     return Entries(ids.astype(np.int32), logp, np.minimum(rank, _MAX_ID).astype(np.int32))
 
@@ -142,9 +142,9 @@ def as_ids(values: list[int], what: str) -> Int32:
     try:
         array = np.array(values, dtype=np.int64)
     except OverflowError as error:
-        raise ResponseError(f"{what}: a token id is too large to be one") from error
+        raise ResponseError(f"{what}: a token id is too large") from error
     if array.size and (int(array.min()) < 0 or int(array.max()) > _MAX_ID):
-        raise ResponseError(f"{what}: a token id cannot be one", got=f"{array.min()}..{array.max()}")
+        raise ResponseError(f"{what}: a token id is out of range", got=f"{array.min()}..{array.max()}")
     return array.astype(np.int32)
 
 

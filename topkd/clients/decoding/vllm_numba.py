@@ -1,6 +1,6 @@
 """The same rows by one pass over the bytes, compiled by numba where it is installed (``pip install topkd[fast]``).
 
-Stricter than ``decode_numpy``: every byte between the entries is read, ranks may stand in any order, ids may have nine
+Stricter than ``vllm_numpy``: every byte between the entries is read, ranks may stand in any order, ids may have nine
 digits. It hands over (None) in the same cases: whatever is not the compact form that vLLM writes.
 """
 
@@ -27,7 +27,7 @@ _POW10 = 10.0 ** np.arange(23)  # exact in float64, all of them
 
 @functools.cache
 def available() -> bool:
-    """True when numba is installed and fits the NumPy beside it."""
+    """Check that numba is installed and fits the NumPy beside it."""
     if importlib.util.find_spec("numba") is None:
         return False
     try:
@@ -38,7 +38,7 @@ def available() -> bool:
 
 
 def read_rows_compiled(body: bytes, ids: Int32, start: int, k: int) -> tuple[Ranked, bytes] | None:
-    """As ``decode_numpy.read_rows``."""
+    """Read rows, as ``vllm_numpy.read_rows``."""
     first = body.find(_START)
     if first < 0 or k < 1 or body[first + len(_START) :][:6] != b"null,{":
         return None
@@ -57,7 +57,7 @@ def read_rows_compiled(body: bytes, ids: Int32, start: int, k: int) -> tuple[Ran
 
 @functools.cache
 def load_reader() -> Callable[..., Any]:
-    """The compiled pass (compiled once a machine, then read from numba's cache)."""
+    """Compile the pass (once a machine, then read from numba's cache)."""
     import numba
 
     # It writes only to its own arrays and holds no Python object: other threads go on meanwhile.
@@ -77,7 +77,7 @@ def _pass(  # noqa: C901, PLR0911, PLR0912, PLR0915, PLR0917 - one loop without 
     actual_logp: NDArray[np.float64],
     extra: NDArray[np.bool_],
 ) -> int:
-    """Fills the arrays and returns the offset behind the ``]`` of the rows; -1 for anything unusual."""
+    """Fill the arrays and return the offset behind the ``]`` of the rows; -1 for anything unusual."""
     k = tokens.shape[1]
     last = b.size - 64
     count_rows = ids.size - 1

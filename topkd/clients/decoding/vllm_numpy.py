@@ -78,7 +78,7 @@ def _expect(holds: object) -> None:
 
 
 def read_rows(body: bytes, ids: Int32, start: int, k: int) -> tuple[Ranked, bytes] | None:
-    """Rows ``start + 1 ..`` of a scoring reply, and the reply without them (null in their place).
+    """Read rows ``start + 1 ..`` of a scoring reply, and the reply without them (null in their place).
 
     None when the reply is not exactly of the expected form.
     """

@@ -128,7 +128,7 @@ class HttpClient:
 
     @classmethod
     async def matches(cls, server: ServerFacts) -> bool:  # noqa: ARG003 - subclasses ask
-        """Whether a server speaks this dialect, by which routes answer: a few GETs, no tokens."""
+        """Recognise a server of this dialect by which routes answer: a few GETs, no tokens."""
         return False
 
     def __repr__(self) -> str:
@@ -170,7 +170,7 @@ class HttpClient:
             cards = await self._cards()
             if len(cards) != 1:
                 raise ConfigError(
-                    "the server has more or less than one model: name one",
+                    "the server does not serve exactly one model; name the one to use",
                     where=self.endpoint.url,
                     got=", ".join(card.id for card in cards) or "no model",
                     hint="model=...",
@@ -355,7 +355,7 @@ class ServerFacts:
 
     @property
     def host(self) -> str:
-        """The host of its URL."""
+        """Return the host of its URL."""
         return urlsplit(self.client.endpoint.url).hostname or ""
 
     async def version(self) -> str:

@@ -73,7 +73,7 @@ class Dialect:
 
     @property
     def syncs(self) -> bool:
-        """Whether a student that learns can be sampled from it."""
+        """Check that new weights of a student can be brought to it."""
         return bool(self.sink)
 
     def load_client(self) -> type[HttpClient]:

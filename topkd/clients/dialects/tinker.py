@@ -135,7 +135,7 @@ class TinkerClient:
         check_reply_rows(values.size, asked.size)
         kept = values.reshape(asked.shape)[start:]
         if not np.isfinite(kept[wanted >= 0]).all() or (kept[wanted >= 0] > 1e-3).any():
-            raise ResponseError("a candidate's logprob cannot be one", expected="a finite number <= 0")
+            raise ResponseError("the logprob of a candidate is invalid", expected="a finite number <= 0")
         return check_candidates(np.where(wanted >= 0, kept, -np.inf).astype(np.float32), wanted, start)
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
@@ -206,7 +206,7 @@ def _rows(
     if np.isnan(logp).any() or (logp > 1e-3).any() or (logp <= _EMPTY).any():
         bad = int(np.argmax(np.isnan(logp) | (logp > 1e-3) | (logp <= _EMPTY)))
         raise ResponseError(
-            "a realised token's logprob cannot be one", where=f"row {bad}", got=float(logp[bad]), expected="<= 0"
+            "the logprob of a realised token is invalid", where=f"row {bad}", got=float(logp[bad]), expected="<= 0"
         )
     want = k if vocab_size is None else min(k, vocab_size)
     if want == 0:

@@ -33,11 +33,11 @@ class AdaptiveWindow:
 
     @property
     def debt(self) -> int:
-        """Requests in flight beyond the window."""
+        """Count the requests in flight beyond the window."""
         return max(0, self.in_flight - self.size)
 
     def clean(self) -> None:
-        """A reply came without a sign of overload."""
+        """Record a reply without a sign of overload."""
         if self.in_flight + 1 < self.size:  # the window was not what held us back: growing it would be blind
             return
         self._clean += 1
@@ -46,7 +46,7 @@ class AdaptiveWindow:
             self.size = min(self.size + 1, self._config.max_in_flight)
 
     def overload(self) -> None:
-        """429, 503 or a transport failure: one event, one cut."""
+        """Record a 429, a 503 or a transport failure: one event, one cut."""
         self._clean, self._probing = 0, False
         now = self._clock()
         if now - self._last_cut >= self._config.window_cooldown_s:
@@ -64,7 +64,7 @@ class MemoryBudget:
         self.gates: list[Admission] = []
 
     def fits(self, cost: int) -> bool:
-        """True when ``cost`` may go now; a request larger than the whole budget goes alone."""
+        """Check that ``cost`` may go now; a request larger than the whole budget goes alone."""
         return self.used == 0 or self.used + cost <= self.capacity
 
 
@@ -84,13 +84,13 @@ class Permit:
         self._in_window = self._in_budget = True
 
     def replied(self, *, overload: bool = False, neutral: bool = False) -> None:
-        """The exchange is over: frees the place and tells the window how it went (neutral: a cancelled one)."""
+        """Free the place, and record in the window how the exchange went (neutral: cancelled)."""
         if self._in_window:
             self._in_window = False
             self._gate.leave_window(overload=overload, neutral=neutral)
 
     def release(self) -> None:
-        """The reply's bytes are gone."""
+        """Give the budget back: the reply's bytes are gone."""
         self.replied(neutral=True)
         if self._in_budget:
             self._in_budget = False
@@ -108,21 +108,21 @@ class Admission:
 
     @property
     def queued(self) -> int:
-        """Requests waiting for admission."""
+        """Count the requests waiting for admission."""
         return len(self._waiters)
 
     @property
     def load(self) -> int:
-        """Requests in flight or waiting."""
+        """Count the requests in flight or waiting."""
         return self.window.in_flight + len(self._waiters)
 
     @property
     def free(self) -> bool:
-        """Whether a request would go at once, as far as the window says."""
+        """Check that the window would let a request go at once."""
         return not self._waiters and self.window.in_flight < self.window.size
 
     async def enter(self, cost: int, *, where: str = "") -> Permit:
-        """Waits for a place in the window and for ``cost`` of the budget, then takes both."""
+        """Wait for a place in the window and for ``cost`` of the budget, then take both."""
         with self.budget.lock:
             if self not in self.budget.gates:  # closed in one loop, used again in another
                 self.budget.gates.append(self)
@@ -154,7 +154,7 @@ class Admission:
         return Permit(self, cost)
 
     def leave_window(self, *, overload: bool, neutral: bool) -> None:
-        """Called by a Permit."""
+        """Free a place in the window."""
         with self.budget.lock:
             self.window.in_flight -= 1
             if overload:
@@ -164,13 +164,13 @@ class Admission:
             self._pump()
 
     def leave_budget(self, cost: int) -> None:
-        """Called by a Permit."""
+        """Free a part of the budget."""
         with self.budget.lock:
             self.budget.used -= cost
             self._pump_all()
 
     def close(self) -> None:
-        """No longer woken when others give budget back."""
+        """Stop being woken when others give budget back."""
         with self.budget.lock:
             if self in self.budget.gates:
                 self.budget.gates.remove(self)

@@ -14,12 +14,12 @@ class Metrics:
         self._counts: Counter[str] = Counter()
 
     def add(self, name: str, amount: float = 1) -> None:
-        """Adds to a counter; a counter that was never added to is 0."""
+        """Add to a counter; a counter that was never added to is 0."""
         with self._lock:
             self._counts[name] += amount  # type: ignore[assignment]  # Counter is typed for int; seconds are floats
 
     def snapshot(self) -> dict[str, float]:
-        """A copy, sorted by name."""
+        """Copy the counters, sorted by name."""
         with self._lock:
             return {name: float(self._counts[name]) for name in sorted(self._counts)}
 

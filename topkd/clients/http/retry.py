@@ -32,18 +32,18 @@ class Total:
         self._started: float | None = None
 
     def start(self) -> None:
-        """Starts the clock, once."""
+        """Start the clock, once."""
         if self._started is None:
             self._started = self._clock()
 
     @property
     def spent_s(self) -> float:
-        """Seconds since the start; 0 before it."""
+        """Return the seconds since the start; 0 before it."""
         return 0.0 if self._started is None else self._clock() - self._started
 
     @property
     def remaining_s(self) -> float:
-        """Seconds left."""
+        """Return the seconds left."""
         return self._limit_s - self.spent_s
 
 
@@ -64,7 +64,7 @@ async def with_retries(
     response_retries: int = 0,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> Result:
-    """Runs ``attempt`` until it succeeds, cannot succeed, or its tries or its time are used up.
+    """Run ``attempt`` until it succeeds, cannot succeed, or its tries or its time are used up.
 
     The last error is raised as it came, with the number of tries added to its message when there was more than one.
     """

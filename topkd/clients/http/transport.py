@@ -66,11 +66,11 @@ class Transport(Protocol):
     """What the endpoint needs of an HTTP library."""
 
     async def send(self, request: Request) -> Reply:
-        """The whole reply, or a ``TopkdError``."""
+        """Send a request; return the whole reply, or raise a ``TopkdError``."""
         ...
 
     async def aclose(self) -> None:
-        """Closes every connection."""
+        """Close every connection."""
         ...
 
 
@@ -90,7 +90,7 @@ class HttpxTransport:
         self._tls: ssl.SSLContext | None = None
 
     async def send(self, request: Request) -> Reply:
-        """The reply, redirects followed; see ``Transport``."""
+        """Send a request and follow redirects; see ``Transport``."""
         where = f"{request.method} {request.url}"
         if asyncio.get_running_loop() in self._closed:
             raise ConfigError("the client is closed", where=where)
@@ -101,7 +101,10 @@ class HttpxTransport:
             raise
         except TimeoutError as error:
             raise ServerTimeoutError(
-                "no whole reply in time", where=where, expected=f"within {request.timeout_s:.3g} s", hint=_SLOW
+                "the reply was not complete in time",
+                where=where,
+                expected=f"within {request.timeout_s:.3g} s",
+                hint=_SLOW,
             ) from error
         except httpx.ConnectTimeout as error:
             raise ServerTimeoutError(
@@ -113,7 +116,7 @@ class HttpxTransport:
         except httpx.TimeoutException as error:
             raise ServerTimeoutError("no reply in time", where=where, hint=_SLOW) from error
         except httpx.UnsupportedProtocol as error:  # our own addresses are http(s): it is the target of a redirect
-            raise ResponseError("the server redirects to no address", where=where) from error
+            raise ResponseError("the server redirects to an address that cannot be used", where=where) from error
         except (httpx.InvalidURL, httpx.LocalProtocolError) as error:
             raise ConfigError(
                 "the address, or the one it redirects to, cannot be used", where=where, expected="http(s)://host:port"
@@ -126,7 +129,7 @@ class HttpxTransport:
             ) from error
 
     async def aclose(self) -> None:
-        """Closes the connections of this loop; a loop closes what it opened."""
+        """Close the connections of this loop; a loop closes what it opened."""
         loop = asyncio.get_running_loop()
         self._closed.add(loop)
         for clients in self._idle.pop(loop, {}).values():
@@ -215,7 +218,9 @@ def _target(url: str, location: str) -> str:
     except ValueError:
         usable, joined = False, ""
     if not usable:
-        raise ResponseError("the server redirects to no address", where=url, got=repr(location[:200]))
+        raise ResponseError(
+            "the server redirects to an address that cannot be used", where=url, got=repr(location[:200])
+        )
     return joined
 
 
@@ -228,7 +233,7 @@ def _same_host(a: str, b: str) -> bool:
 
 
 async def _read(response: httpx.Response, request: Request) -> bytes:
-    """The body, never more than ``max_bytes`` of it, inflated within the same bound."""
+    """Read the body, never more than ``max_bytes`` of it, inflated within the same bound."""
     encoding = response.headers.get("content-encoding", "identity").strip().lower()
     if encoding in {"", "identity"}:
         inflate = None
@@ -271,7 +276,7 @@ async def _read(response: httpx.Response, request: Request) -> bytes:
 
 
 def _ignore_bytes() -> None:
-    """Listens to no reply."""
+    """Do nothing."""
 
 
 def _too_large(request: Request, got: str) -> ResponseError:

@@ -44,12 +44,12 @@ class Watchdog:
         self._watches: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Watch] = weakref.WeakKeyDictionary()
 
     def note_bytes(self) -> None:
-        """Some bytes came from the server."""
+        """Record that bytes came from the server."""
         self._last_byte_at = time.monotonic()
 
     @contextlib.asynccontextmanager
     async def over(self, where: str) -> AsyncIterator[None]:
-        """Around one exchange.
+        """Watch one exchange.
 
         Raises:
             ServerTimeoutError: the server fell silent and gave no sign of life.
@@ -82,7 +82,7 @@ class Watchdog:
             ) from error
 
     async def aclose(self) -> None:
-        """Stops watching in this loop."""
+        """Stop watching in this loop."""
         watch = self._watches.pop(asyncio.get_running_loop(), None)
         if watch is None:
             return

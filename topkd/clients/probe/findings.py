@@ -123,16 +123,16 @@ class ProbeReport:
     advice: tuple[str, ...] = field(default=())
 
     def __getitem__(self, key: str) -> Finding:
-        """The finding of that key."""
+        """Return the finding of that key."""
         return {finding.key: finding for finding in self.findings}[key]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values for ``json.dumps``."""
+        """Convert to plain values for ``json.dumps``."""
         return dataclasses.asdict(self)
 
 
 def state_probe_verdict(capabilities: Capabilities, findings: tuple[Finding, ...]) -> tuple[bool, str]:
-    """Whether the endpoint can teach, and one line that says so."""
+    """Decide whether the endpoint can teach, and state it in one line."""
     failed = [finding for finding in findings if finding.status == "fail"]
     if failed:
         return False, f"cannot teach: {failed[0].detail or failed[0].value}"

@@ -22,7 +22,7 @@ _BUDGET_S = 120.0
 
 
 async def measure_load(session: Session, *, tokens: int, batch: int) -> Load:
-    """Tokens/s at 1, 2, 4, ... requests in flight, until doubling twice no longer helps or the time is used up.
+    """Measure tokens/s at 1, 2, 4, ... requests in flight, until doubling twice no longer helps or the time is used up.
 
     Args:
         session: A session whose scoring questions were answered.
@@ -100,7 +100,7 @@ async def _level(session: Session, concurrency: int, length: int, k: int) -> Loa
 
 
 def list_advice(dialect: str, capabilities: Capabilities, load: Load | None) -> tuple[str, ...]:
-    """Serve flags worth changing, most useful first."""
+    """List serve flags worth changing, most useful first."""
     if not dialect.startswith("vllm") or capabilities.score_k is None:
         return ()
     if EMBEDDED in capabilities.version:  # it has none of vLLM's flags but one

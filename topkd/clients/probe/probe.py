@@ -60,7 +60,7 @@ async def probe(
 
     Raises:
         ServerUnreachableError, ServerTimeoutError, AuthError: nothing can be found out.
-        ConfigError, ModelNotFoundError: the URL, model or tokenizer cannot be right.
+        ConfigError, ModelNotFoundError: the URL, model or tokenizer is invalid.
     """
     started = time.perf_counter()
     known = load_bytemap(student) if isinstance(student, str | Path) else student
