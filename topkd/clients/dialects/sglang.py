@@ -16,7 +16,6 @@ from topkd.clients.decoding.checks import check_request_ids, prepare_candidates
 from topkd.clients.decoding.sampled import prepare_sample_request
 from topkd.clients.decoding.sglang import read_sglang_candidates, read_sglang_rollouts, read_sglang_scores
 from topkd.clients.dialects.base import ScoringClient, ServerFacts, ServerInfo, Wire
-from topkd.clients.http.endpoint import RequestInfo
 from topkd.topk.errors import UnsupportedError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
@@ -105,14 +104,10 @@ class Sglang(ScoringClient):
         """Score, as ``TeacherScorer``: only the rows from ``start`` are sent, a cached prefix is used up to there."""
         array = check_request_ids(ids, start, k, self.vocab_size)
         rows = int(array.size) - 1 - start
-        topk, zeros, flat = await self._ask_scores(
-            ROUTE,
-            build_sglang_score(array, start, k),
-            partial(read_sglang_scores, ids=array, start=start, k=k, vocab_size=self.vocab_size),
-            ids=array,
-            k=k,
-            entries=rows * (k + 1),
-        )
+        body = build_sglang_score(array, start, k)
+        decode = partial(read_sglang_scores, ids=array, start=start, k=k, vocab_size=self.vocab_size)
+        entries = rows * (k + 1)
+        topk, zeros, flat = await self._ask_scores(ROUTE, body, decode, ids=array, k=k, entries=entries)
         self._count_scores(topk, zeros)
         self.metrics_.add("decoded_flat" if flat else "decoded_nested")
         return topk
@@ -137,15 +132,10 @@ class Sglang(ScoringClient):
                 expected=f"at most {_UNION_CELLS:,} values",
                 hint="score shorter completions, or use the teacher's own top K",
             )
-        matrix = await self.endpoint.call(
-            "POST",
-            ROUTE,
-            build_sglang_candidates(array, start, union),
-            decode=partial(read_sglang_candidates, ids=array, start=start, union=union),
-            where=self.where(f"{rows} rows, {union.size} candidates"),
-            asks=RequestInfo(tokens=int(array.size), entries=rows * (int(union.size) + 1), k=int(union.size)),
-            response_retries=self.endpoint.config.response_retries,
-        )
+        body = build_sglang_candidates(array, start, union)
+        decode = partial(read_sglang_candidates, ids=array, start=start, union=union)
+        entries = rows * (int(union.size) + 1)
+        matrix = await self._ask_scores(ROUTE, body, decode, ids=array, k=int(union.size), entries=entries)
         columns = np.searchsorted(union, np.maximum(wanted, union[0]))
         values = np.take_along_axis(matrix, columns, axis=1)
         return np.where(wanted >= 0, values, -np.inf).astype(np.float32)

@@ -21,6 +21,7 @@ from topkd.clients.decoding.vllm import read_generate_scores, typed
 from topkd.clients.dialects.base import ServerFacts
 from topkd.clients.dialects.vllm import VllmCompletions, build_salt
 from topkd.clients.http.endpoint import RequestInfo
+from topkd.clients.http.retry import Try
 from topkd.topk.errors import KLimitError, RequestRefusedError, ResponseError, UnsupportedError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
@@ -177,17 +178,14 @@ class VllmGenerate(VllmCompletions):
     async def _matrix(self, ids: Int32, start: int, asked: list[Any], wanted: Int32) -> Float32:
         model = await self.model_name()
         rows, columns = wanted.shape
-        return await self.endpoint.call(
-            "POST",
-            ROUTE,
-            lambda attempt: build_generate_candidates(model, ids, start, asked) | build_salt(attempt),
-            decode=lambda body: check_candidates(
-                read_generate_candidates(body, rows=rows, columns=columns), wanted, start
-            ),
-            where=self.where(f"{rows} rows, {columns} candidates"),
-            asks=RequestInfo(tokens=int(ids.size), entries=rows * columns, k=columns, model=model),
-            response_retries=self.endpoint.config.response_retries,
-        )
+
+        def build(attempt: Try) -> dict[str, Any]:
+            return build_generate_candidates(model, ids, start, asked) | build_salt(attempt)
+
+        def decode(body: bytes) -> Float32:
+            return check_candidates(read_generate_candidates(body, rows=rows, columns=columns), wanted, start)
+
+        return await self._ask_scores(ROUTE, build, decode, ids=ids, k=columns, entries=rows * columns)
 
 
 def split_windows(wanted: Int32, limit: int) -> list[tuple[int, int]]:
