@@ -216,7 +216,7 @@ def test_windows_hold_at_most_the_limit_and_cover_every_row():
 
 async def test_a_candidate_reply_with_more_than_all_probability_is_refused():
     reply = {"prompt_token_id_logprobs": npy(np.full((3, 3), -0.5)), "choices": []}
-    with pytest.raises(ResponseError, match="more than all"):
+    with pytest.raises(ResponseError, match="add up to more than 1"):
         await client(scripted({"version": "0.32.0"}, reply, reply)).score_candidates(PROMPT, 0, wanted(3, 3))
 
 

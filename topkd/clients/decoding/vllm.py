@@ -177,13 +177,13 @@ def _read_scores(  # noqa: PLR0917 - private, and called twice
 ) -> tuple[TopK, int, bool]:
     fast = fast_reader()(body, ids, start, k) if len(body) >= _WORTH_IT else None
     choice = read(body if fast is None else fast[1])
-    _check_prompt(choice.prompt_token_ids, ids)
+    check_prompt(choice.prompt_token_ids, ids)
     if fast is None:
         return *build_scores(read_prompt_rows(choice, ids, start), ids, start, k, vocab_size), False
     return *build_ranked_scores(fast[0], ids, start, vocab_size), True
 
 
-def _check_prompt(echoed: list[int] | None, ids: Int32) -> None:
+def check_prompt(echoed: list[int] | None, ids: Int32) -> None:
     """Refuse a reply whose server states that it scored another prompt."""
     if echoed is not None and echoed != ids.tolist():
         at = next(
