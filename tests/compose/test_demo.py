@@ -10,9 +10,10 @@ import pytest
 
 from topkd.compose import demo
 from topkd.compose.config.run_config import load_config
-from topkd.compose.demo_assets import assets, corpus
+from topkd.compose.demo_assets import assets
 from topkd.compose.demo_assets.folders import open_demo_folder, open_scratch_folder
 from topkd.compose.progress import Progress
+from topkd.compose.run.folder import lock_folder
 from topkd.compose.run.signals import StopSignals
 from topkd.compose.train import train
 from topkd.engine.loop.metrics import read_metrics
@@ -68,19 +69,34 @@ async def test_the_demo_runs_from_corpus_to_curve_and_reuses_what_it_trained(sma
     assert second.after == first.after  # deterministic for a seed, real HTTP in between
 
 
+async def test_a_demos_folder_is_refused_to_others_while_it_trains(small, tmp_path):
+    out, refused = tmp_path / "demo", []
+
+    class Second(Told):
+        def record(self, kind, record):
+            with pytest.raises(ConfigError) as error, lock_folder(out):
+                pass
+            refused.append(error.value.what)
+
+    await demo.demo("gjs", steps=1, out=out, cache=tmp_path / "cache", progress=Second())
+    assert set(refused) == {"another process is at work on this run"}
+    with lock_folder(out):
+        pass
+
+
 def test_the_corpus_is_the_same_every_time_and_a_mixture_from_the_start():
-    files = corpus.list_library_files(500_000)
-    assert files == corpus.list_library_files(500_000)
+    files = assets.list_library_files(500_000)
+    assert files == assets.list_library_files(500_000)
     assert len({path.parent for path in files[:20]}) > 3
     assert sum(path.stat().st_size for path in files) <= 500_000
 
 
 def test_encoding_and_decoding_lose_nothing(tmp_path):
-    texts = corpus.read_texts(corpus.list_library_files(200_000))
-    corpus.train_tokenizer(texts, 512, tmp_path)
+    texts = assets.read_texts(assets.list_library_files(200_000))
+    assets.train_tokenizer(texts, 512, tmp_path)
     from transformers import AutoTokenizer
 
-    ids = corpus.encode_texts(texts[:2], tmp_path)
+    ids = assets.encode_texts(texts[:2], tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     end = tokenizer.eos_token
     assert tokenizer.decode(ids) == texts[0] + end + texts[1] + end

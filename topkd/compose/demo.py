@@ -11,32 +11,36 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 import topkd
 from topkd.clients import ClientConfig, connect
-from topkd.compose.config.run_config import save_config
-from topkd.compose.demo_assets.assets import PROMPT_TOKENS, build_assets, cache_root, choose_prompts
+from topkd.compose.demo_assets.assets import PROMPT_TOKENS, Assets, build_assets, cache_root, choose_prompts
 from topkd.compose.demo_assets.first_run import FOLDER, write_first_run
 from topkd.compose.demo_assets.folders import open_demo_folder
 from topkd.compose.progress import Progress
 from topkd.compose.run.observers import Observers
-from topkd.compose.run.run import Run, RunResult
+from topkd.compose.run.run import Run, RunResult, open_claimed_run
 from topkd.compose.run.runner import TrainingParts, run_training
 from topkd.compose.run.sampler import open_in_process
 from topkd.compose.run.signals import StopSignals
 from topkd.compose.teachers.open import Teachers
 from topkd.engine import EngineConfig, LearnerConfig, RolloutConfig
 from topkd.engine.config.objectives import GJS, Objective, ScalarKL, TopKPolicyGradient
-from topkd.report.load.run_folder import CONFIG, DEMO
+from topkd.engine.loop.prompts import PromptRow
+from topkd.report.load.run_folder import DEMO
 from topkd.report.page.demo_figure import write_demo_curve
 from topkd.serve import ServeConfig, ServerProcess
+
+if TYPE_CHECKING:
+    from topkd.engine.models.divergences import Probe
+    from topkd.engine.models.student import Student
 
 ObjectiveName = Literal["scalar_kl", "gjs", "topk_pg"]
 
@@ -83,9 +87,6 @@ async def demo(
     """
     import torch
 
-    from topkd.engine.models.student import Student
-    from topkd.engine.models.tokenizer import load_tokenizer
-
     progress = progress or Progress()
     config = build_demo_config(objective, steps, seed)
     began, usual = time.perf_counter(), Path("runs") / f"demo-{objective}-seed{seed}"
@@ -94,61 +95,80 @@ async def demo(
         open_demo_folder(None if out is None else Path(out), usual, progress) as folder,
     ):
         assets = build_assets(cache or cache_root(), progress, None if signals is None else signals.obey)
-    assets_s = time.perf_counter() - began
+    seconds = {"assets": time.perf_counter() - began}
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))  # the other half belongs to the server
 
-    tokenizer = load_tokenizer(str(assets.student))
-    student, judge = Student.load(str(assets.student), "cpu"), Student.load(str(assets.teacher), "cpu")
-    probes = await build_probes(student, assets.held_out, tokenizer)
-    text_before = await _complete(student, probes[0].ids[: probes[0].prompt_len], tokenizer)
-
-    def evaluate() -> dict[str, Any]:
-        from topkd.engine.models.divergences import exact_divergences
-
-        return exact_divergences(student, judge, probes)
-
-    progress.note("starting the teacher's server in another process")
-    # One sequence a forward pass: what shares a batch depends on timing, and rounding depends on the batch.
-    serve = ServeConfig(
-        model=str(assets.teacher), served_model_name="teacher", port=0, max_logprobs=config.k, max_batch_tokens=1
-    )
+    pair, rows = await _Pair.load(assets), choose_prompts(assets.training, seed)
+    samples = {"prompt": pair.tokenizer.decode(pair.shown_prompt), "student before": await pair.answer(pair.student)}
     began = time.perf_counter()
-    save_config(config, folder / CONFIG)
-    with contextlib.ExitStack() as stack:
-        with _note_if_stopped(progress, "the models are kept for the next demo"):
-            server = stack.enter_context(ServerProcess(serve, log_path=folder / "server.log"))
-        progress.note(f"teacher at {server.url} (process {server.pid}); K = {config.k}, objective {objective}")
-        client = await connect(server.url, model="teacher", config=ClientConfig(total_timeout_s=300.0))
-        async with client:
-            rows = choose_prompts(assets.training, seed)
-            parts = TrainingParts(
-                config,
-                student,
-                tokenizer,
-                rows,
-                Teachers({"": client}),
-                open_in_process(config, student, tokenizer),
-                Observers(evaluate),
-            )
-            result = await run_training(Run(folder, progress=progress, signals=signals), parts)
+    with open_claimed_run(config, folder, progress, signals) as run:
+        result = await _distil(run, config, pair, rows, assets.teacher)
     if result.stopped:
         return result
-    seconds = {"assets": assets_s, "distil": time.perf_counter() - began}
-    samples = {
-        "prompt": tokenizer.decode(probes[0].ids[: probes[0].prompt_len]),
-        "student before": text_before,
-        "student after": await _complete(student, probes[0].ids[: probes[0].prompt_len], tokenizer),
-        "teacher": await _complete(judge, probes[0].ids[: probes[0].prompt_len], tokenizer),
-    }
+    seconds["distil"] = time.perf_counter() - began
+    samples |= {"student after": await pair.answer(pair.student), "teacher": await pair.answer(pair.judge)}
     run_file = write_first_run(
         folder / FOLDER,
         config,
         teacher=assets.teacher,
         student=assets.student,
-        prompts=[tokenizer.decode(row.prompt_ids) for row in rows],
-        held_out=[tokenizer.decode(probe.ids[: probe.prompt_len]) for probe in probes],
+        prompts=[pair.tokenizer.decode(row.prompt_ids) for row in rows],
+        held_out=[pair.tokenizer.decode(probe.ids[: probe.prompt_len]) for probe in pair.probes],
     )
     return _finish(result, samples, seconds, objective, run_file)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Student and teacher, opened in this process; the teacher only to measure the student against it."""
+
+    student: Student
+    judge: Student
+    tokenizer: Any
+    probes: list[Probe]
+
+    @classmethod
+    async def load(cls, assets: Assets) -> _Pair:
+        from topkd.engine.models.student import Student
+        from topkd.engine.models.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(str(assets.student))
+        student, judge = (Student.load(str(folder), "cpu") for folder in (assets.student, assets.teacher))
+        return cls(student, judge, tokenizer, await build_probes(student, assets.held_out, tokenizer))
+
+    @property
+    def shown_prompt(self) -> NDArray[np.int32]:
+        return self.probes[0].ids[: self.probes[0].prompt_len]
+
+    def evaluate(self) -> dict[str, Any]:
+        from topkd.engine.models.divergences import exact_divergences
+
+        return exact_divergences(self.student, self.judge, self.probes)
+
+    async def answer(self, model: Student) -> str:
+        (rollout,) = await _sample(model, [self.shown_prompt], self.tokenizer, 40)
+        return str(self.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True))
+
+
+async def _distil(run: Run, config: EngineConfig, pair: _Pair, rows: Sequence[PromptRow], teacher: Path) -> RunResult:
+    """Serve the teacher in another process, and train the student on what it answers."""
+    run.progress.note("starting the teacher's server in another process")
+    # One sequence a forward pass: what shares a batch depends on timing, and rounding depends on the batch.
+    serve = ServeConfig(
+        model=str(teacher), served_model_name="teacher", port=0, max_logprobs=config.k, max_batch_tokens=1
+    )
+    with contextlib.ExitStack() as stack:
+        with _note_if_stopped(run.progress, "the models are kept for the next demo"):
+            server = stack.enter_context(ServerProcess(serve, log_path=run.out / "server.log"))
+        kind = config.objective.kind
+        run.progress.note(f"teacher at {server.url} (process {server.pid}); K = {config.k}, objective {kind}")
+        async with await connect(server.url, model="teacher", config=ClientConfig(total_timeout_s=300.0)) as client:
+            sampling = open_in_process(config, pair.student, pair.tokenizer)
+            observers = Observers(pair.evaluate)
+            parts = TrainingParts(
+                config, pair.student, pair.tokenizer, rows, Teachers({"": client}), sampling, observers
+            )
+            return await run_training(run, parts)
 
 
 def build_demo_config(objective: ObjectiveName, steps: int, seed: int) -> EngineConfig:
@@ -172,7 +192,7 @@ def build_demo_config(objective: ObjectiveName, steps: int, seed: int) -> Engine
     )
 
 
-async def build_probes(student: Any, held_out: NDArray[np.int32], tokenizer: Any) -> list[Any]:
+async def build_probes(student: Student, held_out: NDArray[np.int32], tokenizer: Any) -> list[Probe]:
     """Held-out prompts, each continued by the untrained student: fixed prefixes to measure on, whatever the seed."""
     from topkd.engine.models.divergences import Probe
 
@@ -183,11 +203,6 @@ async def build_probes(student: Any, held_out: NDArray[np.int32], tokenizer: Any
         Probe(np.concatenate([prompt, rollout.completion_ids]), PROMPT_TOKENS)
         for prompt, rollout in zip(prompts, rollouts, strict=True)
     ]
-
-
-async def _complete(model: Any, prompt: NDArray[np.int32], tokenizer: Any) -> str:
-    (rollout,) = await _sample(model, [prompt], tokenizer, 40)
-    return str(tokenizer.decode(rollout.completion_ids, skip_special_tokens=True))
 
 
 async def _sample(model: Any, prompts: list[NDArray[np.int32]], tokenizer: Any, tokens: int) -> list[Any]:

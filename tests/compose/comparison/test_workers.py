@@ -6,11 +6,13 @@ import os
 import pytest
 
 from topkd.compose import compare as module
-from topkd.compose.comparison.cell import Cell
+from topkd.compose.comparison.cell import Cell, run_cell
 from topkd.compose.comparison.config import CompareConfig
 from topkd.compose.progress import Progress
+from topkd.compose.run.folder import lock_folder
+from topkd.topk.errors import ConfigError
 
-CELL = Cell("tune-a-seed0", "tune", "a", 0, None, "embedded", {}, 1)
+CELL = Cell("tune-a-seed0", "tune", "a", 0, None, "embedded", {"steps": 1}, 1)
 
 
 def return_threads(*_):
@@ -59,3 +61,12 @@ def test_a_number_of_threads_that_the_caller_chose_holds(tmp_path, monkeypatch):
     with module._Workers(config, tmp_path, Progress()) as workers:
         assert workers._submit(CELL).result()[0] == "3"
     assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_cells_folder_that_another_process_works_in_is_refused_and_left_alone(tmp_path):
+    run_log = tmp_path / CELL.id / "metrics.jsonl"
+    with lock_folder(run_log.parent):
+        run_log.write_text("")
+        with pytest.raises(ConfigError, match="another process is at work on this run"):
+            run_cell(str(tmp_path), CELL, 1)
+        assert run_log.exists()

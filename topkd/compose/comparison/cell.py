@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from topkd.compose.comparison.config import EMBEDDED
 from topkd.compose.config.run_config import RunConfig, validate_config
+from topkd.compose.run.folder import lock_folder
 from topkd.engine import EngineConfig
 from topkd.engine.loop.metrics import make_strict_json
-from topkd.report.load.run_folder import CONFIG, STUDENT
+from topkd.report.load.run_folder import STUDENT
 from topkd.topk.errors import TopkdError
 
 if TYPE_CHECKING:
@@ -93,14 +94,15 @@ def is_superseded(folder: Path, cell: Cell) -> bool:
 def _make_room(cells: Path, cell: Cell) -> Path:
     """The cell's folder, new; what was finished there is kept, what was not is begun again."""
     folder = cells / cell.id
-    former = _read_result(folder)
-    if former is not None:
-        kept = cells.with_name(FORMER) / f"{cell.id}-{former.get('digest', 'unknown')}"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(kept, ignore_errors=True)  # the same settings, finished before: the same numbers
-        folder.rename(kept)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    with lock_folder(folder):  # not where another process trains this cell
+        former = _read_result(folder)
+        if former is not None:
+            kept = cells.with_name(FORMER) / f"{cell.id}-{former.get('digest', 'unknown')}"
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(kept, ignore_errors=True)  # the same settings, finished before: the same numbers
+            folder.rename(kept)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     return folder
 
 
@@ -126,10 +128,9 @@ def run_cell(cells: str, cell: Cell, threads: int) -> dict[str, Any]:
 
 async def _run_embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]:
     from topkd.compose.comparison.embedded import Measures, RolloutRecorder, StepTeacher, read_cell_rollouts
-    from topkd.compose.config.run_config import save_config
     from topkd.compose.demo_assets.assets import choose_prompts
     from topkd.compose.run.observers import Observers
-    from topkd.compose.run.run import Run
+    from topkd.compose.run.run import open_claimed_run
     from topkd.compose.run.runner import TrainingParts, run_training
     from topkd.compose.run.sampler import open_in_process
     from topkd.compose.teachers.open import Teachers
@@ -139,7 +140,6 @@ async def _run_embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]
     config = validate_config(EngineConfig, cell.values, where=f"cell {cell.id}")
     assets = _load_assets()
     student, teacher = Student.load(str(assets.student), "cpu"), Student.load(str(assets.teacher), "cpu")
-    save_config(config, folder / CONFIG)
     rows = choose_prompts(assets.training, cell.seed)
     measures = await Measures.prepared(student, teacher, assets.held_out, cell.probes)
     scorer = StepTeacher(teacher)
@@ -158,7 +158,8 @@ async def _run_embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]
         source=replayed,
         is_remembered=True,
     )
-    result = await run_training(Run(folder), parts)
+    with open_claimed_run(config, folder) as run:
+        result = await run_training(run, parts)
     shutil.rmtree(folder / STUDENT, ignore_errors=True)  # what is compared are the measurements
     if cell.rollouts_of == cell.id:
         recording.write(folder)

@@ -125,6 +125,16 @@ async def open_run(
             yield Run(out, command, progress, previous, ranks, signals, stack)
 
 
+@contextlib.contextmanager
+def open_claimed_run(
+    config: EngineConfig, out: Path, progress: Progress | None = None, signals: StopSignals | None = None
+) -> Iterator[Run]:
+    """Lock a folder that was made for this run, and save the config there: a demo's, or a cell's."""
+    with _convert_write_errors(out), lock_folder(out):
+        save_config(config, out / CONFIG)
+        yield Run(out, progress=progress or Progress(), signals=signals)
+
+
 def _read_or_prepare(out: Path, config: EngineConfig, progress: Progress, *, command: str, resume: bool) -> PreviousRun:
     if not resume:
         prepare_folder(out)
