@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from topkd.compose.demo_assets import corpus
-from topkd.compose.demo_assets import tiny_models as tiny
+from topkd.compose.demo_assets import assets
 from topkd.engine.loop.metrics import read_metrics
 
 LETTERS = string.ascii_letters
@@ -79,9 +78,9 @@ def _train(folder: Path, texts: list[str], steps: int, seed: int) -> Path:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    corpus.train_tokenizer([], 259, folder)  # 256 bytes and three special tokens: a letter is a token
-    spec = tiny.TinyModel(hidden=64, layers=2, heads=2, steps=steps, vocab_size=259, context=64, seed=seed)
-    model = tiny.build_model(spec)
+    assets.train_tokenizer([], 259, folder)  # 256 bytes and three special tokens: a letter is a token
+    spec = assets.TinyModel(hidden=64, layers=2, heads=2, steps=steps, vocab_size=259, context=64, seed=seed)
+    model = assets.build_model(spec)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     end = tokenizer.eos_token_id
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -92,7 +91,7 @@ def _train(folder: Path, texts: list[str], steps: int, seed: int) -> Path:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     model.eval()
-    tiny.save_model(model, folder)
+    assets.save_model(model, folder)
     return folder
 
 

@@ -14,7 +14,7 @@ from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.run_prompts import load_prompts
 from topkd.compose.dry_run import dry_run, list_settings
 from topkd.compose.progress import Progress
-from topkd.compose.run.student import load_student
+from topkd.compose.run.runner import load_student
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk import Rollout, SamplingParams, TopK

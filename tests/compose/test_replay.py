@@ -17,8 +17,8 @@ from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.run_prompts import load_prompts
 from topkd.compose.progress import Progress
 from topkd.compose.replay import replay
-from topkd.compose.run.student import load_student
-from topkd.compose.teachers.usage import FIELDS as TRAFFIC
+from topkd.compose.run.runner import load_student
+from topkd.compose.teachers.open import FIELDS as TRAFFIC
 from topkd.compose.train import train
 from topkd.engine.loop.metrics import drop_timings, read_metrics
 from topkd.engine.loop.prompts import PromptRow

@@ -42,14 +42,14 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[]
         @cache
         def start() -> str:
             from tests.fakes.tinymodels import make_tiny_model
-            from topkd.compose.demo_assets import corpus
+            from topkd.compose.demo_assets import assets
             from topkd.serve import ServeConfig, ServerProcess
 
             folder = tmp_path_factory.mktemp("server")
             make_tiny_model(folder / "model")
             # The tokenizer that the pages' own students are made with: a teacher must share it.
-            texts = corpus.read_texts(corpus.list_library_files(400_000))
-            corpus.train_tokenizer(texts, 2048, folder / "model")
+            texts = assets.read_texts(assets.list_library_files(400_000))
+            assets.train_tokenizer(texts, 2048, folder / "model")
             config = ServeConfig(model=str(folder / "model"), port=0)
             return stack.enter_context(ServerProcess(config, log_path=folder / "server.log")).url
 

@@ -18,7 +18,7 @@ from tests.fakes.tinymodels import make_tiny_model
 from tests.faults.server import VOCAB, FaultyServer
 from tests.faults.test_soak import FAULTS
 from topkd.compose.config.run_config import RunConfig
-from topkd.compose.teachers.usage import FIELDS as TRAFFIC
+from topkd.compose.teachers.open import FIELDS as TRAFFIC
 from topkd.compose.train import train
 from topkd.engine.loop.metrics import read_metrics
 

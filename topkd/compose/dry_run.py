@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -112,8 +111,7 @@ async def dry_run(
     config = config if served else as_replayed(config)
     found = DryRun(_list_used_settings(config, served=served), config=config.model_dump(mode="json"))
     previous = _check_folder(found, config, out, command="train" if served else "replay", resume=resume)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    state = Preflight(config, _Notes(found), processes, is_replay=not served, cache=cache)
+    state = Preflight(config, _Notes(found), is_replay=not served, cache=cache)
     found.problems += await collect_problems(state)
     if served:
         await _probe_all(config, found, student=config.student.model if state.prompts is not None else None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace as replace_fields
 from pathlib import Path
+from typing import Any
 
-from topkd.compose.cache.contents import as_replayed, cache_folder
+from topkd.compose.cache.contents import RecordedRun, as_replayed, cache_folder
 from topkd.compose.cache.rollouts import RecordedSampler, build_policy_identity
 from topkd.compose.cache.shuffled import ShuffledRollouts
 from topkd.compose.config.run_config import RunConfig
@@ -12,11 +14,9 @@ from topkd.compose.preflight.preflight import Preflight, preflight
 from topkd.compose.progress import Progress
 from topkd.compose.run.observers import open_observers
 from topkd.compose.run.run import RunResult, open_run
-from topkd.compose.run.runner import TrainingParts, run_training
+from topkd.compose.run.runner import TrainingParts, load_student, run_training
 from topkd.compose.run.sampler import open_in_process
 from topkd.compose.run.signals import StopSignals
-from topkd.compose.run.student import load_student
-from topkd.compose.teachers.feedback import build_feedback_context
 from topkd.compose.teachers.open import Teachers
 from topkd.offline import ReplayScorer, ScoreStore
 
@@ -49,8 +49,7 @@ async def replay(
     async with open_run(config, out, command="replay", resume=resume, progress=progress, signals=signals) as run:
         if run.is_finished:
             return run.result()
-        processes = 1 if run.ranks is None else run.ranks.size
-        findings = await preflight(Preflight(config, run.progress, processes, is_replay=True, cache=path))
+        findings = await preflight(Preflight(config, run.progress, is_replay=True, cache=path))
         recorded, prompts = findings.recorded_run, findings.loaded_prompts
         store = run.enter(ScoreStore(path))
         scorers = {name: ReplayScorer(store, identity) for name, identity in recorded.teachers.items()}
@@ -60,36 +59,27 @@ async def replay(
                 store, recorded.policy, prompts.rows, teachers=scorers, config=config, progress=run.progress
             )
         student = load_student(config, prompts)
-        is_own = build_policy_identity(config, student, prompts.rows, recorded.teachers) == recorded.policy
-        teachers = Teachers(
-            {**scorers},
-            fingerprints={
-                name: {"model": who.name, "revision": who.revision, "kind": "cache"}
-                for name, who in recorded.teachers.items()
+        sampler = RecordedSampler(None, store, recorded.policy)
+        sampling = open_in_process(config, student, prompts.tokenizer).drawing_from(sampler)
+        teachers = Teachers({**scorers}, fingerprints=_describe_teachers(recorded))
+        observers = await run.enter_async(open_observers(config, student, findings, teachers, run))
+        parts = replace_fields(
+            TrainingParts.of_run_file(config, student, findings, teachers, sampling=sampling, observers=observers),
+            source=source,
+            is_remembered=True,
+            is_foreign=build_policy_identity(config, student, prompts.rows, recorded.teachers) != recorded.policy,
+            account=lambda: {
+                "event": "replayed",
+                "cache": str(path),
+                "policy": recorded.policy.revision,
+                "scores": {name: scorer.metrics.as_dict() for name, scorer in scorers.items()},
             },
         )
-        observers = await run.enter_async(open_observers(config, student, findings, teachers, run))
-        sampling = open_in_process(config, student, prompts.tokenizer)
-        return await run_training(
-            run,
-            TrainingParts(
-                config.with_eval_schedule(),
-                student,
-                prompts.tokenizer,
-                prompts.rows,
-                teachers,
-                sampling.drawing_from(RecordedSampler(None, store, recorded.policy)),
-                observers,
-                source=source,
-                context=build_feedback_context(config, prompts),
-                is_remembered=True,
-                is_foreign=not is_own,
-                notes=findings.notes(),
-                account=lambda: {
-                    "event": "replayed",
-                    "cache": str(path),
-                    "policy": recorded.policy.revision,
-                    "scores": {name: scorer.metrics.as_dict() for name, scorer in scorers.items()},
-                },
-            ),
-        )
+        return await run_training(run, parts)
+
+
+def _describe_teachers(recorded: RecordedRun) -> dict[str, dict[str, Any]]:
+    """Return whose scores the cache holds, as the run log's first event names teachers."""
+    return {
+        name: {"model": who.name, "revision": who.revision, "kind": "cache"} for name, who in recorded.teachers.items()
+    }

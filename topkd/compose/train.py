@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,10 @@ from topkd.compose.config.run_config import RunConfig
 from topkd.compose.preflight.preflight import TEACHERS, Preflight, preflight
 from topkd.compose.progress import Progress
 from topkd.compose.run.observers import open_observers
-from topkd.compose.run.run import Run, RunResult, open_run
-from topkd.compose.run.runner import TrainingParts, run_training
+from topkd.compose.run.run import RunResult, open_run
+from topkd.compose.run.runner import TrainingParts, load_student, run_training
 from topkd.compose.run.sampler import open_sampler
 from topkd.compose.run.signals import StopSignals
-from topkd.compose.run.student import load_student
-from topkd.compose.teachers.feedback import build_feedback_context
 from topkd.compose.teachers.open import open_teachers
 from topkd.engine.config.objectives import CustomObjective
 from topkd.topk.errors import ConfigError
@@ -56,7 +55,16 @@ async def train(
     async with open_run(config, out, command="train", resume=resume, progress=progress, signals=signals) as run:
         if run.is_finished:
             return run.result()
-        findings = await preflight(_describe(config, run, loss))
+        findings = await preflight(
+            Preflight(
+                config,
+                run.progress,
+                teachers_file=run.out / TEACHERS,
+                is_resumed=run.previous.resumed,
+                ranks=run.ranks,
+                loss=loss,
+            )
+        )
         prompts = findings.loaded_prompts
         student = load_student(config, prompts)
         cache = run.enter(open_cache(config.cache))
@@ -65,23 +73,13 @@ async def train(
         observers = await run.enter_async(open_observers(config, student, findings, teachers, run))
         if cache is not None:
             sampling = cache.record_rollouts(sampling, config, student, prompts.rows, loss)
-        return await run_training(
-            run,
-            TrainingParts(
-                config.with_eval_schedule(),
-                student,
-                prompts.tokenizer,
-                prompts.rows,
-                teachers,
-                sampling,
-                observers,
-                loss,
-                context=build_feedback_context(config, prompts),
-                is_remembered=cache is not None,
-                notes=findings.notes(),
-                account=None if cache is None else cache.account,
-            ),
+        parts = replace(
+            TrainingParts.of_run_file(config, student, findings, teachers, sampling=sampling, observers=observers),
+            loss=loss,
+            is_remembered=cache is not None,
+            account=None if cache is None else cache.account,
         )
+        return await run_training(run, parts)
 
 
 def _record_loss(config: RunConfig, loss: TokenLoss) -> RunConfig:
@@ -92,15 +90,3 @@ def _record_loss(config: RunConfig, loss: TokenLoss) -> RunConfig:
             hint="leave objective out",
         )  # fmt: skip
     return config.model_copy(update={"objective": CustomObjective.of_function(loss, config.objective)})
-
-
-def _describe(config: RunConfig, run: Run, loss: TokenLoss | None) -> Preflight:
-    return Preflight(
-        config,
-        run.progress,
-        processes=1 if run.ranks is None else run.ranks.size,
-        teachers_file=run.out / TEACHERS,
-        is_resumed=run.previous.resumed,
-        ranks=run.ranks,
-        loss=loss,
-    )

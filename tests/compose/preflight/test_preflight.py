@@ -9,6 +9,7 @@ import pytest
 from tests.engine.pieces import model_folder
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.run_prompts import load_prompts
+from topkd.compose.dry_run import dry_run
 from topkd.compose.preflight.lengths import check_lengths, compare_ends
 from topkd.compose.preflight.preflight import Preflight, preflight
 from topkd.compose.preflight.teachers import TeacherInfo, check_same_ids, check_teachers
@@ -19,6 +20,7 @@ from topkd.engine.loop.prompts import PromptRow
 from topkd.engine.loop.rollouts import draw_rollouts
 from topkd.engine.loop.scoring import score_rollouts
 from topkd.engine.models.tokenizer import load_tokenizer
+from topkd.offline import ScoreStore
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk import Rollout, SamplingParams, TopK
 from topkd.topk.errors import ConfigError, DataError, KLimitError, ServerUnreachableError
@@ -99,6 +101,23 @@ async def test_a_mistyped_path_is_told_before_the_teacher_is_asked(folder, tmp_p
     assert "\n" not in str(told.value)
     assert told.value.exit_code == 2
     assert notes.said == []
+
+
+async def test_a_teacher_that_scores_no_chosen_ids_is_refused_before_a_model_is_loaded(
+    folder, server, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("topkd.engine.models.student.Student.load", None)
+    support = {"objective": {"kind": "topk_pg", "support": "union"}}
+    config = run_config(folder, server.url, teacher={"url": server.url, "dialect": "vllm"}, **support)
+    with pytest.raises(ConfigError, match=r"support = 'union'.*got dialect vllm.*sglang or vllm_generate") as refused:
+        await train(config, tmp_path / "run")
+    assert (await dry_run(config)).problems == [str(refused.value)]
+    able = run_config(folder, server.url, teacher={"url": server.url, "dialect": "vllm_generate"}, **support)
+    assert (await dry_run(able)).problems == []
+    with ScoreStore(tmp_path / "cache", mode="a"):
+        pass
+    replayed = (await dry_run(config, served=False, cache=tmp_path / "cache")).problems
+    assert [problem for problem in replayed if "support = 'union'" in problem and "got a cache" in problem]
 
 
 async def test_a_server_is_met_once_and_not_asked_again_by_a_resume(folder, server, tmp_path):

@@ -208,7 +208,7 @@ async def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_once_there_
     def fill():
         monkeypatch.setattr(full, no_room)
         if lost:
-            monkeypatch.setattr("topkd.compose.run.saving.save_student", no_room)
+            monkeypatch.setattr("topkd.engine.checkpoint.checkpoint.save_student", no_room)
 
     with pytest.raises(TrainingError, match=message) as caught:
         await train(run_config(folders), out, ear)

@@ -12,7 +12,7 @@ from tests.faults.server import FaultyServer
 from topkd.clients import VllmGenerate
 from topkd.clients.weights.sinks import VllmWeightSink
 from topkd.compose.config.run_config import RunConfig
-from topkd.compose.preflight.sampler import check_sampler
+from topkd.compose.preflight.preflight import check_sampler
 from topkd.compose.train import train
 from topkd.engine.loop.metrics import read_metrics
 from topkd.engine.models.local_teacher import LocalTeacher

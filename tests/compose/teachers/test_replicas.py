@@ -7,7 +7,7 @@ import pytest
 
 from tests.engine.pieces import model_folder
 from topkd.compose.config.run_config import RunConfig
-from topkd.compose.teachers.usage import FIELDS, TeacherUsage
+from topkd.compose.teachers.open import FIELDS, TeacherUsage
 from topkd.compose.train import train
 from topkd.engine.loop.metrics import read_metrics
 from topkd.serve import ServeConfig, ServerProcess

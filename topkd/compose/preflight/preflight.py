@@ -7,28 +7,42 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from topkd.clients.connection import open_client
+from topkd.clients.dialects.raw_requests import Wire
+from topkd.clients.dialects.records import find_dialect, list_dialects
 from topkd.compose.config.functions import load_function, load_loss
 from topkd.compose.config.run_config import RunConfig
+from topkd.compose.config.tables import ServerSampling
 from topkd.compose.data.prompts import check_opens
 from topkd.compose.data.run_prompts import Prompts, load_prompts
 from topkd.compose.preflight.evaluation import EvalPlan, plan_evaluation
 from topkd.compose.preflight.lengths import Ends, check_lengths, check_token_ids_fit, compare_ends, read_vocab_size
-from topkd.compose.preflight.sampler import check_sampler
-from topkd.compose.preflight.teachers import TeacherInfo, check_same_ids, check_teachers, select_teachers
+from topkd.compose.preflight.teachers import (
+    TeacherInfo,
+    check_same_ids,
+    check_teachers,
+    select_teachers,
+    shorten_patience,
+)
 from topkd.compose.progress import Progress
 from topkd.engine.models.hub import check_there
 from topkd.offline import ReplayScorer, ScoreStore
-from topkd.topk.errors import ConfigError, TopkdError
+from topkd.topk.errors import ConfigError, TopkdError, UnsupportedError
 
 if TYPE_CHECKING:
     from topkd.compose.cache.contents import RecordedRun
     from topkd.engine.learner.distributed import Ranks
 
+_SYNC_HINTS = {
+    "full": "start vLLM with VLLM_SERVER_DEV_MODE=1, or train an adapter: [student.lora]",
+    "lora": "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
+}
 TEACHERS = "teachers.json"  # in a run's folder: what its teachers said at the start
 
 
@@ -39,7 +53,7 @@ class Preflight:
     Attributes:
         config: Of the run.
         progress: Where notes go.
-        processes: How many processes share the run.
+        processes: How many processes share the run: torchrun's.
         is_replay: The run trains from a cache: no server is asked.
         cache: The cache of a replay; None takes the config's.
         teachers_file: Where the answers of the teacher servers are kept, for a resume.
@@ -55,7 +69,7 @@ class Preflight:
 
     config: RunConfig
     progress: Progress = field(default_factory=Progress)
-    processes: int = 1
+    processes: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
     is_replay: bool = False
     cache: Path | None = None
     teachers_file: Path | None = None
@@ -232,11 +246,65 @@ async def _check_teachers(state: Preflight) -> None:
         state.teachers = await asyncio.to_thread(state.ranks.first, state.teachers)
 
 
+async def _check_support(state: Preflight) -> None:
+    """Check that every teacher scores the ids that ``objective.support`` asks it for; a cache holds its own lists."""
+    support = state.config.objective.list_support
+    if support == "teacher":
+        return
+    able = " or ".join(list_dialects(candidates=True)[1:])
+    for name in select_teachers(state.config):
+        info = state.teachers.get(name)
+        if state.is_replay or (info is not None and not find_dialect(info.dialect).candidates):
+            raise ConfigError(
+                f"objective.support = {support!r} needs a teacher that scores chosen ids",
+                where=" ".join(filter(None, [f"teacher {name!r}" if name else "", "" if info is None else info.url])),
+                got="a cache" if info is None else f"dialect {info.dialect}",
+                expected=f"a live teacher, in this process or of dialect {able}",
+                hint='or set objective.support = "teacher"',
+            )
+
+
 async def _check_local_teachers(state: Preflight) -> None:
     for teacher in select_teachers(state.config).values():
         if teacher.kind == "local" and teacher.model is not None:
             await asyncio.to_thread(check_there, teacher.model)
             await asyncio.to_thread(check_same_ids, teacher.model, state.config.student.model)
+
+
+async def check_sampler(config: RunConfig) -> str:
+    """What the server of ``[sampler]`` is, in a line; "" where the student is sampled in this process.
+
+    Raises:
+        ServerUnreachableError, ModelNotFoundError: It is not there, or another.
+        UnsupportedError: Weights cannot be brought to it.
+    """
+    table = config.sampler
+    if not isinstance(table, ServerSampling):
+        return ""
+    by_adapter = table.weights == "lora" or (table.weights == "auto" and config.student.lora is not None)
+    async with await open_client(
+        table.url,
+        dialect=table.dialect,
+        model=table.model,
+        api_key=table.api_key(),
+        config=shorten_patience(config.client),
+    ) as client:
+        info = await client.server_info()
+        dialect = find_dialect(client.dialect)
+        if not dialect.syncs:
+            raise UnsupportedError(
+                "this server's weights cannot be changed, so a student that learns cannot be sampled from it",
+                where=client.where(), got=f"dialect {client.dialect}", expected="vLLM, SGLang or topkd serve",
+            )  # fmt: skip
+        wire, way = Wire(client), "lora" if by_adapter else "full"
+        missing = [route for route in dialect.load_sink().routes[way] if not await wire.mounted(route)]
+        if missing:
+            raise UnsupportedError(
+                "the student's server does not take " + ("adapters" if by_adapter else "new weights"),
+                where=client.where(), got=f"no route {missing[0]}", hint=_SYNC_HINTS[way],
+            )  # fmt: skip
+        how = "by adapters" if by_adapter else "by reloads"
+        return f"the student is sampled at {table.url} ({info.model}, {client.dialect}), its weights follow {how}"
 
 
 async def _check_sampler(state: Preflight) -> None:
@@ -309,6 +377,7 @@ CHECKS = (
     Check("files", _check_files),
     Check("schedule", _check_schedule, needs=("framework",)),
     Check("teachers", _check_teachers, needs=("student",), replay=False),
+    Check("support", _check_support, needs=("teachers",)),
     Check("local teachers", _check_local_teachers, needs=("student",), replay=False),
     Check("sampler", _check_sampler, replay=False),
     Check("prompts", _check_prompts, needs=("student", "files")),

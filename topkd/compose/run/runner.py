@@ -11,19 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topkd.compose.config.functions import load_loss
+from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.digests import describe_rows
+from topkd.compose.data.run_prompts import Prompts
+from topkd.compose.preflight.lengths import check_token_ids_fit
+from topkd.compose.preflight.preflight import Preflight
 from topkd.compose.run.folder import collect_provenance
 from topkd.compose.run.observers import Observers
 from topkd.compose.run.resume import check_same_rows, describe_process_change, truncate_to_checkpoint
 from topkd.compose.run.run import Run, RunResult
 from topkd.compose.run.sampler import SamplingSetup, stop_ids
+from topkd.compose.teachers.feedback import build_feedback_context
 from topkd.compose.teachers.open import Teachers
 from topkd.engine import EngineConfig
-from topkd.engine.loop.hooks import Hooks
+from topkd.engine.loop.hooks import Hooks, Position
 from topkd.engine.loop.metrics import MetricsLog
 from topkd.engine.loop.prompts import PromptRow
 from topkd.engine.loop.scoring import Context, ScoredBatch
-from topkd.report.load.run_folder import RUN_LOG, TOKENS
+from topkd.report.load.run_folder import RUN_LOG, STUDENT, TOKENS
 from topkd.topk.errors import TopkdError
 
 if TYPE_CHECKING:
@@ -70,27 +75,63 @@ class TrainingParts:
     notes: Mapping[str, Any] = field(default_factory=dict)
     account: Callable[[], dict[str, Any]] | None = None
 
+    @classmethod
+    def of_run_file(
+        cls,
+        config: RunConfig,
+        student: Any,
+        findings: Preflight,
+        teachers: Teachers,
+        *,
+        sampling: SamplingSetup,
+        observers: Observers,
+    ) -> TrainingParts:
+        """Return the parts of a run file, once its preflight has passed."""
+        prompts = findings.loaded_prompts
+        return cls(
+            config.with_eval_schedule(),
+            student,
+            prompts.tokenizer,
+            prompts.rows,
+            teachers,
+            sampling,
+            observers,
+            context=build_feedback_context(config, prompts),
+            notes=findings.notes(),
+        )
+
+
+def load_student(config: RunConfig, prompts: Prompts) -> Any:
+    """Load the config's student and check that it has every id of the prompts."""
+    from topkd.engine.models.student import Student
+
+    model = config.student
+    student = Student.load(model.model, model.device, model.dtype, lora=model.lora, seed=config.seed)
+    check_token_ids_fit(config, prompts.rows, student.vocab_size)
+    return student
+
 
 async def run_training(run: Run, parts: TrainingParts) -> RunResult:
     """Train from the beginning, or from the previous run's checkpoint, to the end or to a stop."""
-    from topkd.compose.run.saving import RunSaver, restore_state, restore_weights
+    from topkd.engine.checkpoint.checkpoint import load_weights, read_weights, restore
     from topkd.engine.loop.loop import LoopParts, distil
 
     config, prompts = parts.config, describe_rows(parts.rows)
-    if run.previous.checkpoint is not None:
+    checkpoint, start = run.previous.checkpoint, Position()
+    if checkpoint is not None:  # weights before the learner is made, which may copy them into shards
         check_same_rows(run.previous.events, prompts, where=str(run.out))
-    restore_weights(run.previous, parts.student)
+        load_weights(parts.student, read_weights(checkpoint), where=str(checkpoint.path))
     learner = _make_learner(run, parts)
-    start = restore_state(run.previous, learner, parts.teachers.states)
+    if checkpoint is not None:
+        restore(checkpoint, learner, parts.teachers.states)
+        start = checkpoint.position
     if learner.ranks.main:
         truncate_to_checkpoint(run.out, run.previous)
     evals = [*run.previous.evals]
     run.progress.stage("distil", config.steps)
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(MetricsLog(run.out / RUN_LOG if learner.ranks.main else Path(os.devnull)))
-        saver = RunSaver(
-            run.out, config, learner, parts.tokenizer, log, parts.is_remembered, parts.teachers.states, run.progress
-        )
+        saver = _RunSaver(run, parts, learner, log)
         stop = stack.enter_context(run.signals.listen()) if run.signals is not None else asyncio.Event()
         _write_first_event(run, parts, log, learner.ranks.size, {"step": start.step, "prompts": prompts})
         hooks = Hooks(
@@ -117,7 +158,7 @@ async def run_training(run: Run, parts: TrainingParts) -> RunResult:
         try:
             steps = await distil(loop_parts, learner, log, hooks, start)
         except BaseException as error:  # an interrupt, a dead teacher: the student so far is kept, the log says why
-            _save_after_error(run, saver, error)
+            saver.save_after_error(error)
             raise
         reason = "" if learner.version == config.steps else (run.signals.name if run.signals else "") or "stop"
         if not reason and parts.account is not None:
@@ -165,11 +206,57 @@ def _record_to(run: Run, observers: Observers, evals: list[dict[str, Any]]) -> C
     return record_entry
 
 
-def _save_after_error(run: Run, saver: Any, error: BaseException) -> None:
-    try:
-        saver.finish("interrupted" if isinstance(error, _INTERRUPTS) else type(error).__name__)
-    except (TopkdError, OSError) as another:  # the first error is the one to report
-        run.progress.note(f"the student so far could not be saved: {another}")
+@dataclass(frozen=True, slots=True)
+class _RunSaver:
+    """Writes checkpoints and the student of one run; of several processes the first alone does."""
+
+    run: Run
+    parts: TrainingParts
+    learner: Learner
+    log: MetricsLog
+
+    def checkpoint(self, position: Position) -> None:
+        """Keep the position. Every process calls it: sharded state is only had together."""
+        from topkd.engine.checkpoint.checkpoint import save_checkpoint
+
+        if not self.learner.ranks.main:
+            self.learner.state_dict()
+            return
+        save_checkpoint(
+            self.run.out,
+            position,
+            learner=self.learner,
+            run_log_bytes=self.log.kept(),
+            keep=self.parts.config.checkpoint.keep,
+            # Of several processes each has rollouts of its own in flight: only a cache remembers them all.
+            remembered=self.parts.is_remembered or self.learner.ranks.size > 1,
+            stateful=self.parts.teachers.states,
+        )
+
+    def finish(self, reason: str) -> None:
+        """Save the student, at the end ("") or early, with the reason in the run log."""
+        from topkd.engine.checkpoint.checkpoint import save_student
+        from topkd.engine.learner.objectives import describe_objective
+
+        learner, folder = self.learner, self.run.out / STUDENT
+        if not learner.ranks.main:
+            return
+        if reason:
+            self.log.write("event", {"event": "stopped", "version": learner.version, "reason": reason})
+        if not learner.version:
+            return
+        state = {"version": learner.version, **describe_objective(learner.objective), "stopped": bool(reason)}
+        save_student(learner.student, self.parts.tokenizer, folder, state)
+        if reason:
+            steps = self.parts.config.steps
+            self.run.progress.note(f"stopped after step {learner.version} of {steps}; the student so far: {folder}")
+
+    def save_after_error(self, error: BaseException) -> None:
+        """Save the student so far; a second error is a note, since the first is the one to report."""
+        try:
+            self.finish("interrupted" if isinstance(error, _INTERRUPTS) else type(error).__name__)
+        except (TopkdError, OSError) as another:
+            self.run.progress.note(f"the student so far could not be saved: {another}")
 
 
 def _record_transcripts(run: Run, parts: TrainingParts) -> Callable[[int, ScoredBatch], None] | None:

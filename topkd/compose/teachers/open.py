@@ -1,20 +1,22 @@
-"""All teachers of a run, opened from its config."""
+"""All teachers of a run, opened from its config: behind servers, or in this process; and what they are asked a step."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from topkd.compose.cache.live import LiveCache
 from topkd.compose.config.run_config import RunConfig
+from topkd.compose.config.tables import TeacherConfig
+from topkd.compose.data.digests import digest_weights
 from topkd.compose.preflight.teachers import select_teachers
-from topkd.compose.teachers.local import LocalModel, open_local
 from topkd.compose.teachers.served import OpenTeacher, open_teacher
-from topkd.compose.teachers.usage import TeacherUsage
 from topkd.engine.loop.hooks import Record
 from topkd.topk.protocols import TeacherScorer
 
@@ -24,6 +26,114 @@ if TYPE_CHECKING:
     from topkd.engine.models.local_teacher import SelfTeacher
 
 Publish: TypeAlias = Callable[[int], Awaitable[Record | None]]
+
+
+# Fields that depend on the network and on what a cache held, not on what was learnt: a run that is repeated or resumed
+# may differ in these and in timings, and in nothing else.
+FIELDS = ("requests", "retries", "failed_requests", "cache_hits", "scored_tokens", "teacher_bytes")
+_CLIENT = {
+    "tries": "requests",
+    "retries": "retries",
+    "failed_requests": "failed_requests",
+    "scored_rows": "scored_tokens",
+    "reply_bytes": "teacher_bytes",
+}
+
+
+class TeacherUsage:
+    """Counters of every teacher of a run, read as the difference since the last reading.
+
+    ``requests`` are HTTP exchanges (tries), ``retries`` those after a first one, ``failed_requests`` requests that were
+    given up, ``scored_tokens`` rows that servers returned (nothing for a cache hit), ``teacher_bytes`` reply bodies.
+    What happened is booked to the step whose record is written next: with scores in flight, that is not always the step
+    they are for.
+    """
+
+    def __init__(self) -> None:
+        self._meters: list[tuple[Callable[[], Mapping[str, float]], Mapping[str, str]]] = []
+        self._booked: Counter[str] = Counter()
+
+    def client(self, meter: Callable[[], Mapping[str, float]]) -> None:
+        """Counts a client's ``metrics`` from now on: meeting the server is no part of any step."""
+        self._add(meter, _CLIENT)
+
+    def cache(self, meter: Callable[[], Mapping[str, float]]) -> None:
+        """Counts the hits of a caching scorer; one that joined a request under way is a hit too."""
+        self._add(meter, {"hits": "cache_hits", "joined": "cache_hits"})
+
+    def since_last(self) -> dict[str, int]:
+        """Every field of ``FIELDS``."""
+        now = self._sums()
+        found = {name: round(now[name] - self._booked[name]) for name in FIELDS}
+        self._booked = now
+        return found
+
+    async def sum_over(self, ranks: Ranks | None) -> dict[str, int]:
+        """Return every field of ``FIELDS`` since the last reading, summed over the run's processes."""
+        counts = self.since_last()
+        if ranks is None:
+            return counts
+        every = await asyncio.to_thread(ranks.gather, counts)
+        return {name: sum(part[name] for part in every) for name in FIELDS}
+
+    def _add(self, meter: Callable[[], Mapping[str, float]], names: Mapping[str, str]) -> None:
+        self._meters.append((meter, names))
+        self._booked = self._sums()
+
+    def _sums(self) -> Counter[str]:
+        sums: Counter[str] = Counter()
+        for meter, names in self._meters:
+            found = meter()
+            for counter, field_name in names.items():
+                sums[field_name] += found.get(counter, 0)  # type: ignore[assignment]  # Counter is typed for int
+        return sums
+
+
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """A teacher in this process.
+
+    Attributes:
+        scorer: It.
+        name: For the cache and the provenance.
+        revision: Of its weights: the config's, else their hash.
+        model: The ``Student`` that scores, where exact divergences can be taken against it.
+        state: The teacher itself, when it follows the student: it is told of each step, and checkpoints keep it.
+    """
+
+    scorer: TeacherScorer
+    name: str
+    revision: str
+    model: Any
+    state: SelfTeacher | None = None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """For the run log."""
+        return {"model": self.name, "revision": self.revision, "kind": "in this process"}
+
+
+def open_local(teacher: TeacherConfig, config: RunConfig, student: Any, lock: threading.Lock) -> LocalModel:
+    """A ``local`` or ``self`` teacher, ready to score; call it before the student's weights change.
+
+    Args:
+        teacher: Its table.
+        config: Of the run.
+        student: The loaded student.
+        lock: Held by the learner while weights change.
+    """
+    if teacher.kind == "self":
+        from topkd.engine.models.local_teacher import SelfTeacher
+
+        own = SelfTeacher(student, teacher.ema, lock)
+        revision = teacher.revision or (digest_weights(student) if teacher.ema == 1.0 else "moving")
+        state = None if teacher.ema in {0.0, 1.0} else own
+        return LocalModel(own, f"{Path(config.student.model).name} (self)", revision, own.model, state)
+    from topkd.engine.models.local_teacher import LocalTeacher
+    from topkd.engine.models.student import Student
+
+    folder = str(teacher.model)
+    model = Student.load(folder, config.student.device, config.student.dtype)
+    return LocalModel(LocalTeacher(model), Path(folder).name, teacher.revision or digest_weights(model), model)
 
 
 @dataclass(slots=True)
