@@ -18,9 +18,8 @@ from topkd.compose.data.run_prompts import load_prompts
 from topkd.compose.progress import Progress
 from topkd.compose.replay import replay
 from topkd.compose.run.runner import load_student
-from topkd.compose.teachers.open import FIELDS as TRAFFIC
 from topkd.compose.train import train
-from topkd.engine.loop.metrics import drop_timings, read_metrics
+from topkd.engine.loop.metrics import TRAFFIC, drop_timings, read_metrics
 from topkd.engine.loop.prompts import PromptRow
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.offline.store.records import ROLLOUT

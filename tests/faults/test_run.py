@@ -18,9 +18,8 @@ from tests.fakes.tinymodels import make_tiny_model
 from tests.faults.server import VOCAB, FaultyServer
 from tests.faults.test_soak import FAULTS
 from topkd.compose.config.run_config import RunConfig
-from topkd.compose.teachers.open import FIELDS as TRAFFIC
 from topkd.compose.train import train
-from topkd.engine.loop.metrics import read_metrics
+from topkd.engine.loop.metrics import TRAFFIC, read_metrics
 
 STEPS, PROMPTS, SAMPLES = 12, 6, 4
 TIMINGS = {"sample_s", "score_wait_s", "learn_s", "publish_s", "elapsed_s", *TRAFFIC}

@@ -15,8 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 LONG = {
     "topkd/cli/commands/score.py score_command": "a signature of options; the body is ten lines",
     "topkd/clients/decoding/vllm_numba.py _pass": "numba compiles one loop without calls into the fastest code",
-    "topkd/compose/demo.py demo": "to be split",
-    "topkd/compose/replay.py replay": "to be split",
     "topkd/topk/losses/entropy.py eopd_loss": "a public loss: formula, arguments and checks before ten lines of maths",
     "topkd/topk/losses/fused_policy.py fused_topk_policy_gradient_loss": "a public loss, as above",
     "topkd/topk/losses/jsd.py generalized_jsd_loss": "a public loss, as above",

@@ -1,6 +1,7 @@
 """One list of checks for train, replay and their dry runs, and what each process of a run does of it."""
 
 import json
+import sys
 import threading
 
 import numpy as np
@@ -13,7 +14,7 @@ from topkd.compose.dry_run import dry_run
 from topkd.compose.preflight import preflight as checks
 from topkd.compose.preflight.preflight import Preflight, preflight
 from topkd.compose.replay import replay
-from topkd.compose.run import observers, resume
+from topkd.compose.run import evaluation, observers
 from topkd.compose.run.run import Run
 from topkd.compose.train import train
 from topkd.engine.learner.distributed import Ranks
@@ -109,10 +110,10 @@ async def test_only_the_first_process_opens_trackers_and_asks_teachers(folder, t
     config = run_config(folder, teacher={"url": NOWHERE}, track={"tensorboard": True},
                         eval={"path": str(folder / "rows.jsonl")})  # fmt: skip
     second = Ranks(1, 2)
-    for name in ("Tracking",):
-        monkeypatch.setattr(observers, name, lambda *_, **__: pytest.fail("a tracker was opened"))
-    run = Run(tmp_path, ranks=second)
-    async with observers.open_observers(config, None, Preflight(config), None, run) as opened:
+    monkeypatch.setattr(observers, "Tracking", lambda *_, **__: pytest.fail("a tracker was opened"))
+    monkeypatch.setattr(evaluation, "Evaluation", lambda *_, **__: pytest.fail("a judge was loaded"))
+    findings, run = Preflight(config, evaluation="of the first process"), Run(tmp_path, ranks=second)
+    async with observers.open_observers(config, None, findings, None, run) as opened:
         assert opened.evaluate is None
         opened.on_record("step", {"step": 1})
     monkeypatch.setattr(checks, "check_teachers", lambda *_, **__: pytest.fail("a teacher was asked"))
@@ -158,7 +159,9 @@ async def test_a_resume_parses_the_run_log_once(folder, tmp_path, monkeypatch):
         read.append(path)
         return read_metrics(path, *rest, **options)
 
-    monkeypatch.setattr(resume, "read_metrics", count)
+    for module in [*sys.modules.values()]:
+        if getattr(module, "read_metrics", None) is read_metrics:
+            monkeypatch.setattr(module, "read_metrics", count)
     longer = config.model_copy(update={"steps": 3})
     result = await train(longer, tmp_path / "run", resume=True)
     assert (len(read), len(result.steps)) == (1, 3)

@@ -14,6 +14,7 @@ from topkd.compose.preflight.lengths import check_lengths, compare_ends
 from topkd.compose.preflight.preflight import Preflight, preflight
 from topkd.compose.preflight.teachers import TeacherInfo, check_same_ids, check_teachers
 from topkd.compose.progress import Progress
+from topkd.compose.replay import replay
 from topkd.compose.train import train
 from topkd.engine.loop.metrics import read_metrics
 from topkd.engine.loop.prompts import PromptRow
@@ -23,7 +24,7 @@ from topkd.engine.models.tokenizer import load_tokenizer
 from topkd.offline import ScoreStore
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk import Rollout, SamplingParams, TopK
-from topkd.topk.errors import ConfigError, DataError, KLimitError, ServerUnreachableError
+from topkd.topk.errors import ConfigError, DataError, KLimitError, ServerUnreachableError, TopkdError
 
 ASK = [{"role": "user", "content": "1 + 1?"}]
 
@@ -103,6 +104,36 @@ async def test_a_mistyped_path_is_told_before_the_teacher_is_asked(folder, tmp_p
     assert notes.said == []
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"student": {"model": "./nope"}},
+        {"student": {"model": "{student}", "chat_template": "nope"}},
+        {"teacher": {"kind": "local", "model": "./nope"}},
+        {"teacher": {"kind": "local", "model": "{student}", "chat_template": "./nope"}},
+        {"data": {"path": "nope"}},
+        {"eval": {"path": "./nope", "teacher": "{student}"}},
+        {"eval": {"path": "{data}", "teacher": "./nope"}},
+    ],
+)
+async def test_a_missing_file_is_named_with_the_folder_it_was_taken_from(folder, tmp_path, monkeypatch, wrong):
+    monkeypatch.chdir(tmp_path)
+    names = {"student": str(folder / "student"), "data": str(folder / "data.jsonl")}
+    filled = {table: {key: value.format(**names) for key, value in keys.items()} for table, keys in wrong.items()}
+    config = run_config(folder, "", **{"teacher": {"kind": "local", "model": names["student"]}, **filled})
+    with pytest.raises((ConfigError, DataError), match=rf"nope.*; a relative path is taken from {tmp_path}"):
+        await train(config, tmp_path / "run")
+
+
+async def test_a_missing_cache_is_named_with_the_folder_it_was_taken_from(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = run_config(folder, "http://127.0.0.1:1", cache={"path": "nope"})
+    with pytest.raises(TopkdError, match=rf"nope.*; a relative path is taken from {tmp_path}"):
+        await replay(config, tmp_path / "run")
+    with pytest.raises(TopkdError, match=rf"other.*; a relative path is taken from {tmp_path}"):
+        await replay(config, tmp_path / "run", cache="other")
+
+
 async def test_a_teacher_that_scores_no_chosen_ids_is_refused_before_a_model_is_loaded(
     folder, server, tmp_path, monkeypatch
 ):
@@ -112,8 +143,14 @@ async def test_a_teacher_that_scores_no_chosen_ids_is_refused_before_a_model_is_
     with pytest.raises(ConfigError, match=r"support = 'union'.*got dialect vllm.*sglang or vllm_generate") as refused:
         await train(config, tmp_path / "run")
     assert (await dry_run(config)).problems == [str(refused.value)]
-    able = run_config(folder, server.url, teacher={"url": server.url, "dialect": "vllm_generate"}, **support)
-    assert (await dry_run(able)).problems == []
+    own = run_config(folder, server.url, teacher={"kind": "self"}, **support)
+    (problem,) = (await dry_run(own)).problems
+    assert "support = 'union' needs a teacher that scores chosen ids: got kind \"self\"" in problem
+    for teacher in (
+        {"url": server.url, "dialect": "vllm_generate"},
+        {"kind": "local", "model": str(folder / "student")},
+    ):
+        assert (await dry_run(run_config(folder, server.url, teacher=teacher, **support))).problems == []
     with ScoreStore(tmp_path / "cache", mode="a"):
         pass
     replayed = (await dry_run(config, served=False, cache=tmp_path / "cache")).problems

@@ -69,22 +69,37 @@ def run_log(folder, kind="step"):
     return [drop_timings(record) for record in read_metrics(folder / "metrics.jsonl", kind)]
 
 
+def check_two_end_where_one_does(files, name, *settings):
+    """Train with one process and with two, and compare records and weights."""
+    done(topkd(files, "--out", f"one-{name}", *settings))
+    out, _ = done(topkd(files, "--out", f"two-{name}", *settings, processes=2))
+    assert out.count("steps done") == 1  # one of them speaks
+    alone, shared = run_log(files / f"one-{name}"), run_log(files / f"two-{name}")
+    assert [record["step"] for record in shared] == [*range(1, STEPS + 1)]
+    for mine, other in zip(alone, shared, strict=True):
+        assert mine.keys() - {"grad_noise"} == other.keys() - {"grad_noise"}
+        assert (mine["tokens"], mine["samples"]) == (other["tokens"], other["samples"]) == (mine["tokens"], 14)
+        for key in {"loss", "kl_k1", "grad_norm", "ess", "teacher_mass", "tail_mass", "realised_in_topk"} & mine.keys():
+            assert other[key] == pytest.approx(mine[key], rel=1e-4, abs=1e-5), (mine["step"], key)
+    weights = [load_file(files / f"{number}-{name}" / "student" / "model.safetensors") for number in ("one", "two")]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-5, atol=1e-5)
+    return alone
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_end_where_one_does(files, strategy):
-    done(topkd(files, "--out", f"one-{strategy}"))
-    out, _ = done(topkd(files, "--out", f"two-{strategy}", "--set", f"learner.strategy={strategy}", processes=2))
-    assert out.count("steps done") == 1  # one of them speaks
-    one, two = run_log(files / f"one-{strategy}"), run_log(files / f"two-{strategy}")
-    assert [record["step"] for record in two] == [*range(1, STEPS + 1)]
-    for mine, theirs in zip(one, two, strict=True):
-        assert mine.keys() - {"grad_noise"} == theirs.keys() - {"grad_noise"}
-        assert (mine["tokens"], mine["samples"]) == (theirs["tokens"], theirs["samples"]) == (mine["tokens"], 14)
-        for name in ("loss", "kl_k1", "grad_norm", "ess", "teacher_mass", "tail_mass", "realised_in_topk"):
-            assert theirs[name] == pytest.approx(mine[name], rel=1e-4, abs=1e-5), (mine["step"], name)
-    weights = [load_file(files / f"{n}-{strategy}" / "student" / "model.safetensors") for n in ("one", "two")]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-5)
+    records = check_two_end_where_one_does(files, strategy, "--set", f"learner.strategy={strategy}")
+    assert {"loss", "kl_k1", "grad_norm", "ess", "teacher_mass", "tail_mass", "realised_in_topk"} <= records[0].keys()
+
+
+@pytest.mark.slow
+def test_a_custom_objective_ends_where_it_does_with_one_process(files):
+    (files / "losses.py").write_text("def surprise(view):\n    return view.logp_new.exp() * view.logp_new\n")
+    check_two_end_where_one_does(files, "custom", "--set", "objective.kind=losses:surprise")
+    events = [run_log(files / f"{number}-custom", "event")[0] for number in ("one", "two")]
+    assert [event["processes"] for event in events] == [1, 2]
 
 
 @pytest.mark.slow

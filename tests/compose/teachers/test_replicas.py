@@ -7,9 +7,9 @@ import pytest
 
 from tests.engine.pieces import model_folder
 from topkd.compose.config.run_config import RunConfig
-from topkd.compose.teachers.open import FIELDS, TeacherUsage
+from topkd.compose.teachers.open import TeacherUsage
 from topkd.compose.train import train
-from topkd.engine.loop.metrics import read_metrics
+from topkd.engine.loop.metrics import TRAFFIC, read_metrics
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import ResponseError
 
@@ -64,14 +64,14 @@ def test_traffic_is_what_was_added_since_the_last_record_summed_over_teachers():
     for count in counts:
         traffic.client(lambda count=count: count)
     traffic.cache(lambda: hits)
-    assert traffic.since_last() == dict.fromkeys(FIELDS, 0), "what it took to meet the teachers is no step's"
+    assert traffic.since_last() == dict.fromkeys(TRAFFIC, 0), "what it took to meet the teachers is no step's"
     counts[0] |= {"tries": 9.0, "retries": 1.0, "scored_rows": 100.0}
     counts[1] |= {"tries": 4.0, "reply_bytes": 1234.0}
     hits |= {"hits": 2, "joined": 1}
     assert traffic.since_last() == {
         "requests": 7, "retries": 1, "failed_requests": 0, "cache_hits": 3, "scored_tokens": 60, "teacher_bytes": 1234
     }  # fmt: skip
-    assert traffic.since_last() == dict.fromkeys(FIELDS, 0)
+    assert traffic.since_last() == dict.fromkeys(TRAFFIC, 0)
 
 
 def test_the_students_support_and_a_cache_exclude_each_other_before_anything_is_opened(tmp_path):

@@ -34,16 +34,9 @@ class EvalPlan:
 
 
 def plan_evaluation(config: RunConfig, table: EvalConfig, readers: Readers, local: AbstractSet[str]) -> EvalPlan:
-    """Read the prompts of ``[eval]`` and check that there is something to measure.
+    """Read the prompts of ``[eval]``, and refuse one that measures nothing or whose scorer fails on the first row.
 
-    Args:
-        config: Of the run.
-        table: Its ``[eval]``.
-        readers: How each side reads a row.
-        local: Names of the teachers whose weights are on this machine.
-
-    Raises:
-        ConfigError: Nothing would be measured, or the scorer fails on the first row.
+    ``local`` are the names of the teachers whose weights are on this machine.
     """
     rows, _ = read_prompts(
         Path(table.path), readers, max_tokens=config.rollout.max_prompt_tokens, overlong="error", limit=table.limit
@@ -69,14 +62,7 @@ def plan_evaluation(config: RunConfig, table: EvalConfig, readers: Readers, loca
 
 
 def score_answer(scorer: AnswerScorer, row: PromptRow, text: str, where: str) -> float:
-    """Score one completion; an error names the row.
-
-    Args:
-        scorer: The scorer of ``[eval]``.
-        row: The prompt that was answered.
-        text: The answer.
-        where: The data file.
-    """
+    """Score one completion; an error names the row of the data file ``where``."""
     try:
         return scorer(row.columns, text)
     except DataError as error:

@@ -71,7 +71,7 @@ def find_reply_shape(dialect: str) -> ReplyShape:
 
 
 def read_model_shape(config: RunConfig) -> Model:
-    """The student's shape from its config file; no weight is read."""
+    """Read the student's shape from its config file; no weight is read."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -105,19 +105,15 @@ def read_model_shape(config: RunConfig) -> Model:
 
 
 def forecast(config: RunConfig, rows: list[PromptRow], device: Any, dialects: Mapping[str, str]) -> Forecast:
-    """Estimates for a run on ``device``; completions are taken at their longest.
+    """Estimate what a run on ``device`` takes, with completions at their longest.
 
-    Args:
-        config: Of the run.
-        rows: Its prompts.
-        device: The torch device.
-        dialects: teacher_id -> how that teacher is asked, of those behind servers.
+    ``dialects`` has, for the teachers behind servers, how each is asked.
     """
     model, rollout = read_model_shape(config), config.rollout
     prompts = rollout.prompts_per_step
     completions = prompts * rollout.samples_per_prompt
     own = float(np.mean([row.prompt_ids.size for row in rows]))
-    told = float(np.mean([row.teacher_prompt_ids.size for row in rows]))
+    teacher_side = float(np.mean([row.teacher_prompt_ids.size for row in rows]))
     longest = max(row.prompt_ids.size for row in rows)
     served = sum(row.teacher_id in dialects for row in rows) / len(rows)
     asked = round(completions * served)
@@ -130,7 +126,7 @@ def forecast(config: RunConfig, rows: list[PromptRow], device: Any, dialects: Ma
     ]
     per_step = {
         "tokens": round(completions * (own + rollout.max_completion_tokens)),
-        "teacher_tokens": round(asked * (told + rollout.max_completion_tokens + 1)),
+        "teacher_tokens": round(asked * (teacher_side + rollout.max_completion_tokens + 1)),
         "teacher_requests": asked,
         "teacher_reply_bytes": round(asked * float(np.mean(longest_reply))) if longest_reply else 0,
     }

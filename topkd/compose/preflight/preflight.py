@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import inspect
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topkd.clients.connection import open_client
-from topkd.clients.dialects.raw_requests import Wire
-from topkd.clients.dialects.records import find_dialect, list_dialects
+from topkd.clients.dialects.base import HttpClient, Wire
+from topkd.clients.dialects.records import Dialect, find_dialect, list_dialects
 from topkd.compose.config.functions import load_function, load_loss
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import ServerSampling
@@ -33,6 +34,7 @@ from topkd.compose.preflight.teachers import (
 from topkd.compose.progress import Progress
 from topkd.engine.models.hub import check_there
 from topkd.offline import ReplayScorer, ScoreStore
+from topkd.report.load.run_log import flatten_settings
 from topkd.topk.errors import ConfigError, TopkdError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -110,7 +112,8 @@ class Check:
 
     Attributes:
         name: What other checks call it.
-        run: Raises a ``TopkdError`` for a problem; adds what it finds to the ``Preflight``.
+        run: Raises a ``TopkdError`` for a problem; adds what it finds to the ``Preflight``. A function that is no
+            coroutine reads files, and runs in a thread.
         needs: Checks that must have passed.
         live: Whether a live run is checked so.
         replay: Whether a replay is checked so.
@@ -118,18 +121,42 @@ class Check:
     """
 
     name: str
-    run: Callable[[Preflight], Awaitable[None]]
+    run: Callable[[Preflight], Awaitable[None] | None]
     needs: tuple[str, ...] = ()
     live: bool = True
     replay: bool = True
     dry: bool = False
+
+    async def apply(self, state: Preflight) -> None:
+        """Run the check, off the event loop where it reads files."""
+        try:
+            if inspect.iscoroutinefunction(self.run):
+                await self.run(state)
+            else:
+                await asyncio.to_thread(self.run, state)
+        except TopkdError as error:
+            if not _is_missing_file(error, state):
+                raise
+            hint = "; ".join(filter(None, [error.hint, f"a relative path is taken from {Path.cwd()}"]))
+            raise type(error)(
+                error.what, where=error.where, got=error.got, expected=error.expected, hint=hint
+            ) from error
+
+
+def _is_missing_file(error: TopkdError, state: Preflight) -> bool:
+    """Whether the error is about a relative path of the config at which nothing lies, and does not say from where."""
+    named = [value for value in flatten_settings(state.config.model_dump()).values() if isinstance(value, str)]
+    named += [str(state.cache)] if state.cache is not None else []
+    if error.where not in {*named, *map(os.path.normpath, named)} or "is taken from" in error.hint:
+        return False
+    return not os.path.isabs(error.where) and not os.path.exists(error.where)  # noqa: PTH110, PTH117 - may be no path
 
 
 async def preflight(state: Preflight) -> Preflight:
     """Raise the first problem that would end the run, before it has cost anything."""
     for check in _select_checks(state):
         if not check.dry:
-            await check.run(state)
+            await check.apply(state)
     return state
 
 
@@ -142,7 +169,7 @@ async def collect_problems(state: Preflight) -> list[str]:
             failed.add(check.name)
             continue
         try:
-            await check.run(state)
+            await check.apply(state)
         except TopkdError as error:
             failed.add(check.name)
             problems.append(str(error))
@@ -151,8 +178,9 @@ async def collect_problems(state: Preflight) -> list[str]:
 
 def check_here(config: RunConfig) -> None:
     """Raise for a model or a data file that this machine lacks."""
-    check_there(config.student.model)
-    _check_data_files(config)
+    state = Preflight(config)
+    _check_student(state)
+    _check_files(state)
 
 
 def _select_checks(state: Preflight) -> list[Check]:
@@ -210,15 +238,12 @@ async def _check_functions(state: Preflight) -> None:
         load_loss(state.config.objective)
 
 
-async def _check_student(state: Preflight) -> None:
-    await asyncio.to_thread(check_there, state.config.student.model)
+def _check_student(state: Preflight) -> None:
+    check_there(state.config.student.model)
 
 
-async def _check_files(state: Preflight) -> None:
-    await asyncio.to_thread(_check_data_files, state.config)
-
-
-def _check_data_files(config: RunConfig) -> None:
+def _check_files(state: Preflight) -> None:
+    config = state.config
     check_opens(Path(config.data.path))
     if config.eval is not None:
         check_opens(Path(config.eval.path))
@@ -226,15 +251,11 @@ def _check_data_files(config: RunConfig) -> None:
             check_there(config.eval.teacher)
 
 
-async def _check_cache(state: Preflight) -> None:
-    state.recorded = await asyncio.to_thread(_find_recorded, state)
-
-
-def _find_recorded(state: Preflight) -> RecordedRun:
+def _check_cache(state: Preflight) -> None:
     from topkd.compose.cache.contents import cache_folder, find_recorded_run
 
     with ScoreStore(cache_folder(state.config, state.cache)) as store:
-        return find_recorded_run(store, state.config)
+        state.recorded = find_recorded_run(store, state.config)
 
 
 async def _check_teachers(state: Preflight) -> None:
@@ -252,23 +273,40 @@ async def _check_support(state: Preflight) -> None:
     if support == "teacher":
         return
     able = " or ".join(list_dialects(candidates=True)[1:])
-    for name in select_teachers(state.config):
+    for name, table in select_teachers(state.config).items():
         info = state.teachers.get(name)
-        if state.is_replay or (info is not None and not find_dialect(info.dialect).candidates):
-            raise ConfigError(
-                f"objective.support = {support!r} needs a teacher that scores chosen ids",
-                where=" ".join(filter(None, [f"teacher {name!r}" if name else "", "" if info is None else info.url])),
-                got="a cache" if info is None else f"dialect {info.dialect}",
-                expected=f"a live teacher, in this process or of dialect {able}",
-                hint='or set objective.support = "teacher"',
-            )
+        if state.is_replay:
+            got = "a cache"
+        elif table.kind == "self":
+            got = 'kind "self"'
+        elif info is not None and not find_dialect(info.dialect).candidates:
+            got = f"dialect {info.dialect}"
+        else:
+            continue
+        raise ConfigError(
+            f"objective.support = {support!r} needs a teacher that scores chosen ids",
+            where=" ".join(filter(None, [f"teacher {name!r}" if name else "", "" if info is None else info.url])),
+            got=got, expected=f'kind "local", or a server of dialect {able}',
+            hint='or set objective.support = "teacher"',
+        )  # fmt: skip
 
 
-async def _check_local_teachers(state: Preflight) -> None:
+def _check_local_teachers(state: Preflight) -> None:
     for teacher in select_teachers(state.config).values():
         if teacher.kind == "local" and teacher.model is not None:
-            await asyncio.to_thread(check_there, teacher.model)
-            await asyncio.to_thread(check_same_ids, teacher.model, state.config.student.model)
+            check_there(teacher.model)
+            check_same_ids(teacher.model, state.config.student.model)
+
+
+def require_weight_sync(client: HttpClient) -> Dialect:
+    """Return the dialect of a student's server; refuse one whose weights cannot be changed."""
+    dialect = find_dialect(client.dialect)
+    if not dialect.syncs:
+        raise UnsupportedError(
+            "this server's weights cannot be changed, so a student that learns cannot be sampled from it",
+            where=client.where(), got=f"dialect {client.dialect}", expected="vLLM, SGLang or topkd serve",
+        )  # fmt: skip
+    return dialect
 
 
 async def check_sampler(config: RunConfig) -> str:
@@ -289,13 +327,7 @@ async def check_sampler(config: RunConfig) -> str:
         api_key=table.api_key(),
         config=shorten_patience(config.client),
     ) as client:
-        info = await client.server_info()
-        dialect = find_dialect(client.dialect)
-        if not dialect.syncs:
-            raise UnsupportedError(
-                "this server's weights cannot be changed, so a student that learns cannot be sampled from it",
-                where=client.where(), got=f"dialect {client.dialect}", expected="vLLM, SGLang or topkd serve",
-            )  # fmt: skip
+        info, dialect = await client.server_info(), require_weight_sync(client)
         wire, way = Wire(client), "lora" if by_adapter else "full"
         missing = [route for route in dialect.load_sink().routes[way] if not await wire.mounted(route)]
         if missing:
@@ -350,15 +382,12 @@ async def _check_evaluation(state: Preflight) -> None:
         )
 
 
-async def _check_draws(state: Preflight) -> None:
-    if state.config.replay.order == "shuffled":
-        await asyncio.to_thread(_find_draws, state)
-
-
-def _find_draws(state: Preflight) -> None:
+def _check_draws(state: Preflight) -> None:
     from topkd.compose.cache.contents import cache_folder
     from topkd.compose.cache.shuffled import ShuffledRollouts
 
+    if state.config.replay.order != "shuffled":
+        return
     with ScoreStore(cache_folder(state.config, state.cache)) as store:
         teachers = {name: ReplayScorer(store, identity) for name, identity in state.recorded_run.teachers.items()}
         ShuffledRollouts(

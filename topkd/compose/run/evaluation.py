@@ -31,13 +31,8 @@ _LOWER_IS_BETTER = {"reverse_kl", "forward_kl", "jsd"}
 class Evaluation:
     """The ``evaluate`` hook of a run with an ``[eval]`` table.
 
-    Args:
-        config: Of the run.
-        plan: What is measured.
-        student: The model that learns.
-        tokenizer: The run's.
-        models: teacher_id -> the teacher's weights, where they are on this machine.
-        out: The run's folder: the fixed prefixes and the best student are kept there.
+    ``models`` are the teachers' weights by name, where they are on this machine; the fixed prefixes and the best
+    student are kept in ``out``. ``step`` is the run's step at the moment.
     """
 
     def __init__(
@@ -57,12 +52,12 @@ class Evaluation:
         if self.table.teacher is not None:
             model = Student.wrap(load_causal_lm(self.table.teacher, config.student.dtype), config.student.device)
             self._models = dict.fromkeys(config.teacher_map(), model)
-        self._step = 0
+        self.step = 0
         self._ceiling: float | None = None
         self._best = self._kept_best()
 
     async def measure_ceiling(self, teachers: Mapping[str, object], progress: Progress) -> None:
-        """The teacher's own accuracy on the same prompts, which the records then state beside the student's."""
+        """Measure the teacher's own accuracy on the same prompts, for the records to state beside the student's."""
         if self._left_out:
             progress.note(
                 f"exact divergences leave out the rows of {', '.join(map(repr, self._left_out))}: "
@@ -77,14 +72,14 @@ class Evaluation:
                 progress.note("the teacher's ceiling is not measured: its server does not sample")
                 return
             answers = await _draw_completions(
-                sampler, [row.teacher_prompt_ids for row in rows], self._build_params(0), self.table
+                sampler, [row.teacher_prompt_ids for row in rows], self._build_params(), self.table
             )
             scores += [self._score_completions(row, drawn) for row, drawn in zip(rows, answers, strict=True)]
         self._ceiling = float(np.mean(scores))
         progress.note(f"the teacher's own accuracy on {len(scores)} prompts: {100 * self._ceiling:.1f} %")
 
     def __call__(self) -> list[Record]:
-        """One record for each kind of prefixes, the first with the accuracy; called in a thread between two steps."""
+        """Return a record for each kind of prefixes, the first with the accuracy; called in a thread between steps."""
         records = [self._divergences(kind) for kind in self._prefixes]
         records = records or [{"prefixes": "fixed"}]
         if self._scorer is not None:
@@ -93,14 +88,14 @@ class Evaluation:
         return records
 
     def on_record(self, kind: str, record: Record) -> None:
-        """Told of every run log record: which step the next evaluation is of."""
+        """Note which step the next evaluation is of."""
         if kind == "step":
-            self._step = int(record["step"])
+            self.step = int(record["step"])
 
     def _accuracy(self) -> Record:
         sampler = AnswerSampler(self._student, batch_size=self._config.rollout.batch_size)
         drawn = asyncio.run(
-            _draw_completions(sampler, [row.prompt_ids for row in self.rows], self._build_params(0), self.table)
+            _draw_completions(sampler, [row.prompt_ids for row in self.rows], self._build_params(), self.table)
         )
         scores = [self._score_completions(row, answers) for row, answers in zip(self.rows, drawn, strict=True)]
         sizes = [answer.size for answers in drawn for answer in answers]
@@ -126,18 +121,18 @@ class Evaluation:
 
     def _probes(self, kind: str, name: str, rows: Sequence[PromptRow]) -> list[Probe]:
         if kind == "fresh":
-            return _build_probes(rows, self._written(self._student, [row.prompt_ids for row in rows], self._step))
+            return _build_probes(rows, self._extend(self._student, [row.prompt_ids for row in rows], self.step))
         kept = self._kept_prefixes()
         if (key := f"{kind} {name}") not in kept:
             by_teacher = kind == "teacher"
             model = self._models[name] if by_teacher else self._student
             prompts = [row.teacher_prompt_ids if by_teacher else row.prompt_ids for row in rows]
-            kept[key] = [ids.tolist() for ids in self._written(model, prompts, 0)]
+            kept[key] = [ids.tolist() for ids in self._extend(model, prompts, 0)]
             (self._out / _PREFIXES).write_text(json.dumps(kept), encoding="utf-8")
         return _build_probes(rows, [np.array(ids, dtype=np.int32) for ids in kept[key]])
 
-    def _written(self, model: Student, prompts: list[Any], step: int) -> list[Any]:
-        """Continuations at temperature 1: divergences are means over what a policy itself writes."""
+    def _extend(self, model: Student, prompts: list[Any], step: int) -> list[Any]:
+        """Draw continuations at temperature 1: divergences are means over what a policy itself writes."""
         params = SamplingParams(
             max_tokens=self.table.max_tokens,
             stop_token_ids=self._list_stop_ids(),
@@ -148,7 +143,7 @@ class Evaluation:
         return [rollouts[0].completion_ids for rollouts in drawn]
 
     def _kept_prefixes(self) -> dict[str, list[list[int]]]:
-        """What the run began with: a resumed run is measured on the same prefixes."""
+        """Read what the run began with: a resumed run is measured on the same prefixes."""
         place = self._out / _PREFIXES
         return json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
 
@@ -162,7 +157,7 @@ class Evaluation:
             from topkd.engine.checkpoint.checkpoint import save_student
 
             self._best = value
-            state = {"version": self._step, "metric": metric, "value": value}
+            state = {"version": self.step, "metric": metric, "value": value}
             save_student(self._student, self._tokenizer, self._out / BEST, state)
 
     def _kept_best(self) -> float | None:
@@ -183,12 +178,12 @@ class Evaluation:
         texts = [self._tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
         return float(np.mean([score_answer(self._scorer, row, text, self.table.path) for text in texts]))
 
-    def _build_params(self, step: int) -> SamplingParams:
+    def _build_params(self) -> SamplingParams:
         return SamplingParams(
             max_tokens=self.table.max_tokens,
             temperature=self.table.temperature,
             stop_token_ids=self._list_stop_ids(),
-            seed=derive_seed(self._config.seed, "eval", step),
+            seed=derive_seed(self._config.seed, "eval", 0),
         )
 
     def _list_stop_ids(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What watches a run: its evaluation and its trackers, opened together and told the same records."""
+"""What watches a run: its evaluation and its trackers, opened together and called with the same records."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import TrackConfig
@@ -40,15 +39,7 @@ class Observers:
 async def open_observers(
     config: RunConfig, student: Any, findings: Preflight, teachers: Teachers, run: Run
 ) -> AsyncIterator[Observers]:
-    """Open evaluation and trackers, on the first rank only; the teacher's accuracy is measured here.
-
-    Args:
-        config: Of the run.
-        student: The loaded student.
-        findings: Of the preflight: the evaluation's plan and the tokenizer.
-        teachers: Asked to answer for the ceiling.
-        run: The open run.
-    """
+    """Open evaluation and trackers, on the first rank only; the teacher's own accuracy is measured here."""
     if not run.is_first_rank:
         yield Observers()
         return
@@ -61,10 +52,11 @@ async def open_observers(
         evaluation = Evaluation(
             config, findings.evaluation, student=student, tokenizer=tokenizer, models=teachers.models, out=run.out
         )
-        evaluation.on_record("step", {"step": step})
+        evaluation.step = step
         await evaluation.measure_ceiling(teachers.servers, run.progress)
     resumed = step if run.previous.resumed else None
-    with Tracking(config.track, run.out, config.model_dump(mode="json"), resume_step=resumed) as tracking:
+    settings = config.model_dump(mode="json")
+    with contextlib.closing(Tracking(config.track, run.out, settings, resume_step=resumed)) as tracking:
 
         def on_record(kind: str, record: dict[str, Any]) -> None:
             if evaluation is not None:
@@ -106,7 +98,7 @@ class Tracking:
             raise
 
     def on_record(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Told of every run log record; steps and evaluations are numbers over steps, events are not."""
+        """Show the numbers of a step or an evaluation; events have none."""
         if kind == "event" or not self._trackers:
             return
         place = kind if record.get("prefixes", "fixed") == "fixed" else f"{kind}_{record['prefixes']}"
@@ -119,17 +111,9 @@ class Tracking:
         for tracker in self._trackers:
             tracker.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def select_numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The finite numbers of a record by name; those of a table inside it under ``table/name``. Lists are left out."""
+    """Yield the finite numbers of a record by name; those of a table inside it under ``table/name``. No lists."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from select_numbers(value, f"{prefix}{name}/")

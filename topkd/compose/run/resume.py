@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from topkd.compose.run.folder import check_free, check_resumable
 from topkd.engine import EngineConfig
 from topkd.engine.loop.metrics import read_metrics
 from topkd.report.load.run_folder import CONFIG, RUN_LOG, STUDENT, TOKENS
+from topkd.report.load.run_log import flatten_settings
 from topkd.topk.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -64,11 +65,11 @@ def read_previous_run(
     _refuse_another_command(out, records, command)
     _refuse_changes(out, config)
     if _count_finished_steps(out) >= config.steps:
-        return _make_previous_run(None, records, finished=True)
+        return _select_records(PreviousRun(finished=True), records)
     checkpoint = _find_checkpoint(out, config, note)
     length = _count_kept_bytes(out, checkpoint)
     kept = records[: (out / RUN_LOG).read_bytes()[:length].count(b"\n")] if length else []
-    return _make_previous_run(checkpoint, kept, config=config)
+    return _select_records(PreviousRun(checkpoint, config=config), kept)
 
 
 def _find_checkpoint(out: Path, config: EngineConfig, on_damage: Callable[[str], None]) -> Checkpoint | None:
@@ -83,15 +84,11 @@ def _find_checkpoint(out: Path, config: EngineConfig, on_damage: Callable[[str],
     return checkpoint
 
 
-def _make_previous_run(
-    checkpoint: Checkpoint | None,
-    records: list[dict[str, Any]],
-    *,
-    config: EngineConfig | None = None,
-    finished: bool = False,
-) -> PreviousRun:
-    steps, evals, events = (_select_kind(records, kind) for kind in ("step", "eval", "event"))
-    return PreviousRun(checkpoint, steps, evals, events, finished=finished, resumed=True, config=config)
+def _select_records(previous: PreviousRun, records: list[dict[str, Any]]) -> PreviousRun:
+    kinds: dict[str, list[dict[str, Any]]] = {"step": [], "eval": [], "event": []}
+    for record in records:
+        kinds.setdefault(record["kind"], []).append({key: value for key, value in record.items() if key != "kind"})
+    return replace(previous, steps=kinds["step"], evals=kinds["eval"], events=kinds["event"], resumed=True)
 
 
 def truncate_to_checkpoint(out: Path, previous: PreviousRun) -> None:
@@ -128,8 +125,8 @@ def _refuse_changes(out: Path, config: EngineConfig) -> None:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError("the run's config cannot be read", where=str(path), got=str(error)) from error
-    before = _flatten(validate_config(type(config), values, where=str(path)).model_dump(mode="json"))
-    now = _flatten(config.model_dump(mode="json"))
+    before = flatten_settings(validate_config(type(config), values, where=str(path)).model_dump(mode="json"))
+    now = flatten_settings(config.model_dump(mode="json"))
     changed = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -183,22 +180,6 @@ def _is_within(line: bytes, step: int) -> bool:
         return bool(json.loads(line)["step"] <= step)
     except (ValueError, KeyError, TypeError):
         return False  # torn by the end of the process
-
-
-def _select_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in record.items() if key != "kind"} for record in records if record["kind"] == kind
-    ]
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def check_same_rows(events: Sequence[Mapping[str, Any]], note: dict[str, Any], where: str) -> None:

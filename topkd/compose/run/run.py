@@ -101,16 +101,7 @@ async def open_run(
     progress: Progress | None = None,
     signals: StopSignals | None = None,
 ) -> AsyncIterator[Run]:
-    """Lock a run's folder, read what lies in it, and join the other ranks.
-
-    Args:
-        config: Of the run.
-        out: Its folder.
-        command: Which command can go on with the run.
-        resume: Go on with the run that ``out`` holds.
-        progress: Where notes and records are shown.
-        signals: Signals that end the run in order, to be resumed.
-    """
+    """Lock a run's folder, read what lies in it, and join the other ranks; see ``Run`` for the arguments."""
     out, progress = Path(out), progress or Progress()
     if not resume:
         check_free(out)  # before a lock file lies in it

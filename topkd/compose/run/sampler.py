@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, assert_never
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import InProcessSampling, ServerSampling, VllmSampling
 from topkd.compose.data.run_prompts import Prompts
+from topkd.compose.preflight.preflight import require_weight_sync
 from topkd.compose.run.run import Run
 from topkd.engine import EngineConfig
 from topkd.engine.loop.hooks import Record
-from topkd.topk.errors import ConfigError, UnsupportedError
+from topkd.topk.errors import ConfigError
 from topkd.topk.protocols import Ids, Sampler, Version, WeightUpdate
 from topkd.topk.samples import Rollout, SamplingParams
 
@@ -91,19 +92,15 @@ async def _open_server(
 ) -> AsyncIterator[Destination]:
     from topkd.clients.connection import open_client
     from topkd.clients.dialects.base import ScoringClient
-    from topkd.clients.dialects.records import find_dialect
     from topkd.engine.weight_sync.sync import Destination
 
     key, address = table.api_key(), table.url
     async with contextlib.AsyncExitStack() as stack:
         client = await open_client(address, dialect=table.dialect, model=table.model, api_key=key, config=config.client)
         await stack.enter_async_context(client)
-        dialect = find_dialect(client.dialect)
-        if not dialect.syncs or not isinstance(client, ScoringClient):
-            raise UnsupportedError(
-                "this server's weights cannot be changed, so a student that learns cannot be sampled from it",
-                where=client.where(), got=f"dialect {client.dialect}", expected="vLLM, SGLang or topkd serve",
-            )  # fmt: skip
+        dialect = require_weight_sync(client)
+        if not isinstance(client, ScoringClient):
+            raise TypeError(f"{type(client).__name__} takes weights and does not score")
         client.vocab_size = vocab_size
         model = await client.model_name()
         sink = await stack.enter_async_context(

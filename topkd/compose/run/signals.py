@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn, Self
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -36,16 +36,14 @@ class StopSignals:
             self._previous_handlers = {number: signal.signal(number, self._request_stop) for number in _SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         self._previous_handlers = {}
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[asyncio.Event]:
-        """Gives the event that a signal sets; within the running loop."""
+        """Yield the event that a signal sets; within the running loop."""
         self.obey()
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
         try:

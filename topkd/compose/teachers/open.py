@@ -18,19 +18,18 @@ from topkd.compose.data.digests import digest_weights
 from topkd.compose.preflight.teachers import select_teachers
 from topkd.compose.teachers.served import OpenTeacher, open_teacher
 from topkd.engine.loop.hooks import Record
+from topkd.engine.loop.metrics import TRAFFIC
 from topkd.topk.protocols import TeacherScorer
 
 if TYPE_CHECKING:
     from topkd.engine.checkpoint.checkpoint import Stateful
     from topkd.engine.learner.distributed import Ranks
     from topkd.engine.models.local_teacher import SelfTeacher
+    from topkd.offline import CachingScorer
 
 Publish: TypeAlias = Callable[[int], Awaitable[Record | None]]
 
 
-# Fields that depend on the network and on what a cache held, not on what was learnt: a run that is repeated or resumed
-# may differ in these and in timings, and in nothing else.
-FIELDS = ("requests", "retries", "failed_requests", "cache_hits", "scored_tokens", "teacher_bytes")
 _CLIENT = {
     "tries": "requests",
     "retries": "retries",
@@ -62,19 +61,17 @@ class TeacherUsage:
         self._add(meter, {"hits": "cache_hits", "joined": "cache_hits"})
 
     def since_last(self) -> dict[str, int]:
-        """Every field of ``FIELDS``."""
+        """Return every field of ``TRAFFIC``."""
         now = self._sums()
-        found = {name: round(now[name] - self._booked[name]) for name in FIELDS}
+        found = {name: round(now[name] - self._booked[name]) for name in TRAFFIC}
         self._booked = now
         return found
 
     async def sum_over(self, ranks: Ranks | None) -> dict[str, int]:
-        """Return every field of ``FIELDS`` since the last reading, summed over the run's processes."""
+        """Return every field of ``TRAFFIC`` since the last reading, summed over the run's processes."""
         counts = self.since_last()
-        if ranks is None:
-            return counts
-        every = await asyncio.to_thread(ranks.gather, counts)
-        return {name: sum(part[name] for part in every) for name in FIELDS}
+        every = [counts] if ranks is None else await asyncio.to_thread(ranks.gather, counts)
+        return {name: sum(part[name] for part in every) for name in TRAFFIC}
 
     def _add(self, meter: Callable[[], Mapping[str, float]], names: Mapping[str, str]) -> None:
         self._meters.append((meter, names))
@@ -87,53 +84,6 @@ class TeacherUsage:
             for counter, field_name in names.items():
                 sums[field_name] += found.get(counter, 0)  # type: ignore[assignment]  # Counter is typed for int
         return sums
-
-
-@dataclass(frozen=True, slots=True)
-class LocalModel:
-    """A teacher in this process.
-
-    Attributes:
-        scorer: It.
-        name: For the cache and the provenance.
-        revision: Of its weights: the config's, else their hash.
-        model: The ``Student`` that scores, where exact divergences can be taken against it.
-        state: The teacher itself, when it follows the student: it is told of each step, and checkpoints keep it.
-    """
-
-    scorer: TeacherScorer
-    name: str
-    revision: str
-    model: Any
-    state: SelfTeacher | None = None
-
-    def fingerprint(self) -> dict[str, Any]:
-        """For the run log."""
-        return {"model": self.name, "revision": self.revision, "kind": "in this process"}
-
-
-def open_local(teacher: TeacherConfig, config: RunConfig, student: Any, lock: threading.Lock) -> LocalModel:
-    """A ``local`` or ``self`` teacher, ready to score; call it before the student's weights change.
-
-    Args:
-        teacher: Its table.
-        config: Of the run.
-        student: The loaded student.
-        lock: Held by the learner while weights change.
-    """
-    if teacher.kind == "self":
-        from topkd.engine.models.local_teacher import SelfTeacher
-
-        own = SelfTeacher(student, teacher.ema, lock)
-        revision = teacher.revision or (digest_weights(student) if teacher.ema == 1.0 else "moving")
-        state = None if teacher.ema in {0.0, 1.0} else own
-        return LocalModel(own, f"{Path(config.student.model).name} (self)", revision, own.model, state)
-    from topkd.engine.models.local_teacher import LocalTeacher
-    from topkd.engine.models.student import Student
-
-    folder = str(teacher.model)
-    model = Student.load(folder, config.student.device, config.student.dtype)
-    return LocalModel(LocalTeacher(model), Path(folder).name, teacher.revision or digest_weights(model), model)
 
 
 @dataclass(slots=True)
@@ -165,41 +115,54 @@ class Teachers:
         """Add a teacher behind a server, with the cache before it where there is one."""
         usage = self.usage = self.usage or TeacherUsage()
         usage.client(opened.metrics)
-        self.fingerprints[name] = opened.fingerprint() | {"revision": revision}
-        self.servers[name] = self.scorers[name] = opened.scorer
-        if cache is not None:
-            cached = cache.scorer(name, opened.scorer, opened.name, revision)
+        self.servers[name] = opened.scorer
+        cached = self._add(name, opened.scorer, opened.fingerprint() | {"revision": revision}, cache)
+        if cached is not None:
             usage.cache(cached.metrics.as_dict)
-            self.scorers[name] = cached
 
-    def add_local(self, name: str, local: LocalModel, cache: LiveCache | None) -> None:
-        """Add a teacher in this process, with the cache before it where there is one."""
-        self.models[name], self.fingerprints[name] = local.model, local.fingerprint()
-        self.scorers[name] = local.scorer
-        if cache is not None:
-            self.scorers[name] = cache.scorer(name, local.scorer, local.name, local.revision)
-        if local.state is not None:
-            self.followers[name] = local.state
+    def add_local(
+        self, name: str, table: TeacherConfig, config: RunConfig, student: Any, *, lock: Any, cache: LiveCache | None
+    ) -> None:
+        """Open a ``local`` or ``self`` teacher in this process, before the student's weights change, and add it."""
+        from topkd.engine.models.local_teacher import LocalTeacher, SelfTeacher
+        from topkd.engine.models.student import Student
+
+        scorer: LocalTeacher | SelfTeacher
+        if table.kind == "self":
+            scorer = SelfTeacher(student, table.ema, lock)
+            model_name = f"{Path(config.student.model).name} (self)"
+            revision = table.revision or (digest_weights(student) if table.ema == 1.0 else "moving")
+            if table.ema not in {0.0, 1.0}:
+                self.followers[name] = scorer
+        else:
+            scorer = LocalTeacher(Student.load(str(table.model), config.student.device, config.student.dtype))
+            model_name, revision = Path(str(table.model)).name, table.revision or digest_weights(scorer.model)
+        self.models[name] = scorer.model
+        self._add(name, scorer, {"model": model_name, "revision": revision, "kind": "in this process"}, cache)
+
+    def _add(
+        self, name: str, scorer: TeacherScorer, fingerprint: dict[str, Any], cache: LiveCache | None
+    ) -> CachingScorer | None:
+        self.fingerprints[name], self.scorers[name] = fingerprint, scorer
+        if cache is None:
+            return None
+        cached = self.scorers[name] = cache.scorer(name, scorer, fingerprint["model"], fingerprint["revision"])
+        return cached
 
     def notes(self) -> dict[str, Any]:
         """Return what the run log's first event says of the teachers."""
         return {"teachers": self.fingerprints} if self.fingerprints else {}
 
-    async def after_step(self) -> None:
-        """Let the teachers that follow the student take the step too."""
-        for teacher in self.followers.values():
-            await asyncio.to_thread(teacher.follow)
-
-    def publish_after_step(self, publish: Publish | None, ranks: Ranks | None = None) -> Publish | None:
-        """Return ``publish`` with the teachers' step before it, and their usage in the step's record."""
-        if publish is None or (not self.followers and self.usage is None):
+    def publish_after_step(self, publish: Publish, ranks: Ranks | None = None) -> Publish:
+        """Return ``publish`` with the teachers' own step before it, and their usage in the step's record."""
+        if not self.followers and self.usage is None:
             return publish
         has_begun = False  # the first call is before any step
 
         async def publish_version(version: int) -> Record | None:
             nonlocal has_begun
-            if has_begun:
-                await self.after_step()
+            for teacher in self.followers.values() if has_begun else ():
+                await asyncio.to_thread(teacher.follow)
             has_begun = True
             record = await publish(version)
             return record if self.usage is None else (record or {}) | await self.usage.sum_over(ranks)
@@ -211,19 +174,12 @@ class Teachers:
 async def open_teachers(
     config: RunConfig, student: Any, lock: threading.Lock, cache: LiveCache | None
 ) -> AsyncIterator[Teachers]:
-    """Connect to every teacher server, and open the teachers in this process.
-
-    Args:
-        config: Of the run.
-        student: The loaded student.
-        lock: Held by the learner while weights change.
-        cache: Answers before the teachers are asked.
-    """
+    """Connect to every teacher server, and open the teachers in this process; ``lock`` is held while weights change."""
     teachers = Teachers(usage=TeacherUsage())
     async with contextlib.AsyncExitStack() as stack:
         for name, table in select_teachers(config).items():
             if table.kind != "server":
-                teachers.add_local(name, open_local(table, config, student, lock), cache)
+                teachers.add_local(name, table, config, student, lock=lock, cache=cache)
                 continue
             opened = await stack.enter_async_context(
                 open_teacher(

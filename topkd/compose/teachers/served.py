@@ -1,4 +1,4 @@
-"""One teacher behind one URL or several, met and ready to score."""
+"""One teacher behind one URL or several, connected and ready to score."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def open_teacher(
     k: int = 20,
     engine: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[OpenTeacher]:
-    """Connects, and checks that every replica has the same model.
+    """Connect, and check that every replica has the same model.
 
     ``vllm:FOLDER`` in place of a URL loads the model into this process, for lists of at most ``k``; ``engine`` has
     further arguments of ``vllm.LLM``. Ids at or past ``vocab_size`` are refused, in requests and replies.
@@ -75,18 +75,12 @@ async def open_teacher(
         ) as loaded:
             yield OpenTeacher(loaded, model or Path(urls[0].removeprefix(IN_PROCESS)).name, None)
         return
-    if len(urls) == 1:
-        async with await connect(
-            urls[0], dialect=dialect, model=model, api_key=api_key, config=config, vocab_size=vocab_size
-        ) as client:
-            info = await client.server_info()
-            yield OpenTeacher(client, info.model, info.max_model_len, version=info.version)
-        return
+    address = urls[0] if len(urls) == 1 else list(urls)
     async with await connect(
-        list(urls), dialect=dialect, model=model, api_key=api_key, config=config, vocab_size=vocab_size
-    ) as fleet:
-        info = await fleet.server_info()
-        yield OpenTeacher(fleet, info.model, info.max_model_len, fleet, info.version)
+        address, dialect=dialect, model=model, api_key=api_key, config=config, vocab_size=vocab_size
+    ) as client:
+        info, fleet = await client.server_info(), client if isinstance(client, Fleet) else None
+        yield OpenTeacher(client, info.model, info.max_model_len, fleet, info.version)
 
 
 def _load_in_process(model: str, k: int, vocab_size: int | None, engine: Mapping[str, Any]) -> VllmInProcess:

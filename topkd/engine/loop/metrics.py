@@ -13,7 +13,7 @@ from typing import IO, Any, Self
 from topkd.topk.errors import ConfigError, DataError
 
 # What a run asked of its servers: after a resume the cache answers what was asked before.
-TRAFFIC = frozenset({"requests", "retries", "failed_requests", "cache_hits", "scored_tokens", "teacher_bytes"})
+TRAFFIC = ("requests", "retries", "failed_requests", "cache_hits", "scored_tokens", "teacher_bytes")
 RECORD_KINDS = ("step", "eval", "event")
 
 # Alarms.

@@ -21,7 +21,8 @@ def check_there(model: str) -> None:
     if os.path.exists(model):  # noqa: PTH110 - of a name too long for a path it says no; pathlib raises
         return
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
-        raise ConfigError("no such model folder", where=model, hint="a path is taken from the folder you run in")
+        hint = "" if model.startswith("/") else f"a relative path is taken from {os.getcwd()}"  # noqa: PTH109 - as above
+        raise ConfigError("no such model folder", where=model, hint=hint)
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
