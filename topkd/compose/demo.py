@@ -21,7 +21,14 @@ from numpy.typing import NDArray
 
 import topkd
 from topkd.clients import ClientConfig, connect
-from topkd.compose.demo_assets.assets import PROMPT_TOKENS, Assets, build_assets, cache_root, choose_prompts
+from topkd.compose.demo_assets.assets import (
+    PROMPT_TOKENS,
+    Assets,
+    build_assets,
+    cache_root,
+    choose_prompts,
+    continue_prompts,
+)
 from topkd.compose.demo_assets.first_run import FOLDER, write_first_run
 from topkd.compose.demo_assets.folders import open_demo_folder
 from topkd.compose.progress import Progress
@@ -82,7 +89,7 @@ async def demo(
         seed: Of prompts and rollouts.
         out: A new or an empty folder; when left out, a free one in ``runs``.
         cache: Where the models are kept; the user's cache when left out.
-        progress: Told what goes on.
+        progress: Where notes and records are shown.
         signals: Signals that end the run in order: what it had come to then is the result.
     """
     import torch
@@ -134,7 +141,11 @@ class _Pair:
 
         tokenizer = load_tokenizer(str(assets.student))
         student, judge = (Student.load(str(folder), "cpu") for folder in (assets.student, assets.teacher))
-        return cls(student, judge, tokenizer, await build_probes(student, assets.held_out, tokenizer))
+        # Held-out prompts, each continued by the untrained student: fixed prefixes to measure on, whatever the seed.
+        starts = np.random.default_rng(0).integers(0, len(assets.held_out) - PROMPT_TOKENS, size=PROBES)
+        prompts = [assets.held_out[start : start + PROMPT_TOKENS] for start in starts]
+        probes = await continue_prompts(student, prompts, PROBE_TOKENS, [tokenizer.eos_token_id])
+        return cls(student, judge, tokenizer, probes)
 
     @property
     def shown_prompt(self) -> NDArray[np.int32]:
@@ -146,8 +157,8 @@ class _Pair:
         return exact_divergences(self.student, self.judge, self.probes)
 
     async def answer(self, model: Student) -> str:
-        (rollout,) = await _sample(model, [self.shown_prompt], self.tokenizer, 40)
-        return str(self.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True))
+        (probe,) = await continue_prompts(model, [self.shown_prompt], 40, [self.tokenizer.eos_token_id])
+        return str(self.tokenizer.decode(probe.ids[probe.prompt_len :], skip_special_tokens=True))
 
 
 async def _distil(run: Run, config: EngineConfig, pair: _Pair, rows: Sequence[PromptRow], teacher: Path) -> RunResult:
@@ -172,7 +183,7 @@ async def _distil(run: Run, config: EngineConfig, pair: _Pair, rows: Sequence[Pr
 
 
 def build_demo_config(objective: ObjectiveName, steps: int, seed: int) -> EngineConfig:
-    """The engine settings the demo runs with; printed nowhere else, saved beside the run."""
+    """Build the engine settings that the demo runs with; they are saved beside the run."""
     objectives: dict[ObjectiveName, Objective] = {
         "scalar_kl": ScalarKL(),
         "gjs": GJS(),
@@ -192,31 +203,9 @@ def build_demo_config(objective: ObjectiveName, steps: int, seed: int) -> Engine
     )
 
 
-async def build_probes(student: Student, held_out: NDArray[np.int32], tokenizer: Any) -> list[Probe]:
-    """Held-out prompts, each continued by the untrained student: fixed prefixes to measure on, whatever the seed."""
-    from topkd.engine.models.divergences import Probe
-
-    starts = np.random.default_rng(0).integers(0, len(held_out) - PROMPT_TOKENS, size=PROBES)
-    prompts = [held_out[start : start + PROMPT_TOKENS] for start in starts]
-    rollouts = await _sample(student, prompts, tokenizer, PROBE_TOKENS)
-    return [
-        Probe(np.concatenate([prompt, rollout.completion_ids]), PROMPT_TOKENS)
-        for prompt, rollout in zip(prompts, rollouts, strict=True)
-    ]
-
-
-async def _sample(model: Any, prompts: list[NDArray[np.int32]], tokenizer: Any, tokens: int) -> list[Any]:
-    from topkd.engine.models.sampler import InProcessSampler
-    from topkd.topk import SamplingParams
-
-    sampler = InProcessSampler(model, stop_ids=[tokenizer.eos_token_id])
-    drawn = await sampler.sample_batch(prompts, 1, SamplingParams(max_tokens=tokens, seed=7))
-    return [rollouts[0] for rollouts in drawn]
-
-
 @contextlib.contextmanager
 def _note_if_stopped(progress: Progress, kept: str) -> Iterator[None]:
-    """Says what is left of a demo that a signal ends before its run begins."""
+    """Note what is left of a demo that a signal ends before its run begins."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):

@@ -1,7 +1,8 @@
-"""What a run would do, found out without doing it: every part is looked at, and every problem is told."""
+"""What a run would do, found out without doing it: every part is checked, and every problem is listed."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -25,13 +26,13 @@ from topkd.engine.loop.data_mixing import count_on_policy_prompts
 from topkd.engine.loop.prompts import PromptRow
 from topkd.topk.errors import TopkdError
 
-# Said only where they are given: they are read for some teachers and some rows alone.
-_UNSAID = (".ema", ".hint", ".reference", ".feedback", ".revision")
+# Listed only where the config sets them: they are read for some teachers and some rows alone.
+_LISTED_IF_SET = (".ema", ".hint", ".reference", ".feedback", ".revision")
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointFinding:
-    """A teacher's server and what a probe of it says."""
+    """A teacher's server and what a probe found out about it."""
 
     teacher: str
     url: str
@@ -78,7 +79,7 @@ class DryRun:
     config: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return {"ok": not self.problems, **asdict(self)}
 
 
@@ -156,7 +157,7 @@ def _note_recorded(state: Preflight, found: DryRun) -> None:
 
 
 def list_settings(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Every setting in force, by dotted key, and whether it was given; tables that are left out are not listed."""
+    """Yield every setting in force, by dotted key, and whether the file sets it; no tables that are left out."""
     as_written = model.model_dump()
     for name in as_written:  # a custom objective's function is written as its kind
         value, is_set = as_written[name] if name == "kind" else getattr(model, name), name in model.model_fields_set
@@ -170,13 +171,14 @@ def list_settings(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _list_used_settings(config: RunConfig, *, served: bool) -> list[tuple[str, Any, bool]]:
-    """The settings that this run reads, a rate that depends on what trains with its value."""
+    """List the settings that this run reads; a learning rate that depends on what trains has its value."""
     asks = served and any(teacher.urls for teacher in config.teacher_map().values())
     silent = {"client": not asks, "replay": served}
     found = [
         (key, value, is_set)
         for key, value, is_set in list_settings(config)
-        if not silent.get(key.split(".")[0]) and (is_set or (value not in ("", {}, ()) and not key.endswith(_UNSAID)))
+        if not silent.get(key.split(".")[0])
+        and (is_set or (value not in ("", {}, ()) and not key.endswith(_LISTED_IF_SET)))
     ]
     if config.learner.lr is None:
         place = next(place for place, (key, *_) in enumerate(found) if key.startswith("learner."))
@@ -198,22 +200,15 @@ async def _probe_all(config: RunConfig, found: DryRun, *, student: str | None) -
                 if not any(url in problem for problem in found.problems):
                     found.problems.append(str(error))
                 continue
-            warned = [finding for finding in report.findings if finding.status == "warn"]
             found.notes += [
                 f"{url}: {finding.title}: {', '.join(filter(None, (finding.value, finding.detail)))}"
-                for finding in warned
+                for finding in report.findings
+                if finding.status == "warn"
             ]
-            known = report.capabilities
+            known, model, dialect = report.capabilities, report.model, report.dialect
             found.endpoints.append(
                 EndpointFinding(
-                    name,
-                    url,
-                    report.verdict,
-                    report.can_teach,
-                    report.model,
-                    report.dialect,
-                    known.score_k,
-                    known.max_model_len,
+                    name, url, report.verdict, report.can_teach, model, dialect, known.score_k, known.max_model_len
                 )
             )
             if not report.can_teach and not any(url in problem for problem in found.problems):
@@ -223,9 +218,6 @@ async def _probe_all(config: RunConfig, found: DryRun, *, student: str | None) -
 def _describe_data(prompts: Prompts) -> dict[str, Any]:
     own = [row.prompt_ids.size for row in prompts.rows]
     teacher_sizes = [row.teacher_prompt_ids.size for row in prompts.rows]
-    teachers: dict[str, int] = {}
-    for row in prompts.rows:
-        teachers[row.teacher_id] = teachers.get(row.teacher_id, 0) + 1
     return {
         "rows": len(own),
         "dropped_overlong": len(prompts.dropped),
@@ -235,7 +227,7 @@ def _describe_data(prompts: Prompts) -> dict[str, Any]:
             not np.array_equal(row.prompt_ids, row.teacher_prompt_ids) for row in prompts.rows
         ),
         "with_completion": sum(row.completion_ids is not None for row in prompts.rows),
-        "by_teacher": teachers,
+        "by_teacher": dict(Counter(row.teacher_id for row in prompts.rows)),
     }  # fmt: skip
 
 

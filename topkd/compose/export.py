@@ -13,6 +13,7 @@ from typing import Any, Literal
 import topkd
 from topkd.compose.config.run_config import RunConfig, validate_config
 from topkd.compose.data.chat_templates import Side
+from topkd.compose.preflight.lengths import list_stop_ids
 from topkd.engine.checkpoint.snapshots import write_folder
 from topkd.engine.loop.metrics import read_metrics
 from topkd.report.load.run_folder import CONFIG, RUN_LOG, STUDENT
@@ -147,11 +148,11 @@ def _load_tokenizer(source: Path, config: RunConfig) -> Any:
 
 
 def _write_generation_config(model: Any, tokenizer: Any, config: RunConfig) -> None:
-    """The base model's generation config, with the ends that the student was trained to stop at."""
-    ends = [*([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]), *config.rollout.stop_token_ids]
+    """Set the ends that the student was trained to stop at in the base model's generation config."""
+    ends = list_stop_ids(tokenizer, config.rollout.stop_token_ids)
     settings = getattr(model, "generation_config", None)
     if settings is not None and ends:
-        settings.eos_token_id = ends[0] if len(ends) == 1 else list(dict.fromkeys(ends))
+        settings.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
 
 
 def _measure_difference(written: Any, again: Any, tokenizer: Any) -> float:
@@ -189,7 +190,7 @@ def _write_card(run: Path, source: Path, config: RunConfig, *, adapter: bool, dt
 
 
 def _list_teachers(run: Path, config: RunConfig) -> list[str]:
-    """Names of the teachers' models, as the run log has them; never a server's address."""
+    """List the teachers' models, as the run log has them; never a server's address."""
     logged: dict[str, Any] = next(
         (event["teachers"] for event in read_metrics(run / RUN_LOG, "event") if "teachers" in event), {}
     )
@@ -206,7 +207,7 @@ def is_hub_id(model: str) -> bool:
 
 
 def _shorten_path(model: str) -> str:
-    """A hub id as it is, a folder by its last name."""
+    """Return a hub id as it is, a folder's last name."""
     return model if is_hub_id(model) else Path(model).name
 
 

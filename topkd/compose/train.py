@@ -71,15 +71,11 @@ async def train(
         sampling = await run.enter_async(open_sampler(config, student, prompts, run))
         teachers = await run.enter_async(open_teachers(config, student, sampling.lock, cache))
         observers = await run.enter_async(open_observers(config, student, findings, teachers, run))
+        parts = TrainingParts.of_run_file(config, student, findings, teachers, sampling=sampling, observers=observers)
         if cache is not None:
-            sampling = cache.record_rollouts(sampling, config, student, prompts.rows, loss)
-        parts = replace(
-            TrainingParts.of_run_file(config, student, findings, teachers, sampling=sampling, observers=observers),
-            loss=loss,
-            is_remembered=cache is not None,
-            account=None if cache is None else cache.account,
-        )
-        return await run_training(run, parts)
+            recorded = cache.record_rollouts(sampling, config, student, prompts.rows, loss)
+            parts = replace(parts, sampling=recorded, is_remembered=True, account=cache.account)
+        return await run_training(run, replace(parts, loss=loss))
 
 
 def _record_loss(config: RunConfig, loss: TokenLoss) -> RunConfig:

@@ -15,19 +15,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from topkd.compose.demo_assets.assets import PROMPT_TOKENS, continue_prompts
 from topkd.engine.loop.loop import Source
 from topkd.engine.loop.prompts import PromptRow
 from topkd.engine.loop.rollouts import BatchSampler
 from topkd.engine.models.divergences import Probe, exact_divergences
 from topkd.engine.models.local_teacher import LocalTeacher
-from topkd.engine.models.sampler import InProcessSampler
 from topkd.engine.models.student import Student
 from topkd.topk.errors import ConfigError
 from topkd.topk.protocols import Ids, Sampler
 from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import Int32
 
-PROMPT_TOKENS = 24
 PROBE_TOKENS = 32
 
 
@@ -57,8 +56,8 @@ class Measures:
             student,
             judge,
             prompts,
-            await _continue_prompts(student, prompts),
-            await _continue_prompts(judge, prompts),
+            await continue_prompts(student, prompts, PROBE_TOKENS),
+            await continue_prompts(judge, prompts, PROBE_TOKENS),
             [Probe(ids, PROMPT_TOKENS) for ids in whole],
         )
 
@@ -66,19 +65,11 @@ class Measures:
         """The record of this moment; call it outside an event loop (the engine evaluates in a thread)."""
         record: dict[str, Any] = exact_divergences(self.student, self.judge, self.fixed)
         record["fresh"] = exact_divergences(
-            self.student, self.judge, asyncio.run(_continue_prompts(self.student, self.prompts))
+            self.student, self.judge, asyncio.run(continue_prompts(self.student, self.prompts, PROBE_TOKENS))
         )
         record["teacher"] = exact_divergences(self.student, self.judge, self.taught)
         record["accuracy"] = _measure_accuracy(self.student, self.text)
         return record
-
-
-async def _continue_prompts(model: Student, prompts: list[Int32]) -> list[Probe]:
-    drawn = await InProcessSampler(model).sample_batch(prompts, 1, SamplingParams(max_tokens=PROBE_TOKENS, seed=7))
-    return [
-        Probe(np.concatenate([drawn_rollout.prompt_ids, drawn_rollout.completion_ids]), drawn_rollout.prompt_ids.size)
-        for (drawn_rollout,) in drawn
-    ]
 
 
 @torch.inference_mode()

@@ -8,10 +8,10 @@ import math
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,11 @@ from topkd.compose.demo_assets.folders import open_scratch_folder
 from topkd.compose.progress import Progress
 from topkd.engine.loop.prompts import PromptRow
 from topkd.topk.errors import ConfigError
+from topkd.topk.samples import SamplingParams
+
+if TYPE_CHECKING:
+    from topkd.engine.models.divergences import Probe
+    from topkd.engine.models.student import Student
 
 CORPUS_BYTES = 4_000_000
 HELD_OUT_TOKENS = 150_000
@@ -45,12 +50,12 @@ class Assets:
 
 
 def cache_root() -> Path:
-    """Where trained demo models are kept: $XDG_CACHE_HOME/topkd or ~/.cache/topkd."""
+    """Return where trained demo models are kept: $XDG_CACHE_HOME/topkd or ~/.cache/topkd."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "topkd"
 
 
 def build_assets(cache: Path, progress: Progress, check_stop: Callable[[], None] | None = None) -> Assets:
-    """Tokenizer, teacher and student from the cache, or trained now; the key is everything they depend on."""
+    """Load tokenizer, teacher and student from the cache, or train them now; the key is all they depend on."""
     files = list_library_files(CORPUS_BYTES)
     texts = read_texts(files)
     recipe = json.dumps({"vocab": VOCAB, "teacher": TEACHER, "student": STUDENT, "held_out": HELD_OUT_TOKENS})
@@ -65,7 +70,7 @@ def build_assets(cache: Path, progress: Progress, check_stop: Callable[[], None]
 
 
 def _train_assets(texts: list[str], folder: Path, progress: Progress, check_stop: Callable[[], None] | None) -> None:
-    def learnt(step: int, loss: float) -> None:
+    def show_step(step: int, loss: float) -> None:
         progress.advance(step, f"loss {loss:.2f}")
         if check_stop is not None:
             check_stop()
@@ -80,7 +85,7 @@ def _train_assets(texts: list[str], folder: Path, progress: Progress, check_stop
             spec = TinyModel(vocab_size=VOCAB, **shape)
             model = build_model(spec)
             progress.stage(f"train the {name}", spec.steps)
-            train_model(model, spec, stream[:-HELD_OUT_TOKENS], learnt)
+            train_model(model, spec, stream[:-HELD_OUT_TOKENS], show_step)
             save_model(model, staging / name)
             shutil.copytree(staging / "tokenizer", staging / name, dirs_exist_ok=True)
         np.save(staging / "stream.npy", stream)
@@ -89,14 +94,14 @@ def _train_assets(texts: list[str], folder: Path, progress: Progress, check_stop
 
 
 def choose_prompts(training: NDArray[np.int32], seed: int) -> list[PromptRow]:
-    """Random windows of the training stream, 4,096 of them, chosen by the seed."""
+    """Choose 4,096 random windows of the training stream, by the seed."""
     starts = np.random.default_rng([seed, 1]).integers(0, len(training) - PROMPT_TOKENS, size=4096)
     windows = [training[start : start + PROMPT_TOKENS] for start in starts]
     return [PromptRow(window, window, "", f"window {start}") for window, start in zip(windows, starts, strict=True)]
 
 
 def list_library_files(max_bytes: int) -> list[Path]:
-    """Modules and packages of the running Python's standard library in a fixed, mixed order, up to ``max_bytes``."""
+    """List modules of the running Python's standard library in a fixed, mixed order, up to ``max_bytes``."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__", "encodings", "pydoc_data"}
     found = sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts[:-1]))
@@ -120,7 +125,7 @@ def list_library_files(max_bytes: int) -> list[Path]:
 
 
 def read_texts(files: list[Path]) -> list[str]:
-    """The files' texts; undecodable bytes are replaced (a handful of test-like modules have them)."""
+    """Read the files' texts; undecodable bytes are replaced (a handful of test-like modules have them)."""
     return [path.read_text(encoding="utf-8", errors="replace") for path in files]
 
 
@@ -148,7 +153,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> None:
 
 
 def encode_texts(texts: list[str], folder: Path) -> NDArray[np.int32]:
-    """All texts as one stream of ids, each ended by the end-of-text token."""
+    """Encode all texts as one stream of ids, each ended by the end-of-text token."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -174,7 +179,7 @@ class TinyModel:
 
 
 def build_model(spec: TinyModel) -> Any:
-    """A freshly initialised Llama with ``spec``'s shape, the same weights for the same seed."""
+    """Build a freshly initialised Llama of ``spec``'s shape, the same weights for the same seed."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -199,7 +204,7 @@ def build_model(spec: TinyModel) -> Any:
 def train_model(
     model: Any, spec: TinyModel, stream: NDArray[np.int32], on_step: Callable[[int, float], None] | None = None
 ) -> float:
-    """Plain next-token training on random windows of ``stream``; returns the mean loss of the last tenth of it."""
+    """Train on the next tokens of random windows of ``stream``; return the mean loss of the last tenth of it."""
     import torch
 
     generator = np.random.default_rng(spec.seed)
@@ -226,5 +231,20 @@ def train_model(
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """As a Hugging Face model folder."""
+    """Write a Hugging Face model folder."""
     model.save_pretrained(folder)
+
+
+async def continue_prompts(
+    model: Student, prompts: Sequence[NDArray[np.int32]], tokens: int, stop_ids: Sequence[int] = ()
+) -> list[Probe]:
+    """Continue each prompt by at most ``tokens`` that the model draws, the same for the same model."""
+    from topkd.engine.models.divergences import Probe
+    from topkd.engine.models.sampler import InProcessSampler
+
+    sampler = InProcessSampler(model, stop_ids=stop_ids)
+    drawn = await sampler.sample_batch(prompts, 1, SamplingParams(max_tokens=tokens, seed=7))
+    return [
+        Probe(np.concatenate([rollout.prompt_ids, rollout.completion_ids]), rollout.prompt_ids.size)
+        for (rollout,) in drawn
+    ]

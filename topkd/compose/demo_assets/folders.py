@@ -16,19 +16,16 @@ from topkd.topk.errors import ConfigError
 
 
 def find_free_folder(usual: Path) -> Path:
-    """``usual``, or the first of ``usual-2``, ``usual-3``, ... where nothing lies yet."""
+    """Find ``usual``, or the first of ``usual-2``, ``usual-3``, ... where nothing lies yet."""
     names = itertools.chain([usual], (usual.with_name(f"{usual.name}-{number}") for number in itertools.count(2)))
     return next(path for path in names if _is_free(path))
 
 
 @contextlib.contextmanager
 def open_demo_folder(out: Path | None, usual: Path, progress: Progress) -> Iterator[Path]:
-    """A folder that holds nothing but this demo's summary; what raises within leaves it as it was.
+    """Open a folder that holds nothing but this demo's summary; what raises within leaves it as it was.
 
-    Args:
-        out: Where the user wants it; it must be new or empty.
-        usual: Where it goes otherwise, or beside it when something lies there: nothing is ever written over.
-        progress: Told when that is so.
+    ``out`` must be new or empty; None takes ``usual``, or a free folder beside it: nothing is ever written over.
     """
     while True:
         folder = out or find_free_folder(usual)
@@ -60,7 +57,7 @@ def open_demo_folder(out: Path | None, usual: Path, progress: Progress) -> Itera
 
 @contextlib.contextmanager
 def open_scratch_folder(beside: Path, progress: Progress) -> Iterator[Path]:
-    """A folder to make ``beside`` in, for one process at a time; gone afterwards, with those of dead processes."""
+    """Open a folder to make ``beside`` in, for one process at a time; gone afterwards, with those of dead processes."""
     prefix = f".{beside.name}-"
     with contextlib.ExitStack() as stack:
         try:
@@ -76,7 +73,7 @@ def open_scratch_folder(beside: Path, progress: Progress) -> Iterator[Path]:
 
 
 def _take_lock(file: TextIO, progress: Progress) -> bool:
-    """Takes the lock, waiting for whoever has it; False where files have no such locks."""
+    """Take the lock, waiting for whoever has it; False where files have no such locks."""
     try:
         import fcntl
     except ImportError:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from topkd.clients.dialects.records import DIALECTS, ReplyShape
+from topkd.clients.dialects.records import DIALECTS
 from topkd.compose.config.run_config import RunConfig
 from topkd.engine.loop.prompts import PromptRow
 from topkd.topk.errors import ConfigError
@@ -65,11 +65,6 @@ class Forecast:
         return sum(self.memory.values())
 
 
-def find_reply_shape(dialect: str) -> ReplyShape:
-    """Return how large the scores of a dialect are; of one that is not known yet, vLLM's."""
-    return DIALECTS[dialect if dialect in DIALECTS else "vllm"].reply
-
-
 def read_model_shape(config: RunConfig) -> Model:
     """Read the student's shape from its config file; no weight is read."""
     import torch
@@ -118,7 +113,7 @@ def forecast(config: RunConfig, rows: list[PromptRow], device: Any, dialects: Ma
     served = sum(row.teacher_id in dialects for row in rows) / len(rows)
     asked = round(completions * served)
     longest_reply = [
-        find_reply_shape(dialects[row.teacher_id]).size(
+        DIALECTS.get(dialects[row.teacher_id], DIALECTS["vllm"]).reply.size(
             row.teacher_prompt_ids.size, rollout.max_completion_tokens, config.k
         )
         for row in rows
@@ -137,11 +132,8 @@ def forecast(config: RunConfig, rows: list[PromptRow], device: Any, dialects: Ma
         epochs=config.steps * prompts / len(rows),
         prompts_per_step=prompts,
         completions_per_step=completions,
-        tokens_per_step=per_step["tokens"],
-        teacher_tokens_per_step=per_step["teacher_tokens"],
-        teacher_requests_per_step=per_step["teacher_requests"],
-        teacher_reply_bytes_per_step=per_step["teacher_reply_bytes"],
         totals={name: value * config.steps for name, value in per_step.items()},
+        **{f"{name}_per_step": value for name, value in per_step.items()},
     )
 
 

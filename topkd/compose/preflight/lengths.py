@@ -1,8 +1,8 @@
-"""Lengths and ends of a run, checked before it begins: does it all fit, and do completions end where they should?"""
+"""Check before a run that prompts and completions fit, and that all parties end a completion with the same tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,8 @@ class Ends:
     notes: tuple[str, ...] = ()
 
 
-def check_lengths(config: RunConfig, prompts: Prompts, met: Mapping[str, TeacherInfo]) -> None:
-    """Raises ConfigError when the longest prompt leaves no room for its completion, on either side."""
+def check_lengths(config: RunConfig, prompts: Prompts, teachers: Mapping[str, TeacherInfo]) -> None:
+    """Raise ConfigError when the longest prompt leaves no room for its completion, on either side."""
     room = config.rollout.max_completion_tokens
     limit = read_position_limit(config.student.model)
     longest = max(prompts.rows, key=lambda row: row.prompt_ids.size + _count_answer_tokens(row, room))
@@ -43,7 +43,7 @@ def check_lengths(config: RunConfig, prompts: Prompts, met: Mapping[str, Teacher
             expected=f"at most {limit}",
             hint="lower rollout.max_completion_tokens or rollout.max_prompt_tokens",
         )
-    for name, teacher in met.items():
+    for name, teacher in teachers.items():
         rows = [row for row in prompts.rows if row.teacher_id == name]
         if not rows or teacher.context is None:
             continue
@@ -60,17 +60,17 @@ def check_lengths(config: RunConfig, prompts: Prompts, met: Mapping[str, Teacher
 
 
 def _count_answer_tokens(row: PromptRow, room: int) -> int:
-    """Tokens behind the prompt at most: the student's own, or the answer that came with the row."""
+    """Count the tokens behind the prompt at most: the student's own, or the answer that came with the row."""
     return room if row.completion_ids is None else max(room, row.completion_ids.size)
 
 
 def read_position_limit(model: str) -> int | None:
-    """Positions that a model folder's config states; None when it states none."""
+    """Read the positions that a model folder's config states; None when it states none."""
     return _read_model_config(model, "max_position_embeddings")
 
 
 def read_vocab_size(model: str) -> int | None:
-    """Ids that a model folder's config states; None when it states none."""
+    """Read the number of ids that a model folder's config states; None when it states none."""
     return _read_model_config(model, "vocab_size")
 
 
@@ -86,13 +86,18 @@ def _read_model_config(model: str, name: str) -> int | None:
     return int(found) if isinstance(found, int) and found > 0 else None
 
 
+def list_stop_ids(tokenizer: Any, more: Iterable[int] = ()) -> tuple[int, ...]:
+    """List the tokens that end a completion of the student: its tokenizer's end of text, and the config's."""
+    end = None if tokenizer is None else tokenizer.eos_token_id
+    return tuple(dict.fromkeys([*([] if end is None else [int(end)]), *more]))
+
+
 def compare_ends(config: RunConfig, prompts: Prompts) -> Ends:
-    """Where completions end, and what does not fit together; nothing is changed in secret."""
+    """Compare where student, chat template and teachers end a completion; nothing is changed."""
     from topkd.engine.models.tokenizer import load_tokenizer
 
     tokenizer = prompts.tokenizer
-    own = tokenizer.eos_token_id
-    stops = tuple(dict.fromkeys([*([] if own is None else [int(own)]), *config.rollout.stop_token_ids]))
+    stops = list_stop_ids(tokenizer, config.rollout.stop_token_ids)
     chat = any("messages" in row.columns for row in prompts.rows)
     template = prompts.readers.student.answer_end() if chat else None
     notes = []
@@ -135,7 +140,7 @@ def _show_token(tokenizer: Any, token: int) -> str:
 
 
 def check_token_ids_fit(config: RunConfig, rows: list[PromptRow], vocab_size: int) -> None:
-    """Raises where the config or a row holds an id that a student of so many ids does not have."""
+    """Raise where the config or a row holds an id that a student of so many ids does not have."""
     for stop in config.rollout.stop_token_ids:
         if stop >= vocab_size:
             raise ConfigError(

@@ -45,7 +45,7 @@ _SYNC_HINTS = {
     "full": "start vLLM with VLLM_SERVER_DEV_MODE=1, or train an adapter: [student.lora]",
     "lora": "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
 }
-TEACHERS = "teachers.json"  # in a run's folder: what its teachers said at the start
+TEACHERS = "teachers.json"  # in a run's folder: what its teacher servers answered at the start
 
 
 @dataclass(slots=True)
@@ -62,7 +62,7 @@ class Preflight:
         is_resumed: The run goes on: a server that says the same of itself is not asked again.
         ranks: The processes that share the run.
         loss: A custom objective's function, where it is loaded already.
-        teachers: teacher_id -> what its server said.
+        teachers: teacher_id -> what its server answered.
         prompts: Tokenizer and rows.
         evaluation: What ``[eval]`` measures.
         ends: Where completions end.
@@ -310,7 +310,7 @@ def require_weight_sync(client: HttpClient) -> Dialect:
 
 
 async def check_sampler(config: RunConfig) -> str:
-    """What the server of ``[sampler]`` is, in a line; "" where the student is sampled in this process.
+    """Check the server of ``[sampler]`` and describe it in a line; "" where the student is sampled in this process.
 
     Raises:
         ServerUnreachableError, ModelNotFoundError: It is not there, or another.

@@ -1,4 +1,4 @@
-"""Teachers met before anything is loaded: do they answer, serve K, and mean by every id what the student means?"""
+"""Check every teacher server before loading a model: reachable, K supported, same tokenizer as the student."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SHORT = 8  # tokens of the score that asks for K
 
 @dataclass(frozen=True, slots=True)
 class TeacherInfo:
-    """What a teacher's server said before the run.
+    """What a teacher's server answered before the run.
 
     Attributes:
         url: Where (one line a replica).
@@ -52,14 +52,10 @@ class TeacherInfo:
 async def check_teachers(
     config: RunConfig, progress: Progress, kept: Path | None = None, *, resumed: bool = False
 ) -> dict[str, TeacherInfo]:
-    """Every teacher behind a server, met; one that cannot teach this student is an error that says why.
+    """Check every teacher behind a server; one that cannot teach this student is an error that says why.
 
-    Args:
-        config: Of the run.
-        progress: Told whom is asked.
-        kept: Where what was found is kept, for a resume.
-        resumed: The run goes on: a server that was compared with this very tokenizer, and says the same of itself, is
-            not asked again.
+    What is found is written to ``kept``. A run that is ``resumed`` asks no server again that was compared with this
+    very tokenizer and describes itself as it did then.
 
     Raises:
         ServerUnreachableError: within seconds, whatever the run's own patience is.
@@ -69,20 +65,20 @@ async def check_teachers(
     served = {name: teacher for name, teacher in select_teachers(config).items() if teacher.kind == "server"}
     student = _load_byte_map(config.student.model) if served else ""
     known = _read_known(kept, student) if kept is not None and resumed else {}
-    met: dict[str, TeacherInfo] = {}
+    teachers: dict[str, TeacherInfo] = {}
     for name, teacher in served.items():
         for url in teacher.urls:
             progress.note(f"asking the teacher at {url}")
             known[url] = found = await _check_teacher(url, teacher, config, student, known.get(url))
             if found.tokenizer != "same":
                 progress.note(f"the tokenizer at {url} was not compared with the student's: {found.tokenizer}")
-            if name not in met or (found.context or 0) < (met[name].context or 0):
-                met[name] = found
+            if name not in teachers or (found.context or 0) < (teachers[name].context or 0):
+                teachers[name] = found
     if kept is not None and known:
         tokenizer = {} if isinstance(student, str) else {_STUDENT: student.fingerprint}
-        entries = [asdict(one) | tokenizer for one in known.values()]
+        entries = [asdict(info) | tokenizer for info in known.values()]
         await asyncio.to_thread(kept.write_text, json.dumps(entries, indent=2) + "\n")
-    return met
+    return teachers
 
 
 def select_teachers(config: RunConfig) -> dict[str, TeacherConfig]:
@@ -114,7 +110,7 @@ def check_same_ids(teacher: str, student: str) -> None:
 
 
 def shorten_patience(config: ClientConfig) -> ClientConfig:
-    """The run's settings with the patience of a first question: seconds, not minutes."""
+    """Return the client's settings with retries of seconds, not minutes: for the first question to a server."""
     return config.model_copy(
         update={
             "max_retries": min(config.max_retries, 3),
@@ -137,8 +133,8 @@ async def _check_teacher(
         vocab_size=teacher.vocab_size,
     ) as client:
         info = await client.server_info()
-        said = TeacherInfo(url, info.model, client.dialect, info.version, info.max_model_len, config.k, "")
-        if known is not None and asdict(known) == asdict(said) | {"tokenizer": known.tokenizer}:
+        answer = TeacherInfo(url, info.model, client.dialect, info.version, info.max_model_len, config.k, "")
+        if known is not None and asdict(known) == asdict(answer) | {"tokenizer": known.tokenizer}:
             return known
         wire = Wire(client)
         table = None if isinstance(student, str) else student
@@ -147,7 +143,7 @@ async def _check_teacher(
         session = Session(client, cast("Teacher", client), wire, info, prompt, table)
         session.know(score_k=config.k)
         verdict = student if isinstance(student, str) else await _compare_tokenizers(session, client, url)
-    return replace(said, tokenizer=verdict)
+    return replace(answer, tokenizer=verdict)
 
 
 async def _compare_tokenizers(session: Session, client: ScoringClient, url: str) -> str:
@@ -165,7 +161,7 @@ async def _compare_tokenizers(session: Session, client: ScoringClient, url: str)
 
 
 def _load_byte_map(student: str) -> ByteMap | str:
-    """What the student's ids stand for, or why that is not known."""
+    """Load what the student's ids stand for, or why that is not known."""
     try:
         return load_student_byte_map(student)
     except ConfigError as error:
@@ -173,13 +169,13 @@ def _load_byte_map(student: str) -> ByteMap | str:
 
 
 def _read_known(kept: Path, student: ByteMap | str) -> dict[str, TeacherInfo]:
-    """What an earlier start found of servers that were compared with this very tokenizer."""
+    """Read what an earlier start found of servers that were compared with this very tokenizer."""
     if isinstance(student, str):
         return {}
     try:
         entries: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
         mine = [entry for entry in entries if entry.pop(_STUDENT, None) == student.fingerprint]
         found = [TeacherInfo(**entry) for entry in mine]
-        return {one.url: one for one in found if one.tokenizer.startswith(_COMPARED)}
+        return {info.url: info for info in found if info.tokenizer.startswith(_COMPARED)}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}  # then it is asked again

@@ -13,6 +13,7 @@ import numpy as np
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import EvalConfig
 from topkd.compose.preflight.evaluation import EvalPlan, score_answer
+from topkd.compose.preflight.lengths import list_stop_ids
 from topkd.compose.progress import Progress
 from topkd.engine.loop.hooks import Record
 from topkd.engine.loop.prompts import PromptRow
@@ -135,7 +136,7 @@ class Evaluation:
         """Draw continuations at temperature 1: divergences are means over what a policy itself writes."""
         params = SamplingParams(
             max_tokens=self.table.max_tokens,
-            stop_token_ids=self._list_stop_ids(),
+            stop_token_ids=list_stop_ids(self._tokenizer, self._config.rollout.stop_token_ids),
             seed=derive_seed(self._config.seed, "eval prefixes", step),
         )
         sampler = AnswerSampler(model, batch_size=self._config.rollout.batch_size)
@@ -182,13 +183,9 @@ class Evaluation:
         return SamplingParams(
             max_tokens=self.table.max_tokens,
             temperature=self.table.temperature,
-            stop_token_ids=self._list_stop_ids(),
+            stop_token_ids=list_stop_ids(self._tokenizer, self._config.rollout.stop_token_ids),
             seed=derive_seed(self._config.seed, "eval", 0),
         )
-
-    def _list_stop_ids(self) -> tuple[int, ...]:
-        own = self._tokenizer.eos_token_id
-        return tuple(dict.fromkeys([*([] if own is None else [int(own)]), *self._config.rollout.stop_token_ids]))
 
 
 async def _draw_completions(

@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "transformers", "safetensors", "peft", "tokenizers", "nump
 
 
 def check_free(out: Path) -> None:
-    """Raises when a new run cannot have ``out``: a run has taken a step there, or something else's files lie there.
+    """Raise when a new run cannot have ``out``: a run has taken a step there, or something else's files lie there.
 
     A run that ended before its first step (a mistake found late) makes room for the next.
     """
@@ -57,7 +57,7 @@ def check_resumable(out: Path) -> None:
 
 
 def _list_entries(out: Path) -> list[str] | None:
-    """Names in a folder, in order; None where there is none yet.
+    """List the names in a folder, in order; None where there is none yet.
 
     Without those that begin with a dot: a lock, or the half-written config of a run killed at its first moment.
     """
@@ -91,7 +91,7 @@ def _is_run_config(path: Path) -> bool:
 
 @contextlib.contextmanager
 def lock_folder(out: Path, *, resume: bool = False) -> Iterator[None]:
-    """Keeps other processes out of a run's folder (made now, or there to be resumed) until this one leaves or dies."""
+    """Keep other processes out of a run's folder (made now, or there to be resumed) until this one leaves or dies."""
     if resume:
         check_resumable(out)
     try:
@@ -120,7 +120,7 @@ def lock_folder(out: Path, *, resume: bool = False) -> Iterator[None]:
 
 
 def collect_provenance(student: Any) -> dict[str, Any]:
-    """What ran: versions, device, threads, and git revisions: of topkd's checkout, and of the folder it is run from."""
+    """Collect versions, device, threads, and git revisions: of topkd's checkout, and of the folder it is run from."""
     import torch
 
     versions = {}
@@ -142,7 +142,7 @@ def collect_provenance(student: Any) -> dict[str, Any]:
 
 
 def find_revision(folder: Path, *, own: bool = False) -> str | None:
-    """The git revision of a checkout, with "-dirty" when tracked files differ from it; None outside of one.
+    """Find the git revision of a checkout, with "-dirty" when tracked files differ from it; None outside of one.
 
     ``own``: only when ``folder`` itself is the checkout, not a folder within another one.
     """

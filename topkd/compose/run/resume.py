@@ -142,7 +142,7 @@ def _refuse_changes(out: Path, config: EngineConfig) -> None:
 
 
 def _count_finished_steps(out: Path) -> int:
-    """Steps of a run that ended as it should; 0 for any other."""
+    """Count the steps of a run that ended as it should; 0 for any other."""
     try:
         state = json.loads((out / STUDENT / "topkd.json").read_text(encoding="utf-8"))
         return 0 if state["stopped"] else int(state["version"])
@@ -151,7 +151,7 @@ def _count_finished_steps(out: Path) -> int:
 
 
 def _count_kept_bytes(out: Path, checkpoint: Checkpoint | None) -> int:
-    """How many bytes of the run log stand: those before the checkpoint."""
+    """Count the bytes of the run log that stay: those before the checkpoint."""
     run_log, length = out / RUN_LOG, 0 if checkpoint is None else checkpoint.run_log_bytes
     there = run_log.stat().st_size if run_log.exists() else 0
     if there < length:

@@ -14,13 +14,13 @@ from topkd.compose.config.functions import load_loss
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.digests import describe_rows
 from topkd.compose.data.run_prompts import Prompts
-from topkd.compose.preflight.lengths import check_token_ids_fit
+from topkd.compose.preflight.lengths import check_token_ids_fit, list_stop_ids
 from topkd.compose.preflight.preflight import Preflight
 from topkd.compose.run.folder import collect_provenance
 from topkd.compose.run.observers import Observers
 from topkd.compose.run.resume import check_same_rows, describe_process_change, truncate_to_checkpoint
 from topkd.compose.run.run import Run, RunResult
-from topkd.compose.run.sampler import SamplingSetup, stop_ids
+from topkd.compose.run.sampler import SamplingSetup
 from topkd.compose.teachers.feedback import build_feedback_context
 from topkd.compose.teachers.open import Teachers
 from topkd.engine import EngineConfig
@@ -178,7 +178,7 @@ def _make_learner(run: Run, parts: TrainingParts) -> Learner:
         lock=parts.sampling.lock,
         steps=parts.config.steps,
         ranks=run.ranks,
-        stop_ids=[*stop_ids(parts.tokenizer), *parts.config.rollout.stop_token_ids],
+        stop_ids=[*list_stop_ids(parts.tokenizer, parts.config.rollout.stop_token_ids)],
     )
 
 
@@ -191,7 +191,7 @@ def _write_first_event(
         if not parts.config.rollout.shards and (change := describe_process_change(run.previous, processes)):
             run.progress.note(change)
     shared = {"command": run.command, "processes": processes, "prompts": position["prompts"]}
-    notes = {**parts.teachers.notes(), **parts.notes}
+    notes = {**({"teachers": parts.teachers.fingerprints} if parts.teachers.fingerprints else {}), **parts.notes}
     log.write("event", {**event, **shared, **collect_provenance(parts.student), **notes})
 
 

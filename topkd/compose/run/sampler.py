@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, assert_never
+from typing import TYPE_CHECKING, Any, Literal
 
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import InProcessSampling, ServerSampling, VllmSampling
 from topkd.compose.data.run_prompts import Prompts
+from topkd.compose.preflight.lengths import list_stop_ids
 from topkd.compose.preflight.preflight import require_weight_sync
 from topkd.compose.run.run import Run
 from topkd.engine import EngineConfig
@@ -32,50 +33,33 @@ KEPT_ADAPTERS = 2  # the last one may still be sampled from while the next is lo
 async def open_sampler(config: RunConfig, student: Any, prompts: Prompts, run: Run) -> AsyncIterator[SamplingSetup]:
     """Open what samples this run's rollouts; a server is left as it was found when the run is over."""
     table = config.sampler
-    match table:
-        case InProcessSampling():
-            yield open_in_process(config, student, prompts.tokenizer)
-        case ServerSampling():
-            kind = _find_kind(table, student)
-            keep = KEPT_ADAPTERS + config.max_staleness
-            async with _open_server(table, config, kind, student.vocab_size, keep) as destination:
-                with _push_weights(config, student, prompts, run.out, destination) as sampling:
-                    yield sampling
-        case VllmSampling():
-            run.progress.note("starting vLLM beside the learner")
-            kind = _find_kind(table, student)
-            async with _open_engine(table, config, kind, student) as destination:
-                with _push_weights(config, student, prompts, run.out, destination) as sampling:
-                    yield sampling
-        case _:
-            assert_never(table)
-
-
-@contextlib.contextmanager
-def _push_weights(
-    config: RunConfig, student: Any, prompts: Prompts, out: Path, destination: Destination
-) -> Iterator[SamplingSetup]:
+    if isinstance(table, InProcessSampling):
+        yield open_in_process(config, student, prompts.tokenizer)
+        return
     from topkd.engine.weight_sync.sync import SyncedSampler
     from topkd.engine.weight_sync.sync_probe import SyncProbe
 
-    table = config.sampler
-    if isinstance(table, InProcessSampling):
-        raise TypeError("the student in this process needs no sync")
-    probe = SyncProbe.of(
-        student, [row.prompt_ids for row in prompts.rows], alarm_nats=table.alarm_kl, limit_nats=table.limit_kl
-    )
-    sampler = SyncedSampler(
-        student,
-        destination,
-        folder=Path(table.folder) if table.folder is not None else out / "weights",
-        probe=probe,
-        stop_ids=stop_ids(prompts.tokenizer),
-        every=table.sync_every,
-    )
-    try:
-        yield SamplingSetup(sampler, sampler.publish, sampler.lock, sampler.capture, destination.publish_while_sampling)
-    finally:
-        sampler.close()
+    kind = _find_kind(table, student)
+    if isinstance(table, ServerSampling):
+        opened = _open_server(table, config, kind, student.vocab_size, KEPT_ADAPTERS + config.max_staleness)
+    else:
+        run.progress.note("starting vLLM beside the learner")
+        opened = _open_engine(table, config, kind, student)
+    async with opened as destination:
+        sampler = SyncedSampler(
+            student,
+            destination,
+            folder=run.out / "weights" if table.folder is None else Path(table.folder),
+            probe=SyncProbe.of(
+                student, [row.prompt_ids for row in prompts.rows], alarm_nats=table.alarm_kl, limit_nats=table.limit_kl
+            ),
+            stop_ids=list_stop_ids(prompts.tokenizer),
+            every=table.sync_every,
+        )
+        with contextlib.closing(sampler):
+            yield SamplingSetup(
+                sampler, sampler.publish, sampler.lock, sampler.capture, destination.publish_while_sampling
+            )
 
 
 def _find_kind(table: ServerSampling | VllmSampling, student: Any) -> Literal["lora", "full"]:
@@ -214,19 +198,14 @@ class SamplingSetup:
 
 
 def open_in_process(config: EngineConfig, student: Any, tokenizer: Any) -> SamplingSetup:
-    """The student itself, in this process: new weights are there at once."""
+    """Sample the student itself, in this process: new weights are there at once."""
     from topkd.engine.models.sampler import InProcessSampler
 
     sampler = InProcessSampler(
-        student, stop_ids=stop_ids(tokenizer), batch_size=config.rollout.batch_size, shown_k=config.k
+        student, stop_ids=list_stop_ids(tokenizer), batch_size=config.rollout.batch_size, shown_k=config.k
     )
 
     async def publish(version: int) -> None:
         sampler.version = str(version)
 
     return SamplingSetup(sampler, publish, sampler.lock)
-
-
-def stop_ids(tokenizer: Any) -> list[int]:
-    """The tokens that end a completion of this student, wherever it is sampled."""
-    return [tokenizer.eos_token_id] if tokenizer is not None and tokenizer.eos_token_id is not None else []

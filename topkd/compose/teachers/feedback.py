@@ -17,7 +17,7 @@ from topkd.topk.samples import Rollout
 
 
 def build_feedback_context(config: RunConfig, prompts: Prompts) -> Callable[[PromptRow, Rollout], PromptRow] | None:
-    """What ``[data] feedback`` makes of a row once it has been answered; None when the config names no function.
+    """Return what ``[data] feedback`` makes of a row once it has been answered; None without such a function.
 
     The function is called with the row's columns and the completion's text, in a thread of its own; it must give the
     same text for the same arguments, or the run does not repeat itself. None leaves the teacher's prompt as it is.
@@ -27,7 +27,7 @@ def build_feedback_context(config: RunConfig, prompts: Prompts) -> Callable[[Pro
     name = config.data.feedback
     function = load_function(name, "data.feedback")
 
-    def told(row: PromptRow, rollout: Rollout) -> PromptRow:
+    def add_feedback(row: PromptRow, rollout: Rollout) -> PromptRow:
         completion = prompts.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
         where = f"{config.data.path}, {row.sample_id}"
         try:
@@ -54,4 +54,4 @@ def build_feedback_context(config: RunConfig, prompts: Prompts) -> Callable[[Pro
             )  # fmt: skip
         return replace(row, teacher_prompt_ids=np.array(ids))
 
-    return told
+    return add_feedback

@@ -149,10 +149,6 @@ class Teachers:
         cached = self.scorers[name] = cache.scorer(name, scorer, fingerprint["model"], fingerprint["revision"])
         return cached
 
-    def notes(self) -> dict[str, Any]:
-        """Return what the run log's first event says of the teachers."""
-        return {"teachers": self.fingerprints} if self.fingerprints else {}
-
     def publish_after_step(self, publish: Publish, ranks: Ranks | None = None) -> Publish:
         """Return ``publish`` with the teachers' own step before it, and their usage in the step's record."""
         if not self.followers and self.usage is None:
