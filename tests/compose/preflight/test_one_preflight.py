@@ -70,6 +70,7 @@ async def test_a_dry_run_lists_every_problem_that_would_end_the_run_one_by_one(f
     assert len(problems) == len(words)
     for problem, word in zip(problems, words, strict=True):
         assert word in problem
+        assert "a relative path is taken from" not in problem  # only where a file of the config is missing
     with pytest.raises(TopkdError) as caught:
         await preflight(Preflight(config))
     assert str(caught.value) == problems[0]

@@ -147,7 +147,7 @@ def _is_missing_file(error: TopkdError, state: Preflight) -> bool:
     """Whether the error is about a relative path of the config at which nothing lies, and does not say from where."""
     named = [value for value in flatten_settings(state.config.model_dump()).values() if isinstance(value, str)]
     named += [str(state.cache)] if state.cache is not None else []
-    if error.where not in {*named, *map(os.path.normpath, named)} or "is taken from" in error.hint:
+    if not error.where or error.where not in {*named, *map(os.path.normpath, named)} or "is taken from" in error.hint:
         return False
     return not os.path.isabs(error.where) and not os.path.exists(error.where)  # noqa: PTH110, PTH117 - may be no path
 
