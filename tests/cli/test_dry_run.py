@@ -248,7 +248,7 @@ async def test_a_folder_that_the_run_could_not_have_is_a_problem_and_one_it_goes
     (tmp_path / "notes.txt").write_text("mine")
     found = await dry_run(config, out=tmp_path)
     (problem,) = found.problems
-    assert problem.startswith(f"the output folder holds something that is no run ({tmp_path}): got notes.txt")
+    assert problem.startswith(f"the output folder holds files that are not a run's ({tmp_path}): got notes.txt")
     resumed = await dry_run(config, out=tmp_path, resume=True)
     assert resumed.problems == [f"there is no run to resume ({tmp_path}); leave out --resume"]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["notes.txt"]

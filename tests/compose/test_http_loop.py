@@ -167,7 +167,7 @@ async def test_a_folder_of_something_else_is_left_as_it_is(folders, server, tmp_
     copy = shutil.copytree(folders[0], tmp_path / "model")
     before = {entry.name: entry.read_bytes() for entry in copy.iterdir()}
     config = run_config(folders, server.url, steps=1)
-    with pytest.raises(ConfigError, match=r"holds something that is no run \(.*model\): got .*config.json"):
+    with pytest.raises(ConfigError, match=r"holds files that are not a run's \(.*model\): got .*config.json"):
         await train(config, copy)
     with pytest.raises(ConfigError, match="output folder is a file"):
         await train(config, copy / "config.json")

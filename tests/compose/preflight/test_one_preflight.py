@@ -98,10 +98,10 @@ async def test_a_local_teacher_with_other_tokens_is_refused_before_a_model_is_lo
 
 async def test_several_processes_and_a_student_on_a_server_are_refused_before_anything_is_asked(folder, monkeypatch):
     config = run_config(folder, sampler={"kind": "server", "url": NOWHERE})
-    with pytest.raises(ConfigError, match="several processes sample from the student in their own memory"):
+    with pytest.raises(ConfigError, match="with several processes each samples from the student in its own memory"):
         await preflight(Preflight(config, processes=2))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert any("several processes sample" in problem for problem in (await dry_run(config)).problems)
+    assert any("with several processes each samples" in problem for problem in (await dry_run(config)).problems)
     shards = run_config(folder, rollout={"shards": 3})
     with pytest.raises(ConfigError, match=r"shared evenly.*3 parts, 2 processes"):
         await preflight(Preflight(shards, processes=2))

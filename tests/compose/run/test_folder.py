@@ -14,13 +14,13 @@ STARTED = '{"kind": "event", "event": "start"}\n'
         (
             '{"kind": "train", "loss": 1.0}\n',
             ConfigError,
-            r"that is no run .*: got metrics.jsonl, notes",
+            r"that are not a run's .*: got metrics.jsonl, notes",
         ),
-        (STARTED + '{"kind": "train", "loss": 1.0}\n', ConfigError, "holds something that is no run"),
-        ('{"kind": ["train"]}\n', ConfigError, "holds something that is no run"),
-        ("step,loss", ConfigError, "holds something that is no run"),
+        (STARTED + '{"kind": "train", "loss": 1.0}\n', ConfigError, "holds files that are not a run's"),
+        ('{"kind": ["train"]}\n', ConfigError, "holds files that are not a run's"),
+        ("step,loss", ConfigError, "holds files that are not a run's"),
         ('{"loss": 1.0}\n', DataError, "this is no run log of a run"),
-        ("", ConfigError, "holds something that is no run"),
+        ("", ConfigError, "holds files that are not a run's"),
     ],
 )
 def test_a_run_log_of_another_program_is_not_taken_for_a_run_that_took_no_step(tmp_path, lines, error, message):

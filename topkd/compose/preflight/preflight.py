@@ -191,7 +191,7 @@ async def _check_processes(state: Preflight) -> None:
     kind = state.config.sampler.kind
     if state.processes > 1 and not state.is_replay and kind != "in_process":
         raise ConfigError(
-            "several processes sample from the student in their own memory",
+            "with several processes each samples from the student in its own memory",
             got=f"sampler.kind {kind!r}", expected='sampler.kind = "in_process", or one process',
         )  # fmt: skip
     if state.config.rollout.shards % state.processes:

@@ -41,7 +41,7 @@ def check_free(out: Path) -> None:
     ours = all(record["kind"] in RECORD_KINDS for record in records) if records else _is_run_config(out / CONFIG)
     if others and not ours:
         raise ConfigError(
-            "the output folder holds something that is no run", where=str(out), got=", ".join(others[:3]),
+            "the output folder holds files that are not a run's", where=str(out), got=", ".join(others[:3]),
             expected="a new or an empty folder", hint="choose another --out: nothing of yours is written over",
         )  # fmt: skip
     if any(record["kind"] == "step" for record in records) or not {STUDENT, CHECKPOINTS}.isdisjoint(others):

@@ -78,7 +78,7 @@ def _find_checkpoint(out: Path, config: EngineConfig, on_damage: Callable[[str],
     checkpoint = find_newest_checkpoint(out, on_damage)
     if checkpoint is not None and checkpoint.position.step > config.steps:
         raise ConfigError(
-            "the run has gone further", where=str(out), got=f"steps = {config.steps}",
+            "the run has already taken more steps", where=str(out), got=f"steps = {config.steps}",
             expected=checkpoint.position.step,
         )  # fmt: skip
     return checkpoint
