@@ -84,7 +84,7 @@ def test_a_run_that_is_killed_and_one_that_goes_on_are_told_without_a_new_record
         news = news_of(page, news["version"])
         assert news["data"]["state"]["text"] == "unfinished, step 20 of 60"
         assert "no process of this machine is at work on it" in news["html"]["verdict"]
-        with lock_folder(path, resume=True):
+        with lock_folder(path):
             assert news_of(page, news["version"])["data"]["state"]["text"] == "running, step 20 of 60"
 
 

@@ -90,10 +90,8 @@ def _is_run_config(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def lock_folder(out: Path, *, resume: bool = False) -> Iterator[None]:
+def lock_folder(out: Path) -> Iterator[None]:
     """Keep other processes out of a run's folder (made now, or there to be resumed) until this one leaves or dies."""
-    if resume:
-        check_resumable(out)
     try:
         import fcntl
     except ImportError:  # no such locks on this platform

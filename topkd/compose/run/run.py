@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from topkd.compose.config.run_config import save_config
 from topkd.compose.progress import Progress
-from topkd.compose.run.folder import check_free, lock_folder, prepare_folder
+from topkd.compose.run.folder import check_free, check_resumable, lock_folder, prepare_folder
 from topkd.compose.run.resume import PreviousRun, read_previous_run
 from topkd.compose.run.signals import StopSignals
 from topkd.engine.config.engine_config import EngineConfig
@@ -103,12 +103,11 @@ async def open_run(
 ) -> AsyncIterator[Run]:
     """Lock a run's folder, read what lies in it, and join the other ranks; see ``Run`` for the arguments."""
     out, progress = Path(out), progress or Progress()
-    if not resume:
-        check_free(out)  # before a lock file lies in it
+    (check_resumable if resume else check_free)(out)  # before a lock file lies in it
     with _convert_write_errors(out), _join_ranks() as ranks, contextlib.ExitStack() as locks:
         previous = PreviousRun()
         if ranks is None or ranks.main:
-            locks.enter_context(lock_folder(out, resume=resume))
+            locks.enter_context(lock_folder(out))
             previous = _read_or_prepare(out, config, progress, command=command, resume=resume)
         if ranks is not None:
             previous, progress = ranks.first(previous), progress if ranks.main else Progress()
