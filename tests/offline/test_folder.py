@@ -23,14 +23,14 @@ def test_a_cache_begins_where_another_writer_was_killed_while_beginning_it(tmp_p
 
 def test_writers_that_begin_one_cache_at_once_all_get_it(tmp_path, monkeypatch):
     together = threading.Barrier(8)
-    write = Path.write_text
+    write = Path.write_bytes
 
-    def slowly(path, text):
-        write(path, text)
+    def slowly(path, content):
+        write(path, content)
         time.sleep(0.02)
-        return len(text)
+        return len(content)
 
-    monkeypatch.setattr(Path, "write_text", slowly)
+    monkeypatch.setattr(Path, "write_bytes", slowly)
 
     def begin(number):
         together.wait(timeout=240)

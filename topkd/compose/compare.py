@@ -27,6 +27,7 @@ from topkd.compose.data.digests import digest_contents
 from topkd.compose.progress import Progress
 from topkd.compose.run.folder import lock_folder
 from topkd.engine.loop.metrics import make_strict_json
+from topkd.files import write_atomically
 from topkd.report.load.run_folder import CELLS, COMPARISON, CONFIG, name_cell
 from topkd.topk.errors import ConfigError, TrainingError
 
@@ -75,9 +76,7 @@ def _run_comparison(config: CompareConfig, out: Path, progress: Progress) -> Com
             ]
             results |= workers.finish("matched replays", replayed)
     summary = build_summary(config, tables, [*live, *replayed], results)
-    staging = out / f".{COMPARISON}.partial"
-    staging.write_text(json.dumps(make_strict_json(summary), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    staging.replace(out / COMPARISON)
+    write_atomically(out / COMPARISON, json.dumps(make_strict_json(summary), indent=1, allow_nan=False) + "\n")
     return Comparison(out, summary)
 
 

@@ -25,6 +25,7 @@ from topkd.clients.probe import tokens as probe_tokens
 from topkd.clients.probe.findings import Capabilities, Finding, Load, ProbeReport, state_probe_verdict
 from topkd.clients.probe.load import list_advice, measure_load
 from topkd.clients.probe.session import GROUPS, SERVER, Session, Teacher
+from topkd.files import write_atomically
 
 # A probe asks what will be refused, and must not wait long for what is broken.
 # The window starts wide: a load is to be limited by the server, not by us.
@@ -139,9 +140,7 @@ def keep_report(report: ProbeReport, info: ServerInfo, student: str) -> None:
     kept = {"format": _FORMAT, "at": time.time(), "server": server, "report": report.as_json()}
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(kept), encoding="utf-8")
-        partial.replace(place)
+        write_atomically(place, json.dumps(kept))
     except OSError:
         return
 

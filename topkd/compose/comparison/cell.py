@@ -22,6 +22,7 @@ from topkd.compose.config.run_config import RunConfig, validate_config
 from topkd.compose.run.folder import lock_folder
 from topkd.engine import EngineConfig
 from topkd.engine.loop.metrics import make_strict_json
+from topkd.files import write_atomically
 from topkd.report.load.run_folder import STUDENT
 from topkd.topk.errors import TopkdError
 
@@ -120,9 +121,7 @@ def run_cell(cells: str, cell: Cell, threads: int) -> dict[str, Any]:
     except TopkdError as error:
         result |= {"status": "failed", "error": str(error)}
     result["seconds"] = time.perf_counter() - began
-    partial = folder / ".result.partial"
-    partial.write_text(json.dumps(make_strict_json(result), allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(folder / "result.json")
+    write_atomically(folder / "result.json", json.dumps(make_strict_json(result), allow_nan=False) + "\n")
     return result
 
 

@@ -25,6 +25,7 @@ from topkd.compose.config.tables import (
     TrackConfig,
 )
 from topkd.engine import EngineConfig
+from topkd.files import write_atomically
 from topkd.topk.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
@@ -117,11 +118,6 @@ def validate_config(model: type[M], values: Mapping[str, Any], *, where: str, ov
 
 
 def save_config(config: BaseModel, path: Path) -> None:
-    """Write the resolved config beside the run, as JSON; secrets are not in it (only names of variables are).
-
-    A process killed while it writes leaves the former file or none.
-    """
+    """Write the resolved config beside the run, as JSON; secrets are not in it (only names of variables are)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.partial")
-    staging.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
-    staging.replace(path)
+    write_atomically(path, json.dumps(config.model_dump(mode="json"), indent=2) + "\n")

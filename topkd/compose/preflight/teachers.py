@@ -19,6 +19,7 @@ from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import TeacherConfig
 from topkd.compose.data.byte_maps import load_student_byte_map
 from topkd.compose.progress import Progress
+from topkd.files import write_atomically
 from topkd.topk.errors import ConfigError
 
 _COMPARED = ("same", "yes")  # how a verdict begins that was come to
@@ -77,7 +78,7 @@ async def check_teachers(
     if kept is not None and known:
         tokenizer = {} if isinstance(student, str) else {_STUDENT: student.fingerprint}
         entries = [asdict(info) | tokenizer for info in known.values()]
-        await asyncio.to_thread(kept.write_text, json.dumps(entries, indent=2) + "\n")
+        await asyncio.to_thread(write_atomically, kept, json.dumps(entries, indent=2) + "\n")
     return teachers
 
 

@@ -21,6 +21,7 @@ from topkd.engine.loop.rollouts import BatchSampler, derive_seed
 from topkd.engine.models.divergences import Probe, exact_divergences
 from topkd.engine.models.sampler import AnswerSampler
 from topkd.engine.models.student import Student, load_causal_lm
+from topkd.files import write_atomically
 from topkd.topk.protocols import Sampler
 from topkd.topk.samples import SamplingParams
 
@@ -129,7 +130,7 @@ class Evaluation:
             model = self._models[name] if by_teacher else self._student
             prompts = [row.teacher_prompt_ids if by_teacher else row.prompt_ids for row in rows]
             kept[key] = [ids.tolist() for ids in self._extend(model, prompts, 0)]
-            (self._out / _PREFIXES).write_text(json.dumps(kept), encoding="utf-8")
+            write_atomically(self._out / _PREFIXES, json.dumps(kept))
         return _build_probes(rows, [np.array(ids, dtype=np.int32) for ids in kept[key]])
 
     def _extend(self, model: Student, prompts: list[Any], step: int) -> list[Any]:

@@ -14,6 +14,7 @@ from topkd.compose.config.run_config import save_config, validate_config
 from topkd.compose.run.folder import check_free, check_resumable
 from topkd.engine import EngineConfig
 from topkd.engine.loop.metrics import read_metrics
+from topkd.files import write_atomically
 from topkd.report.load.run_folder import CONFIG, RUN_LOG, STUDENT, TOKENS
 from topkd.report.load.run_log import flatten_settings
 from topkd.topk.errors import ConfigError, DataError
@@ -170,9 +171,7 @@ def _truncate_records(out: Path, checkpoint: Checkpoint | None) -> None:
     tokens = out / TOKENS
     if tokens.exists():
         kept = [line for line in tokens.read_bytes().splitlines(keepends=True) if _is_within(line, step)]
-        staging = tokens.with_name(f".{TOKENS}.partial")
-        staging.write_bytes(b"".join(kept))
-        staging.replace(tokens)
+        write_atomically(tokens, b"".join(kept))
 
 
 def _is_within(line: bytes, step: int) -> bool:

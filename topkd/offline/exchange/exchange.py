@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from topkd.files import stage_file
 from topkd.offline.exchange.parquet_files import import_parquet_module, open_parquet, read_batches
 from topkd.offline.exchange.rollout_tables import (
     ROLLOUT_COLUMNS,
@@ -67,24 +68,20 @@ def export_parquet(cache: str | os.PathLike[str], folder: str | os.PathLike[str]
             (SCORE, SCORES_FILE, _build_score_table),
             (ROLLOUT, ROLLOUTS_FILE, build_rollout_table),
         ):
-            temporary, writer = target / f".{name}.tmp", None
-            try:
+            writer = None
+            with stage_file(target / name) as staged:
                 try:
                     for batch in _iter_batches(store.records(kinds=(kind,))):
                         table = rows(batch, names)
-                        writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
+                        writer = writer or pq.ParquetWriter(staged, table.schema, compression="zstd")
                         writer.write_table(table)
                         done += len(batch)
                         tokens += sum(record.header.rows for record in batch)
                 finally:
                     if writer is not None:
                         writer.close()
-                if writer is not None:
-                    temporary.replace(target / name)
-                else:  # an earlier export's: an import of the folder would take it for this cache's
-                    (target / name).unlink(missing_ok=True)
-            finally:
-                temporary.unlink(missing_ok=True)
+            if writer is None:  # an earlier export's: an import of the folder would take it for this cache's
+                (target / name).unlink(missing_ok=True)
         return Exchange(done, tokens, list(store.damage))
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from topkd.files import write_atomically
 from topkd.offline.store.segments import list_segments
 from topkd.topk.errors import CacheError
 
@@ -24,9 +24,8 @@ def open_folder(path: Path, *, create: bool) -> None:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if not marker.exists() and (list_segments(path) or _nothing_in(path)):
-                temporary = path / f"{_BEGUN}{uuid.uuid4().hex[:8]}.tmp"
-                temporary.write_text(json.dumps({"format": "topkd-store", "version": FORMAT_VERSION}) + "\n")
-                temporary.replace(marker)  # several writers may do this at once, with the same content
+                # Several writers may do this at once, with the same content.
+                write_atomically(marker, json.dumps({"format": "topkd-store", "version": FORMAT_VERSION}) + "\n")
         except OSError as error:
             if path.exists() and not path.is_dir():
                 raise _no_cache(path) from error

@@ -11,11 +11,11 @@ import fcntl
 import os
 import socket
 import time
-import uuid
 from pathlib import Path
 
 import xxhash
 
+from topkd.files import write_atomically
 from topkd.offline.store.folder import describe_disk_error
 from topkd.offline.store.index import SortedIndex
 from topkd.offline.store.records import ALIGN, Header, Record, read_header, verify_record
@@ -184,15 +184,7 @@ def write_index(path: Path, found: list[tuple[int, Header]], end: int) -> None:
     packed = INDEX_HEADER.pack(
         INDEX_MAGIC, VERSION, ALIGN, len(found), end, len(payload), xxhash.xxh3_64_intdigest(payload)
     )
-    temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(packed + CHECK.pack(xxhash.xxh3_64_intdigest(packed)) + payload)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path.with_suffix(".idx"))
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path.with_suffix(".idx"), packed + CHECK.pack(xxhash.xxh3_64_intdigest(packed)) + payload)
     _sync_folder(path.parent)
 
 
