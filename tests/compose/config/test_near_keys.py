@@ -80,3 +80,12 @@ def test_what_else_is_wrong_is_named_while_it_is_little(tmp_path):
 
 def test_a_value_that_could_have_had_several_types_is_one_problem(tmp_path):
     assert refused(tmp_path, GOOD, "teacher.url=1").startswith("config key 'teacher.url' (--set teacher.url=1): got 1,")
+
+
+def test_tables_under_names_of_the_users_own_are_suggested_from_and_never_a_key_of_another_kind(tmp_path):
+    two = GOOD.replace("[teacher]", "[teachers.maths]")
+    assert "did you mean 'student.model' or 'teacher.model' or 'teachers.maths.model'?" in refused(
+        tmp_path, two, "model=1"
+    )
+    assert "did you mean" not in refused(tmp_path, GOOD, "objective.kind=rkl", "objective.gamm=1")
+    assert refused(tmp_path, GOOD, "teachers=5", "stepz=1").endswith("did you mean 'steps'?")

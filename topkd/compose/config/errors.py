@@ -1,11 +1,11 @@
-"""What pydantic finds wrong, in plain words: which key, what stands there, what could, and who said it."""
+"""Errors of pydantic in plain words: which key, its value, what was expected, and whether a file or --set has it."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -31,11 +31,11 @@ _WORDS = {
     "none_required": "nothing",
 }
 _SECRET = re.compile(r"^(?!max_)(?:.*_)?(?:key|secret|password|token)(?:_env)?$")  # keys whose values are not shown
-_NAMED = 3  # other problems that a line has room for
+_NAMED = 3  # other problems, or suggested keys, that a line has room for
 
 
 def describe_error(problem: Mapping[str, Any]) -> str:
-    """What was expected, from one of pydantic's errors."""
+    """Describe what was expected, from one of pydantic's errors."""
     if (kind := str(problem["type"])) in _WORDS:
         return _WORDS[kind]
     bounds = problem.get("ctx", {})
@@ -52,14 +52,9 @@ def describe_error(problem: Mapping[str, Any]) -> str:
 
 
 def build_config_error(
-    error: ValidationError,
-    model: type[BaseModel],
-    values: Mapping[str, Any],
-    *,
-    where: str,
-    overrides: Sequence[str] = (),
+    error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], *, where: str, overrides: Sequence[str]
 ) -> ConfigError:
-    """The first problem as one line; one that ``--set`` brought in is blamed on it, not on the file.
+    """Describe the first problem in one line; one that ``--set`` brought in is blamed on it, not on the file.
 
     Unknown keys come first: what is missing is often there under a name that was not meant.
     """
@@ -67,47 +62,39 @@ def build_config_error(
     problem = problems[0]
     path, kind = _find_path(problem["loc"], values)
     key = ".".join(path) or "(top level)"
-    more = _describe_others(problems, values, key)
-    secret = bool(_SECRET.search(path[-1])) if path else False
-    override_text = next(
-        (override_text for override_text in reversed(overrides) if _is_about(override_text, path)), None
-    )
-    if override_text is not None:
-        where = f"--set {override_text.partition('=')[0]}=***" if secret else f"--set {override_text}"
-    context = problem.get("ctx", {})
+    is_secret = bool(path and _SECRET.search(path[-1]))
+    if override := next((text for text in reversed(overrides) if _is_about(text, path)), ""):
+        where = f"--set {override.partition('=')[0]}=***" if is_secret else f"--set {override}"
+    what, context = f"config key {key!r}", problem.get("ctx", {})
+    got, expected, hint = None, None, ""
     match problem["type"]:
         case "union_tag_invalid":
-            return ConfigError(
-                f"config key {key + '.kind'!r}{more}", where=where, got=repr(context.get("tag")),
-                expected=f"one of {context.get('expected_tags')}",
-            )  # fmt: skip
+            what, got = f"config key {key + '.kind'!r}", repr(context.get("tag"))
+            expected = f"one of {context.get('expected_tags')}"
         case "union_tag_not_found":
-            return ConfigError(
-                f"config key {key + '.kind'!r} is missing{more}", where=where, hint="say which kind it is"
-            )
-        case "extra_forbidden" if kind is not None:
-            return ConfigError(
-                f"{'.'.join(path[:-1])} kind {kind!r} has no key {path[-1]!r}{more}", where=where,
-                hint=format_suggestion(suggest_keys(model, path, values)) or f"remove {key}",
-            )  # fmt: skip
+            what, hint = f"config key {key + '.kind'!r} is missing", "say which kind it is"
         case "extra_forbidden":
-            hint = format_suggestion(suggest_keys(model, path, values)) or "remove it or check the spelling"
-            if secret:
+            what = f"unknown config key {key!r}"
+            hint = suggest_keys(model, path, values, is_table=isinstance(problem["input"], Mapping))
+            if kind is not None:
+                what = f"{'.'.join(path[:-1])} kind {kind!r} has no key {path[-1]!r}"
+                hint = hint or f"remove {key}"
+            elif is_secret:
                 hint = "a key never stands in a config: api_key_env names the environment variable that holds it"
-            return ConfigError(f"unknown config key {key!r}{more}", where=where, hint=hint)
+            hint = hint or "remove it or check the spelling"
         case "missing":
-            return ConfigError(f"config key {key!r} is missing{more}", where=where)
+            what = f"config key {key!r} is missing"
+        case "value_error" if not path:  # keys that do not go together: it says which
+            what = describe_error(problem)
         case _:
-            whole = problem["type"] == "value_error" and not path  # keys that do not go together: it says which
-            return ConfigError(
-                f"{describe_error(problem) if whole else f'config key {key!r}'}{more}", where=where,
-                got=None if whole or secret else _show_value(problem.get("input")),
-                expected=None if whole else describe_error(problem),
-            )  # fmt: skip
+            got, expected = None if is_secret else _show_value(problem.get("input")), describe_error(problem)
+    return ConfigError(
+        what + _describe_others(problems, values, key), where=where, got=got, expected=expected, hint=hint
+    )
 
 
 def _describe_others(problems: Sequence[Mapping[str, Any]], values: Mapping[str, Any], key: str) -> str:
-    """What else is wrong, by key where that is short."""
+    """Name what else is wrong, by key where that is short."""
     state = {"missing": " is missing", "extra_forbidden": " is unknown"}
     others: dict[str, str] = {}  # one key that could have been several things is one problem
     for entry in problems[1:]:
@@ -120,7 +107,7 @@ def _describe_others(problems: Sequence[Mapping[str, Any]], values: Mapping[str,
 
 
 def _find_path(loc: Sequence[int | str], values: Mapping[str, Any]) -> tuple[list[str], str | None]:
-    """The key as its file has it: pydantic puts the kind of a table between the table and its key."""
+    """Find the key as its file has it: pydantic puts the kind of a table between the table and its key."""
     path: list[str] = []
     here: Any = values
     kind = None
@@ -139,8 +126,8 @@ def _find_path(loc: Sequence[int | str], values: Mapping[str, Any]) -> tuple[lis
 
 
 def _is_about(override: str, path: Sequence[str]) -> bool:
-    override_text = override.partition("=")[0].strip().split(".")
-    return override_text == list(path[: len(override_text)]) or list(path) == override_text[: len(path)] != []
+    key = override.partition("=")[0].strip().split(".")
+    return key == list(path[: len(key)]) or list(path) == key[: len(path)] != []
 
 
 def _show_value(value: object) -> str:
@@ -150,7 +137,7 @@ def _show_value(value: object) -> str:
 
 
 # What other trainers call a key, by what it is called here: no spelling leads from the one to the other.
-_CALLED = {
+_SYNONYMS = {
     "learning_rate": "lr",
     "max_new_tokens": "max_completion_tokens",
     "max_tokens": "max_completion_tokens",
@@ -161,127 +148,63 @@ _CALLED = {
     "base_url": "url",
     "rank": "r",
 }
-
-
 _ALIKE, _NEAR = 0.8, 0.6  # of two spellings; a key of the right name in another table stands between them
 
 
-_SHOWN = 3
-
-
-def suggest_keys(model: type[BaseModel], path: Sequence[str], values: Mapping[str, Any]) -> list[str]:
-    """Dotted keys that the unknown ``path`` may stand for, those of its own table first; empty where none is near.
+def suggest_keys(model: type[BaseModel], path: Sequence[str], values: Mapping[str, Any], *, is_table: bool) -> str:
+    """Ask whether the nearest keys were meant, those of the same table first; empty where none is near.
 
     Args:
         model: Of the whole config.
         path: The unknown key, part by part.
-        values: The config as it was given: kinds decide which keys a table has.
+        values: The config as it was read: kinds decide which keys a table has.
+        is_table: The unknown key is a table, and only a table can be meant.
     """
-    *table, name = path
-    here = _opened(model, table, values)
-    override_text = _at(values, path)
-    everywhere = dict(_keys(model, values))
-    if isinstance(override_text, Mapping):  # a table stands for a table
-        own = [key for key, field in _fields(here).items() if _is_table(field.annotation)]
-        everywhere = {key: tables for key, tables in everywhere.items() if tables}
+    table, name = ".".join(path[:-1]), path[-1]
+    keys = [key for key, holds_keys in _iter_keys(model, values) if holds_keys or not is_table]
+    own = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == table}
+    by_name: dict[str, list[str]] = {}
+    for key in keys:
+        by_name.setdefault(key.rpartition(".")[2], []).append(key)
+    meant = _SYNONYMS.get(name, name)
+    dotted = f"{table}.{name.replace('_', '.', 1)}".lstrip(".")  # checkpoint_every
+    if alike := [meant] * (meant in own) or difflib.get_close_matches(name, own, 1, _ALIKE):
+        found = [own[alike[0]]]
+    elif meant in by_name:
+        found = by_name[meant]
+    elif dotted in keys:
+        found = [dotted]
+    elif near := difflib.get_close_matches(name, own, 1, _NEAR):
+        found = [own[near[0]]]
     else:
-        own = list(_fields(here))
-    called = _CALLED.get(name, name)
-    elsewhere = [key for key in everywhere if key.rpartition(".")[2] == called]
-    alike = difflib.get_close_matches(name, own, n=1, cutoff=_ALIKE)
-    near = difflib.get_close_matches(name, own, n=1, cutoff=_NEAR)
-    if called in own or alike:
-        return [".".join([*table, called if called in own else alike[0]])]
-    if elsewhere:
-        return elsewhere[:_SHOWN]
-    if (dotted := ".".join([*table, name.replace("_", ".", 1)])) in everywhere:  # checkpoint_every
-        return [dotted]
-    if near:
-        return [".".join([*table, near[0]])]
-    last = {key.rpartition(".")[2] for key in everywhere}
-    far = difflib.get_close_matches(name, sorted(last), n=1, cutoff=_ALIKE)
-    return [key for key in everywhere if far and key.rpartition(".")[2] == far[0]][:_SHOWN]
+        found = [key for far in difflib.get_close_matches(name, by_name, 1, _ALIKE) for key in by_name[far]]
+    return f"did you mean {' or '.join(map(repr, found[:_NAMED]))}?" if found else ""
 
 
-def format_suggestion(keys: Sequence[str]) -> str:
-    """The question to ask; empty without keys."""
-    return f"did you mean {' or '.join(map(repr, keys))}?" if keys else ""
-
-
-def _opened(model: type[BaseModel], path: Sequence[str], values: Mapping[str, Any]) -> type[BaseModel] | None:
-    """The model of the table at ``path``, of the kind that it is given there."""
-    here: type[BaseModel] | None = model
-    place: Any = values
-    inside: list[type[BaseModel]] = []  # of a table of tables, or a list of them: the next part is a name or a number
-    default: Any = None
-    for part in path:
-        place = _at(place, [part])
-        if here is None:
-            here, inside = _of_kind(inside, place, default), []
-            continue
-        field = here.model_fields.get(part)
-        if field is None:
-            return None
-        default = getattr(field.default, "kind", None)
-        models = _models(field.annotation)
-        if _holds_several(field.annotation):
-            here, inside = None, models
-        else:
-            here = _of_kind(models, place, default)
-            if here is None:
-                return None
-    return here
-
-
-def _keys(model: type[BaseModel], values: Any, before: str = "") -> Iterator[tuple[str, bool]]:
-    """Every dotted key, and whether it is a table; tables with names of the user's own are not gone into."""
+def _iter_keys(model: type[BaseModel], values: Any, before: str = "") -> Iterator[tuple[str, bool]]:
+    """Yield every dotted key that this config may have, and whether it is a table."""
     for name, field in model.model_fields.items():
-        models = _models(field.annotation)
-        yield f"{before}{name}", _is_table(field.annotation)
-        if models and not _holds_several(field.annotation):
-            place = _at(values, [name])
-            inner = _of_kind(models, place, getattr(field.default, "kind", None))
-            if inner is not None:
-                yield from _keys(inner, place, f"{before}{name}.")
+        models = _list_models(field.annotation)
+        yield f"{before}{name}", bool(models) or get_origin(field.annotation) is dict
+        value = values.get(name) if isinstance(values, Mapping) else None
+        tables = {f"{name}.": value}
+        if _holds_several(field.annotation) and isinstance(
+            value, Mapping | list | None
+        ):  # tables under names, or in places, of the user's own
+            entries = dict(enumerate(value)) if isinstance(value, list) else value if isinstance(value, Mapping) else {}
+            tables = {f"{name}.{entry}.": table for entry, table in entries.items()}
+        for place, table in tables.items():
+            kind = (table if isinstance(table, Mapping) else {}).get("kind", getattr(field.default, "kind", None))
+            for member in models:
+                if len(models) == 1 or getattr(member.model_fields.get("kind"), "default", None) == find_kind_tag(kind):
+                    yield from _iter_keys(member, table, f"{before}{place}")
 
 
-def _of_kind(models: Sequence[type[BaseModel]], place: Any, default: Any) -> type[BaseModel] | None:
-    if len(models) < 2:
-        return models[0] if models else None
-    kind = find_kind_tag(place.get("kind", default) if isinstance(place, Mapping) else default)
-    return next(
-        (entry for entry in models if "kind" in entry.model_fields and entry.model_fields["kind"].default == kind), None
-    )
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
+def _list_models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for inner in get_args(annotation) for model in _models(inner)]
-
-
-def _is_table(annotation: Any) -> bool:
-    return bool(_models(annotation)) or dict in {annotation, getattr(annotation, "__origin__", None)}
+    return [model for inner in get_args(annotation) for model in _list_models(inner)]
 
 
 def _holds_several(annotation: Any) -> bool:
-    return getattr(annotation, "__origin__", None) in {dict, list, tuple} or any(
-        _holds_several(inner) for inner in get_args(annotation)
-    )
-
-
-def _fields(model: type[BaseModel] | None) -> Mapping[str, Any]:
-    return {} if model is None else model.model_fields
-
-
-def _at(values: Any, path: Sequence[str]) -> Any:
-    for part in path:
-        if isinstance(values, Mapping):
-            values = values.get(part)
-        elif (
-            isinstance(values, Sequence) and not isinstance(values, str) and part.isdigit() and int(part) < len(values)
-        ):
-            values = values[int(part)]
-        else:
-            return None
-    return values
+    return get_origin(annotation) in {dict, list, tuple} or any(map(_holds_several, get_args(annotation)))
