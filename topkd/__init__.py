@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from topkd.clients.config import ClientConfig
     from topkd.clients.connection import connect
     from topkd.clients.probe.probe import probe
-    from topkd.compose.bulk.sample_config import SampleConfig
-    from topkd.compose.bulk.score_config import ScoreConfig
+    from topkd.compose.bulk.config import SampleConfig, ScoreConfig
     from topkd.compose.compare import compare
     from topkd.compose.comparison.config import CompareConfig, load_compare
     from topkd.compose.config.run_config import RunConfig, load_config
@@ -88,8 +87,8 @@ _HOMES = {
     "ResponseError": "topkd.topk.errors",
     "RetryableServerError": "topkd.topk.errors",
     "RunConfig": "topkd.compose.config.run_config",
-    "SampleConfig": "topkd.compose.bulk.sample_config",
-    "ScoreConfig": "topkd.compose.bulk.score_config",
+    "SampleConfig": "topkd.compose.bulk.config",
+    "ScoreConfig": "topkd.compose.bulk.config",
     "ScoreStore": "topkd.offline.store.store",
     "ServeConfig": "topkd.serve.config",
     "ServerBusyError": "topkd.topk.errors",

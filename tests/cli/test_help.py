@@ -77,8 +77,7 @@ def test_paragraphs_of_a_help_page_break_where_the_terminal_ends_and_nowhere_els
 
 def test_what_shells_complete_is_what_the_configs_accept():
     from topkd.clients.dialects.records import DIALECTS
-    from topkd.compose.bulk.sample_config import SampleConfig
-    from topkd.compose.bulk.score_config import ScoreConfig
+    from topkd.compose.bulk.config import SampleConfig, ScoreConfig
 
     def accepts(model, dialect, **values):
         try:

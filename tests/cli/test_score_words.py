@@ -9,8 +9,8 @@ import pytest
 from tests.cli.test_cache import fill, ran, told
 from tests.docs.blocks import ROOT
 from tests.engine.pieces import model_folder
-from topkd.compose.bulk.score_config import ScoreConfig
-from topkd.compose.bulk.spending import SpendingLimit
+from topkd.compose.bulk.config import ScoreConfig
+from topkd.compose.bulk.job import SpendingLimit
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import ConfigError, DataError
 

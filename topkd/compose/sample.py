@@ -15,10 +15,15 @@ import numpy as np
 from topkd.clients import OpenAIChat
 from topkd.clients.connection import open_client
 from topkd.clients.dialects.records import DIALECTS, find_dialect
-from topkd.compose.bulk.job import CHUNK, BulkJob, load_text_tokenizer, open_existing_store
-from topkd.compose.bulk.report import GIVE_UP_AFTER
-from topkd.compose.bulk.sample_config import SampleConfig, SampleReport
-from topkd.compose.bulk.spending import SpendingLimit
+from topkd.compose.bulk.config import SampleConfig, SampleReport
+from topkd.compose.bulk.job import (
+    CHUNK,
+    GIVE_UP_AFTER,
+    BulkJob,
+    SpendingLimit,
+    load_text_tokenizer,
+    open_existing_store,
+)
 from topkd.compose.cache.identity import build_sampled_policy, build_served_identity
 from topkd.compose.data.files import check_has_rows, count_rows, iter_raw_rows, parse_json_object
 from topkd.compose.data.rows import check_row, tokenize_prompt

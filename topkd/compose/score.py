@@ -7,11 +7,9 @@ import contextlib
 import time
 from collections.abc import Mapping
 
-from topkd.compose.bulk.job import load_text_tokenizer, open_existing_store, sum_counters
-from topkd.compose.bulk.score_config import ScoreConfig, ScoreReport
-from topkd.compose.bulk.score_job import LocalBudget, ScoreJob, build_queues, open_job_teacher
-from topkd.compose.bulk.selection import Selection, digest_sequence
-from topkd.compose.bulk.spending import SpendingLimit
+from topkd.compose.bulk.config import ScoreConfig, ScoreReport
+from topkd.compose.bulk.job import SpendingLimit, load_text_tokenizer, open_existing_store, sum_counters
+from topkd.compose.bulk.score_job import ScoreJob, Selection, build_queues, digest_sequence, open_job_teacher
 from topkd.compose.cache.identity import build_served_identity
 from topkd.compose.data.sequences import BadRow, check_source
 from topkd.compose.progress import Progress
@@ -52,7 +50,7 @@ async def _score_here(config: ScoreConfig, progress: Progress) -> ScoreReport:
                     for name, address in config.addresses().items()}  # fmt: skip
         report.teacher = ", ".join(dict.fromkeys(teacher.name for teacher in teachers.values()))
         store = stack.enter_context(ScoreStore(config.out, mode="a", codec=config.codec))
-        queues, budget = build_queues(config, teachers, store), LocalBudget(SpendingLimit(config.caps()))
+        queues, budget = build_queues(config, teachers, store), SpendingLimit(config.caps())
         job = ScoreJob(config, report=report, progress=progress, store=store, queues=queues, budget=budget)
         try:
             await job.score(selection)

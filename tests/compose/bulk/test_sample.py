@@ -8,8 +8,8 @@ import pytest
 
 from tests.compose.bulk.chat_server import AMBIGUOUS, LOGP, ChatServer
 from tests.engine.pieces import model_folder
-from topkd.compose.bulk.sample_config import SampleConfig
-from topkd.compose.bulk.spending import SpendingLimit
+from topkd.compose.bulk.config import SampleConfig
+from topkd.compose.bulk.job import SpendingLimit
 from topkd.compose.cache.identity import build_sampled_policy, check_off_policy, is_off_policy
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.replay import replay

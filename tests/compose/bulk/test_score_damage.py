@@ -6,7 +6,7 @@ import pytest
 
 from tests.fakes.in_process import InProcessTeacher, lists
 from topkd.compose import score as job
-from topkd.compose.bulk.score_config import ScoreConfig
+from topkd.compose.bulk.config import ScoreConfig
 from topkd.offline import ScoreStore, TeacherIdentity, gc, verify
 
 ROWS = 12

@@ -12,9 +12,9 @@ import pytest
 
 from tests.compose.bulk.test_score import keys, sent_tokens, written
 from tests.engine.pieces import model_folder
+from topkd.compose.bulk.config import ScoreConfig, ScoreReport
+from topkd.compose.bulk.job import Claim
 from topkd.compose.bulk.ray_runner import Ledger
-from topkd.compose.bulk.score_config import ScoreConfig, ScoreReport
-from topkd.compose.bulk.selection import Claim
 from topkd.compose.data.files import UNIT, RowChunk, group_chunks
 from topkd.compose.data.sequences import ScoreInput, iter_chunks, read_sequences
 from topkd.compose.score import score

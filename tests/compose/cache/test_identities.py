@@ -7,7 +7,7 @@ import pytest
 
 from tests.fakes.in_process import InProcessTeacher, lists
 from topkd.compose import score as job
-from topkd.compose.bulk.score_config import ScoreConfig
+from topkd.compose.bulk.config import ScoreConfig
 from topkd.compose.cache.identity import build_served_identity, normalize_served_name
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.serve import ServeConfig

@@ -29,7 +29,7 @@ from topkd.compose.config.api_keys import read_api_key
 DIALECTS = list_dialects(samples=True, chats=True)
 
 if TYPE_CHECKING:
-    from topkd.compose.bulk.sample_config import SampleReport
+    from topkd.compose.bulk.config import SampleReport
 
 
 def sample_command(
@@ -73,7 +73,7 @@ def sample_command(
 
     Example: topkd sample rows.jsonl --teacher URL --tokenizer MODEL --out cache
     """
-    from topkd.compose.bulk.sample_config import SampleConfig
+    from topkd.compose.bulk.config import SampleConfig
     from topkd.compose.config.run_config import validate_config
     from topkd.compose.sample import sample
 

@@ -22,7 +22,7 @@ DIALECTS = list_dialects(scores=True)
 TEACHER, WORKERS = "Teacher", "Many workers, or the teacher in them"
 
 if TYPE_CHECKING:
-    from topkd.compose.bulk.score_config import ScoreReport
+    from topkd.compose.bulk.config import ScoreReport
 
 
 def score_command(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from topkd.compose.bulk.report import JobReport
+    from topkd.compose.bulk.config import JobReport
 
 _SHOWN = 10  # refused rows that are named on a terminal
 

@@ -7,18 +7,109 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from topkd.compose.bulk.report import JOB_ERRORS, ROW_ERRORS, FailureTracker, JobReport
+from topkd.compose.bulk.config import Cap, JobReport
 from topkd.compose.progress import Progress
 from topkd.engine.loop.waiting import root_exception
 from topkd.engine.models.tokenizer import load_tokenizer
 from topkd.offline import ScoreStore
 from topkd.offline.store.folder import FORMAT_FILE
+from topkd.topk.errors import (
+    AuthError,
+    KLimitError,
+    ModelNotFoundError,
+    RequestRefusedError,
+    ResponseError,
+    RetryableServerError,
+    TopkdError,
+)
 
 CHUNK = 64  # rows read at a time
 _COMMIT_EVERY_S = 1.0
+GIVE_UP_AFTER = 32  # rows in a row that the server does not answer
+
+# Errors of a single row; an error that every row would meet ends the job.
+ROW_ERRORS = (RequestRefusedError, ResponseError, RetryableServerError)
+JOB_ERRORS = (KLimitError, ModelNotFoundError, AuthError)
+
+
+class Claim(Enum):
+    """Whether a row may be asked for."""
+
+    ASK = "ask"
+    ELSEWHERE = "elsewhere"  # an equal row is being asked by another worker
+    CAP = "cap"
+
+
+class SpendingLimit:
+    """What a job may still use under all of its caps.
+
+    Tokens are taken before a request is sent. They stay taken when it fails, because it may have been billed.
+    """
+
+    def __init__(self, caps: Iterable[Cap]) -> None:
+        self._caps = tuple(caps)
+        self._prompt_tokens = self._completion_tokens = 0
+        self.reached = ""  # name of the cap that refused the last tokens
+
+    def take(self, prompt_tokens: int, completion_tokens: int = 0) -> bool:
+        """Take tokens; return False, and take none, when they do not fit."""
+        prompt, completion = self._prompt_tokens + prompt_tokens, self._completion_tokens + completion_tokens
+        for cap in self._caps:
+            if prompt * cap.prompt_price + completion * cap.completion_price > cap.amount:
+                self.reached = cap.name
+                return False
+        self._prompt_tokens, self._completion_tokens = prompt, completion
+        return True
+
+    def give_back(self, completion_tokens: int) -> None:
+        """Return sampled tokens that were taken and not used."""
+        self._completion_tokens -= completion_tokens
+
+    def claim_tokens(self, tokens: int) -> Claim:
+        """Take the tokens of a row; after the first row that does not fit, none is asked for."""
+        return Claim.ASK if not self.reached and self.take(tokens) else Claim.CAP
+
+    async def claim(self, requests: Sequence[tuple[bytes, int]]) -> list[Claim]:
+        """Take the tokens of each request: the ``RequestBudget`` of a job in this process alone."""
+        return [self.claim_tokens(tokens) for _, tokens in requests]
+
+
+class FailureTracker:
+    """Counts rows that fail, and ends the job when the server does not answer any more.
+
+    Args:
+        report: Where they are counted.
+        strict: The first row that is refused ends the job.
+    """
+
+    def __init__(self, report: JobReport, *, strict: bool) -> None:
+        self._report, self._strict, self._in_a_row = report, strict, 0
+
+    def refuse(self, number: int, reason: TopkdError) -> None:
+        """Count a row that cannot be asked for."""
+        if self._strict:
+            raise reason
+        self._report.refused += 1
+        self._report.add_failure(number, reason)
+
+    def add(self, number: int, error: TopkdError) -> None:
+        """Count a row whose request failed; the last of too many in a row is raised."""
+        self._in_a_row += 1
+        if self._in_a_row >= GIVE_UP_AFTER:
+            raise error
+        if isinstance(error, RequestRefusedError):
+            self.refuse(number, error)
+        else:
+            self._report.failed += 1
+            self._report.add_failure(number, error)
+
+    def reset(self) -> None:
+        """Note that the server has answered."""
+        self._in_a_row = 0
 
 
 class NumberedRow(Protocol):
@@ -129,7 +220,7 @@ class BulkJob(ABC, Generic[Read, Row, Reply]):
         """Show the counts, the rate and the time that is left."""
         done, tokens = self.count_progress()
         seconds = max(time.monotonic() - self._start_time, 1e-9)
-        detail = f"{tokens / seconds:.0f} tok/s  {self.in_flight} in flight{self._report.failure_counts()}"
+        detail = f"{tokens / seconds:.0f} tok/s  {self.in_flight} in flight{self._report.format_failures()}"
         if self.total > done and self.replies:
             detail += f"  ETA {(self.total - done) * seconds / done:.0f} s"
         self.progress.advance(done, detail)

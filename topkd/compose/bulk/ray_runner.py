@@ -20,11 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from topkd.compose.bulk.job import load_text_tokenizer, sum_counters
-from topkd.compose.bulk.score_config import ScoreConfig, ScoreReport
-from topkd.compose.bulk.score_job import ScoreJob, build_queues, claim_tokens, open_job_teacher
-from topkd.compose.bulk.selection import Claim, Selection
-from topkd.compose.bulk.spending import SpendingLimit
+from topkd.compose.bulk.config import ScoreConfig, ScoreReport
+from topkd.compose.bulk.job import Claim, SpendingLimit, load_text_tokenizer, sum_counters
+from topkd.compose.bulk.score_job import ScoreJob, Selection, build_queues, open_job_teacher
 from topkd.compose.data.files import RowChunk, group_chunks
 from topkd.compose.data.sequences import iter_chunks
 from topkd.compose.progress import Progress
@@ -50,7 +48,7 @@ class Ledger:
     def claim(self, chunk: int, requests: Sequence[tuple[bytes, int]]) -> list[Claim]:
         """Decide for each (digest, tokens) of a chunk, which is named by its first row."""
         return [
-            Claim.ELSEWHERE if self.owners.setdefault(digest, chunk) != chunk else claim_tokens(self.limit, tokens)
+            Claim.ELSEWHERE if self.owners.setdefault(digest, chunk) != chunk else self.limit.claim_tokens(tokens)
             for digest, tokens in requests
         ]
 

@@ -1,88 +1,160 @@
-"""The config and the report of ``topkd score``."""
+"""The configs and reports of the bulk jobs, ``topkd score`` and ``topkd sample``."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, SecretStr, model_validator
 
 from topkd.clients import ClientConfig
-from topkd.compose.bulk.report import KEPT_REFUSALS, Cost, InFlight, JobReport, Rows
-from topkd.compose.bulk.spending import Cap
-from topkd.compose.config.tables import ScoringDialect
+from topkd.compose.config.tables import SamplingDialect, ScoringDialect
 from topkd.compose.teachers.served import IN_PROCESS
+from topkd.topk.errors import TopkdError
+
+Price: TypeAlias = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Cost: TypeAlias = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Rows: TypeAlias = Annotated[int, Field(gt=0, le=sys.maxsize)]
+InFlight: TypeAlias = Annotated[int, Field(gt=0, le=10_000)]  # each is a task and, while it waits, a connection
+
+KEPT_REFUSALS = 1000  # of a report; all are counted
 
 
-class ScoreConfig(BaseModel):
-    """The config of ``topkd score``.
+@dataclass(frozen=True, slots=True)
+class Cap:
+    """An upper limit on what a job uses.
 
     Attributes:
-        data: JSONL, Parquet, a datasets folder, or a cache whose rollouts are to be scored.
+        name: As a report states it.
+        amount: The limit.
+        prompt_price: What a prompt token counts.
+        completion_price: What a sampled token counts.
+    """
+
+    name: str
+    amount: float
+    prompt_price: float = 1
+    completion_price: float = 1
+
+
+@dataclass(slots=True)
+class JobReport:
+    """The outcome of a job's rows; ``refusals`` holds the first 1,000."""
+
+    out: str
+    teacher: str = ""
+    k: int = 0
+    rows: int = 0
+    cached: int = 0
+    refused: int = 0
+    failed: int = 0
+    cost: float | None = None
+    estimate: bool = False
+    stopped: str = ""
+    seconds: float = 0.0
+    reasons: Counter[str] = field(default_factory=Counter)
+    refusals: list[dict[str, Any]] = field(default_factory=list)
+    client: dict[str, float] = field(default_factory=dict)
+
+    def add_failure(self, number: int, error: TopkdError) -> None:
+        """Record why a row is not in the cache."""
+        self.reasons[error.what] += 1
+        if len(self.refusals) < KEPT_REFUSALS:
+            self.refusals.append({"row": number, "reason": str(error)})
+
+    def format_failures(self) -> str:
+        """Format the counts that a progress line shows where they are not zero."""
+        counts = ((self.cached, "cached"), (self.refused, "refused"), (self.failed, "failed"))
+        return "".join(f"  {count} {name}" for count, name in counts if count)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every valid row was asked for and answered."""
+        return not self.failed and not self.stopped
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain types."""
+        return {**asdict(self), "reasons": dict(self.reasons), "complete": self.complete}
+
+
+class JobConfig(BaseModel):
+    """The settings that both jobs have.
+
+    Attributes:
+        data: JSONL, Parquet or a datasets folder; for ``score`` also a cache whose rollouts are to be scored.
         out: The cache.
-        teachers: URLs of one teacher; several are replicas. "vllm:FOLDER" loads it into this process (each worker's).
-        routes: Instead of ``teachers``: for each teacher_id that rows may name, its URLs.
-        engine: Further arguments of ``vllm.LLM`` for a teacher in this process.
         model: Served name; None takes the server's only one.
-        models: With ``routes``: served names by teacher_id, where a server has several.
-        dialect: How the server speaks.
         api_key: Sent with every request.
-        k: Entries of each row.
-        tokenizer: Folder or id of the tokenizer for rows of text.
+        tokenizer: Folder or id of the served model's tokenizer, for rows of text.
         revision: Fingerprint of the teacher's weights; part of every key.
-        revisions: With ``routes``: the same by teacher_id.
-        vocab_size: A reply with an id at or past it is a fault; None takes every id.
-        vocab_sizes: With ``routes``: the same by teacher_id.
-        teacher_id: With ``teachers``: score the rows of this teacher_id and pass over the others. Left out, a row that
-            names a teacher is refused, as is with ``routes`` a row of a teacher that has none.
         limit: Rows at most.
-        shard: (i, n): of n parts the i-th, from 1.
-        dedupe: Skip sequences that came before (16 bytes of memory each), across shards too.
-        max_tokens: Stop before more tokens than this are sent.
-        max_cost: Stop before more than this is spent, at ``price_per_million``.
-        price_per_million: Price of a million tokens sent.
-        estimate: Count and forecast; ask nothing.
+        max_tokens: Stop before more tokens than this are sent (``sample``: and drawn).
+        max_cost: Stop before more than this is spent, at the job's prices.
+        estimate: Count and forecast, completions at their full length; ask nothing.
         strict: The first bad row ends the job.
         codec: How records are written.
-        in_flight: Requests at once, over all replicas (the client's own window may keep it lower).
         client: Time-outs, retries and bounds.
-        runner: "local" is this process; "ray" shares the rows out to workers on a Ray cluster.
-        workers: Of a Ray job; ``in_flight`` is divided among them.
-        gpus_per_worker: What each worker of a Ray job takes, for a teacher in its own process.
-        ray_address: Cluster to join; None takes RAY_ADDRESS, or starts one on this machine for the job.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: Path
     out: Path
+    model: str | None = None
+    api_key: SecretStr | None = None
+    tokenizer: str | None = None
+    revision: str = ""
+    limit: Rows | None = None
+    max_tokens: PositiveInt | None = None
+    max_cost: Cost | None = None
+    estimate: bool = False
+    strict: bool = False
+    codec: Literal["packed", "raw", "cold"] = "packed"
+    client: ClientConfig = ClientConfig()
+
+
+class ScoreConfig(JobConfig):
+    """The config of ``topkd score``.
+
+    Attributes:
+        teachers: URLs of one teacher; several are replicas. "vllm:FOLDER" loads it into this process (each worker's).
+        routes: Instead of ``teachers``: for each teacher_id that rows may name, its URLs.
+        engine: Further arguments of ``vllm.LLM`` for a teacher in this process.
+        models: With ``routes``: served names by teacher_id, where a server has several.
+        dialect: How the server speaks.
+        k: Entries of each row.
+        revisions: With ``routes``: the same by teacher_id.
+        vocab_size: A reply with an id at or past it is a fault; None takes every id.
+        vocab_sizes: With ``routes``: the same by teacher_id.
+        teacher_id: With ``teachers``: score the rows of this teacher_id and pass over the others. Left out, a row that
+            names a teacher is refused, as is with ``routes`` a row of a teacher that has none.
+        shard: (i, n): of n parts the i-th, from 1.
+        dedupe: Skip sequences that came before (16 bytes of memory each), across shards too.
+        price_per_million: Price of a million tokens sent.
+        in_flight: Requests at once, over all replicas (the client's own window may keep it lower).
+        runner: "local" is this process; "ray" shares the rows out to workers on a Ray cluster.
+        workers: Of a Ray job; ``in_flight`` is divided among them.
+        gpus_per_worker: What each worker of a Ray job takes, for a teacher in its own process.
+        ray_address: Cluster to join; None takes RAY_ADDRESS, or starts one on this machine for the job.
+    """
+
     teachers: tuple[str, ...] = ()
     routes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     engine: dict[str, Any] = Field(default_factory=dict)
-    model: str | None = None
     models: dict[str, str] = Field(default_factory=dict)
     dialect: ScoringDialect = "auto"
-    api_key: SecretStr | None = None
     k: PositiveInt = 20
-    tokenizer: str | None = None
-    revision: str = ""
     revisions: dict[str, str] = Field(default_factory=dict)
     vocab_size: PositiveInt | None = None
     vocab_sizes: dict[str, PositiveInt] = Field(default_factory=dict)
     teacher_id: str = ""
-    limit: Rows | None = None
     shard: tuple[PositiveInt, PositiveInt] = (1, 1)
     dedupe: bool = False
-    max_tokens: PositiveInt | None = None
-    max_cost: Cost | None = None
     price_per_million: Cost | None = None
-    estimate: bool = False
-    strict: bool = False
-    codec: Literal["packed", "raw", "cold"] = "packed"
     in_flight: InFlight = 128
-    client: ClientConfig = ClientConfig()
     runner: Literal["local", "ray"] = "local"
     workers: PositiveInt = 4
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
@@ -180,3 +252,73 @@ _COUNTS = (
     "rows", "scored", "cached", "duplicates", "skipped", "refused", "failed", "tokens_sent", "saved_tokens",
     "positions",
 )  # fmt: skip
+
+
+class SampleConfig(JobConfig):
+    """The config of ``topkd sample``.
+
+    Completions are drawn from the teacher's own distribution (temperature 1, nothing truncated): only so is the
+    logprob that comes with a token the one it was drawn with.
+
+    Attributes:
+        teacher: URL.
+        dialect: "openai" is chat completions, for servers that only sample; the others continue ids.
+        k: Entries of each position.
+        n: Completions of each prompt.
+        max_new_tokens: Of one completion.
+        seed: Another one draws other completions.
+        price_in: Price of a million prompt tokens.
+        price_out: Price of a million sampled tokens.
+        in_flight: Requests at once.
+    """
+
+    teacher: str
+    dialect: SamplingDialect = "auto"
+    k: Annotated[int, Field(ge=0)] = 20
+    n: PositiveInt = 1
+    max_new_tokens: PositiveInt = 512
+    seed: Annotated[int, Field(ge=0)] = 0
+    price_in: Price | None = None
+    price_out: Price | None = None
+    in_flight: InFlight = 16
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SampleConfig:
+        if (self.price_in is None) != (self.price_out is None):
+            raise ValueError("prompt and sampled tokens have a price each: give both")
+        if self.max_cost is not None and self.price_in is None:
+            raise ValueError("max_cost needs price_in and price_out")
+        return self
+
+    def caps(self) -> list[Cap]:
+        """Return the job's caps."""
+        caps: list[Cap] = []
+        if self.max_tokens is not None:
+            caps.append(Cap(f"max_tokens = {self.max_tokens}", self.max_tokens))
+        if self.max_cost is not None and self.price_in is not None and self.price_out is not None:
+            caps.append(Cap(f"max_cost = {self.max_cost:g}", self.max_cost * 1e6, self.price_in, self.price_out))
+        return caps
+
+    def cost(self, prompt: int, completion: int) -> float | None:
+        """Compute what these tokens cost; None without prices."""
+        if self.price_in is None or self.price_out is None:
+            return None
+        return (prompt * self.price_in + completion * self.price_out) / 1e6
+
+
+@dataclass(slots=True)
+class SampleReport(JobReport):
+    """The outcome of a sample job's prompts.
+
+    ``completions`` were kept; ``ambiguous_completions`` held bytes that name no single id and were dropped, paid for
+    all the same (their length is not known, and counted as the longest). ``ambiguous_entries`` are places of lists that
+    were cut off for the same reason, of ``listed_entries``.
+    """
+
+    sampled: int = 0
+    completions: int = 0
+    ambiguous_completions: int = 0
+    ambiguous_entries: int = 0
+    listed_entries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
