@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from topkd.compose.cache.live import open_cache
+from topkd.compose.cache.rollouts import open_cache
 from topkd.compose.config.functions import load_loss
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.preflight.preflight import TEACHERS, Preflight, preflight
@@ -73,8 +73,8 @@ async def train(
         observers = await run.enter_async(open_observers(config, student, findings, teachers, run))
         parts = TrainingParts.of_run_file(config, student, findings, teachers, sampling=sampling, observers=observers)
         if cache is not None:
-            recorded = cache.record_rollouts(sampling, config, student, prompts.rows, loss)
-            parts = replace(parts, sampling=recorded, is_remembered=True, account=cache.account)
+            recorded = cache.record_rollouts(sampling.sampler, config, student, prompts.rows, loss)
+            parts = replace(parts, sampling=sampling.drawing_from(recorded), is_remembered=True, account=cache.account)
         return await run_training(run, replace(parts, loss=loss))
 
 

@@ -1,4 +1,4 @@
-"""A cache as a replay sees it: whose rollouts and scores; what it lacks is said before anything is loaded."""
+"""What a replay reads of a cache: whose rollouts and whose scores, found before anything is loaded."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from topkd.compose.cache.identity import GIVEN, build_served_identity, check_off_policy, is_off_policy, list_identities
-from topkd.compose.cache.rollouts import choose_policy
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import TeacherConfig
 from topkd.engine.loop.data_mixing import count_on_policy_prompts
 from topkd.offline import ScoreStore, TeacherIdentity
-from topkd.offline.store.records import SCORE
+from topkd.offline.store.records import ROLLOUT, SCORE
 from topkd.topk.errors import CacheMissError, ConfigError
 
 
@@ -28,22 +27,22 @@ class RecordedRun:
     teachers: dict[str, TeacherIdentity]
 
 
-def cache_folder(config: RunConfig, given: Path | None) -> Path:
-    """The cache of a replay: the one that was named for it, or the run file's own."""
-    if given is not None:
-        return given
+def cache_folder(config: RunConfig, chosen: Path | None) -> Path:
+    """Return the cache of a replay: the one that was named for it, or the run file's own."""
+    if chosen is not None:
+        return chosen
     if config.cache is None:
         raise ConfigError("no cache to replay", hint="give --cache DIR, or [cache] path in the config")
     return Path(config.cache.path)
 
 
 def as_replayed(config: RunConfig) -> RunConfig:
-    """The run's settings for a replay: one that may lack nothing loses no sample."""
+    """Return the run's settings for a replay: one that may lack nothing loses no sample."""
     return config.model_copy(update={"max_lost_fraction": 0.0}) if config.replay.missing == "error" else config
 
 
 def find_recorded_run(store: ScoreStore, config: RunConfig) -> RecordedRun:
-    """What the cache has for this run file.
+    """Find what the cache has for this run file.
 
     Raises:
         CacheMissError: No rollouts, or no scores of these teachers that are as wide as K.
@@ -53,7 +52,7 @@ def find_recorded_run(store: ScoreStore, config: RunConfig) -> RecordedRun:
     if not count_on_policy_prompts(config) and config.replay.policy is None and config.replay.order == "recorded":
         # Every completion comes with the data, in the order of the data: scores are all that is asked of the cache.
         return RecordedRun(TeacherIdentity(GIVEN, revision=Path(config.data.path).stem), teachers)
-    policy = choose_policy(store.path, config.replay.policy)
+    policy = _choose_policy(store.path, config.replay.policy)
     if is_off_policy(policy):
         if config.replay.order == "recorded":
             raise ConfigError(
@@ -65,20 +64,20 @@ def find_recorded_run(store: ScoreStore, config: RunConfig) -> RecordedRun:
 
 
 def _find_teacher(store: ScoreStore, name: str, teacher: TeacherConfig, config: RunConfig) -> TeacherIdentity:
-    """Whose scores to read: the config's teacher, or the only one of that revision in the cache."""
+    """Find whose scores to read: the config's teacher, or the only one of that revision in the cache."""
     found = list_identities(store.path, SCORE)
     where = f"{store.path}, teacher {name!r}" if name else str(store.path)
-    shown = " or ".join(f"{one.name!r} (revision {one.revision!r}, {one.semantics})" for one in found)
+    shown = " or ".join(f"{who.name!r} (revision {who.revision!r}, {who.semantics})" for who in found)
     if teacher.kind == "server" and teacher.model is not None:
         named = build_served_identity(store, teacher.model, teacher.revision)
         fitting = [named] if named in found else []
         expected = f"{named.name!r} (revision {named.revision!r})"
     elif teacher.kind == "server":
-        fitting = [one for one in found if one == TeacherIdentity(one.name, revision=teacher.revision)]
+        fitting = [who for who in found if who == TeacherIdentity(who.name, revision=teacher.revision)]
         expected = f"a teacher of revision {teacher.revision!r}"
     else:  # filed under the folder's name, and the hash of its weights unless told otherwise
         folder = Path(teacher.model or config.student.model).name + (" (self)" if teacher.kind == "self" else "")
-        fitting = [one for one in found if one.name == folder and teacher.revision in {"", one.revision}]
+        fitting = [who for who in found if who.name == folder and teacher.revision in {"", who.revision}]
         expected = f"{folder!r}" + (f" (revision {teacher.revision!r})" if teacher.revision else "")
     if not fitting:
         raise CacheMissError(
@@ -96,3 +95,23 @@ def _find_teacher(store: ScoreStore, name: str, teacher: TeacherConfig, config: 
             hint=f"set k = {found[fitting[0]]}, or score again with --k {config.k}",
         )  # fmt: skip
     return fitting[0]
+
+
+def _choose_policy(path: Path, revision: str | None) -> TeacherIdentity:
+    """Choose the policy to replay: the one of that revision, or the cache's only one."""
+    found = list_identities(path, ROLLOUT)
+    chosen = [policy for policy in found if revision is None or policy.revision == revision]
+    if not found:
+        raise CacheMissError(
+            "the cache holds no rollouts",
+            where=str(path),
+            hint="record a run with [cache], or score rows with logp; scores of the data's own completions alone are "
+            'replayed with on_policy_fraction = 0, data_loss = "objective" and a direct objective such as kd',
+        )
+    if len(chosen) != 1:
+        raise ConfigError(
+            "which recorded run is to be replayed?" if revision is None else "no recorded run of that revision",
+            where=str(path), got=revision or f"{len(chosen)} runs",
+            expected="replay.policy = " + " or ".join(repr(policy.revision) for policy in found),
+        )  # fmt: skip
+    return chosen[0]

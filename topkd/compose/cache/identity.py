@@ -1,4 +1,4 @@
-"""What a served teacher's scores are filed under: one name for all the ways to write the path of its folder."""
+"""Names under which a cache files scores and rollouts; one for all the ways to write the path of a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from topkd.topk.errors import ConfigError
 
 
 def normalize_served_name(name: str) -> str:
-    """A served name in one spelling.
+    """Write a served name in one spelling.
 
     Servers call a model by the path it was started with: ``./models/teacher/`` and ``models/teacher`` are one folder.
     Where a relative path begins only the server knows, so nothing more is made equal.
@@ -27,7 +27,7 @@ def normalize_served_name(name: str) -> str:
 
 
 def build_served_identity(store: ScoreStore, name: str, revision: str = "") -> TeacherIdentity:
-    """Who a server is, to this cache.
+    """Name a server as this cache knows it.
 
     A cache that was begun under another spelling of the name goes on under it: what was paid for stays found.
 
@@ -42,41 +42,39 @@ def build_served_identity(store: ScoreStore, name: str, revision: str = "") -> T
             "a served name that says nothing of the model", got=repr(name),
             hint="name its weights with a revision, or serve it under a name of its own",
         )  # fmt: skip
-    held = {record.identity() for record in store.records(kinds=(IDENTITY,), live=False)}
-    spelt = [one for one in held if replace(one, name=normalize_served_name(one.name)) == wanted]
+    stored = {record.identity() for record in store.records(kinds=(IDENTITY,), live=False)}
+    spelt = [who for who in stored if replace(who, name=normalize_served_name(who.name)) == wanted]
     return wanted if wanted in spelt or not spelt else min(spelt, key=TeacherIdentity.to_json)
 
 
 def list_identities(path: Path, kind: int) -> dict[TeacherIdentity, int]:
-    """Whose records of a kind a cache holds, each with the widest K of them."""
+    """List whose records of a kind a cache holds, each with the widest K of them."""
     segments, table = read_tables(path)
     try:
         names, rows = read_teachers(segments, table), table[table["kind"] == kind]
         tags = [tag for tag in np.unique(rows["tag"]).tolist() if tag in names]
         widest = {names[tag]: int(rows["asked"][rows["tag"] == tag].max()) for tag in tags}
-        return dict(sorted(widest.items(), key=lambda one: one[0].to_json()))
+        return dict(sorted(widest.items(), key=lambda item: item[0].to_json()))
     finally:
         close_segments(segments)
 
 
 GIVEN = "data"  # name of the policy of completions that came with a data file
-
-
 _SAMPLED = "sampled"
 
 
 def build_sampled_policy(teacher: TeacherIdentity) -> TeacherIdentity:
-    """Whose rollouts a teacher's own completions are."""
+    """Name the policy of a teacher's own completions."""
     return TeacherIdentity(teacher.name, revision="-".join(part for part in (_SAMPLED, teacher.revision) if part))
 
 
 def is_off_policy(policy: TeacherIdentity) -> bool:
-    """True when a policy is no recorded run of a student."""
+    """Return whether a policy is no recorded run of a student."""
     return policy.name == GIVEN or policy.revision.partition("-")[0] == _SAMPLED
 
 
 def check_off_policy(config: EngineConfig, policy: TeacherIdentity) -> None:
-    """Raises ConfigError for an objective whose gradient would be that of nothing on another policy's completions.
+    """Refuse an objective that cannot learn from completions of another policy.
 
     A loss on the teacher's list is defined on any text. A policy gradient takes its tokens from the student: drawn by
     another, each needs the weight student over sampler, and a return needs a product of such weights that nobody takes.

@@ -1,28 +1,29 @@
-"""Rollouts that are kept, and given again: the sampler of a live run with a cache, and of its replay."""
+"""``[cache]`` of a run: scores and rollouts are kept in a store, and read from it again."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from topkd.compose.cache.identity import list_identities
+from topkd.compose.cache.identity import build_served_identity
 from topkd.compose.config.functions import load_loss
 from topkd.compose.config.run_config import RunConfig
+from topkd.compose.config.tables import CacheConfig
 from topkd.compose.data.digests import digest_weights
 from topkd.engine.loop.prompts import PromptRow
 from topkd.engine.loop.rollouts import BatchSampler, derive_seed
-from topkd.offline import CacheMetrics, ScoreStore, TeacherIdentity
-from topkd.offline.store.records import ROLLOUT
+from topkd.offline import CacheMetrics, CachingScorer, ScoreStore, TeacherIdentity
 from topkd.topk.errors import CacheError, CacheMissError, ConfigError
-from topkd.topk.protocols import Ids, Sampler
+from topkd.topk.protocols import Ids, Sampler, TeacherScorer
 from topkd.topk.samples import Rollout, SamplingParams
 
 # What changes no rollout: how long the run is, where its servers are, what is written down.
@@ -118,7 +119,7 @@ def build_policy_identity(
     *,
     loss: Callable[..., Any] | None = None,
 ) -> TeacherIdentity:
-    """Who samples in this run: everything that shapes its rollouts, so that another run never finds them as its own.
+    """Name who samples in this run by all that shapes its rollouts, so that another run never finds them as its own.
 
     A custom objective is known by its name and source.
     """
@@ -134,12 +135,12 @@ def build_policy_identity(
         "prompts": prompts.hexdigest(),
     }
     if (function := loss or load_loss(config.objective)) is not None:
-        shaping["loss"] = _source(function)
+        shaping["loss"] = _read_source(function)
     digest = hashlib.blake2b(json.dumps(shaping, sort_keys=True).encode(), digest_size=8).hexdigest()
     return TeacherIdentity(Path(config.student.model).name or "student", revision=f"run-{digest}")
 
 
-def _source(loss: Callable[..., Any]) -> list[str]:
+def _read_source(loss: Callable[..., Any]) -> list[str]:
     try:
         return [loss.__module__, loss.__qualname__, inspect.getsource(loss)]
     except (AttributeError, OSError, TypeError) as error:
@@ -150,21 +151,50 @@ def _source(loss: Callable[..., Any]) -> list[str]:
         ) from error  # fmt: skip
 
 
-def choose_policy(path: Path, revision: str | None) -> TeacherIdentity:
-    """The policy to replay: the one of that revision, or the cache's only one."""
-    found = list_identities(path, ROLLOUT)
-    chosen = [policy for policy in found if revision is None or policy.revision == revision]
-    if not found:
-        raise CacheMissError(
-            "the cache holds no rollouts",
-            where=str(path),
-            hint="record a run with [cache], or score rows with logp; scores of the data's own completions alone are "
-            'replayed with on_policy_fraction = 0, data_loss = "objective" and a direct objective such as kd',
-        )
-    if len(chosen) != 1:
-        raise ConfigError(
-            "which recorded run is to be replayed?" if revision is None else "no recorded run of that revision",
-            where=str(path), got=revision or f"{len(chosen)} runs",
-            expected="replay.policy = " + " or ".join(repr(policy.revision) for policy in found),
-        )  # fmt: skip
-    return chosen[0]
+@contextlib.contextmanager
+def open_cache(config: CacheConfig | None) -> Iterator[LiveCache | None]:
+    """Open the cache of a live run; None without ``[cache]``."""
+    if config is None:
+        yield None
+        return
+    with ScoreStore(config.path, mode="a", codec=config.codec) as store:
+        yield LiveCache(store)
+
+
+class LiveCache:
+    """The cache of a live run: its teachers answer from the store where it can, its rollouts are kept."""
+
+    def __init__(self, store: ScoreStore) -> None:
+        self.store = store
+        self._scorers: dict[str, CachingScorer] = {}
+        self._sampler: RecordedSampler | None = None
+
+    def scorer(self, name: str, live: TeacherScorer, model: str, revision: str) -> CachingScorer:
+        """Put the cache before the teacher that the config calls ``name``."""
+        scorer = CachingScorer(live, self.store, build_served_identity(self.store, model, revision))
+        self._scorers[name] = scorer
+        return scorer
+
+    def record_rollouts(
+        self,
+        sampler: Sampler,
+        config: RunConfig,
+        student: Any,
+        rows: Sequence[PromptRow],
+        loss: Callable[..., Any] | None = None,
+    ) -> RecordedSampler:
+        """Return the sampler with its rollouts kept here; call it when all teachers are there."""
+        teachers = {name: scorer.identity for name, scorer in self._scorers.items()}
+        policy = build_policy_identity(config, student, rows, teachers, loss=loss)
+        self._sampler = RecordedSampler(sampler, self.store, policy)
+        return self._sampler
+
+    def account(self) -> dict[str, Any]:
+        """Return what was kept and spared, for the run log."""
+        return {
+            "event": "cached",
+            "cache": str(self.store.path),
+            "policy": "" if self._sampler is None else self._sampler.policy.revision,
+            "rollouts": {} if self._sampler is None else self._sampler.metrics.as_dict(),
+            "scores": {name: scorer.metrics.as_dict() for name, scorer in self._scorers.items()},
+        }

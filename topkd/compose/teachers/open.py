@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from topkd.compose.cache.live import LiveCache
+from topkd.compose.cache.rollouts import LiveCache
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import TeacherConfig
 from topkd.compose.data.digests import digest_weights
