@@ -11,7 +11,7 @@ from tests.engine.pieces import model_folder
 from topkd.cli.app import app
 from topkd.cli.output.dry_run_page import print_dry_run
 from topkd.compose.config.run_config import RunConfig
-from topkd.compose.data.run_prompts import load_prompts
+from topkd.compose.data.prompts import load_prompts
 from topkd.compose.dry_run import dry_run, list_settings
 from topkd.compose.progress import Progress
 from topkd.compose.run.runner import load_student

@@ -14,7 +14,7 @@ from tests.engine.pieces import model_folder
 from topkd.compose.cache.identity import list_identities
 from topkd.compose.cache.rollouts import RecordedSampler, build_policy_identity
 from topkd.compose.config.run_config import RunConfig
-from topkd.compose.data.run_prompts import load_prompts
+from topkd.compose.data.prompts import load_prompts
 from topkd.compose.progress import Progress
 from topkd.compose.replay import replay
 from topkd.compose.run.runner import load_student

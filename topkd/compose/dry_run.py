@@ -16,7 +16,7 @@ from topkd.clients.probe.probe import probe
 from topkd.compose.cache.contents import as_replayed, cache_folder
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.digests import describe_rows
-from topkd.compose.data.run_prompts import Prompts
+from topkd.compose.data.prompts import Prompts
 from topkd.compose.preflight.forecast import Forecast, forecast
 from topkd.compose.preflight.preflight import Preflight, collect_problems
 from topkd.compose.preflight.teachers import TeacherInfo, select_teachers

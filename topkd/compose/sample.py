@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeAlias
@@ -27,6 +27,7 @@ from topkd.compose.bulk.job import (
 from topkd.compose.cache.identity import build_sampled_policy, build_served_identity
 from topkd.compose.data.files import check_has_rows, count_rows, iter_raw_rows, parse_json_object
 from topkd.compose.data.rows import check_row, tokenize_prompt
+from topkd.compose.data.sequences import BadRow
 from topkd.compose.progress import Progress
 from topkd.offline import ScoreStore, TeacherIdentity
 from topkd.topk.errors import ConfigError, DataError, ResponseError, UnsupportedError
@@ -53,15 +54,7 @@ class Prompt:
         return self.ids.tobytes(), self.params.seed
 
 
-@dataclass(frozen=True, slots=True)
-class BadPrompt:
-    """A row that cannot be asked for, and why."""
-
-    number: int
-    reason: DataError
-
-
-PromptItem: TypeAlias = Prompt | BadPrompt
+PromptItem: TypeAlias = Prompt | BadRow
 
 
 async def sample(config: SampleConfig, progress: Progress | None = None) -> SampleReport:
@@ -156,7 +149,7 @@ class SampleJob(BulkJob[tuple[PromptItem, bool], Prompt, list[Rollout]]):
     async def start_chunk(self, chunk: Sequence[tuple[PromptItem, bool]]) -> bool:
         """Start the requests that fit into the spending limit."""
         for prompt, is_cached in chunk:
-            if isinstance(prompt, BadPrompt):
+            if isinstance(prompt, BadRow):
                 self.failures.refuse(prompt.number, prompt.reason)
             # An equal prompt may have been answered since the chunk was read.
             elif is_cached or prompt.name in self.names_in_flight or await asyncio.to_thread(self._is_cached, prompt):
@@ -260,7 +253,7 @@ class SampleJob(BulkJob[tuple[PromptItem, bool], Prompt, list[Rollout]]):
 
 
 def has_completions(prompt: Prompt, store: ScoreStore, teacher: TeacherIdentity, k: int) -> bool:
-    """Whether a cache has the completions of a prompt, with the teacher's lists of at least k."""
+    """Return whether a cache has the completions of a prompt, with the teacher's lists of at least k."""
     rollouts = store.get_rollouts(build_sampled_policy(teacher), prompt.ids, None, prompt.params)
     if rollouts is None:
         return False
@@ -275,7 +268,7 @@ def _iter_prompts(config: SampleConfig, tokenizer: Any) -> Iterator[PromptItem]:
         try:
             yield _build_prompt(config, number, check_row(parse_json_object(raw, where), where), tokenizer, where)
         except DataError as error:
-            yield BadPrompt(number, error)
+            yield BadRow(number, error)
 
 
 def _build_prompt(config: SampleConfig, number: int, row: Any, tokenizer: Any, where: str) -> Prompt:
@@ -284,12 +277,12 @@ def _build_prompt(config: SampleConfig, number: int, row: Any, tokenizer: Any, w
         raise ConfigError(f"{what} need the served model's tokenizer", where=where, hint="give --tokenizer PATH")
     if row.messages is not None and (not row.messages or row.messages[-1].get("role") == "assistant"):
         raise DataError("the messages must end before the answer that is to be drawn", where=where)
-    ids = np.array(tokenize_prompt(row, tokenizer, None, where), np.int32)
+    ids = np.array(tokenize_prompt(row, tokenizer, {}, where), np.int32)
     teacher_ids = ids
     if row.hint is not None:
         if config.dialect in DIALECTS and DIALECTS[config.dialect].chats:
             raise DataError("a hint needs a server that continues ids", where=where, hint="write it into the messages")
-        teacher_ids = np.array(tokenize_prompt(row, tokenizer, row.hint, where), np.int32)
+        teacher_ids = np.array(tokenize_prompt(row, tokenizer, {"hint": row.hint}, where), np.int32)
     # Equal prompts with an equal n, K and seed are one request, whatever the order of the file.
     digest = hashlib.blake2b(
         f"{config.seed} {config.n} {config.k}".encode() + teacher_ids.tobytes(), digest_size=4
@@ -301,27 +294,28 @@ def _build_prompt(config: SampleConfig, number: int, row: Any, tokenizer: Any, w
 async def _estimate(config: SampleConfig, tokenizer: Any, report: SampleReport) -> None:
     """Estimate what a run would sample at most, from the data and the cache alone."""
     with open_existing_store(config.out) as store:
-        if store is None:
-            await asyncio.to_thread(_count, config, tokenizer, report, lambda _: False)
-            return
-        report.teacher = config.model or ""
-        if config.model is None:  # it decides what of the cache counts; asking for it is free
-            async with await _open_client(config) as client:
-                report.teacher = await client.model_name()
-        teacher = build_served_identity(store, report.teacher, config.revision)
-        await asyncio.to_thread(
-            _count, config, tokenizer, report, lambda prompt: has_completions(prompt, store, teacher, config.k)
-        )
+        cached_by = None
+        if store is not None:
+            report.teacher = config.model or ""
+            if config.model is None:  # it decides what of the cache counts; asking for it is free
+                async with await _open_client(config) as client:
+                    report.teacher = await client.model_name()
+            cached_by = store, build_served_identity(store, report.teacher, config.revision)
+        await asyncio.to_thread(_count, config, tokenizer, report, cached_by)
 
 
-def _count(config: SampleConfig, tokenizer: Any, report: SampleReport, is_cached: Callable[[Prompt], bool]) -> None:
+def _count(
+    config: SampleConfig, tokenizer: Any, report: SampleReport, cached_by: tuple[ScoreStore, TeacherIdentity] | None
+) -> None:
     counted: set[bytes] = set()
     for prompt in _iter_prompts(config, tokenizer):
         report.rows += 1
-        if isinstance(prompt, BadPrompt):
+        if isinstance(prompt, BadRow):
             report.refused += 1
             report.add_failure(prompt.number, prompt.reason)
-        elif prompt.teacher_ids.tobytes() in counted or is_cached(prompt):
+        elif prompt.teacher_ids.tobytes() in counted or (
+            cached_by is not None and has_completions(prompt, *cached_by, config.k)
+        ):
             report.cached += 1
         else:
             counted.add(prompt.teacher_ids.tobytes())

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from tests.engine.pieces import model_folder
 from topkd.cli.app import app
 from topkd.compose.config.run_config import RunConfig
-from topkd.compose.data.run_prompts import load_prompts
+from topkd.compose.data.prompts import load_prompts
 from topkd.compose.progress import Progress
 from topkd.topk.errors import DataError
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.engine.pieces import model_folder
 from topkd.compose.config.run_config import RunConfig
-from topkd.compose.data.run_prompts import load_prompts
+from topkd.compose.data.prompts import load_prompts
 from topkd.compose.dry_run import dry_run
 from topkd.compose.preflight.lengths import check_lengths, compare_ends
 from topkd.compose.preflight.preflight import Preflight, preflight

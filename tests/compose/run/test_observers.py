@@ -10,7 +10,7 @@ import torch
 from tests.engine.pieces import model_folder
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.answer_scorers import exact_match, load_answer_scorer, score_numeric_match
-from topkd.compose.data.run_prompts import load_prompts
+from topkd.compose.data.prompts import load_prompts
 from topkd.compose.preflight.evaluation import plan_evaluation
 from topkd.compose.progress import Progress
 from topkd.compose.run.evaluation import Evaluation

@@ -13,7 +13,7 @@ from topkd.topk.errors import ConfigError
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str], model: type[BaseModel]) -> list[str]:
-    """Lay every ``table.key=value`` over plain values; returns what was left out on the way, a line each.
+    """Lay every ``table.key=value`` over plain values; return what was left out on the way, a line each.
 
     Kinds first, whatever the order: ``objective.beta=0.3 objective.kind=gjs`` is the same as the reverse.
     """
@@ -53,21 +53,26 @@ def put_value(values: dict[str, Any], key: str, value: Any, *, source: str) -> N
     table[last] = value
 
 
-def merge_settings(base: Mapping[str, Any], change: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """``change`` laid over ``base``, table by table; where its kind differs, over the keys that both kinds share."""
+def merge_settings(
+    base: Mapping[str, Any], change: Mapping[str, Any], model: type[BaseModel] | None = None
+) -> dict[str, Any]:
+    """Lay ``change`` over ``base``, table by table; where its kind differs, over the keys that both kinds share."""
     made = dict(base)
     for key, value in change.items():
         old = made.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and "kind" in value:
-            old, _ = switch_kind(old, key, value["kind"], model)
-        made[key] = _merge_tables(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            if model is not None and "kind" in value:
+                old, _ = switch_kind(old, key, value["kind"], model)
+            made[key] = merge_settings(old, value)
+        else:
+            made[key] = value
     return made
 
 
 def switch_kind(
     table: Mapping[str, Any], name: str, kind: Any, model: type[BaseModel]
 ) -> tuple[dict[str, Any], list[str]]:
-    """A table's keys under another kind, and the names of those that were left out.
+    """Keep a table's keys under another kind; also return the names of those that were left out.
 
     A key stays when both kinds define it alike, default included: TAID's alpha is not EOPD's. Where there is no such
     table or kind, or no change, everything stays, for the validation to judge.
@@ -86,7 +91,7 @@ def switch_kind(
 
 
 def list_kinds(model: type[BaseModel], name: str) -> tuple[dict[str, type[BaseModel]], str]:
-    """kind -> its model, for a table whose keys depend on it; and the kind of a table that names none."""
+    """Return kind -> its model, for a table whose keys depend on it; and the kind of a table that names none."""
     field = model.model_fields.get(name)
     if field is None or field.discriminator != "kind":
         return {}, ""
@@ -94,20 +99,12 @@ def list_kinds(model: type[BaseModel], name: str) -> tuple[dict[str, type[BaseMo
     return kinds, str(getattr(field.default, "kind", ""))
 
 
-def _merge_tables(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    made = dict(base)
-    for key, value in change.items():
-        old = made.get(key)
-        made[key] = _merge_tables(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return made
-
-
 def _split_key(override: str) -> str:
     return override.partition("=")[0].strip()
 
 
 def parse_value(text: str) -> Any:
-    """A value as it is typed: TOML, or else a word that needs no quotes, as in --set objective.kind=gjs."""
+    """Parse a value as it is typed: TOML, or else a word without quotes, as in --set objective.kind=gjs."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):  # no TOML, or a number or nesting that Python does not read

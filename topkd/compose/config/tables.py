@@ -1,11 +1,11 @@
-"""The tables of a run file that name pieces: student, teacher, data, cache, replay."""
+"""The tables of a run file: student, teacher, data, cache, replay, sampler, eval, track."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, SecretStr, model_validator
 
 from topkd.clients.dialects.records import list_dialects
 from topkd.compose.config.api_keys import KeyVariable, read_api_key
@@ -41,6 +41,14 @@ class StudentConfig(Frozen):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
+def _check_no_password(urls: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """Refuse a password while the config is read, before the run's folder holds a copy of it."""
+    for url in (urls,) if isinstance(urls, str) else urls:
+        if "@" in urlsplit(url).netloc:
+            raise ValueError("a URL without user name and password; name the key's variable in api_key_env")
+    return urls
+
+
 class TeacherConfig(Frozen):
     """Who scores. A key never stands in a config: ``api_key_env`` names the variable that holds it.
 
@@ -53,7 +61,8 @@ class TeacherConfig(Frozen):
     """
 
     kind: Literal["server", "local", "self"] = "server"
-    url: str | tuple[str, ...] = ""  # several are replicas of one teacher, seen to agree before the run
+    # Several are replicas of one teacher, seen to agree before the run.
+    url: Annotated[str | tuple[str, ...], AfterValidator(_check_no_password)] = ""
     model: str | None = None
     ema: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
     tokenizer: str | None = None
@@ -63,15 +72,6 @@ class TeacherConfig(Frozen):
     api_key_env: KeyVariable | None = None
     revision: str = ""  # of the weights behind the name: the cache keeps revisions apart
     vocab_size: PositiveInt | None = None
-
-    @field_validator("url")
-    @classmethod
-    def _without_a_password(cls, url: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        """Refused here too, before the run's folder holds a copy of the config."""
-        for address in (url,) if isinstance(url, str) else url:
-            if "@" in urlsplit(address).netloc:
-                raise ValueError("a URL without user name and password; name the key's variable in api_key_env")
-        return url
 
     @model_validator(mode="after")
     def _names_what_its_kind_needs(self) -> TeacherConfig:
@@ -89,11 +89,11 @@ class TeacherConfig(Frozen):
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """Every replica's URL; one for most teachers, none for a teacher without a server."""
+        """Return every replica's URL; most teachers have one, a teacher without a server none."""
         return (self.url,) * bool(self.url) if isinstance(self.url, str) else self.url
 
     def api_key(self) -> SecretStr | None:
-        """The key from the environment; naming a variable that is not set is an error."""
+        """Read the key from the environment; naming a variable that is not set is an error."""
         return read_api_key(self.api_key_env, source="teacher.api_key_env")
 
 
@@ -115,12 +115,12 @@ class PrivilegedConfig(Frozen):
                 raise ValueError(f"{{{name}}} in the template of {name}")
         return self
 
-    def given(self) -> list[str]:
-        """The columns whose templates were asked for; of a config that was saved whole, those unlike the defaults."""
-        given = [name for name in PRIVILEGED if name in self.model_fields_set]
-        if len(given) < len(PRIVILEGED):
-            return given
-        return [name for name in given if getattr(self, name) != type(self).model_fields[name].default]
+    def list_changed(self) -> list[str]:
+        """List the columns whose templates were set; of a config that was saved whole, those unlike the defaults."""
+        changed = [name for name in PRIVILEGED if name in self.model_fields_set]
+        if len(changed) < len(PRIVILEGED):
+            return changed
+        return [name for name in changed if getattr(self, name) != type(self).model_fields[name].default]
 
 
 class DataConfig(Frozen):
@@ -172,12 +172,12 @@ class InProcessSampling(Frozen):
     kind: Literal["in_process"] = "in_process"
 
     def shaping(self) -> dict[str, object]:
-        """What of it shapes the rollouts: nothing."""
+        """Return what of it shapes the rollouts: nothing."""
         return {}
 
 
 class _Synced(Frozen):
-    """What every sampler with weights of its own is told.
+    """The settings of every sampler with weights of its own.
 
     Attributes:
         weights: What is pushed: the adapter, or the whole model. "auto" is what trains.
@@ -194,7 +194,7 @@ class _Synced(Frozen):
     limit_kl: PositiveFloat = 1.0
 
     def shaping(self) -> dict[str, object]:
-        """What of it shapes the rollouts of a run; where the server is does not."""
+        """Return what of it shapes the rollouts of a run; where the server is does not."""
         return {"sampler": self.model_dump(mode="json", include={"kind", "weights", "sync_every"})}
 
 
@@ -202,21 +202,13 @@ class ServerSampling(_Synced):
     """A server that samples the student. It must serve the student's base model, and be able to read ``folder``."""
 
     kind: Literal["server"] = "server"
-    url: str
+    url: Annotated[str, AfterValidator(_check_no_password)]
     dialect: SyncedDialect = "auto"
     model: str | None = None
     api_key_env: KeyVariable | None = None
 
-    @field_validator("url")
-    @classmethod
-    def _without_a_password(cls, url: str) -> str:
-        """Refused here too, before the run's folder holds a copy of the config."""
-        if "@" in urlsplit(url).netloc:
-            raise ValueError("a URL without user name and password; name the key's variable in api_key_env")
-        return url
-
     def api_key(self) -> SecretStr | None:
-        """The key from the environment; naming a variable that is not set is an error."""
+        """Read the key from the environment; naming a variable that is not set is an error."""
         return read_api_key(self.api_key_env, source="sampler.api_key_env")
 
 
@@ -289,7 +281,7 @@ class EvalConfig(Frozen):
 
 
 class TrackConfig(Frozen):
-    """``[track]``: who else is told what the run log is told.
+    """``[track]``: where else the run log's numbers are shown.
 
     TensorBoard files go to ``tensorboard/`` in the run's folder. A wandb run is named after that folder and continued
     when the run is resumed; where it writes, and whether it is online, is wandb's own matter (WANDB_MODE, WANDB_DIR).

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from topkd.offline.exchange.parquet_files import open_parquet, read_batches
 from topkd.offline.store.folder import FORMAT_FILE
@@ -20,7 +21,7 @@ _JSON_NAMES = {str: "a string", list: "a list", int: "a number", float: "a numbe
 
 
 def check_has_rows(path: Path) -> None:
-    """Raises DataError for data that is not there, and for data without a row: a job of nothing is a mistake."""
+    """Raise DataError for data that is not there, and for data without a row: a job of nothing is a mistake."""
     if not path.exists():
         raise DataError("no such file or folder", where=str(path))
     if not (path.is_file() or path.is_dir()):
@@ -30,20 +31,17 @@ def check_has_rows(path: Path) -> None:
 
 
 def count_rows(path: Path) -> int:
-    """How many rows there are, for a forecast; 0 when that is not known beforehand."""
+    """Count the rows, for a forecast; 0 when that is not known beforehand."""
     if path.is_dir():
         return 0 if (path / FORMAT_FILE).exists() else len(_open_dataset(path))
     if path.suffix == ".parquet":
         return int(open_parquet(path).metadata.num_rows)
-    try:
-        with path.open("rb") as file:
-            return sum(1 for line in file if line.strip())
-    except OSError as error:
-        raise DataError("cannot read the data file", where=str(path), got=error.strerror) from error
+    with _open_lines(path) as file:
+        return sum(1 for line in file if line.strip())
 
 
 def iter_raw_rows(path: Path, chunk: RowChunk | None = None) -> Iterator[tuple[int, Any]]:
-    """Rows as they stand: bytes of a JSONL line with its number from 1, else mappings with theirs from 0."""
+    """Yield rows as they stand: bytes of a JSONL line with its number from 1, else mappings numbered from 0."""
     first, last = (0, None) if chunk is None else (chunk.first, chunk.first + chunk.rows)
     if path.is_dir():
         data = _open_dataset(path)
@@ -56,39 +54,42 @@ def iter_raw_rows(path: Path, chunk: RowChunk | None = None) -> Iterator[tuple[i
         yield from islice(_iter_lines(path, chunk), None if chunk is None else chunk.rows)
 
 
-def _iter_lines(path: Path, chunk: RowChunk | None) -> Iterator[tuple[int, bytes]]:
+@contextlib.contextmanager
+def _open_lines(path: Path) -> Iterator[IO[bytes]]:
     try:
         with path.open("rb") as file:
-            if chunk is not None:
-                file.seek(chunk.offset)
-            first = 1 if chunk is None else chunk.line
-            yield from ((number, line) for number, line in enumerate(file, start=first) if line.strip())
+            yield file
     except OSError as error:
         raise DataError("cannot read the data file", where=str(path), got=error.strerror) from error
+
+
+def _iter_lines(path: Path, chunk: RowChunk | None) -> Iterator[tuple[int, bytes]]:
+    with _open_lines(path) as file:
+        if chunk is not None:
+            file.seek(chunk.offset)
+        first = 1 if chunk is None else chunk.line
+        yield from ((number, line) for number, line in enumerate(file, start=first) if line.strip())
 
 
 def _iter_line_chunks(path: Path) -> Iterator[RowChunk]:
     rows = offset = 0
     begun: RowChunk | None = None
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    if begun is None:
-                        begun = RowChunk(rows, 0, number, offset)
-                    rows += 1
-                    if rows - begun.first == UNIT:
-                        yield replace(begun, rows=UNIT)
-                        begun = None
-                offset += len(line)
-    except OSError as error:
-        raise DataError("cannot read the data file", where=str(path), got=error.strerror) from error
+    with _open_lines(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                if begun is None:
+                    begun = RowChunk(rows, 0, number, offset)
+                rows += 1
+                if rows - begun.first == UNIT:
+                    yield replace(begun, rows=UNIT)
+                    begun = None
+            offset += len(line)
     if begun is not None:
         yield replace(begun, rows=rows - begun.first)
 
 
 def _iter_batches(path: Path, first: int, last: int | None) -> Iterator[tuple[int, Any]]:
-    """Batches of the row groups that hold rows first to last, each with the number of its first row."""
+    """Yield batches of the row groups that hold rows first to last, each with the number of its first row."""
     file, start = open_parquet(path), 0
     groups = []
     for group in range(file.metadata.num_row_groups):
@@ -125,7 +126,7 @@ def _open_dataset(path: Path) -> Any:
 
 
 def parse_json_object(raw: Any, where: str) -> dict[str, Any]:
-    """A row as a mapping; what is no JSON is refused with the column where it stops being some."""
+    """Parse a row as a mapping; what is no JSON is refused with the column where it stops being some."""
     if isinstance(raw, bytes):
         try:
             raw = json.loads(raw)

@@ -1,4 +1,4 @@
-"""Data files to prompts of both sides: JSONL, Parquet or a saved dataset; a bad row is named by its place."""
+"""Prompts of a run as token ids of both sides, before any model is opened; a bad row is named by its place."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import PrivilegedConfig
 from topkd.compose.data.chat_templates import Side
 from topkd.compose.data.conversations import read_conversation
 from topkd.compose.data.files import iter_raw_rows, parse_json_object
 from topkd.compose.data.rows import DataRow, check_row, check_token_ids, render_prompt
+from topkd.compose.progress import Progress
 from topkd.engine.loop.prompts import PromptRow
 from topkd.topk.errors import DataError
 
@@ -38,7 +40,7 @@ class Readers:
     turns: Literal["last", "all"] = "last"
 
     def teacher_of(self, raw: Mapping[str, Any], where: str) -> tuple[str, Side]:
-        """Which teacher a row is for, and how it reads."""
+        """Return which teacher a row is for, and how that teacher reads."""
         name = raw.get(self.teacher_column)
         name = "" if name is None else name
         if not isinstance(name, str):
@@ -62,7 +64,7 @@ def read_prompts(
     overlong: Literal["drop", "error"],
     limit: int | None = None,
 ) -> tuple[list[PromptRow], list[str]]:
-    """The rows as ids, and the names of those that were over-long and dropped.
+    """Read the rows as ids; also return the names of over-long rows that were dropped.
 
     Args:
         path: A JSONL or Parquet file, or a folder of ``datasets.Dataset.save_to_disk``.
@@ -97,7 +99,7 @@ def read_prompts(
 
 
 def check_opens(path: Path) -> None:
-    """Raises DataError for a data file that is not there, cannot be opened or holds nothing: its first row is read."""
+    """Read the first row of a data file; raise DataError where there is none."""
     if next(_iter_objects(path), None) is None:
         raise DataError("no usable prompt", where=str(path), got="no rows")
 
@@ -115,7 +117,7 @@ def _build_prompt_row(raw: dict[str, Any], number: int, readers: Readers, where:
     name = str(row.id) if row.id is not None else f"line {number}"
     completion, mask = None, None
     if row.messages is not None:
-        row, completion, mask = _split(row, readers, where)
+        row, completion, mask = _split_answer(row, readers, where)
     elif row.completion is not None:
         completion = readers.student.text(row.completion, where, special=False)
         if readers.student.tokenizer.eos_token_id is not None:
@@ -142,8 +144,8 @@ def _build_prompt_row(raw: dict[str, Any], number: int, readers: Readers, where:
     )
 
 
-def _split(row: DataRow, readers: Readers, where: str) -> tuple[DataRow, list[int] | None, Any]:
-    """Messages before the answer, and the answer's ids with their mask; a conversation may end before its answer."""
+def _split_answer(row: DataRow, readers: Readers, where: str) -> tuple[DataRow, list[int] | None, Any]:
+    """Split off the answer: messages before it, its ids and their mask; a conversation may end before its answer."""
     messages = row.messages or []
     if not messages:
         raise DataError("messages needs at least one message", where=where)
@@ -158,3 +160,66 @@ def _split(row: DataRow, readers: Readers, where: str) -> tuple[DataRow, list[in
     conversation = read_conversation(readers.student, whole, first, where)
     ids, mask = conversation.ids[conversation.prompt_len :], conversation.mask[conversation.prompt_len :]
     return row.model_copy(update={"messages": messages[:first]}), ids.tolist(), None if mask.all() else mask
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The data of a run as ids.
+
+    Attributes:
+        tokenizer: The student's, which is the teachers' too.
+        readers: How each side reads.
+        rows: In the file's order.
+        dropped: Names of the over-long rows that were left out.
+    """
+
+    tokenizer: Any
+    readers: Readers
+    rows: list[PromptRow]
+    dropped: list[str] = field(default_factory=list)
+
+
+def load_prompts(config: RunConfig, progress: Progress) -> Prompts:
+    """Load the tokenizer and the rows: all that can be known of a run before a model is opened."""
+    from topkd.engine.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config.student.model)
+    readers = build_readers(config, tokenizer)
+    rows, dropped = read_prompts(
+        Path(config.data.path),
+        readers,
+        max_tokens=config.rollout.max_prompt_tokens,
+        overlong=config.rollout.overlong,
+        limit=config.data.limit,
+    )
+    if dropped:
+        progress.note(f"{len(dropped)} prompts longer than {config.rollout.max_prompt_tokens} tokens were dropped")
+    _check_privileged_columns(config, rows)
+    return Prompts(tokenizer, readers, rows, dropped)
+
+
+def _check_privileged_columns(config: RunConfig, rows: list[PromptRow]) -> None:
+    """Raise DataError where the config has templates for what only the teacher sees, and no row has such a column."""
+    data = config.data
+    named = data.privileged.list_changed()
+    if not named or (data.feedback is not None and "feedback" in named):  # told once a completion is there
+        return
+    if not any(row.columns.get(name) is not None for row in rows for name in named):
+        there = {str(name) for row in rows for name in row.columns}
+        there |= {"prompt_ids" for row in rows if not row.columns.keys() & {"prompt", "messages"}}
+        raise DataError(
+            f"no row has a column {' or '.join(map(repr, named))} for its template in [data.privileged]",
+            where=data.path, got=f"columns {', '.join(sorted(there))}",
+            hint="without one the teacher is told no more than the student: name the column so, or leave the table out",
+        )  # fmt: skip
+
+
+def build_readers(config: RunConfig, tokenizer: Any) -> Readers:
+    """Build the student's and the teachers' sides; what a teacher leaves out it shares with the student."""
+    student = Side.of(tokenizer, config.student.chat_template, config.student.chat_template_kwargs)
+    teachers = {}
+    for name, teacher in config.teacher_map().items():
+        own = teacher.chat_template_kwargs
+        kwargs = config.student.chat_template_kwargs if own is None else own
+        teachers[name] = Side.of(tokenizer, teacher.chat_template or config.student.chat_template, kwargs)
+    return Readers(student, teachers or None, config.data.privileged, config.data.teacher_column, config.data.turns)

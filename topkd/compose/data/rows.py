@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -40,7 +41,7 @@ class DataRow(BaseModel):
     @field_validator("prompt", "messages", "completion", "id", "teacher_id", *PRIVILEGED)
     @classmethod
     def _is_unicode(cls, value: Any) -> Any:
-        """JSON can say half of a character (a lone surrogate), and nothing that reads text takes it."""
+        """Refuse half of a character (a lone surrogate): JSON can hold one, and nothing that reads text takes it."""
         try:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
             text.encode()
@@ -52,27 +53,35 @@ class DataRow(BaseModel):
 
     @property
     def privileged(self) -> dict[str, str]:
-        """What only the teacher may see, by column."""
+        """Return what only the teacher may see, by column."""
         return {name: text for name in PRIVILEGED if (text := getattr(self, name)) is not None}
 
 
-def check_row(raw: dict[str, Any], where: str) -> DataRow:
-    """The row, in exactly one of its three forms; nulls (tables have every column in every row) are absent keys."""
+R = TypeVar("R", bound=DataRow)
+
+
+def parse_row(model: type[R], raw: dict[str, Any], where: str) -> R:
+    """Parse a row of a data file; nulls (tables have every column in every row) are absent keys."""
     try:
-        row = DataRow.model_validate({key: _drop_nulls(value) for key, value in raw.items() if value is not None})
+        return model.model_validate({key: _drop_nulls(value) for key, value in raw.items() if value is not None})
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in problem["loc"]) or "the row"
-        raise DataError(f"{key} cannot be read", where=where, expected=describe_error(problem)) from None
-    given = [name for name in ("prompt_ids", "prompt", "messages") if getattr(row, name) is not None]
-    if len(given) != 1:
+        key, got = ".".join(map(str, problem["loc"])) or "the row", reprlib.repr(problem["input"])
+        raise DataError(f"{key} cannot be read", where=where, got=got, expected=describe_error(problem)) from None
+
+
+def check_row(raw: dict[str, Any], where: str) -> DataRow:
+    """Parse a row with a prompt, in exactly one of its three forms."""
+    row = parse_row(DataRow, raw, where)
+    forms = [name for name in ("prompt_ids", "prompt", "messages") if getattr(row, name) is not None]
+    if len(forms) != 1:
         raise DataError(
-            "a row needs exactly one of prompt_ids, prompt, messages", where=where, got=given or "none of them"
+            "a row needs exactly one of prompt_ids, prompt, messages", where=where, got=forms or "none of them"
         )
     strays = {"completion": "prompt", "completion_ids": "prompt_ids", "teacher_prompt_ids": "prompt_ids"}
     for name, form in strays.items():
-        if getattr(row, name) is not None and form != given[0]:
-            raise DataError(f"{name} goes with {form}", where=where, got=f"it stands beside {given[0]}")
+        if getattr(row, name) is not None and form != forms[0]:
+            raise DataError(f"{name} goes with {form}", where=where, got=f"it stands beside {forms[0]}")
     return row
 
 
@@ -83,23 +92,15 @@ def _drop_nulls(value: Any) -> Any:
     return value
 
 
-def tokenize_prompt(row: DataRow, tokenizer: Any, hint: str | None, where: str) -> list[int]:
-    """The prompt as ids, for a side with the tokenizer's own template; with a hint, as the teacher sees it."""
-    extra = {} if hint is None else {"hint": hint}
-    return render_prompt(row, Side(tokenizer), extra, PrivilegedConfig(), where)
-
-
-def tokenize_for_teacher(row: DataRow, tokenizer: Any, where: str) -> list[int]:
-    """The prompt as the teacher sees it, told all that the row has for it alone, by the tokenizer's own template."""
-    if row.teacher_prompt_ids is not None:
-        return check_token_ids(row.teacher_prompt_ids, "a teacher's prompt", where)
-    return render_prompt(row, Side(tokenizer), row.privileged, PrivilegedConfig(), where)
+def tokenize_prompt(row: DataRow, tokenizer: Any, privileged: dict[str, str], where: str) -> list[int]:
+    """Write the prompt as ids by the tokenizer's own template; with ``privileged``, as the teacher sees it."""
+    return render_prompt(row, Side(tokenizer), privileged, PrivilegedConfig(), where)
 
 
 def render_prompt(
     row: DataRow, side: Side, privileged: dict[str, str], templates: PrivilegedConfig, where: str
 ) -> list[int]:
-    """The prompt as one side sees it, with what is told to that side only.
+    """Write the prompt as one side sees it, with what only that side sees.
 
     Args:
         row: In one of its three forms; the messages of a conversation end before the answer.
@@ -118,7 +119,7 @@ def render_prompt(
 
 
 def check_token_ids(ids: Sequence[int], what: str, where: str) -> list[int]:
-    """The same ids, when every one can be an id; a vocabulary's own bound is checked where it is known."""
+    """Return the ids when every one can be an id; a vocabulary's own bound is checked where it is known."""
     if not len(ids) or min(ids) < 0:
         raise DataError(f"{what} needs at least one token and no negative id", where=where, got=list(ids[:8]))
     if max(ids) > np.iinfo(np.int32).max:
@@ -129,7 +130,7 @@ def check_token_ids(ids: Sequence[int], what: str, where: str) -> list[int]:
 def _add_privileged_ids(
     ids: Sequence[int], side: Side, privileged: dict[str, str], templates: PrivilegedConfig, where: str
 ) -> Sequence[int]:
-    """The prompt's ids as they are, what is told as text before them, behind a beginning of text that they have."""
+    """Put privileged text before the prompt's ids, behind a beginning of text that they have."""
     before = ""
     for name, extra_text in privileged.items():
         template = getattr(templates, name)
@@ -178,12 +179,10 @@ def _add_privileged_messages(
 def _read_content(message: dict[str, Any], where: str) -> str:
     content = message.get("content")
     if not isinstance(content, str):
-        raise DataError(
-            "a message that is told more needs text as its content", where=where, got=type(content).__name__
-        )
+        raise DataError("privileged text needs a message of text", where=where, got=type(content).__name__)
     return content
 
 
 def _fill_template(template: str, values: dict[str, str]) -> str:
-    """Every ``{name}`` replaced in one pass: braces in what is told stay as they are."""
+    """Replace every ``{name}`` in one pass: braces in the values stay as they are."""
     return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)

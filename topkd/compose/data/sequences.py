@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from pydantic import ValidationError
 
-from topkd.compose.config.errors import describe_error
 from topkd.compose.data.chat_templates import Side
 from topkd.compose.data.conversations import read_conversation
 from topkd.compose.data.files import (
@@ -23,7 +21,7 @@ from topkd.compose.data.files import (
     iter_raw_rows,
     parse_json_object,
 )
-from topkd.compose.data.rows import DataRow, check_token_ids, tokenize_for_teacher
+from topkd.compose.data.rows import DataRow, check_token_ids, parse_row, tokenize_prompt
 from topkd.offline import ScoreStore
 from topkd.offline.store.folder import FORMAT_FILE
 from topkd.offline.store.records import ROLLOUT
@@ -37,8 +35,6 @@ _FORMS = "prompt_ids and completion_ids, prompt and completion, or messages"
 class ScoredRow(DataRow):
     """A row whose completion is there already; ``logp`` are the logprobs it was sampled with, when they are known."""
 
-    completion_ids: list[int] | None = None
-    completion: str | None = None
     logp: list[float] | None = None
     finish_reason: FinishReason = "stop"
 
@@ -80,7 +76,7 @@ Item: TypeAlias = ScoreInput | BadRow
 
 
 def read_sequences(path: Path, tokenizer: Any = None, chunk: RowChunk | None = None) -> Iterator[Item]:
-    """Every row in order, lazily; a bad one comes as a ``BadRow`` in its place.
+    """Read every row in order, lazily; a bad one comes as a ``BadRow`` in its place.
 
     Args:
         path: A JSONL or Parquet file, a folder of ``datasets.Dataset.save_to_disk``, or a cache (its rollouts).
@@ -102,7 +98,7 @@ def read_sequences(path: Path, tokenizer: Any = None, chunk: RowChunk | None = N
 
 
 def check_source(path: Path) -> None:
-    """Raises DataError for what is not there, for no rows, and for a cache where no rollouts wait to be scored."""
+    """Raise DataError for a source that is missing, has no rows, or is a cache without rollouts to score."""
     if not (path.is_dir() and (path / FORMAT_FILE).exists()):
         check_has_rows(path)
     elif next(_iter_rollouts(path), None) is None:
@@ -143,19 +139,14 @@ def _build_sequence(number: int, raw: Any, tokenizer: Any, where: str) -> ScoreI
         what = "rows of text" if row.prompt_ids is None else f"rows with a {next(iter(row.privileged))}"
         raise ConfigError(f"{what} need a tokenizer", where=where, hint="give --tokenizer PATH")
     if row.prompt_ids is not None:
-        prompt, completion = tokenize_for_teacher(row, tokenizer, where), row.completion_ids or []
+        prompt, completion = _tokenize_for_teacher(row, tokenizer, where), row.completion_ids or []
     elif row.completion is not None:
-        prompt = tokenize_for_teacher(row, tokenizer, where)
+        prompt = _tokenize_for_teacher(row, tokenizer, where)
         completion = tokenizer(row.completion, add_special_tokens=False)["input_ids"]
     else:
         prompt, completion = _find_last_answer(row, tokenizer, where)
-    if not completion or min(completion) < 0:
-        raise DataError(
-            "a completion needs at least one token and no negative id", where=where, got=list(completion[:8])
-        )
+    completion = check_token_ids(completion, "a completion", where)
     name = str(row.id) if row.id is not None else f"row {number}"
-    if max(*prompt, *completion) > np.iinfo(np.int32).max:
-        raise DataError("token id out of range", where=where, got=max(*prompt, *completion))
     if row.logp is not None and row.prompt_ids is None:
         raise DataError(
             "logp needs prompt_ids and completion_ids: text does not say which tokens it is of", where=where
@@ -177,18 +168,7 @@ def _build_sequence(number: int, raw: Any, tokenizer: Any, where: str) -> ScoreI
 
 
 def _parse_row(raw: Any, where: str) -> ScoredRow:
-    raw = parse_json_object(raw, where)
-    try:
-        # Tables have every column in every row: a null is an absent key.
-        row = ScoredRow.model_validate({key: value for key, value in raw.items() if value is not None})
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in problem["loc"]) or "the row"
-        got = repr(problem["input"])
-        raise DataError(
-            f"{key} cannot be read", where=where, got=got if len(got) < 60 else got[:57] + "...",
-            expected=describe_error(problem),
-        ) from None  # fmt: skip
+    row = parse_row(ScoredRow, parse_json_object(raw, where), where)
     names = ("prompt_ids", "completion_ids", "prompt", "completion", "messages")
     names_set = [name for name in names if getattr(row, name) is not None]
     if names_set not in (["prompt_ids", "completion_ids"], ["prompt", "completion"], ["messages"]):
@@ -199,13 +179,19 @@ def _parse_row(raw: Any, where: str) -> ScoredRow:
 
 
 def _find_last_answer(row: ScoredRow, tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
-    """The conversation up to the last assistant message, and that message with the token that ends it."""
+    """Split off the last assistant message, with the token that ends it."""
     messages = row.messages or []
     if len(messages) < 2 or messages[-1].get("role") != "assistant":
         raise DataError(
             "the last of at least two messages must be the assistant's", where=where,
             got=[message.get("role") for message in messages][-4:],
         )  # fmt: skip
-    prompt = tokenize_for_teacher(row.model_copy(update={"messages": messages[:-1]}), tokenizer, where)
+    prompt = _tokenize_for_teacher(row.model_copy(update={"messages": messages[:-1]}), tokenizer, where)
     talk = read_conversation(Side(tokenizer), messages, len(messages) - 1, where)
     return prompt, [int(token) for token in talk.ids[talk.prompt_len :]]
+
+
+def _tokenize_for_teacher(row: ScoredRow, tokenizer: Any, where: str) -> list[int]:
+    if row.teacher_prompt_ids is not None:
+        return check_token_ids(row.teacher_prompt_ids, "a teacher's prompt", where)
+    return tokenize_prompt(row, tokenizer, row.privileged, where)

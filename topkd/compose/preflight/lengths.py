@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from topkd.compose.config.run_config import RunConfig
-from topkd.compose.data.run_prompts import Prompts
+from topkd.compose.data.prompts import Prompts
 from topkd.compose.preflight.teachers import TeacherInfo
 from topkd.engine.loop.prompts import PromptRow
 from topkd.topk.errors import ConfigError, DataError

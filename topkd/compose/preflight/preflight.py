@@ -20,8 +20,7 @@ from topkd.clients.dialects.records import Dialect, find_dialect, list_dialects
 from topkd.compose.config.functions import load_function, load_loss
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import ServerSampling
-from topkd.compose.data.prompts import check_opens
-from topkd.compose.data.run_prompts import Prompts, load_prompts
+from topkd.compose.data.prompts import Prompts, check_opens, load_prompts
 from topkd.compose.preflight.evaluation import EvalPlan, plan_evaluation
 from topkd.compose.preflight.lengths import Ends, check_lengths, check_token_ids_fit, compare_ends, read_vocab_size
 from topkd.compose.preflight.teachers import (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from topkd.compose.config.functions import load_loss
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.data.digests import describe_rows
-from topkd.compose.data.run_prompts import Prompts
+from topkd.compose.data.prompts import Prompts
 from topkd.compose.preflight.lengths import check_token_ids_fit, list_stop_ids
 from topkd.compose.preflight.preflight import Preflight
 from topkd.compose.run.folder import collect_provenance

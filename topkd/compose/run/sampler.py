@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from topkd.compose.config.run_config import RunConfig
 from topkd.compose.config.tables import InProcessSampling, ServerSampling, VllmSampling
-from topkd.compose.data.run_prompts import Prompts
+from topkd.compose.data.prompts import Prompts
 from topkd.compose.preflight.lengths import list_stop_ids
 from topkd.compose.preflight.preflight import require_weight_sync
 from topkd.compose.run.run import Run

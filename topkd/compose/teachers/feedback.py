@@ -9,8 +9,8 @@ import numpy as np
 
 from topkd.compose.config.functions import load_function
 from topkd.compose.config.run_config import RunConfig
+from topkd.compose.data.prompts import Prompts
 from topkd.compose.data.rows import check_row, render_prompt
-from topkd.compose.data.run_prompts import Prompts
 from topkd.engine.loop.prompts import PromptRow
 from topkd.topk.errors import ConfigError, ContextLimitError
 from topkd.topk.samples import Rollout
