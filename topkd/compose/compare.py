@@ -22,10 +22,12 @@ from topkd.compose.comparison.cell import FORMER, Cell, Phase, is_superseded, re
 from topkd.compose.comparison.config import EMBEDDED, Arm, CompareConfig
 from topkd.compose.comparison.statistics import summarize_curve
 from topkd.compose.comparison.summary import build_summary
+from topkd.compose.config.functions import find_source_file, load_function
 from topkd.compose.config.run_config import save_config
 from topkd.compose.data.digests import digest_contents
 from topkd.compose.progress import Progress
 from topkd.compose.run.folder import lock_folder
+from topkd.engine.config.objectives import find_kind_tag
 from topkd.engine.loop.metrics import make_strict_json
 from topkd.files import write_atomically
 from topkd.report.load.run_folder import CELLS, COMPARISON, CONFIG, name_cell
@@ -243,14 +245,17 @@ def _build_cell(
             rollouts = name_cell("live", reference, seed)
     name = name_cell(phase, arm.name, seed, lr if phase == "tune" else None)
     values, drawn_by = config.values(arm, seed, lr), "" if live_digests is None else live_digests[rollouts]
-    inputs = "" if config.base == EMBEDDED else _digest_inputs(values)
+    inputs = _digest_inputs(config, values)
     return Cell(name, phase, arm.name, seed, lr, config.base, values, config.probes, rollouts, drawn_by, inputs)
 
 
-def _digest_inputs(values: Mapping[str, Any]) -> str:
-    """Digest the prompts, the held-out prompts and the student that a cell's settings name."""
-    named = (("data", "path"), ("eval", "path"), ("student", "model"))
+def _digest_inputs(config: CompareConfig, values: Mapping[str, Any]) -> str:
+    """Digest the files that a cell's settings name: prompts, held-out prompts, student, and a custom objective's."""
+    named = (("data", "path"), ("eval", "path"), ("student", "model")) if config.base != EMBEDDED else ()
     paths = [(values.get(table) or {}).get(key) for table, key in named]
+    kind = str((values.get("objective") or {}).get("kind"))
+    if find_kind_tag(kind) == "custom":
+        paths.append(find_source_file(load_function(kind, "objective.kind")))
     return " ".join(digest_contents(Path(path)) if path else "" for path in paths)
 
 

@@ -240,6 +240,37 @@ def test_other_prompts_or_weights_under_the_same_names_make_another_cell(tmp_pat
     assert len({before, digest("{ }", b"one"), digest("{}", b"two")}) == 3
 
 
+def test_a_custom_objective_is_an_arm_and_another_source_of_it_makes_another_cell(tmp_path):
+    file = tmp_path / "losses.py"
+
+    def digest(source):
+        file.write_text(source)
+        made = from_runs([], parse_grid([f"objective.kind=gjs,{file}:mine"]), [0])
+        assert [arm.set["objective"]["kind"] for arm in made.arms] == ["gjs", f"{file}:mine"]
+        assert made.arms[1].display_name == f"kind={file}:mine"
+        return [_build_cell(made, arm, 0, None, "live").digest for arm in made.arms]
+
+    first, same = (digest("def mine(view):\n    return -view.logp_new\n") for _ in range(2))
+    other = digest("def mine(view):\n    return -2 * view.logp_new\n")
+    assert first == same
+    assert (other[0], other[1] != first[1]) == (first[0], True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("losses.py:absent", r"objective.kind names no function .*got 'absent'"),
+        ("nowhere.py:mine", r"objective.kind cannot be imported .*no file nowhere.py"),
+        ("losses.py:greedy", "losses.py:greedy"),
+    ],
+)
+def test_a_custom_objective_that_cannot_be_called_is_refused_before_any_cell_runs(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    Path("losses.py").write_text("def greedy(view, beta):\n    return -view.logp_new\n")
+    with pytest.raises(ConfigError, match=message):
+        from_runs([], parse_grid([f"objective.kind=gjs,{name}"]), [0])
+
+
 def test_a_replay_of_other_rollouts_is_another_cell_though_its_own_arm_is_as_it_was():
     def replays(**changes):
         told = config(replay=True, arms=[{**ARMS[0], "set": {**ARMS[0]["set"], **changes}}, ARMS[1]])

@@ -41,9 +41,7 @@ def test_an_arm_pays_for_the_lists_that_its_objective_looks_at(objective, each):
     assert (cell["teacher_entries"], cell["teacher_bytes"]) == (10 * each, 80 * each)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_arms_of_a_run_file_are_judged_by_their_run_logs_fixed_prefixes(tmp_path):
+def run_file(tmp_path):
     for name, seed in (("student", 1), ("teacher", 2)):
         make_tiny_model(tmp_path / name, seed=seed, vocab=512, hidden=32)
     data = tmp_path / "prompts.jsonl"
@@ -59,7 +57,13 @@ data = {{ path = "{data}" }}
 eval = {{ path = "{data}", max_tokens = 6 }}
 """
     )
-    config = from_runs([tmp_path / "run.toml"], parse_grid(["k=2,9"]), [0])
+    return tmp_path / "run.toml"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_arms_of_a_run_file_are_judged_by_their_run_logs_fixed_prefixes(tmp_path):
+    config = from_runs([run_file(tmp_path)], parse_grid(["k=2,9"]), [0])
     done = compare(config.model_copy(update={"workers": 1}), tmp_path / "out")
     assert done.complete
     for row in done.summary["live"]["arms"]:
@@ -69,3 +73,16 @@ eval = {{ path = "{data}", max_tokens = 6 }}
         assert len(fixed) == 3
         assert (row["seeds"]["0"]["first"], row["final"]["mean"]) == (fixed[0], fixed[-1])
         assert row["seeds"]["0"]["fresh_reverse_kl"] == fresh[-1] != fixed[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_custom_objective_trains_as_an_arm_beside_a_built_in_one(tmp_path):
+    (tmp_path / "losses.py").write_text("def mine(view):\n    return -view.logp_new\n")
+    config = from_runs([run_file(tmp_path)], parse_grid([f"objective.kind=gjs,{tmp_path / 'losses.py'}:mine"]), [0])
+    done = compare(config.model_copy(update={"workers": 1}), tmp_path / "out")
+    assert done.complete, done.summary["failed"]
+    theirs = done.summary["live"]["arms"][1]
+    values = json.loads((tmp_path / "out" / "cells" / f"live-{theirs['arm']}-seed0" / "config.json").read_text())
+    assert values["objective"]["kind"] == f"{tmp_path / 'losses.py'}:mine"
+    assert theirs["final"]["mean"] != done.summary["live"]["arms"][0]["final"]["mean"]

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from topkd.compose.config.functions import load_loss
 from topkd.compose.config.overrides import apply_override, merge_settings, parse_value, put_value
 from topkd.compose.config.run_config import RunConfig, read_toml, validate_config
 from topkd.engine import EngineConfig
@@ -133,6 +134,7 @@ class CompareConfig(Frozen):
             values = self.values(arm, self.seeds[0], None)
             model = EngineConfig if self.base == EMBEDDED else RunConfig
             config = validate_config(model, values, where=f"arm {arm.name!r}")
+            load_loss(config.objective)
             if isinstance(config, RunConfig):
                 self._check_measured(arm, config)
                 first = first or config

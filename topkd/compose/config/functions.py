@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from topkd.topk.errors import ConfigError
 
 
 def load_function(name: str, key: str, *, expected: str = "module:function or file.py:function") -> Callable[..., Any]:
-    """The function that ``module:function`` or ``file.py:function`` names; ``key`` is where the config says so."""
+    """Load the function that ``module:function`` or ``file.py:function`` names; ``key`` is where the config says so."""
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:
         raise ConfigError(f"{key} names no function", got=repr(name), expected=expected)
@@ -35,6 +36,15 @@ def load_loss(objective: ObjectiveSettings) -> Callable[..., Any] | None:
     function = load_function(objective.function, "objective.kind")
     check_loss_function(function, where=objective.function)
     return function
+
+
+def find_source_file(function: Callable[..., Any]) -> Path | None:
+    """Find the file that a function is written in; None for one without a file."""
+    try:
+        source = inspect.getsourcefile(function)
+    except TypeError:  # an instance with __call__
+        source = inspect.getsourcefile(type(function))
+    return None if source is None else Path(source)
 
 
 def _load_file(path: Path) -> Any:
