@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from topkd.compose.comparison.statistics import summarize_arms
-from topkd.compose.comparison.summary import judge_arms
+from topkd.compose.comparison.summary import judge_arms, summarize_arms
 from topkd.engine.loop.metrics import make_strict_json
 
 EDGES = [2.0**power for power in range(-4, 5)]

@@ -20,8 +20,7 @@ from typing import Any, Self
 
 from topkd.compose.comparison.cell import FORMER, Cell, Phase, is_superseded, read_finished, run_cell
 from topkd.compose.comparison.config import EMBEDDED, Arm, CompareConfig
-from topkd.compose.comparison.statistics import summarize_curve
-from topkd.compose.comparison.summary import build_summary
+from topkd.compose.comparison.summary import build_summary, summarize_curve
 from topkd.compose.config.functions import find_source_file, load_function
 from topkd.compose.config.run_config import save_config
 from topkd.compose.data.digests import digest_contents

@@ -6,9 +6,9 @@ import pytest
 
 from tests.fakes.tinymodels import make_tiny_model
 from topkd.compose.compare import compare
-from topkd.compose.comparison.cell import group_by_step, summarize_run
+from topkd.compose.comparison.cell import group_by_step, summarize_cell
 from topkd.compose.comparison.config import from_runs, parse_grid
-from topkd.compose.comparison.statistics import summarize_curve
+from topkd.compose.comparison.summary import summarize_curve
 from topkd.engine import EngineConfig
 from topkd.engine.loop.metrics import read_metrics
 
@@ -37,7 +37,7 @@ def test_evaluations_on_other_prefixes_are_no_points_of_the_curve():
 )
 def test_an_arm_pays_for_the_lists_that_its_objective_looks_at(objective, each):
     step = {"tokens": 8, "completion_tokens": 10, "samples": 1, "truncated": 0, "skipped": "", "lost": {}}
-    cell = summarize_run(EngineConfig.model_validate({"k": 5, "objective": objective}), [step], [])
+    cell = summarize_cell(EngineConfig.model_validate({"k": 5, "objective": objective}), [step], [])
     assert (cell["teacher_entries"], cell["teacher_bytes"]) == (10 * each, 80 * each)
 
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from topkd.compose.comparison.statistics import estimate_paired_ratio, summarize_arms, summarize_curve
-from topkd.compose.comparison.summary import judge_arms
+from topkd.compose.comparison.summary import estimate_paired_ratio, judge_arms, summarize_arms, summarize_curve
 
 
 def evals(values, step=100):

@@ -3,8 +3,7 @@
 import pytest
 
 from tests.compose.comparison.test_statistics import result
-from topkd.compose.comparison.statistics import summarize_arms
-from topkd.compose.comparison.summary import judge_arms
+from topkd.compose.comparison.summary import judge_arms, summarize_arms
 
 SHOWN = {"a": "A", "b": "B", "c": "C"}
 

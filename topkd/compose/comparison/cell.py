@@ -162,7 +162,7 @@ async def _run_embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]
     shutil.rmtree(folder / STUDENT, ignore_errors=True)  # what is compared are the measurements
     if cell.rollouts_of == cell.id:
         recording.write(folder)
-    return summarize_run(config, result.steps, result.evals)
+    return summarize_cell(config, result.steps, result.evals)
 
 
 @functools.cache
@@ -179,7 +179,7 @@ async def _run_file(cell: Cell, _: Path, folder: Path) -> dict[str, Any]:
 
     config = validate_config(RunConfig, cell.values, where=f"cell {cell.id}")
     result = await train(config, folder)
-    return summarize_run(config, result.steps, group_by_step(result.evals))
+    return summarize_cell(config, result.steps, group_by_step(result.evals))
 
 
 def group_by_step(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -191,7 +191,7 @@ def group_by_step(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return list(moments.values())
 
 
-def summarize_run(config: EngineConfig, steps: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize_cell(config: EngineConfig, steps: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str, Any]:
     """Summarize a cell: its evaluations by tokens trained on, means over its steps, and what the teacher sent."""
     trained = [0]
     for record in steps:
