@@ -72,7 +72,7 @@ class JobReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every valid row was asked for and answered."""
+        """Return whether every valid row was asked for and answered."""
         return not self.failed and not self.stopped
 
     def as_dict(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ JOB_ERRORS = (KLimitError, ModelNotFoundError, AuthError)
 
 
 class Claim(Enum):
-    """Whether a row may be asked for."""
+    """The decision whether a row may be asked for."""
 
     ASK = "ask"
     ELSEWHERE = "elsewhere"  # an equal row is being asked by another worker
@@ -117,7 +117,7 @@ class NumberedRow(Protocol):
 
     @property
     def number(self) -> int:
-        """Its line or row number."""
+        """Return its line or row number."""
         ...
 
 

@@ -213,14 +213,14 @@ def _join_cluster(config: ScoreConfig) -> Iterator[Any]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raises OSError where nobody answers: Ray itself would wait for ever."""
+    """Raise OSError where nobody answers: Ray itself would wait for ever."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():  # else it is a name that Ray resolves on this machine ("auto")
         socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
 
 
 def _seal(config: ScoreConfig) -> None:
-    """Ray ends workers without a word: their segments are sealed here, as soon as they have let go of them."""
+    """Seal the segments of workers, which Ray ends without notice, as soon as they are released."""
     until = time.monotonic() + _SEALING_S
     while time.monotonic() < until:
         with ScoreStore(config.out, mode="a", codec=config.codec):

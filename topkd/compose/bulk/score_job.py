@@ -30,7 +30,7 @@ class RequestBudget(Protocol):
 
     @property
     def reached(self) -> str:
-        """The cap that a ``Claim.CAP`` is about."""
+        """Return the cap that a ``Claim.CAP`` is about."""
         ...
 
     async def claim(self, requests: Sequence[tuple[bytes, int]]) -> list[Claim]:
@@ -88,7 +88,7 @@ class Selection:
 
     @property
     def unbounded(self) -> bool:
-        """Whether a teacher's vocabulary size is not known, so that its ids cannot be checked."""
+        """Return whether a teacher's vocabulary size is not known, so that its ids cannot be checked."""
         return None in self._sizes.values()
 
     def _check_vocabulary(self, item: ScoreInput) -> Item:

@@ -54,7 +54,7 @@ class RecordedSampler:
     async def sample_batch(
         self, prompts: Sequence[Ids], n: int, params: SamplingParams, *, k: int = 0
     ) -> list[list[Rollout]]:
-        """n rollouts for each prompt; ``Rollout.sampling`` names the prompt's own seed."""
+        """Return n rollouts for each prompt; ``Rollout.sampling`` names the prompt's own seed."""
         if params.seed is None:
             raise ConfigError("rollouts are kept under their seed", got="no seed")
         own = [replace(params, seed=derive_seed(params.seed, "prompt", place)) for place in range(len(prompts))]

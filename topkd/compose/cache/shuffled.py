@@ -38,7 +38,7 @@ class ShuffledRollouts:
         rows: Prompts with their teachers; completions of other prompts are left out.
         teachers: Who must have scored them.
         config: Batch size, K, seed and the share that may lack a score.
-        progress: Told what is left out.
+        progress: Shows what is left out.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class ShuffledRollouts:
         self._fill(teachers, progress)
 
     def __len__(self) -> int:
-        """Completions to draw from."""
+        """Return how many completions there are to draw from."""
         return len(self._places)
 
     async def __call__(self, step: int) -> tuple[list[PromptRow], list[Rollout]]:
-        """The rows and rollouts of one step."""
+        """Return the rows and rollouts of one step."""
         return await asyncio.to_thread(self._step, step)
 
     def _step(self, step: int) -> tuple[list[PromptRow], list[Rollout]]:
@@ -81,7 +81,7 @@ class ShuffledRollouts:
 
     def _fill(self, teachers: dict[str, ReplayScorer], progress: Progress) -> None:
         by_prompt = _by_prompt(self._rows)
-        strange = unscored = 0
+        unknown = unscored = 0
         for record in self._store.records(kinds=(ROLLOUT,)):
             if record.header.tag != self._policy.tag:
                 continue
@@ -90,7 +90,7 @@ class ShuffledRollouts:
                 continue
             row = by_prompt.get(rollouts[0].prompt_ids.tobytes())
             if row is None:
-                strange += len(rollouts)
+                unknown += len(rollouts)
                 continue
             seen, identity = self._rows[row].teacher_prompt_ids, find_teacher(teachers, self._rows[row].teacher_id)
             assert isinstance(identity, ReplayScorer)  # noqa: S101 - what went in comes out
@@ -106,13 +106,13 @@ class ShuffledRollouts:
                 where=f"{self._store.path}, policy {self._policy.revision!r}",
                 got=f"{unscored} of {unscored + len(self)} without a score at K {self._config.k}"
                 if unscored
-                else f"{strange} completions of other prompts",
+                else f"{unknown} completions of other prompts",
                 expected=f"at most the share max_lost_fraction = {self._config.max_lost_fraction}"
                 if unscored
                 else None,
                 hint="score them with `topkd score CACHE`, ask for a smaller k, or check data.path and the teacher",
             )
-        for number, why in ((strange, "of prompts that the data file lacks"), (unscored, "without a score")):
+        for number, why in ((unknown, "of prompts that the data file lacks"), (unscored, "without a score")):
             if number:
                 progress.note(f"{number} recorded completions {why} are left out")
         progress.note(f"{len(self)} recorded completions to draw from")
@@ -126,7 +126,7 @@ def _by_prompt(rows: Sequence[PromptRow]) -> dict[bytes, int]:
         contexts = {(rows[number].teacher_prompt_ids.tobytes(), rows[number].teacher_id) for number in numbers}
         if len(contexts) > 1:
             raise ConfigError(
-                "rows with one prompt have different teachers or hints: a shuffled replay cannot tell them apart",
+                "rows with the same prompt have different teachers or hints: a shuffled replay cannot tell them apart",
                 where=f"row {rows[numbers[0]].sample_id}", hint='use replay.order = "recorded"',
             )  # fmt: skip
     return {prompt: numbers[0] for prompt, numbers in found.items()}

@@ -88,12 +88,12 @@ def _read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def is_superseded(folder: Path, cell: Cell) -> bool:
-    """Whether a finished cell of other settings lies where this one goes: it moves to ``FORMER``, beside the cells."""
+    """Return whether a finished cell of other settings is in this one's folder: it will move to ``FORMER``."""
     return _read_result(folder / cell.id) is not None and read_finished(folder, cell) is None
 
 
 def _make_room(cells: Path, cell: Cell) -> Path:
-    """The cell's folder, new; what was finished there is kept, what was not is begun again."""
+    """Make the cell's folder new; what was finished there is kept, what was not is begun again."""
     folder = cells / cell.id
     with lock_folder(folder):  # not where another process trains this cell
         former = _read_result(folder)
@@ -167,7 +167,7 @@ async def _run_embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]
 
 @functools.cache
 def _load_assets() -> Assets:
-    """The embedded pair, looked for once a worker: its cache is keyed by the corpus, which has to be read for that."""
+    """Load the embedded pair once a worker: finding it reads the whole corpus."""
     from topkd.compose.demo_assets.assets import build_assets, cache_root
     from topkd.compose.progress import Progress
 
@@ -183,7 +183,7 @@ async def _run_file(cell: Cell, _: Path, folder: Path) -> dict[str, Any]:
 
 
 def group_by_step(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A run's evaluations, one record a step: on fixed prefixes, those on other prefixes within it by their name."""
+    """Group a run's evaluations, one record a step: on fixed prefixes, with those on other prefixes inside by name."""
     moments: dict[int, dict[str, Any]] = {}
     for record in evals:
         moment = moments.setdefault(record["step"], {})

@@ -1,4 +1,4 @@
-"""What a comparison is told: its arms, its seeds, how learning rates are tuned, and on what it runs."""
+"""The config of a comparison: its arms, its seeds, how learning rates are tuned, and what it runs on."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class CompareConfig(Frozen):
         return self
 
     def values(self, arm: Arm, seed: int, lr: float | None) -> dict[str, Any]:
-        """The full settings of one cell, as plain values: base, overrides, arm, seed, rate."""
+        """Merge the settings of one cell, as plain values: base, overrides, arm, seed, rate."""
         values = self._base_values()
         for source in (self.overrides, arm.set):
             values = merge_settings(values, source, RunConfig)
@@ -122,7 +122,7 @@ class CompareConfig(Frozen):
         return values
 
     def checked(self) -> CompareConfig:
-        """Every arm's settings validated now, so that a mistake costs no run."""
+        """Validate every arm's settings now, so that a mistake costs no run."""
         if self.replay and self.base != EMBEDDED:
             raise ConfigError(
                 "only the embedded pair's rollouts are replayed", where=self.base, got="replay = true",
@@ -159,7 +159,7 @@ class CompareConfig(Frozen):
             )  # fmt: skip
 
     def _check_own(self) -> None:
-        """What the comparison gives every arm itself cannot be set beside it: it would be left out unsaid."""
+        """Refuse settings that the comparison itself gives every arm: they would silently be left out."""
         sources = [("overrides", self.overrides), *((f"arm {arm.name!r}", arm.set) for arm in self.arms)]
         for where, table in sources:
             if "seed" in table:
@@ -171,7 +171,7 @@ class CompareConfig(Frozen):
             learner = table.get("learner")
             if self.tuning is not None and isinstance(learner, Mapping) and "lr" in learner:
                 raise ConfigError(
-                    "a learning rate beside [tuning], which finds one for every arm", where=where,
+                    "a learning rate for an arm, where [tuning] finds one for every arm", where=where,
                     got=f"learner.lr = {learner['lr']!r}", hint="leave one of the two out",
                 )  # fmt: skip
 
@@ -184,7 +184,7 @@ class CompareConfig(Frozen):
 
 
 def _select_shared(config: RunConfig) -> dict[str, Any]:
-    """What paired runs have in common: where they start, what they are asked, how and by whom they are measured."""
+    """Select what paired runs must share: student, prompts and measurement."""
     measured = {} if config.eval is None else config.eval.model_dump(mode="json")
     if measured.get("teacher") is None:
         measured["teacher"] = {name: item.model for name, item in config.teacher_map().items()}
@@ -239,7 +239,7 @@ def load_compare(path: str | Path, overrides: Sequence[str] = (), seeds: Sequenc
 def from_runs(
     paths: Sequence[Path], grid: Mapping[str, Sequence[Any]], seeds: Sequence[int], overrides: Sequence[str] = ()
 ) -> CompareConfig:
-    """Arms from run files (``compare a.toml b.toml``), or from a grid over one base file or the embedded pair."""
+    """Build arms from run files (``compare a.toml b.toml``), or from a grid over one base file or the embedded pair."""
     if grid and len(paths) > 1:
         raise ConfigError("a grid takes one base file", got=f"{len(paths)} files", hint="give one, or drop --grid")
     if len(paths) > 1:
@@ -261,7 +261,7 @@ def from_runs(
 
 
 def parse_grid(entries: Sequence[str]) -> dict[str, list[Any]]:
-    """``key=value,value`` options as key -> values."""
+    """Parse ``key=value,value`` options as key -> values."""
     grid: dict[str, list[Any]] = {}
     for entry in entries:
         key, separator, text = entry.partition("=")
@@ -280,7 +280,7 @@ def _build_grid_arm(point: Mapping[str, Any]) -> Arm:
 
 
 def _build_arm(label: str, table: dict[str, Any]) -> Arm:
-    """An arm under a name that is a folder's, shown as it was typed."""
+    """Build an arm whose name can be a folder's, labelled as it was typed."""
     name = re.sub(r"[^A-Za-z0-9_.=+-]+", "-", label).lstrip("_.=+-")
     if not name or len(name) > NAME_LENGTH:  # the end tells arms apart, and what is cut off may have done so
         digest = hashlib.blake2b(label.encode(), digest_size=4).hexdigest()
@@ -296,7 +296,7 @@ def _apply_overrides(config: CompareConfig, overrides: Sequence[str]) -> Compare
 
 
 def _diff_runs(base: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """What gives another file's run when laid over the first one's: its values, and its defaults for keys it lacks."""
+    """List what turns the first file's run into another's: its values, and its defaults for keys that it lacks."""
     other = read_toml(path)
     if gone := sorted(set(base) - set(other)):
         raise ConfigError(

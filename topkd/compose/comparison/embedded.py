@@ -32,7 +32,7 @@ PROBE_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class Measures:
-    """Called as an evaluation hook.
+    """The evaluation hook of the embedded pair.
 
     The top level of its record is measured on *fixed* prefixes: held-out prompts continued by the untrained student,
     the same for every cell. ``fresh`` is on the present student's own continuations of the same prompts, ``teacher``
@@ -48,7 +48,7 @@ class Measures:
 
     @classmethod
     async def prepared(cls, student: Student, judge: Student, held_out: NDArray[np.int32], probes: int) -> Measures:
-        """Measures on ``probes`` held-out prompts, the same whatever the cell's seed."""
+        """Prepare measures on ``probes`` held-out prompts, the same whatever the cell's seed."""
         starts = np.random.default_rng(0).integers(0, len(held_out) - PROMPT_TOKENS - PROBE_TOKENS, size=probes)
         prompts = [held_out[start : start + PROMPT_TOKENS] for start in starts]
         whole = [held_out[start : start + PROMPT_TOKENS + PROBE_TOKENS] for start in starts]
@@ -62,7 +62,7 @@ class Measures:
         )
 
     def __call__(self) -> dict[str, Any]:
-        """The record of this moment; call it outside an event loop (the engine evaluates in a thread)."""
+        """Measure now; call it outside an event loop (the engine evaluates in a thread)."""
         record: dict[str, Any] = exact_divergences(self.student, self.judge, self.fixed)
         record["fresh"] = exact_divergences(
             self.student, self.judge, asyncio.run(continue_prompts(self.student, self.prompts, PROBE_TOKENS))
@@ -97,7 +97,7 @@ class StepTeacher(LocalTeacher):
         self._steps: deque[_Step] = deque(maxlen=_STEPS_KEPT)
 
     def expect(self, rollouts: Sequence[Rollout]) -> None:
-        """These are the rollouts of a step, whose completions will be scored."""
+        """Note the rollouts of a step, whose completions will be scored."""
         step = _Step(rollouts)
         with self._lock:
             self._steps.append(step)
@@ -130,7 +130,7 @@ class _Step:
         self._logp: Tensor | None = None
 
     def logp(self, model: Student, key: bytes) -> Tensor:
-        """float64 [R, V] on the CPU: the completion's rows of one sequence."""
+        """Return float64 [R, V] on the CPU: the completion's rows of one sequence."""
         if self._logp is None:
             width = max(ids.size for ids in self.sequences) - 1
             inputs = torch.zeros(len(self.sequences), width, dtype=torch.long)
@@ -177,7 +177,7 @@ class RolloutRecorder:
     async def sample_batch(
         self, prompts: Sequence[Ids], n: int, params: SamplingParams, *, k: int = 0
     ) -> list[list[Rollout]]:
-        """N rollouts for each prompt, from the inner sampler."""
+        """Draw n rollouts for each prompt from the inner sampler."""
         if self._inner is None:
             raise ConfigError("nothing to record from", hint="put the recording around a sampler first")
         drawn = await self._inner.sample_batch(prompts, n, params, k=k)
@@ -186,7 +186,7 @@ class RolloutRecorder:
         return drawn
 
     def write(self, folder: Path) -> None:
-        """Ids, lengths and behaviour logprobs, exact."""
+        """Write ids, lengths and behaviour logprobs, exact."""
         flat = [rollout for step in self.steps for rollout in step]
         np.savez(
             folder / FILE,
@@ -200,7 +200,7 @@ class RolloutRecorder:
 
 
 def read_cell_rollouts(folder: Path, rows: Sequence[PromptRow], drawn: Drawn) -> Source:
-    """The rollouts that a cell wrote, as the source of another's batches; ``drawn`` is told each step's."""
+    """Read the rollouts that a cell wrote, as the source of another's batches; ``drawn`` gets each step's."""
     with np.load(folder / FILE) as stored:
         counts, sizes, lengths = stored["steps"], stored["prompts"], stored["lengths"]
         prompts = np.split(stored["prompt_ids"], np.cumsum(sizes)[:-1])

@@ -15,7 +15,7 @@ _NOT_A_NAME = "the name of an environment variable, not the key itself"
 
 
 def _check_env_name(variable: str) -> str:
-    """Refused while the config is read: a key written here would be copied into the run's folder."""
+    """Refuse a key in place of its variable: the run's folder would hold a copy of it."""
     if not _NAME.fullmatch(variable):
         raise ValueError(_NOT_A_NAME)
     return variable
@@ -25,7 +25,7 @@ KeyVariable: TypeAlias = Annotated[str, AfterValidator(_check_env_name)]
 
 
 def read_api_key(variable: str | None, *, source: str) -> SecretStr | None:
-    """The key in the environment; naming a variable that is not set is an error.
+    """Read the key in the environment; naming a variable that is not set is an error.
 
     Args:
         variable: Its name; None where no key is needed.

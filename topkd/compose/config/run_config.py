@@ -72,7 +72,7 @@ class RunConfig(EngineConfig):
         return self.model_copy(update={"eval_every": self.eval.every or self.eval_every})
 
     def teacher_map(self) -> dict[str, TeacherConfig]:
-        """teacher_id -> config; the single [teacher] answers to the empty id."""
+        """Return teacher_id -> config; the single [teacher] answers to the empty id."""
         return {"": self.teacher} if self.teacher is not None else dict(self.teachers)
 
 
@@ -94,7 +94,7 @@ def load_config(
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file; what cannot be read is one clear error."""
+    """Read the tables of a TOML file; what cannot be read is one clear error."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
@@ -110,7 +110,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def validate_config(model: type[M], values: Mapping[str, Any], *, where: str, overrides: Sequence[str] = ()) -> M:
-    """``model`` from plain values; the first problem becomes one ConfigError, blamed on ``overrides`` if of those."""
+    """Build ``model`` from plain values; the first problem becomes one ConfigError, which names its override."""
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:

@@ -50,7 +50,7 @@ def _check_no_password(urls: str | tuple[str, ...]) -> str | tuple[str, ...]:
 
 
 class TeacherConfig(Frozen):
-    """Who scores. A key never stands in a config: ``api_key_env`` names the variable that holds it.
+    """The teacher. A key never stands in a config: ``api_key_env`` names the variable that holds it.
 
     ``server`` is asked over HTTP at ``url``, and an id at or past ``vocab_size`` is a fault of its reply (left out,
     such ids are a padded teacher's, and their probability is tail); ``local`` is a folder (``model``) opened in this

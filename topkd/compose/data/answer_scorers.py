@@ -17,23 +17,23 @@ _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
 
 
 def exact_match(row: Row, completion: str) -> float:
-    """1 when the completion is the row's ``answer``, white space at both ends aside."""
+    """Return 1 when the completion is the row's ``answer``, white space at both ends aside."""
     return float(completion.strip() == _read_answer(row).strip())
 
 
 def score_numeric_match(row: Row, completion: str) -> float:
-    """1 when the completion's last number equals the last number of the row's ``answer`` (to 1e-6 of it)."""
-    wanted, said = _find_last_number(_read_answer(row)), _find_last_number(completion)
+    """Return 1 when the completion's last number equals the last number of the row's ``answer`` (to 1e-6 of it)."""
+    wanted, found = _find_last_number(_read_answer(row)), _find_last_number(completion)
     if wanted is None:
         raise DataError("the answer holds no number", got=repr(row.get("answer")), hint='use scorer = "exact_match"')
-    return float(said is not None and math.isclose(said, wanted, rel_tol=1e-6, abs_tol=1e-9))
+    return float(found is not None and math.isclose(found, wanted, rel_tol=1e-6, abs_tol=1e-9))
 
 
 _NAMED: dict[str, AnswerScorer] = {"exact_match": exact_match, "numeric_match": score_numeric_match}
 
 
 def load_answer_scorer(name: str) -> AnswerScorer:
-    """The scorer a config names; whatever goes wrong inside a user's own is one clear line.
+    """Load the scorer that a config names; whatever goes wrong inside a user's own is one clear line.
 
     Args:
         name: "exact_match", "numeric_match", ``module:function`` or ``file.py:function``.

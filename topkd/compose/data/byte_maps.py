@@ -1,4 +1,4 @@
-"""Byte maps that also know how transformers cuts a text: what servers and trainers make of it."""
+"""Byte maps of tokenizers, with the ids that transformers itself gives a text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from topkd.clients.decoding.byte_map import ByteMap, load_bytemap
 
 
 def load_student_byte_map(source: str | Path) -> ByteMap:
-    """The byte map of a tokenizer, with ``loaded`` where transformers is installed and the source is a model folder."""
+    """Load a tokenizer's byte map, with ``loaded`` where transformers is installed and the source is a model folder."""
     table = load_bytemap(source)
     if table.source is None:
         return table

@@ -30,7 +30,7 @@ class Side:
 
     @classmethod
     def of(cls, tokenizer: Any, template_file: str | None, kwargs: Mapping[str, Any]) -> Side:
-        """With a template from a file."""
+        """Build a side with a template from a file."""
         if template_file is None:
             return cls(tokenizer, None, dict(kwargs))
         try:
@@ -40,18 +40,18 @@ class Side:
             raise ConfigError("cannot read the chat template", where=template_file, got=reason) from error
 
     def text(self, text: str, where: str, *, special: bool = True) -> list[int]:
-        """Ids of plain text; ``special`` lets the tokenizer put its own beginning before it."""
+        """Tokenize plain text; ``special`` lets the tokenizer put its own beginning before it."""
         if self.tokenizer is None:
             raise ConfigError("text prompts need the student's tokenizer", where=where)
         return [int(token) for token in self.tokenizer(text, add_special_tokens=special)["input_ids"]]
 
     def chat(self, messages: Sequence[Message], where: str) -> list[int]:
-        """Ids of a conversation, ready for the assistant's answer."""
+        """Tokenize a conversation, ready for the assistant's answer."""
         rendered = self._render(messages, where, tokenize=True, add_generation_prompt=True)
         return [int(token) for token in rendered]
 
     def behind_answer(self, messages: Sequence[Message], later: Sequence[Message], where: str) -> str:
-        """What the template writes behind the answer that ``messages`` ask for: its end, ``later``, the next opening.
+        """Return what the template writes behind the answer to ``messages``: its end, ``later``, the next opening.
 
         With nothing later it is the end of the answer alone.
         """
@@ -63,7 +63,7 @@ class Side:
         return behind
 
     def answer_end(self) -> int | None:
-        """The token that the template writes right behind an answer, if a special one; None without template."""
+        """Return the token that the template writes right behind an answer, if a special one; None without template."""
         if self.tokenizer is None or not (self.chat_template or getattr(self.tokenizer, "chat_template", None)):
             return None
         behind = self.behind_answer([{"role": "user", "content": "Hello"}], [], "the chat template")
@@ -71,7 +71,7 @@ class Side:
         return ids[0] if ids and ids[0] in self.special_ids() else None
 
     def special_ids(self) -> set[int]:
-        """Ids of control tokens: those with a part in the tokenizer (end of text), and those it was only given."""
+        """Return the ids of control tokens: the tokenizer's own (end of text), and those that were added to it."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         return {*self.tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
 
@@ -92,6 +92,6 @@ class Side:
                 list(messages), chat_template=self.chat_template, **options, **self.kwargs
             )
         except TemplateError as error:
-            raise DataError("the chat template refuses these messages", where=where, got=str(error)) from error
+            raise DataError("the chat template rejects these messages", where=where, got=str(error)) from error
         except (TypeError, ValueError, KeyError) as error:
-            raise DataError("messages that the chat template cannot write", where=where, got=str(error)) from error
+            raise DataError("the chat template cannot render these messages", where=where, got=str(error)) from error

@@ -1,4 +1,4 @@
-"""Conversations of several turns, built by appending ids: what was said is never written and cut into tokens again."""
+"""Conversations of several turns, built by appending ids: no answer is rendered and tokenized again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from topkd.topk.types import Bool, Int32
 
 
 class Conversation:
-    """Ids of a conversation as the model met them, and which of them the assistant said.
+    """The ids of a conversation as the model saw them, and which of them the assistant wrote.
 
     Rendering a history anew is what goes wrong in several turns: templates drop thinking from earlier answers, and a
     decoded answer need not give its own tokens back. Here the template writes only what stands between two answers.
@@ -34,12 +34,12 @@ class Conversation:
 
     @property
     def ids(self) -> Int32:
-        """int32 [T], everything so far; the next answer follows, unless the last message was one."""
+        """Return int32 [T], everything so far; the next answer follows, unless the last message was one."""
         return np.array(self._ids, dtype=np.int32)
 
     @property
     def mask(self) -> Bool:
-        """bool [T], True where the assistant spoke: what a student is trained on."""
+        """Return bool [T], True where the assistant spoke: what a student is trained on."""
         return np.array(self._mask, dtype=np.bool_)
 
     def answer(self, content: str, ids: Sequence[int] | None = None) -> None:
@@ -66,7 +66,7 @@ class Conversation:
         self._messages += [{"role": "assistant", "content": self._last}, *messages]
 
     def _end(self) -> list[int]:
-        """The tokens that end an answer: up to the template's end token, not the line break behind it."""
+        """Return the tokens that end an answer: up to the template's end token, not the line break behind it."""
         behind = self._side.behind_answer(self._messages, [], self._where)
         ids = self._side.text(behind, self._where, special=False)
         special = self._side.special_ids()
@@ -75,7 +75,7 @@ class Conversation:
 
 
 def read_conversation(side: Side, messages: Sequence[Message], first: int, where: str) -> Conversation:
-    """A conversation that lies finished in the data: ``messages[first]`` is the first answer, all later ones train."""
+    """Read a finished conversation: ``messages[first]`` is the first answer; it and all later answers train."""
     conversation = Conversation(side, messages[:first], where)
     place = first
     while place < len(messages):

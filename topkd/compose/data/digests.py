@@ -1,4 +1,4 @@
-"""What a run or a cell was given, told by its content: a file that changed under its name is another file."""
+"""Digests of data and weights by content: a file that changed under its name is another file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from topkd.engine.loop.prompts import PromptRow
 
 
 def describe_rows(rows: Sequence[PromptRow]) -> dict[str, Any]:
-    """What the run log's first event says of a run's prompts: how many, and a digest of every one."""
+    """Describe a run's prompts for the run log: how many, and a digest of all."""
     digest = xxhash.xxh3_128()
     for row in rows:
         names = [row.teacher_id, row.sample_id, row.columns]
@@ -27,12 +27,12 @@ def describe_rows(rows: Sequence[PromptRow]) -> dict[str, Any]:
 
 
 def _to_text(value: Any) -> str:
-    """A column that JSON has no word for (a date, an image); where it lies in memory is another place in each run."""
+    """Write a column that JSON cannot hold (a date, an image), without its address in memory."""
     return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(value))
 
 
 def digest_contents(path: Path) -> str:
-    """Of a file, or of a folder's files and their names; "" where there is none."""
+    """Digest a file, or a folder's files and their names; "" where there is none."""
     digest = xxhash.xxh3_128()
     try:
         files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

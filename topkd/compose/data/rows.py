@@ -86,7 +86,7 @@ def check_row(raw: dict[str, Any], where: str) -> DataRow:
 
 
 def _drop_nulls(value: Any) -> Any:
-    """A message of a table has every field that any message has."""
+    """Drop nulls of messages: in a table every message has every field that any message has."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return [{key: entry for key, entry in message.items() if entry is not None} for message in value]
     return value
