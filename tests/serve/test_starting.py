@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.serve.apps import client, complete, make_app, random_ids
 from topkd.serve import ServeConfig, run
-from topkd.serve.__main__ import main
+from topkd.serve.__main__ import run_server_process
 from topkd.serve.model import loading
 from topkd.topk.errors import ConfigError
 
@@ -163,7 +163,7 @@ def test_a_key_that_was_named_and_is_not_set_starts_no_open_server(
     models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.delenv("NOT_SET_ANYWHERE", raising=False)
-    assert main([str(models / "policy"), "--port", "0", "--api-key-env", "NOT_SET_ANYWHERE"]) == 2
+    assert run_server_process([str(models / "policy"), "--port", "0", "--api-key-env", "NOT_SET_ANYWHERE"]) == 2
     assert capsys.readouterr().err == (
         "topkd serve: the environment variable NOT_SET_ANYWHERE (--api-key-env) is not set\n"
     )
@@ -176,10 +176,10 @@ def test_ctrl_c_while_the_model_loads_is_one_line(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loading, "load_model", interrupted)
-    assert main([str(models / "policy"), "--port", "0"]) == 130
+    assert run_server_process([str(models / "policy"), "--port", "0"]) == 130
     assert capsys.readouterr().err == "topkd serve: stopped\n"
 
 
 def test_an_empty_name_is_refused_and_not_taken_for_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path), "--served-model-name", ""]) == 2
+    assert run_server_process([str(tmp_path), "--served-model-name", ""]) == 2
     assert "served_model_name" in capsys.readouterr().err

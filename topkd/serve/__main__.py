@@ -13,7 +13,7 @@ from topkd.serve.config import API_KEY_VARIABLE, ServeConfig
 from topkd.topk.errors import ConfigError, TopkdError
 
 
-def main(argv: list[str] | None = None) -> int:
+def run_server_process(argv: list[str] | None = None) -> int:
     """Serve a model and return the exit code.
 
     0: Ctrl-C or SIGTERM ended a server that was ready. 2: a bad option or a model that cannot be served. 130: Ctrl-C
@@ -81,4 +81,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_server_process())

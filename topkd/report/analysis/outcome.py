@@ -14,7 +14,7 @@ from topkd.report.analysis.intervals import Interval, compute_interval
 from topkd.report.load.collection import RunGroup
 from topkd.report.load.columns import Floats, has_column, read_column, sum_costs
 from topkd.report.load.evaluations import FIXED, make_eval_source
-from topkd.report.load.run_log import Run
+from topkd.report.load.run_log import LoggedRun
 
 EVALUATED = ("reverse_kl", "forward_kl", "jsd", "agreement", "accuracy")
 SHARES = {
@@ -39,7 +39,7 @@ class Outcome:
         counts: Share -> how many positions (or answers) it is of.
     """
 
-    run: Run
+    run: LoggedRun
     first: dict[str, float]
     last: dict[str, float]
     area: float
@@ -86,7 +86,7 @@ def choose_metric(groups: Sequence[RunGroup], wanted: Any = None) -> Metric | No
     return next(estimates, LOG_RATIO if any(run.foreign for run in runs) else None)
 
 
-def compute_outcome(run: Run, metric: Metric) -> Outcome:
+def compute_outcome(run: LoggedRun, metric: Metric) -> Outcome:
     """Compute the first and last values, the area, the noise and the cost of one run."""
     evals = make_eval_source(run, FIXED)
     first: dict[str, float] = {}
@@ -149,7 +149,7 @@ def collect_last_by_seed(outcomes: Sequence[Outcome], key: str) -> dict[int, flo
     }
 
 
-def is_counted(run: Run) -> bool:
+def is_counted(run: LoggedRun) -> bool:
     """Return whether a run counts in a verdict: it did not fail and was not stopped or killed."""
     return run.state in ("finished", "running")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from topkd.report.analysis.outcome import LOG_RATIO, Metric, Outcome, is_counted
-from topkd.report.load.run_log import Run, find_last_step, flatten_settings
+from topkd.report.load.run_log import LoggedRun, find_last_step, flatten_settings
 
 _DATA_LOSS = "sft_loss"
 
@@ -54,7 +54,7 @@ def summarize_settings(outcomes: Sequence[Sequence[Outcome]], metric: Metric, wi
     return f"{what}: {result}. In {closer if closer < len(counted) else 'all'} of them {better}."
 
 
-def _describe_steps(run: Run) -> str:
+def _describe_steps(run: LoggedRun) -> str:
     steps = find_last_step(run.steps)
     kind = run.params.get("objective.kind") or flatten_settings(run.config).get("objective.kind")
     count = f"{steps:,}" if run.planned in (None, steps) else f"{steps:,} of {run.planned:,}"

@@ -12,7 +12,7 @@ from topkd.report.analysis.outcome import Outcome
 from topkd.report.load.columns import read_column
 from topkd.report.load.evaluations import FIXED, make_eval_source
 from topkd.report.load.run_folder import RUN_LOG
-from topkd.report.load.run_log import Record, Run, find_last_step
+from topkd.report.load.run_log import LoggedRun, Record, find_last_step
 
 _QUIET_S, _QUIET_STEPS = 900.0, 10.0  # of an unfinished run that is still taken to go on
 _FRAGMENT = 64  # tokens: who sets a limit as short means to cut
@@ -84,7 +84,7 @@ def find_warnings(item: Outcome) -> list[RunWarning]:
     return warnings + [warning for warning in rates if f"alarm {warning.kind}" not in alarmed]
 
 
-def describe_short_limit(run: Run) -> str:
+def describe_short_limit(run: LoggedRun) -> str:
     """Say that a limit of a few tokens cut the completions on purpose; "" elsewhere."""
     rollout = run.config.get("rollout")
     limit = rollout.get("max_completion_tokens") if isinstance(rollout, dict) else None
@@ -97,7 +97,7 @@ def describe_short_limit(run: Run) -> str:
     )
 
 
-def find_silence(run: Run) -> str | None:
+def find_silence(run: LoggedRun) -> str | None:
     """Say for how long an unfinished run has written nothing, where that is far longer than its steps take."""
     try:
         quiet_s = time.time() - (run.path / RUN_LOG).stat().st_mtime
@@ -110,7 +110,7 @@ def find_silence(run: Run) -> str | None:
     return f"{quiet_s / 3600:,.0f} hours" if quiet_s >= 7200 else f"{quiet_s / 60:,.0f} minutes"
 
 
-def _find_high_rates(run: Run) -> list[RunWarning]:
+def _find_high_rates(run: LoggedRun) -> list[RunWarning]:
     warnings = []
     ess = read_column(run.steps, "ess")
     if np.isfinite(ess).any() and np.nanmean(ess) < 0.5:

@@ -10,7 +10,7 @@ from typing import Any
 
 from topkd.report.load.comparison_cells import read_listed_cells, read_unfinished_cells
 from topkd.report.load.run_folder import COMPARISON
-from topkd.report.load.run_log import Run, flatten_settings, read_config, read_object, read_run
+from topkd.report.load.run_log import LoggedRun, flatten_settings, read_config, read_object, read_run
 from topkd.topk.errors import DataError
 
 # Where a run keeps its things says nothing about what it does.
@@ -24,7 +24,7 @@ class RunGroup:
 
     label: str
     settings: dict[str, Any]
-    runs: list[Run]
+    runs: list[LoggedRun]
 
     @property
     def replayed(self) -> bool:
@@ -42,7 +42,7 @@ class Collection:
     """All runs of a page, and what the comparison that made them (if one did and has ended) says itself."""
 
     title: str
-    runs: list[Run]
+    runs: list[LoggedRun]
     comparison: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     unfinished: bool = False
@@ -76,7 +76,7 @@ class Collection:
 
 def gather(paths: Sequence[Path], *, waiting: bool = False) -> Collection:
     """Read the runs and the comparison in some folders."""
-    runs: list[Run] = []
+    runs: list[LoggedRun] = []
     comparison: dict[str, Any] = {}
     notes: list[str] = []
     title, unfinished = "", False
@@ -143,7 +143,7 @@ def _format_value(key: str, value: Any) -> str:
     return f"{last} {value:g}" if isinstance(value, float) else f"{last} {value}"
 
 
-def _disambiguate_names(runs: Sequence[Run]) -> None:
+def _disambiguate_names(runs: Sequence[LoggedRun]) -> None:
     """Put the parent folder's name before the names of runs that share one."""
     names = [run.name for run in runs]
     for run in runs:

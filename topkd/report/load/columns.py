@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from topkd.report.load.run_log import Record, Run
+from topkd.report.load.run_log import LoggedRun, Record
 
 Floats = NDArray[np.float64]
 
@@ -56,7 +56,7 @@ def compute_running_sum(values: Floats) -> Floats:
     return np.cumsum(values)
 
 
-def compute_step_axes(run: Run) -> dict[str, Floats]:
+def compute_step_axes(run: LoggedRun) -> dict[str, Floats]:
     """Compute the x axes that a run's step records have."""
     if "axes" not in run.derived:
         run.derived["axes"] = _compute_step_axes(run.steps)
@@ -92,7 +92,7 @@ def compute_axes_at(steps: Floats, axes: dict[str, Floats], at: Floats) -> dict[
     return out
 
 
-def sum_costs(run: Run) -> dict[str, float | None]:
+def sum_costs(run: LoggedRun) -> dict[str, float | None]:
     """Sum what a run cost over its steps; None where the run log does not have it."""
     names = {"tokens": ("tokens",), "scored_tokens": _COST, "requests": _REQUESTS, "teacher_bytes": _BYTES}
     names |= {"retries": ("retries",), "cache_hits": ("cache_hits",)}

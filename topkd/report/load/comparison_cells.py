@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from topkd.report.load.run_folder import CELLS, COMPARISON, RUN_LOG, parse_cell_name
-from topkd.report.load.run_log import Record, Run, flatten_settings, read_config, read_run
+from topkd.report.load.run_log import LoggedRun, Record, flatten_settings, read_config, read_run
 from topkd.topk.errors import DataError
 
 
-def read_listed_cells(folder: Path, comparison: Mapping[str, Any], notes: list[str]) -> list[Run]:
+def read_listed_cells(folder: Path, comparison: Mapping[str, Any], notes: list[str]) -> list[LoggedRun]:
     """Read the cells that a finished comparison lists; what is wrong with one goes to ``notes``."""
     cells = comparison.get("cells")
     if not isinstance(cells, list):
@@ -40,7 +40,7 @@ def read_listed_cells(folder: Path, comparison: Mapping[str, Any], notes: list[s
     return runs
 
 
-def read_unfinished_cells(folder: Path, notes: list[str]) -> list[Run]:
+def read_unfinished_cells(folder: Path, notes: list[str]) -> list[LoggedRun]:
     """Read the cells of an unfinished comparison by their folders' names; tuning trials only until others run."""
     labels = _read_labels(read_config(folder))
     found = []

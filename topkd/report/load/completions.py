@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from topkd.report.load.run_folder import DEMO
-from topkd.report.load.run_log import Record, Run, read_object
+from topkd.report.load.run_log import LoggedRun, Record, read_object
 from topkd.topk.errors import DataError
 
 _PROMPT_CHARS, _TEXT_CHARS = 400, 800
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class ExampleCompletion:
     """A text that a model wrote to a prompt, under a title."""
 
     title: str
@@ -21,7 +21,7 @@ class Completion:
     text: str
 
 
-def read_completions(run: Run) -> list[Completion]:
+def read_completions(run: LoggedRun) -> list[ExampleCompletion]:
     """Read what the student wrote first and last; empty where that was not recorded, or the student wrote nothing."""
     if (run.path / DEMO).exists():
         try:
@@ -35,14 +35,14 @@ def read_completions(run: Run) -> list[Completion]:
     return [_build_completion(rollout) for rollout in ([first] if first["step"] == last["step"] else [first, last])]
 
 
-def _read_demo(summary: Record) -> list[Completion]:
+def _read_demo(summary: Record) -> list[ExampleCompletion]:
     titles = {
         "student before": "Student, before training",
         "student after": "Student, after training",
         "teacher": "Teacher",
     }
     prompt = str(summary.get("prompt", ""))
-    return [Completion(title, prompt, str(summary[key])) for key, title in titles.items() if key in summary]
+    return [ExampleCompletion(title, prompt, str(summary[key])) for key, title in titles.items() if key in summary]
 
 
 def _choose_pair(rollouts: Sequence[Record]) -> tuple[Record, Record]:
@@ -53,11 +53,11 @@ def _choose_pair(rollouts: Sequence[Record]) -> tuple[Record, Record]:
     return next(pairs, (firsts[0], lasts[-1]))
 
 
-def _build_completion(rollout: Record) -> Completion:
+def _build_completion(rollout: Record) -> ExampleCompletion:
     prompt = str(rollout.get("prompt", ""))
     text = "".join(str(token.get("text", "")) for token in rollout["tokens"] if isinstance(token, dict))
     cut = "…" if len(text) > _TEXT_CHARS or rollout.get("left_out") else ""
-    return Completion(
+    return ExampleCompletion(
         f"Student, at step {rollout['step']}",
         f"…{prompt[-_PROMPT_CHARS:]}" if len(prompt) > _PROMPT_CHARS else prompt,
         text[:_TEXT_CHARS] + cut,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from topkd.report.load.collection import RunGroup
 from topkd.report.load.columns import Floats, compute_axes_at, compute_step_axes, has_column, read_column
-from topkd.report.load.run_log import Record, Run
+from topkd.report.load.run_log import LoggedRun, Record
 
 FIXED = "fixed"
 
@@ -16,17 +16,17 @@ FIXED = "fixed"
 class Source:
     """A run's records of one kind, with the x axes beside them."""
 
-    run: Run
+    run: LoggedRun
     records: list[Record]
     axes: dict[str, Floats]
 
 
-def make_step_source(run: Run) -> Source:
+def make_step_source(run: LoggedRun) -> Source:
     """Return the step records of a run with their axes."""
     return Source(run, run.steps, compute_step_axes(run))
 
 
-def make_eval_source(run: Run, prefixes: str) -> Source:
+def make_eval_source(run: LoggedRun, prefixes: str) -> Source:
     """Return the evaluations on one kind of prefixes, placed on the axes by their step."""
     records = [record for record in run.evals if read_prefixes(record) == prefixes]
     axes = compute_step_axes(run)

@@ -66,7 +66,7 @@ class GrowingFile:
 
 
 @dataclass(slots=True)
-class Run:
+class LoggedRun:
     """One run: where it lies, how it was set up, and what it has written so far.
 
     Attributes:
@@ -163,7 +163,7 @@ def split_evaluation(record: Record) -> list[Record]:
     return [flat_, *nested] if MEASURED & flat_.keys() or not nested else nested
 
 
-def read_run(path: Path, *, name: str | None = None, waiting: bool = False) -> Run:
+def read_run(path: Path, *, name: str | None = None, waiting: bool = False) -> LoggedRun:
     """Read the run in a folder. ``waiting`` accepts one without a run log yet (for a page that follows it)."""
     if not waiting and not (path / RUN_LOG).exists():
         raise DataError(
@@ -173,7 +173,7 @@ def read_run(path: Path, *, name: str | None = None, waiting: bool = False) -> R
             expected=f"a folder with {RUN_LOG} (a run) or {COMPARISON} (a comparison)",
             hint="give the folder that topkd train, replay, demo or compare wrote with --out",
         )
-    run = Run(path, name or path.resolve().name)
+    run = LoggedRun(path, name or path.resolve().name)
     run.refresh()
     return run
 

@@ -12,7 +12,7 @@ from topkd.report.analysis.tables import Table, build_runs_table, build_settings
 from topkd.report.analysis.verdict import EMBEDDED, OF_TEXT, ReportVerdict, write_verdict
 from topkd.report.load.collection import Collection, RunGroup
 from topkd.report.load.columns import AXES, compute_step_axes
-from topkd.report.load.completions import Completion, read_completions
+from topkd.report.load.completions import ExampleCompletion, read_completions
 from topkd.report.load.evaluations import list_prefix_kinds
 from topkd.report.load.run_log import find_last_step
 from topkd.report.page.measurements import list_by_prefixes, list_training
@@ -36,7 +36,7 @@ class Page:
     runs: Table
     settings: Table
     transcripts: TranscriptFile
-    completions: list[Completion]
+    completions: list[ExampleCompletion]
     completions_of: str
     data: dict[str, Any]
     notes: list[str]
@@ -97,7 +97,7 @@ def build_content(collection: Collection, *, live: bool = False, baseline: Mappi
     )
 
 
-def _find_completions(groups: Sequence[RunGroup], statement: ReportVerdict) -> tuple[list[Completion], str]:
+def _find_completions(groups: Sequence[RunGroup], statement: ReportVerdict) -> tuple[list[ExampleCompletion], str]:
     """Find what a student wrote, of the best setting that recorded it; return the texts and whose they are."""
     order = dict.fromkeys([*(rank.group for rank in statement.ranks), *range(len(groups))])
     runs = [run for index in order for run in groups[index].runs if not run.replayed]

@@ -14,7 +14,7 @@ from topkd.report.analysis.tables import Table
 from topkd.report.load.collection import RunGroup
 from topkd.report.load.columns import Floats, read_column
 from topkd.report.load.evaluations import list_prefix_kinds, make_eval_source
-from topkd.report.load.run_log import Run
+from topkd.report.load.run_log import LoggedRun
 from topkd.report.page.panels import SECTIONS
 
 _PREFIXES: Final = {
@@ -84,7 +84,7 @@ def _format_last(group: RunGroup, kind: str, key: str) -> str:
     return format_interval(interval.within_shares(), format_percent) if key in SHARES else format_interval(interval)
 
 
-def _format_tokens(runs: Sequence[Run]) -> str:
+def _format_tokens(runs: Sequence[LoggedRun]) -> str:
     """Format how many tokens a step learnt from: one number where all steps of all runs had as many."""
     every = np.concatenate([read_column(run.steps, "tokens") for run in runs])
     every = every[np.isfinite(every)]
@@ -94,16 +94,16 @@ def _format_tokens(runs: Sequence[Run]) -> str:
     return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
 
 
-def _format_mean(key: str, unit: str = "") -> Callable[[Sequence[Run]], str]:
-    def say(runs: Sequence[Run]) -> str:
+def _format_mean(key: str, unit: str = "") -> Callable[[Sequence[LoggedRun]], str]:
+    def say(runs: Sequence[LoggedRun]) -> str:
         means = [known.mean() for run in runs if (known := _read_known(run, key)).size]
         return f"{format_number(float(np.mean(means)))}{unit}" if means else "—"
 
     return say
 
 
-def _format_drift(key: str, unit: str = "") -> Callable[[Sequence[Run]], str]:
-    def say(runs: Sequence[Run]) -> str:
+def _format_drift(key: str, unit: str = "") -> Callable[[Sequence[LoggedRun]], str]:
+    def say(runs: Sequence[LoggedRun]) -> str:
         known = [values for run in runs if (values := _read_known(run, key)).size]
         if not known:
             return "—"
@@ -115,12 +115,12 @@ def _format_drift(key: str, unit: str = "") -> Callable[[Sequence[Run]], str]:
     return say
 
 
-def _read_known(run: Run, key: str) -> Floats:
+def _read_known(run: LoggedRun, key: str) -> Floats:
     values = _PANELS[key].values(run.steps)
     return np.empty(0) if values is None else values[np.isfinite(values)]
 
 
-_CELLS: Final[dict[str, Callable[[Sequence[Run]], str]]] = {
+_CELLS: Final[dict[str, Callable[[Sequence[LoggedRun]], str]]] = {
     "tokens a step": _format_tokens,
     "ratios clipped": _format_mean("clip_fraction", " %"),
     "effective sample size": _format_mean("ess", " %"),
