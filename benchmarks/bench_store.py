@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from topkd.offline import ScoreStore, TeacherIdentity, verify
 from topkd.offline.store import codecs
-from topkd.offline.store.unpacking import Unpacker, load_unpacker
+from topkd.offline.store.codecs import Unpacker, load_unpacker
 from topkd.topk import TopK
 from topkd.topk.types import tail_logp
 

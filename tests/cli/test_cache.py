@@ -105,7 +105,7 @@ def test_the_pictures_show_shares_of_k_lengths_mass_and_entropy_in_80_columns(tm
 
 
 def test_a_bar_is_never_nothing_for_something_and_plain_where_blocks_cannot_be_shown(monkeypatch):
-    from topkd.cli.output import histograms as pictures
+    from topkd.cli.output import cache_stats as pictures
 
     assert pictures.draw_bar(0.0, 10).strip() == ""
     assert pictures.draw_bar(1e-9, 10).strip() == "▏"

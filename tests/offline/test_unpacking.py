@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from tests.offline.samples import same, scored
-from topkd.offline.store import codecs, unpacking
-from topkd.offline.store.codecs import _from_half, _join
-from topkd.offline.store.unpacking import Unpacker, load_unpacker
+from topkd.offline.store import codecs
+from topkd.offline.store.codecs import Unpacker, _from_half, _join, load_unpacker
 
 
 def every_pattern(seed=0):
@@ -37,7 +36,7 @@ def test_compiled_lists_equal_numpys_bit_for_bit():
 
 def test_the_compiler_is_loaded_only_after_much_work_and_never_for_small_lists(monkeypatch):
     asked = []
-    monkeypatch.setattr(unpacking, "load_unpacker", lambda: asked.append(1))
+    monkeypatch.setattr(codecs, "load_unpacker", lambda: asked.append(1))
     low, high, bits = every_pattern()
     unpacker = Unpacker(3 * low.size)
     for _ in range(3):

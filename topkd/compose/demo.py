@@ -42,7 +42,7 @@ from topkd.engine import EngineConfig, LearnerConfig, RolloutConfig
 from topkd.engine.config.objectives import GJS, Objective, ScalarKL, TopKPolicyGradient
 from topkd.engine.loop.prompts import PromptRow
 from topkd.report.load.run_folder import DEMO
-from topkd.report.page.demo_figure import write_demo_curve
+from topkd.report.page.figures import write_demo_curve
 from topkd.serve import ServeConfig, ServerProcess
 
 if TYPE_CHECKING:

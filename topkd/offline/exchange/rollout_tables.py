@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from topkd.offline.store.keys import KEY_BYTES, TeacherIdentity
 from topkd.offline.store.records import Record
-from topkd.offline.store.store import ScoreStore
-from topkd.offline.store.validation import check_asked_k
+from topkd.offline.store.store import ScoreStore, check_asked_k
 from topkd.topk.errors import CacheError, DataError, TopkdError
 from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import PAD_ID, Float32, TopK

@@ -15,7 +15,7 @@ from topkd.offline.store.codecs import CodecName
 from topkd.offline.store.folder import describe_disk_error, open_folder
 from topkd.offline.store.keys import TeacherIdentity
 from topkd.offline.store.records import ROLLOUT, Header, Record, build_rollout_record, build_score_record
-from topkd.offline.store.segment_writer import adopt_orphans
+from topkd.offline.store.segment_writer import SEGMENT_BYTES, RecordLog, adopt_orphans
 from topkd.offline.store.segments import Damage, Segment, read_index
 from topkd.offline.store.tables import (
     Table,
@@ -27,7 +27,6 @@ from topkd.offline.store.tables import (
     read_teachers,
     select_answer_rows,
 )
-from topkd.offline.store.writing import SEGMENT_BYTES, RecordLog
 from topkd.topk.errors import CacheCorruptError, CacheError, ConfigError
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from topkd.offline.store.codecs import CODECS, CodecName, narrow_scores
 from topkd.offline.store.folder import open_folder
-from topkd.offline.store.index import Place, make_place
+from topkd.offline.store.index import Place, RecordIndex, make_place
 from topkd.offline.store.keys import (
     Teacher,
     TeacherIdentity,
@@ -24,18 +24,17 @@ from topkd.offline.store.keys import (
     to_identity,
 )
 from topkd.offline.store.maintenance import CacheStats, Verification, stats, verify
-from topkd.offline.store.record_index import RecordIndex
 from topkd.offline.store.records import ALIGN, ROLLOUT, SCORE, Header, Record, build_rollout_record, build_score_record
-from topkd.offline.store.segment_writer import SegmentWriter, adopt_orphans
+from topkd.offline.store.segment_writer import SEGMENT_BYTES, RecordLog, SegmentWriter, adopt_orphans
 from topkd.offline.store.segments import Segment, list_segments
-from topkd.offline.store.validation import check_asked_k, check_request, check_stored_scores
-from topkd.offline.store.writing import SEGMENT_BYTES, RecordLog
 from topkd.topk.errors import AlignmentError, CacheCorruptError, CacheError, ConfigError
+from topkd.topk.maths.scalars import check_integer
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import Rollout, SamplingParams
-from topkd.topk.types import TopK
+from topkd.topk.types import Int32, TopK
 
 Mode: TypeAlias = Literal["r", "a"]
+_LARGEST_K = 2**31 - 1
 
 
 class ScoreStore:
@@ -348,3 +347,36 @@ def _reopen(path: str, mode: Mode, codec: CodecName, options: dict[str, int]) ->
 def open_store(path: str | Path, mode: Mode = "r") -> ScoreStore:
     """Open the score cache in a folder: "r" to read what is there, "a" to add (the folder is made when needed)."""
     return ScoreStore(path, mode=mode)
+
+
+def check_request(tokens: int, start: int, k: int) -> None:
+    """Check a start within the sequence, and a K."""
+    if not 0 <= start < tokens:
+        raise ConfigError("score request: start out of range", got=start, expected=f"0..{tokens - 1}")
+    if k < 0:
+        raise ConfigError("score request: k is negative", got=k)
+
+
+def check_asked_k(asked: object) -> int:
+    """Return the requested K; None is 0, the width of the rows themselves."""
+    number = 0 if asked is None else check_integer("the K that was asked for", asked)
+    if not 0 <= number <= _LARGEST_K:
+        raise ConfigError("the K that was asked for is out of range", got=number, expected=f"0..{_LARGEST_K}")
+    return number
+
+
+def check_stored_scores(ids: Int32, scores: TopK) -> None:
+    """Check that rows reach the end of the sequence and hold its own tokens."""
+    expected = ids.size - 1 - scores.start
+    if scores.rows != expected:
+        raise AlignmentError("scores do not reach to the end of their sequence", got=scores.rows, expected=expected)
+    known = scores.actual_ids >= 0
+    wrong = known & (scores.actual_ids != ids[scores.start + 1 :])
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise AlignmentError(
+            "scores of another sequence",
+            where=f"row {row}",
+            got=f"token {scores.actual_ids[row]}",
+            expected=f"token {ids[scores.start + 1 + row]}",
+        )

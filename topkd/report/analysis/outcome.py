@@ -12,8 +12,7 @@ import numpy as np
 from topkd.report.analysis.formatting import NAMES
 from topkd.report.analysis.intervals import Interval, compute_interval
 from topkd.report.load.collection import RunGroup
-from topkd.report.load.columns import Floats, has_column, read_column, sum_costs
-from topkd.report.load.evaluations import FIXED, make_eval_source
+from topkd.report.load.columns import FIXED, Floats, has_column, make_eval_source, read_column, sum_costs
 from topkd.report.load.run_log import LoggedRun
 
 EVALUATED = ("reverse_kl", "forward_kl", "jsd", "agreement", "accuracy")

@@ -28,15 +28,15 @@ from topkd.report.analysis.outcome import (
     select_counted,
 )
 from topkd.report.analysis.ranking import Rank, rank_groups
-from topkd.report.analysis.summary import summarize_run, summarize_runs, summarize_settings
 from topkd.report.analysis.warnings import RunWarning, describe_short_limit, find_warnings
 from topkd.report.load.collection import Collection, RunGroup, gather
-from topkd.report.load.run_log import Record, find_last_step
+from topkd.report.load.run_log import LoggedRun, Record, find_last_step, flatten_settings
 
 ENOUGH_SEEDS = 8
 FEW_SEEDS = 4  # below it a comparison is a first look, whatever its intervals say
 EMBEDDED = "embedded"
 OF_TEXT = "Next token of real text"  # what accuracy is on the embedded pair, which has no task
+_DATA_LOSS = "sft_loss"
 _CUT = (
     "The embedded pair has no stop token: every completion is cut at its limit, so that each step has as many tokens."
 )
@@ -155,11 +155,80 @@ def _write_summary(
         if isinstance(stated, dict) and (name := stated.get("winner")):
             arms = (arm for arm in collection.comparison.get("arms") or () if isinstance(arm, dict))
             winner = next((str(arm.get("label") or name) for arm in arms if arm.get("name") == name), str(name))
-        return summarize_settings(outcomes, metric, winner, finished=not collection.unfinished)
+        return _summarize_settings(outcomes, metric, winner, finished=not collection.unfinished)
     counted = select_counted(outcomes[0])
     if len(counted) == 1:
-        return summarize_run(counted[0], metric)
-    return summarize_runs(counted, metric, groups[0].label)
+        return _summarize_run(counted[0], metric)
+    return _summarize_runs(counted, metric, groups[0].label)
+
+
+def _summarize_run(item: Outcome, metric: Metric) -> str:
+    """Say in one sentence whether a run worked and what it did."""
+    steps, so_far = _describe_steps(item.run), " so far" if item.run.state == "running" else ""
+    if metric.key not in item.last or _is_foreign(item, metric):
+        return (
+            f"Not known whether training worked: {steps}, and no measurement says whether the student came closer to "
+            "the teacher."
+        )
+    if item.measurements < 2:
+        return f"Not known yet whether training works: {steps}, and the student was measured only once."
+    if item.is_within_noise(metric.key):
+        return f"No clear change{so_far}: {steps}, and what the student's distance to the teacher changed is noise."
+    if _is_closer(item, metric):
+        result = "the student came closer to the teacher"
+        return f"Training worked{so_far}: {steps}, and {_describe_data_loss(metric, 'better') or result}."
+    if item.last[metric.key] == item.first[metric.key]:
+        return f"No change{so_far}: {steps}, and the student is as far from the teacher as before."
+    result = "the student is farther from the teacher than before"
+    return f"Training did not work{so_far}: {steps}, and {_describe_data_loss(metric, 'worse') or result}."
+
+
+def _summarize_runs(outcomes: Sequence[Outcome], metric: Metric, label: str) -> str:
+    """Say in one sentence in how many runs of one setting training worked."""
+    counted = [item for item in outcomes if is_counted(item.run)]
+    if metric is LOG_RATIO or not counted:
+        return ""
+    result = _describe_data_loss(metric, "better") or "the student came closer to the teacher"
+    return f"Training worked in {_count_closer(counted, metric)} of {len(counted)} runs of {label}: {result}."
+
+
+def _summarize_settings(outcomes: Sequence[Sequence[Outcome]], metric: Metric, winner: str, *, finished: bool) -> str:
+    """Say in one sentence which of several settings did best, and in how many runs training worked."""
+    counted = [item for group in outcomes for item in group if is_counted(item.run)]
+    result = f"{winner} did best" if winner else "none is clearly the best"
+    what = f"{len(outcomes)} settings were compared in {len(counted)} runs"
+    if not finished:
+        return f"The comparison of {len(outcomes)} settings is not finished."
+    if metric is LOG_RATIO:
+        return f"{what}: {result}."
+    closer = _count_closer(counted, metric)
+    better = _describe_data_loss(metric, "better") or "the student came closer to the teacher"
+    return f"{what}: {result}. In {closer if closer < len(counted) else 'all'} of them {better}."
+
+
+def _describe_steps(run: LoggedRun) -> str:
+    steps = find_last_step(run.steps)
+    kind = run.params.get("objective.kind") or flatten_settings(run.config).get("objective.kind")
+    count = f"{steps:,}" if run.planned in (None, steps) else f"{steps:,} of {run.planned:,}"
+    data = " on completions that it did not draw" if run.foreign else ""
+    return f"{count} step{'s' * (count != '1')}{f' of {kind}' if kind else ''}{data}"
+
+
+def _is_foreign(item: Outcome, metric: Metric) -> bool:
+    return metric is LOG_RATIO or (item.run.foreign and not metric.exact and metric.key != _DATA_LOSS)
+
+
+def _is_closer(item: Outcome, metric: Metric) -> bool:
+    known = metric.key in item.last and item.measurements > 1 and not _is_foreign(item, metric)
+    return known and item.last[metric.key] < item.first[metric.key] and not item.is_within_noise(metric.key)
+
+
+def _count_closer(outcomes: Sequence[Outcome], metric: Metric) -> int:
+    return sum(_is_closer(item, metric) for item in outcomes)
+
+
+def _describe_data_loss(metric: Metric, way: str) -> str:
+    return f"the student predicts the data {way} than before" if metric.key == _DATA_LOSS else ""
 
 
 def _describe_nothing(groups: Sequence[RunGroup]) -> ReportVerdict:

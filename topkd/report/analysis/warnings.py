@@ -9,8 +9,7 @@ from typing import Final
 import numpy as np
 
 from topkd.report.analysis.outcome import Outcome
-from topkd.report.load.columns import read_column
-from topkd.report.load.evaluations import FIXED, make_eval_source
+from topkd.report.load.columns import FIXED, make_eval_source, read_column
 from topkd.report.load.run_folder import RUN_LOG
 from topkd.report.load.run_log import LoggedRun, Record, find_last_step
 

@@ -11,16 +11,18 @@ from topkd.report.analysis.outcome import Outcome
 from topkd.report.analysis.tables import Table, build_runs_table, build_settings_table, build_summary_table
 from topkd.report.analysis.verdict import EMBEDDED, OF_TEXT, ReportVerdict, write_verdict
 from topkd.report.load.collection import Collection, RunGroup
-from topkd.report.load.columns import AXES, compute_step_axes
-from topkd.report.load.completions import ExampleCompletion, read_completions
-from topkd.report.load.evaluations import list_prefix_kinds
-from topkd.report.load.run_log import find_last_step
+from topkd.report.load.columns import AXES, compute_step_axes, list_prefix_kinds
+from topkd.report.load.run_folder import DEMO
+from topkd.report.load.run_log import LoggedRun, Record, find_last_step, read_object
 from topkd.report.page.measurements import list_by_prefixes, list_training
 from topkd.report.page.palette import DASHES, GROUPS
 from topkd.report.page.panels import EXACT_DIVERGENCES, SECTIONS, Panel, Section
 from topkd.report.page.series import Downsampling, build_panel_series, build_ratio_histogram
 from topkd.report.page.strip_charts import list_measures
 from topkd.report.page.token_explorer import TranscriptFile, select_transcripts
+from topkd.topk.errors import DataError
+
+_PROMPT_CHARS, _TEXT_CHARS = 400, 800
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,58 @@ def _find_completions(groups: Sequence[RunGroup], statement: ReportVerdict) -> t
         if texts := read_completions(run):
             return texts, run.name if len(runs) > 1 else ""
     return [], ""
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleCompletion:
+    """A text that a model wrote to a prompt, under a title."""
+
+    title: str
+    prompt: str
+    text: str
+
+
+def read_completions(run: LoggedRun) -> list[ExampleCompletion]:
+    """Read what the student wrote first and last; empty where that was not recorded, or the student wrote nothing."""
+    if (run.path / DEMO).exists():
+        try:
+            return _read_demo(read_object(run.path / DEMO))
+        except DataError:  # empty until the demo ends
+            return []
+    rollouts = [rollout for rollout in run.rollouts if isinstance(rollout.get("step"), int)]
+    if run.foreign or not rollouts:
+        return []
+    first, last = _choose_pair(rollouts)
+    return [_build_completion(rollout) for rollout in ([first] if first["step"] == last["step"] else [first, last])]
+
+
+def _read_demo(summary: Record) -> list[ExampleCompletion]:
+    titles = {
+        "student before": "Student, before training",
+        "student after": "Student, after training",
+        "teacher": "Teacher",
+    }
+    prompt = str(summary.get("prompt", ""))
+    return [ExampleCompletion(title, prompt, str(summary[key])) for key, title in titles.items() if key in summary]
+
+
+def _choose_pair(rollouts: Sequence[Record]) -> tuple[Record, Record]:
+    """Choose a rollout of the first and one of the last recorded step: of one prompt, where both steps have it."""
+    firsts = [rollout for rollout in rollouts if rollout["step"] == rollouts[0]["step"]]
+    lasts = [rollout for rollout in rollouts if rollout["step"] == rollouts[-1]["step"]]
+    pairs = ((first, last) for first in firsts for last in lasts if first.get("prompt") == last.get("prompt"))
+    return next(pairs, (firsts[0], lasts[-1]))
+
+
+def _build_completion(rollout: Record) -> ExampleCompletion:
+    prompt = str(rollout.get("prompt", ""))
+    text = "".join(str(token.get("text", "")) for token in rollout["tokens"] if isinstance(token, dict))
+    cut = "…" if len(text) > _TEXT_CHARS or rollout.get("left_out") else ""
+    return ExampleCompletion(
+        f"Student, at step {rollout['step']}",
+        f"…{prompt[-_PROMPT_CHARS:]}" if len(prompt) > _PROMPT_CHARS else prompt,
+        text[:_TEXT_CHARS] + cut,
+    )
 
 
 def _build_measured_tables(groups: Sequence[RunGroup], statement: ReportVerdict) -> list[Table]:

@@ -17,8 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
-from topkd.report.load import comparison_cells as cells
-from topkd.report.load.collection import Collection, gather
+from topkd.report.load.collection import Collection, count_cells, gather
 from topkd.report.page.content import Page, build_content
 from topkd.report.page.html import render_fragments, render_page
 from topkd.topk.errors import ConfigError, DataError
@@ -33,7 +32,7 @@ class LivePage:
     def __init__(self, paths: Sequence[Path], port: int = 0, baseline: Mapping[str, Any] | None = None) -> None:
         self.paths, self.baseline = list(paths), baseline
         self._lock = threading.Lock()
-        self._cells = [cells.count_cells(path) for path in self.paths]
+        self._cells = [count_cells(path) for path in self.paths]
         self._collection: Collection = gather(self.paths, waiting=True)
         self._page: Page | None = None
         self._version = 1
@@ -79,7 +78,7 @@ class LivePage:
 
     def _refresh(self) -> bool:
         """Read on; True when there was anything new. A comparison has more runs than it had."""
-        now = [cells.count_cells(path) for path in self.paths]
+        now = [count_cells(path) for path in self.paths]
         if now == self._cells:
             # Another run may have taken the folder: what was read is of a run log that is gone then.
             with contextlib.suppress(DataError):

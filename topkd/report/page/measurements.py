@@ -12,8 +12,7 @@ from topkd.report.analysis.intervals import compute_interval
 from topkd.report.analysis.outcome import SHARES, is_counted
 from topkd.report.analysis.tables import Table
 from topkd.report.load.collection import RunGroup
-from topkd.report.load.columns import Floats, read_column
-from topkd.report.load.evaluations import list_prefix_kinds, make_eval_source
+from topkd.report.load.columns import Floats, list_prefix_kinds, make_eval_source, read_column
 from topkd.report.load.run_log import LoggedRun
 from topkd.report.page.panels import SECTIONS
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from topkd.report.load.collection import RunGroup
-from topkd.report.load.columns import Floats
-from topkd.report.load.evaluations import FIXED, Source, make_eval_source, make_step_source
+from topkd.report.load.columns import FIXED, Floats, Source, make_eval_source, make_step_source
 from topkd.report.page import downsampling
 from topkd.report.page.panels import Panel
 

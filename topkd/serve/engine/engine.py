@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import torch
@@ -13,7 +14,6 @@ import torch
 from topkd.serve.config import ServeConfig
 from topkd.serve.engine.endings import Endings
 from topkd.serve.engine.jobs import Answer, EngineJob
-from topkd.serve.engine.pending import PendingJob, resolve_future
 from topkd.serve.engine.refusal import Refusal, check_sequences, overloaded
 from topkd.serve.engine.scoring import score_prompts
 from topkd.serve.engine.sequences import GeneratedSequence, SequenceGroup, draw_next
@@ -23,6 +23,44 @@ T = TypeVar("T")
 PauseMode = Literal["abort", "wait", "keep"]
 # Jobs looked at together when a batch is formed; similar lengths of them share a forward pass.
 WINDOW = 64
+
+
+@dataclass(slots=True, eq=False)
+class PendingJob:
+    """A job in progress. Cancelling it stops its work at the next step."""
+
+    job: EngineJob
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Answer]
+    cancelled: bool = False
+    sequences: list[GeneratedSequence] = field(default_factory=list)
+    answer: Answer = field(default_factory=lambda: Answer([]))
+    begun: bool = False
+
+    @property
+    def open(self) -> bool:
+        """Whether anything is still to be drawn."""
+        return any(not sequence.done for sequence in self.sequences)
+
+
+def resolve_future(
+    loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], value: T | None = None, error: Exception | None = None
+) -> None:
+    """Set a future from another thread, unless its loop is closed or it is done."""
+
+    def act() -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(value)  # type: ignore[arg-type]
+
+    try:
+        loop.call_soon_threadsafe(act)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
 
 
 class Engine:

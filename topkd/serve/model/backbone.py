@@ -1,19 +1,22 @@
-"""A Hugging Face causal LM split into layers and output head."""
+"""A Hugging Face causal LM split into layers and output head, and its LoRA adapters, verified against their files."""
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from topkd.serve.model import lora
+from topkd.serve.model.loading import silence_loading
 from topkd.topk.errors import ConfigError
 
 # At most this many float32 logits exist at once (64 MiB); a whole prompt of a large vocabulary would be gigabytes.
 CHUNK_ELEMENTS = 16 * 2**20
+_LORA_PREFIX = "base_model.model."
 
 
 class Backbone:
@@ -76,7 +79,7 @@ class Backbone:
         """Switch to a loaded adapter, or to the base model."""
         if name == self._adapter or not self._adapters:
             return
-        lora.switch(self.model, name)
+        _switch_lora(self.model, name)
         self._adapter = name
 
     def load_adapter(self, name: str, path: str) -> None:
@@ -86,7 +89,7 @@ class Backbone:
         self._adapters.add(name)
         self._adapter = name  # loading activates it
         try:
-            lora.load(self.model, name, path)
+            _load_lora(self.model, name, path)
         except BaseException:
             self.unload_adapter(name)
             raise
@@ -96,7 +99,7 @@ class Backbone:
         """Forget an adapter; the base model is active afterwards."""
         self.use_adapter(None)
         self._adapters.discard(name)
-        lora.unload(self.model, name)
+        _unload_lora(self.model, name)
 
     def _plain_attention(self) -> bool:
         from transformers.cache_utils import DynamicLayer
@@ -138,3 +141,64 @@ def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Pad rows on the right to int64 [B, T]; no real token attends to the padding."""
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *([0] * (width - len(row)))] for row in rows], dtype=torch.long, device=device)
+
+
+def _load_lora(model: Any, name: str, path: str) -> None:
+    """Load the folder at ``path`` as adapter ``name`` and make it active.
+
+    Raises:
+        ConfigError: The model's tensors are not the folder's afterwards, or another adapter's have changed.
+    """
+    others = {key: value.clone() for key, value in _lora_tensors(model).items()}
+    with silence_loading(), warnings.catch_warnings():  # several adapters side by side are what a server is for
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        model.load_adapter(path, adapter_name=_lora_key(name))
+    model.eval()
+    _verify_lora(model, _lora_key(name), path, others)
+
+
+def _unload_lora(model: Any, name: str) -> None:
+    """Remove an adapter, if it is there."""
+    if _lora_key(name) in getattr(model, "peft_config", {}):
+        model.delete_adapter(_lora_key(name))
+
+
+def _switch_lora(model: Any, name: str | None) -> None:
+    """Make a loaded adapter active, or none."""
+    if name is not None:
+        model.enable_adapters()
+        model.set_adapter(_lora_key(name))
+    elif getattr(model, "peft_config", {}):
+        model.disable_adapters()
+
+
+def _lora_key(name: str) -> str:
+    """Return the name as peft takes it: module names hold no dot, and "Qwen2.5@7" is a valid adapter name."""
+    return "adapter_" + name.encode().hex()
+
+
+def _lora_tensors(model: Any) -> dict[str, Tensor]:
+    return {key: value for key, value in model.named_parameters() if ".lora_" in key}
+
+
+def _verify_lora(model: Any, name: str, path: str, others: dict[str, Tensor]) -> None:
+    # A loader that skips what it does not recognise leaves random or zero factors: numbers that look like an adapter's.
+    from safetensors.torch import load_file
+
+    now = _lora_tensors(model)
+    changed = [key for key, value in others.items() if key not in now or not torch.equal(now[key], value)]
+    if changed:
+        raise ConfigError("loading one adapter changed another", where=changed[0])
+    file = Path(path) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ConfigError("the adapter has no adapter_model.safetensors", where=path)
+    sent = load_file(file)
+    mine = {key.replace(f".{name}.", "."): value for key, value in now.items() if key not in others}
+    for key, value in sent.items():
+        if ".lora_" not in key:
+            continue
+        got = mine.pop(key.removeprefix(_LORA_PREFIX), None)
+        if got is None or not torch.equal(got.cpu(), value.to(got.dtype)):
+            raise ConfigError("the adapter does not fit the model", where=f"{path}: {key}")
+    if mine:
+        raise ConfigError("the adapter lacks factors its config names", where=f"{path}: {min(mine)}")

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from topkd.serve.config import ServeConfig
-from topkd.serve.log_setup import silence_loading
 from topkd.topk.errors import ConfigError
+
+
+@contextlib.contextmanager
+def silence_loading() -> Iterator[None]:
+    """Switch off transformers' progress bars and loading reports."""
+    from transformers.utils import logging
+
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def choose_device(wanted: str) -> torch.device:
