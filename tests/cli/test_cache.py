@@ -242,11 +242,15 @@ def test_an_import_that_cannot_be_read_leaves_no_empty_cache(cache, tmp_path, fo
             ConfigError,
             "needs price_in and price_out",
         ),
-        (["score", "d", "--out", "c"], ConfigError, "who scores?: got no server, expected --teacher URL"),
+        (
+            ["score", "d", "--out", "c"],
+            ConfigError,
+            "score needs one way to name its teachers: got none, expected --teacher URL",
+        ),
         (
             ["score", "d", "--out", "c", "--teacher", "u", "--teacher-id", "a=http://h"],
             ConfigError,
-            "who scores?: got both",
+            "score needs one way to name its teachers: got both",
         ),
         (["score", "d", "--out", "c", "--teacher-id", "a=h"], ConfigError, "--teacher-id takes NAME=URL: got a=h"),
         (["score", "d", "--out", "c", "--teacher-id", "a=http://h", "--teacher-id", "b"], ConfigError, "one NAME, or"),

@@ -35,7 +35,7 @@ def test_only_a_run_that_kept_a_checkpoint_says_how_to_go_on(tmp_path, capsys):
     assert capsys.readouterr().err == ""  # it did not begin: the same command would fail again
     time.sleep(0.01)
     failing(tmp_path, written=True)
-    assert capsys.readouterr().err == f"once that is mended, go on with: {AGAIN}\n"
+    assert capsys.readouterr().err == f"once that is fixed, resume with: {AGAIN}\n"
 
 
 def test_a_run_whose_server_dies_says_the_command_that_goes_on(tmp_path, monkeypatch, capsys):
@@ -61,5 +61,5 @@ def test_a_run_whose_server_dies_says_the_command_that_goes_on(tmp_path, monkeyp
             train.train_command(Path("run.toml"), Path("run"), overrides=["seed=3"])
         killer.join()
     said = capsys.readouterr().err
-    assert "go on with: topkd train run.toml --out run --set seed=3 --resume" in said
+    assert "resume with: topkd train run.toml --out run --set seed=3 --resume" in said
     assert list(Path("run/checkpoints").glob("step-*"))

@@ -33,7 +33,7 @@ _WORDS = {
 
 
 class _Interruptible(TyperGroup):
-    """A command that does not answer Ctrl-C itself says one word, with exit code 130."""
+    """Ends a command that does not handle Ctrl-C itself with one word and exit code 130."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -47,22 +47,22 @@ app = typer.Typer(
     name="topkd",
     cls=_Interruptible,
     help="Distil a teacher you can reach only through an API.",
-    epilog="Exit codes: 0 done; 1 failed, or done in part; 2 the command or its input is wrong; 130 Ctrl-C.",
+    epilog="Exit codes: 0 done; 1 failed or incomplete; 2 wrong command or input; 130 Ctrl-C.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for panel, modules in {
-    "Begin": (demo, probe, serve),
+    "Start here": (demo, probe, serve),
     "Train": (train, replay, compare),
-    "Look at it, take it away": (report, export),
-    "Scores kept in a cache": (score, sample),
+    "Results": (report, export),
+    "Score cache": (score, sample),
 }.items():
     for module in modules:
         name = module.__name__.rpartition(".")[2]
         function = getattr(module, f"{name}_command")
         app.command(name, help=join_paragraphs(function), rich_help_panel=panel)(function)
-app.add_typer(cache.app, name="cache", rich_help_panel="Scores kept in a cache")
+app.add_typer(cache.app, name="cache", rich_help_panel="Score cache")
 
 
 def _print_version(wanted: bool) -> None:
@@ -79,7 +79,7 @@ def set_debug(
             "--version", metavar="", callback=_print_version, is_eager=True, help="Show the version and exit."
         ),
     ] = False,
-    debug: Annotated[bool, flag("--debug", "Show a traceback before the one line of an error.")] = False,
+    debug: Annotated[bool, flag("--debug", "Show the traceback of an error.")] = False,
 ) -> None:
     """Options before the command."""
     if debug:

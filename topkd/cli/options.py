@@ -1,4 +1,4 @@
-"""Options that several commands have, and how every option is shown: a word for its value, none for a flag."""
+"""Options that several commands share, and how options are shown: a word for the value, none for a flag."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from topkd.topk.errors import ConfigError
 
 
 def join_paragraphs(command: Callable[..., None]) -> str:
-    """The docstring of a command with each paragraph on one line: terminals break it where they end."""
+    """Put each paragraph of a command's docstring on one line, which terminals break where they end."""
     text = inspect.cleandoc(command.__doc__ or "")
     return "\n\n".join(part.replace("\n", " ") for part in text.split("\n\n"))
 
 
 def flag(name: str, says: str, *, panel: str | None = None) -> Any:
-    """An option that is there or not."""
+    """Declare an option without a value."""
     return typer.Option(name, help=says, metavar="", rich_help_panel=panel)
 
 
 def option(
     says: str, takes: str, *names: str, panel: str | None = None, one_of: Iterable[str] = (), **more: Any
 ) -> Any:
-    """An option with a value.
+    """Declare an option with a value.
 
     Args:
         says: Its help.
         takes: The word that stands for the value in help pages: URL, N, FOLDER.
-        names: How it is written, where that is not the parameter's own name.
+        names: Its spellings, if not the parameter's own name.
         panel: The box of the help page it belongs to.
-        one_of: Values that shells complete; the config of the command checks what was given.
+        one_of: Values that shells complete; the command's config checks them.
         more: Passed on to ``typer.Option``.
     """
     if words := tuple(one_of):
@@ -44,26 +44,26 @@ def option(
 
 CODECS = ("packed", "raw", "cold")
 
-AsJson = Annotated[bool, flag("--json", "Print the result as JSON on standard output, and nothing else there.")]
+AsJson = Annotated[bool, flag("--json", "Print only the result, as JSON, on standard output.")]
 ApiKeyEnv = Annotated[str | None, option("Environment variable that holds the API key.", "NAME")]
 
 RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
-RunFolder = Annotated[Path, option("Folder for checkpoint, metrics and provenance.", "FOLDER")]
+RunFolder = Annotated[Path, option("Folder of the run: metrics, checkpoints, student.", "FOLDER")]
 Overrides = Annotated[
     list[str] | None,
-    option("As in --set objective.kind=gjs: over what the file says; repeatable.", "KEY=VALUE", "--set"),
+    option("Override a setting of the file, as in --set objective.kind=gjs; repeatable.", "KEY=VALUE", "--set"),
 ]
-Resume = Annotated[bool, flag("--resume", "Go on in --out from its newest checkpoint; steps may grow.")]
-DryRun = Annotated[bool, flag("--dry-run", "Look at everything the run needs, show what it would do, do nothing.")]
-Watch = Annotated[bool, flag("--watch", "Serve the run's report on this machine while it goes on.")]
+Resume = Annotated[bool, flag("--resume", "Continue the run in --out from its newest checkpoint.")]
+DryRun = Annotated[bool, flag("--dry-run", "Check everything the run needs and show what it would do.")]
+Watch = Annotated[bool, flag("--watch", "Serve a live report of the run on this machine.")]
 
 COST = "Tokens and cost"  # a panel
 CacheOut = Annotated[Path, option("Folder of the cache.", "CACHE")]
 CodecName = Annotated[str, option("packed (fp16 logprobs), raw (exact) or cold (smallest).", "NAME", one_of=CODECS)]
-InFlight = Annotated[int, option("Requests at once at most.", "N", min=1)]
-Limit = Annotated[int | None, option("Read this many rows at most.", "N", min=1)]
-MaxCost = Annotated[float | None, option("Stop before more is spent.", "X", panel=COST)]
-Strict = Annotated[bool, flag("--strict", "Stop at the first row that is refused.")]
+InFlight = Annotated[int, option("Most requests at the same time.", "N", min=1)]
+Limit = Annotated[int | None, option("Read at most this many rows.", "N", min=1)]
+MaxCost = Annotated[float | None, option("Stop before spending more than this.", "X", panel=COST)]
+Strict = Annotated[bool, flag("--strict", "Stop at the first invalid row.")]
 
 
 def require_extra(command: str, *modules: str, extra: str) -> None:

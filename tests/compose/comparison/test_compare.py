@@ -147,7 +147,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path, moment):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
     assert child.returncode == 130
-    assert f"topkd: stopped; the same command continues in {tmp_path / 'out'}\n" in told
+    assert f"topkd: stopped; the same command continues the comparison in {tmp_path / 'out'}\n" in told
     assert "Traceback" not in told
 
 

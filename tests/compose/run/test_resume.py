@@ -280,7 +280,7 @@ async def test_signals_stop_a_run_in_order_and_it_ends_as_if_they_had_not(folder
     code, out, err = signalled(command(tmp_path), run_log, 5, signal.SIGTERM)
     assert (code, out) == (0, "")
     assert "SIGTERM: stopped after step" in err
-    assert "go on with: topkd train run.toml --out run --resume" in err
+    assert "resume with: topkd train run.toml --out run --resume" in err
     taken = len(told(tmp_path / "run"))
     assert 5 <= taken < 80
     assert (tmp_path / "run" / "checkpoints" / f"step-{taken:08d}" / "manifest.json").exists()

@@ -6,10 +6,9 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,38 +16,17 @@ from topkd.cli.options import AsJson, flag, option
 from topkd.cli.output.cache_stats import count_things, describe_stats
 from topkd.topk.errors import ConfigError, DataError
 
-app = typer.Typer(help="Look into a cache, check it, tidy it, bring scores in and out.", no_args_is_help=True)
+app = typer.Typer(help="Inspect, check and compact a cache; import and export scores.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the cache.", metavar="CACHE")]
 
 
-class Codec(StrEnum):
-    """How records are written."""
-
-    packed = "packed"
-    raw = "raw"
-    cold = "cold"
-
-
-class ExportFormat(StrEnum):
-    """What a cache can be written as."""
-
-    parquet = "parquet"
-    dataset = "dataset"
-
-
-class ImportFormat(StrEnum):
-    """What can be brought into a cache."""
-
-    parquet = "parquet"
-    dataset = "dataset"
-    axolotl = "axolotl"
-    distillkit = "distillkit"
+Codec = Literal["packed", "raw", "cold"]
 
 
 @app.command("stats")
 def stats_command(cache: Folder, as_json: AsJson = False) -> None:
-    """Show what a cache holds, with pictures of K, captured mass, entropy and lengths.
+    """Show what a cache holds, with histograms of K, captured mass, entropy and lengths.
 
     Example: topkd cache stats cache --json
     """
@@ -64,7 +42,7 @@ def stats_command(cache: Folder, as_json: AsJson = False) -> None:
 
 @app.command("verify")
 def verify_command(cache: Folder, as_json: AsJson = False) -> None:
-    """Read every byte; exit code 1 when something that was acknowledged may be lost, each piece of it named.
+    """Read every byte and name each damaged piece; exit code 1 when a saved record may be lost.
 
     Example: topkd cache verify cache
     """
@@ -89,10 +67,10 @@ def verify_command(cache: Folder, as_json: AsJson = False) -> None:
 @app.command("ls")
 def ls_command(
     cache: Folder,
-    limit: Annotated[int, option("Records at most.", "N", min=1)] = 50,
+    limit: Annotated[int, option("Show at most this many records.", "N", min=1)] = 50,
     as_json: AsJson = False,
 ) -> None:
-    """List records: what was scored or sampled, by whom, how widely. With --json one object a line.
+    """List records: kind, teacher, K, tokens. With --json, one object a line.
 
     Example: topkd cache ls cache --limit 5
     """
@@ -114,9 +92,9 @@ def ls_command(
 @app.command("gc")
 def gc_command(
     cache: Folder,
-    codec: Annotated[Codec | None, option("Write the records anew as packed, raw or cold.", "NAME")] = None,
+    codec: Annotated[Codec | None, option("Re-encode the records as packed, raw or cold.", "NAME")] = None,
     foreign: Annotated[
-        bool, flag("--foreign", "Also what crashed writers on other machines left; nobody may write.")
+        bool, flag("--foreign", "Also clean up after crashed writers on other machines; nobody may be writing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -126,16 +104,16 @@ def gc_command(
     """
     from topkd.offline import gc as compact
 
-    _print_exchange(compact(cache, codec=None if codec is None else codec.value, foreign=foreign), as_json)
+    _print_exchange(compact(cache, codec=codec, foreign=foreign), as_json)
 
 
 @app.command("merge")
 def merge_command(
     sources: Annotated[list[Path], typer.Argument(help="Caches to copy from.", metavar="CACHE")],
-    out: Annotated[Path, option("The cache that gains what it lacks.", "CACHE")],
+    out: Annotated[Path, option("The cache that receives the records.", "CACHE")],
     as_json: AsJson = False,
 ) -> None:
-    """Bring several caches together, byte for byte.
+    """Copy the records of other caches into one, byte for byte.
 
     Example: topkd cache merge shard-1 shard-2 --out cache
     """
@@ -148,9 +126,7 @@ def merge_command(
 def export_cache_command(
     cache: Folder,
     out: Annotated[Path, typer.Argument(help="Folder for the files.", metavar="FOLDER")],
-    form: Annotated[
-        ExportFormat, option("What to write: parquet or dataset.", "NAME", "--format")
-    ] = ExportFormat.parquet,
+    form: Annotated[Literal["parquet", "dataset"], option("parquet or dataset.", "NAME", "--format")] = "parquet",
     as_json: AsJson = False,
 ) -> None:
     """Write scores and rollouts as Parquet, or the scores as a Hugging Face dataset.
@@ -163,7 +139,7 @@ def export_cache_command(
 
     if (out / FORMAT_FILE).exists():
         raise ConfigError("the folder to export to is a cache", where=str(out), hint="choose another one")
-    if form is ExportFormat.parquet:
+    if form == "parquet":
         done = export_parquet(cache, out)
         _print_exchange(done, as_json)
         if done.refused:
@@ -180,14 +156,15 @@ def import_command(
     cache: Folder,
     source: Annotated[Path, typer.Argument(help="File or folder with scores.", metavar="SOURCE")],
     form: Annotated[
-        ImportFormat, option("What it is: parquet, dataset, axolotl or distillkit.", "NAME", "--format")
-    ] = ImportFormat.parquet,
-    teacher: Annotated[str | None, option("Name of the teacher, where the source has none.", "NAME")] = None,
-    revision: Annotated[str, option("Fingerprint of that teacher's weights.", "TEXT")] = "",
-    codec: Annotated[Codec, option("How to write the records: packed, raw or cold.", "NAME")] = Codec.packed,
+        Literal["parquet", "dataset", "axolotl", "distillkit"],
+        option("Format of the source: parquet, dataset, axolotl or distillkit.", "NAME", "--format"),
+    ] = "parquet",
+    teacher: Annotated[str | None, option("Name of the teacher, if the source has none.", "NAME")] = None,
+    revision: Annotated[str, option("Version of that teacher's weights; part of the cache's keys.", "TEXT")] = "",
+    codec: Annotated[Codec, option("Encoding of the records: packed, raw or cold.", "NAME")] = "packed",
     as_json: AsJson = False,
 ) -> None:
-    """Bring scores into a cache; rows that do not fit are named, and the exit code is 1.
+    """Import scores into a cache; invalid rows are listed, and the exit code is then 1.
 
     Example: topkd cache import cache captured --format distillkit --teacher NAME
     """
@@ -197,16 +174,18 @@ def import_command(
 
     if not source.exists():
         raise DataError("no such file or folder", where=str(source), expected="something to import")
-    with begin_cache(cache), ScoreStore(cache, mode="a", codec=codec.value) as store:
-        if form is ImportFormat.parquet:
+    with begin_cache(cache), ScoreStore(cache, mode="a", codec=codec) as store:
+        if form == "parquet":
             done = parquet(source, store)
-        elif form is ImportFormat.dataset:
+        elif form == "dataset":
             done = from_dataset(_load_dataset(source), store)
         elif teacher is None:
-            raise ConfigError(f"--format {form.value} needs --teacher", hint="the source does not say who scored it")
-        elif form is ImportFormat.axolotl:
-            named = TeacherIdentity(teacher, revision=revision)
-            done = import_axolotl(_iter_plain_rows(source), store, named, where=str(source))
+            raise ConfigError(
+                f"--format {form} needs --teacher", hint="the source does not say which teacher scored it"
+            )
+        elif form == "axolotl":
+            identity = TeacherIdentity(teacher, revision=revision)
+            done = import_axolotl(_iter_plain_rows(source), store, identity, where=str(source))
         else:
             done = import_distillkit(source, store, TeacherIdentity(teacher, revision=revision))
         if not (done.records or done.refused):

@@ -19,29 +19,25 @@ from topkd.topk.errors import ConfigError
 if TYPE_CHECKING:
     from topkd.compose.comparison.config import CompareConfig
 
+_OUT = Path("runs/compare")
+_HELP = "A comparison file (with arms), two or more run files, or one run file with --grid."
+_Files = Annotated[list[Path] | None, typer.Argument(help=_HELP, metavar="COMPARISON")]
+_GRID = "One arm per value, over the run file or the embedded pair; repeatable."
+_Grid = Annotated[list[str] | None, option(_GRID, "KEY=VALUE,...", "--grid")]
+_SET = "Setting of every arm, as in --set steps=100; repeatable."
+_ForEveryArm = Annotated[list[str] | None, option(_SET, "KEY=VALUE", "--set")]
+
 
 def compare_command(
-    files: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            help="A comparison file (with arms), two or more run files, or one with --grid.", metavar="COMPARISON"
-        ),
-    ] = None,
-    out: Annotated[Path, option("Folder of the comparison; the same one again continues it.", "FOLDER")] = Path(
-        "runs/compare"
-    ),
-    grid: Annotated[
-        list[str] | None,
-        option("An arm for each value, over a base file or the embedded pair; repeatable.", "KEY=VALUE,...", "--grid"),
-    ] = None,
-    seeds: Annotated[str | None, option("Paired seeds; 0,1,2 when nothing says so.", "N,...")] = None,
-    workers: Annotated[int | None, option("Processes; one per core when left out.", "N", min=1)] = None,
-    overrides: Annotated[
-        list[str] | None, option("For every arm, as in --set steps=100; repeatable.", "KEY=VALUE", "--set")
-    ] = None,
+    files: _Files = None,
+    out: Annotated[Path, option("Folder of the comparison; an unfinished one is continued.", "FOLDER")] = _OUT,
+    grid: _Grid = None,
+    seeds: Annotated[str | None, option("Seeds of every arm; default: 0,1,2.", "N,...")] = None,
+    workers: Annotated[int | None, option("Number of processes; default: one per core.", "N", min=1)] = None,
+    overrides: _ForEveryArm = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train matched runs over arms and seeds, and say which learnt faster, with paired intervals.
+    """Train the same runs with several settings (arms) and seeds, and test which setting learns faster.
 
     Example: topkd compare examples/compare_scalar_gjs.toml --out runs/scalar-gjs
 
@@ -58,7 +54,7 @@ def compare_command(
         with Display(quiet=as_json) as display:
             result = compare(config, out, display)
     except KeyboardInterrupt:
-        typer.echo(f"topkd: stopped; the same command continues in {out}", err=True)
+        typer.echo(f"topkd: stopped; the same command continues the comparison in {out}", err=True)
         raise typer.Exit(130) from None
     if as_json:
         typer.echo((result.out / COMPARISON).read_text(encoding="utf-8").strip())
@@ -117,9 +113,8 @@ def _show(summary: dict[str, Any]) -> None:
             console.print(text, markup=False, soft_wrap=True)
     _build_table(console, summary, summary["live"]["arms"], "live, on-policy at staleness 0")
     if summary["replay"]:
-        _build_table(
-            console, summary, summary["replay"]["arms"], "matched replay: an off-policy test of the estimators"
-        )
+        title = "matched replay: an off-policy test of the estimators"
+        _build_table(console, summary, summary["replay"]["arms"], title)
         console.print(summary["replay"]["verdict"]["text"], markup=False, soft_wrap=True)
 
 
@@ -130,10 +125,8 @@ def _build_table(console: Console, summary: dict[str, Any], rows: list[dict[str,
     table.add_column("arm", overflow="fold")
     if any(rates.values()):
         table.add_column("lr", justify="right")
-    table.add_column("final", justify="right")
-    table.add_column("area/ref (95 %)", justify="right")
-    table.add_column(f"tokens to {summary['target']:g}", justify="right")
-    table.add_column("teacher", justify="right")
+    for name in ("final", "area/ref (95 %)", f"tokens to {summary['target']:g}", "teacher"):
+        table.add_column(name, justify="right")
     for row in rows:
         cells: list[str | Text] = [Text(labels[row["arm"]])]  # brackets in a name are no markup
         if any(rates.values()):

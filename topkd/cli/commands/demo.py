@@ -8,9 +8,8 @@ import json
 import shlex
 import shutil
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -26,27 +25,19 @@ if TYPE_CHECKING:
     from topkd.compose.run.run import RunResult
 
 
-class ObjectiveName(StrEnum):
-    """What the demo can minimise."""
-
-    topk_pg = "topk_pg"
-    gjs = "gjs"
-    scalar_kl = "scalar_kl"
-
-
 def demo_command(
     objective: Annotated[
-        ObjectiveName, option("What the student minimises: topk_pg, gjs or scalar_kl.", "KIND")
-    ] = ObjectiveName.topk_pg,
+        Literal["topk_pg", "gjs", "scalar_kl"], option("Loss of the student: topk_pg, gjs or scalar_kl.", "KIND")
+    ] = "topk_pg",
     steps: Annotated[int, option("Optimiser steps.", "N", min=1)] = 150,
-    seed: Annotated[int, option("Seeds prompts and rollouts.", "N", min=0)] = 0,
+    seed: Annotated[int, option("Random seed of prompts and rollouts.", "N", min=0)] = 0,
     out: Annotated[
         Path | None,
-        option("A new or empty folder; runs/demo-OBJECTIVE-seedSEED, or one beside it, when left out.", "FOLDER"),
+        option("A new or empty folder; default: runs/demo-OBJECTIVE-seedSEED.", "FOLDER"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Distil a tiny teacher over real HTTP, on this machine alone, and show what it did.
+    """Distil a tiny teacher over HTTP, all on this machine, and show what the student learnt.
 
     Example: topkd demo --objective gjs --seed 1
     """
@@ -55,7 +46,7 @@ def demo_command(
     from topkd.compose.run.signals import StopSignals
 
     with StopSignals() as signals, Display() as display:
-        result = asyncio.run(demo(objective.value, steps=steps, seed=seed, out=out, progress=display, signals=signals))
+        result = asyncio.run(demo(objective, steps=steps, seed=seed, out=out, progress=display, signals=signals))
     if not isinstance(result, DemoResult):
         print_stopped_and_exit(result)
     if as_json:
@@ -65,11 +56,8 @@ def demo_command(
     table = Table(title=f"held-out, exact over the whole vocabulary ({result.before['eval_tokens']} positions)")
     for column in ("", "before", "after", "after / before"):
         table.add_column(column, justify="left" if not column else "right")
-    for key, name in (
-        ("reverse_kl", "KL(student || teacher)"),
-        ("forward_kl", "KL(teacher || student)"),
-        ("jsd", "JSD"),
-    ):
+    names = {"reverse_kl": "KL(student || teacher)", "forward_kl": "KL(teacher || student)", "jsd": "JSD"}
+    for key, name in names.items():
         before, after = result.before[key], result.after[key]
         table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after / before:.3f}")
     agree = [100 * record["agreement"] for record in (result.before, result.after)]
@@ -78,12 +66,9 @@ def demo_command(
     for who, text in result.samples.items():
         console.print(Text(who, style="bold"))
         console.print(Padding(Text(text.rstrip("\n") or "(nothing)"), (0, 0, 1, 2)))
-    console.print(
-        f"{result.tokens} tokens learnt from in {result.seconds['distil']:.0f} s; curve: {result.figure}, "
-        f"run log: {result.out / 'metrics.jsonl'}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    learnt = f"{result.tokens} tokens learnt from in {result.seconds['distil']:.0f} s"
+    files = f"curve: {result.figure}, run log: {result.out / 'metrics.jsonl'}"
+    console.print(f"{learnt}; {files}", highlight=False, soft_wrap=True)
     console.print()
     for line in print_next_steps(_shorten_path(result.run_file)):
         console.print(Text(line, style="" if line.startswith(" ") else "bold"), soft_wrap=True)

@@ -14,16 +14,16 @@ from topkd.cli.options import AsJson, flag, option, require_extra
 
 def export_command(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.", metavar="RUN")],
-    out: Annotated[Path | None, option("Where to write; RUN/export when left out.", "FOLDER")] = None,
-    merge: Annotated[bool, flag("--merge", "Put a LoRA adapter into its base model.")] = False,
+    out: Annotated[Path | None, option("Folder to write; default: RUN/export.", "FOLDER")] = None,
+    merge: Annotated[bool, flag("--merge", "Merge a LoRA adapter into its base model.")] = False,
     dtype: Annotated[
         str | None,
-        option("fp32, bf16 or fp16; the weights' own when left out.", "TYPE", one_of=("fp32", "bf16", "fp16")),
+        option("fp32, bf16 or fp16; default: that of the weights.", "TYPE", one_of=("fp32", "bf16", "fp16")),
     ] = None,
-    best: Annotated[bool, flag("--best", "The best student by eval.best instead of the last.")] = False,
+    best: Annotated[bool, flag("--best", "Export the best student (eval.best) instead of the last.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's student as a model folder that transformers and vLLM load, reloaded to see that it is the same.
+    """Write a run's student as a model folder for transformers and vLLM, and check that it loads unchanged.
 
     Example: topkd export runs/first --dtype bf16 --out models/first
     """

@@ -32,22 +32,22 @@ _PLAIN = {"✓": "+", "✗": "x", "·": "-"}
 
 def probe_command(
     url: Annotated[str, typer.Argument(help="Base URL of the server, as in http://127.0.0.1:8000.", metavar="URL")],
-    model: Annotated[str | None, option("Served name; the server's only one when left out.", "NAME")] = None,
+    model: Annotated[str | None, option("Model name on the server; default: its only model.", "NAME")] = None,
     student: Annotated[
         str | None,
-        option("The student's tokenizer (folder, tokenizer.json or cached id): compare the ids.", "MODEL"),
+        option("Student's tokenizer (folder, tokenizer.json or cached id), to compare token ids.", "MODEL"),
     ] = None,
-    dialect: Annotated[str, option("auto, or the dialect to speak.", "NAME", one_of=DIALECTS)] = "auto",
+    dialect: Annotated[str, option("API of the server; auto detects it.", "NAME", one_of=DIALECTS)] = "auto",
     api_key_env: ApiKeyEnv = None,
-    load: Annotated[bool, flag("--load", "Measure scoring under rising concurrency.")] = False,
-    batch: Annotated[int, option("Sequences of one step, for the forecast of --load.", "N", min=1)] = 256,
-    tokens: Annotated[int, option("Tokens of each request of --load.", "N", min=16)] = 2048,
-    cached: Annotated[bool, flag("--cached", "A report of the last hour will do, if the server is the same.")] = False,
+    load: Annotated[bool, flag("--load", "Measure scoring speed under rising concurrency.")] = False,
+    batch: Annotated[int, option("Sequences of a training step, to predict its time (--load).", "N", min=1)] = 256,
+    tokens: Annotated[int, option("Tokens of each request (--load).", "N", min=16)] = 2048,
+    cached: Annotated[bool, flag("--cached", "Accept a report of the last hour, if the server is the same.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find out what an endpoint can do, from real requests on a handful of tokens.
+    """Check what a server can do as a teacher, with real requests of a few tokens.
 
-    Exit code 0: it can teach. 1: it cannot, or does not answer. 2: invalid arguments or input.
+    Exit code 0: it can teach. 1: it cannot, or does not answer. 2: invalid arguments; no request was sent.
 
     Example: topkd probe http://127.0.0.1:8000 --student ./models/student
     """
@@ -78,7 +78,7 @@ def probe_command(
 
 
 def print_probe(report: ProbeReport, console: Console) -> None:
-    """The findings as a table, and the verdict as its last line."""
+    """Print the findings as a table, and the verdict as its last line."""
     ascii_only = (console.encoding or "").lower().replace("-", "") not in {"utf8", "utf16", "utf32"}
     table = Table(box=None, padding=(0, 1, 0, 0), show_header=False, pad_edge=False)
     table.add_column(no_wrap=True, width=1)
@@ -115,14 +115,9 @@ def _print_load(load: Load, console: Console) -> None:
         table.add_column(name, justify="right")
     for level in load.levels:
         style = "bold" if level.concurrency == load.best else ""
-        table.add_row(
-            str(level.concurrency),
-            f"{level.tokens_per_s:,.0f}",
-            f"{level.p50_s:.2f} s",
-            f"{level.p95_s:.2f} s",
-            str(level.failed or ""),
-            style=style,
-        )
+        seconds = (f"{level.p50_s:.2f} s", f"{level.p95_s:.2f} s")
+        speed = f"{level.tokens_per_s:,.0f}"
+        table.add_row(str(level.concurrency), speed, *seconds, str(level.failed or ""), style=style)
     console.print(Text(f"\nSCORING UNDER LOAD  {load.prompt_tokens:,} tokens a request, K = {load.k}", style="bold"))
     console.print(table)
     end = "saturated" if load.saturated else "not saturated: it may do more"

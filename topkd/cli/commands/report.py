@@ -19,15 +19,13 @@ if TYPE_CHECKING:
 
 def report_command(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of one comparison.", metavar="RUN")],
-    out: Annotated[
-        Path | None, option("The page; RUN/report.html when left out, report.html for several.", "FILE")
-    ] = None,
+    out: Annotated[Path | None, option("The page; default: RUN/report.html, report.html for several.", "FILE")] = None,
     figures: Annotated[Path | None, option("Also draw every panel as PNG and SVG into this folder.", "FOLDER")] = None,
-    follow: Annotated[bool, flag("--follow", "Serve the page on this machine while the run goes on.")] = False,
-    port: Annotated[int, option("Of --follow; 0 takes a free one.", "N", min=0, max=65535)] = 0,
+    follow: Annotated[bool, flag("--follow", "Serve a live page on this machine while the run goes on.")] = False,
+    port: Annotated[int, option("Port of --follow; 0 takes a free one.", "N", min=0, max=65535)] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Make one self-contained HTML page from runs or a comparison: the verdict first, then everything behind it.
+    """Write one self-contained HTML page about runs or a comparison: the verdict first, then the details.
 
     Example: topkd report runs/first
 
@@ -38,9 +36,7 @@ def report_command(
     require_extra("report", "jinja2", *(["matplotlib"] if figures else []), extra="report")
     if follow:
         if out or figures:
-            raise ConfigError(
-                "--follow serves the page; --out and --figures write files", hint="call it without --follow"
-            )
+            raise ConfigError("--follow cannot be combined with --out or --figures", hint="leave out --follow")
         _follow(runs, port, as_json=as_json)
         return
     from topkd.compose.report import write_page

@@ -37,22 +37,21 @@ def sample_command(
     teacher: Annotated[str, option("Base URL of the teacher.", "URL")],
     out: CacheOut,
     tokenizer: Annotated[
-        str | None, option("The served model's tokenizer (folder or id); needed unless rows hold ids.", "MODEL")
+        str | None, option("Teacher's tokenizer (folder or id), unless rows hold ids.", "MODEL")
     ] = None,
-    model: Annotated[str | None, option("Served name; the server's only one when left out.", "NAME")] = None,
+    model: Annotated[str | None, option("Model name on the server; default: its only model.", "NAME")] = None,
     dialect: Annotated[
         str, option(f"{', '.join(DIALECTS)}; openai is chat completions.", "NAME", one_of=DIALECTS)
     ] = "auto",
-    k: Annotated[int, option("Entries of each position; 0 for completions alone.", "K", "--k", min=0)] = 20,
-    n: Annotated[int, option("Completions of each prompt.", "N", "-n", "--n", min=1)] = 1,
-    max_new_tokens: Annotated[int, option("Tokens of one completion at most.", "N", min=1)] = 512,
-    seed: Annotated[int, option("Another seed draws other completions.", "N", min=0)] = 0,
-    revision: Annotated[str, option("Fingerprint of the teacher's weights, if its name may change.", "TEXT")] = "",
+    k: Annotated[int, option("Top-K entries of each position; 0 for text alone.", "K", "--k", min=0)] = 20,
+    n: Annotated[int, option("Completions per prompt.", "N", "-n", "--n", min=1)] = 1,
+    max_new_tokens: Annotated[int, option("Most tokens of one completion.", "N", min=1)] = 512,
+    seed: Annotated[int, option("Random seed of the completions.", "N", min=0)] = 0,
+    revision: Annotated[str, option("Version of the teacher's weights; part of the cache's keys.", "TEXT")] = "",
     api_key_env: ApiKeyEnv = None,
     limit: Limit = None,
     max_tokens: Annotated[
-        int | None,
-        option("Stop before more tokens, prompts and completions, are paid for.", "N", min=1, panel=COST),
+        int | None, option("Stop before using more prompt and completion tokens than this.", "N", min=1, panel=COST)
     ] = None,
     max_cost: MaxCost = None,
     price_in: Annotated[float | None, option("Price of a million prompt tokens.", "X", panel=COST)] = None,
@@ -63,12 +62,12 @@ def sample_command(
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
-    """Let the teacher write completions into a cache, with its logprobs: for servers that sample but cannot score.
+    """Sample completions and logprobs from the teacher into a cache, for servers that sample but cannot score.
 
-    Replay them off-policy: --set replay.order=shuffled, with a direct objective (gjs_direct, fkl, ...), or with gjs,
-    scalar_kl or topk_pg, whose importance weights start from the teacher's own logprobs.
+    Train on them with topkd replay --set replay.order=shuffled and a direct objective (gjs_direct, fkl, ...),
+    or with gjs, scalar_kl or topk_pg, whose importance weights use the teacher's own logprobs.
 
-    Exit code 0: every prompt has its completions. 1: rows were refused or not answered (each is named), or a cap
+    Exit code 0: every prompt has its completions. 1: rows were refused or not answered (each is named), or a limit
     stopped the job; everything else is in the cache. 2: invalid arguments or input; no request was sent.
 
     Example: topkd sample rows.jsonl --teacher URL --tokenizer MODEL --out cache

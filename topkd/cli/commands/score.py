@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,97 +20,86 @@ from topkd.compose.config.api_keys import read_api_key
 from topkd.topk.errors import ConfigError
 
 DIALECTS = list_dialects(scores=True)
-TEACHER, WORKERS = "Teacher", "Many workers, or the teacher in them"
+TEACHER, WORKERS = "Teacher", "Ray workers, and a teacher inside this process"  # panels
+
+_of_teacher, _of_workers = partial(option, panel=TEACHER), partial(option, panel=WORKERS)
+_Data = Annotated[
+    Path, typer.Argument(help="JSONL, Parquet, a datasets folder, or a cache to score again.", metavar="DATA")
+]
+_Teacher = Annotated[
+    list[str] | None,
+    _of_teacher("Base URL; repeat it for replicas. vllm:FOLDER loads the teacher in this process.", "URL"),
+]
+_TeacherId = Annotated[
+    list[str] | None,
+    _of_teacher(
+        "Server for the rows whose teacher_id is NAME; repeat it for other teachers, or for replicas. "
+        "NAME alone, with --teacher: score only the rows with this teacher_id.",
+        "NAME=URL",
+    ),
+]
+_Model = Annotated[
+    list[str] | None,
+    _of_teacher("Model name on the server; default: its only model. NAME=MODEL for one of several.", "MODEL"),
+]
+_Dialect = Annotated[str, _of_teacher(f"{', '.join(DIALECTS[:-1])} or {DIALECTS[-1]}.", "NAME", one_of=DIALECTS)]
+_Revision = Annotated[
+    list[str] | None,
+    _of_teacher("Version of the weights; part of the cache's keys. NAME=REVISION for one of several.", "TEXT"),
+]
+_VocabSize = Annotated[
+    list[str] | None, _of_teacher("Vocabulary size: larger ids are refused. NAME=N for one of several.", "N")
+]
+_ApiKeyEnv = Annotated[str | None, _of_teacher("Environment variable that holds the API key.", "NAME")]
+_MaxTokens = Annotated[int | None, option("Stop before sending more tokens than this.", "N", min=1, panel=COST)]
+_Price = Annotated[float | None, option("Price of a million tokens sent.", "X", panel=COST)]
+_Estimate = Annotated[bool, flag("--estimate", "Count tokens and cost; score nothing.", panel=COST)]
+_Runner = Annotated[str, _of_workers("local, or ray: many workers write one cache.", "NAME", one_of=("local", "ray"))]
+_Workers = Annotated[int, _of_workers("Number of ray workers; they share --in-flight.", "N", min=1)]
+_Gpus = Annotated[float, _of_workers("GPUs for each ray worker, for vllm:FOLDER.", "X", min=0.0)]
+_RayAddress = Annotated[
+    str | None, _of_workers("Ray cluster to join; default: RAY_ADDRESS, else one is started.", "ADDRESS")
+]
+_Engine = Annotated[
+    list[str] | None, _of_workers("Argument of vllm.LLM for vllm:FOLDER, as in dtype=bfloat16.", "KEY=VALUE")
+]
 
 if TYPE_CHECKING:
     from topkd.compose.bulk.config import ScoreReport
 
 
 def score_command(
-    data: Annotated[
-        Path, typer.Argument(help="JSONL, Parquet, a datasets folder, or a cache to score anew.", metavar="DATA")
-    ],
+    data: _Data,
     out: CacheOut,
-    teacher: Annotated[
-        list[str] | None,
-        option("Base URL; repeat it for replicas. vllm:FOLDER loads the teacher here.", "URL", panel=TEACHER),
-    ] = None,
-    teacher_id: Annotated[
-        list[str] | None,
-        option(
-            "This server scores the rows whose teacher_id is NAME; repeatable, also for replicas. "
-            "NAME alone, beside --teacher: score the rows of this teacher_id and pass over the others.",
-            "NAME=URL",
-            panel=TEACHER,
-        ),
-    ] = None,
-    model: Annotated[
-        list[str] | None,
-        option(
-            "Served name; the server's only one when left out. NAME=MODEL for one of several teachers.",
-            "MODEL",
-            panel=TEACHER,
-        ),
-    ] = None,
-    dialect: Annotated[
-        str,
-        option(f"{', '.join(DIALECTS[:-1])} or {DIALECTS[-1]}.", "NAME", one_of=DIALECTS, panel=TEACHER),
-    ] = "auto",
-    k: Annotated[int, option("Entries of each position.", "K", "--k", min=1)] = 20,
+    teacher: _Teacher = None,
+    teacher_id: _TeacherId = None,
+    model: _Model = None,
+    dialect: _Dialect = "auto",
+    k: Annotated[int, option("Top-K entries of each position.", "K", "--k", min=1)] = 20,
     tokenizer: Annotated[str | None, option("Tokenizer (folder or id), for rows of text.", "MODEL")] = None,
-    revision: Annotated[
-        list[str] | None,
-        option(
-            "Fingerprint of the weights, if the name may change. NAME=REVISION for one of several.",
-            "TEXT",
-            panel=TEACHER,
-        ),
-    ] = None,
-    vocab_size: Annotated[
-        list[str] | None,
-        option(
-            "Ids of its vocabulary: a reply with one past it is a fault. NAME=N for one of several.", "N", panel=TEACHER
-        ),
-    ] = None,
-    api_key_env: Annotated[
-        str | None, option("Environment variable that holds the API key.", "NAME", panel=TEACHER)
-    ] = None,
+    revision: _Revision = None,
+    vocab_size: _VocabSize = None,
+    api_key_env: _ApiKeyEnv = None,
     limit: Limit = None,
-    shard: Annotated[str, option("Of N parts the I-th.", "I/N")] = "1/1",
-    dedupe: Annotated[bool, flag("--dedupe", "Skip rows that came before, across shards too.")] = False,
-    max_tokens: Annotated[int | None, option("Stop before more tokens are sent.", "N", min=1, panel=COST)] = None,
+    shard: Annotated[str, option("Score only part I of N.", "I/N")] = "1/1",
+    dedupe: Annotated[bool, flag("--dedupe", "Skip rows that came before, in other shards too.")] = False,
+    max_tokens: _MaxTokens = None,
     max_cost: MaxCost = None,
-    price_per_million: Annotated[float | None, option("Price of a million tokens sent.", "X", panel=COST)] = None,
-    estimate: Annotated[bool, flag("--estimate", "Count tokens and cost; score nothing.", panel=COST)] = False,
+    price_per_million: _Price = None,
+    estimate: _Estimate = False,
     codec: CodecName = "packed",
     in_flight: InFlight = 128,
     strict: Strict = False,
-    runner: Annotated[
-        str,
-        option(
-            "local, or ray: many workers, here or on a cluster, into the one cache.",
-            "NAME",
-            one_of=("local", "ray"),
-            panel=WORKERS,
-        ),
-    ] = "local",
-    workers: Annotated[int, option("Of --runner ray; they share --in-flight.", "N", min=1, panel=WORKERS)] = 4,
-    gpus_per_worker: Annotated[
-        float, option("GPUs that each of them takes, for vllm:FOLDER.", "X", min=0.0, panel=WORKERS)
-    ] = 0.0,
-    ray_address: Annotated[
-        str | None,
-        option("Cluster to join; RAY_ADDRESS when left out, else one is started.", "ADDRESS", panel=WORKERS),
-    ] = None,
-    engine: Annotated[
-        list[str] | None,
-        option("An argument of vllm.LLM for vllm:FOLDER, as in dtype=bfloat16.", "KEY=VALUE", panel=WORKERS),
-    ] = None,
+    runner: _Runner = "local",
+    workers: _Workers = 4,
+    gpus_per_worker: _Gpus = 0.0,
+    ray_address: _RayAddress = None,
+    engine: _Engine = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a data file into a cache; run it again to continue, and cached rows cost nothing.
 
-    Exit code 0: every row is in the cache. 1: rows were refused or not answered (each is named), or a cap stopped the
+    Exit code 0: every row is in the cache. 1: rows were refused or not answered (each is named), or a limit stopped the
     job; everything else is in the cache. 2: invalid arguments or input; no request was sent.
 
     Example: topkd score data.jsonl --teacher http://127.0.0.1:8000 --out cache
@@ -117,31 +107,44 @@ def score_command(
     from topkd.compose.config.run_config import validate_config
     from topkd.compose.score import ScoreConfig, score
 
-    routes, wanted = _parse_routes(teacher_id or [])
-    if bool(teacher) == bool(routes):
-        raise ConfigError(
-            "who scores?", got="both" if teacher else "no server",
-            expected="--teacher URL, or --teacher-id NAME=URL for each teacher that the rows name",
-        )  # fmt: skip
-    one_model, models = _split_named(model or [], routes, "--model")
-    one_revision, revisions = _split_named(revision or [], routes, "--revision")
-    one_size, sizes = _split_named(vocab_size or [], routes, "--vocab-size")
     values = {
-        "data": data, "out": out, "teachers": tuple(teacher or ()), "routes": routes, "model": one_model,
-        "models": models, "dialect": dialect, "k": k, "tokenizer": tokenizer, "revision": one_revision or "",
-        "revisions": revisions, "vocab_size": one_size, "vocab_sizes": sizes, "teacher_id": wanted, "limit": limit,
-        "api_key": read_api_key(api_key_env, source="--api-key-env"),
-        "shard": _parse_shard(shard), "dedupe": dedupe, "max_tokens": max_tokens, "max_cost": max_cost,
-        "price_per_million": price_per_million, "estimate": estimate, "codec": codec, "in_flight": in_flight,
-        "strict": strict, "runner": runner, "workers": workers, "gpus_per_worker": gpus_per_worker,
-        "engine": dict(_parse_argument(text) for text in engine or []),
+        "data": data, "out": out, "dialect": dialect, "k": k, "tokenizer": tokenizer, "limit": limit,
+        "api_key": read_api_key(api_key_env, source="--api-key-env"), "shard": _parse_shard(shard), "dedupe": dedupe,
+        "max_tokens": max_tokens, "max_cost": max_cost, "price_per_million": price_per_million, "estimate": estimate,
+        "codec": codec, "in_flight": in_flight, "strict": strict, "runner": runner, "workers": workers,
+        "gpus_per_worker": gpus_per_worker, "engine": dict(map(_parse_argument, engine or [])),
         "ray_address": ray_address,
     }  # fmt: skip
+    values |= _parse_teachers(teacher, teacher_id, model, revision, vocab_size)
     config = validate_config(ScoreConfig, values, where="topkd score")
     # Ray prints what happens to its workers; standard output is for the report alone.
     with Display() as display, contextlib.redirect_stdout(sys.stderr):
         report = asyncio.run(score(config, display))
     print_report_and_exit(report, lambda: _format_lines(report), as_json=as_json)
+
+
+def _parse_teachers(
+    teacher: list[str] | None,
+    teacher_id: list[str] | None,
+    model: list[str] | None,
+    revision: list[str] | None,
+    vocab_size: list[str] | None,
+) -> dict[str, object]:
+    """Parse who scores which rows: the fields of a ScoreConfig."""
+    routes, wanted = _parse_routes(teacher_id or [])
+    if bool(teacher) == bool(routes):
+        raise ConfigError(
+            "score needs one way to name its teachers", got="both" if teacher else "none",
+            expected="--teacher URL, or --teacher-id NAME=URL for each teacher that the rows name",
+        )  # fmt: skip
+    shared_model, models = _split_named(model or [], routes, "--model")
+    shared_revision, revisions = _split_named(revision or [], routes, "--revision")
+    shared_size, sizes = _split_named(vocab_size or [], routes, "--vocab-size")
+    return {
+        "teachers": tuple(teacher or ()), "routes": routes, "teacher_id": wanted, "model": shared_model,
+        "models": models, "revision": shared_revision or "", "revisions": revisions, "vocab_size": shared_size,
+        "vocab_sizes": sizes,
+    }  # fmt: skip
 
 
 def _parse_routes(arguments: list[str]) -> tuple[dict[str, tuple[str, ...]], str]:

@@ -16,13 +16,13 @@ def serve_command(
     ],
     host: Annotated[str, option("Address to listen on.", "ADDRESS")] = "127.0.0.1",
     port: Annotated[int, option("Port; 0 takes a free one.", "N", min=0, max=65535)] = 8000,
-    served_model_name: Annotated[str | None, option("Name that clients use.", "NAME")] = None,
+    served_model_name: Annotated[str | None, option("Model name that clients send; default: MODEL.", "NAME")] = None,
     api_key_env: ApiKeyEnv = None,
-    max_logprobs: Annotated[int, option("Largest K; -1 for the whole vocabulary.", "K", min=-1)] = 20,
-    max_model_len: Annotated[int | None, option("Context; the model's own when left out.", "N", min=2)] = None,
+    max_logprobs: Annotated[int, option("Largest K that clients may ask for; -1: no limit.", "K", min=-1)] = 20,
+    max_model_len: Annotated[int | None, option("Context length; default: that of the model.", "N", min=2)] = None,
     dialect: Annotated[
         str,
-        option("Native routes beside the OpenAI ones: vllm or sglang.", "NAME", one_of=("vllm", "sglang")),
+        option("Native API beside the OpenAI one: vllm or sglang.", "NAME", one_of=("vllm", "sglang")),
     ] = "vllm",
     dtype: Annotated[
         str,
@@ -30,9 +30,9 @@ def serve_command(
     ] = "float32",
     device: Annotated[str, option("auto, cpu, cuda or mps.", "NAME", one_of=("auto", "cpu", "cuda", "mps"))] = "auto",
 ) -> None:
-    """Put a Hugging Face causal LM behind vLLM's dialects, or SGLang's.
+    """Serve a Hugging Face causal LM with the API of vLLM or SGLang, for tests and small models.
 
-    Ctrl-C and SIGTERM end the server in order, with exit code 0.
+    Ctrl-C and SIGTERM end the server after the requests in progress, with exit code 0.
 
     Example: topkd serve ./models/teacher --port 8011 --max-logprobs 64
     """

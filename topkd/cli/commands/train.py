@@ -8,14 +8,7 @@ import typer
 
 from topkd.cli.options import AsJson, DryRun, Overrides, Resume, RunFile, RunFolder, Watch, require_extra
 from topkd.cli.output.dry_run_page import run_dry_run
-from topkd.cli.output.progress import Display
-from topkd.cli.output.run_summary import (
-    hint_resume,
-    is_first_process,
-    print_result_and_exit,
-    resume_command,
-    serve_page,
-)
+from topkd.cli.output.run_summary import open_terminal, print_result_and_exit, resume_command
 
 
 def train_command(
@@ -29,8 +22,8 @@ def train_command(
 ) -> None:
     """Distil on-policy: the student samples, a teacher scores what it sampled, the student learns.
 
-    The teacher is served, in this process, or the student itself behind another prompt. Ctrl-C keeps the student so far
-    and says how to go on. Exit code 1: the run ended early, 2: it could not start as written.
+    The teacher is a server, a model in this process, or the student itself with another prompt. Ctrl-C saves the
+    student and prints the command that resumes the run. Exit code 1: the run failed or ended early. 2: a wrong setting.
 
     Example: topkd train run.toml --out runs/first --set steps=200
     """
@@ -45,15 +38,9 @@ def train_command(
         from topkd.compose.preflight.preflight import check_here
 
         check_here(run_config)  # before torch is imported, which takes seconds
-    from topkd.compose.run.signals import StopSignals
     from topkd.compose.train import train
 
     onwards = resume_command("train", config, out, overrides or [])
-    with (
-        StopSignals() as signals,
-        Display(quiet=not is_first_process()) as display,
-        serve_page(out, display, wanted=watch and is_first_process()),
-        hint_resume(out, onwards),
-    ):
+    with open_terminal(out, onwards, watch=watch) as (display, signals):
         result = asyncio.run(train(run_config, out, display, resume=resume, signals=signals))
     print_result_and_exit(result, "done", again=onwards, as_json=as_json)

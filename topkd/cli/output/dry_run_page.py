@@ -45,9 +45,8 @@ def print_dry_run(found: DryRun, config: RunConfig, console: Console) -> None:
     title = f"SETTINGS  ({mark or 'bold'}: given; the others are defaults, docs/defaults.md)"
     _print_section(console, title, _print_settings(found, mark=mark))
     for rendered in found.prompts:
-        _print_section(
-            console, f"FIRST PROMPT, {rendered.side.upper()} ({rendered.tokens} tokens)", _print_prompt(rendered)
-        )
+        title = f"FIRST PROMPT, {rendered.side.upper()} ({rendered.tokens} tokens)"
+        _print_section(console, title, _print_prompt(rendered))
     if any(rendered.parts[1:] for rendered in found.prompts):
         legend = Text.assemble("  ", ("prompt", "dim"), "  ", ("trains", "bold green"), "  ", ("masked", "yellow"))
         console.print(legend, Text(""), sep="\n")
@@ -59,10 +58,9 @@ def print_dry_run(found: DryRun, config: RunConfig, console: Console) -> None:
     _print_section(console, "RUN", _print_pairs(_print_run(found, config)))
     if found.endpoints:
         _print_section(console, "ENDPOINTS", _print_pairs(_print_endpoints(found, config)))
-    for note in found.notes:
-        console.print(_format_bullet("note", "yellow", note))
-    for problem in found.problems:
-        console.print(_format_bullet("problem", "bold red", problem))
+    for word, style, texts in (("note", "yellow", found.notes), ("problem", "bold red", found.problems)):
+        for text in texts:
+            console.print(_print_pairs([(word, text)], style=style))
     if found.problems:
         count = "1 problem stands" if len(found.problems) == 1 else f"{len(found.problems)} problems stand"
         console.print(Text(f"{count} in the way of this run", style="bold red"))
@@ -70,29 +68,18 @@ def print_dry_run(found: DryRun, config: RunConfig, console: Console) -> None:
         console.print(Text("nothing stands in the way of this run", style="green"))
 
 
-def _format_bullet(word: str, style: str, text: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(ratio=1, overflow="fold")
-    table.add_row(Text(word, style=style), Text(text))
-    return table
-
-
 def _print_endpoints(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
-    for endpoint_finding in found.endpoints:
-        fine = endpoint_finding.can_teach and (
-            endpoint_finding.k is None or endpoint_finding.k < 0 or endpoint_finding.k >= config.k
-        )
+    for endpoint in found.endpoints:
+        fine = endpoint.can_teach and (endpoint.k is None or endpoint.k < 0 or endpoint.k >= config.k)
         mark = Text("✓ " if fine else "✗ ", style="green" if fine else "bold red")
-        facts = ", ".join(part for part in (endpoint_finding.model, endpoint_finding.dialect) if part)
-        statement = (
-            endpoint_finding.verdict
-            if fine or not endpoint_finding.can_teach
-            else f"K = {config.k} is above its limit; it {endpoint_finding.verdict}"
-        )
-        about = f"{statement} ({facts}; asked for K = {config.k})" if facts else statement
-        rows.append((endpoint_finding.teacher or "teacher", Group(Text(endpoint_finding.url), mark + Text(about))))
+        facts = ", ".join(part for part in (endpoint.model, endpoint.dialect) if part)
+        about = endpoint.verdict
+        if endpoint.can_teach and not fine:
+            about = f"K = {config.k} is above its limit; it {about}"
+        if facts:
+            about += f" ({facts}; asked for K = {config.k})"
+        rows.append((endpoint.teacher or "teacher", Group(Text(endpoint.url), mark + Text(about))))
     return rows
 
 
@@ -101,9 +88,9 @@ def _print_section(console: Console, title: str, body: Any) -> None:
     console.print(Padding(body, (0, 0, 1, 2)))
 
 
-def _print_pairs(rows: list[tuple[str, Any]]) -> Table:
+def _print_pairs(rows: list[tuple[str, Any]], *, style: str = "dim") -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
+    table.add_column(style=style, no_wrap=True)
     table.add_column(ratio=1, overflow="fold")
     for name, value in rows:
         table.add_row(Text(name), value if not isinstance(value, str) else Text(value))
@@ -124,22 +111,15 @@ def _print_run(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
 
 def _print_data(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
     data = found.data
-    own, teacher_tokens = data["prompt_tokens"], data["teacher_prompt_tokens"]
+    own, on_teacher = data["prompt_tokens"], data["teacher_prompt_tokens"]
     rows = [
         ("file", config.data.path),
         ("rows", f"{data['rows']:,}, {data['dropped_overlong']:,} over-long dropped"),
         ("prompt tokens", f"median {own['median']}, longest {own['longest']} of {config.rollout.max_prompt_tokens}"),
     ]
     if data["privileged"]:
-        rows.append(
-            (
-                "teacher's",
-                (
-                    f"median {teacher_tokens['median']}, longest {teacher_tokens['longest']}; "
-                    f"{data['privileged']:,} rows differ"
-                ),
-            )
-        )
+        differ = f"{data['privileged']:,} rows differ"
+        rows.append(("teacher's", f"median {on_teacher['median']}, longest {on_teacher['longest']}; {differ}"))
     if data["with_completion"]:
         rows.append(("with an answer", f"{data['with_completion']:,}"))
     if len(data["by_teacher"]) > 1:
@@ -150,11 +130,7 @@ def _print_data(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
 def _print_student(found: DryRun, config: RunConfig, forecast: Forecast) -> list[tuple[str, Any]]:
     model = forecast.model
     share = 100 * model.trained / model.parameters
-    trained = (
-        "all of them train"
-        if model.trained == model.parameters
-        else f"{format_count(model.trained)} train ({share:.2g} %)"
-    )
+    trained = f"{format_count(model.trained)} train ({share:.2g} %)" if share < 100 else "all of them train"
     parts = ", ".join(f"{name} {format_bytes(number)}" for name, number in forecast.memory.items())
     there = f" of {format_bytes(forecast.available)} on {found.device}" if forecast.available else ""
     return [
@@ -165,45 +141,20 @@ def _print_student(found: DryRun, config: RunConfig, forecast: Forecast) -> list
 
 
 def _print_work(config: RunConfig, forecast: Forecast) -> list[tuple[str, Any]]:
-    totals = forecast.totals
+    epochs = f"{forecast.epochs:,.0f}" if forecast.epochs >= 10 else f"{forecast.epochs:.2g}"
+    completions = f"{forecast.prompts_per_step} prompts x {config.rollout.samples_per_prompt} completions"
     rows = [
-        (
-            "epochs",
-            f"{_format_few_digits(forecast.epochs)} of the rows in {config.steps:,} step{'s' * (config.steps > 1)}",
-        ),
-        (
-            "a step",
-            (
-                f"{forecast.prompts_per_step} prompts x {config.rollout.samples_per_prompt} completions, "
-                f"at most {format_count(forecast.tokens_per_step)} tokens"
-            ),
-        ),
+        ("epochs", f"{epochs} of the rows in {config.steps:,} step{'s' * (config.steps > 1)}"),
+        ("a step", f"{completions}, at most {format_count(forecast.tokens_per_step)} tokens"),
     ]
     if forecast.teacher_requests_per_step:
-        rows += [
-            (
-                "teacher, a step",
-                (
-                    f"{forecast.teacher_requests_per_step:,} requests, "
-                    f"{format_count(forecast.teacher_tokens_per_step)} "
-                    f"tokens, replies about {format_bytes(forecast.teacher_reply_bytes_per_step)}"
-                ),
-            ),
-            (
-                "teacher, all",
-                (
-                    f"{totals['teacher_requests']:,} requests, "
-                    f"{format_count(totals['teacher_tokens'])} tokens at most, "
-                    f"replies about {format_bytes(totals['teacher_reply_bytes'])}"
-                ),
-            ),
-        ]
+        tokens, size = forecast.teacher_tokens_per_step, forecast.teacher_reply_bytes_per_step
+        replies = f"{format_count(tokens)} tokens, replies about {format_bytes(size)}"
+        rows.append(("teacher, a step", f"{forecast.teacher_requests_per_step:,} requests, {replies}"))
+        tokens, size = forecast.totals["teacher_tokens"], forecast.totals["teacher_reply_bytes"]
+        replies = f"{format_count(tokens)} tokens at most, replies about {format_bytes(size)}"
+        rows.append(("teacher, all", f"{forecast.totals['teacher_requests']:,} requests, {replies}"))
     return rows
-
-
-def _format_few_digits(number: float) -> str:
-    """Two digits of a small number, a large one in whole."""
-    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _print_prompt(rendered: Rendered) -> Text:

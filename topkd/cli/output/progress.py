@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
-from topkd.compose.progress import Progress as Told
+from topkd.compose.progress import Progress as RunProgress
 
 if TYPE_CHECKING:
     from topkd.compose.train import RunResult
@@ -24,8 +24,8 @@ _PLAIN_EVERY_S = 10.0
 _MEASURES = {"kl_k1": "kl", "sft_loss": "-log p", "loss": "loss"}  # of a step, and how its line calls each
 
 
-class Display(Told):
-    """Shows what ``compose`` tells: a live bar on a terminal, at most a line every ten seconds elsewhere."""
+class Display(RunProgress):
+    """Shows the progress of a command: a live bar on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
@@ -42,8 +42,8 @@ class Display(Told):
             disable=not self.live,
         )
         self._task: TaskID | None = None
-        self._name, self._total, self._said_at, self._began = "", 0, 0.0, time.monotonic()
-        self._first: tuple[int, float] | None = None  # of the stage: units and time when it was first told of
+        self._name, self._total, self._printed_at, self._began = "", 0, 0.0, time.monotonic()
+        self._first: tuple[int, float] | None = None  # of the stage: units and time at its first report
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -55,27 +55,27 @@ class Display(Told):
         self._bars.stop()
 
     def note(self, text: str) -> None:
-        """A line worth reading once."""
+        """Print a line."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     def stage(self, name: str, total: int) -> None:
-        """Work of ``total`` units begins."""
-        self._name, self._total, self._said_at, self._first = name, total, 0.0, None
+        """Begin a stage of ``total`` units."""
+        self._name, self._total, self._printed_at, self._first = name, total, 0.0, None
         self._task = self._bars.add_task(name, total=total, detail="")
 
     def advance(self, done: int, detail: str = "") -> None:
-        """``done`` units of the present stage are finished."""
+        """Show that ``done`` units of the present stage are finished."""
         now = time.monotonic()
         self._first = self._first or (done, now)
         if self.live and self._task is not None:
             self._bars.update(self._task, completed=done, detail=detail)
-        elif done == self._total or now - self._said_at > _PLAIN_EVERY_S:
-            self._said_at = now
+        elif done == self._total or now - self._printed_at > _PLAIN_EVERY_S:
+            self._printed_at = now
             clock = f"{now - self._began:.0f} s{format_eta(*self._first, done, self._total, now)}"
             self.note(f"{self._name}: {done}/{self._total} {detail} ({clock})")
 
     def record(self, kind: str, record: dict[str, Any]) -> None:
-        """A step moves the bar; an evaluation gets a line of its own."""
+        """Show a step on the bar, and an evaluation on a line of its own."""
         if kind == "eval":
             self.note(f"step {record['step']:>4}: {format_evaluation(record)}")
             return
@@ -87,7 +87,7 @@ class Display(Told):
 
 
 def format_eta(first: int, since: float, done: int, total: int, now: float) -> str:
-    """How long the rest of a stage takes at the pace so far; nothing while there is no pace, or no rest."""
+    """Format how long the rest of a stage takes at the pace so far; "" where that is unknown."""
     if done <= first or done >= total:
         return ""
     seconds = (now - since) / (done - first) * (total - done)
@@ -95,22 +95,22 @@ def format_eta(first: int, since: float, done: int, total: int, now: float) -> s
 
 
 def format_step(record: dict[str, Any]) -> str:
-    """What a step is judged by, in a few words."""
+    """Format the measure that a step is judged by."""
     measure = _find_measure(record)
     return "no signal" if measure is None else f"{_MEASURES[measure]} {record[measure]:.3f}"
 
 
 def _find_measure(record: dict[str, Any]) -> str | None:
-    """The sampled KL; where nothing was sampled the likelihood of the data, or the loss on the teacher's lists for it.
+    """Find the first measure that a step has: sampled KL, likelihood of the data, or the loss on the teacher's lists.
 
-    Lists that were imported say nothing of a token that is in none of them, so that there is no KL of the data's own.
+    Imported lists say nothing about a token that is in none of them, so that there is no KL of the data itself.
     """
     listed = not math.isnan(record.get("teacher_mass") or math.nan)
     return next((name for name in _MEASURES if record.get(name) is not None and (name != "loss" or listed)), None)
 
 
 def format_evaluation(record: dict[str, Any]) -> str:
-    """An evaluation in one line: what was measured, and on which prefixes where there are several kinds."""
+    """Format an evaluation in one line: what was measured, and on which prefixes."""
     parts = []
     if "accuracy" in record:
         ceiling = f" (teacher {100 * record['teacher_accuracy']:.1f} %)" if "teacher_accuracy" in record else ""
@@ -125,7 +125,7 @@ def format_evaluation(record: dict[str, Any]) -> str:
 
 
 def print_result(result: RunResult, verb: str, *, as_json: bool) -> None:
-    """Print how a finished run ended and where it lies, in the words of its report or as strict JSON."""
+    """Print how a finished run ended and where its files are, as its report does or as strict JSON."""
     from topkd.engine.loop.metrics import make_strict_json
     from topkd.report.analysis.verdict import judge_folder
 

@@ -1,4 +1,4 @@
-"""How a run that was told to stop, or had nothing left to do, is said; and what the command then returns."""
+"""What train and replay print around a run: progress, its page, how it ended, and the command that resumes it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from topkd.cli.output.progress import Display, print_result
 
 if TYPE_CHECKING:
     from topkd.compose.run.run import RunResult
+    from topkd.compose.run.signals import StopSignals
 
-# A service manager's SIGTERM was obeyed: success. Ctrl-C is what shells expect of it.
+# Exit codes: to have obeyed a service manager's SIGTERM is success, and shells expect 130 after Ctrl-C.
 CODES = {"SIGTERM": 0, "SIGINT": 130}
 
 
@@ -44,13 +45,23 @@ def _launch_words() -> list[str]:
 
 
 @contextlib.contextmanager
-def hint_resume(out: Path, again: str) -> Iterator[None]:
-    """Print how to resume a run that fails after it has written to its folder and saved a checkpoint.
+def open_terminal(out: Path, again: str, *, watch: bool) -> Iterator[tuple[Display, StopSignals]]:
+    """Show a run's progress and take its stop signals; see ``serve_page`` and ``hint_resume``."""
+    from topkd.compose.run.signals import StopSignals
 
-    Args:
-        out: Its folder.
-        again: The command that goes on with it.
-    """
+    is_first = is_first_process()
+    with (
+        StopSignals() as signals,
+        Display(quiet=not is_first) as display,
+        serve_page(out, display, wanted=watch and is_first),
+        hint_resume(out, again),
+    ):
+        yield display, signals
+
+
+@contextlib.contextmanager
+def hint_resume(out: Path, again: str) -> Iterator[None]:
+    """Print the command ``again`` when the run in ``out`` fails after it has saved a checkpoint."""
     from topkd.report.load.run_folder import CHECKPOINTS, RUN_LOG
 
     before = _find_write_time(out / RUN_LOG)
@@ -58,7 +69,7 @@ def hint_resume(out: Path, again: str) -> Iterator[None]:
         yield
     except BaseException:
         if is_first_process() and _find_write_time(out / RUN_LOG) != before and any((out / CHECKPOINTS).glob("step-*")):
-            typer.echo(f"once that is mended, go on with: {again}", err=True)
+            typer.echo(f"once that is fixed, resume with: {again}", err=True)
         raise
 
 
@@ -71,20 +82,20 @@ def _find_write_time(file: Path) -> int | None:
 
 
 def print_result_and_exit(result: RunResult, verb: str, *, again: str, as_json: bool) -> None:
-    """Say how the run ended on standard output (standard error for what is not its result), and exit accordingly.
+    """Print how the run ended (what is not its result on standard error), and exit accordingly.
 
     Args:
         result: The run.
         verb: What was done.
-        again: The command that goes on with it.
-        as_json: The result as strict JSON.
+        again: The command that resumes it.
+        as_json: Print the result as strict JSON.
     """
     if not is_first_process():
         raise typer.Exit(CODES.get(result.stopped, 0))
     if result.already:
         typer.echo(f"{result.out} is finished: {len(result.steps)} steps; nothing to resume", err=True)
     if result.stopped:
-        typer.echo(f"{result.stopped}: stopped after step {len(result.steps)}; go on with: {again}", err=True)
+        typer.echo(f"{result.stopped}: stopped after step {len(result.steps)}; resume with: {again}", err=True)
     if result.steps and (as_json or not result.stopped):
         print_result(result, verb, as_json=as_json)
     if result.stopped:
@@ -93,7 +104,7 @@ def print_result_and_exit(result: RunResult, verb: str, *, again: str, as_json: 
 
 @contextlib.contextmanager
 def serve_page(out: Path, display: Display, *, wanted: bool) -> Iterator[None]:
-    """Serve the page of the run in ``out`` until it ends, and say where; nothing unless ``wanted``."""
+    """Serve the page of the run in ``out`` until it ends, and print its address; do nothing unless ``wanted``."""
     if not wanted:
         yield
         return
