@@ -98,7 +98,7 @@ def gc_command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Rewrite a cache with live records only.
+    """Rewrite a cache without superseded, duplicate and damaged records.
 
     Example: topkd cache gc cache --codec cold
     """
