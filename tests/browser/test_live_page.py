@@ -8,7 +8,7 @@ import pytest
 
 from tests.browser.waiting import until
 from tests.report.made import evaluation, write_run
-from topkd.report.page.live_server import serve_run
+from topkd.report.page.live_server import LivePage
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 DOTS = "document.querySelectorAll('#panel-reverse_kl path.dot:not(.big)').length"
@@ -16,7 +16,7 @@ DOTS = "document.querySelectorAll('#panel-reverse_kl path.dot:not(.big)').length
 
 def test_new_points_and_a_new_verdict_appear_without_reloading(tmp_path, open_page):
     path = write_run(tmp_path / "run", done=20)
-    with serve_run(path) as served:
+    with LivePage([path]) as served:
         page = open_page(served.url).page
         before = page.evaluate(DOTS)
         assert "running, step 20 of 60" in page.locator("#state").text_content()
@@ -35,7 +35,7 @@ def test_new_points_and_a_new_verdict_appear_without_reloading(tmp_path, open_pa
 
 def test_a_page_opened_before_the_run_fills_itself(tmp_path, open_page):
     (tmp_path / "run").mkdir()
-    with serve_run(tmp_path / "run") as served:
+    with LivePage([tmp_path / "run"]) as served:
         page = open_page(served.url).page
         assert "Waiting for the first step" in page.locator(".headline").text_content()
         write_run(tmp_path / "run", done=20)
@@ -45,7 +45,7 @@ def test_a_page_opened_before_the_run_fills_itself(tmp_path, open_page):
 
 
 def test_a_server_that_is_gone_is_said_so_and_the_curves_stay(tmp_path, open_page):
-    with serve_run(write_run(tmp_path / "run", done=20)) as served:
+    with LivePage([write_run(tmp_path / "run", done=20)]) as served:
         page = open_page(served.url, expected=("Failed to load resource",)).page
     until(page, "document.querySelector('#state').textContent.includes('gone')")
     page.get_by_role("button", name="Earlier rollout").click()

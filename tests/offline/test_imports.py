@@ -7,7 +7,7 @@ import pytest
 
 from tests.offline.samples import scored
 from topkd.offline import ScoreStore, TeacherIdentity, import_axolotl, import_distillkit
-from topkd.offline.exchange.distillkit import Layout
+from topkd.offline.exchange.imports import DistillKitLayout
 from topkd.topk.errors import AlignmentError, ConfigError, DataError
 
 pq = pytest.importorskip("pyarrow.parquet")
@@ -174,7 +174,7 @@ def test_distillkit_captures_are_unpacked_row_for_row(tmp_path):
         )
         expected[seed] = (ids, top, np.stack([b[1] for b in both]))
     write_capture(tmp_path / "capture", rows)
-    semantics = Layout.load(SETTINGS, tmp_path).semantics
+    semantics = DistillKitLayout.load(SETTINGS, tmp_path).semantics
     assert semantics == "distillkit_lossy;exact=3/8 bfloat16;terms=3;residual=4"
     with ScoreStore(tmp_path / "cache", mode="a", codec="raw") as store:
         done = import_distillkit(tmp_path / "capture", store, TEACHER)
@@ -213,7 +213,7 @@ def test_delta_encoding_is_undone(tmp_path):
                 "delta_encoding": True}  # fmt: skip
     _, _, logp = captured(5)
     steps = np.diff(logp.astype(np.float64), axis=1, prepend=0).astype("<f4")
-    layout = Layout.load(settings, tmp_path)
+    layout = DistillKitLayout.load(settings, tmp_path)
     _, values = layout.decode([bits(range(8), 18)] * len(logp), [list(row.tobytes()) for row in steps])
     assert np.allclose(values, logp, atol=1e-5)
     assert not layout.exact

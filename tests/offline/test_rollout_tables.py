@@ -5,7 +5,7 @@ import pytest
 
 from tests.offline.samples import same, scored
 from topkd.offline import ScoreStore, TeacherIdentity, export_parquet, import_parquet
-from topkd.offline.exchange.rollout_tables import import_rollouts
+from topkd.offline.exchange.exchange import import_rollouts
 from topkd.offline.store.records import ROLLOUT
 from topkd.topk import Rollout, SamplingParams
 
@@ -58,10 +58,10 @@ def test_rollout_rows_that_do_not_fit_are_named_and_the_rest_goes_in(tmp_path):
     rows[2]["logp"] = [-1.0, -2.0]
     rows[3]["sampling"] = "{}"
     with ScoreStore(tmp_path / "back", mode="a") as store:
-        done, tokens, refused = import_rollouts(rows, store, where="f")
+        done = import_rollouts(rows, store, where="f")
         assert len(store) == 1
-    assert (done, tokens) == (1, 1)
-    assert [text.split(":")[0] for text in refused] == [f"f, row {number}" for number in range(4)]
+    assert (done.records, done.tokens) == (1, 1)
+    assert [text.split(":")[0] for text in done.refused] == [f"f, row {number}" for number in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,6 @@ def test_a_rollout_that_no_policy_can_have_drawn_is_refused_unrounded(tmp_path, 
     rows = pq.read_table(tmp_path / "out" / "rollouts.parquet").to_pylist()
     rows[0][column] = value
     with ScoreStore(tmp_path / "back", mode="a") as store:
-        done, _, refused = import_rollouts(rows, store, where="f")
-        assert done == len(store) == 1
-    assert [text.split(":")[0] for text in refused] == ["f, row 0"]
+        done = import_rollouts(rows, store, where="f")
+        assert done.records == len(store) == 1
+    assert [text.split(":")[0] for text in done.refused] == ["f, row 0"]

@@ -15,7 +15,7 @@ from tests.report.made import evaluation, write_run
 from topkd.compose.run.folder import lock_folder
 from topkd.report.page import live_server as live
 from topkd.report.page.content import build_content
-from topkd.report.page.live_server import LivePage, serve_run
+from topkd.report.page.live_server import LivePage
 from topkd.topk.errors import ConfigError
 
 
@@ -48,7 +48,7 @@ def lines(news: dict[str, Any], key: str) -> dict[str, Any]:
 
 def test_new_records_reach_the_page_and_nothing_is_sent_twice(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", done=20)
-    with serve_run(path) as page:
+    with LivePage([path]) as page:
         status, text = get(page, "/")
         assert status == 200
         assert "connect-src &#39;self&#39;" in text
@@ -66,7 +66,7 @@ def test_new_records_reach_the_page_and_nothing_is_sent_twice(tmp_path: Path) ->
 
 def test_a_run_that_has_not_begun_is_waited_for(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    with serve_run(tmp_path / "run") as page:
+    with LivePage([tmp_path / "run"]) as page:
         news = json.loads(get(page, "/data.json")[1])
         assert "Waiting for the first step" in news["html"]["verdict"]
         write_run(tmp_path / "run", done=10)
@@ -77,7 +77,7 @@ def test_a_run_that_has_not_begun_is_waited_for(tmp_path: Path) -> None:
 
 def test_a_run_that_is_killed_and_one_that_goes_on_are_told_without_a_new_record(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", done=20)
-    with serve_run(path) as page:
+    with LivePage([path]) as page:
         with lock_folder(path):
             news = news_of(page)
             assert news["data"]["state"]["text"] == "running, step 20 of 60"
@@ -89,7 +89,7 @@ def test_a_run_that_is_killed_and_one_that_goes_on_are_told_without_a_new_record
 
 
 def test_rollouts_are_given_one_by_one_and_nothing_else_is(tmp_path: Path) -> None:
-    with serve_run(write_run(tmp_path / "run")) as page:
+    with LivePage([write_run(tmp_path / "run")]) as page:
         assert '"rollout-0"' not in get(page, "/")[1]
         assert json.loads(get(page, "/rollout/1.json")[1])["step"] == 2
         for path in ("/rollout/2.json", "/rollout/-1.json", "/rollout/../metrics.jsonl", "/metrics.jsonl", "/x"):
@@ -97,7 +97,7 @@ def test_rollouts_are_given_one_by_one_and_nothing_else_is(tmp_path: Path) -> No
 
 
 def test_a_name_that_is_not_this_machines_is_refused(tmp_path: Path) -> None:
-    with serve_run(write_run(tmp_path / "run")) as page:
+    with LivePage([write_run(tmp_path / "run")]) as page:
         assert get(page, "/", host=f"evil.example:{page.port}")[0] == 403
         assert get(page, "/data.json", host="evil.example")[0] == 403
         assert get(page, "/", host=f"localhost:{page.port}")[0] == 200
@@ -105,7 +105,7 @@ def test_a_name_that_is_not_this_machines_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_log_that_is_cut_back_or_broken_does_not_end_the_page(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", done=30)
-    with serve_run(path) as page:
+    with LivePage([path]) as page:
         first = news_of(page)
         write_run(path, done=12)
         news = news_of(page, first["version"])
@@ -134,7 +134,7 @@ def test_a_page_that_takes_long_to_make_takes_a_tenth_of_the_time_at_most(tmp_pa
 
     monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: now_s))
     monkeypatch.setattr(live, "build_content", slow)
-    with serve_run(path) as page, (path / "metrics.jsonl").open("a") as file:
+    with LivePage([path]) as page, (path / "metrics.jsonl").open("a") as file:
         for _ in range(25):
             file.write(json.dumps({"kind": "event", "event": "tick"}) + "\n")
             file.flush()
@@ -145,5 +145,5 @@ def test_a_page_that_takes_long_to_make_takes_a_tenth_of_the_time_at_most(tmp_pa
 
 def test_a_port_that_is_taken_is_one_clear_line(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run")
-    with serve_run(path) as page, pytest.raises(ConfigError, match=r"cannot serve the page .*: got .*; give another"):
-        serve_run(path, page.port)
+    with LivePage([path]) as page, pytest.raises(ConfigError, match=r"cannot serve the page .*: got .*; give another"):
+        LivePage([path], page.port)

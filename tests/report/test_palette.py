@@ -12,7 +12,6 @@ from topkd.report.page.palette import (
     RAMP_ENDS,
     RAMP_STEPS,
     THEMES,
-    compute_contrast,
     make_ramp,
     write_stylesheet,
 )
@@ -25,6 +24,19 @@ VISIONS = {
     "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
     "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
 }
+
+
+def compute_contrast(first: str, second: str) -> float:
+    """Compute the WCAG 2 contrast ratio of two colours, 1 to 21."""
+    lighter, darker = sorted((compute_luminance(first), compute_luminance(second)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def compute_luminance(colour: str) -> float:
+    """Compute the WCAG 2 relative luminance, 0 to 1."""
+    channels = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def test_contrast_is_the_wcag_ratio() -> None:

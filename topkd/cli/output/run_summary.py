@@ -110,8 +110,8 @@ def serve_page(out: Path, display: Display, *, wanted: bool) -> Iterator[None]:
         return
     require_extra("--watch", "jinja2", extra="report")
     from topkd.engine import EngineConfig
-    from topkd.report.page.live_server import serve_run
+    from topkd.report.page.live_server import LivePage
 
-    with serve_run(out, baseline=EngineConfig().model_dump(mode="json")) as page:
+    with LivePage([out], baseline=EngineConfig().model_dump(mode="json")) as page:
         display.note(f"follow the run at {page.url}")
         yield

@@ -6,37 +6,34 @@ docs/format.md lists the columns.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from topkd.files import stage_file
 from topkd.offline.exchange.parquet_files import import_parquet_module, open_parquet, read_batches
-from topkd.offline.exchange.rollout_tables import (
-    ROLLOUT_COLUMNS,
-    build_column,
-    build_nested_column,
-    build_rollout_table,
-    find_owner_json,
-    import_rollouts,
-    pad_lists,
-)
 from topkd.offline.store.codecs import CODEC_NAMES
 from topkd.offline.store.folder import describe_disk_error
-from topkd.offline.store.keys import TeacherIdentity
+from topkd.offline.store.keys import KEY_BYTES, TeacherIdentity
 from topkd.offline.store.records import ROLLOUT, SCORE, Record
-from topkd.offline.store.store import ScoreStore
+from topkd.offline.store.store import ScoreStore, check_asked_k
 from topkd.offline.store.tables import read_identities
 from topkd.topk.errors import CacheError, ConfigError, DataError, TopkdError
-from topkd.topk.types import TopK
+from topkd.topk.samples import Rollout, SamplingParams
+from topkd.topk.types import PAD_ID, Float32, TopK
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+T = TypeVar("T")
 SCORES_FILE, ROLLOUTS_FILE = "scores.parquet", "rollouts.parquet"
 _BATCH = 256  # rows per Arrow batch: bounded memory whatever the cache holds
 
@@ -48,10 +45,6 @@ class Exchange:
     records: int
     tokens: int
     refused: list[str]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain types only."""
-        return asdict(self)
 
 
 def export_parquet(cache: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Exchange:
@@ -120,8 +113,8 @@ def _import_file(file: Path, store: ScoreStore) -> Exchange:
                             expected=", ".join(sorted(missing)))  # fmt: skip
         rows = (row for batch in read_batches(source, file, batch_size=_BATCH) for row in batch.to_pylist())
         if not rollouts:
-            return import_rows(rows, store, where=str(file))
-        return Exchange(*import_rollouts(rows, store, where=str(file)))
+            return _import_scores(rows, store, where=str(file))
+        return import_rollouts(rows, store, where=str(file))
 
 
 def to_dataset(cache: str | os.PathLike[str]) -> Any:
@@ -142,39 +135,48 @@ def to_dataset(cache: str | os.PathLike[str]) -> Any:
 
 def from_dataset(dataset: Iterable[dict[str, Any]], store: ScoreStore) -> Exchange:
     """Import the rows of ``to_dataset``, or any iterable of such rows, into a store."""
-    return import_rows(dataset, store, where="dataset")
+    return _import_scores(dataset, store, where="dataset")
 
 
-def import_rows(
-    rows: Iterable[dict[str, Any]], store: ScoreStore, *, where: str, teacher: TeacherIdentity | None = None
+def _import_scores(rows: Iterable[dict[str, Any]], store: ScoreStore, *, where: str) -> Exchange:
+    """Import rows with at least ``teacher``, ``ids``, ``start``, ``topk_ids`` and ``topk_logp``."""
+
+    def keep(row: dict[str, Any]) -> int:
+        if not row.get("teacher"):
+            raise DataError("the row names no teacher", expected="a column teacher, as topkd cache export writes it")
+        scores = _row_scores(row)
+        store.put(TeacherIdentity.from_json(row["teacher"]), row["ids"], scores, asked=row.get("k"))
+        return scores.rows
+
+    return keep_each(enumerate(rows), store, keep, where=where, what="score row")
+
+
+def keep_each(
+    items: Iterable[tuple[int, T]], store: ScoreStore, keep: Callable[[T], int], *, where: str, what: str
 ) -> Exchange:
-    """Import rows with the columns of ``scores.parquet`` into a store.
+    """Store items one by one; name those that do not fit.
 
     Args:
-        rows: Mappings with at least ``ids``, ``start``, ``topk_ids``, ``topk_logp``.
+        items: Row numbers, and what stands in these rows.
         store: Open for appending.
-        where: What to call the source in messages.
-        teacher: Whose scores these are, where the rows have no ``teacher`` column.
+        keep: Stores an item, and returns its positions.
+        where: The source, in messages.
+        what: A row of it, in messages.
     """
     done = tokens = 0
-    refused = []
-    for number, row in enumerate(rows):
+    refused: list[str] = []
+    for number, item in items:
+        place = f"{where}, row {number}" if where else f"row {number}"
         try:
-            identity = TeacherIdentity.from_json(row["teacher"]) if row.get("teacher") else teacher
-            if identity is None:
-                raise DataError("a row names no teacher", hint="pass teacher=")
-            scores = _row_scores(row)
-            store.put(identity, row["ids"], scores, asked=row.get("k"))
+            tokens += keep(item)
         except CacheError:
             raise  # no fault of the row
         except TopkdError as error:
-            refused.append(f"{where}, row {number}: {error}")
-            continue
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            refused.append(f"{where}, row {number}: not a score row ({type(error).__name__}: {error})")
-            continue
-        done += 1
-        tokens += scores.rows
+            refused.append(f"{place}: {error}")
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            refused.append(f"{place}: not a {what} ({type(error).__name__}: {error})")
+        else:
+            done += 1
     store.commit()
     return Exchange(done, tokens, refused)
 
@@ -226,3 +228,122 @@ def _iter_batches(records: Iterable[Record]) -> Iterator[list[Record]]:
             batch = []
     if batch:
         yield batch
+
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ROLLOUT_COLUMNS = {"policy", "request", "prompt_ids", "completion_ids", "logp", "finish_reason", "version", "sampling"}
+
+
+def build_rollout_table(batch: Sequence[Record], names: dict[int, TeacherIdentity]) -> pa.Table:
+    """Build a table of one row a rollout; lists are null where the policy gave none."""
+    import pyarrow as pa
+
+    rows = [(record, rollout) for record in batch for rollout in record.rollouts()]
+    lists = [rollout.topk for _, rollout in rows]
+    return pa.table(
+        {
+            "policy": pa.array([find_owner_json(record, names) for record, _ in rows], pa.string()),
+            "request": pa.array([record.header.key.hex() for record, _ in rows], pa.string()),
+            "k": pa.array([record.header.asked for record, _ in rows], pa.int32()),
+            "prompt_ids": build_column([rollout.prompt_ids for _, rollout in rows], pa.int32()),
+            "completion_ids": build_column([rollout.completion_ids for _, rollout in rows], pa.int32()),
+            "logp": build_column([rollout.logp for _, rollout in rows], pa.float32()),
+            "finish_reason": pa.array([rollout.finish_reason for _, rollout in rows], pa.string()),
+            "version": pa.array([rollout.version for _, rollout in rows], pa.string()),
+            "sampling": pa.array([json.dumps(asdict(rollout.sampling)) for _, rollout in rows], pa.string()),
+            "topk_ids": build_nested_column(lists, "ids"),
+            "topk_logp": build_nested_column(lists, "logp"),
+            **{
+                f"topk_{name}": build_column(
+                    [None if scores is None else getattr(scores, name) for scores in lists], kind
+                )
+                for name, kind in (
+                    ("actual_ids", pa.int32()),
+                    ("actual_logp", pa.float32()),
+                    ("tail_logp", pa.float32()),
+                )
+            },
+        }
+    )
+
+
+def import_rollouts(rows: Iterable[dict[str, Any]], store: ScoreStore, *, where: str) -> Exchange:
+    """Import rows of ``build_rollout_table``; those of one request follow each other, and stay one record."""
+
+    def keep(members: list[dict[str, Any]]) -> int:
+        identity, key = TeacherIdentity.from_json(members[0]["policy"] or "null"), bytes.fromhex(members[0]["request"])
+        if len(key) != KEY_BYTES:
+            raise DataError("a request is a key of 32 hex digits", got=members[0]["request"])
+        rollouts = [_read_rollout(row) for row in members]
+        store.keep_rollouts(identity, key, rollouts, k=check_asked_k(members[0].get("k")))
+        return sum(int(rollout.completion_ids.size) for rollout in rollouts)
+
+    requests = groupby(enumerate(rows), key=lambda item: (item[1]["policy"], item[1]["request"]))
+    groups = (list(group) for _, group in requests)
+    items = ((group[0][0], [row for _, row in group]) for group in groups)
+    return keep_each(items, store, keep, where=where, what="rollout row")
+
+
+def _read_rollout(row: dict[str, Any]) -> Rollout:
+    sampling = json.loads(row["sampling"])
+    params = SamplingParams(**{**sampling, "stop_token_ids": tuple(sampling["stop_token_ids"])})
+    prompt, completion = np.asarray(row["prompt_ids"]), np.asarray(row["completion_ids"])  # their checks see any float
+    topk = None
+    if row.get("topk_ids") is not None:
+        ids, logp = pad_lists(row)
+        exact = (np.array(row[f"topk_{name}_logp"], np.float32) for name in ("actual", "tail"))
+        topk = TopK(prompt.size - 1, ids, logp, np.asarray(row["topk_actual_ids"]), *exact)
+    return Rollout(
+        prompt, completion, np.array(row["logp"], np.float32), row["finish_reason"], params, topk, row["version"]
+    )
+
+
+def pad_lists(row: dict[str, Any]) -> tuple[NDArray[Any], Float32]:
+    """Pad the lists of a row to one width."""
+    lists, logps = row["topk_ids"], row["topk_logp"]
+    if len(lists) != len(logps) or any(len(a) != len(b) for a, b in zip(lists, logps, strict=True)):
+        raise DataError("topk_ids and topk_logp differ in shape")
+    width = max((len(entries) for entries in lists), default=0)
+    ids = np.full((len(lists), width), PAD_ID, np.int64)
+    logp = np.full((len(lists), width), -np.inf, np.float32)
+    for r, (tokens, values) in enumerate(zip(lists, logps, strict=True)):
+        ids[r, : len(tokens)], logp[r, : len(tokens)] = [index(token) for token in tokens], values
+    return ids, logp
+
+
+def find_owner_json(record: Record, names: dict[int, TeacherIdentity]) -> str | None:
+    """Return the JSON of the teacher or policy that a record belongs to."""
+    identity = names.get(record.header.tag)
+    return None if identity is None else identity.to_json()
+
+
+def build_column(arrays: Sequence[Any], kind: Any) -> Any:
+    """Build a column of lists, null for None."""
+    import pyarrow as pa
+
+    values = [array for array in arrays if array is not None]
+    return pa.ListArray.from_arrays(_offsets(arrays), pa.array(np.concatenate(values) if values else np.zeros(0), kind))
+
+
+def build_nested_column(lists: Sequence[TopK | None], field: str) -> Any:
+    """Build a column of lists of lists without pads, null for None."""
+    import pyarrow as pa
+
+    kind = {"ids": pa.int32(), "logp": pa.float32()}[field]
+    inner = []
+    for scores in lists:
+        if scores is not None:
+            counts = np.concatenate([[0], np.cumsum(scores.listed.sum(axis=1))]).astype(np.int32)
+            inner.append(pa.ListArray.from_arrays(counts, getattr(scores, field)[scores.listed]))
+    rows = [None if scores is None else scores.ids for scores in lists]
+    return pa.ListArray.from_arrays(_offsets(rows), pa.concat_arrays(inner) if inner else pa.array([], pa.list_(kind)))
+
+
+def _offsets(arrays: Sequence[Any]) -> Any:
+    import pyarrow as pa
+
+    ends = np.concatenate([[0], np.cumsum([0 if array is None else len(array) for array in arrays])]).tolist()
+    absent = [*(array is None for array in arrays), False]
+    return pa.array([None if gone else end for gone, end in zip(absent, ends, strict=True)], pa.int32())

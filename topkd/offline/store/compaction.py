@@ -23,6 +23,7 @@ from topkd.offline.store.tables import (
     concat_tables,
     count_bytes,
     find_live_rows,
+    open_tables,
     read_tables,
     read_teachers,
     select_answer_rows,
@@ -68,8 +69,7 @@ def gc(
                 index.unlink(missing_ok=True)  # its segment is sealed again, or gone
         damage = adopt_orphans(root, foreign=foreign)
         # A damaged record must not make a sound one of the same key superfluous: everything is read first.
-        segments, table = read_tables(root, damage=damage)
-        try:
+        with open_tables(root, damage=damage) as (segments, table):
             sealed = [position for position, segment in enumerate(segments) if segment.index is not None]
             # A record that another process has not yet committed must not make a durable one superfluous.
             answers = select_answer_rows(table[np.isin(table["segment"], sealed)])
@@ -84,8 +84,6 @@ def gc(
                 file.with_suffix(".idx").unlink(missing_ok=True)
             for stray in root.glob("*.tmp"):
                 stray.unlink(missing_ok=True)
-        finally:
-            close_segments(segments)
     return Compaction(copied, len(answers) - copied, before, count_bytes(root), damage)
 
 

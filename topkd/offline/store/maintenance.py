@@ -18,11 +18,10 @@ from topkd.offline.store.records import KIND_NAMES, ROLLOUT, SCORE, Header
 from topkd.offline.store.segment_writer import is_locked_by_writer
 from topkd.offline.store.segments import TORN, Damage, Segment, list_segments
 from topkd.offline.store.tables import (
-    close_segments,
     concat_tables,
     count_bytes,
     find_live_rows,
-    read_tables,
+    open_tables,
     read_teachers,
     select_answer_rows,
     tabulate_headers,
@@ -83,9 +82,7 @@ class Verification:
 def stats(path: str | os.PathLike[str]) -> CacheStats:
     """Count records, tokens and bytes from the indexes, without reading payloads."""
     root = Path(path)
-    open_folder(root, create=False)
-    segments, table = read_tables(root)
-    try:
+    with open_tables(root) as (segments, table):
         answers = select_answer_rows(table)
         live = answers[find_live_rows(answers)]
         scores = live[live["kind"] == SCORE]
@@ -115,8 +112,6 @@ def stats(path: str | os.PathLike[str]) -> CacheStats:
                 for tag in sorted(names)
             ],
         )
-    finally:
-        close_segments(segments)
 
 
 def verify(path: str | os.PathLike[str]) -> Verification:
@@ -158,12 +153,9 @@ def profile(path: str | os.PathLike[str], *, sample: int = 256, seed: int = 0) -
     those in ``quantiles``; holes and unknown tails are counted and left out. ``histograms`` have the shares of
     ``missing`` mass (outside the lists), ``entropy`` and ``lengths`` between their edges, the last one open above.
     """
-    root = Path(path)
-    open_folder(root, create=False)
-    segments, table = read_tables(root)
     quantiles = [0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99]
     mass, entropy, holes, rows = [], [], 0, 0
-    try:
+    with open_tables(Path(path)) as (segments, table):
         answers = select_answer_rows(table)
         live = answers[find_live_rows(answers)]
         scores = live[live["kind"] == SCORE]
@@ -178,11 +170,8 @@ def profile(path: str | os.PathLike[str], *, sample: int = 256, seed: int = 0) -
                 bins = bins[~np.isnan(bins[:, -1])]
                 p = np.exp(bins)
                 entropy.append(-np.sum(p * np.where(p > 0, bins, 0.0), axis=1))
-    finally:
-        close_segments(segments)
-
     lengths = scores["rows"].astype(np.float64)
-    masses, entropies = _merge_counts(mass), _merge_counts(entropy)
+    masses, entropies = _concat(mass), _concat(entropy)
     return {
         "scores": len(chosen),
         "rows": rows,
@@ -199,7 +188,7 @@ def profile(path: str | os.PathLike[str], *, sample: int = 256, seed: int = 0) -
     }
 
 
-def _merge_counts(parts: list[Any]) -> np.ndarray[Any, Any]:
+def _concat(parts: list[Any]) -> np.ndarray[Any, Any]:
     return np.concatenate(parts) if parts else np.zeros(0)
 
 

@@ -238,11 +238,6 @@ class RecordLog:
         self._writer: SegmentWriter | None = None
         self._pid, self._id = os.getpid(), uuid.uuid4().hex[:12]
 
-    @property
-    def writer(self) -> SegmentWriter | None:
-        """The segment that is being written."""
-        return self._writer
-
     def append(self, header: Header, payload: bytes, identity: TeacherIdentity | None) -> tuple[SegmentWriter, int]:
         """Write one record, after its teacher's name where the segment lacks it; commit a full group."""
         writer = self._current_segment()

@@ -63,6 +63,12 @@ class Scan:
     end: int  # end of the last whole record
 
 
+def make_version_error(path: Path, version: int) -> CacheError:
+    """Build the error for a cache of a later format."""
+    what, got = "the cache was written by a newer topkd", f"format {version}"
+    return CacheError(what, where=str(path), got=got, expected=f"at most {VERSION}", hint="upgrade topkd")
+
+
 def list_segments(root: Path) -> list[Path]:
     """List the segments of a store by name."""
     return sorted(path for path in root.iterdir() if _NAME.fullmatch(path.name))
@@ -160,13 +166,7 @@ class Segment:
             return
         _, version, _, _, _, self.host, _ = SEGMENT_HEADER.unpack_from(block)
         if version > VERSION:
-            raise CacheError(
-                "the cache was written by a newer topkd",
-                where=str(self.path),
-                got=f"format {version}",
-                expected=f"at most {VERSION}",
-                hint="upgrade topkd",
-            )
+            raise make_version_error(self.path, version)
 
     def _load_index(self) -> None:
         loaded = read_index(self.path.with_suffix(".idx"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -49,6 +50,17 @@ def read_tables(root: Path, *, first: int = 0, damage: list[Damage] | None = Non
                 table[name] = segment.index.entries[name]
             tables.append(table)
     return segments, concat_tables(tables)
+
+
+@contextlib.contextmanager
+def open_tables(root: Path, *, damage: list[Damage] | None = None) -> Iterator[tuple[list[Segment], Table]]:
+    """Open the segments of a cache, with one row for each record (see ``read_tables``)."""
+    open_folder(root, create=False)
+    segments, table = read_tables(root, damage=damage)
+    try:
+        yield segments, table
+    finally:
+        close_segments(segments)
 
 
 def concat_tables(tables: list[Table]) -> Table:
@@ -111,12 +123,8 @@ def read_teachers(segments: list[Segment], table: Table) -> dict[int, TeacherIde
 
 def read_identities(path: str | os.PathLike[str]) -> dict[int, TeacherIdentity]:
     """Read the teachers of a cache by the tag in record headers."""
-    open_folder(Path(path), create=False)
-    segments, table = read_tables(Path(path))
-    try:
+    with open_tables(Path(path)) as (segments, table):
         return read_teachers(segments, table)
-    finally:
-        close_segments(segments)
 
 
 def count_bytes(root: Path) -> int:

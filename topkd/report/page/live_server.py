@@ -27,7 +27,7 @@ _SHARE = 0.1  # of one core's time at most: the page may be served by the very p
 
 
 class LivePage:
-    """A page that follows runs until it is closed; a context manager."""
+    """A page that follows runs, begun or not, until it is closed; a context manager."""
 
     def __init__(self, paths: Sequence[Path], port: int = 0, baseline: Mapping[str, Any] | None = None) -> None:
         self.paths, self.baseline = list(paths), baseline
@@ -100,11 +100,6 @@ class LivePage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def serve_run(run_dir: Path, port: int = 0, baseline: Mapping[str, Any] | None = None) -> LivePage:
-    """Serve the page of a run that goes on, or has not begun yet; ``.url`` says where, leaving the context ends it."""
-    return LivePage([run_dir], port, baseline)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -60,18 +60,6 @@ def make_ramp(theme: str, end: str) -> list[str]:
     return [_hex([round(a + (b - a) * share) for a, b in zip(card, full, strict=True)]) for share in shares]
 
 
-def compute_contrast(first: str, second: str) -> float:
-    """Compute the WCAG 2 contrast ratio of two colours, 1 to 21."""
-    lighter, darker = sorted((compute_luminance(first), compute_luminance(second)), reverse=True)
-    return (lighter + 0.05) / (darker + 0.05)
-
-
-def compute_luminance(colour: str) -> float:
-    """Compute the WCAG 2 relative luminance, 0 to 1."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in _rgb(colour))]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
 def write_stylesheet() -> str:
     """Write the colours as CSS custom properties: the system's theme, unless the reader chose one; paper is light."""
     light, dark = (_properties(theme) for theme in ("light", "dark"))
