@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from tokenizers.decoders import DecodeStream
 
 from tests.serve.apps import NAME, client, complete, make_app, post, random_ids
-from topkd.serve.engine.endings import Endings
+from topkd.serve.engine.texts import Endings
 
 TEXT = "a – b 🙂 c"
 

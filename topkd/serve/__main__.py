@@ -56,16 +56,10 @@ def _config(options: dict[str, object], key: str | None) -> ServeConfig:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m topkd.serve", description="Serve a causal LM in vLLM's dialects.")
     parser.add_argument("model", help="folder or id of a Hugging Face causal LM")
-    parser.add_argument("--served-model-name")
-    parser.add_argument("--host")
-    parser.add_argument("--dialect")
-    for name in ("port", "max-logprobs", "max-model-len", "max-queue", "max-batch-tokens", "max-running"):
-        parser.add_argument(f"--{name}", type=int)
-    for name in ("max-kv-tokens", "max-body-bytes", "seed"):
-        parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--dtype")
-    parser.add_argument("--device")
-    parser.add_argument("--logprobs-mode")
+    for name, field in ServeConfig.model_fields.items():
+        if name not in {"model", "api_key", "enable_lora"}:
+            kind = int if field.annotation in (int, int | None) else str
+            parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
     parser.add_argument("--enable-lora", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--api-key-env", help=f"variable that holds the API key; {API_KEY_VARIABLE} is read if set")
     parser.add_argument("--watch-stdin", action="store_true", help="end when standard input closes")

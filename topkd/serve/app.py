@@ -21,7 +21,7 @@ from topkd.serve.routes import generate, openai, sglang
 from topkd.serve.routes.control import Control
 from topkd.serve.routes.requests import DetokenizeBody, TokenizeBody, check_prompt_ids
 from topkd.serve.routes.sglang_control import SglangControl
-from topkd.serve.routes.wire import KeyGuard, answer_errors, detail, json_reply, read
+from topkd.serve.routes.wire import KeyGuard, detail, json_reply, list_routes, read
 
 
 def create_app(model: Any, tokenizer: Any, config: ServeConfig) -> Starlette:
@@ -33,14 +33,13 @@ def create_app(model: Any, tokenizer: Any, config: ServeConfig) -> Starlette:
         yield
         served.engine.stop()
 
-    routes = [*_information(served), *openai.list_openai_routes(served)]
     if config.dialect == "sglang":
-        routes += [
-            *sglang.list_sglang_routes(served),
-            *(SglangControl(served).routes() if config.control_routes else []),
-        ]
+        native, control = sglang.list_sglang_routes(served), SglangControl(served).routes()
     else:
-        routes += [*generate.list_generate_routes(served), *(Control(served).routes() if config.control_routes else [])]
+        native, control = generate.list_generate_routes(served), Control(served).routes()
+    routes = [*_information(served), *openai.list_openai_routes(served), *native]
+    if config.control_routes:
+        routes += control
     middleware = [] if config.api_key is None else [Middleware(KeyGuard, key=config.api_key.get_secret_value())]
     app = Starlette(routes=routes, middleware=middleware, lifespan=lifespan, exception_handlers={HTTPException: detail})
     app.state.served = served
@@ -95,8 +94,7 @@ def _information(served: Served) -> list[Route]:
     if served.config.dialect == "vllm":
         gets["/version"] = version
     return [
-        *(Route(path, answer_errors(healthy), methods=["GET", "POST"]) for path in ("/health", "/ping")),
-        *(Route(path, answer_errors(handler), methods=["GET"]) for path, handler in gets.items()),
-        Route("/tokenize", answer_errors(tokenize), methods=["POST"]),
-        Route("/detokenize", answer_errors(detokenize), methods=["POST"]),
+        *list_routes({"/health": healthy, "/ping": healthy}, "GET", "POST"),
+        *list_routes(gets, "GET"),
+        *list_routes({"/tokenize": tokenize, "/detokenize": detokenize}, "POST"),
     ]

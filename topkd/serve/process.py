@@ -114,24 +114,18 @@ class ServerProcess:
     def _wait(self) -> None:
         child = self._child
         assert child is not None  # noqa: S101 - set by start, for the type checker
-        deadline = time.monotonic() + self.startup_timeout_s
+        deadline, where = time.monotonic() + self.startup_timeout_s, f"model={self.config.model}"
         while True:
             if child.poll() is not None:
-                raise ServerError(
-                    "the embedded server died while starting",
-                    where=f"model={self.config.model}, exit status {child.returncode}",
-                    got=self._tail(),
-                )
+                where += f", exit status {child.returncode}"
+                raise ServerError("the embedded server died while starting", where=where, got=self._tail())
             if not self.url:
                 self.url = self._listening_at()
             if self.url and _healthy(self.url):
                 return
             if time.monotonic() > deadline:
-                raise ServerTimeoutError(
-                    f"the embedded server was not ready after {self.startup_timeout_s:g} s",
-                    where=f"model={self.config.model}",
-                    got=self._tail(),
-                )
+                what = f"the embedded server was not ready after {self.startup_timeout_s:g} s"
+                raise ServerTimeoutError(what, where=where, got=self._tail())
             time.sleep(0.05)
 
     def _text(self) -> str:

@@ -53,15 +53,12 @@ def serve(config: ServeConfig) -> None:
         shown = f"[{host}]" if ":" in host else host
         model, tokenizer = load_model(config)
         app: Any = create_app(model, tokenizer, config)
-        settings = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=3,
-        )
-        _start_listening(listening, config)
+        quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
+        settings = uvicorn.Config(app, **quiet, timeout_keep_alive=75, timeout_graceful_shutdown=3)
+        try:  # a port that was bound is not yet ours while another process that bound it, too, may listen
+            listening.listen(BACKLOG)
+        except OSError as error:
+            raise _make_listen_error(config.host, config.port, error) from error
         line = f"{READY_LINE}http://{shown}:{port} (model {config.name}, max_logprobs {config.max_logprobs})"
         with contextlib.suppress(KeyboardInterrupt), _interrupt_on_sigterm():
             _Server(settings, line).run(sockets=[listening])
@@ -127,14 +124,6 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         raise _make_listen_error(host, port, error) from error
     return sock
-
-
-def _start_listening(sock: socket.socket, config: ServeConfig) -> None:
-    """Take connections; a port that was bound is not yet ours while another process that bound it, too, may listen."""
-    try:
-        sock.listen(BACKLOG)
-    except OSError as error:
-        raise _make_listen_error(config.host, config.port, error) from error
 
 
 def _make_listen_error(host: str, port: int, error: OSError | UnicodeError) -> ConfigError:

@@ -12,11 +12,11 @@ from typing import Literal, TypeVar
 import torch
 
 from topkd.serve.config import ServeConfig
-from topkd.serve.engine.endings import Endings
 from topkd.serve.engine.jobs import Answer, EngineJob
 from topkd.serve.engine.refusal import Refusal, check_sequences, overloaded
 from topkd.serve.engine.scoring import score_prompts
 from topkd.serve.engine.sequences import GeneratedSequence, SequenceGroup, draw_next
+from topkd.serve.engine.texts import Endings
 from topkd.serve.model.backbone import Backbone, pad_right
 
 T = TypeVar("T")
@@ -84,6 +84,7 @@ class Engine:
         self._stopping = False
         self._mode: PauseMode | None = None
         self._seeds = torch.Generator().manual_seed(config.seed)
+        self._processed = config.logprobs_mode == "processed_logprobs"
         self.prompt_tokens = self.drawn_tokens = 0
 
     async def submit(self, jobs: list[EngineJob]) -> list[Answer]:
@@ -241,10 +242,6 @@ class Engine:
             self._fail(error, list(self._running))
         self._settle_finished()
 
-    @property
-    def _processed(self) -> bool:
-        return self._config.logprobs_mode == "processed_logprobs"
-
     def _next_batches(self) -> list[list[PendingJob]]:
         """Take waiting jobs of one adapter that fit, and split them into batches of similar length."""
         chosen: list[PendingJob] = []
@@ -317,16 +314,14 @@ class Engine:
             logits = self.backbone.logits(last[rows[part]])
             draw_next(sequences[part], logits, processed=self._processed, version=self.version)
         if generates:
-            self._add_group(SequenceGroup.after_prefill(self.backbone, adapter, sequences, cache, rows))
+            group = SequenceGroup.after_prefill(self.backbone, adapter, sequences, cache, rows)
+            self._close_finished(group)
+            if group.sequences:
+                self._join(group)
         else:
             self._endings.apply(sequences)
             self.drawn_tokens += len(sequences)
         self._settle_finished()
-
-    def _add_group(self, group: SequenceGroup) -> None:
-        self._close_finished(group)
-        if group.sequences:
-            self._join(group)
 
     def _rebuild(self) -> None:
         """Run the tokens so far through the present weights to rebuild the caches."""
@@ -359,9 +354,8 @@ class Engine:
     def _abort_running(self) -> None:
         self._groups.clear()
         self._stale.clear()
-        for pending in self._running:
-            for sequence in pending.sequences:
-                self._endings.abort(sequence)
+        for sequence in (sequence for pending in self._running for sequence in pending.sequences):
+            self._endings.abort(sequence)
         self._settle_finished()
 
     def _settle_finished(self) -> None:

@@ -112,12 +112,8 @@ def _prompt_scores(job: EngineJob, scores: RowScores, rows: slice) -> PromptScor
     if job.prompt_logprobs is None:
         return None
     k = job.prompt_logprobs
-    return PromptScores(
-        scores.ids[rows, :k].numpy(),
-        scores.logp[rows, :k].numpy(),
-        scores.actual_logp[rows].numpy(),
-        scores.actual_rank[rows].numpy(),
-    )
+    parts = (scores.ids[rows, :k], scores.logp[rows, :k], scores.actual_logp[rows], scores.actual_rank[rows])
+    return PromptScores(*(part.numpy() for part in parts))
 
 
 def _candidate_scores(job: EngineJob, scores: RowScores, rows: slice, span: slice) -> np.ndarray | None:

@@ -1,19 +1,20 @@
-"""The served model: engine, vocabulary, names that clients use, and limits."""
+"""The served model: engine, vocabulary, names that clients use, limits, and changes of its weights."""
 
 from __future__ import annotations
 
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 from topkd import __version__
 from topkd.serve.config import ServeConfig
-from topkd.serve.engine.endings import Endings
 from topkd.serve.engine.engine import Engine
 from topkd.serve.engine.refusal import unknown_model
-from topkd.serve.engine.vocabulary import Vocabulary
+from topkd.serve.engine.texts import Endings, Vocabulary
 from topkd.serve.model.backbone import Backbone
-from topkd.topk.errors import ConfigError
+from topkd.serve.model.loading import reload_weights
+from topkd.topk.errors import ConfigError, DataError
 
 # The dialect this server speaks; clients choose between request schemas by it.
 VLLM_DIALECT = "0.32.0"
@@ -46,6 +47,47 @@ class Served:
         if model in self.adapters:
             return model
         raise unknown_model(model, [self.config.name, *self.adapters])
+
+    async def reload_weights(self, path: str, version: str | None = None) -> None:
+        """Load the checkpoint at ``path`` and name it; sequences in progress continue with the new weights.
+
+        Raises:
+            ConfigError: The checkpoint does not fit; nothing has changed.
+        """
+
+        def work() -> None:
+            reload_weights(self.model, path)
+            self.engine.weights_changed()
+            if version is not None:
+                self.engine.version = version
+
+        await self.engine.call(work)
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Serve the LoRA folder at ``path`` as ``name``, in place of what had that name.
+
+        Raises:
+            DataError: No adapter lies there.
+        """
+        if not (Path(path) / "adapter_config.json").is_file():
+            raise DataError(f"No adapter found for {path}")
+
+        def work() -> None:
+            self.engine.backbone.load_adapter(name, path)
+            self.engine.weights_changed()
+
+        await self.engine.call(work)
+        self.adapters[name] = path
+
+    async def unload_adapter(self, name: str) -> None:
+        """Remove an adapter and abort the work that uses it."""
+        del self.adapters[name]
+
+        def work() -> None:
+            self.engine.drop_adapter(name)
+            self.engine.backbone.unload_adapter(name)
+
+        await self.engine.call(work)
 
     def envelope(self, prefix: str, kind: str, model: str | None) -> dict[str, Any]:
         """Return the fields that every OpenAI reply begins with."""

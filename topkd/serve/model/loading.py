@@ -116,18 +116,14 @@ def reload_weights(model: Any, path: str) -> None:
     Raises:
         ConfigError: No such folder, an unreadable checkpoint, or names and shapes that are not the model's.
     """
-    folder = Path(path)
+    folder, where = Path(path), f"weights_path={path}"
     if not folder.is_dir():
-        raise ConfigError(
-            "no checkpoint folder", where=f"weights_path={path}", hint="give a folder this server can read"
-        )
+        raise ConfigError("no checkpoint folder", where=where, hint="give a folder that this server can read")
     try:
         with silence_loading():
             fresh = _load_complete(folder, next(model.parameters()).dtype)
     except Exception as error:
-        raise ConfigError(
-            "the checkpoint cannot be read", where=f"weights_path={path}", got=_first_line(error)
-        ) from error
+        raise ConfigError("the checkpoint cannot be read", where=where, got=_first_line(error)) from error
     new = dict(fresh.named_parameters()) | dict(fresh.named_buffers())
     # Layers wrapped by an adapter keep their own weight under ``base_layer``.
     old = {name.replace(".base_layer.", "."): tensor for name, tensor in _weights(model).items()}
@@ -135,12 +131,8 @@ def reload_weights(model: Any, path: str) -> None:
     if wrong:
         name = wrong[0]
         got, expected = (tuple(t[name].shape) if name in t else "absent" for t in (new, old))
-        raise ConfigError(
-            f"the checkpoint is of another architecture: {name}",
-            where=f"weights_path={path}",
-            got=got,
-            expected=expected,
-        )
+        what = f"the checkpoint is of another architecture: {name}"
+        raise ConfigError(what, where=where, got=got, expected=expected)
     for name, tensor in old.items():
         tensor.copy_(new[name])
 

@@ -9,11 +9,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from topkd.serve.engine import weight_updates
 from topkd.serve.engine.engine import PauseMode
 from topkd.serve.engine.refusal import Refusal, describe_malformed_query, restate_error, worker_failed
 from topkd.serve.engine.served import Served
-from topkd.serve.routes.wire import answer_errors, json_reply, read
+from topkd.serve.routes.wire import json_reply, list_routes, read
 from topkd.topk.errors import DataError, TopkdError
 
 NO_TRANSFER = "Weight transfer not configured. Please set weight_transfer_config to enable weight transfer."
@@ -82,10 +81,7 @@ class Control:
         transfers = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
         posts |= {f"/{name}": self.no_transfer for name in transfers}
         gets = {"/weight_info": self.weight_info, "/is_paused": self.is_paused, "/is_sleeping": self.is_sleeping}
-        return [
-            *(Route(path, answer_errors(handler), methods=["POST"]) for path, handler in posts.items()),
-            *(Route(path, answer_errors(handler), methods=["GET"]) for path, handler in gets.items()),
-        ]
+        return [*list_routes(posts, "POST"), *list_routes(gets, "GET")]
 
     async def collective_rpc(self, request: Request) -> Response:
         """Call a worker's method: ``reload_weights`` is the one there is."""
@@ -94,7 +90,7 @@ class Control:
             raise worker_failed("collective_rpc", f"'Worker' object has no attribute '{body.method}'")
         path = body.kwargs.get("weights_path") or self._served.config.model
         try:
-            await weight_updates.reload(self._served, str(path))
+            await self._served.reload_weights(str(path))
         except TopkdError as error:
             raise worker_failed("collective_rpc", str(error)) from error
         return json_reply({"results": [None]})
@@ -173,7 +169,7 @@ class Control:
                 kind="InvalidUserInput",
             )
         try:
-            await weight_updates.load_adapter(served, name, body.lora_path)
+            await served.load_adapter(name, body.lora_path)
         except DataError as error:
             message = f"Loading lora {name} failed: {error}"
             raise Refusal(message, status=404, kind="NotFoundError") from error
@@ -187,5 +183,5 @@ class Control:
         name, served = body.lora_name, self._served
         if name not in served.adapters:
             raise Refusal(f"The lora adapter '{name}' cannot be found.", status=404, kind="NotFoundError")
-        await weight_updates.unload_adapter(served, name)
+        await served.unload_adapter(name)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")

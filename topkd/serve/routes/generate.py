@@ -17,7 +17,7 @@ from topkd.serve.engine.served import Served
 from topkd.serve.routes import replies
 from topkd.serve.routes.openai import count_shown_entries, refuse_streams, too_long
 from topkd.serve.routes.requests import GenerateBody, check_candidate_ids, check_k, check_max_tokens, check_prompt_ids
-from topkd.serve.routes.wire import answer_errors, cancel_if_disconnected, json_reply, read
+from topkd.serve.routes.wire import cancel_if_disconnected, json_reply, list_routes, read
 
 
 def list_generate_routes(served: Served) -> list[Route]:
@@ -29,7 +29,7 @@ def list_generate_routes(served: Served) -> list[Route]:
         [answer] = await cancel_if_disconnected(request, served.engine.submit([job]))
         return json_reply(await asyncio.to_thread(_reply, served, body, job, answer))
 
-    return [Route("/inference/v1/generate", answer_errors(generate), methods=["POST"])]
+    return list_routes({"/inference/v1/generate": generate}, "POST")
 
 
 def _plan(served: Served, body: GenerateBody) -> EngineJob:

@@ -11,12 +11,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from topkd.serve.engine.jobs import Answer, EngineJob, SamplingJob
+from topkd.serve.engine.jobs import Answer, Completion, EngineJob, SamplingJob
 from topkd.serve.engine.refusal import Refusal, bad_parameter
 from topkd.serve.engine.served import Served
 from topkd.serve.routes import replies
 from topkd.serve.routes.requests import ChatBody, CompletionBody, check_k, check_max_tokens, check_prompt_ids
-from topkd.serve.routes.wire import answer_errors, cancel_if_disconnected, json_reply, read
+from topkd.serve.routes.wire import cancel_if_disconnected, json_reply, list_routes, read
 
 
 def list_openai_routes(served: Served) -> list[Route]:
@@ -34,10 +34,7 @@ def list_openai_routes(served: Served) -> list[Route]:
         [answer] = await cancel_if_disconnected(request, served.engine.submit([job]))
         return json_reply(await asyncio.to_thread(_chat_reply, served, body, job, answer))
 
-    return [
-        Route("/v1/completions", answer_errors(completions), methods=["POST"]),
-        Route("/v1/chat/completions", answer_errors(chat), methods=["POST"]),
-    ]
+    return list_routes({"/v1/completions": completions, "/v1/chat/completions": chat}, "POST")
 
 
 def refuse_streams(*, stream: bool | None, prompt_logprobs: int | None) -> None:
@@ -146,19 +143,10 @@ def _completions_reply(served: Served, body: CompletionBody, plan: _Plan, answer
                     prompt=job.ids if body.echo else (),
                     drawn=plan.show_drawn,
                 )
+            prompt_ids = list(job.ids) if body.return_token_ids else None
+            prompt = {"prompt_logprobs": rows, "prompt_token_ids": prompt_ids}
             choices.append(
-                {
-                    "index": len(choices),
-                    "text": text,
-                    "logprobs": logprobs,
-                    "finish_reason": out.finish_reason,
-                    "stop_reason": out.stop_reason,
-                    "token_ids": out.token_ids if body.return_token_ids else None,
-                    "prompt_logprobs": rows,
-                    "prompt_token_ids": list(job.ids) if body.return_token_ids else None,
-                    "routed_experts": None,
-                    **replies.list_weight_versions(out, asked=body.return_weight_versions),
-                }
+                _build_choice(body, out, {"index": len(choices), "text": text, "logprobs": logprobs}, prompt)
             )
     prompt_tokens = sum(len(job.ids) for job in plan.jobs)
     completions = [out for answer in answers for out in answer.completions]
@@ -166,6 +154,21 @@ def _completions_reply(served: Served, body: CompletionBody, plan: _Plan, answer
         **served.envelope("cmpl", "text_completion", body.model),
         "choices": choices,
         "usage": replies.usage(prompt_tokens, completions),
+    }
+
+
+def _build_choice(
+    body: CompletionBody | ChatBody, out: Completion, shown: dict[str, Any], prompt: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Build a choice of either route, in vLLM's order: what it shows, how it ended, and what is known of the prompt."""
+    return {
+        **shown,
+        "finish_reason": out.finish_reason,
+        "stop_reason": out.stop_reason,
+        "token_ids": out.token_ids if body.return_token_ids else None,
+        **(prompt or {}),
+        "routed_experts": None,
+        **({"weight_versions": replies.weight_versions(out)} if body.return_weight_versions else {}),
     }
 
 
@@ -219,18 +222,7 @@ def _chat_reply(served: Served, body: ChatBody, job: EngineJob, answer: Answer) 
             "function_call": None,
             "reasoning": None,
         }
-        choices.append(
-            {
-                "index": index,
-                "message": message,
-                "logprobs": chosen,
-                "finish_reason": out.finish_reason,
-                "stop_reason": out.stop_reason,
-                "token_ids": out.token_ids if body.return_token_ids else None,
-                "routed_experts": None,
-                **replies.list_weight_versions(out, asked=body.return_weight_versions),
-            }
-        )
+        choices.append(_build_choice(body, out, {"index": index, "message": message, "logprobs": chosen}))
     return {
         **served.envelope("chatcmpl", "chat.completion", body.model),
         "choices": choices,

@@ -14,7 +14,7 @@ import numpy as np
 
 from topkd.serve.engine.jobs import Completion, PromptScores
 from topkd.serve.engine.refusal import not_finite
-from topkd.serve.engine.vocabulary import Vocabulary
+from topkd.serve.engine.texts import Vocabulary
 
 # JSON has no infinity: vLLM writes probability zero as this.
 LOWEST = -9999.0
@@ -169,11 +169,6 @@ def weight_versions(out: Completion) -> list[dict[str, Any]]:
         else:
             spans.append({"version": version, "start": position, "end": position + 1})
     return spans
-
-
-def list_weight_versions(out: Completion, *, asked: bool | None) -> dict[str, Any]:
-    """Return the spans as a field of an OpenAI choice, for requests that ask for it."""
-    return {"weight_versions": weight_versions(out)} if asked else {}
 
 
 def usage(prompt_tokens: int, completions: Sequence[Completion]) -> dict[str, Any]:

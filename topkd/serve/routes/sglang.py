@@ -100,13 +100,9 @@ def list_sglang_routes(served: Served) -> list[Route]:
 
     async def model_info(_: Request) -> Response:
         path = served.config.model
+        version = served.engine.version
         return json_reply(
-            {
-                "model_path": path,
-                "tokenizer_path": path,
-                "is_generation": True,
-                "weight_version": served.engine.version,
-            }
+            {"model_path": path, "tokenizer_path": path, "is_generation": True, "weight_version": version}
         )
 
     gets = {"/server_info": server_info, "/get_server_info": server_info}
@@ -236,20 +232,18 @@ def _input_logprobs(served: Served, body: SglangBody, job: EngineJob, answer: An
                 "input_top_logprobs_null_prefix": len(empty),
             }
         else:
-            meta["input_top_logprobs"] = empty + [
-                [[_finite_or_none(x), *_name_token(served, body, int(i))] for i, x in zip(row_ids, row, strict=True)]
-                for row_ids, row in zip(ids, logps, strict=True)
-            ]
+            rows_listed = zip(ids, logps, strict=True)
+            meta["input_top_logprobs"] = empty + [_list_entries(served, body, *row) for row in rows_listed]
     if body.token_ids_logprob:
-        rows_of: Any = [] if answer.candidate_logp is None else answer.candidate_logp
-        meta["input_token_ids_logprobs"] = empty + [
-            [
-                [_finite_or_none(x), *_name_token(served, body, i)]
-                for i, x in zip(body.token_ids_logprob, row, strict=True)
-            ]
-            for row in rows_of
-        ]
+        candidates: Any = [] if answer.candidate_logp is None else answer.candidate_logp
+        chosen = [_list_entries(served, body, body.token_ids_logprob, row) for row in candidates]
+        meta["input_token_ids_logprobs"] = empty + chosen
     return meta
+
+
+def _list_entries(served: Served, body: SglangBody, ids: Any, logps: Any) -> list[list[Any]]:
+    """List a row's entries; a logprob that is not finite is null."""
+    return [[_finite_or_none(x), *_name_token(served, body, int(i))] for i, x in zip(ids, logps, strict=True)]
 
 
 def _output_logprobs(served: Served, body: SglangBody, out: Completion) -> dict[str, Any]:

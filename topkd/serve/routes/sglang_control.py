@@ -7,7 +7,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from topkd.serve.engine import weight_updates
 from topkd.serve.engine.engine import PauseMode
 from topkd.serve.engine.refusal import Refusal
 from topkd.serve.engine.served import Served
@@ -61,7 +60,7 @@ class SglangControl:
         """Load new weights, and name them when a name is given."""
         body = await read(request, DiskBody, self._limit)
         try:
-            await weight_updates.reload(self._served, body.model_path, body.weight_version)
+            await self._served.reload_weights(body.model_path, body.weight_version)
         except TopkdError as error:
             return _outcome(f"Failed to update weights: {error}", success=False)
         return _outcome("Succeeded to update model weights.")
@@ -91,7 +90,7 @@ class SglangControl:
         if body.lora_name in self._served.adapters:
             return _outcome(f"LoRA adapter {body.lora_name!r} is already loaded.", success=False)
         try:
-            await weight_updates.load_adapter(self._served, body.lora_name, body.lora_path)
+            await self._served.load_adapter(body.lora_name, body.lora_path)
         except Exception as error:  # noqa: BLE001 - whatever peft says about the folder is the answer
             return _outcome(f"Failed to load LoRA adapter: {type(error).__name__}: {error}", success=False)
         return _outcome("", adapters=self._served.adapters)
@@ -101,7 +100,7 @@ class SglangControl:
         body = await read(request, AdapterBody, self._limit)
         if body.lora_name not in self._served.adapters:
             return _outcome(f"LoRA adapter {body.lora_name!r} is not loaded.", success=False)
-        await weight_updates.unload_adapter(self._served, body.lora_name)
+        await self._served.unload_adapter(body.lora_name)
         return _outcome("", adapters=self._served.adapters)
 
 

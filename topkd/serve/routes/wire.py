@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from topkd.serve.engine.refusal import Refusal, describe_malformed
@@ -47,6 +48,11 @@ def answer_errors(handler: Handler) -> Handler:
             return json_reply(unforeseen.body(), 500)
 
     return route
+
+
+def list_routes(handlers: Mapping[str, Handler], *methods: str) -> list[Route]:
+    """List one route a path, with its errors answered."""
+    return [Route(path, answer_errors(handler), methods=list(methods)) for path, handler in handlers.items()]
 
 
 async def read(request: Request, kind: type[B], limit: int) -> B:
