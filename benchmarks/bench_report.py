@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from tests.report.made import rollout, token, write_run  # noqa: E402
 from topkd.report.load.collection import gather  # noqa: E402
-from topkd.report.page.html import render  # noqa: E402
+from topkd.report.page.content import build_content  # noqa: E402
+from topkd.report.page.html import render_page  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "report.json"
 EMPTY = "<!doctype html><html lang=en data-ready=true><title>empty</title><body>"
@@ -78,7 +79,7 @@ def main() -> None:
             run = run_of_200k(folder / str(steps), steps)
             began = time.perf_counter()
             pages[shape] = folder / f"{steps}.html"
-            pages[shape].write_text(render(gather([run])), encoding="utf-8")
+            pages[shape].write_text(render_page(build_content(gather([run]))), encoding="utf-8")
             made_s[shape] = time.perf_counter() - began
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         times: dict[str, list[float]] = {shape: [] for shape in pages}

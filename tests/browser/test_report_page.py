@@ -14,7 +14,8 @@ import pytest
 from tests.browser.waiting import until
 from tests.report.made import NASTY, write_comparison, write_run
 from topkd.report.load.collection import gather
-from topkd.report.page.html import render
+from topkd.report.page.content import build_content
+from topkd.report.page.html import render_page
 
 COLLISIONS = """() => [...document.querySelectorAll('svg.lines, svg.strip')].flatMap((chart) => {
     const frame = chart.getBoundingClientRect();
@@ -38,7 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.browser]
 def run_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     path = folder / "page.html"
-    path.write_text(render(gather([write_run(folder / "first")])), encoding="utf-8")
+    path.write_text(render_page(build_content(gather([write_run(folder / "first")]))), encoding="utf-8")
     return path
 
 
@@ -46,7 +47,7 @@ def run_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def comparison_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cmp")
     path = folder / "page.html"
-    path.write_text(render(gather([write_comparison(folder / "cmp")])), encoding="utf-8")
+    path.write_text(render_page(build_content(gather([write_comparison(folder / "cmp")]))), encoding="utf-8")
     return path
 
 
@@ -100,7 +101,7 @@ def test_a_long_name_beside_a_strip_is_cut_to_the_room_it_has(tmp_path, open_pag
     told = json.loads((folder / "compare.json").read_text())
     told["arms"][0]["label"] = "sampled token, reverse KL, value baseline"  # by a few pixels too long on a phone
     (folder / "compare.json").write_text(json.dumps(told))
-    (tmp_path / "page.html").write_text(render(gather([folder])), encoding="utf-8")
+    (tmp_path / "page.html").write_text(render_page(build_content(gather([folder]))), encoding="utf-8")
     names = open_page(tmp_path / "page.html", width=360).page.locator("svg.strip text.name")
     assert any(name.endswith("…") for name in names.all_text_contents())
     beyond = "ts => ts.map((t) => t.getBoundingClientRect().right - t.ownerSVGElement.getBoundingClientRect().right)"
@@ -135,7 +136,7 @@ def test_no_two_ticks_of_an_axis_read_the_same(tmp_path, open_page):
         (path / "metrics.jsonl").write_text(run_log.replace('"lr": 0.001', '"lr": 12345.5'))
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps(config | {"k": path.name}))
-    (tmp_path / "page.html").write_text(render(gather(runs)), encoding="utf-8")
+    (tmp_path / "page.html").write_text(render_page(build_content(gather(runs))), encoding="utf-8")
     page = open_page(tmp_path / "page.html").page
     for chart in page.locator("svg.lines").all():
         for which in ("text.end", "text.middle"):

@@ -8,7 +8,8 @@ import pytest
 
 from tests.report.made import write_run
 from topkd.report.load.collection import gather
-from topkd.report.page.html import render
+from topkd.report.page.content import build_content
+from topkd.report.page.html import render_page
 from topkd.report.page.palette import make_ramp
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
@@ -18,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.browser]
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokens")
     path = folder / "page.html"
-    path.write_text(render(gather([write_run(folder / "first", rollouts=3)])), encoding="utf-8")
+    path.write_text(render_page(build_content(gather([write_run(folder / "first", rollouts=3)]))), encoding="utf-8")
     return path
 
 
@@ -103,7 +104,9 @@ def test_a_tap_on_a_phone_shows_the_lists_without_leaving_the_text(path, browser
 
 def test_a_run_without_rollouts_says_so(tmp_path, open_page):
     page_path = tmp_path / "page.html"
-    page_path.write_text(render(gather([write_run(tmp_path / "run", rollouts=0)])), encoding="utf-8")
+    page_path.write_text(
+        render_page(build_content(gather([write_run(tmp_path / "run", rollouts=0)]))), encoding="utf-8"
+    )
     page = open_page(page_path).page
     assert page.locator("#explorer").is_hidden()
     assert "No rollouts were recorded" in page.locator("#explorer-absent").inner_text()

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tests.report.made import NASTY, write_comparison, write_run
 from topkd.report.load.collection import gather
-from topkd.report.page.html import escape_json, render
+from topkd.report.page.content import build_content
+from topkd.report.page.html import escape_json, render_page
 from topkd.report.page.token_explorer import select_transcripts
 
 
@@ -50,7 +51,7 @@ def nasty_run(folder: Path) -> Path:
 
 
 def test_no_text_of_a_run_becomes_an_element(tmp_path: Path) -> None:
-    elements = parsed(render(gather([nasty_run(tmp_path)])))
+    elements = parsed(render_page(build_content(gather([nasty_run(tmp_path)]))))
     tags = [tag for tag, _ in elements.tags]
     assert "img" not in tags
     scripts = [attrs for tag, attrs in elements.tags if tag == "script"]
@@ -59,7 +60,7 @@ def test_no_text_of_a_run_becomes_an_element(tmp_path: Path) -> None:
 
 
 def test_embedded_texts_come_back_as_they_were(tmp_path: Path) -> None:
-    elements = parsed(render(gather([nasty_run(tmp_path)])))
+    elements = parsed(render_page(build_content(gather([nasty_run(tmp_path)]))))
     bodies = [text for tag, attrs, text in elements.texts if (attrs.get("id") or "").startswith("rollout-")]
     assert len(bodies) == 2
     body = json.loads(bodies[0])
@@ -71,7 +72,7 @@ def test_embedded_texts_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_the_policy_allows_this_script_and_this_style_and_no_connection(tmp_path: Path) -> None:
-    text = render(gather([nasty_run(tmp_path)]))
+    text = render_page(build_content(gather([nasty_run(tmp_path)])))
     policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]+)"', text)[1])
     found = {tag: body for tag, attrs, body in parsed(text).texts if not attrs.get("type")}
     for tag in ("script", "style"):
@@ -83,7 +84,7 @@ def test_the_policy_allows_this_script_and_this_style_and_no_connection(tmp_path
 
 
 def test_the_page_names_no_address_to_load_from(tmp_path: Path) -> None:
-    text = render(gather([write_comparison(tmp_path / "cmp")]))
+    text = render_page(build_content(gather([write_comparison(tmp_path / "cmp")])))
     for tag, attrs in parsed(text).tags:
         for name in ("src", "href", "srcset", "action", "poster"):
             assert (attrs.get(name) or "#")[0] == "#" or attrs[name] == "data:,", (tag, attrs)

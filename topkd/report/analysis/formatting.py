@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from topkd.report.analysis.intervals import Interval
 
@@ -40,8 +40,16 @@ def format_percent(share: float) -> str:
     return f"{100 * share:.1f} %".replace("-", "−") if math.isfinite(share) else "?"
 
 
-def format_short_count(value: float) -> str:
-    """Format a count in at most four digits: 153.6k."""
+def compute_mean(values: Iterable[float | None]) -> float | None:
+    """Compute the mean of the values that are known; None where none is."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(known) / len(known) if known else None
+
+
+def format_short_count(value: float | None) -> str:
+    """Format a count in at most four digits: 153.6k; "?" for an unknown one."""
+    if value is None:
+        return "?"
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if letter == 'k' else size):.4g}{letter}"

@@ -1,16 +1,16 @@
-"""First and last values of each run's metrics, how noisy they are, and what the run cost."""
+"""First and last values of each run's metrics, how noisy they are, and settings ranked by them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from topkd.report.analysis.formatting import NAMES
-from topkd.report.analysis.intervals import Interval, compute_interval
+from topkd.report.analysis.intervals import Interval, compute_interval, subtract_paired
 from topkd.report.load.collection import RunGroup
 from topkd.report.load.columns import FIXED, Floats, has_column, make_eval_source, read_column, sum_costs
 from topkd.report.load.run_log import LoggedRun
@@ -162,3 +162,65 @@ def compute_spread(outcomes: Sequence[Outcome], key: str) -> Interval:
     """Compute the mean of a group's last values with its interval over seeds; a share's stays in [0, 1]."""
     interval = compute_interval([item.last[key] for item in outcomes if key in item.last and is_counted(item.run)])
     return interval.within_shares() if key in SHARES else interval
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One setting: ``difference`` is to the best one, over the seeds that both have; None for fewer than two.
+
+    A ``control`` is a comparison's yardstick: it stands behind the others, whatever it came to.
+    """
+
+    group: int
+    label: str
+    end: Interval
+    values: list[dict[str, Any]]
+    difference: Interval | None = None
+    control: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values as JSON types."""
+        gap = None if self.difference is None else asdict(self.difference)
+        values = {key: value if math.isfinite(value) else None for key, value in asdict(self.end).items()}
+        return {"group": self.group, "label": self.label, **values, "values": self.values, "difference": gap}
+
+
+def rank_groups(
+    groups: Sequence[RunGroup],
+    outcomes: Sequence[Sequence[Outcome]],
+    metric: Metric,
+    controls: Container[str] = (),
+) -> list[Rank]:
+    """Rank the settings that were run on-policy, best first; replays of other runs' rollouts are not ranked.
+
+    Nor is, by an estimate from rollouts, what trained on completions that the student did not draw.
+    """
+    rows = [
+        Rank(
+            index,
+            group.label,
+            compute_spread(ones, metric.key),
+            _find_values(ones, metric.key),
+            control=group.runs[0].params.get("arm") in controls,
+        )
+        for index, (group, ones) in enumerate(zip(groups, outcomes, strict=True))
+        if not group.replayed and not (metric is SAMPLED and group.foreign)
+    ]
+    rows.sort(key=lambda row: (row.control, row.end.mean if math.isfinite(row.end.mean) else math.inf))
+    if not rows:
+        return []
+    best = collect_last_by_seed(outcomes[rows[0].group], metric.key)
+    return [rows[0], *(_compare_with(row, outcomes[row.group], best, metric) for row in rows[1:])]
+
+
+def _compare_with(row: Rank, ones: Sequence[Outcome], best: dict[int, float], metric: Metric) -> Rank:
+    gap = subtract_paired(collect_last_by_seed(ones, metric.key), best)
+    return replace(row, difference=gap if gap.n >= 2 else None)
+
+
+def _find_values(ones: Sequence[Outcome], key: str) -> list[dict[str, Any]]:
+    return [
+        {"seed": item.run.seed, "run": item.run.name, "value": item.last[key]}
+        for item in ones
+        if key in item.last and is_counted(item.run)
+    ]

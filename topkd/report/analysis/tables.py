@@ -1,4 +1,4 @@
-"""Tables of the page: what came out, setting by setting, and what went in, with what differs marked."""
+"""Tables of the page: results by setting and by run, what ``topkd compare`` worked out, and the settings."""
 
 from __future__ import annotations
 
@@ -8,30 +8,43 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from topkd.report.analysis.formatting import format_interval, format_number, format_percent, format_short_count
+from topkd.report.analysis.formatting import (
+    NAMES,
+    compute_mean,
+    format_interval,
+    format_number,
+    format_percent,
+    format_short_count,
+)
 from topkd.report.analysis.outcome import Outcome, compute_spread, select_counted
 from topkd.report.analysis.verdict import ReportVerdict
 from topkd.report.load.collection import Collection, RunGroup, find_differing_keys
 from topkd.report.load.run_log import flatten_settings
 
-_METRICS = (
-    ("reverse_kl", "KL(S‖T)"),
-    ("forward_kl", "KL(T‖S)"),
-    ("jsd", "JSD"),
-    ("kl_k1", "KL(S‖T), estimate"),
-    ("log_ratio", "log(S/T), replayed"),
-    ("sft_loss", "−log p of the data"),
-    ("agreement", "same top token"),
-    ("accuracy", "accuracy"),
-)
-_TOTALS = (
-    ("tokens", "tokens"),
-    ("scored_tokens", "teacher tokens"),
-    ("requests", "requests"),
-    ("retries", "retries"),
-    ("cache_hits", "cache hits"),
-    ("seconds", "seconds"),
-)
+METRICS = {
+    "reverse_kl": "KL(S‖T)",
+    "forward_kl": "KL(T‖S)",
+    "jsd": "JSD",
+    "kl_k1": "KL(S‖T), estimate",
+    "log_ratio": "log(S/T), replayed",
+    "sft_loss": "−log p of the data",
+    "agreement": "same top token",
+    "accuracy": "accuracy",
+}
+_TOTALS = {
+    "tokens": "tokens",
+    "scored_tokens": "teacher tokens",
+    "requests": "requests",
+    "retries": "retries",
+    "cache_hits": "cache hits",
+    "seconds": "seconds",
+}
+_TITLES = {
+    "live": "Compared on-policy, live",
+    "replay": "Replayed on the reference's rollouts: an off-policy test of the estimators",
+}
+_COLUMNS = ("arm", "learning rate", "area, share of start", "area ratio", "last value ratio", "tokens to target")
+_COSTS = (("teacher_calls", "teacher calls"), ("teacher_tokens", "teacher tokens"), ("teacher_bytes", "teacher bytes"))
 # What a setting is that was left to the kind of run: the configuration has null.
 _LEFT_OUT = {"learner.lr": "2e-6; 1e-4 where only an adapter trains"}
 
@@ -54,26 +67,24 @@ def build_summary_table(
     """Build a row a setting, best first: last values with 95 % intervals over seeds, differences to the best, cost."""
     gaps = {rank.group: rank.difference for rank in statement.ranks}
     order = [*gaps, *(index for index in range(len(groups)) if index not in gaps)]
-    flatly = [item for group in outcomes for item in group]
-    metrics = [(key, name) for key, name in _METRICS if any(key in item.last for item in flatly)]
-    sums = [(key, name) for key, name in _TOTALS if any(item.totals.get(key) is not None for item in flatly)]
+    metrics, sums = _select_columns(outcomes)
     paired = any(gaps.values())
-    areas = any(math.isfinite(item.area) for item in flatly)
-    columns = ["setting", "runs", *(name for _, name in metrics)]
+    areas = any(math.isfinite(item.area) for group in outcomes for item in group)
+    columns = ["setting", "runs", *metrics.values()]
     columns += ["paired difference to the best"] * paired + [f"mean {statement.metric}"] * areas
-    columns += [name for _, name in sums]
+    columns += sums.values()
     rows = []
     for index in order:
         ones = outcomes[index]
         meant = select_counted(ones)
         row = [groups[index].label, str(len(ones)) if len(meant) == len(ones) else f"{len(meant)} of {len(ones)}"]
-        row += [_format_metric(ones, key) for key, _ in metrics]
+        row += [_format_metric(ones, key) for key in metrics]
         if paired:
             gap = gaps.get(index)
             row.append(format_interval(gap) if gap else "best" if index == order[0] else "—")
         if areas:
-            row.append(format_number(_compute_mean([item.area for item in meant])))
-        row += [_format_total(meant, key) for key, _ in sums]
+            row.append(format_number(compute_mean(item.area for item in meant)))
+        row += [_format_total(meant, key) for key in sums]
         rows.append(row)
     note = "Means over seeds with 95 % Student-t intervals in brackets." if any(len(g.runs) > 1 for g in groups) else ""
     return Table(columns, rows, [False, *[True] * (len(columns) - 1)], note=note)
@@ -81,20 +92,19 @@ def build_summary_table(
 
 def build_runs_table(groups: Sequence[RunGroup], outcomes: Sequence[Sequence[Outcome]]) -> Table:
     """Build a row a run."""
-    flatly = [(group, item) for group, ones in zip(groups, outcomes, strict=True) for item in ones]
-    metrics = [(key, name) for key, name in _METRICS if any(key in item.last for _, item in flatly)]
-    sums = [(key, name) for key, name in _TOTALS if any(item.totals.get(key) is not None for _, item in flatly)]
-    columns = ["run", "setting", "seed", "state", *(name for _, name in metrics), *(name for _, name in sums)]
+    metrics, sums = _select_columns(outcomes)
+    columns = ["run", "setting", "seed", "state", *metrics.values(), *sums.values()]
     rows = [
         [
             item.run.name,
             group.label,
             "?" if item.run.seed is None else str(item.run.seed),
             item.run.state,
-            *(_format_metric([item], key) for key, _ in metrics),
-            *(_format_total([item], key) for key, _ in sums),
+            *(_format_metric([item], key) for key in metrics),
+            *(_format_total([item], key) for key in sums),
         ]
-        for group, item in flatly
+        for group, ones in zip(groups, outcomes, strict=True)
+        for item in ones
     ]
     return Table(columns, rows, [False, False, True, False, *[True] * (len(columns) - 4)])
 
@@ -125,19 +135,133 @@ def build_settings_table(
     return Table(columns, rows, [False] * len(columns), frozenset(marked), note)
 
 
+def _select_columns(outcomes: Sequence[Sequence[Outcome]]) -> tuple[dict[str, str], dict[str, str]]:
+    """Select the metrics and totals that any run has, with their names."""
+    items = [item for group in outcomes for item in group]
+    metrics = {key: name for key, name in METRICS.items() if any(key in item.last for item in items)}
+    totals = {key: name for key, name in _TOTALS.items() if any(item.totals.get(key) is not None for item in items)}
+    return metrics, totals
+
+
+def build_comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
+    """Build a table for each phase of a comparison and one of its tuning; leave out what it does not have."""
+    arms = {arm["name"]: arm for arm in comparison.get("arms") or () if isinstance(arm, dict) and "name" in arm}
+    tables = []
+    for phase, title in _TITLES.items():
+        found = comparison.get(phase)
+        if isinstance(found, dict) and (rows := found.get("arms")):
+            stated = found.get("verdict") if phase != "live" else None
+            statement = " ".join(str(stated[key]) for key in ("text", "ends") if stated.get(key)) if stated else ""
+            tables.append(_build_table(comparison, arms, rows, title, statement))
+    return [*tables, *_build_tuning_table(comparison, arms)]
+
+
+def _build_tuning_table(comparison: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Build the table of the learning rates that were tried, and their results."""
+    trials = {name: trial for name, trial in (comparison.get("tuning") or {}).items() if isinstance(trial, dict)}
+    rates = sorted({rate for trial in trials.values() for rate in trial.get("rates") or ()})
+    if not rates:
+        return []
+    rows: list[list[str]] = []
+    marked = set()
+    for name, trial in trials.items():
+        areas = dict(zip(trial.get("rates") or (), trial.get("areas") or (), strict=False))
+        best, edge = trial.get("best"), trial.get("edge")
+        shown = {rate: "broke" if area is None else format_number(area) for rate, area in areas.items()}
+        cells = [shown.get(rate, "—") for rate in rates]
+        taken = f"{format_number(best)}: the grid's {edge}est, refused" if edge else format_number(best)
+        if best in rates:
+            marked.add((len(rows), 1 + rates.index(best)))
+        rows.append([str(arms.get(name, {}).get("label") or name), *cells, taken])
+    columns, title = ["arm", *map(format_number, rates), "taken"], "Learning rates that were tried"
+    note, numeric = _describe_trials(comparison, rates), [False, *[True] * (len(rates) + 1)]
+    return [Table(columns, rows, numeric, frozenset(marked), note, title)]
+
+
+def _describe_trials(comparison: Mapping[str, Any], rates: Sequence[float]) -> str:
+    tuned = comparison.get("tuned")
+    text = "Mean area of the trials at each rate, on seeds and prompts of their own; the lowest is taken."
+    if not isinstance(tuned, dict):
+        return text
+    seeds, asked = tuned.get("seeds") or (), tuned.get("rates") or ()
+    text += f" Tuning seeds: {', '.join(map(str, seeds))}; as many trials for every arm."
+    if len(asked) < len(rates):
+        grid = ", ".join(map(format_number, asked))
+        text += f" The grid was {grid}, and grew where the best rate of an arm was at its edge."
+    return text
+
+
+def _build_table(
+    comparison: Mapping[str, Any],
+    arms: Mapping[str, Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    title: str,
+    statement: str,
+) -> Table:
+    reference = arms.get(str(comparison.get("reference")), {}).get("label") or "the first arm"
+    costs = [(key, name) for key, name in _COSTS if any(key in fact for row in rows for fact in _list_facts(row))]
+    columns = [*_COLUMNS, "tokens ratio", *(name for _, name in costs)]
+    cells = []
+    for row in rows:
+        arm = arms.get(str(row.get("arm")), {})
+        ratios = {key: _format_ratio(row, key) for key in ("area_ratio", "final_ratio", "tokens_ratio")}
+        if row.get("arm") == comparison.get("reference"):
+            ratios = dict.fromkeys(ratios, "reference")
+        label, rate = str(arm.get("label") or row.get("arm")), arm.get("lr")
+        cells.append([label, "the base's" if rate is None else format_number(rate), _format_spread(row.get("area"))])
+        cells[-1] += [ratios["area_ratio"], ratios["final_ratio"], _format_reached(row), ratios["tokens_ratio"]]
+        cells[-1] += [format_short_count(compute_mean(_list_costs(row, key))) for key, _ in costs]
+    metric = comparison.get("metric")
+    note = (
+        f"Ratios are to {reference}, paired by seed, with 95 % intervals; below 1 is better. Area: mean of the "
+        f"{NAMES.get(str(metric), metric)} over the tokens trained on, as a share of its first value. Target: "
+        f"{comparison.get('target', '?')} of the first value; runs that never get there are counted, not averaged."
+    )
+    note = f"On replayed rollouts: {statement} {note}" if statement else note
+    return Table(columns, cells, [False, *[True] * (len(columns) - 1)], note=note, title=title)
+
+
+def _list_facts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    seeds = row.get("seeds")
+    return [fact for fact in seeds.values() if isinstance(fact, dict)] if isinstance(seeds, dict) else []
+
+
+def _format_spread(value: Any) -> str:
+    if not isinstance(value, dict):
+        return "?"
+    sd = value.get("sd")
+    return format_number(value.get("mean")) + (f" (sd {format_number(sd)})" if sd is not None else "")
+
+
+def _format_ratio(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, dict) or value.get("ratio") is None:
+        return "—"
+    text = f"{value['ratio']:.3f}"
+    if value.get("low") is not None and value.get("high") is not None:
+        text += f" [{value['low']:.3f}, {value['high']:.3f}]"
+    pairs, seeds = value.get("pairs"), len(_list_facts(row))
+    return f"{text} ({pairs} of {seeds} pairs)" if isinstance(pairs, int) and pairs < seeds else text
+
+
+def _format_reached(row: Mapping[str, Any]) -> str:
+    seeds, censored = len(_list_facts(row)), int(row.get("censored") or 0)
+    mean = row.get("tokens_to_target")
+    text = format_short_count(mean) if isinstance(mean, int | float) and math.isfinite(mean) else "never"
+    return f"{text} ({censored} of {seeds} never)" if censored and text != "never" else text
+
+
+def _list_costs(row: Mapping[str, Any], key: str) -> list[float]:
+    return [fact[key] for fact in _list_facts(row) if isinstance(fact.get(key), int | float)]
+
+
 def _format_metric(ones: Sequence[Outcome], key: str) -> str:
     say = format_percent if key in ("agreement", "accuracy") else format_number
     return say(ones[0].last.get(key, math.nan)) if len(ones) == 1 else format_interval(compute_spread(ones, key), say)
 
 
 def _format_total(ones: Sequence[Outcome], key: str) -> str:
-    known = [value for item in ones if (value := item.totals.get(key)) is not None]
-    return format_short_count(sum(known) / len(known)) if known else "?"
-
-
-def _compute_mean(values: Sequence[float]) -> float:
-    known = [value for value in values if math.isfinite(value)]
-    return sum(known) / len(known) if known else math.nan
+    return format_short_count(compute_mean(item.totals.get(key) for item in ones))
 
 
 def _format_setting(config: Mapping[str, Any], key: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from topkd.report.analysis.formatting import (
+    compute_mean,
     format_change,
     format_interval,
     format_number,
@@ -21,13 +22,14 @@ from topkd.report.analysis.outcome import (
     SAMPLED,
     Metric,
     Outcome,
+    Rank,
     choose_metric,
     compute_outcome,
     compute_spread,
     is_counted,
+    rank_groups,
     select_counted,
 )
-from topkd.report.analysis.ranking import Rank, rank_groups
 from topkd.report.analysis.warnings import RunWarning, describe_short_limit, find_warnings
 from topkd.report.load.collection import Collection, RunGroup, gather
 from topkd.report.load.run_log import LoggedRun, Record, find_last_step, flatten_settings
@@ -98,12 +100,10 @@ def write_verdict(collection: Collection, groups: Sequence[RunGroup]) -> tuple[R
     if metric is None:
         return _describe_nothing(groups), [[] for _ in groups]
     outcomes = [[compute_outcome(run, metric) for run in group.runs] for group in groups]
-    if len(groups) == 1:
-        statement = (
-            _describe_run(outcomes[0][0], metric)
-            if len(outcomes[0]) == 1
-            else _describe_group(groups[0], outcomes, metric)
-        )
+    if len(groups) == 1 == len(outcomes[0]):
+        statement = _describe_run(outcomes[0][0], metric)
+    elif len(groups) == 1:
+        statement = _describe_group(groups[0], outcomes, metric)
     else:
         statement = _describe_several(groups, outcomes, metric, collection.controls)
         statement.caveat = _write_caveat(collection, groups, statement.ranks)
@@ -116,21 +116,16 @@ def write_verdict(collection: Collection, groups: Sequence[RunGroup]) -> tuple[R
     if collection.unfinished:
         count = sum(len(group.runs) for group in groups)
         statement.detail = f"So far: {statement.headline}. {statement.detail}"
-        statement.headline, statement.tone = (
-            f"Not finished: {count} run{'s' * (count > 1)} so far, and no verdict",
-            "open",
-        )
+        statement.headline = f"Not finished: {count} run{'s' * (count > 1)} so far, and no verdict"
+        statement.tone = "open"
     found = [(item, warning) for ones in outcomes for item in ones for warning in find_warnings(item)]
     if collection.comparison.get("base") == EMBEDDED:
         statement.notes.append(_CUT)
-        statement.facts = [
-            (OF_TEXT if label == _SHARES[1][1] else label, value, remark) for label, value, remark in statement.facts
-        ]
+        statement.facts = [(OF_TEXT if fact[0] == _SHARES[1][1] else fact[0], *fact[1:]) for fact in statement.facts]
         found = [(item, warning) for item, warning in found if not warning.kind.endswith("truncation_rate")]
     else:
-        statement.notes += dict.fromkeys(
-            filter(None, (describe_short_limit(item.run) for ones in outcomes for item in ones))
-        )
+        limits = (describe_short_limit(item.run) for ones in outcomes for item in ones)
+        statement.notes += dict.fromkeys(filter(None, limits))
     statement.warnings += _gather_warnings(found, sum(map(len, outcomes)))
     statement.warnings += collection.notes
     return statement, outcomes
@@ -166,10 +161,8 @@ def _summarize_run(item: Outcome, metric: Metric) -> str:
     """Say in one sentence whether a run worked and what it did."""
     steps, so_far = _describe_steps(item.run), " so far" if item.run.state == "running" else ""
     if metric.key not in item.last or _is_foreign(item, metric):
-        return (
-            f"Not known whether training worked: {steps}, and no measurement says whether the student came closer to "
-            "the teacher."
-        )
+        unknown = "no measurement says whether the student came closer to the teacher"
+        return f"Not known whether training worked: {steps}, and {unknown}."
     if item.measurements < 2:
         return f"Not known yet whether training works: {steps}, and the student was measured only once."
     if item.is_within_noise(metric.key):
@@ -238,16 +231,12 @@ def _describe_nothing(groups: Sequence[RunGroup]) -> ReportVerdict:
         return ReportVerdict("Waiting for the first step.", tone="waiting")
     losses = [step["loss"] for step in runs[0].steps if _has_list_loss(step)] if len(runs) == 1 else []
     if losses:
-        return ReportVerdict(
-            f"The loss on the teacher's lists went from {format_number(losses[0])} to {format_number(losses[-1])} nats",
-            detail=f"{steps:,} steps; nothing in the run log measures the distance of student and teacher.",
-            tone="open",
-        )
-    return ReportVerdict(
-        "Nothing in the run log says how far the student is from its teacher",
-        detail=f"{steps:,} steps, and neither an evaluation nor an estimate among them: the curves are below.",
-        tone="open",
-    )
+        span = f"from {format_number(losses[0])} to {format_number(losses[-1])} nats"
+        detail = f"{steps:,} steps; nothing in the run log measures the distance of student and teacher."
+        return ReportVerdict(f"The loss on the teacher's lists went {span}", detail=detail, tone="open")
+    detail = f"{steps:,} steps, and neither an evaluation nor an estimate among them: the curves are below."
+    headline = "Nothing in the run log says how far the student is from its teacher"
+    return ReportVerdict(headline, detail=detail, tone="open")
 
 
 def _has_list_loss(step: Record) -> bool:
@@ -258,21 +247,15 @@ def _has_list_loss(step: Record) -> bool:
 def _describe_run(item: Outcome, metric: Metric) -> ReportVerdict:
     first, last = item.first.get(metric.key, math.nan), item.last.get(metric.key, math.nan)
     steps = find_last_step(item.run.steps)
-    way = "fell" if last < first else "rose"
     where = "On held-out prefixes, exact over the whole vocabulary" if metric.exact else _BASIS[metric.key]
+    detail = f"{where}; {steps:,} of {item.run.planned or steps:,} steps, {item.run.state}."
     if item.measurements < 2:
-        return ReportVerdict(
-            f"{metric.name} is {format_number(last)} nats a token at the first measurement",
-            detail=f"{where}; {steps:,} of {item.run.planned or steps:,} steps, {item.run.state}.",
-            facts=_list_facts(item),
-        )
+        headline = f"{metric.name} is {format_number(last)} nats a token at the first measurement"
+        return ReportVerdict(headline, detail=detail, facts=_list_facts(item))
     share = "" if metric is LOG_RATIO else _format_share(first, last, is_noise=item.is_within_noise(metric.key))
-    span = f"{way} from {format_number(first)} to" if first != last else "stayed at"
-    return ReportVerdict(
-        f"{metric.name} {span} {format_number(last)} nats a token{share}",
-        detail=f"{where}; {steps:,} of {item.run.planned or steps:,} steps, {item.run.state}.",
-        facts=_list_facts(item),
-    )
+    span = f"{'fell' if last < first else 'rose'} from {format_number(first)} to" if first != last else "stayed at"
+    headline = f"{metric.name} {span} {format_number(last)} nats a token{share}"
+    return ReportVerdict(headline, detail=detail, facts=_list_facts(item))
 
 
 def _format_share(first: float, last: float, *, is_noise: bool) -> str:
@@ -286,11 +269,8 @@ def _format_share(first: float, last: float, *, is_noise: bool) -> str:
 def _describe_group(group: RunGroup, outcomes: Sequence[Sequence[Outcome]], metric: Metric) -> ReportVerdict:
     ended = [item for item in outcomes[0] if is_counted(item.run) and metric.key in item.last]
     left = len(outcomes[0]) - len(ended)
-    aside = (
-        f" {left} other run{'s' * (left > 1)} did not end as planned and count{'s' * (left == 1)} nowhere."
-        if left
-        else ""
-    )
+    aside = f" {left} other run{'s' * (left > 1)} did not end as planned and count{'s' * (left == 1)} nowhere."
+    aside = aside if left else ""
     if not ended:
         return ReportVerdict(f"No run of {group.label} has ended as planned", tone="open")
     if len(ended) == 1:
@@ -333,18 +313,12 @@ def _describe_several(
     # The nearest that cannot be told from it; where all can, the runner-up.
     second = next((item for item in others if item.difference is None or item.difference.low <= 0.0), others[0])
     gap = second.difference
-    statement = ReportVerdict(
-        "", ranks=ranks, facts=_list_mean_facts(outcomes[best.group]), facts_of=f"{best.label}, means over seeds"
-    )
-    ends = (
-        f"{best.label} ends at {format_number(best.end.mean)} nats a token, "
-        f"{second.label} at {format_number(second.end.mean)}"
-    )
+    facts, facts_of = _list_mean_facts(outcomes[best.group]), f"{best.label}, means over seeds"
+    statement = ReportVerdict("", tone="open", ranks=ranks, facts=facts, facts_of=facts_of)
+    ends = f"{best.label} ends at {format_number(best.end.mean)} nats a token"
+    ends += f", {second.label} at {format_number(second.end.mean)}"
     if gap is None:
-        statement.headline, statement.tone = (
-            f"{best.label} has the lower {metric.name}, but nothing says how surely",
-            "open",
-        )
+        statement.headline = f"{best.label} has the lower {metric.name}, but nothing says how surely"
         statement.detail = f"{ends}. Fewer than two seeds in common: no paired interval, so take it as one draw."
     else:
         span = f"{format_number(gap.low)} to {format_number(gap.high)} nats a token over {gap.n} seeds"
@@ -353,33 +327,27 @@ def _describe_several(
             statement.tone = "won"
             statement.detail = f"95 % interval of the paired difference to {second.label}: {span}. {ends}."
         else:
-            statement.headline, statement.tone = f"No clear winner between {best.label} and {second.label}", "open"
-            holds = (
-                "holds zero" if gap.high >= 0.0 else f"is below zero: where both have a seed, {second.label} is ahead"
-            )
+            statement.headline = f"No clear winner between {best.label} and {second.label}"
+            ahead = f"is below zero: where both have a seed, {second.label} is ahead"
+            holds = "holds zero" if gap.high >= 0.0 else ahead
             statement.detail = f"The 95 % interval of their paired difference, {span}, {holds}. {ends}."
     statement.warnings += [*filter(None, [aside]), *_list_doubts(comparable, outcomes)]
     return statement
 
 
 def _list_doubts(ranks: Sequence[Rank], outcomes: Sequence[Sequence[Outcome]]) -> list[str]:
-    statement = []
+    doubts = []
     seeds = min(rank.end.n for rank in ranks)
     if seeds < ENOUGH_SEEDS:
-        statement.append(
-            f"{seeds} seed{'s' * (seeds > 1)} a setting: intervals from fewer than {ENOUGH_SEEDS} are rough"
-        )
+        doubts.append(f"{seeds} seed{'s' * (seeds > 1)} a setting: intervals from fewer than {ENOUGH_SEEDS} are rough")
     if any(len({dot["seed"] for dot in rank.values}) < len(rank.values) for rank in ranks):
-        statement.append(
-            "runs of one setting share a seed, or have none: their interval says how they repeat, not how seeds vary"
-        )
+        repeat = "their interval says how they repeat, not how seeds vary"
+        doubts.append(f"runs of one setting share a seed, or have none: {repeat}")
     tokens = [item.totals["tokens"] for ones in outcomes for item in ones if is_counted(item.run)]
     known = [count for count in tokens if count]
     if known and max(known) > 1.05 * min(known):
-        statement.append(
-            f"runs trained on {min(known):,.0f} to {max(known):,.0f} tokens: compare at equal tokens, below"
-        )
-    return statement
+        doubts.append(f"runs trained on {min(known):,.0f} to {max(known):,.0f} tokens: compare at equal tokens, below")
+    return doubts
 
 
 def _write_caveat(collection: Collection, groups: Sequence[RunGroup], ranks: Sequence[Rank]) -> str:
@@ -402,9 +370,8 @@ def _use_stated_verdict(statement: ReportVerdict, comparison: dict[str, Any]) ->
     stated = comparison.get("verdict")
     text = stated.get("text") if isinstance(stated, dict) else None
     if isinstance(stated, dict) and isinstance(text, str) and text:
-        ends = [
-            f"{rank.label} {format_number(rank.end.mean)}" for rank in statement.ranks if math.isfinite(rank.end.mean)
-        ]
+        known = [rank for rank in statement.ranks if math.isfinite(rank.end.mean)]
+        ends = [f"{rank.label} {format_number(rank.end.mean)}" for rank in known]
         lines = [str(stated.get("ends") or ""), f"Last values, nats a token: {', '.join(ends)}." if ends else ""]
         statement.detail = " ".join(part for part in lines if part)
         statement.headline, statement.tone = text, "won" if stated.get("winner") else "open"
@@ -412,16 +379,12 @@ def _use_stated_verdict(statement: ReportVerdict, comparison: dict[str, Any]) ->
 
 
 def _list_facts(item: Outcome) -> list[tuple[str, str, str]]:
-    facts = [
-        (label, format_number(item.last[key]), f"from {format_number(item.first[key])}")
-        for key, label in _DISTANCES
-        if key in item.last
-    ]
-    facts += [
-        (label, format_percent(item.last[key]), _describe_share(item, key, unit))
-        for key, label, unit in _SHARES
-        if key in item.last
-    ]
+    facts = []
+    for key, label, *unit in (*_DISTANCES, *_SHARES):
+        if key in item.last and unit:
+            facts.append((label, format_percent(item.last[key]), _describe_share(item, key, *unit)))
+        elif key in item.last:
+            facts.append((label, format_number(item.last[key]), f"from {format_number(item.first[key])}"))
     return facts + _list_costs(item.totals)
 
 
@@ -437,30 +400,22 @@ def _list_mean_facts(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str]]:
     for key, label, *unit in (*_DISTANCES, *_SHARES):
         if (end := compute_spread(outcomes, key)).n:
             facts.append((label, format_percent(end.mean) if unit else format_number(end.mean), ""))
-    mean: dict[str, float | None] = {}
-    for key in outcomes[0].totals if outcomes else ():
-        known = [value for item in select_counted(outcomes) if (value := item.totals[key]) is not None]
-        mean[key] = sum(known) / len(known) if known else None
-    return facts + _list_costs(mean)
+    keys, counted = outcomes[0].totals if outcomes else (), select_counted(outcomes)
+    return facts + _list_costs({key: compute_mean(item.totals[key] for item in counted) for key in keys})
 
 
 def _list_costs(totals: dict[str, float | None]) -> list[tuple[str, str, str]]:
     """List tokens, the teacher's work and time; leave out what the run log does not have."""
-    statement = []
+    costs = []
     if (tokens := totals.get("tokens")) is not None:
-        statement.append(("Tokens trained on", format_short_count(tokens), ""))
+        costs.append(("Tokens trained on", format_short_count(tokens), ""))
     if (scored := totals.get("scored_tokens")) is not None:
         requests = totals.get("requests")
-        statement.append(
-            (
-                "Teacher scored",
-                format_short_count(scored),
-                "tokens" + (f", {format_short_count(requests)} requests" if requests else ""),
-            )
-        )
+        remark = f"tokens, {format_short_count(requests)} requests" if requests else "tokens"
+        costs.append(("Teacher scored", format_short_count(scored), remark))
     if (seconds := totals.get("seconds")) is not None:
-        statement.append(("Time", f"{seconds:,.0f} s", ""))
-    return statement
+        costs.append(("Time", f"{seconds:,.0f} s", ""))
+    return costs
 
 
 def _gather_warnings(warnings: Sequence[tuple[Outcome, RunWarning]], runs: int) -> list[str]:
@@ -468,11 +423,11 @@ def _gather_warnings(warnings: Sequence[tuple[Outcome, RunWarning]], runs: int) 
     by_kind: dict[str, list[tuple[Outcome, RunWarning]]] = {}
     for item, warning in warnings:
         by_kind.setdefault(warning.kind, []).append((item, warning))
-    statement = []
+    gathered = []
     for same in by_kind.values():
         if len(same) > 2:
             item, warning = same[0]
-            statement.append(f"{len(same)} runs: {warning.text} ({item.run.name}; the others alike)")
+            gathered.append(f"{len(same)} runs: {warning.text} ({item.run.name}; the others alike)")
         else:
-            statement += [warning.text if runs == 1 else f"{item.run.name}: {warning.text}" for item, warning in same]
-    return statement
+            gathered += [warning.text if runs == 1 else f"{item.run.name}: {warning.text}" for item, warning in same]
+    return gathered

@@ -48,29 +48,25 @@ def find_warnings(item: Outcome) -> list[RunWarning]:
     """Find what a careful reader would ask about a run."""
     run = item.run
     warnings: list[RunWarning] = []
+    last = f"step {find_last_step(run.steps)} of {run.planned or '?'}"
     if run.state == "stopped":
         reason = next((event.get("reason") for event in run.events if event.get("event") == "stopped"), None)
-        text = f"stopped at step {find_last_step(run.steps)} of {run.planned or '?'} ({reason or 'no reason given'})"
-        warnings.append(RunWarning("stopped", text))
+        warnings.append(RunWarning("stopped", f"stopped at {last} ({reason or 'no reason given'})"))
     onwards = "the same topkd compare goes on" if "arm" in run.params else "--resume goes on from its last checkpoint"
     if run.state == "unfinished":
-        text = (
-            f"ended at step {find_last_step(run.steps)} of {run.planned or '?'} without a word, and no process of this "
-            f"machine is at work on it: was it killed? ({onwards})"
-        )
-        warnings.append(RunWarning("silent", text))
+        text = f"ended at {last} without a word, and no process of this machine is at work on it: was it killed?"
+        warnings.append(RunWarning("silent", f"{text} ({onwards})"))
     if run.state == "running" and run.planned is not None and (quiet := find_silence(run)) is not None:
         text = f"unfinished, and nothing was written for {quiet}: was it killed? ({onwards})"
         warnings.append(RunWarning("silent", text))
     meant = describe_short_limit(run)
-    alarms = [event for event in run.events if event.get("event") == "alarm"]
-    alarms = [event for event in alarms if not (meant and event.get("alarm") == "truncation_rate")]
-    warnings += [RunWarning(f"alarm {_describe_alarm(event)[1]}", _describe_alarm(event)[0]) for event in alarms[:20]]
+    alarms = [_describe_alarm(event) for event in run.events if event.get("event") == "alarm"]
+    alarms = [alarm for alarm in alarms if not (meant and alarm.kind == "alarm truncation_rate")]
+    warnings += alarms[:20]
     if lost := item.totals.get("lost"):
         asked = float(np.nansum(read_column(run.steps, "samples"))) + lost
-        warnings.append(
-            RunWarning("lost", f"{lost:,.0f} of {asked:,.0f} samples were lost on the way to the teacher and back")
-        )
+        text = f"{lost:,.0f} of {asked:,.0f} samples were lost on the way to the teacher and back"
+        warnings.append(RunWarning("lost", text))
     if skipped := sum(bool(record.get("skipped")) for record in run.steps):
         text = f"{skipped} of {len(run.steps)} steps changed no weight (`skipped` in the run log says why)"
         warnings.append(RunWarning("skipped", text))
@@ -113,9 +109,8 @@ def _find_high_rates(run: LoggedRun) -> list[RunWarning]:
     warnings = []
     ess = read_column(run.steps, "ess")
     if np.isfinite(ess).any() and np.nanmean(ess) < 0.5:
-        warnings.append(
-            RunWarning("ess", f"effective sample size {100 * np.nanmean(ess):.0f} % on average: far off-policy")
-        )
+        text = f"effective sample size {100 * np.nanmean(ess):.0f} % on average: far off-policy"
+        warnings.append(RunWarning("ess", text))
     missing, tokens = read_column(run.steps, "missing_tokens"), read_column(run.steps, "completion_tokens")
     if np.nansum(missing) > 0:
         share = 100 * np.nansum(missing) / max(np.nansum(tokens), 1.0)
@@ -128,8 +123,8 @@ def _find_high_rates(run: LoggedRun) -> list[RunWarning]:
     return warnings
 
 
-def _describe_alarm(event: Record) -> tuple[str, str]:
-    """Return an alarm in words, and its kind: the field that crossed its limit."""
+def _describe_alarm(event: Record) -> RunWarning:
+    """Describe an alarm; its kind is the field that crossed its limit."""
     kind = str(event.get("alarm") or "alarm")
     value, limit = event.get("value"), event.get("limit")
     name, advice = _ALARMS.get(kind, (kind, ""))
@@ -139,4 +134,4 @@ def _describe_alarm(event: Record) -> tuple[str, str]:
     if advice:
         text += f" ({kind}): {advice}"
     step = event.get("step")
-    return (f"step {step}: {text}" if step is not None else text), kind
+    return RunWarning(f"alarm {kind}", f"step {step}: {text}" if step is not None else text)

@@ -101,9 +101,8 @@ def read_listed_cells(folder: Path, comparison: Mapping[str, Any], notes: list[s
     """Read the cells that a finished comparison lists; what is wrong with one goes to ``notes``."""
     cells = comparison.get("cells")
     if not isinstance(cells, list):
-        raise DataError(
-            "a comparison without cells", where=str(folder / COMPARISON), got=type(cells).__name__, expected="a list"
-        )
+        where, got = str(folder / COMPARISON), type(cells).__name__
+        raise DataError("the comparison lists no cells", where=where, got=got, expected="a list")
     labels = _read_labels(comparison)
     runs = []
     for cell in cells:
@@ -160,11 +159,8 @@ def find_differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
     """Find keys that do not have the same value everywhere (absent counts as a value), the most telling first."""
     keys = list(dict.fromkeys(key for setting in settings for key in setting))
     missing = object()
-    differing = [
-        key
-        for key in keys
-        if any(config_values.get(key, missing) != settings[0].get(key, missing) for config_values in settings)
-    ]
+    first = settings[0] if settings else {}
+    differing = [key for key in keys if any(config.get(key, missing) != first.get(key, missing) for config in settings)]
     return sorted(differing, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
 
 
@@ -177,18 +173,10 @@ def _label_groups(settings: Sequence[dict[str, Any]], collection: Collection) ->
     chosen: list[str] = []
     distinct = 1
     for key in settings[0]:
-        seen = len(
-            {
-                json.dumps([config_values.get(name) for name in [*chosen, key]], default=str)
-                for config_values in settings
-            }
-        )
+        seen = len({json.dumps([config.get(name) for name in [*chosen, key]], default=str) for config in settings})
         if seen > distinct:
             chosen, distinct = [*chosen, key], seen
-    texts = [
-        [_format_value(key, config_values[key]) for key in chosen if config_values[key] is not None]
-        for config_values in settings
-    ]
+    texts = [[_format_value(key, config[key]) for key in chosen if config[key] is not None] for config in settings]
     return [", ".join(part for part in parts if part) or "default" for parts in texts]
 
 

@@ -15,22 +15,14 @@ from topkd.report.load.run_log import LoggedRun, Record
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """A choice of x."""
-
-    key: str
-    label: str
-    unit: str
-
-
+# Choices of x: key, label and unit.
 AXES: Final = (
-    Axis("tokens", "tokens trained on", "tokens"),
-    Axis("step", "steps", "steps"),
-    Axis("seconds", "seconds", "s"),
-    Axis("cost", "tokens scored by the teacher", "tokens"),
-    Axis("requests", "requests to the teacher", "requests"),
-    Axis("bytes", "bytes from the teacher", "bytes"),
+    ("tokens", "tokens trained on", "tokens"),
+    ("step", "steps", "steps"),
+    ("seconds", "seconds", "s"),
+    ("cost", "tokens scored by the teacher", "tokens"),
+    ("requests", "requests to the teacher", "requests"),
+    ("bytes", "bytes from the teacher", "bytes"),
 )
 # Names under which a count of a step may stand; the first that a run has is taken.
 _COST, _REQUESTS, _BYTES = ("scored_tokens", "completion_tokens"), ("requests",), ("teacher_bytes",)
@@ -52,11 +44,6 @@ def find_first_name(records: Sequence[Record], names: Sequence[str]) -> str | No
     return next((name for name in names if has_column(records, name)), None)
 
 
-def compute_running_sum(values: Floats) -> Floats:
-    """Compute running sums; after a step without a count every later total is unknown, never too small."""
-    return np.cumsum(values)
-
-
 def compute_step_axes(run: LoggedRun) -> dict[str, Floats]:
     """Compute the x axes that a run's step records have."""
     if "axes" not in run.derived:
@@ -66,16 +53,17 @@ def compute_step_axes(run: LoggedRun) -> dict[str, Floats]:
 
 
 def _compute_step_axes(records: Sequence[Record]) -> dict[str, Floats]:
+    # Running sums: after a step without a count every later total is unknown, never too small.
     axes = {"step": read_column(records, "step")}
     if has_column(records, "tokens"):
-        axes["tokens"] = compute_running_sum(read_column(records, "tokens"))
+        axes["tokens"] = np.cumsum(read_column(records, "tokens"))
     if has_column(records, "elapsed_s"):
         axes["seconds"] = read_column(records, "elapsed_s")
     elif all(has_column(records, name) for name in _STAGES):
-        axes["seconds"] = compute_running_sum(np.sum([read_column(records, name) for name in _STAGES], axis=0))
+        axes["seconds"] = np.cumsum(np.sum([read_column(records, name) for name in _STAGES], axis=0))
     for key, names in (("cost", _COST), ("requests", _REQUESTS), ("bytes", _BYTES)):
         if (name := find_first_name(records, names)) is not None:
-            axes[key] = compute_running_sum(read_column(records, name))
+            axes[key] = np.cumsum(read_column(records, name))
     return axes
 
 

@@ -99,13 +99,12 @@ class LoggedRun:
 
     def refresh(self) -> bool:
         """Read what was written since the last time; True when there was anything, or its process is gone or back."""
-        was_left, self.left = (
-            self.left,
-            is_deserted(self.path),
-        )  # before reading: what it wrote last is read all the same
+        was_left = self.left
+        self.left = is_deserted(self.path)  # before reading: what it wrote last is read all the same
         if not self.config:
             self.config = read_config(self.path)
-            self.seed = self.seed if self.seed is not None else _seed(self.config)
+            if self.seed is None and isinstance(self.config.get("seed"), int):
+                self.seed = self.config["seed"]
         if self._run_log is None or self._tokens is None or self._run_log.shrunk or self._tokens.shrunk:
             # The first look; or a resumed run cut its run log back to a checkpoint, and what was read is void.
             self._run_log, self._tokens = GrowingFile(self.path / RUN_LOG), GrowingFile(self.path / TOKENS)
@@ -211,11 +210,6 @@ def flatten_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, A
         else:
             out[f"{prefix}{key}"] = value
     return out
-
-
-def _seed(config: Record) -> int | None:
-    seed = config.get("seed")
-    return seed if isinstance(seed, int) else None
 
 
 def _what_is_there(path: Path) -> str:

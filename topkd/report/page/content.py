@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from topkd.report.analysis.compared import build_comparison_tables
-from topkd.report.analysis.outcome import Outcome
-from topkd.report.analysis.tables import Table, build_runs_table, build_settings_table, build_summary_table
+from topkd.report.analysis.tables import (
+    Table,
+    build_comparison_tables,
+    build_runs_table,
+    build_settings_table,
+    build_summary_table,
+)
 from topkd.report.analysis.verdict import EMBEDDED, OF_TEXT, ReportVerdict, write_verdict
 from topkd.report.load.collection import Collection, RunGroup
 from topkd.report.load.columns import AXES, compute_step_axes, list_prefix_kinds
@@ -16,7 +20,7 @@ from topkd.report.load.run_folder import DEMO
 from topkd.report.load.run_log import LoggedRun, Record, find_last_step, read_object
 from topkd.report.page.measurements import list_by_prefixes, list_training
 from topkd.report.page.palette import DASHES, GROUPS
-from topkd.report.page.panels import EXACT_DIVERGENCES, SECTIONS, Panel, Section
+from topkd.report.page.panels import EXACT_DIVERGENCES, SECTIONS, Section
 from topkd.report.page.series import Downsampling, build_panel_series, build_ratio_histogram
 from topkd.report.page.strip_charts import list_measures
 from topkd.report.page.token_explorer import TranscriptFile, select_transcripts
@@ -31,7 +35,6 @@ class Page:
 
     title: str
     groups: list[RunGroup]
-    outcomes: list[list[Outcome]]
     verdict: ReportVerdict
     summary: Table
     more: list[Table]
@@ -56,17 +59,8 @@ def build_content(collection: Collection, *, live: bool = False, baseline: Mappi
             panel |= {"title": OF_TEXT, "unit": "% of tokens", "note": "Held-out text's own, as the first choice."}
     _relabel_log_ratio(sections, [group for group in groups if not group.replayed])
     recorded = select_transcripts(groups)
-    notes = [
-        note
-        for note in (
-            *statement.notes,
-            downsampled.describe(),
-            _describe_smoothing(downsampled),
-            recorded.note,
-            _describe_colours(groups),
-        )
-        if note
-    ]
+    smoothing, colours = _describe_smoothing(downsampled), _describe_colours(groups)
+    notes = [*filter(None, (*statement.notes, downsampled.describe(), smoothing, recorded.note, colours))]
     data = {
         "live": live,
         "title": collection.title,
@@ -77,16 +71,13 @@ def build_content(collection: Collection, *, live: bool = False, baseline: Mappi
         "sections": sections,
         "metric": statement.metric,
         "ranks": [rank.to_json() for rank in statement.ranks],
-        "seeds": [
-            only_run.to_json() for only_run in list_measures(collection, groups, statement.ranks, statement.metric)
-        ],
+        "seeds": [asdict(measure) for measure in list_measures(collection, groups, statement.ranks, statement.metric)],
         "comparison": collection.comparison,
         "rollouts": recorded.heads,
     }
     return Page(
         collection.title,
         groups,
-        outcomes,
         statement,
         build_summary_table(groups, outcomes, statement),
         [*build_comparison_tables(collection.comparison), *_build_measured_tables(groups, statement)],
@@ -179,7 +170,8 @@ def _build_section(
             found = build_panel_series(panel, groups, downsampled)
             lines = {"": found} if found else {}
         if lines:
-            drawn.append({**_build_head(panel), "kind": "line", "lines": lines, "constant": _is_constant(lines)})
+            head = {name: getattr(panel, name) for name in ("key", "title", "unit", "note", "log")} | {"zero": None}
+            drawn.append({**head, "kind": "line", "lines": lines, "constant": _is_constant(lines)})
         elif not panel.special:
             absent.append(f"{panel.title} ({' or '.join(panel.fields)})")
     _share_zero_scale(drawn, groups)
@@ -236,22 +228,11 @@ _RATIOS = {
 }
 
 
-def _build_head(panel: Panel) -> dict[str, Any]:
-    return {
-        "key": panel.key,
-        "title": panel.title,
-        "unit": panel.unit,
-        "note": panel.note,
-        "log": panel.log,
-        "zero": None,
-    }
-
-
 def _list_axes(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
     """List every choice of x, and whether all runs can be placed on it."""
     tables = [compute_step_axes(run) for group in groups for run in group.runs if run.steps]
-    available = {axis.key: bool(tables) and all(axis.key in table for table in tables) for axis in AXES}
-    return [{"key": axis.key, "label": axis.label, "unit": axis.unit, "ok": available[axis.key]} for axis in AXES]
+    available = {key: bool(tables) and all(key in table for table in tables) for key, *_ in AXES}
+    return [{"key": key, "label": label, "unit": unit, "ok": available[key]} for key, label, unit in AXES]
 
 
 def _describe_state(collection: Collection) -> dict[str, Any]:

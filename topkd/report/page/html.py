@@ -9,22 +9,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from topkd.report.load.collection import Collection
-from topkd.report.page.content import Page, build_content
+from topkd.report.page.content import Page
 from topkd.report.page.palette import write_stylesheet
 
 FRAGMENTS = ("verdict", "completions", "summary", "settings", "notes")
 SCRIPTS = ("core", "scales", "lines", "bars", "strips", "explorer", "tables", "main")
-
-
-def render(collection: Collection, baseline: Mapping[str, Any] | None = None) -> str:
-    """Render the page about a collection as one HTML text."""
-    return render_page(build_content(collection, baseline=baseline))
 
 
 def render_page(page: Page, *, live: bool = False) -> str:

@@ -9,8 +9,8 @@ import numpy as np
 
 from topkd.report.analysis.formatting import format_interval, format_number, format_percent
 from topkd.report.analysis.intervals import compute_interval
-from topkd.report.analysis.outcome import SHARES, is_counted
-from topkd.report.analysis.tables import Table
+from topkd.report.analysis.outcome import EVALUATED, SHARES, is_counted
+from topkd.report.analysis.tables import METRICS, Table
 from topkd.report.load.collection import RunGroup
 from topkd.report.load.columns import Floats, list_prefix_kinds, make_eval_source, read_column
 from topkd.report.load.run_log import LoggedRun
@@ -21,13 +21,6 @@ _PREFIXES: Final = {
     "fresh": "fresh: the student's own",
     "teacher": "the teacher's",
 }
-_MEASURES: Final = (
-    ("reverse_kl", "KL(S‖T)"),
-    ("forward_kl", "KL(T‖S)"),
-    ("jsd", "JSD"),
-    ("agreement", "same top token"),
-    ("accuracy", "accuracy"),
-)
 _PANELS: Final = {panel.key: panel for section in SECTIONS for panel in section.panels}
 
 
@@ -37,43 +30,39 @@ def list_by_prefixes(groups: Sequence[RunGroup], order: Sequence[int]) -> Table 
     if len(kinds) < 2:
         return None
     table = [
-        (
-            [_PREFIXES.get(kind, kind), groups[index].label],
-            [_format_last(groups[index], kind, key) for key, _ in _MEASURES],
-        )
+        ([_PREFIXES.get(kind, kind), group.label], {key: _format_last(group, kind, key) for key in EVALUATED})
         for kind in kinds
-        for index in order
+        for group in (groups[index] for index in order)
     ]
-    kept = [place for place in range(len(_MEASURES)) if any(cells[place] for _, cells in table)]
-    columns = ["prefixes", "setting", *(_MEASURES[place][1] for place in kept)]
-    rows = [[*names, *(cells[place] or "—" for place in kept)] for names, cells in table if any(cells)]
+    kept = [key for key in EVALUATED if any(cells[key] for _, cells in table)]
+    columns = ["prefixes", "setting", *(METRICS[key] for key in kept)]
+    rows = [[*names, *(cells[key] or "—" for key in kept)] for names, cells in table if any(cells.values())]
     note = "Of the last evaluation: means over seeds, with 95 % intervals in brackets where there are several."
     return Table(columns, rows, [False, False, *[True] * len(kept)], note=note, title="On each kind of prefixes")
 
 
 def list_training(groups: Sequence[RunGroup], order: Sequence[int]) -> Table | None:
     """List tokens a step, clipped ratios, and lengths and truncation at both ends of the runs; None without steps."""
-    rows = [
-        [groups[index].label, *(say(runs) for say in _CELLS.values())]
+    table = [
+        (groups[index].label, {name: write(runs) for name, write in _CELLS.items()})
         for index in order
-        if (
-            runs := [
-                run for run in groups[index].runs if run.steps and (is_counted(run) or len(groups[index].runs) == 1)
-            ]
-        )
+        if (runs := [run for run in _select_counted(groups[index]) if run.steps])
     ]
-    kept = [place for place in range(1, len(_CELLS) + 1) if any(row[place] != "—" for row in rows)]
+    kept = [name for name in _CELLS if any(cells[name] != "—" for _, cells in table)]
     if not kept:
         return None
-    columns = ["setting", *(list(_CELLS)[place - 1] for place in kept)]
-    rows = [[row[0], *(row[place] for place in kept)] for row in rows]
+    columns, rows = ["setting", *kept], [[label, *(cells[name] for name in kept)] for label, cells in table]
     note = "Means over steps and seeds; with an arrow, over the first and over the last tenth of the steps."
     return Table(columns, rows, [False, *[True] * len(kept)], note=note, title="How training went")
 
 
+def _select_counted(group: RunGroup) -> list[LoggedRun]:
+    return [run for run in group.runs if is_counted(run) or len(group.runs) == 1]
+
+
 def _format_last(group: RunGroup, kind: str, key: str) -> str:
     values = []
-    for run in filter(is_counted, group.runs) if len(group.runs) > 1 else group.runs:
+    for run in _select_counted(group):
         known = read_column(make_eval_source(run, kind).records, key)
         known = known[np.isfinite(known)]
         values += known[-1:].tolist()
@@ -94,15 +83,15 @@ def _format_tokens(runs: Sequence[LoggedRun]) -> str:
 
 
 def _format_mean(key: str, unit: str = "") -> Callable[[Sequence[LoggedRun]], str]:
-    def say(runs: Sequence[LoggedRun]) -> str:
+    def write(runs: Sequence[LoggedRun]) -> str:
         means = [known.mean() for run in runs if (known := _read_known(run, key)).size]
         return f"{format_number(float(np.mean(means)))}{unit}" if means else "—"
 
-    return say
+    return write
 
 
 def _format_drift(key: str, unit: str = "") -> Callable[[Sequence[LoggedRun]], str]:
-    def say(runs: Sequence[LoggedRun]) -> str:
+    def write(runs: Sequence[LoggedRun]) -> str:
         known = [values for run in runs if (values := _read_known(run, key)).size]
         if not known:
             return "—"
@@ -111,7 +100,7 @@ def _format_drift(key: str, unit: str = "") -> Callable[[Sequence[LoggedRun]], s
         last = float(np.mean([values[-n:].mean() for values, n in zip(known, tenth, strict=True)]))
         return f"{format_number(first)} → {format_number(last)}{unit}"
 
-    return say
+    return write
 
 
 def _read_known(run: LoggedRun, key: str) -> Floats:

@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 import numpy as np
 
-from topkd.report.load.columns import Floats, compute_running_sum, find_first_name, has_column, read_column
+from topkd.report.load.columns import Floats, find_first_name, has_column, read_column
 from topkd.report.load.run_log import Record
 from topkd.report.page.downsampling import choose_window, compute_rolling_mean
 
@@ -62,7 +62,7 @@ class Panel:
                 values = np.where(read_column(records, self.per) > 0, values / read_column(records, self.per), np.nan)
         if self.share:
             values = 100.0 * values
-        return compute_running_sum(values) if self.total else values
+        return np.cumsum(values) if self.total else values
 
     def smoothed(self, records: Sequence[Record], values: Floats, window: int) -> Floats:
         """Compute the rolling mean; of a ratio, the ratio of rolling means, unknown where that would divide by <= 0."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -105,9 +106,7 @@ def _draw_several(index: int, drawn: list[tuple[Source, Floats]], panel: Panel) 
 
 
 def _find_common_steps(sources: list[Source]) -> Floats:
-    steps = sources[0].axes["step"]
-    for source in sources[1:]:
-        steps = np.intersect1d(steps, source.axes["step"])
+    steps: Floats = reduce(np.intersect1d, [source.axes["step"] for source in sources])
     return steps[np.isfinite(steps)]
 
 

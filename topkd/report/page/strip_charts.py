@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from topkd.report.analysis.formatting import format_number, format_short_count
 from topkd.report.analysis.intervals import Interval, compute_interval
-from topkd.report.analysis.ranking import Rank
+from topkd.report.analysis.outcome import Rank
 from topkd.report.load.collection import Collection, RunGroup
 
 _DOTS = "A dot is a seed; the bar is the mean with its 95 % interval over seeds."
@@ -55,10 +55,6 @@ class Measure:
     title: str
     strips: list[Strip]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the values as JSON types."""
-        return asdict(self)
-
 
 def list_measures(
     collection: Collection, groups: Sequence[RunGroup], ranks: Sequence[Rank], metric: str
@@ -73,7 +69,7 @@ def _measure_last(ranks: Sequence[Rank], metric: str) -> list[Measure]:
     if not known:
         return []
     seeds = {rank.group: [Dot(point["seed"], point["value"]) for point in rank.values] for rank in known}
-    rows = [_build_row(rank, seeds[rank.group], rank.end, format_number(rank.end.mean)) for rank in known]
+    rows = [_build_row(rank, seeds[rank.group], rank.end) for rank in known]
     best = {dot.seed: dot.value for dot in seeds[known[0].group] if dot.seed is not None}
     gaps = [
         _build_row(
@@ -92,8 +88,9 @@ def _measure_last(ranks: Sequence[Rank], metric: str) -> list[Measure]:
     return [Measure("last", f"Last {metric}", strips)]
 
 
-def _build_row(rank: Rank, dots: list[Dot], spread: Interval, text: str) -> Row:
-    return Row(rank.group, rank.label, dots, _known(spread.mean), _known(spread.low), _known(spread.high), text)
+def _build_row(setting: Rank | _Arm, dots: list[Dot], spread: Interval, text: str = "") -> Row:
+    ends = (_known(spread.mean), _known(spread.low), _known(spread.high))
+    return Row(setting.group, setting.label, dots, *ends, text or format_number(spread.mean))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +112,17 @@ def _compare_arms(comparison: Mapping[str, Any], groups: Sequence[RunGroup], met
     areas = (arm for arm in arms if arm.values("area"))
     by_area = sorted(areas, key=lambda arm: (arm.control, _mean(arm.values("area").values())))
     rest = [arm for arm in arms if arm not in by_area]
-    by_tokens = sorted(
-        filter(_find_arrivals, [*by_area, *rest]), key=_rank_speed
-    )  # where all are alike, as by their areas
+    # Arms that are alike stay as their areas have them.
+    by_tokens = sorted(filter(_find_arrivals, [*by_area, *rest]), key=_rank_speed)
     found = []
     if by_area:
         note = f"Mean over the tokens trained on, as a share of the first value: 1 learnt nothing. {_DOTS}"
-        rows = [_build_spread_row(arm, "area") for arm in by_area]
-        found.append(
-            Measure("area", f"Area under {metric}", [Strip(note, rows), *_build_ratio_strip(by_area, "area", "area")])
-        )
+        seeds = [(arm, arm.values("area")) for arm in by_area]
+        rows = [
+            _build_row(arm, [Dot(*pair) for pair in v.items()], compute_interval([*v.values()])) for arm, v in seeds
+        ]
+        ratios = _build_ratio_strip(by_area, "area", "area")
+        found.append(Measure("area", f"Area under {metric}", [Strip(note, rows), *ratios]))
     if by_tokens:
         title = f"Tokens until {metric} is {comparison.get('target', '?')} of its first value"
         note = "A dot is a seed. An open triangle is a run that ended before it got there; with one, no mean is taken."
@@ -148,14 +146,6 @@ def _read_arms(comparison: Mapping[str, Any], groups: Sequence[RunGroup]) -> lis
     return found
 
 
-def _build_spread_row(arm: _Arm, key: str) -> Row:
-    values = arm.values(key)
-    dots, spread = [Dot(*point) for point in values.items()], compute_interval([*values.values()])
-    return Row(
-        arm.group, arm.label, dots, spread.mean, _known(spread.low), _known(spread.high), format_number(spread.mean)
-    )
-
-
 def _find_arrivals(arm: _Arm) -> list[Dot]:
     """Find where each seed reached the target, or ended without reaching it."""
     dots = []
@@ -173,15 +163,7 @@ def _find_arrival(arm: _Arm) -> Row:
     if late:
         return Row(arm.group, arm.label, dots, None, None, None, f"{late} of {len(dots)} never")
     spread = compute_interval([dot.value for dot in dots])
-    return Row(
-        arm.group,
-        arm.label,
-        dots,
-        spread.mean,
-        _known(spread.low),
-        _known(spread.high),
-        format_short_count(spread.mean),
-    )
+    return _build_row(arm, dots, spread, format_short_count(spread.mean))
 
 
 def _rank_speed(arm: _Arm) -> tuple[bool, int, float]:
@@ -200,7 +182,7 @@ def _build_ratio_strip(arms: Sequence[_Arm], key: str, what: str) -> list[Strip]
         if not logs:
             continue
         spread = compute_interval([*logs.values()])
-        mean, low, high = (_exp(end) for end in (spread.mean, spread.low, spread.high))
+        mean, low, high = (_known(math.exp(end)) for end in (spread.mean, spread.low, spread.high))
         pairs = max(len(best.seeds), len(arm.seeds))
         text = f"{math.exp(spread.mean):.3f}" + (f" ({spread.n} of {pairs} pairs)" if spread.n < pairs else "")
         dots = [Dot(seed, math.exp(log)) for seed, log in logs.items()]
@@ -209,10 +191,6 @@ def _build_ratio_strip(arms: Sequence[_Arm], key: str, what: str) -> list[Strip]
         return []
     note = f"{best.label}'s {what} as a share of each other's, same seed against same seed, with the 95 % interval."
     return [Strip(f"{note} Left of 1: {best.label} is ahead.", rows, even=1.0, ratio=True)]
-
-
-def _exp(log: float) -> float | None:
-    return math.exp(log) if math.isfinite(log) else None
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -38,14 +38,8 @@ def select_transcripts(groups: Sequence[RunGroup], budget: int = BUDGET_CHARS) -
     heads, bodies = [], []
     for place in chosen:
         index, run, record = places[place]
-        heads.append(
-            {
-                "g": index,
-                "label": _write_label(record, run.name if several else ""),
-                "step": record.get("step"),
-                "n": len(record["tokens"]),
-            }
-        )
+        label, count = _write_label(record, run.name if several else ""), len(record["tokens"])
+        heads.append({"g": index, "label": label, "step": record.get("step"), "n": count})
         bodies.append(json.dumps(build_body(record), allow_nan=False, ensure_ascii=False, separators=(",", ":")))
     left = len(places) - len(chosen)
     note = f"{len(chosen)} of {len(places)} recorded rollouts are on this page; tokens.jsonl has all." if left else ""
