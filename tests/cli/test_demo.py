@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from topkd.cli.commands.demo import print_next_steps, print_stopped_and_exit
+from topkd.cli.commands.demo import list_next_steps, print_stopped_and_exit
 from topkd.compose.train import RunResult
 
 RUN = Path("runs/demo/first-run/run.toml")
@@ -40,21 +40,21 @@ COMMANDS = [
 
 def test_where_make_ran_the_demo_each_terminal_begins_with_the_environment(environment, monkeypatch):
     activate = "source .venv/bin/activate"
-    assert typed(print_next_steps(RUN)) == [activate, COMMANDS[0], activate, *COMMANDS[1:]]
+    assert typed(list_next_steps(RUN)) == [activate, COMMANDS[0], activate, *COMMANDS[1:]]
     (environment / "topkd").chmod(0o755)
     monkeypatch.setenv("PATH", str(environment))
-    assert typed(print_next_steps(RUN)) == COMMANDS
+    assert typed(list_next_steps(RUN)) == COMMANDS
 
 
 def test_without_an_environment_to_activate_the_commands_name_the_script(environment):
     (environment / "activate").unlink()
-    assert typed(print_next_steps(RUN)) == [f".venv/bin/{command}" for command in COMMANDS]
+    assert typed(list_next_steps(RUN)) == [f".venv/bin/{command}" for command in COMMANDS]
 
 
 def test_a_run_that_is_there_already_is_not_offered_again_and_a_folder_with_spaces_is_quoted(environment):
     (environment.parent.parent / "runs" / "first").mkdir(parents=True)
     (environment.parent.parent / "runs" / "first" / "metrics.jsonl").touch()
-    lines = print_next_steps(Path("my runs/run.toml"))
+    lines = list_next_steps(Path("my runs/run.toml"))
     assert typed(lines)[-2:] == ["topkd train 'my runs/run.toml' --out runs/first-2", "topkd report runs/first-2"]
     assert lines[-1] == "Then open runs/first-2/report.html in a browser."
 
@@ -63,7 +63,7 @@ def test_a_run_that_is_there_already_is_not_offered_again_and_a_folder_with_spac
 @pytest.mark.parametrize(
     ("steps", "kept"),
     [
-        ([{}, {}], "step 2; the run log and the student so far lie in runs/a (topkd report runs/a)"),
+        ([{}, {}], "step 2; run log and student so far: runs/a (topkd report runs/a)"),
         ([], "step 0; runs/a holds no step"),
     ],
 )

@@ -20,11 +20,11 @@ from topkd.topk.errors import TopkdError
 # What typer raises for a command line that does not fit: click's class, or its own copy of it, as its version has it.
 _Misuse: type[Exception] = next(item for item in typer.BadParameter.__mro__ if item.__name__ == "ClickException")
 
-_NAME = 120  # characters of a file's name that are repeated
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # no mistake of whoever typed the command
+_NAME = 120  # characters of a file's name in a message
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # not the user's mistake: exit code 1
 
-# What the parser says of a value, as a person would.
-_WORDS = {
+# Phrases of the parser, and plainer ones.
+_PLAIN_WORDS = {
     "Input should be": "it must be",
     "it must be a valid integer, unable to parse string as an integer": "it must be a whole number",
     "it must be a valid number, unable to parse string as a number": "it must be a number",
@@ -81,13 +81,13 @@ def set_debug(
     ] = False,
     debug: Annotated[bool, flag("--debug", "Show the traceback of an error.")] = False,
 ) -> None:
-    """Options before the command."""
+    """Apply the options before the command."""
     if debug:
         os.environ["TOPKD_DEBUG"] = "1"
 
 
 def main() -> None:
-    """Entry point of the ``topkd`` script."""
+    """Run the ``topkd`` script."""
     try:
         _main()
     finally:
@@ -123,9 +123,9 @@ def _main() -> None:
 
 
 def _exit_on_misuse(error: Any) -> NoReturn:
-    """A command that was written wrongly: one line, as for every other mistake."""
+    """Print one line about a wrong command, and exit."""
     message = " ".join(str(error.format_message()).split()).rstrip(".")
-    for words, ours in _WORDS.items():
+    for words, ours in _PLAIN_WORDS.items():
         message = message.replace(words, ours)
     if message:  # else it was called for its help, which has been shown
         context = getattr(error, "ctx", None)

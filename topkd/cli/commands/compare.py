@@ -68,7 +68,7 @@ def compare_command(
 
 
 def _write_page(out: Path) -> str:
-    """The report's page beside the comparison, where its extra is installed; else how to get it."""
+    """Write the report's page, if its extra is installed; return where it is, or how to get it."""
     if importlib.util.find_spec("jinja2") is None:
         return f"the page: pip install 'topkd[report]', then topkd report {out}"
     from topkd.compose.report import write_page

@@ -70,19 +70,19 @@ def demo_command(
     files = f"curve: {result.figure}, run log: {result.out / 'metrics.jsonl'}"
     console.print(f"{learnt}; {files}", highlight=False, soft_wrap=True)
     console.print()
-    for line in print_next_steps(_shorten_path(result.run_file)):
+    for line in list_next_steps(_shorten_path(result.run_file)):
         console.print(Text(line, style="" if line.startswith(" ") else "bold"), soft_wrap=True)
 
 
 def _shorten_path(path: Path) -> Path:
-    """Relative to the working folder where it lies in it."""
+    """Make a path below the working folder relative to it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def print_next_steps(run_file: Path) -> list[str]:
-    """What this reader types next, in order, indented below what it is for.
+def list_next_steps(run_file: Path) -> list[str]:
+    """List the commands to type next, indented below their purpose.
 
-    ``make demo`` runs in an environment that need not be active: each terminal then begins with that.
+    ``make demo`` runs in an environment that need not be active: each terminal then begins by activating it.
     """
     from topkd.compose.demo_assets.first_run import PORT
     from topkd.compose.demo_assets.folders import find_free_folder
@@ -108,8 +108,8 @@ def print_next_steps(run_file: Path) -> list[str]:
 
 
 def print_stopped_and_exit(result: RunResult) -> NoReturn:
-    """Say what a demo that was stopped has left, and leave as signals do."""
+    """Print what a stopped demo has left, and exit with the signal's code."""
     out, steps = _shorten_path(result.out), len(result.steps)
-    kept = f"the run log and the student so far lie in {out} (topkd report {out})" if steps else f"{out} holds no step"
+    kept = f"run log and student so far: {out} (topkd report {out})" if steps else f"{out} holds no step"
     typer.echo(f"topkd: {result.stopped}: stopped after step {steps}; {kept}", err=True)
     raise typer.Exit(CODES[result.stopped])

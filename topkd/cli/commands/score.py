@@ -148,7 +148,7 @@ def _parse_teachers(
 
 
 def _parse_routes(arguments: list[str]) -> tuple[dict[str, tuple[str, ...]], str]:
-    """NAME=URL pairs as URLs by name, and the one NAME that came alone."""
+    """Parse NAME=URL pairs to URLs by name, and a NAME without a URL."""
     routes: dict[str, tuple[str, ...]] = {}
     alone = [text for text in arguments if "=" not in text]
     for text in arguments:
@@ -163,7 +163,7 @@ def _parse_routes(arguments: list[str]) -> tuple[dict[str, tuple[str, ...]], str
 
 
 def _parse_argument(text: str) -> tuple[str, object]:
-    """KEY=VALUE; the value as TOML has it, or a bare word."""
+    """Parse KEY=VALUE; the value is TOML, or a bare word."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise ConfigError("--engine takes KEY=VALUE", got=text, expected="dtype=bfloat16, say")
@@ -176,7 +176,7 @@ def _parse_argument(text: str) -> tuple[str, object]:
 def _split_named(
     arguments: list[str], routes: dict[str, tuple[str, ...]], flag: str
 ) -> tuple[str | None, dict[str, str]]:
-    """What holds for every teacher, and what for one by its name; a name may itself hold an equals sign."""
+    """Split values for every teacher from NAME=VALUE of a known teacher."""
     plain: list[str] = []
     by_name: dict[str, str] = {}
     for text in arguments:

@@ -40,7 +40,7 @@ def run_dry_run(
 
 
 def print_dry_run(found: DryRun, config: RunConfig, console: Console) -> None:
-    """Everything as sections of one page: what is looked up first, what is decided upon last, where the eye ends."""
+    """Print what a dry run found as one page, the problems last."""
     mark = "" if console.is_terminal else "*"  # bold is lost in a file
     title = f"SETTINGS  ({mark or 'bold'}: given; the others are defaults, docs/defaults.md)"
     _print_section(console, title, _print_settings(found, mark=mark))
@@ -169,9 +169,9 @@ def _print_prompt(rendered: Rendered) -> Text:
 
 
 def _print_settings(found: DryRun, *, mark: str) -> Table:
-    """The settings in force, by table; those that were given in bold, with ``mark`` before them."""
+    """Print the settings by table; those of the file or --set in bold, after ``mark``."""
     tables: dict[str, Text] = {}
-    quiet = 0  # how a server is asked has many settings, and most runs change none
+    quiet = 0  # settings of [client], which most runs leave as they are
     for key, value, is_set in found.settings:
         table, dot, name = key.partition(".")
         if table == "client" and not is_set:

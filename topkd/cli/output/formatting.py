@@ -6,7 +6,7 @@ _TO_THE_NEXT = 0.9995  # from here three digits round up to 1000 of the unit bel
 
 
 def format_count(number: int) -> str:
-    """Whole below ten thousand (9,999), in thousands, millions or billions above (12 k, 1.54 B)."""
+    """Format a count: whole below ten thousand (9,999), in thousands or more above (12 k, 1.54 B)."""
     if number < 10_000:
         return f"{number:,}"
     unit, factor = next(
@@ -16,7 +16,7 @@ def format_count(number: int) -> str:
 
 
 def format_bytes(number: float) -> str:
-    """Bytes, in powers of a thousand: 512 B, 64.5 kB, 1.25 GB."""
+    """Format bytes in powers of a thousand: 512 B, 64.5 kB, 1.25 GB."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= _TO_THE_NEXT * factor:
             return f"{number / factor:.3g} {unit}"

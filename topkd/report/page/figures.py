@@ -1,4 +1,4 @@
-"""The page's panels as figures for papers: one PNG and one SVG each, drawn by matplotlib from the same numbers."""
+"""The page's panels as figures for papers (PNG and SVG, from the same numbers), and the curve of the demo."""
 
 from __future__ import annotations
 
