@@ -14,6 +14,7 @@ from topkd.topk.errors import ConfigError
 
 _COLOURS = GROUPS["light"]
 _STYLES = ("-", (0, (5, 2)), (0, (1.5, 2)))
+_TITLE = 44  # characters of a line
 _INSIDE = 4  # names that fit into the axes beside the lines
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # told apart with every kind of colour vision
@@ -91,7 +92,7 @@ def _draw_panel(
             axes.plot(x, y, color=at, lw=0.6, alpha=0.35)
         if "lo" in line:
             axes.fill_between(x, _replace_holes(line["lo"]), _replace_holes(line["hi"]), color=at, alpha=0.15, lw=0)
-    axes.set(title=_wrap_title(panel["title"]), xlabel=axis["label"], ylabel=panel["unit"])
+    axes.set(title=textwrap.fill(panel["title"], _TITLE), xlabel=axis["label"], ylabel=panel["unit"])
     if panel["zero"]:
         axes.set_ylim(bottom=0.0)
 
@@ -135,7 +136,7 @@ def _draw_strip(axes: Any, page: Page, measure: dict[str, Any], strip: dict[str,
     axes.set_yticks(range(len(strip["rows"])), [textwrap.fill(arm_row["label"], 24) for arm_row in strip["rows"]])
     axes.set_ylim(len(strip["rows"]) - 0.5, -0.5)
     pairs = "" if strip["even"] is None else f"\npaired {'ratio' if strip['ratio'] else 'difference'} to the best, 95 %"
-    axes.set_title(_wrap_title(measure["title"]) + pairs)
+    axes.set_title(textwrap.fill(measure["title"], _TITLE) + pairs)
 
 
 def _draw_legend(figure: Any, axes: Any) -> None:
@@ -151,10 +152,6 @@ def _draw_legend(figure: Any, axes: Any) -> None:
 def _select_shown(page: Page, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Select the lines of runs on their own rollouts; the page shows replays of others' on demand."""
     return [line for line in lines if not page.groups[line["g"]].replayed]
-
-
-def _wrap_title(title: str) -> str:
-    return textwrap.fill(title, 44)
 
 
 def _choose_style(page: Page, group: int) -> tuple[str, Any, str, str]:

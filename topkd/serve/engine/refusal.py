@@ -85,10 +85,8 @@ def describe_malformed(error: ValidationError) -> Refusal:
             "msg": finding["msg"],
             "input": _abridge(finding["input"]),
         }
-        if finding.get("ctx"):
-            shown["ctx"] = {
-                key: value if isinstance(value, int) else str(value) for key, value in finding["ctx"].items()
-            }
+        if ctx := finding.get("ctx"):
+            shown["ctx"] = {key: value if isinstance(value, int) else str(value) for key, value in ctx.items()}
         lines.append(f"  {shown}")
     count = len(findings)
     message = f"{count} validation error{'' if count == 1 else 's'}:\n" + "\n".join(lines)
