@@ -36,7 +36,7 @@ def report_command(
     require_extra("report", "jinja2", *(["matplotlib"] if figures else []), extra="report")
     if follow:
         if out or figures:
-            raise ConfigError("--follow cannot be combined with --out or --figures", hint="leave out --follow")
+            raise ConfigError("--follow takes no --out and no --figures", hint="write files without --follow")
         _follow(runs, port, as_json=as_json)
         return
     from topkd.compose.report import write_page
