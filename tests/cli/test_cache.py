@@ -78,7 +78,7 @@ def test_stats_and_verify_say_the_same_of_records_and_bytes_and_a_name_has_the_r
     assert f"{size:,} bytes" in text
     checked = ran("cache", "verify", path)
     assert "4 records in" in checked
-    assert f"{size:,} bytes, 0 superfluous: whole" in checked
+    assert f"{size:,} bytes, 0 superseded or twice: whole" in checked
 
 
 def test_the_pictures_show_shares_of_k_lengths_mass_and_entropy_in_80_columns(tmp_path):

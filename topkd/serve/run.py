@@ -85,7 +85,7 @@ def _check_model_path(model: str) -> None:
             if not (folder / "config.json").is_file():
                 raise ConfigError("the folder holds no model", where=where, expected=expected)
         elif folder.exists():
-            raise ConfigError("this is no folder", where=where, expected=f"one with {expected}")
+            raise ConfigError("the model path is a file", where=where, expected=f"one with {expected}")
         elif not _HUB_ID.fullmatch(model):
             raise ConfigError("no such folder", where=where, expected=f"one with {expected}")
         elif not _is_cached(model):

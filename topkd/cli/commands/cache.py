@@ -58,7 +58,7 @@ def verify_command(cache: Folder, as_json: AsJson = False) -> None:
         word = "whole" if found.ok else "DAMAGED: score again what it held (topkd cache gc drops the rest of it)"
         typer.echo(
             f"{cache}: {count_things(found.records, 'record')} in {count_things(found.segments, 'segment')}, "
-            f"{found.bytes:,} bytes, {found.duplicates:,} superfluous: {word}"
+            f"{found.bytes:,} bytes, {found.duplicates:,} superseded or twice: {word}"
         )
     if not found.ok:
         raise typer.Exit(1)

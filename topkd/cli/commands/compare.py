@@ -84,7 +84,7 @@ def _load_config(files: list[Path], grid: list[str], seeds: str | None, override
     if len(files) == 1 and not grid:
         if "arms" not in read_toml(files[0]):
             raise ConfigError(
-                "one run file is nothing to compare", where=str(files[0]),
+                "a single run file cannot be compared", where=str(files[0]),
                 hint="give a second one, --grid key=value,value, or a comparison file with [[arms]]",
             )  # fmt: skip
         return load_compare(files[0], overrides, wanted)

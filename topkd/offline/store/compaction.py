@@ -137,7 +137,7 @@ def _copy(
         try:
             record = segment.read(offset)
         except CacheCorruptError:
-            damage.append(Damage(segment.name, offset, 0, "record does not hold; it is left out"))
+            damage.append(Damage(segment.name, offset, 0, "damaged record; it is left out"))
             continue
         identity = names.get(record.header.tag)
         if codec is None or identity is None:

@@ -129,7 +129,7 @@ def verify(path: str | os.PathLike[str]) -> Verification:
                 inside = [item for item in scan.damage if item.offset < segment.end]
                 if not segment.damage:  # sealed and of full length: what looks like a torn tail is a record
                     inside = [
-                        replace(item, what="record does not hold", fatal=True) if item.what == TORN else item
+                        replace(item, what="damaged record", fatal=True) if item.what == TORN else item
                         for item in inside
                     ]
                 damage += segment.damage + inside + _count_unindexed(segment, scan.found)
@@ -219,7 +219,7 @@ def _count_unindexed(segment: Segment, found: list[tuple[int, Header]]) -> list[
     assert index is not None  # noqa: S101 - only called for sealed segments
     known = set(index.entries["offset"].tolist())
     return [
-        Damage(segment.name, offset, header.span, f"{KIND_NAMES.get(header.kind, 'strange')} record not in the index")
+        Damage(segment.name, offset, header.span, f"{KIND_NAMES.get(header.kind, 'unknown')} record not in the index")
         for offset, header in found
         if offset not in known and offset < segment.end
     ]

@@ -110,7 +110,7 @@ def verify_record(header: Header, payload: memoryview, where: str) -> Record:
     """Return the record; raise CacheCorruptError when its payload's checksum is wrong."""
     if len(payload) != header.size or xxhash.xxh3_64_intdigest(payload) != header.check:
         raise CacheCorruptError(
-            f"a {KIND_NAMES.get(header.kind, 'strange')} record's checksum does not hold",
+            f"the checksum of a {KIND_NAMES.get(header.kind, 'unknown')} record is wrong",
             where=where,
             hint="the record is left out; `topkd cache verify` lists what is damaged",
         )

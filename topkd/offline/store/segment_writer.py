@@ -70,7 +70,7 @@ class SegmentWriter:
         where = f"{self.path} at {offset}"
         header = read_header(os.pread(self._fd, ALIGN, offset))
         if header is None:
-            raise CacheCorruptError("a record's header does not hold", where=where)
+            raise CacheCorruptError("the header of a record is damaged", where=where)
         return verify_record(header, memoryview(os.pread(self._fd, header.size, offset + ALIGN)), where)
 
     def sync(self) -> None:

@@ -111,7 +111,7 @@ class Segment:
             return Record(header, self._view[offset + ALIGN : offset + ALIGN + header.size])
         checked = read_header(self._bytes(offset, ALIGN))
         if checked is None:
-            raise CacheCorruptError("a record's header does not hold", where=f"{self.name} at {offset}")
+            raise CacheCorruptError("the header of a record is damaged", where=f"{self.name} at {offset}")
         record = verify_record(checked, self._bytes(offset + ALIGN, checked.size), f"{self.name} at {offset}")
         if mapped:
             self._seen[byte] |= bit
@@ -133,12 +133,12 @@ class Segment:
                 if following is None:
                     damage.append(Damage(self.name, position, size - position, TORN, fatal=False))
                     break
-                damage.append(Damage(self.name, position, following - position, "record header does not hold"))
+                damage.append(Damage(self.name, position, following - position, "damaged record header"))
                 position = following
                 continue
             body = self._bytes(position + ALIGN, header.span - ALIGN) if payloads else memoryview(b"")
             if payloads and _digest(body[: header.size]) != header.check:
-                damage.append(Damage(self.name, position, header.span, "record checksum does not hold"))
+                damage.append(Damage(self.name, position, header.span, "wrong record checksum"))
             else:
                 found.append((position, header))
                 if payloads and any(body[header.size :]):
@@ -162,7 +162,7 @@ class Segment:
             return  # created and not yet written: no record either
         if CHECK.unpack_from(block, 56)[0] != xxhash.xxh3_64_intdigest(block[:56]) or block[:8] != SEGMENT_MAGIC:
             # The records carry their own checksums and are read all the same.
-            self.damage.append(Damage(self.name, 0, ALIGN, "segment header does not hold"))
+            self.damage.append(Damage(self.name, 0, ALIGN, "damaged segment header"))
             return
         _, version, _, _, _, self.host, _ = SEGMENT_HEADER.unpack_from(block)
         if version > VERSION:
@@ -217,11 +217,11 @@ def read_index(path: Path) -> tuple[SortedIndex, int] | str | None:
     except FileNotFoundError:
         return None
     if len(view) < ALIGN or view[:8] != INDEX_MAGIC or CHECK.unpack_from(view, 56)[0] != _digest(view[:56]):
-        return "index header does not hold"
+        return "damaged index header"
     _, version, _, count, end, length, check = INDEX_HEADER.unpack_from(view)
     payload = view[ALIGN:]
     if version > VERSION or length != len(payload) or count * ENTRY_BYTES != length or check != _digest(payload):
-        return "index checksum does not hold"
+        return "wrong index checksum"
     return SortedIndex.from_buffer(payload, count), end
 
 
