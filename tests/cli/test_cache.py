@@ -186,7 +186,7 @@ def test_captures_of_other_tools_need_a_teachers_name_and_bring_their_rows(cache
     source.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"text": "no ids"}) + "\n")
     done = told("cache", "import", cache, source, "--format", "axolotl", "--teacher", "t", code=1)
     assert done["records"] == 1
-    assert done["refused"][0].startswith(f"{source}, row 1: a row without input_ids")
+    assert done["refused"][0].startswith(f"{source}, row 1: the row has no input_ids")
     source.write_text("\n")
     with pytest.raises(DataError, match="nothing to import"):
         ran("cache", "import", tmp_path / "new", source, "--format", "axolotl", "--teacher", "t")

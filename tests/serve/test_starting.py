@@ -93,7 +93,7 @@ async def test_a_reload_from_a_checkpoint_with_a_hole_changes_nothing(
     [
         ("no/such/folder", "no such folder (model=no/such/folder)"),
         ("./none", "no such folder (model=./none)"),
-        (__file__, "this is no folder"),
+        (__file__, "the model path is a file"),
         ("runs/nope", "no such folder (model=runs/nope)"),
         ("surely-not-there", "no such folder, nor such an id in the local Hugging Face cache"),
         ("a--b..c", "no such folder"),

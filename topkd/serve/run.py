@@ -85,14 +85,14 @@ def _check_model_path(model: str) -> None:
             if not (folder / "config.json").is_file():
                 raise ConfigError("the folder holds no model", where=where, expected=expected)
         elif folder.exists():
-            raise ConfigError("the model path is a file", where=where, expected=f"one with {expected}")
+            raise ConfigError("the model path is a file", where=where, expected=f"a folder with {expected}")
         elif not _HUB_ID.fullmatch(model):
-            raise ConfigError("no such folder", where=where, expected=f"one with {expected}")
+            raise ConfigError("no such folder", where=where, expected=f"a folder with {expected}")
         elif not _is_cached(model):
             if "/" in model:  # far more often a mistyped path than an id that nobody has fetched yet
                 raise ConfigError(
                     "no such folder", where=where,
-                    expected=f"one with {expected}, or an id that is in the local Hugging Face cache",
+                    expected=f"a folder with {expected}, or an id that is in the local Hugging Face cache",
                 )  # fmt: skip
             hint = f"hf download {model} brings an id there"
             raise ConfigError("no such folder, nor such an id in the local Hugging Face cache", where=where, hint=hint)

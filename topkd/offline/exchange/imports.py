@@ -69,12 +69,12 @@ def import_axolotl(
     def read(row: Mapping[str, Any]) -> _Lists:
         settings = row["input_ids"] if "input_ids" in row else tokenise(row) if tokenise else None
         if settings is None:
-            raise DataError("a row without input_ids", hint="pass tokenise=, from a row to its token ids")
+            raise DataError("the row has no input_ids", hint="pass tokenise=, from a row to its token ids")
         ids = check_token_array(settings)
         if "target_logprobs" in row:
             return _prepare_rows(row, ids, shifted=shifted)
         if logprobs_field not in row:
-            raise DataError("a row without logprobs", got=", ".join(row), expected=logprobs_field)
+            raise DataError("the row has no logprobs", got=", ".join(row), expected=logprobs_field)
         return _read_raw_rows(row[logprobs_field], row.get("target_token_ids"), ids)
 
     def semantics(row: Mapping[str, Any]) -> str:
@@ -277,7 +277,7 @@ class DistillKitLayout:
             try:
                 config = dict(yaml.safe_load(file.read_text()))
             except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-                raise DataError("a DistillKit capture without its settings", where=str(file)) from error
+                raise DataError("the DistillKit settings cannot be read", where=str(file)) from error
         try:
             return cls(
                 vocabulary=int(config["d"]),

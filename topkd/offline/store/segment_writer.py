@@ -82,7 +82,9 @@ class SegmentWriter:
             if not self.synced:
                 _sync_folder(self.path.parent)  # the name must last as well
         except OSError as error:
-            raise CacheError("the cache could not be made durable", where=str(self.path), got=error.strerror) from error
+            raise CacheError(
+                "the cache could not be written to the disk", where=str(self.path), got=error.strerror
+            ) from error
         self.synced = self.end
 
     def close(self) -> None:

@@ -141,7 +141,9 @@ class ScoreStore:
         identity, prompt = to_identity(student), check_token_array(prompt_ids)
         for rollout in rollouts:
             if not np.array_equal(rollout.prompt_ids, prompt):
-                raise AlignmentError("a rollout of another prompt", got=f"{rollout.prompt_ids[:8].tolist()}..")
+                raise AlignmentError(
+                    "a rollout has another prompt than its request", got=f"{rollout.prompt_ids[:8].tolist()}.."
+                )
         key = compute_rollout_key(identity, prompt, params, version=version, occurrence=occurrence)
         self.keep_rollouts(identity, key, rollouts, k=k)
 
@@ -337,7 +339,7 @@ class ScoreStore:
 
     def _check_writable(self) -> None:
         if self.mode != "a":
-            raise CacheError("the cache is open for reading", where=str(self.path), hint='open it with mode="a"')
+            raise CacheError("the cache is open for reading only", where=str(self.path), hint='open it with mode="a"')
 
 
 def _reopen(path: str, mode: Mode, codec: CodecName, options: dict[str, int]) -> ScoreStore:
