@@ -11,6 +11,7 @@ import fcntl
 import os
 import socket
 import time
+import uuid
 from pathlib import Path
 
 import xxhash
