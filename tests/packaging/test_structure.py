@@ -18,12 +18,8 @@ LONG = {
     "topkd/topk/losses/fused_policy.py fused_topk_policy_gradient_loss": "a public loss, as above",
     "topkd/topk/losses/jsd.py generalized_jsd_loss": "a public loss, as above",
     "topkd/topk/losses/topk_policy.py topk_policy_gradient_loss": "a public loss, as above",
-    "topkd/topk/maths/estimator.py topk_weights": "a public function of the maths, as above",
 }
-# Public names that two files define.
-TWICE: set[str] = set()
-MOST_VAGUE = 18
-MOST_LINES_OF_CODE = 42_700
+MOST_LINES_OF_CODE = 41_046
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +38,15 @@ def test_no_function_has_more_than_eight_parameters(found):
 def test_functions_of_more_than_sixty_lines_are_the_listed_ones(found):
     long = {re.sub(r":\d+ (\S+): \d+ lines", r" \1", place) for place in found.long}
     assert long - set(LONG) == set(), "split it, or give its reason in LONG"
+    assert set(LONG) - long == set(), "no longer that long: remove it from LONG"
 
 
 def test_a_public_name_has_one_meaning(found):
-    twice = {line.partition(":")[0] for line in found.twice}
-    assert twice - TWICE == set(), "two files define this public name: rename one"
+    assert found.twice == [], "two files define this public name: rename one"
 
 
 def test_names_say_what_they_hold(found):
-    assert len(found.vague) <= MOST_VAGUE, found.vague
+    assert found.vague == []
 
 
 def test_the_package_does_not_grow_unnoticed(found):
