@@ -104,9 +104,9 @@ async def test_a_function_of_a_file_trains_replays_and_goes_on(tmp_path):
     [
         (
             f"{__name__}:two",
-            r"a loss takes one argument \(.*:two\): got \(view, beta\) .*'beta'.*expected a function of one",
+            r"a loss function must take one argument \(.*:two\): got \(view, beta\) .*'beta'.*expected a function of",
         ),
-        (f"{__name__}:awaited", r"a loss cannot be awaited \(.*:awaited\): got async def"),
+        (f"{__name__}:awaited", r"a loss function must not be async \(.*:awaited\): got async def"),
         (f"{__name__}:nothing", r"objective.kind names no function \(.*\): got 'nothing'"),
         ("no.such.module:loss", r"objective.kind cannot be imported \(no.such.module\)"),
         ("nowhere.py:loss", r"objective.kind cannot be imported \(nowhere.py\).*no file nowhere.py"),

@@ -74,7 +74,7 @@ def policy(student: Tensor, teacher: Tensor, mask: Tensor | None = None, **optio
     known = torch.ones(len(student), dtype=torch.bool) if mask is None else mask
     rows, logp = listed(teacher, 2), torch.log_softmax(torch.where(known[:, None], student, 0.0), -1)
     logp = torch.where(known[:, None], logp, math.nan)
-    at_ids, actual = logp.gather(-1, rows.safe_ids), logp.gather(-1, rows.actual_ids[:, None])[:, 0]
+    at_ids, actual = logp.gather(-1, rows.ids.clamp(min=0)), logp.gather(-1, rows.actual_ids[:, None])[:, 0]
     return topk_policy_gradient_loss(at_ids, actual, rows, mask, **options)
 
 

@@ -69,7 +69,7 @@ def test_the_teacher_rows_stand_where_the_teachers_own_prompt_ends() -> None:
         (rows(1, [4, 9]), "wrong place"),
         (rows(2, [4, 8]), "another completion"),
         (rows(2, [4]), "rows"),
-        (rows(2, [4, -1]), "does not know its token"),
+        (rows(2, [4, -1]), "lacks its realised token"),
     ):
         with pytest.raises(AlignmentError, match=words):
             TopKPreparedSample(core(), BEHAVIOR, teacher)

@@ -219,7 +219,7 @@ class TopKPreparedSample:
             "TopKPreparedSample.teacher", self.teacher, self.core.teacher_prompt_ids.size - 1, self.core.completion_ids
         )
         if (self.teacher.actual_ids < 0).any():
-            raise AlignmentError("a teacher row does not know its token", where="TopKPreparedSample.teacher", got="-1")
+            raise AlignmentError("a teacher row lacks its realised token", where="TopKPreparedSample.teacher", got="-1")
 
     @property
     def teacher_logp(self) -> Float32:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from topkd.topk.errors import ConfigError
-from topkd.topk.maths.scalars import check_integer, check_real
+from topkd.topk.maths.scalars import check_integer, check_positive, check_real
 
 _SMALLEST_LOSS = 1e-8  # the relative change against a loss of zero would be 1e15 and stay in the momentum for good
 
@@ -41,15 +41,13 @@ class TAIDScheduler:
     ) -> None:
         t_start, t_end = check_real("t_start", t_start), check_real("t_end", t_end)
         alpha, beta = check_real("alpha", alpha), check_real("beta", beta)
-        if check_integer("num_train_steps", num_train_steps) < 1:
-            raise ConfigError("num_train_steps must be at least 1", got=num_train_steps)
         if not 0.0 <= t_start < t_end <= 1.0:
             raise ConfigError("TAID needs 0 <= t_start < t_end <= 1", got=f"t_start {t_start}, t_end {t_end}")
         if not 0.0 <= beta < 1.0:
             raise ConfigError("beta must lie in [0, 1)", got=beta)
         if not 0.0 <= alpha < math.inf:
             raise ConfigError("alpha must be finite and not negative", got=alpha)
-        self.num_train_steps = num_train_steps
+        self.num_train_steps = check_positive("num_train_steps", num_train_steps)
         self.t_start, self.t_end = t_start, t_end
         self.alpha, self.beta = alpha, beta
         self.disable_adaptive = disable_adaptive

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from topkd.topk.errors import ConfigError, ResponseError
 from topkd.topk.maths.ragged import pad_rows
-from topkd.topk.maths.scalars import check_integer
+from topkd.topk.maths.scalars import check_integer, check_positive
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -135,8 +135,8 @@ class TopK:
         first, stop, step = (rows or slice(None)).indices(self.rows)
         if step != 1:
             raise ConfigError("TopK.slice: only contiguous rows keep their source positions", got=f"step {step}")
-        if k is not None and check_integer("TopK.slice: k", k) < 1:
-            raise ConfigError("TopK.slice: k must be at least 1", got=k)
+        if k is not None:
+            check_positive("TopK.slice: k", k)
         part = slice(first, max(first, stop))
         ids, logp, tail = self.ids[part], self.logp[part], self.tail_logp[part]
         if k is not None and k < self.k:

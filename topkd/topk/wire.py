@@ -87,7 +87,7 @@ class _TopK(_Wire):
 
     def value(self) -> TopK:
         if any(len(row) != self.k for table in (self.ids, self.logp) for row in table):
-            raise DataError("a row of ids or logp has not k entries", expected=f"k = {self.k}")
+            raise DataError("a row of ids or logp does not have k entries", expected=f"k = {self.k}")
         ids = np.array(self.ids, dtype=np.int32).reshape(len(self.ids), self.k)
         logp = np.array(self.logp, dtype=np.float32).reshape(len(self.logp), self.k)
         return TopK(self.start, ids, logp, self.actual_ids, self.actual_logp, self.tail_logp)

@@ -217,5 +217,5 @@ def test_keys_that_do_not_go_together_are_told_in_one_sentence(tmp_path):
     path = written(tmp_path, GOOD.split("[objective]", maxsplit=1)[0])
     with pytest.raises(ConfigError) as caught:
         load_config(path, ["learner.importance.kind=ppo"])
-    assert str(caught.value).startswith("ppo clips the ratio of a sampled token's gradient, and topk_pg is one in part")
+    assert str(caught.value).startswith("ppo clips the ratios of sampled tokens, and topk_pg also sums over")
     assert "got a table" not in str(caught.value)

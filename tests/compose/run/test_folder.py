@@ -19,7 +19,7 @@ STARTED = '{"kind": "event", "event": "start"}\n'
         (STARTED + '{"kind": "train", "loss": 1.0}\n', ConfigError, "holds files that are not a run's"),
         ('{"kind": ["train"]}\n', ConfigError, "holds files that are not a run's"),
         ("step,loss", ConfigError, "holds files that are not a run's"),
-        ('{"loss": 1.0}\n', DataError, "this is no run log of a run"),
+        ('{"loss": 1.0}\n', DataError, "the file is not a run log"),
         ("", ConfigError, "holds files that are not a run's"),
     ],
 )

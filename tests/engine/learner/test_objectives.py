@@ -275,7 +275,7 @@ def test_micro_batches_change_no_objective(folder, teacher, objective):
             {"objective": {"kind": "topk_pg"}, "learner": {"importance": {"kind": "ppo"}}},
             "sum over the list has no ratio",
         ),
-        ({"objective": {"kind": "fkl"}, "learner": {"importance": {"kind": "ppo"}}}, "ppo clips the ratio"),
+        ({"objective": {"kind": "fkl"}, "learner": {"importance": {"kind": "ppo"}}}, "ppo clips the ratios"),
         ({"objective": {"kind": "gjs", "advantage": "state"}}, "state-only advantage at gamma 0"),
         ({"objective": {"kind": "taid", "t_start": 0.9, "t_end": 0.5}}, "up to t_end"),
         ({"objective": {"kind": "topk_pg"}, "data_loss": "objective"}, "do not have"),
@@ -338,7 +338,7 @@ def test_an_objective_of_ones_own_is_a_function_of_the_view(folder, teacher):
         ),
     )
     assert record["tokens"] == 3
-    with pytest.raises(ConfigError, match="one loss a token"):
+    with pytest.raises(ConfigError, match="one loss per token"):
         gradients(folder, [sample], lambda view: view.logp_new.sum())
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.engine.learner.rank_worker import run
 from tests.engine.pieces import model_folder
-from tests.engine.rank_worker import run
 from topkd.engine.learner.distributed import Ranks
 
 ROOT = Path(__file__).parents[3]
@@ -26,7 +26,7 @@ def two_processes(folder, objective, strategy, out):
     out.mkdir(exist_ok=True)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-         "tests.engine.rank_worker", str(folder), objective, strategy, str(out)],
+         "tests.engine.learner.rank_worker", str(folder), objective, strategy, str(out)],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=840, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import torch
 
-from tests.engine.legs import leg, told
+from tests.engine.loop.legs import leg, told
 from tests.engine.pieces import model_folder
 from topkd.engine.checkpoint.checkpoint import find_newest_checkpoint
 from topkd.engine.loop.metrics import read_metrics

@@ -4,9 +4,8 @@ import pytest
 from huggingface_hub import constants
 
 from topkd.engine.models import hub
-from topkd.engine.models.hub import check_there
 from topkd.engine.models.student import load_causal_lm
-from topkd.engine.models.tokenizer import load_tokenizer
+from topkd.engine.models.tokenizer import check_there, load_tokenizer
 from topkd.topk.errors import ConfigError
 
 PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
@@ -28,8 +27,8 @@ def out_of_reach(monkeypatch):
         ("/models/studnt", r"no such model folder"),
         ("models/tiny/studnt", r"no such model folder"),
         ("models/studnt", r"no such model folder here, and the hub cannot be reached \(models/studnt\): got 127.0.0.1"),
-        ("we ird", r"neither a model folder nor a hub id \(we ird\)"),
-        ("x" * 300, r"neither a model folder nor a hub id \(xxx"),
+        ("we ird", r"neither a model folder nor a valid hub id \(we ird\)"),
+        ("x" * 300, r"neither a model folder nor a valid hub id \(xxx"),
     ],
 )
 def test_a_name_that_is_nowhere_is_one_line_and_no_retry(out_of_reach, load, name, message):

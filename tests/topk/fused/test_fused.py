@@ -122,7 +122,7 @@ def test_the_fused_policy_gradient_is_the_one_on_logprobs(beta: float, lam: floa
     logp = torch.log_softmax(x["hidden"] @ x["weight"].t() + x["bias"], -1)
     chosen = logp.gather(-1, rows.actual_ids[:, None])[:, 0]
     behavior = chosen.detach() - torch.linspace(-1, 1, 23, dtype=torch.float64)
-    at_ids = logp.gather(-1, rows.safe_ids)
+    at_ids = logp.gather(-1, rows.ids.clamp(min=0))
     wanted, metrics = topk_policy_gradient_loss(
         at_ids, chosen, rows, mask, beta=beta, lam=lam, behavior_logp=behavior, return_metrics=True
     )

@@ -101,7 +101,7 @@ def test_i09_a_repeated_id_and_a_pad_change_nothing(
     def policy_loss(logits: Tensor, given: SparseTeacher) -> Tensor:
         own = torch.log_softmax(logits, -1)
         actual = own.gather(-1, given.actual_ids[:, None])[:, 0]
-        return topk_policy_gradient_loss(own.gather(-1, given.safe_ids), actual, given, beta=beta, lam=lam)
+        return topk_policy_gradient_loss(own.gather(-1, given.ids.clamp(min=0)), actual, given, beta=beta, lam=lam)
 
     for loss in (
         lambda s, given: sparse_divergence_loss(s, given, beta=beta),

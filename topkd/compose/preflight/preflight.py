@@ -31,7 +31,7 @@ from topkd.compose.preflight.teachers import (
     shorten_patience,
 )
 from topkd.compose.progress import Progress
-from topkd.engine.models.hub import check_there
+from topkd.engine.models.tokenizer import check_there
 from topkd.offline import ReplayScorer, ScoreStore
 from topkd.report.load.run_log import flatten_settings
 from topkd.topk.errors import ConfigError, TopkdError, UnsupportedError

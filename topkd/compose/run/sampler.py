@@ -36,8 +36,7 @@ async def open_sampler(config: RunConfig, student: Any, prompts: Prompts, run: R
     if isinstance(table, InProcessSampling):
         yield open_in_process(config, student, prompts.tokenizer)
         return
-    from topkd.engine.weight_sync.sync import SyncedSampler
-    from topkd.engine.weight_sync.sync_probe import SyncProbe
+    from topkd.engine.weight_sync.sync import SyncedSampler, SyncProbe
 
     kind = _find_kind(table, student)
     if isinstance(table, ServerSampling):

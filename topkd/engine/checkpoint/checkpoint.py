@@ -26,12 +26,8 @@ from topkd.topk.errors import ConfigError
 from topkd.topk.wire import read_rollouts, write_rollouts
 
 FOLDER = "checkpoints"
-_STATE, _WEIGHTS, _OPTIMIZER, _RANDOM = (
-    "state.json",
-    "weights.safetensors",
-    "optimizer.safetensors",
-    "random.safetensors",
-)
+_STATE, _RANDOM = "state.json", "random.safetensors"
+_WEIGHTS, _OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 
 
 class Stateful(Protocol):
@@ -87,7 +83,7 @@ def save_checkpoint(
         notes: The caller's own values, written as they are.
     """
     state = learner.state_dict()
-    trained = collect_trained_weights(learner.student)
+    trained = learner.student.trained()
     queue = [_describe_queue(queued, remembered=remembered) for queued in position.queue]
     values = {
         "step": position.step,
@@ -138,12 +134,12 @@ def restore(checkpoint: Checkpoint, learner: Learner, stateful: Mapping[str, Sta
     values = json.loads((checkpoint.path / _STATE).read_text(encoding="utf-8"))
     if values["frozen"] != fingerprint_frozen(learner.student):
         raise ConfigError(
-            "the student's frozen weights are not those that the run began with", where=str(checkpoint.path),
-            hint="bring back the base model that student.model named",
+            "the student's frozen weights differ from those that the run began with", where=str(checkpoint.path),
+            hint="restore the base model that student.model names",
         )  # fmt: skip
     if values["stateful"] != sorted(stateful or {}):
         raise ConfigError(
-            "the checkpoint is of a run with other parts", where=str(checkpoint.path),
+            "the checkpoint was written with other stateful parts", where=str(checkpoint.path),
             got=values["stateful"], expected=sorted(stateful or {}),
         )  # fmt: skip
     load_weights(learner.student, read_weights(checkpoint), where=str(checkpoint.path))
@@ -158,20 +154,17 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return load_tensors(checkpoint.path / _WEIGHTS)
 
 
-def collect_trained_weights(student: Student) -> dict[str, Tensor]:
-    """Collect the parameters that training changes, by name; tied ones once."""
-    return {name: p.detach() for name, p in student.model.named_parameters() if p.requires_grad}
-
-
 def load_weights(student: Student, weights: Mapping[str, Tensor], *, where: str) -> None:
     """Set the trained parameters; refuse other names, shapes or dtypes."""
-    own = collect_trained_weights(student)
+    own = student.trained()
     if differing := sorted(own.keys() ^ weights.keys()):
-        raise ConfigError("weights of another student", where=where, got=f"{differing[0]} ({len(differing)} differ)")
+        raise ConfigError(
+            "the weights belong to another student", where=where, got=f"{differing[0]} ({len(differing)} differ)"
+        )
     for name, parameter in own.items():
         if parameter.shape != weights[name].shape or parameter.dtype != weights[name].dtype:
             raise ConfigError(
-                "weights of another student", where=f"{where}, {name}",
+                "the weights belong to another student", where=f"{where}, {name}",
                 got=f"{tuple(weights[name].shape)} {weights[name].dtype}",
                 expected=f"{tuple(parameter.shape)} {parameter.dtype}",
             )  # fmt: skip
@@ -206,14 +199,9 @@ def save_student(student: Student, tokenizer: Any, path: Path, state: Mapping[st
 
 
 def _describe_queue(queued: Queued, *, remembered: bool) -> dict[str, Any]:
-    places = queued.places
     return {
-        "step": queued.step,
-        "version": queued.version,
-        "versions": list(queued.versions),
-        "sample_s": queued.sample_s,
-        "places": None if places is None else list(places),
-        "kept": not remembered and places is not None and queued.rollouts is not None,
+        **{name: getattr(queued, name) for name in ("step", "version", "versions", "sample_s", "places")},
+        "kept": not remembered and queued.places is not None and queued.rollouts is not None,
     }
 
 

@@ -107,7 +107,7 @@ def find_fault(path: Path) -> str | None:
         except OSError:
             return f"{name} is missing"
         if found != expected:
-            return f"{name} is not what was written (size or checksum)"
+            return f"{name} has another size or checksum than when it was written"
     return None
 
 

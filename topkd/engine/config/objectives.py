@@ -72,11 +72,11 @@ class ObjectiveSettings(Frozen):
         if (why := self._find_own_conflict()) is not None:
             return why
         if self.is_data_only and on_policy_fraction not in {0.0, 1.0}:
-            return f"objective {self.name} learns from the data's completions alone; leave on_policy_fraction out"
+            return f"objective {self.name} trains on completions from the data only; leave on_policy_fraction out"
         if importance_kind == "ppo" and not self.allows_ppo:
             return (
-                f"ppo clips the ratio of a sampled token's gradient, and {self.name} "
-                + ("is one in part: its sum over the list has no ratio" if self.needs_behavior else "has none")
+                f"ppo clips the ratios of sampled tokens, and {self.name} "
+                + ("also sums over the teacher's list, which has no ratio" if self.needs_behavior else "uses no ratio")
                 + '; set learner.importance.kind = "truncated", or objective.kind = "gjs" or "scalar_kl"'
             )
         if data_loss == "objective" and self.needs_behavior:
@@ -323,7 +323,7 @@ def check_loss_function(function: Callable[..., Any], *, where: str) -> None:
     """Raise ConfigError for a function that cannot be called with a ``TokenView`` alone, or is a coroutine."""
     expected = "a function of one TokenView that returns the loss of each token"
     if inspect.iscoroutinefunction(function):
-        raise ConfigError("a loss cannot be awaited", where=where, got="async def", expected=expected)
+        raise ConfigError("a loss function must not be async", where=where, got="async def", expected=expected)
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # a builtin may not tell its parameters
@@ -332,6 +332,6 @@ def check_loss_function(function: Callable[..., Any], *, where: str) -> None:
         signature.bind(object())
     except TypeError as error:
         raise ConfigError(
-            "a loss takes one argument", where=where, got=f"{signature} ({error})", expected=expected,
+            "a loss function must take one argument", where=where, got=f"{signature} ({error})", expected=expected,
             hint="give the other parameters defaults, or bind them with functools.partial",
         ) from error  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from topkd.engine.models.student import pad_sequences
 from topkd.topk.samples import PreparedSample, TextSample
 from topkd.topk.types import Bool
 
@@ -66,22 +67,19 @@ def make_micro_batches(
 
 def _pad(pairs: list[tuple[S, Bool]], device: torch.device) -> MicroBatch[S]:
     samples = [sample for sample, _ in pairs]
-    width = max(sample.core.input_ids.size for sample in samples)
-    input_ids = np.zeros((len(samples), width), dtype=np.int64)
-    attention = np.zeros_like(input_ids)
+    input_ids, attention = pad_sequences([sample.core.input_ids for sample in samples], device)
     rows, targets, picks = [], [], []
     for b, (sample, mask) in enumerate(pairs):
-        core = sample.core
-        input_ids[b, : core.input_ids.size] = core.input_ids
-        attention[b, : core.input_ids.size] = 1
-        pick = np.flatnonzero(mask)
+        core, pick = sample.core, np.flatnonzero(mask)
         picks.append(pick)
-        rows.append(b * width + core.prompt_len - 1 + pick)  # logit row P - 1 predicts the first completion token
+        rows.append(
+            b * input_ids.shape[1] + core.prompt_len - 1 + pick
+        )  # row P - 1 predicts the first completion token
         targets.append(core.completion_ids[pick].astype(np.int64))
     return MicroBatch(
         samples,
-        torch.from_numpy(input_ids).to(device),
-        torch.from_numpy(attention).to(device),
+        input_ids,
+        attention,
         torch.from_numpy(np.concatenate(rows)).to(device),
         torch.from_numpy(np.concatenate(targets)).to(device),
         picks,

@@ -60,10 +60,6 @@ class Ranks:
         count = len(items)
         return items[self.rank * count // self.size : (self.rank + 1) * count // self.size]
 
-    def total(self, value: float) -> float:
-        """Sum a value over ranks."""
-        return sum(self.gather(float(value)))
-
     def most(self, value: int) -> int:
         """Find the largest value of any rank."""
         return max(self.gather(int(value)))

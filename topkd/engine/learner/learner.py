@@ -253,14 +253,14 @@ class Learner:
         self._skipped_in_a_row = int(state.values["skipped_in_a_row"])
         if self._taid is not None:
             if "taid" not in state.values["objective"]:
-                raise ConfigError("the checkpoint is of another objective", got="no TAID schedule")
+                raise ConfigError("the checkpoint was written with another objective", got="no TAID schedule")
             self._taid.load_state_dict(state.values["objective"]["taid"])
 
     def _count_skips(self, skipped: str) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
-                f"{self._skipped_in_a_row} steps in a row changed nothing",
+                f"{self._skipped_in_a_row} steps in a row were skipped",
                 got=skipped,
                 hint="lower learner.lr, or look at masked_tokens and lost samples in metrics.jsonl",
             )
@@ -270,11 +270,10 @@ def choose_precision(config: LearnerConfig, device: torch.device) -> Precision:
     """Choose the dtype of the forward pass; refuse bfloat16 on a GPU without it."""
     if config.autocast == "off":
         return Precision()
-    if config.autocast == "auto":
-        there = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return Precision(torch.bfloat16, config.autocast_head) if there else Precision()
+    if config.autocast == "auto" and not (device.type == "cuda" and torch.cuda.is_bf16_supported()):
+        return Precision()
     if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ConfigError('learner.autocast = "bfloat16": this GPU has none', hint='use "off" or "auto"')
+        raise ConfigError('learner.autocast = "bfloat16": this GPU does not support it', hint='use "off" or "auto"')
     return Precision(torch.bfloat16, config.autocast_head)
 
 
@@ -282,7 +281,7 @@ def _make_scheduler(objective: Objective, steps: int | None) -> TAIDScheduler | 
     if not isinstance(objective, TAID):
         return None
     if steps is None:
-        raise ConfigError("objective taid moves t over the run", hint="give the learner the number of steps")
+        raise ConfigError("objective taid needs the number of steps", hint="pass steps= to the learner")
     return TAIDScheduler(
         steps,
         t_start=objective.t_start,

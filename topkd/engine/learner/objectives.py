@@ -79,7 +79,9 @@ def bind_objective(objective: Objective | TokenLoss, function: TokenLoss | None 
         return bind_objective(CustomObjective.of_function(objective, TopKPolicyGradient()), objective)
     if isinstance(objective, CustomObjective):
         if function is None:
-            raise ConfigError("the function of a custom objective was not loaded", where=objective.name)
+            raise ConfigError(
+                "the function of a custom objective is missing", where=objective.name, hint="pass it as loss="
+            )
         check_loss_function(function, where=objective.name)
         return BoundObjective(objective, partial(_compute_custom, function))
     if objective.is_data_only:
@@ -91,7 +93,7 @@ def _compute_custom(function: TokenLoss, view: TokenView) -> LossOutput:
     per_token: object = function(view)
     if not isinstance(per_token, Tensor) or per_token.shape != view.logp_new.shape:
         raise ConfigError(
-            "a custom objective must return one loss a token",
+            "a custom objective must return one loss per token",
             where=name_function(function),
             got=tuple(per_token.shape) if isinstance(per_token, Tensor) else type(per_token).__name__,
             expected=tuple(view.logp_new.shape),

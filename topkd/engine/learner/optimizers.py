@@ -56,7 +56,7 @@ def load_optimizer_tensors(
         if parameter is None or (key.startswith("exp_avg") and value.shape != parameter.shape):
             expected = "no such parameter" if parameter is None else tuple(parameter.shape)
             raise ConfigError(
-                "optimiser state of another student", where=name, got=tuple(value.shape), expected=expected
+                "the optimiser state belongs to another student", where=name, got=tuple(value.shape), expected=expected
             )
         fresh.setdefault(name, {})[key] = _place_tensor(value, parameter)
     optimizer.state.clear()
@@ -74,14 +74,14 @@ def _place_tensor(value: Tensor, parameter: Tensor) -> Tensor:
 
 def check_schedule(config: LearnerConfig, steps: int | None) -> None:
     """Refuse a falling rate without a last step, and a warm-up longer than the run."""
-    if config.schedule != "constant" and steps is None:
-        raise ConfigError(f"learner.schedule {config.schedule!r} falls towards the last step", hint="give the steps")
-    if steps is not None and config.schedule != "constant" and config.warmup_steps >= steps:
-        raise ConfigError(
-            "learner.warmup_steps leaves nothing of the run to fall in",
-            got=config.warmup_steps,
-            expected=f"below steps = {steps}",
-        )
+    if config.schedule == "constant":
+        return
+    if steps is None:
+        what = f"learner.schedule {config.schedule!r} needs the number of steps"
+        raise ConfigError(what, hint="pass steps= to the learner")
+    if config.warmup_steps >= steps:
+        what, got = "learner.warmup_steps must be shorter than the run", config.warmup_steps
+        raise ConfigError(what, got=got, expected=f"below steps = {steps}")
 
 
 def compute_rate_factor(config: LearnerConfig, step: int, steps: int | None) -> float:

@@ -78,9 +78,7 @@ class ShardedModel(ParallelModel):
 
         if student.lora:
             raise ConfigError(
-                'strategy "fsdp2" shards whole models',
-                got="a LoRA adapter, which is small",
-                hint='use strategy "ddp"',
+                'strategy "fsdp2" cannot train a LoRA adapter', hint='use strategy "ddp": adapters are small'
             )
         super().__init__(student, ranks, precision, checkpointing=False)
         self.loss_scale = float(ranks.size)  # FSDP averages gradients over ranks; the loss is already a global mean
@@ -148,7 +146,7 @@ def prepare_checkpointed_layers(student: Student) -> list[nn.Module]:
     layers = [module for module in student.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers or not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(
-            "learner.gradient_checkpointing: this architecture has no layers that can recompute",
+            "learner.gradient_checkpointing: transformers does not support it for this architecture",
             got=type(model).__name__,
         )
     how = {"use_reentrant": False}

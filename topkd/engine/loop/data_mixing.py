@@ -68,7 +68,7 @@ def build_data_texts(config: EngineConfig, rows: Sequence[PromptRow], step: int)
     """Build texts of those rows; none where the teacher scores them."""
     if config.data_loss == "objective" and not config.objective.is_data_only:
         return []
-    return [_text(row) for row in select_data_rows(config, rows, step)]
+    return [TextSample(build_core(row, _rollout(row))) for row in select_data_rows(config, rows, step)]
 
 
 def build_trained_mask(row: PromptRow, rollout: Rollout) -> Bool:
@@ -78,6 +78,18 @@ def build_trained_mask(row: PromptRow, rollout: Rollout) -> Bool:
     return np.ones(rollout.completion_ids.size, dtype=np.bool_)
 
 
+def build_core(row: PromptRow, rollout: Rollout, *, trains: bool = True) -> SampleCore:
+    """Build the teacher-independent part of a sample; ``trains=False`` masks every token."""
+    return SampleCore(
+        np.concatenate([rollout.prompt_ids, rollout.completion_ids]),
+        int(rollout.prompt_ids.size),
+        build_trained_mask(row, rollout) & trains,
+        row.teacher_prompt_ids,
+        row.teacher_id,
+        row.sample_id,
+    )
+
+
 def _pool(rows: Sequence[PromptRow]) -> list[PromptRow]:
     return [row for row in rows if row.completion_ids is not None]
 
@@ -85,19 +97,6 @@ def _pool(rows: Sequence[PromptRow]) -> list[PromptRow]:
 def _rollout(row: PromptRow) -> Rollout:
     completion = row.completion_ids
     if completion is None:
-        raise ConfigError("a row of the data's completions has none", where=row.sample_id)
+        raise ConfigError("a data row has no completion", where=row.sample_id)
     unknown = np.full(completion.size, np.nan, dtype=np.float32)  # no policy drew it: no probability is known
     return Rollout(row.prompt_ids, completion, unknown, "stop", SamplingParams(), None, DATA)
-
-
-def _text(row: PromptRow) -> TextSample:
-    rollout = _rollout(row)
-    core = SampleCore(
-        np.concatenate([row.prompt_ids, rollout.completion_ids]),
-        int(row.prompt_ids.size),
-        build_trained_mask(row, rollout),
-        row.teacher_prompt_ids,
-        row.teacher_id,
-        row.sample_id,
-    )
-    return TextSample(core)

@@ -147,14 +147,12 @@ class _Run:
             pipeline.release(step)
             version = step + 1
             is_due = self.is_checkpoint_due(version)
+            pipeline.weights.advance_to(version)
             if alone or is_due or self.is_evaluation_due(version):
-                pipeline.weights.advance_to(version)
                 await pipeline.published.wait_for(version)
                 await self.evaluate(version)
                 if is_due:
                     await asyncio.to_thread(self.checkpoint)
-            else:
-                pipeline.weights.advance_to(version)
             pipeline.released.advance_to(version)
         await self.finish()
 

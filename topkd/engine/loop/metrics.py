@@ -75,7 +75,7 @@ def read_metrics(path: Path, kind: str | None = None, *, end: int | None = None)
             raise DataError("unreadable metrics line", where=f"{path}:{number}", got=line[:80]) from error
         if not isinstance(record, dict) or "kind" not in record:
             raise DataError(
-                "this is no run log of a run", where=f"{path}:{number}", got=line[:80],
+                "the file is not a run log", where=f"{path}:{number}", got=line[:80],
                 expected='an object with "kind" on every line',
             )  # fmt: skip
         if kind is None or record["kind"] == kind:

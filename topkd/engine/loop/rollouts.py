@@ -60,8 +60,8 @@ def count_shards(config: EngineConfig, ranks: Ranks | None) -> int:
     parts = config.rollout.shards or size
     if parts % size:
         raise ConfigError(
-            "rollout.shards must be shared evenly by the processes", got=f"{parts} parts, {size} processes",
-            hint="set a multiple of the number of processes, or 0",
+            "rollout.shards must be a multiple of the number of processes, or 0",
+            got=f"{parts} shards, {size} processes",
         )  # fmt: skip
     return parts
 

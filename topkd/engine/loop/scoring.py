@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from topkd.engine.config.objectives import Support
-from topkd.engine.loop.data_mixing import build_trained_mask
+from topkd.engine.loop.data_mixing import build_core
 from topkd.engine.loop.prompts import PromptRow
 from topkd.topk.errors import (
     CacheMissError,
@@ -25,7 +25,6 @@ from topkd.topk.protocols import CandidateScorer, Ids, TeacherScorer
 from topkd.topk.samples import (
     PreparedSample,
     Rollout,
-    SampleCore,
     ScalarBehavior,
     TopKBehavior,
     TopKPreparedSample,
@@ -116,14 +115,7 @@ async def _prepare_sample(
 ) -> PreparedSample:
     start, ids = row.teacher_prompt_ids.size - 1, np.concatenate([row.teacher_prompt_ids, rollout.completion_ids])
     scores = await move_to_support(teacher, ids, await teacher.score(ids, start, k), rollout, support)
-    core = SampleCore(
-        np.concatenate([rollout.prompt_ids, rollout.completion_ids]),
-        int(rollout.prompt_ids.size),
-        build_trained_mask(row, rollout) & trains,
-        row.teacher_prompt_ids,
-        row.teacher_id,
-        row.sample_id,
-    )
+    core = build_core(row, rollout, trains=trains)
     behavior = ScalarBehavior(rollout.logp) if rollout.topk is None else TopKBehavior(rollout.logp, rollout.topk)
     return TopKPreparedSample(core, behavior, scores)
 
@@ -192,12 +184,12 @@ async def move_to_support(teacher: TeacherScorer, ids: Ids, scores: TopK, rollou
         return scores
     if rollout.topk is None:
         raise ConfigError(
-            "a completion has no list of the student's, on which the teacher could be asked",
+            "a completion has no top-K list of the student's for the teacher to score",
             expected=f"the sampler's top-K, for objective.support = {support!r}",
             hint="completions from the data have none: use on_policy_fraction = 1",
         )
     if not isinstance(teacher, CandidateScorer):
-        raise ConfigError("the teacher scores no chosen ids", got=type(teacher).__name__)
+        raise ConfigError("the teacher cannot score chosen ids", got=type(teacher).__name__)
     wanted = rollout.topk.ids
     return build_support_rows(scores, wanted, await teacher.score_candidates(ids, scores.start, wanted), support)
 

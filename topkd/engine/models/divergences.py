@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topkd.engine.models.student import Student
+from topkd.engine.models.student import Student, pad_sequences
 from topkd.topk.errors import AlignmentError, ConfigError
 from topkd.topk.types import Int32
 
@@ -54,8 +54,8 @@ def exact_divergences(student: Student, teacher: Student, probes: Sequence[Probe
         batch = ordered[begin : begin + _AT_ONCE]
         rows = _rows(batch)
         seen = [probe.as_seen_by_teacher() for probe in batch]
-        student_logits = student.logit_rows(*_on(student, batch), rows.to(student.device))
-        teacher_logits = teacher.logit_rows(*_on(teacher, seen), _rows(seen).to(teacher.device))
+        student_logits = student.logit_rows(*_pad(batch, student.device), rows.to(student.device))
+        teacher_logits = teacher.logit_rows(*_pad(seen, teacher.device), _rows(seen).to(teacher.device))
         for first in range(0, len(rows), _ROWS_AT_ONCE):
             part = slice(first, first + _ROWS_AT_ONCE)
             sums += _sum_divergences(student_logits[part].cpu(), teacher_logits[part].cpu())
@@ -90,11 +90,5 @@ def _rows(batch: Sequence[Probe]) -> Tensor:
     return torch.from_numpy(np.concatenate(rows))
 
 
-def _on(student: Student, batch: Sequence[Probe]) -> tuple[Tensor, Tensor]:
-    width = max(probe.ids.size for probe in batch) - 1
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    attention = torch.zeros_like(ids)
-    for b, probe in enumerate(batch):
-        ids[b, : probe.ids.size - 1] = torch.from_numpy(probe.ids[:-1].astype(np.int64))
-        attention[b, : probe.ids.size - 1] = 1
-    return ids.to(student.device), attention.to(student.device)
+def _pad(batch: Sequence[Probe], device: torch.device) -> tuple[Tensor, Tensor]:
+    return pad_sequences([probe.ids[:-1] for probe in batch], device)

@@ -82,7 +82,7 @@ class SelfTeacher:
 
     def __init__(self, student: Student, ema: float, lock: threading.Lock) -> None:
         if not 0.0 <= ema <= 1.0:
-            raise ConfigError("teacher.ema is a share", got=ema, expected="from 0 to 1")
+            raise ConfigError("teacher.ema must lie in [0, 1]", got=ema)
         self.ema, self._student, self._lock = ema, student, lock
         self.model = student if ema == 0.0 else _copy_weights(student)
         self._scorer = LocalTeacher(self.model)

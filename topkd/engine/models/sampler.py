@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from topkd.engine.models.student import Student
+from topkd.engine.models.student import Student, pad_sequences
 from topkd.topk.errors import ConfigError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import FinishReason, Rollout, SamplingParams
@@ -97,11 +97,7 @@ class InProcessSampler:
 
     def _check(self, params: SamplingParams) -> None:
         if not params.exact:
-            raise ConfigError(
-                "the in-process sampler draws from the policy itself",
-                got=params,
-                expected="temperature 1, no truncation, no penalties",
-            )
+            raise ConfigError("in-process sampling takes temperature 1, no truncation and no penalties", got=params)
 
     def _drawn(self, logp: Tensor, params: SamplingParams, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         return torch.multinomial(logp.exp(), 1, generator=generator)
@@ -117,7 +113,7 @@ class InProcessSampler:
         listed: int,
     ) -> list[_Step]:
         stops = torch.tensor([*self.stop_ids, *params.stop_token_ids], dtype=torch.long)
-        ids, attention = _pad_left(prompts, self.student.device)
+        ids, attention = pad_sequences(prompts, self.student.device, left=True)
         positions = (attention.cumsum(1) - 1).clamp_min(0)
         alive = torch.ones(len(prompts), dtype=torch.bool)
         steps: list[_Step] = []
@@ -166,16 +162,6 @@ class _Step:
     top: tuple[Int32, Float32, Float32] | None
 
 
-def _pad_left(prompts: list[Int32], device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(prompt.size for prompt in prompts)
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    attention = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - prompt.size :] = torch.from_numpy(prompt.astype(np.int64))
-        attention[i, width - prompt.size :] = 1
-    return ids.to(device), attention.to(device)
-
-
 def _top(logp: Tensor, k: int) -> tuple[Int32, Float32, Float32]:
     if k > logp.shape[1]:
         raise ConfigError("K is above the student's vocabulary", got=k, expected=f"at most {logp.shape[1]}")
@@ -188,7 +174,9 @@ class AnswerSampler(InProcessSampler):
 
     def _check(self, params: SamplingParams) -> None:
         if not replace(params, temperature=1.0).exact:
-            raise ConfigError("an evaluation in this process samples at a temperature, untruncated", got=params)
+            raise ConfigError(
+                "an in-process evaluation takes any temperature, but no truncation and no penalties", got=params
+            )
 
     def _drawn(self, logp: Tensor, params: SamplingParams, generator: torch.Generator) -> Tensor:
         if params.temperature == 0.0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,11 +12,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from topkd.engine.config.learner import LoRAConfig
-from topkd.engine.models.hub import check_there
 from topkd.engine.models.lora import has_adapter, head_rows, head_weights, unwrap_adapter, with_adapter
-from topkd.engine.models.tokenizer import describe_load_failure, quote_first_line
+from topkd.engine.models.tokenizer import check_there, describe_load_failure, quote_first_line
 from topkd.topk.errors import ConfigError
 from topkd.topk.fused import topk_logprobs
+from topkd.topk.types import Int32
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 DType = Literal["float32", "bfloat16"]
@@ -82,16 +83,9 @@ class Student:
         model = load_causal_lm(path, dtype)
         return cls.wrap(model if lora is None else with_adapter(model, lora, seed), device)
 
-    def hidden_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
-        """Compute final hidden states [N, H] at flat positions ``rows`` of a right-padded batch [B, T]."""
-        hidden: Tensor = self.backbone(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
-        return hidden.reshape(-1, hidden.shape[-1])[rows]
-
     def logit_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
-        """Compute float32 logits [N, V] at those positions only: masked and prompt rows never reach the head."""
-        logits: Tensor = self.head(self.hidden_rows(input_ids, attention_mask, rows))
+        """Compute float32 logits [N, V] at flat positions ``rows`` of a right-padded batch [B, T], and at no other."""
+        logits: Tensor = self.head(_compute_hidden(self.backbone, input_ids, attention_mask, rows))
         return logits.float()
 
     def token_logprobs(
@@ -99,10 +93,6 @@ class Student:
     ) -> Tensor:
         """Compute exact log s at ``ids`` [N, M] (-1 pads give -inf), float32 with graph, without N x V logits."""
         return split_logprobs(self.backbone, self.head, input_ids, attention_mask, rows, ids, precision)
-
-    def head_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Return the output head's weight [V, H] and bias [V] or None, for losses without N x V logits."""
-        return head_weights(self.head)
 
     def known(self, ids: ArrayLike) -> NDArray[np.int64]:
         """Convert token ids to int64; refuse ids that are no integers, or not in the vocabulary.
@@ -114,7 +104,7 @@ class Student:
             raise ConfigError("token ids must be integers", got=array.dtype)
         if array.size and not 0 <= int(array.min()) <= int(array.max()) < self.vocab_size:
             raise ConfigError(
-                "a token id that the model does not have", got=f"{array.min()}..{array.max()}",
+                "a token id lies outside the model's vocabulary", got=f"{array.min()}..{array.max()}",
                 expected=f"0..{self.vocab_size - 1}", hint="are these another tokenizer's ids?",
             )  # fmt: skip
         return array.astype(np.int64)
@@ -159,13 +149,28 @@ def split_logprobs(  # noqa: PLR0917
     """Compute ``Student.token_logprobs`` with any backbone and head."""
     kind = input_ids.device.type
     with torch.autocast(kind, dtype=precision.dtype or torch.bfloat16, enabled=precision.dtype is not None):
-        output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        hidden = output.last_hidden_state.reshape(-1, output.last_hidden_state.shape[-1])[rows]
+        hidden = _compute_hidden(backbone, input_ids, attention_mask, rows)
         weight, bias = head_weights(head)
         if precision.head:
             return topk_logprobs(hidden, weight, ids, bias=bias)[0]
     with torch.autocast(kind, enabled=False):
         return topk_logprobs(hidden.to(weight.dtype), weight, ids, bias=bias)[0]
+
+
+def _compute_hidden(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
+    hidden: Tensor = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return hidden.reshape(-1, hidden.shape[-1])[rows]
+
+
+def pad_sequences(sequences: Sequence[Int32], device: torch.device, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Pad token ids to one width; return ids and attention mask, int64 [B, T] each."""
+    width = max(sequence.size for sequence in sequences)
+    ids = np.zeros((len(sequences), width), dtype=np.int64)
+    attention = np.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        part = slice(width - sequence.size, None) if left else slice(sequence.size)
+        ids[row, part], attention[row, part] = sequence, 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(attention).to(device)
 
 
 def pick_device(device: Device) -> torch.device:

@@ -19,17 +19,102 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from topkd.engine.checkpoint.snapshots import write_folder
 from topkd.engine.loop.rollouts import derive_seed
 from topkd.engine.loop.scoring import LOSABLE
-from topkd.engine.models.lora import merge_adapter
+from topkd.engine.models.lora import head_weights, merge_adapter
 from topkd.engine.models.student import Student
-from topkd.engine.weight_sync.sync_probe import SyncProbe
+from topkd.topk import kl_k3
 from topkd.topk.errors import ConfigError, ResponseError, SyncError, TopkdError
 from topkd.topk.protocols import Ids, Sampler, Version, WeightSink, WeightUpdate
 from topkd.topk.samples import Rollout, SamplingParams
-from topkd.topk.types import Float32
+from topkd.topk.types import Float32, Int32
+
+DRAWS = 8  # tokens of each context
+CONTEXTS = 4
+_EXACT_NATS, _DRIFT_NATS = 1e-8, 1e-5  # float32 on both sides stays below the one; other weights soon exceed the other
+
+
+@dataclass(frozen=True, slots=True)
+class SyncProbe:
+    """Contexts at which learner and sampler must give the same next-token distribution after every push.
+
+    The learner's rows are taken when the weights are captured, so the comparison is of one version however far the
+    learner is by the time that the sampler has it. ``kl`` is the mean of expm1(d) - d over the tokens drawn, with
+    d = log learner - log sampler: an estimate of KL(sampler || learner) in nats, 0 but for rounding.
+
+    Attributes:
+        student: The learner's model.
+        contexts: Prompts.
+        alarm_nats: A KL above it is worth a warning.
+        limit_nats: Above it the sampler is of other weights, or not the policy: a SyncError.
+    """
+
+    student: Student
+    contexts: tuple[Int32, ...]
+    alarm_nats: float = 0.02
+    limit_nats: float = 1.0
+
+    @classmethod
+    def of(cls, student: Student, prompts: Sequence[Ids], **limits: float) -> SyncProbe:
+        """Make a probe of a few of a run's prompts, spread over them."""
+        places = np.unique(np.linspace(0, len(prompts) - 1, CONTEXTS).astype(int))
+        return cls(student, tuple(np.asarray(prompts[place], dtype=np.int32) for place in places.tolist()), **limits)
+
+    @torch.inference_mode()
+    def rows(self) -> Float32:
+        """Compute the learner's next-token logprobs at each context, float32 [contexts, V]."""
+        found = []
+        for context in self.contexts:  # one by one: a padded batch would round otherwise than the sampler does
+            ids = torch.from_numpy(context.astype(np.int64))[None].to(self.student.device)
+            at = torch.tensor([context.size - 1], device=self.student.device)
+            logits = self.student.logit_rows(ids, torch.ones_like(ids), at)
+            found.append(torch.log_softmax(logits.double(), dim=-1)[0].float().cpu().numpy())
+        return np.stack(found)
+
+    async def compare(
+        self, sampler: Sampler, rows: Float32, params: SamplingParams, where: str, *, first_nats: float | None = None
+    ) -> dict[str, Any]:
+        """Compare the logprobs of tokens that the sampler draws now with the learner's ``rows``.
+
+        Args:
+            sampler: Who is asked.
+            rows: The learner's, of the version that the sampler should have.
+            params: Of the draws.
+            where: The server, for messages.
+            first_nats: The KL of the first push. Where the two agreed as float32 does, a part of the weights that is
+                not taken up (an old output head) shows long before ``alarm_nats``. Of a bfloat16 student it says
+                nothing: a fresh adapter adds exact zeros, and the first step's rounding is 1e-4.
+
+        Raises:
+            SyncError: They are not of the same distribution.
+        """
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(sampler.sample(context, DRAWS, params)) for context in self.contexts]
+        learner, served = [], []
+        for row, task in zip(rows, tasks, strict=True):
+            for rollout in task.result():
+                learner.append(row[rollout.completion_ids[0]])
+                served.append(rollout.logp[0])
+        own_logp, served_logp = np.array(learner, dtype=np.float64), np.array(served, dtype=np.float64)
+        kl, worst = float(np.mean(kl_k3(own_logp, served_logp))), float(np.abs(own_logp - served_logp).max())
+        if not kl <= self.limit_nats:  # a NaN is above every limit
+            raise SyncError(
+                "the sampler does not sample from the weights that were pushed",
+                where=where,
+                got=f"KL {kl:.3g} nats, a token {worst:.3g} nats off",
+                expected=f"at most {self.limit_nats:g}",
+                hint="does it serve the student's own base model, untempered and unquantised?",
+            )
+        found: dict[str, Any] = {"sync_kl": kl, "sync_worst_nats": worst}
+        float32 = head_weights(self.student.head)[0].dtype == torch.float32
+        exact = float32 and first_nats is not None and first_nats <= _EXACT_NATS
+        alarm_nats = min(self.alarm_nats, _DRIFT_NATS) if exact else self.alarm_nats
+        if kl > alarm_nats:
+            found["alarms"] = [{"alarm": "sync_kl", "value": kl, "limit": alarm_nats}]
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +168,9 @@ class SyncedSampler:
         lock: threading.Lock | None = None,
     ) -> None:
         if destination.kind == "lora" and not student.lora:
-            raise ConfigError("an adapter is to be pushed, and the student trains none", hint="add [student.lora]")
+            raise ConfigError(
+                "the sampler expects a LoRA adapter, and the student trains none", hint="add [student.lora]"
+            )
         self.student, self.destination, self.folder, self.probe = student, destination, folder, probe
         self.stop_ids, self.every = tuple(stop_ids), every
         self.lock = lock or threading.Lock()
@@ -126,7 +213,7 @@ class SyncedSampler:
                 confirmed = await self.destination.sink.push(update)
                 if confirmed != update.version:
                     raise SyncError(
-                        "another version than the one that was pushed is confirmed", where=self.destination.where,
+                        "the server confirms another version than was pushed", where=self.destination.where,
                         got=confirmed, expected=update.version,
                     )  # fmt: skip
                 self._sampler, self.version = self.destination.sampler(update), version
@@ -157,13 +244,12 @@ class SyncedSampler:
         """Draw n rollouts for each prompt, each with a seed of its own; a prompt that fails gives aborted ones."""
         if not params.exact:
             raise ConfigError(
-                "the student is sampled from the policy itself", got=params,
-                expected="temperature 1, no truncation, no penalties",
+                "a served student is sampled at temperature 1, without truncation and penalties", got=params
             )  # fmt: skip
         async with self._alone():
             sampler, version = self._sampler, self.version
             if sampler is None:
-                raise ConfigError("nothing was published: there is no version to sample from")
+                raise ConfigError("no weights were published yet: there is nothing to sample from")
 
             stops = tuple(sorted({*self.stop_ids, *params.stop_token_ids}))
 
@@ -215,11 +301,11 @@ class SyncedSampler:
             if not np.isfinite(rollout.logp).all():
                 raise ResponseError(
                     "a sampled token has no exact logprob", where=where,
-                    hint="importance ratios need it; it is never floored or made up",
+                    hint="importance ratios need the exact value",
                 )  # fmt: skip
             if rollout.finish_reason == "stop" and stops and rollout.completion_ids[-1] not in stops:
                 raise ResponseError(
-                    "the server ended a completion at a token that is no end of the student's", where=where,
+                    "the server ended a completion at a token that is no stop token of the student", where=where,
                     got=int(rollout.completion_ids[-1]), expected=f"one of {list(stops)}",
                     hint="does its generation_config name other eos ids?",
                 )  # fmt: skip
@@ -228,7 +314,7 @@ class SyncedSampler:
             if confirmed != expected:
                 raise SyncError(
                     "the server does not confirm which weights it sampled from", where=where, got=repr(confirmed),
-                    expected=repr(expected), hint="its replies name no version, and it was asked after the draw",
+                    expected=repr(expected), hint="its replies name no version, so it was asked after sampling",
                 )  # fmt: skip
 
     @contextlib.asynccontextmanager

@@ -29,7 +29,7 @@ from topkd.topk.losses.tokens import (
     select_behavior,
     upcast,
 )
-from topkd.topk.maths.scalars import check_above_zero, check_integer, check_real
+from topkd.topk.maths.scalars import check_above_zero, check_positive, check_real
 
 
 def teacher_entropy(teacher_logits: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def eopd_loss(
     Returns:
         A scalar, or (scalar, metrics).
     """
-    check_options(top_k=check_integer("k", k))
+    check_positive("k", k)
     check_gate(tau, alpha)
     check_above_zero(cap=cap, advantage_clip=advantage_clip)
     check_logits(student_logits=student_logits, teacher_logits=teacher_logits)

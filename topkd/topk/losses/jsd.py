@@ -11,7 +11,7 @@ from torch import Tensor
 from topkd.topk.errors import ConfigError
 from topkd.topk.losses.divergence import clamp_value, divergence_terms, log_softmax
 from topkd.topk.losses.tokens import FullReduction, check_logits, labels_mask, reduce_tokens, upcast
-from topkd.topk.maths.scalars import check_above_zero, check_beta, check_integer, check_real
+from topkd.topk.maths.scalars import check_above_zero, check_beta, check_positive, check_real
 
 Tail: TypeAlias = Literal["bucket", "renormalise"]
 _PROBABILITY_TOLERANCE = 1e-2  # wide enough for bf16 rows of any vocabulary, far below what logits add up to
@@ -121,7 +121,7 @@ def _log_probabilities(name: str, p: Tensor) -> Tensor:
 def check_options(*, temperature: float = 1.0, top_k: int | None = None, tail: str = "bucket") -> None:
     """Raise ConfigError where an option lies outside its range."""
     check_above_zero(temperature=check_real("temperature", temperature))
-    if top_k is not None and check_integer("top_k", top_k) < 1:
-        raise ConfigError("top_k must be at least 1", got=top_k)
+    if top_k is not None:
+        check_positive("top_k", top_k)
     if tail not in ("bucket", "renormalise"):
         raise ConfigError("unknown tail", got=tail, expected="bucket or renormalise")

@@ -13,7 +13,7 @@ from torch import Tensor
 from topkd.topk.errors import AlignmentError, ConfigError
 from topkd.topk.losses.divergence import CLAMPED_LOG_MASS, log1mexp
 from topkd.topk.losses.tokens import to_widest
-from topkd.topk.maths.scalars import check_integer
+from topkd.topk.maths.scalars import check_positive
 from topkd.topk.types import TopK
 
 _LOWEST_TAIL = math.log(-math.expm1(CLAMPED_LOG_MASS))  # both sides' tails are held at 1e-7 or more
@@ -61,11 +61,6 @@ class SparseTeacher:
         """bool [N], True where at least one listed id has a finite logprob; the others are holes."""
         return torch.isfinite(self.logp).any(-1)
 
-    @property
-    def safe_ids(self) -> Tensor:
-        """int64 [N, K] with 0 at the pads, for gather."""
-        return self.ids.clamp(min=0)
-
     def rows(self, index: Tensor | slice) -> SparseTeacher:
         """Select rows by a boolean or integer index, or a slice."""
         return SparseTeacher(*(getattr(self, field.name)[index] for field in fields(self)))
@@ -80,10 +75,8 @@ class SparseTeacher:
         A server that was asked for k and appends the realised token answers k + 1 entries: cut it off, as a support
         that contains y *because* y was sampled biases the estimator.
         """
-        if k is None or check_integer("k", k) >= self.ids.shape[-1]:
+        if k is None or check_positive("k", k) >= self.ids.shape[-1]:
             return self
-        if k < 1:
-            raise ConfigError("k must be at least 1", got=k)
         tail = torch.logsumexp(torch.cat([self.logp[:, k:], self.tail_logp[:, None]], -1), -1)
         return SparseTeacher(self.ids[:, :k], self.logp[:, :k], tail, self.actual_ids, self.actual_logp)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from tests.engine.legs import leg, told
+from tests.engine.loop.legs import leg, told
 from tests.engine.pieces import model_folder
 from topkd.engine.checkpoint.checkpoint import FOLDER, find_newest_checkpoint, restore, save_checkpoint
 from topkd.engine.checkpoint.snapshots import MANIFEST, find_fault, find_newest_snapshot, write_folder, write_snapshot
@@ -94,8 +94,8 @@ def flipped(path):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (flipped, "data is not what was written"),
-        (lambda path: (path / "data").write_bytes(b"x" * 99), "data is not what was written"),
+        (flipped, "data has another size or checksum"),
+        (lambda path: (path / "data").write_bytes(b"x" * 99), "data has another size or checksum"),
         (lambda path: (path / "data").unlink(), "data is missing"),
         (lambda path: (path / MANIFEST).unlink(), "no manifest"),
         (lambda path: (path / MANIFEST).write_text('{"format": 1, "fi'), "manifest cannot be read"),
@@ -175,7 +175,7 @@ def test_weights_of_another_student_are_refused(folders, tmp_path):
     )
     own = Learner(Student.load(str(folders[0]), "cpu"), config, objective)
     before = own.student.head.weight.clone()
-    with pytest.raises(ConfigError, match="weights of another student"):
+    with pytest.raises(ConfigError, match="weights belong to another student"):
         restore(find_newest_checkpoint(tmp_path, pytest.fail), own)
     assert torch.equal(own.student.head.weight, before)
     shutil.rmtree(tmp_path / FOLDER)

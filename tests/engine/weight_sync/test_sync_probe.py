@@ -5,7 +5,7 @@ import pytest
 
 from tests.engine.pieces import model_folder
 from topkd.engine.models.student import Student
-from topkd.engine.weight_sync.sync_probe import SyncProbe
+from topkd.engine.weight_sync.sync import SyncProbe
 from topkd.topk.samples import Rollout, SamplingParams
 
 PARAMS = SamplingParams(max_tokens=1)
