@@ -2,7 +2,7 @@
 
 * folders with more than 15 modules;
 * functions with more than 8 parameters (typer's commands and the public losses excepted: their options are their use);
-* functions of more than 60 lines;
+* functions of more than 60 lines (of the public losses without the docstring: it describes each of a dozen options);
 * public names that are defined in two files, so that a reader has to ask which one is meant;
 * names that say nothing: participles without their noun (``told``, ``said``, ``given`` ...).
 """
@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MOST_FILES, MOST_PARAMETERS, MOST_LINES = 15, 8, 60
-MANY_PARAMETERS = ("topkd/cli/commands/", "topkd/topk/losses/", "topkd/topk/fused/")
+PUBLIC_LOSSES = ("topkd/topk/losses/", "topkd/topk/fused/")
+MANY_PARAMETERS = ("topkd/cli/commands/", *PUBLIC_LOSSES)
 VAGUE = {"told", "said", "heard", "met", "given", "one", "theirs"}
 
 
@@ -59,6 +60,8 @@ def inspect(root: Path, folder: str = "topkd") -> Findings:
                 homes[node.name].append(where)
         for name, node in _functions(tree):
             count, size = _parameters(node), node.end_lineno - node.lineno + 1
+            if where.startswith(PUBLIC_LOSSES) and ast.get_docstring(node) is not None:
+                size -= node.body[0].end_lineno - node.body[0].lineno + 1
             if count > MOST_PARAMETERS and not where.startswith(MANY_PARAMETERS):
                 found.parameters.append(f"{where}:{node.lineno} {name}: {count} parameters")
             if size > MOST_LINES:

@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub import constants
 
-from topkd.engine.models import hub
+from topkd.engine.models import tokenizer
 from topkd.engine.models.student import load_causal_lm
 from topkd.engine.models.tokenizer import check_there, load_tokenizer
 from topkd.topk.errors import ConfigError
@@ -39,7 +39,7 @@ def test_a_name_that_is_nowhere_is_one_line_and_no_retry(out_of_reach, load, nam
 
 def test_what_may_be_there_is_left_to_the_library(out_of_reach, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(hub.socket, "create_connection", lambda *a, **k: asked.append(a) or open_nothing())
+    monkeypatch.setattr(tokenizer.socket, "create_connection", lambda *a, **k: asked.append(a) or open_nothing())
     check_there(str(tmp_path))
     assert asked == []
     check_there("models/studnt")  # a hub in reach: whether it has the model is its own answer
