@@ -26,7 +26,7 @@ _Entry = TypeVar("_Entry")
 def compute_topk_gjs(
     teacher_topk: Sequence[Position], student_topk: Sequence[Position], alpha: float, floor_logprob: float = -20.0
 ) -> list[float]:
-    """GJS_alpha on the teacher's ids only: student entries that are missing get the floor, both sides renormalised.
+    """Compute GJS_alpha on the teacher's ids only, missing student entries floored, both sides renormalised.
 
     With t~ and s~ the two sides divided by their mass on the teacher's ids, and alpha the teacher's weight::
 
@@ -63,7 +63,7 @@ def compute_topk_gjs(
 def extract_token_logprobs(
     topk: Sequence[Position], token_ids: Sequence[int], floor_logprob: float | None = -20.0
 ) -> list[float]:
-    """The listed logprob of one token a position; ``floor_logprob`` where the list does not hold it, as in the source.
+    """Look up one token's listed logprob at each position; ``floor_logprob`` where the list lacks it.
 
     For reading old data only; natural log, CLaaS's form. A floored logprob is not a logprob: an importance ratio made
     of it is off by up to e^17, an advantage by as many nats. Pass ``floor_logprob=None`` for NaN (mask it), or use
@@ -86,7 +86,7 @@ def extract_token_logprobs(
 def slice_completion_topk(
     full: Sequence[Sequence[_Entry] | None], prompt_len: int, completion_len: int
 ) -> list[list[_Entry]]:
-    """Positions ``prompt_len .. prompt_len + completion_len`` of a prompt-logprobs reply; null becomes an empty list.
+    """Cut the completion's positions from a prompt-logprobs reply; null becomes an empty list.
 
     ``full[i]`` scores token i given the tokens before it, so the completion starts at ``prompt_len``. An empty list is
     a hole (no signal), not a distribution. A reply that is too short gives fewer positions: check the length.
@@ -112,6 +112,6 @@ def _check_lists(**values: object) -> None:
 
 
 def _pad(name: str, positions: Sequence[Position | None]) -> tuple[Int32, Float64]:
-    """[R, K] ids and float64 logprobs, -1 and -inf at pads; refused where a logprob is above 0."""
+    """Pad to [R, K] ids and float64 logprobs, -1 and -inf at pads; refuse a logprob above 0."""
     ids, logp = pad_rows(name, positions, PAD_ID)
     return ids, logp64(name, logp)

@@ -73,11 +73,11 @@ class TAIDScheduler:
 
     @property
     def skipped(self) -> int:
-        """How many non-finite losses were left out."""
+        """Number of non-finite losses that were left out."""
         return self._skipped
 
     def update_t(self, loss: float, global_step: int) -> float | None:
-        """Move t after an optimiser step; returns the adaptive increment, None when there is none yet.
+        """Move t after an optimiser step; return the adaptive increment, None when there is none yet.
 
         The first finite loss only seeds the schedule. A loss that is nan or infinite moves neither t nor the momentum.
 

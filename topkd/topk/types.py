@@ -239,7 +239,7 @@ _FIELDS: dict[str, Any] = {
 
 
 def tail_logp(logp: ArrayLike) -> Float32:
-    """log(1 - sum_k exp(logp_k)) over the last axis, from unrounded values; -inf where nothing is left, NaN for a hole.
+    """Compute log(1 - sum_k exp(logp_k)) over the last axis, from unrounded values; -inf for no rest, NaN for a hole.
 
     Pass float64: rounded to 16 bits, the tail is wrong by up to several nats.
     """

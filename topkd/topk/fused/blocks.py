@@ -29,7 +29,7 @@ class WeightSum:
         self.total = torch.zeros_like(weight, dtype=accumulator(weight) if self.wide else weight.dtype)
 
     def add(self, d_logits: Tensor, hidden: Tensor) -> None:
-        """Adds ``d_logits^T hidden``, [C, V] and [C, H]."""
+        """Add ``d_logits^T hidden``, [C, V] and [C, H]."""
         if not self.wide:
             self.total.addmm_(d_logits.t(), hidden)
             return
@@ -38,12 +38,12 @@ class WeightSum:
             self.total[part] += d_logits[:, part].t() @ hidden
 
     def result(self) -> Tensor:
-        """The sum in the weight's dtype."""
+        """Return the sum in the weight's dtype."""
         return self.total.to(self.dtype)
 
 
 def exponentiate(z: Tensor, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn logits into exp(z - max) in place; returns logp at ids (-inf at pads), logsumexp and sum exp(z - max)."""
+    """Turn logits into exp(z - max) in place; return logp at ids (-inf at pads), logsumexp and sum exp(z - max)."""
     target = z.gather(1, ids.clamp(min=0)).to(dtype)
     lse, mass = (torch.empty(z.shape[0], dtype=dtype, device=z.device) for _ in range(2))
     for rows, block, wide in iter_widened(z, dtype):
@@ -56,13 +56,13 @@ def exponentiate(z: Tensor, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def add_at(z: Tensor, ids: Tensor, values: Tensor) -> None:
-    """z[i, ids[i, k]] += values[i, k] in place; scatter_add_ on a CPU would make a copy of z in half precision."""
+    """Add values[i, k] to z[i, ids[i, k]] in place; scatter_add_ on a CPU would copy z in half precision."""
     flat = ids + torch.arange(z.shape[0], device=z.device).unsqueeze(-1) * z.shape[1]
     z.view(-1).index_add_(0, flat.reshape(-1), values.reshape(-1).to(z.dtype))
 
 
 def iter_widened(z: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Row blocks of z and the same in the wide dtype: the block itself, or a copy in one small workspace.
+    """Yield row blocks of z, and each in the wide dtype: itself, or a copy in one small workspace.
 
     A fresh copy a block would leave a hole in the heap each time, which small results then occupy: 300 MB in the end.
     """
@@ -75,11 +75,11 @@ def iter_widened(z: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor,
 
 
 def even(total: int, most: int) -> int:
-    """The size of equal chunks of at most ``most`` (at least 16): the last one is not left nearly empty."""
+    """Compute the size of equal chunks of at most ``most`` (at least 16): the last one is not nearly empty."""
     chunks = math.ceil(max(total, 1) / max(most, 16))
     return math.ceil(max(total, 1) / chunks)
 
 
 def accumulator(x: Tensor) -> torch.dtype:
-    """float64 for float64, else float32."""
+    """Return the dtype to sum in: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -31,7 +31,7 @@ class SummedRowLoss(torch.autograd.Function):
         rows: int,
         grad: bool,  # noqa: FBT001
     ) -> Tensor:
-        """The sum of the row loss, and all gradients, a chunk of ``rows`` rows at a time."""
+        """Compute the sum of the row loss and all gradients, ``rows`` rows at a time."""
         wants = [grad and needed for needed in ctx.needs_input_grad[:3]]
         n, vocab = hidden.shape[0], weight.shape[0]
         dtype = accumulator(hidden)
@@ -76,7 +76,7 @@ class SummedRowLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients that the forward pass made, scaled."""
+        """Scale the gradients that the forward pass made."""
         if ctx.grads is None:
             what = "the fused loss went backward twice; its gradients are made once, in the forward pass"
             raise ConfigError(what, hint="add the losses up before backward(), or compute the loss again")
@@ -90,7 +90,7 @@ class TopKLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, columns: int) -> Any:  # noqa: PLR0917
-        """Logprobs at the ids and the logsumexp, ``columns`` words of the vocabulary at a time."""
+        """Compute logprobs at the ids and the logsumexp, ``columns`` ids of the vocabulary at a time."""
         n, vocab, dtype = hidden.shape[0], weight.shape[0], accumulator(hidden)
         target = torch.zeros(ids.shape, dtype=dtype, device=hidden.device)
         lse = torch.full((n,), -math.inf, dtype=dtype, device=hidden.device)
@@ -109,7 +109,7 @@ class TopKLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_logp: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        """The same walk again; each part of dW is written once."""
+        """Repeat the walk over the vocabulary; each part of dW is written once."""
         hidden, weight, bias, ids, lse = ctx.saved_tensors
         coefficient = torch.where(ids >= 0, d_logp, 0.0)
         slope = d_lse - coefficient.sum(-1)

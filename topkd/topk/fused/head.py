@@ -18,12 +18,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def disable_compile(function: F) -> F:
-    """The function left out of ``torch.compile``: it fills buffers in place; a compiled model breaks cleanly at it."""
+    """Leave a function out of ``torch.compile``: it fills buffers in place; a compiled model breaks cleanly at it."""
     return cast("F", torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 def gather_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Logprobs at given ids and the logsumexp, from logits [..., V] and ids [..., K]: ([..., K], [...]).
+    """Compute logprobs [..., K] at given ids, and the logsumexp [...], from logits [..., V] and ids [..., K].
 
     log s(v) = z_v - logsumexp(z), natural log, exact, float32 (float64 stays); -inf without a gradient at pads (-1).
     """
@@ -40,7 +40,7 @@ def gather_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 def topk_logprobs(
     hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor | None = None, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Student logprobs at given ids and the logsumexp, from the last hidden states and the head.
+    """Compute logprobs at given ids, and the logsumexp, from the last hidden states and the head.
 
     log s(v) = z_v - logsumexp(z), z = hidden weight^T + bias, natural log, exact up to rounding. The vocabulary is
     walked in chunks with a
@@ -76,7 +76,7 @@ def fused_row_loss(
     bias: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Sum over rows of ``row_loss``, with all gradients taken in the forward pass, one row chunk at a time.
+    """Sum ``row_loss`` over rows, all gradients taken in the forward pass, one row chunk at a time.
 
     Only one [chunk, V] buffer exists: logits, then exponentials, then dL/dz = sum_k c_k (1[v = id_k] - s_v) in place,
     with c_k = dL/dlog s_k from autograd on the [chunk, K] logprobs. The head is multiplied once forward and twice
@@ -107,7 +107,7 @@ def fused_row_loss(
 
 @disable_compile
 def subset_logits(hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """Logits at the ids only, [N, K] float32 (float64 stays), -inf at pads; cost N K H instead of N V H.
+    """Compute logits at the ids only, [N, K] float32 (float64 stays), -inf at pads; costs N K H, not N V H.
 
     z_k = hidden . weight[id_k] + bias, exact up to rounding; dW of half-precision weights is summed in float32. Enough
     for every loss that is renormalised on the ids: the normaliser over the vocabulary cancels.
@@ -122,7 +122,7 @@ def subset_logits(hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor |
 
 
 def match_head_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states, weight and bias in one dtype (autocast's where it is on); ConfigError where they do not fit."""
+    """Bring hidden states, weight and bias to one dtype (autocast's where it is on); refuse shapes that do not fit."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ConfigError(
             "the head does not fit the hidden states",

@@ -32,7 +32,7 @@ class KDLoss(torch.nn.Module):
         num_tokens: float | Tensor | None = None,
         return_metrics: bool = False,
     ) -> Tensor | tuple[Tensor, dict[str, float]]:
-        """The loss, and with ``return_metrics`` also {"kl": mean KL(T||S)}: the part that can reach zero.
+        """Compute the loss, and with ``return_metrics`` also {"kl": mean KL(T||S)}: the part that can reach zero.
 
         That metric is the loss minus H(T). An id of the teacher's that the student excludes (-inf) is left out of the
         loss, and so makes the metric too small by what it should have been: infinite.
@@ -95,7 +95,7 @@ def taid_loss(
     """Cross-entropy CE(p_t, S), p_t = softmax((1-t) sg[z_S] + t z_T), averaged over valid tokens.
 
     The value at T = S is the entropy H(p_t), not 0; the gradient is s - p_t. t = 0 has a zero gradient, t = 1 is the
-    gradient of forward KL(T||S). The leg of weight zero is dropped at t = 0 and 1 (0 * -inf is nan). Ids at which the
+    gradient of forward KL(T||S). The part of weight zero is dropped at t = 0 and 1 (0 * -inf is nan). Ids at which the
     student's logit is -inf are left out of the sum, as in KDLoss. Natural logs; exact (arXiv:2501.16937).
 
     Args:
@@ -125,7 +125,7 @@ def taid_loss(
 
 
 def cross_entropy(target_logp: Tensor, student_logits: Tensor) -> Tensor:
-    """-sum_v p(v) log s(v) over the last axis; ids with p = 0, or which the student excludes (-inf), add nothing."""
+    """Compute -sum_v p(v) log s(v) over the last axis; ids with p = 0 or s = 0 add nothing."""
     student_logp = log_softmax(student_logits)
     used = ~(torch.isneginf(target_logp) | torch.isneginf(student_logp))
     target = torch.where(used, target_logp, 0.0).exp()
@@ -133,14 +133,14 @@ def cross_entropy(target_logp: Tensor, student_logits: Tensor) -> Tensor:
 
 
 def entropy(logp: Tensor) -> Tensor:
-    """H = -sum p log p over the last axis, in nats."""
+    """Compute H = -sum p log p over the last axis, in nats."""
     listed = ~torch.isneginf(logp)
     safe = torch.where(listed, logp, 0.0)
     return -torch.where(listed, safe.exp() * safe, 0.0).sum(-1)
 
 
 def blend(student: Tensor, teacher: Tensor, t: float) -> Tensor:
-    """(1-t) student + t teacher, without the leg of weight zero (0 * -inf is nan)."""
+    """Compute (1-t) student + t teacher, without the part of weight zero (0 * -inf is nan)."""
     teacher = teacher.to(student.dtype)
     if t == 0.0:
         return student

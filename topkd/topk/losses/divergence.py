@@ -18,7 +18,7 @@ CLAMPED_LOG_MASS = -1e-7  # a captured mass above 1 - 1e-7 is rounding, and log(
 
 
 def divergence_terms(teacher_logp: Tensor, student_logp: Tensor, beta: float) -> Tensor:
-    """Summands of the divergence, same shape as the inputs; their sum over the last axis is the divergence.
+    """Compute the summands of the divergence, in the inputs' shape; they sum to it over the last axis.
 
     0 < beta < 1: beta t (log t - log m) + (1-beta) s (log s - log m), each >= 0.  beta = 0: t (log t - log s).
     beta = 1: s (log s - log t). A probability of zero contributes 0 on its own side; +inf only at the endpoints, where
@@ -49,7 +49,7 @@ def divergence_terms(teacher_logp: Tensor, student_logp: Tensor, beta: float) ->
 
 
 def divergence(teacher_logp: Tensor, student_logp: Tensor, beta: float) -> Tensor:
-    """GJS_beta over the last axis (KL at the endpoints), >= 0; both sides must be whole distributions.
+    """Compute GJS_beta over the last axis (KL at the endpoints), >= 0, of two whole distributions.
 
     Rounding may leave a sum slightly below zero: the value is raised to 0, the gradient is kept.
     """
@@ -57,12 +57,12 @@ def divergence(teacher_logp: Tensor, student_logp: Tensor, beta: float) -> Tenso
 
 
 def clamp_value(total: Tensor) -> Tensor:
-    """max(total, 0) with the gradient of total: near T = S rounding would otherwise switch tokens off."""
+    """Return max(total, 0) with the gradient of total: rounding near T = S must not switch tokens off."""
     return total + (-total).clamp(min=0.0).detach()
 
 
 def log_softmax(logits: Tensor, *, dead: float = -math.inf) -> Tensor:
-    """Log-softmax over the last axis; a row whose logits all are -inf becomes ``dead`` and gives no gradient.
+    """Compute log-softmax over the last axis; a row of -inf logits becomes ``dead``, without gradient.
 
     Such a row is no distribution. nan says so, and a divergence of it is nan: no signal, never "no divergence".
     """
@@ -71,12 +71,12 @@ def log_softmax(logits: Tensor, *, dead: float = -math.inf) -> Tensor:
 
 
 def log_tail_torch(logp: Tensor) -> Tensor:
-    """log(1 - sum exp(logp)) over the last axis, the sum held at exp(-1e-7) or less: log(-expm1(min(lse, -1e-7)))."""
+    """Compute log(1 - sum exp(logp)) over the last axis as log(-expm1(min(lse, -1e-7)))."""
     return log1mexp(torch.logsumexp(logp, -1).clamp(max=CLAMPED_LOG_MASS))
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, from expm1 near 0 and log1p far from it."""
+    """Compute log(1 - exp(x)) for x < 0, from expm1 near 0 and log1p far from it."""
     near = x > -math.log(2.0)
     return torch.where(
         near,

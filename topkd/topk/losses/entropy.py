@@ -213,16 +213,16 @@ def check_gate(tau: float, alpha: float) -> None:
 
 
 def add_covering_term(sampled: Tensor, covering: Tensor, alpha: float) -> Tensor:
-    """sampled + alpha covering; at alpha = 0 the second, which may be infinite, is dropped (0 * inf is nan)."""
+    """Compute sampled + alpha covering; alpha = 0 drops the second, which may be infinite (0 * inf is nan)."""
     return sampled + alpha * covering if alpha > 0.0 else sampled
 
 
 def sampled_reverse_kl(
     student_logp: Tensor, teacher_logp: Tensor, behavior: Tensor | None, cap: float | None, advantage_clip: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(-sg[r A] log s(y), A, known), each [N]: the sampled-token policy gradient of KL(S||T).
+    """Compute (-sg[r A] log s(y), A, known), each [N]: the sampled-token policy gradient of KL(S||T).
 
-    Not known are tokens to which a side gives probability zero: their log-ratio is infinite, and they add nothing.
+    A token with probability zero on a side is not known: its log-ratio is infinite, and it adds nothing.
     """
     known = ~(torch.isneginf(teacher_logp) | torch.isneginf(student_logp))
     advantage = torch.where(known, teacher_logp - student_logp.detach(), 0.0)
@@ -236,6 +236,6 @@ def sampled_reverse_kl(
 
 
 def forward_kl_on_top(teacher_logp: Tensor, student_logp: Tensor, k: int) -> Tensor:
-    """KL(T~_k || S) over the last axis: T~_k renormalised on the teacher's k best ids, S not renormalised."""
+    """Compute KL(T~_k || S) over the last axis: T~_k renormalised on the teacher's k best ids, S not."""
     top, ids = teacher_logp.topk(min(k, teacher_logp.shape[-1]), dim=-1)
     return divergence(log_softmax(top), student_logp.gather(-1, ids), 0.0)

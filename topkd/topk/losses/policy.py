@@ -172,7 +172,7 @@ def reinforce_loss(
 
 
 def importance_ratio(logp_new: Tensor, logp_behavior: Tensor) -> Tensor:
-    """r = exp(clamp(logp_new - logp_behavior, -20, 20)), detached."""
+    """Compute r = exp(clamp(logp_new - logp_behavior, -20, 20)), detached."""
     log_ratio = (logp_new - logp_behavior).detach()
     return torch.where(torch.isneginf(logp_new), 0.0, log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp())
 

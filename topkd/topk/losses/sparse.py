@@ -140,7 +140,7 @@ def fused_divergence_loss(
 
 
 def bins(student_logp: Tensor, rows: SparseTeacher, tail: Tail, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(teacher, student) log-probabilities of whole distributions on the list, [N, K] or with the bucket [N, K+1].
+    """Build whole distributions on the list: (teacher, student) logprobs, [N, K] or with the bucket [N, K+1].
 
     Args:
         student_logp: [N, K], exact logprobs at the teacher's ids (for "renormalise" logits will do).
@@ -182,7 +182,7 @@ def select_weight(row_weight: Tensor | None, used: Tensor, like: Tensor) -> Tens
 
 
 def scale_total(total: Tensor, count: int, reduction: Reduction, num_tokens: float | Tensor | None) -> Tensor:
-    """The sum over rows as it is asked for: "sum", or "mean" over ``count`` rows (or num_tokens)."""
+    """Scale a sum over rows: "sum" keeps it, "mean" divides by ``count`` rows (or num_tokens)."""
     if reduction not in ("mean", "sum") or (reduction == "sum" and num_tokens is not None):
         raise ConfigError("a fused loss takes reduction mean, or sum without num_tokens", got=reduction)
     return reduce_mean(total, count, num_tokens) if reduction == "mean" else total

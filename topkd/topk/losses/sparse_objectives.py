@@ -63,7 +63,7 @@ def sparse_taid_loss(
 
 
 def taid_rows(student_logp: Tensor, rows: SparseTeacher, *, t: float, tail: Tail) -> tuple[Tensor, Tensor]:
-    """(CE(p_t, S), KL(p_t||S) detached) of each row, [N], from exact student logprobs [N, K] at the teacher's ids."""
+    """Compute each row's CE(p_t, S) and detached KL(p_t||S), [N], from student logprobs [N, K] at the teacher's ids."""
     teacher_bins, student_bins = bins(student_logp, rows, tail)
     target = log_softmax(blend(student_bins.detach(), teacher_bins, t))
     per_row = cross_entropy(target, student_bins)
@@ -112,7 +112,7 @@ def sparse_entropy_aware_loss(
 def entropy_aware_rows(
     student_logp: Tensor, rows: SparseTeacher, *, h_max: float, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, w by the lower entropy bound, w by the upper one) of each row, [N], from logprobs at the teacher's ids."""
+    """Compute each row's loss and its weights by the lower and the upper entropy bound, [N] each."""
     both = bins(student_logp, rows, "bucket")
     low, high = ((bound / h_max).clamp(0.0, 1.0).to(student_logp.dtype) for bound in bound_entropy(rows, vocab_size))
     forward = torch.where(low == 0, 0.0, low * divergence(*both, 0.0))
@@ -180,7 +180,7 @@ def sparse_eopd_loss(
 def gate_rows(
     student_logp: Tensor, rows: SparseTeacher, *, tau: float, k: int | None, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(1[H_low >= tau] KL(T~_k || S), H_low, H_high) of each row, [N], from logprobs at the teacher's ids."""
+    """Compute each row's (1[H_low >= tau] KL(T~_k || S), H_low, H_high), [N] each."""
     low, high = bound_entropy(rows, vocab_size)
     top = rows.head(k)
     covering = divergence(log_softmax(top.logp.to(student_logp.dtype)), student_logp[:, : top.ids.shape[-1]], 0.0)
@@ -188,7 +188,7 @@ def gate_rows(
 
 
 def bound_entropy(rows: SparseTeacher, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """(lower, upper) bound of H_T in nats, [N]: the tail as one lump, and spread evenly over the other V - K ids."""
+    """Bound H_T in nats, (lower, upper) [N]: the tail as one lump, and spread evenly over the other V - K ids."""
     head, tail = entropy(to_widest(rows.logp)), to_widest(rows.tail_logp)
     others = (vocab_size - rows.listed.sum(-1)).clamp(min=0)
     mass = torch.where(others > 0, tail.exp(), 0.0)

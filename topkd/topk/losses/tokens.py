@@ -97,7 +97,7 @@ def boolean_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -
 
 
 def labels_mask(labels: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
-    """Return bool, True where the label is not -100. A boolean tensor is the mask itself.
+    """Return a bool mask, True where the label is not -100; a boolean tensor is the mask itself.
 
     Integers that are all 0 or 1 are refused: as labels they keep every position, and nearly always they are a mask.
     """
@@ -121,7 +121,7 @@ def labels_mask(labels: Tensor | None, shape: torch.Size, device: torch.device) 
 
 
 def reduce_mean(values: Tensor, count: int, num_tokens: float | Tensor | None) -> Tensor:
-    """sum(values) / num_tokens, by default over the ``count`` valid tokens; 0.0 with a graph when there are none.
+    """Compute sum(values) / num_tokens (default: the ``count`` valid tokens); 0.0 with a graph without tokens.
 
     Args:
         values: Contributions of the valid tokens only.

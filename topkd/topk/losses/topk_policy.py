@@ -72,7 +72,7 @@ class SupportWeights:
 
 
 def advantage(log_ratio: Tensor, beta: float) -> Tensor:
-    """g as a function of log t - log s: (1-beta) log(beta t/s + 1 - beta); beta 1: log t/s; beta 0: t/s - 1."""
+    """Compute g from log t - log s: (1-beta) log(beta t/s + 1 - beta); beta 1: log t/s; beta 0: t/s - 1."""
     if beta == 1.0:
         return log_ratio
     if beta == 0.0:

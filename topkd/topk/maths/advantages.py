@@ -74,7 +74,7 @@ def gjs_advantage(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float)
 
 
 def advantage64(difference: Float64, beta: float) -> Float64:
-    """The advantage as a function of d = log t - log s, in float64 (see ``gjs_advantage``); beta is in range."""
+    """Compute the advantage from d = log t - log s, in float64 (see ``gjs_advantage``); beta is in range."""
     if beta == 1.0:
         return np.where(np.isneginf(difference), np.nan, difference)
     with np.errstate(over="ignore", invalid="ignore"):

@@ -127,7 +127,7 @@ def _mean_advantage(teacher: Float64, student: Float64, beta: float) -> Float64:
 
 
 def _steps_left(size: int, lengths: ArrayLike | None) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """How many positions of its own sequence follow each place."""
+    """Count the positions of its own sequence that follow each place."""
     values = float64("lengths", [size] if lengths is None else lengths)
     counts = values.astype(np.int64)
     if (values != counts).any() or counts.ndim != 1 or (counts < 0).any() or counts.sum() != size:
@@ -138,7 +138,7 @@ def _steps_left(size: int, lengths: ArrayLike | None) -> np.ndarray[tuple[int, .
 
 
 def _discounted_sums(values: Float64, gamma: float, left: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Float64:
-    """sum_{j>=t} gamma^(j-t) x_j within each sequence, by doubling: log2 of the longest length passes over [N]."""
+    """Compute sum_{j>=t} gamma^(j-t) x_j within each sequence, by doubling: log2(longest length) passes over [N]."""
     total, stride = values.copy(), 1
     while stride <= left.max(initial=0):
         reach = np.flatnonzero(left >= stride)

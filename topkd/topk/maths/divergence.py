@@ -100,7 +100,7 @@ def shared_support_gjs(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: f
 
 
 def integrand(teacher: Float64, student: Float64, beta: float) -> Float64:
-    """The summand of GJS_beta at each id, elementwise in float64; >= 0 everywhere for 0 < beta < 1, not at the ends.
+    """Compute the summand of GJS_beta at each id in float64; >= 0 everywhere for 0 < beta < 1, not at the ends.
 
     Also right for bins that are sums of ids (a tail bucket). NaN where either side is NaN.
     """
@@ -113,13 +113,13 @@ def integrand(teacher: Float64, student: Float64, beta: float) -> Float64:
 
 
 def log_mixture(teacher: Float64, student: Float64, beta: float) -> Float64:
-    """log m = log(beta t + (1-beta) s) for 0 < beta < 1, elementwise; NaN where either side is NaN."""
+    """Compute log m = log(beta t + (1-beta) s) for 0 < beta < 1, elementwise; NaN where either side is NaN."""
     with np.errstate(invalid="ignore"):
         return np.asarray(np.logaddexp(teacher + np.log(beta), student + np.log1p(-beta)))
 
 
 def kl_terms(logp: Float64, logq: Float64) -> Float64:
-    """p (log p - log q) at each id: 0 where p = 0, +inf where p > 0 = q, NaN where either is NaN."""
+    """Compute p (log p - log q) at each id: 0 where p = 0, +inf where p > 0 = q, NaN where either is NaN."""
     empty = np.isneginf(logp) & ~np.isnan(logq)
     broken = np.isneginf(logq) & (logp > -np.inf)  # also where exp(logp) is 0 by rounding: 0 * inf would be nan
     with np.errstate(invalid="ignore"):

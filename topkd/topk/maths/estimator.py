@@ -84,7 +84,7 @@ def topk_weights(
 
 
 def gated_rows(teacher: TopK, student_logp_at_ids: ArrayLike, *, beta: float = 0.5) -> Bool:
-    """bool [R], True where ``topk_weights`` finds a tail empty to rounding (t_o or s_o below 1e-6) and gates it.
+    """Find the rows, bool [R], whose tail ``topk_weights`` gates: t_o or s_o below 1e-6, empty to rounding.
 
     t_o = 1 - sum_A t (the stored tail where it is known), s_o = 1 - sum_A s, from natural logs. Report their share: on
     such rows the estimator is that of the listed ids alone.
@@ -95,12 +95,12 @@ def gated_rows(teacher: TopK, student_logp_at_ids: ArrayLike, *, beta: float = 0
 
 
 def _members(teacher: TopK, beta: float) -> Bool:
-    """bool [R, K]: the ids of A. At beta = 1 an id with t = 0 is left to the tail, which is as good a partition."""
+    """Find the ids of A, bool [R, K]; at beta = 1 an id with t = 0 is left to the tail, as good a partition."""
     return teacher.listed & ~np.isneginf(teacher.logp) if beta == 1.0 else teacher.listed
 
 
 def weighted_advantage(teacher: Float64, student: Float64, beta: float) -> Float64:
-    """s g(t, s) elementwise, with its limit at s = 0: t for beta = 0, else 0. NaN for t = 0 at beta = 1."""
+    """Compute s g(t, s) elementwise, with its limit at s = 0: t for beta = 0, else 0. NaN for t = 0 at beta = 1."""
     probability = np.exp(student)
     if beta == 0.0:
         return np.asarray(np.exp(teacher) - probability)
@@ -110,7 +110,7 @@ def weighted_advantage(teacher: Float64, student: Float64, beta: float) -> Float
 
 
 def _sampled(rows: int, student_logp_actual: ArrayLike, is_weight: ArrayLike | None) -> tuple[Float64, Float64]:
-    """The realised tokens' logprobs and importance ratios as float64, [R] (or one ratio for all)."""
+    """Check the realised tokens' logprobs and importance ratios; float64 [R] (or one ratio for all)."""
     actual = logp64("student_logp_actual", student_logp_actual)
     ratio = float64("is_weight", 1.0 if is_weight is None else is_weight)
     if (ratio < 0.0).any() or np.isinf(ratio).any():
@@ -125,7 +125,7 @@ def _sampled(rows: int, student_logp_actual: ArrayLike, is_weight: ArrayLike | N
 
 
 def _student(teacher: TopK, student_logp_at_ids: ArrayLike) -> Float64:
-    """The student's logprobs at the teacher's ids as float64, -inf at pads."""
+    """Check the student's logprobs at the teacher's ids; float64, -inf at pads."""
     values = float64("student_logp_at_ids", student_logp_at_ids)
     if values.shape != teacher.ids.shape:
         raise ConfigError("student_logp_at_ids must stand at teacher.ids", got=values.shape, expected=teacher.ids.shape)
@@ -135,7 +135,7 @@ def _student(teacher: TopK, student_logp_at_ids: ArrayLike) -> Float64:
 
 
 def _tails(teacher: TopK, student: Float64) -> tuple[Float64, Float64, Bool]:
-    """(t_o, s_o, whether one of them is empty to rounding), each [R]."""
+    """Compute t_o, s_o and whether one of them is empty to rounding, each [R]."""
     teacher_tail = np.maximum(teacher.tail_mass(), _LEAST_TAIL)
     student_tail = np.maximum(1.0 - np.exp(student).sum(axis=1), _LEAST_TAIL)
     return teacher_tail, student_tail, np.asarray((teacher_tail < EMPTY_TAIL) | (student_tail < EMPTY_TAIL))

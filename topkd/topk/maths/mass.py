@@ -13,7 +13,7 @@ LOG_MASS_CLAMP = -1e-7  # largest log of a captured mass: keeps log(1 - mass) fi
 
 
 def log_mass(logp: Float64) -> Float64:
-    """log sum_k exp(logp_k) over the last axis, natural log; -inf for a row of -inf, NaN where an entry is NaN."""
+    """Compute log sum_k exp(logp_k) over the last axis; -inf for a row of -inf, NaN where an entry is NaN."""
     top = logp.max(axis=-1, keepdims=True, initial=-np.inf)
     shift = np.where(np.isneginf(top), 0.0, top)
     with np.errstate(divide="ignore"):
@@ -21,7 +21,7 @@ def log_mass(logp: Float64) -> Float64:
 
 
 def log_tail(logp: Float64, *, clamp: float = LOG_MASS_CLAMP) -> Float64:
-    """log(1 - sum_k exp(logp_k)) over the last axis as log(-expm1(min(lse, clamp))): never log of a negative number.
+    """Compute log(1 - sum_k exp(logp_k)) over the last axis as log(-expm1(min(lse, clamp))).
 
     At the default clamp the smallest tail is log(1e-7) = -16.1, whatever rounding did to the list.
     """
@@ -44,7 +44,7 @@ def check_mass(name: str, logp: Float64) -> None:
 
 
 def entropy_bounds(teacher: TopK, vocab_size: int) -> tuple[Float64, Float64]:
-    """Lower and upper bound of each row's entropy H(T) = -sum_v t log t, in nats, natural log.
+    """Bound each row's entropy H(T) = -sum_v t log t from below and above, in nats.
 
     With h = -sum over the list of t log t and r the mass outside it::
 

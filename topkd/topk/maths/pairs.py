@@ -72,7 +72,7 @@ def align(
     teacher_tail: Float64 | None = None,
     student_tail: Float64 | None = None,
 ) -> Aligned:
-    """The union of two lists a row; ids are unique within a list, negative ids are pads.
+    """Align two lists a row on the union of their ids; ids are unique within a list, negative ids are pads.
 
     One sort a row of the keys ``2 id + side``: an id that both sides list becomes two neighbours whose keys differ only
     in the last bit.
@@ -160,7 +160,7 @@ def topk_gjs(
 
 
 def aligned_gjs(pair: Aligned, beta: float, missing: Missing, floor: float) -> Float64:
-    """``topk_gjs`` on an aligned pair, in float64; NaN = no signal."""
+    """Compute ``topk_gjs`` on an aligned pair, in float64; NaN = no signal."""
     if missing == "union_tail":
         teacher, student = union_bins(pair, floor)
         total = np.maximum(integrand(teacher, student, beta).sum(axis=1), 0.0)
@@ -181,7 +181,7 @@ def aligned_gjs(pair: Aligned, beta: float, missing: Missing, floor: float) -> F
 
 
 def union_bins(pair: Aligned, floor: float) -> tuple[Float64, Float64]:
-    """Log-probabilities [R, N + 1] of both sides over the union of ids and, last, the tail bin (see ``topk_gjs``)."""
+    """Compute both sides' logprobs [R, N + 1] over the union of ids and, last, the tail bin (see ``topk_gjs``)."""
     return (
         _with_tail(pair.teacher, pair.in_teacher, pair.union, pair.teacher_tail, floor),
         _with_tail(pair.student, pair.in_student, pair.union, pair.student_tail, floor),
@@ -212,7 +212,7 @@ def _apply_floor(logp: Float64, listed: Bool, union: Bool, floor: float) -> Floa
 
 
 def log_renormalised(logp: Float64) -> Float64:
-    """``logp`` minus the log of its mass over the last axis; a row of -inf becomes NaN."""
+    """Subtract the log mass over the last axis; a row of -inf becomes NaN."""
     with np.errstate(invalid="ignore"):
         return np.asarray(logp - log_mass(logp)[..., None])
 
@@ -228,7 +228,7 @@ def _exact(teacher: TopK, student: TopK, beta: float, missing: Missing, floor: f
 
 
 def align_scores(teacher: TopK, student: TopK) -> Aligned:
-    """Both scores' lists on the union of their ids, with their stored tail masses."""
+    """Align both scores' lists on the union of their ids, with their stored tail masses."""
     _same_rows(teacher, student)
     return align(
         teacher.ids,

@@ -52,7 +52,7 @@ class _Side:
         return cls(scores.ids, scores.logp, weight, max(weight, 1.0 - weight), floor, listed, share, remaining)
 
     def look(self, part: slice) -> None:
-        """Sets ``listed`` and ``share`` of the rows that hold a pad, a zero or an entry below the floor."""
+        """Set ``listed`` and ``share`` of the rows that hold a pad, a zero or an entry below the floor."""
         if not self.share.ndim:
             self.listed, self.share = (np.full(len(self.logp), number) for number in (self.listed, self.share))
         ids, logp = self.ids[part], self.logp[part]
@@ -66,7 +66,7 @@ class _Side:
         self.share[part] = np.exp(np.minimum(lowest, self.floor))
 
     def scaled(self, part: slice) -> Float32:
-        """What a missing id of this side puts into the mixture, in units of the larger weight: [] or [n, 1]."""
+        """Compute what a missing id of this side adds to the mixture, in units of the larger weight: [] or [n, 1]."""
         share = self.share[part, None] if self.share.ndim else self.share
         return np.asarray(np.maximum(share * (self.weight / self.scale), _NEVER_ZERO), dtype=np.float32)
 
@@ -97,7 +97,7 @@ class UnionTail:
         self.added = self._wide(shares[::-1])  # a side's slots carry the other side's share
 
     def __call__(self) -> tuple[Float64, NDArray[np.intp]]:
-        """GJS a row, float64 [R], NaN = no signal; and the rows whose value is not final (float64 must redo them).
+        """Compute GJS of each row, float64 [R], NaN = no signal, and which rows float64 must compute again.
 
         Left over are rows whose mass is above 1 or whose missing ids do not fit into the left-over mass, and the blocks
         that hold an id too large for a short key.
@@ -113,7 +113,7 @@ class UnionTail:
         return _finish(*self.sides, sums, fits)
 
     def _wide(self, each: list[Any]) -> Float32:
-        """One number a side, to be combined with a block: itself, or [n, W] (two strided halves take twice as long)."""
+        """Spread one number a side over a block: itself, or [n, W] (two strided halves take twice as long)."""
         if each[0] == each[1]:
             return np.asarray(each[0])
         wide: Float32 = _allocate_aligned((self.block_rows, self.width), np.float32)
@@ -122,7 +122,7 @@ class UnionTail:
         return wide
 
     def _block(self, block: _Block, part: slice, sums: Float64) -> bool:
-        """Fills ``sums`` of the block's rows; False where an id does not fit into a key."""
+        """Fill ``sums`` of the block's rows; False where an id does not fit into a key."""
         value, logp, key = block.value, block.mixed, block.key
         np.concatenate([side.ids[part] for side in self.sides], axis=1, out=block.ids)
         if np.maximum.reduce(block.ids, axis=None) > self.max_id:
@@ -152,7 +152,7 @@ class UnionTail:
         return True
 
     def _pads(self, block: _Block, which: int, part: slice) -> Bool | None:
-        """None where the side is a usual one; where a row reaches below the floor, it is put right, its pads told."""
+        """Find a side's pads and prepare its rows that reach below the floor; None where there are none."""
         side, columns = self.sides[which], self.columns[which]
         if block.ends[:, which].min() >= self.floor:
             return None
@@ -164,7 +164,7 @@ class UnionTail:
         return pads
 
     def _mixture(self, block: _Block, taken: Float32) -> tuple[Float32, Float32]:
-        """Pairs a row, and the sum of M log M a row."""
+        """Count the pairs of each row, and sum its M log M."""
         key, mixed, second, step, same = block.key, block.mixed, block.value, block.step, block.same
         np.bitwise_xor(*block.neighbours, out=block.after)
         np.subtract(step, self.pair, out=step)
@@ -202,7 +202,7 @@ class _Block:
 
     @classmethod
     def ready(cls, rows: int, columns: tuple[slice, slice]) -> _Block:
-        """An idle block of that many rows or more, or a new one."""
+        """Return an idle block of that many rows or more, or a new one."""
         try:
             idle = _IDLE.pop()
         except IndexError:
@@ -217,7 +217,7 @@ class _Block:
         return cls(columns, (value, mixed, key, step, slot, base, _allocate_aligned((rows, width), np.intp)))
 
     def head(self, rows: int) -> _Block:
-        """The buffers of the first ``rows`` rows."""
+        """Return the buffers of the first ``rows`` rows."""
         return self if rows == len(self.key) else _Block(self.columns, tuple(array[:rows] for array in self.arrays))
 
 
@@ -225,7 +225,7 @@ _IDLE: list[_Block] = []  # at most as many as there were calls at once; pop and
 
 
 def _allocate_aligned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """An empty array that starts at a cache line: full-width loads and stores then touch one line, not two."""
+    """Allocate an array that starts at a cache line: full-width loads and stores then touch one line, not two."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     raw = np.empty(size + _CACHE_LINE, dtype=np.uint8)
     first = -raw.ctypes.data % _CACHE_LINE
@@ -233,7 +233,7 @@ def _allocate_aligned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
 
 
 def _dots(left: Float32, right: Float32) -> Float32:
-    """Dot products of the rows."""
+    """Compute the dot products of the rows."""
     if hasattr(np, "vecdot"):  # NumPy 2
         return np.asarray(np.vecdot(left, right))
     return np.asarray(np.matmul(left[:, None, :], right[:, :, None])[:, 0, 0])
