@@ -38,7 +38,7 @@ DROPPED = TRAFFIC | PROVENANCE
 FIRST_STEP_TOLERANCE = 0.05  # relative (absolute below 1), on another machine with the same Python
 # Follows from rounding: on another machine only its presence is compared.
 ROUNDED = re.compile(
-    r"\.(steps\.(?!1\.)\d+|evals\.(?!0\.)\d+|order|alarms|texts|weights|tokens_file|ratio_hist|keys|rows)(\.|\[|$)"
+    r"\.(steps\.(?!1\.)\d+|evals\.(?!0\.)\d+|order|alarms|texts|weights|policy|tokens_file|ratio_hist|keys|rows)(\.|\[|$)"
 )
 CHAOTIC = re.compile(r"\.(order|alarms)(\.|\[|$)")  # not even that: an alarm may be raised here and not there
 
