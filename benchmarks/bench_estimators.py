@@ -1,6 +1,6 @@
 """Tokens that each estimator needs to reach a given held-out KL(S||T), against sampled-token reverse KL.
 
-The demo's tiny pair, its teacher in this process, K = 20, 768 tokens a step. Every arm's learning rate is chosen on
+The demo's tiny pair, its teacher in this process, K = 20, 768 tokens per step. Every arm's learning rate is chosen on
 seeds (so prompts) of its own, as many trials each, by the area under the curve; a best rate at the grid's edge widens
 the grid for all, and is refused if it stays there. Then every arm trains on the same seeds, live at staleness 0, and
 ratios are paired: tokens to target of an arm over those of the reference with the same seed, with a 95 % t-interval of

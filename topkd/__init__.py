@@ -16,7 +16,7 @@ The rooms, and what each knows:
 * ``topkd.offline`` - the score cache and replay.
 * ``topkd.serve`` - the embedded server: any Hugging Face causal LM behind vLLM's dialects.
 * ``topkd.report`` - pages and figures.
-* ``topkd.compose`` - the rooms put together from one frozen config: one file a command.
+* ``topkd.compose`` - the rooms put together from one frozen config: one file per command.
 * ``topkd.cli`` - the command line, a thin layer on ``compose``.
 """
 

@@ -6,10 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
 from tests.engine.pieces import model_folder
 from topkd.cli.commands import train
-from topkd.cli.output.run_summary import hint_resume
+from topkd.cli.output.run_summary import hint_resume, print_result_and_exit
+from topkd.compose.run.run import RunResult
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import ConfigError, ServerUnreachableError
 
@@ -35,7 +37,7 @@ def test_only_a_run_that_kept_a_checkpoint_says_how_to_go_on(tmp_path, capsys):
     assert capsys.readouterr().err == ""  # it did not begin: the same command would fail again
     time.sleep(0.01)
     failing(tmp_path, written=True)
-    assert capsys.readouterr().err == f"once that is fixed, resume with: {AGAIN}\n"
+    assert capsys.readouterr().err == f"resume with: {AGAIN}\n"
 
 
 def test_a_run_whose_server_dies_says_the_command_that_goes_on(tmp_path, monkeypatch, capsys):
@@ -63,3 +65,14 @@ def test_a_run_whose_server_dies_says_the_command_that_goes_on(tmp_path, monkeyp
     said = capsys.readouterr().err
     assert "resume with: topkd train run.toml --out run --set seed=3 --resume" in said
     assert list(Path("run/checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_stopped_run_without_a_checkpoint_says_that_it_starts_over(tmp_path, capsys, kept):
+    if kept:
+        (tmp_path / "checkpoints" / "step-00000005").mkdir(parents=True)
+    with pytest.raises(typer.Exit) as exit_:
+        print_result_and_exit(RunResult(tmp_path, [], [], stopped="SIGINT"), "done", again=AGAIN, as_json=False)
+    hint = "resume with" if kept else "there is no checkpoint: start over with"
+    assert exit_.value.exit_code == 130
+    assert capsys.readouterr().err == f"SIGINT: stopped after step 0; {hint}: {AGAIN}\n"

@@ -54,7 +54,7 @@ def test_the_winner_is_named_with_the_paired_difference_and_its_interval(tmp_pat
     assert (worse.difference.low, worse.difference.high) == pytest.approx((gaps.mean() - half, gaps.mean() + half))
     assert said.headline == f"topk_pg wins: KL(student ‖ teacher) lower by {gaps.mean():.4g} nats a token"
     assert said.tone == "won"
-    assert any(warning.startswith("4 seeds a setting") for warning in said.warnings)
+    assert any(warning.startswith("4 seeds per setting") for warning in said.warnings)
 
 
 def test_an_interval_that_holds_zero_names_no_winner(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_comparisons_own_verdict_goes_first_and_replays_are_ranked_nowhere(tmp
     assert [row[:3] for row in prefixes.rows][2] == ["fresh: the student's own", "top-20", "1.59 [1.565, 1.615]"]
     said = dict(zip(training.columns, training.rows[0], strict=True))
     assert said["setting"] == "top-20"
-    assert said["tokens a step"] == "100"
+    assert said["tokens per step"] == "100"
     assert said["completion length"] == "25 → 25"
 
 
@@ -304,14 +304,14 @@ def test_a_run_whose_process_is_gone_is_unfinished_at_once_and_counts_beside_no_
 def test_a_small_untuned_comparison_says_so_under_its_headline(tmp_path: Path) -> None:
     folder = write_comparison(tmp_path / "cmp", seeds=2)
     told = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
-    assert page_of(folder).verdict.caveat == "A first look, not a result: 2 seeds a setting, 20 steps a run."
+    assert page_of(folder).verdict.caveat == "A first look, not a result: 2 seeds per setting, 20 steps per run."
     told["tuned"] = None
     for arm in told["arms"]:
         arm["lr"] = None
     (folder / "compare.json").write_text(json.dumps(told), encoding="utf-8")
     page = page_of(folder)
     assert page.verdict.caveat == (
-        "A first look, not a result: 2 seeds a setting, one learning rate for all, tuned for none, 20 steps a run."
+        "A first look, not a result: 2 seeds per setting, one learning rate for all, tuned for none, 20 steps per run."
     )
     html = render_page(page)
     assert html.index('class="headline"') < html.index(page.verdict.caveat) < html.index('class="detail"')

@@ -66,7 +66,7 @@ def test_the_teacher_rows_stand_where_the_teachers_own_prompt_ends() -> None:
     np.testing.assert_array_equal(sample.teacher_logp, np.float32([-1.0, -1.0]))
     assert sample.kind == "topk"
     for teacher, words in (
-        (rows(1, [4, 9]), "wrong place"),
+        (rows(1, [4, 9]), "not the prompt length"),
         (rows(2, [4, 8]), "another completion"),
         (rows(2, [4]), "rows"),
         (rows(2, [4, -1]), "lacks its realised token"),
@@ -78,7 +78,7 @@ def test_the_teacher_rows_stand_where_the_teachers_own_prompt_ends() -> None:
 def test_a_behaviours_own_rows_stand_where_the_students_prompt_ends() -> None:
     good = TopKBehavior(np.array([-0.1, -0.2]), rows(1, [4, 9]))
     assert ScalarPreparedSample(core(), good, np.array([-1.0, np.nan])).kind == "scalar"
-    for topk, words in ((rows(2, [4, 9]), "wrong place"), (rows(1, [4, 7]), "another completion")):
+    for topk, words in ((rows(2, [4, 9]), "not the prompt length"), (rows(1, [4, 7]), "another completion")):
         with pytest.raises(AlignmentError, match=words):
             ScalarPreparedSample(core(), TopKBehavior(np.array([-0.1, -0.2]), topk), np.array([-1.0, -1.0]))
     with pytest.raises(AlignmentError, match="rows"):
@@ -103,7 +103,7 @@ def test_a_rollout_is_checked_against_its_own_rows() -> None:
     for change, words in (
         ({"prompt_ids": np.array([], dtype=np.int32)}, "prompt token"),
         ({"logp": np.array([-0.5, -0.5])}, "logp"),
-        ({"topk": rows(0, [4])}, "wrong place"),
+        ({"topk": rows(0, [4])}, "not the prompt length"),
         ({"topk": rows(1, [5])}, "another completion"),
     ):
         with pytest.raises(AlignmentError, match=words):

@@ -306,7 +306,7 @@ def test_t26_each_side_has_its_own_prompt_length() -> None:
         one_core, behavior, TopK.from_lists(listed, start=right["teacher_slice"][0] - 1, **scores)
     )
     assert good.teacher.start == teacher - 1
-    with pytest.raises(AlignmentError, match="wrong place"):
+    with pytest.raises(AlignmentError, match="not the prompt length"):
         TopKPreparedSample(one_core, behavior, TopK.from_lists(listed, start=naive["teacher_slice"][0] - 1, **scores))
 
 

@@ -78,7 +78,7 @@ def reading_a_score(score: TopK) -> None:
 
 
 def building_a_score() -> TopK:
-    """Lists of (id, logprob), one a position; plain lists serve as the realised tokens."""
+    """Lists of (id, logprob), one per position; plain lists serve as the realised tokens."""
     return TopK.from_lists([[(5, -0.1), (7, -2.5)], None], start=3, actual_ids=[5, 9], actual_logp=[-0.1, float("nan")])
 
 

@@ -1,4 +1,4 @@
-"""What a run would do, found out without doing it: every part is checked, and every problem is listed."""
+"""Dry run: check every part of a run without training, and list every problem."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long work reports its progress. The library never prints: a command hands in a ``Progress``."""
+"""Progress of long work. The library never prints: a command passes a ``Progress``."""
 
 from __future__ import annotations
 

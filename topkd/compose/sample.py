@@ -101,7 +101,7 @@ async def _open_client(config: SampleConfig) -> Any:
         config.teacher, dialect=config.dialect, model=config.model, api_key=config.api_key, config=config.client,
         **options,
     )  # fmt: skip
-    # Chat needs the tokenizer, and vLLM's completions list the sampled token beside the K, not as one of them.
+    # Chat needs the tokenizer, and vLLM's completions list the sampled token in addition to the K, not as one of them.
     better = find_dialect(client.dialect).samples_best_as
     if config.dialect != "auto" or not better:
         return client
@@ -221,7 +221,7 @@ class SampleJob(BulkJob[tuple[PromptItem, bool], Prompt, list[Rollout]]):
         self.names_in_flight.discard(row.name)
 
     def count_progress(self) -> tuple[int, int]:
-        """Return prompts that are done and tokens that were sampled."""
+        """Count the finished prompts and the sampled tokens."""
         report = self.report
         return report.sampled + report.cached + report.refused + report.failed, report.completion_tokens
 

@@ -19,7 +19,7 @@ class ServeConfig(BaseModel):
         model: A folder, or an id the local Hugging Face cache can resolve.
         served_model_name: The name clients use; ``model`` as it is written when None.
         port: 0 takes a free one.
-        dialect: Whose native routes are mounted beside the OpenAI ones. "sglang" is written from SGLang's documents and
+        dialect: Whose native routes it has besides the OpenAI ones. "sglang" is written from SGLang's documents and
             source, not observed on a running one; it has no limit on K.
         max_logprobs: The largest K (vLLM's default is 20); -1 for the whole vocabulary.
         max_model_len: Prompt plus completion; None takes the model's own.

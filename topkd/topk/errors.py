@@ -6,7 +6,7 @@
         ConfigError (ValueError)              a config, flag or argument that cannot be right
         DataError (ValueError)                a data row or sample file that cannot be read
         ServerError
-            RetryableServerError              trying again may help; only clients.retry acts on it
+            RetryableServerError              trying again may help; only clients.http.retry acts on it
                 ServerUnreachableError (ConnectionError)
                 ServerTimeoutError (TimeoutError)
                 ServerBusyError               429, 503: carries retry_after_s

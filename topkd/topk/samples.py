@@ -135,7 +135,7 @@ Behavior: TypeAlias = ScalarBehavior | TopKBehavior
 
 @dataclass(frozen=True, slots=True)
 class SampleCore:
-    """What every prepared sample has, whatever its teacher.
+    """Fields that every prepared sample has, whatever its teacher.
 
     Attributes:
         full_ids: int32 [P + C], the student's prompt and the completion.
@@ -265,7 +265,7 @@ def _rows(name: str, topk: TopK, start: int, completion_ids: Int32) -> None:
     """Refuse rows of another position or completion; an unknown (-1) realised token contradicts nothing."""
     _length(name, topk.actual_ids, completion_ids.size)
     if topk.start != start:
-        raise AlignmentError(f"{name}: rows start at the wrong place", got=topk.start, expected=start)
+        raise AlignmentError(f"{name}: TopK.start is not the prompt length - 1", got=topk.start, expected=start)
     differ = (topk.actual_ids != completion_ids) & (topk.actual_ids >= 0)
     if differ.any():
         row = int(np.argmax(differ))

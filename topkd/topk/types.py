@@ -169,7 +169,7 @@ class TopK:
         actual_ids: ArrayLike | None = None,
         actual_logp: ArrayLike | None = None,
     ) -> TopK:
-        """Build from lists of (id, logprob), one list a position, in any order.
+        """Build from lists of (id, logprob), one list per position, in any order.
 
         NaN entries are dropped, a repeated id keeps its larger logprob, an empty list or None is a hole, and rows are
         padded to the longest list. The tail mass comes from the given (unrounded) values. Dialect sentinels such as

@@ -1,4 +1,4 @@
-"""Samples, rollouts and top-K rows as strict JSON, one value a line in a file.
+"""Samples, rollouts and top-K rows as strict JSON, one value per line in a file.
 
 Every value that leaves comes back equal: float32 exactly, NaN (unknown) as null, -inf (probability zero) as "-inf".
 Unions carry their tag ``kind``. Unknown keys, missing keys and wrong types are refused, with file and line.
@@ -210,7 +210,7 @@ def loads_rollout(text: str | bytes, *, where: str = "") -> Rollout:
 
 
 def write_samples(path: str | Path, samples: Iterable[PreparedSample]) -> int:
-    """Write one sample a line, replacing an old file; return how many."""
+    """Write one sample per line, replacing an old file; return how many."""
     return _write(path, samples)
 
 

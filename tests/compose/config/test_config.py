@@ -97,7 +97,7 @@ def test_another_kind_keeps_the_keys_that_it_shares_and_says_which_it_leaves_out
         ("steps = " + "[" * 5000, [], r"cannot be read .*nested too deeply"),
         ("steps = " + "9" * 5000, [], r"cannot be read .*thousands of digits"),
         (GOOD, ["steps=" + "[" * 5000], r"config key 'steps'.*expected a whole number"),
-        (GOOD, ["rollout.prompts_per_step=99999999999"], r"at most 1,000,000 completions a step"),
+        (GOOD, ["rollout.prompts_per_step=99999999999"], r"at most 1,000,000 completions per step"),
         (GOOD, ["learner.lr=1e300"], r"config key 'learner.lr'.*less than or equal to 1000000"),
         (GOOD, [f"steps={10**20}"], r"config key 'steps'.*less than or equal to 1000000000"),
         (GOOD, ["seed=-1"], r"config key 'seed'.*got -1"),

@@ -151,7 +151,7 @@ def test_a_process_that_is_killed_ends_the_run_with_one_line_and_the_command_tha
     assert "internal error" not in err
     assert "topkd: error: another process of this run is gone, or does not answer (process 0 of 2)" in err
     again = "torchrun --nproc-per-node 2 -m topkd train run.toml --out killed --set steps=100000 --resume"
-    assert f"once that is fixed, resume with: {again}" in err
+    assert f"resume with: {again}" in err
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ def _print_load(load: Load, console: Console) -> None:
         seconds = (f"{level.p50_s:.2f} s", f"{level.p95_s:.2f} s")
         speed = f"{level.tokens_per_s:,.0f}"
         table.add_row(str(level.concurrency), speed, *seconds, str(level.failed or ""), style=style)
-    console.print(Text(f"\nSCORING UNDER LOAD  {load.prompt_tokens:,} tokens a request, K = {load.k}", style="bold"))
+    console.print(Text(f"\nSCORING UNDER LOAD  {load.prompt_tokens:,} tokens per request, K = {load.k}", style="bold"))
     console.print(table)
     end = "saturated" if load.saturated else "not saturated: it may do more"
     console.print(

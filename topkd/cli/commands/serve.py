@@ -22,7 +22,7 @@ def serve_command(
     max_model_len: Annotated[int | None, option("Context length; default: that of the model.", "N", min=2)] = None,
     dialect: Annotated[
         str,
-        option("Native API beside the OpenAI one: vllm or sglang.", "NAME", one_of=("vllm", "sglang")),
+        option("Native API in addition to the OpenAI one: vllm or sglang.", "NAME", one_of=("vllm", "sglang")),
     ] = "vllm",
     dtype: Annotated[
         str,

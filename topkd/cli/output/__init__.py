@@ -1,4 +1,4 @@
-"""What commands print: progress, summaries, tables.
+"""Output of the commands: progress, summaries, tables.
 
 Knows: rich, and the results of ``topkd.compose``. Does not know: options.
 """

@@ -1,4 +1,4 @@
-"""What train and replay print around a run: progress, its page, how it ended, and the command that resumes it."""
+"""Output of train and replay around a run: progress, its page, how it ended, and the command that resumes it."""
 
 from __future__ import annotations
 
@@ -62,15 +62,21 @@ def open_terminal(out: Path, again: str, *, watch: bool) -> Iterator[tuple[Displ
 @contextlib.contextmanager
 def hint_resume(out: Path, again: str) -> Iterator[None]:
     """Print the command ``again`` when the run in ``out`` fails after it has saved a checkpoint."""
-    from topkd.report.load.run_folder import CHECKPOINTS, RUN_LOG
+    from topkd.report.load.run_folder import RUN_LOG
 
     before = _find_write_time(out / RUN_LOG)
     try:
         yield
     except BaseException:
-        if is_first_process() and _find_write_time(out / RUN_LOG) != before and any((out / CHECKPOINTS).glob("step-*")):
-            typer.echo(f"once that is fixed, resume with: {again}", err=True)
+        if is_first_process() and _find_write_time(out / RUN_LOG) != before and _has_checkpoint(out):
+            typer.echo(f"resume with: {again}", err=True)
         raise
+
+
+def _has_checkpoint(out: Path) -> bool:
+    from topkd.report.load.run_folder import CHECKPOINTS
+
+    return any((out / CHECKPOINTS).glob("step-*"))
 
 
 def _find_write_time(file: Path) -> int | None:
@@ -95,7 +101,8 @@ def print_result_and_exit(result: RunResult, verb: str, *, again: str, as_json: 
     if result.already:
         typer.echo(f"{result.out} is finished: {len(result.steps)} steps; nothing to resume", err=True)
     if result.stopped:
-        typer.echo(f"{result.stopped}: stopped after step {len(result.steps)}; resume with: {again}", err=True)
+        hint = "resume with" if _has_checkpoint(result.out) else "there is no checkpoint: start over with"
+        typer.echo(f"{result.stopped}: stopped after step {len(result.steps)}; {hint}: {again}", err=True)
     if result.steps and (as_json or not result.stopped):
         print_result(result, verb, as_json=as_json)
     if result.stopped:

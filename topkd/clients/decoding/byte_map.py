@@ -1,4 +1,4 @@
-"""Which bytes a token id stands for, by a tokenizer's own tables: how ids are recovered from servers that send text.
+"""Map token ids to bytes by a tokenizer's own tables, to recover ids from servers that send text.
 
 Two ids can stand for the same bytes (a byte token and a letter, a special token and its spelling): such bytes name no
 id, and whoever looks them up is told so.

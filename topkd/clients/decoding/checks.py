@@ -1,4 +1,4 @@
-"""What every request and every reply must satisfy, whatever the dialect. Pure: arrays in, a checked ``TopK`` out."""
+"""Checks of requests and replies that all dialects share. Pure: arrays in, a checked ``TopK`` out."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def check_vocabulary(ids: NDArray[np.integer], vocab_size: int | None) -> None:
 
 
 def build_scores(entries: Entries, ids: Int32, start: int, k: int, vocab_size: int | None = None) -> tuple[TopK, int]:
-    """Check a reply of K or K + 1 entries a row (vLLM's form); return it and its count of -inf sentinels.
+    """Check a reply of K or K + 1 entries per row (vLLM's form); return it and its count of -inf sentinels.
 
     A row lists the top K; the realised token is among them, or is one more entry that no entry lies below. It is found
     by its id, never by its place.
@@ -221,7 +221,7 @@ def topk_with_actual(ids: Int32, logp: Float64, *, start: int, k: int, actual_id
         raise AlignmentError(
             "the list and the realised token's logprob contradict each other",
             where=f"row {row}, predicting position {start + row + 1}",
-            got=f"{float(topk.actual_logp[row]):.6g} beside {other:.6g}",
+            got=f"{float(topk.actual_logp[row]):.6g} and {other:.6g}",
         )
     return topk
 

@@ -136,7 +136,9 @@ def check_completion_ids(ids: Int32, asked: SampleRequest, where: str = "") -> I
     """Refuse a completion that is empty, longer than asked for, or has ids outside the vocabulary."""
     if not 1 <= ids.size <= asked.params.max_tokens:
         expected = f"1..{asked.params.max_tokens}"
-        raise ResponseError("wrong number of tokens", where=where, got=ids.size, expected=expected)
+        raise ResponseError(
+            "the completion has the wrong number of tokens", where=where, got=ids.size, expected=expected
+        )
     check_reply_vocabulary(ids, asked.vocab_size, where)
     return ids
 
@@ -187,11 +189,11 @@ def _rollout(choice: SampledChoice, reply: Sampled, asked: SampleRequest) -> Rol
         raise ServerBusyError("the server aborted the generation", where=where, hint="was it paused for new weights?")
     finish_reason = check_finish_reason(choice.finish_reason, where)
     if choice.token_ids is None or choice.logprobs is None:
-        missing = "token_ids" if choice.token_ids is None else "logprobs"
+        missing, option = ("token_ids", "return_token_ids") if choice.token_ids is None else ("logprobs", "logprobs")
         raise ResponseError(
             f"the reply has no {missing}",
             where=where,
-            hint="the server ignored the field: it is too old to sample from",
+            hint=f"the server ignored the request's {option}: its version is too old to sample from",
         )
     ids = check_completion_ids(as_ids(choice.token_ids, where), asked, where)
     logp = _sampled_logp(choice.logprobs, ids, where)
@@ -267,7 +269,7 @@ def _version(choice: SampledChoice, reply: Sampled) -> str:
 
 
 def join_versions(spans: list[Span] | None) -> str:
-    """Join the versions of a completion's tokens in their order by "+"; "" when none is named."""
+    """Join a completion's distinct weight versions with "+", in order of appearance; "" if the server names none."""
     return "+".join(dict.fromkeys(str(span.version) for span in spans or () if span.version is not None))
 
 

@@ -89,7 +89,7 @@ def read_sglang_candidates(body: bytes, *, ids: Int32, start: int, union: Int32)
     wrong = (found != union).any(axis=1)
     if wrong.any():
         raise AlignmentError(
-            "a row scores other candidates",
+            "the reply's candidate ids differ from the requested ones",
             where=f"row {int(np.argmax(wrong))}",
             got=found[np.argmax(wrong)][:4].tolist(),
             expected=union[:4].tolist(),

@@ -96,7 +96,7 @@ def read_prompt_rows(choice: ScoredChoice, ids: Int32, start: int) -> Entries:
     """Read rows ``start + 1 ..`` of a choice's ``prompt_logprobs`` for the prompt ``ids``.
 
     Raises:
-        AlignmentError: not one row a prompt token.
+        AlignmentError: not one row per prompt token.
         ResponseError: the field is missing or null, or a row that was asked for is null or empty.
     """
     rows = choice.prompt_logprobs

@@ -63,7 +63,7 @@ def load_reader() -> Callable[..., Any]:
     # It writes only to its own arrays and holds no Python object: other threads go on meanwhile.
     try:
         return numba.njit(nogil=True, cache=True)(_pass)  # type: ignore[no-any-return]
-    except RuntimeError:  # no folder to cache in: compiled once a process instead
+    except RuntimeError:  # no folder to cache in: compiled once per process instead
         return numba.njit(nogil=True)(_pass)  # type: ignore[no-any-return]
 
 

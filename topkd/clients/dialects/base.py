@@ -1,6 +1,7 @@
-"""What every HTTP dialect shares: an endpoint, a model name found once, server facts, metrics, clean closing.
+"""Base of the HTTP dialects: an endpoint, a model name found once, server facts, metrics, clean closing.
 
-Beside the clients: ``Wire`` asks single questions outside any dialect, and ``ServerFacts`` what tells dialects apart.
+Besides the clients: ``Wire`` sends single requests outside any dialect; ``ServerFacts`` has the facts that tell
+dialects apart.
 """
 
 from __future__ import annotations

@@ -20,12 +20,12 @@ AUTO = "auto"  # in place of a name: ask the server
 
 @dataclass(frozen=True, slots=True)
 class ReplyShape:
-    """How large a score comes back.
+    """Size in bytes of the reply to a scoring request.
 
     Attributes:
-        row: Bytes of a position beside its list.
-        entry: Bytes of a listed token.
-        prompt: Whether the prompt's positions come back too, asked for or not.
+        row: Bytes per position, without the list.
+        entry: Bytes per entry of the list.
+        prompt: Whether the reply also has the positions of the prompt, requested or not.
     """
 
     row: float
@@ -40,7 +40,7 @@ class ReplyShape:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """What everything but its own module must know of a dialect.
+    """Facts about a dialect that the rest of the package needs.
 
     Attributes:
         name: As users write it.
@@ -55,7 +55,7 @@ class Dialect:
         spells: Its scores hold the text of each id.
         samples_best_as: The dialect in which the same server samples best.
         max_k: The largest K that any of its servers takes; 0: each server has its own limit, or none.
-        reply: How large a score comes back, measured on the embedded server and a real vLLM.
+        reply: Size of the reply to a scoring request, measured on the embedded server and a real vLLM.
     """
 
     name: str
@@ -116,7 +116,7 @@ DIALECTS: dict[str, Dialect] = {
             samples=True,
             sink=f"{_SINKS}:VllmWeightSink",
             spells=True,
-            samples_best_as="vllm",  # completions list the sampled token beside the K, not as one of them
+            samples_best_as="vllm",  # completions list the sampled token in addition to the K, not as one of them
         ),
         Dialect(
             "vllm",

@@ -55,7 +55,7 @@ def build_generate_sample(model: str, prompt: Int32, n: int, params: SamplingPar
 
 
 def build_generate_candidates(model: str, ids: Int32, start: int, candidates: list[Any]) -> dict[str, Any]:
-    """Build a request that scores ``candidates`` (a list a row, or one for all) at rows ``start ..``."""
+    """Build a request that scores ``candidates`` (one list per row, or one for all rows), from row ``start`` on."""
     sampling = {
         "max_tokens": 1,
         "temperature": 0,
@@ -210,7 +210,7 @@ def split_windows(wanted: Int32, limit: int) -> list[tuple[int, int]]:
             "this server takes one list of candidates for all rows, and these rows share too few",
             got=f"{len(ranges)} requests for {len(wanted)} rows",
             expected=f"at most {_MAX_WINDOWS}",
-            hint="vLLM 0.32 takes a list a row; or raise --max-logprobs; or use the teacher's own top K",
+            hint="vLLM 0.32 takes one list per row; or raise --max-logprobs; or use the teacher's own top K",
         )
     return ranges
 

@@ -1,4 +1,4 @@
-"""Where a fleet's next try goes: which replicas answer, and when a slow score is asked of a second one.
+"""Routing in a fleet: which replica takes the next try, and when a slow score is also requested from a second one.
 
 A replica's circuit is closed while it answers, open after failures in a row; one probe at a time may close it again. A
 score is hedged after the 95th percentile of waiting times, for a small share of all.
@@ -16,7 +16,7 @@ from topkd.clients.config import ClientConfig
 
 _KNOWN = 64  # replies before a percentile means anything
 _KEPT = 256
-_FIXED_TOKENS = 64  # what a request costs beside its tokens, in tokens: keeps short ones comparable with long ones
+_FIXED_TOKENS = 64  # what a request costs besides its tokens, in tokens: keeps short ones comparable with long ones
 _SAVED = 8.0  # hedges that may be saved up in quiet times
 
 

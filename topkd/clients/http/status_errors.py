@@ -1,4 +1,4 @@
-"""What a status other than 200 means: the server's own words in the right error class."""
+"""Map HTTP statuses other than 200 to error classes, with the server's own message."""
 
 from __future__ import annotations
 

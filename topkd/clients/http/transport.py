@@ -75,7 +75,7 @@ class Transport(Protocol):
 
 
 class HttpxTransport:
-    """httpx, one client of one connection for each request under way, kept for the next.
+    """Send requests with httpx: one single-connection client per request in flight, reused afterwards.
 
     A pool of n connections looks at all of them (and polls their sockets) for every request; n pools of one do not. The
     gate before this bounds how many there are. Clients belong to the event loop that they were made in.

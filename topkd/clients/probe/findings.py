@@ -1,4 +1,4 @@
-"""What a probe found: one finding a question, the capabilities they add up to, and a verdict."""
+"""Results of a probe: one finding per question, the capabilities they add up to, and a verdict."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Capabilities:
         score_k: Largest K of a scored prompt; None = cannot score, -1 = no limit found.
         sample_k: Likewise for sampled tokens; None = cannot sample with ids and logprobs.
         candidates: Schema in which chosen ids are scored; None = they are not.
-        candidates_k: Most ids a position.
+        candidates_k: Largest number of ids per position.
         suffix_scoring: Rows before ``start`` are neither computed for us nor sent.
         prefix_cached_scoring: A shared prefix is computed once.
         ids: How tokens are named in replies.

@@ -1,4 +1,4 @@
-"""What the questions of a probe share: the client, what is known so far, and the findings in order."""
+"""State that the questions of a probe share: the client, the facts known so far, and the findings in order."""
 
 from __future__ import annotations
 

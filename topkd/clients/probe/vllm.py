@@ -175,7 +175,7 @@ async def check_vllm_candidates(session: Session) -> None:
         session.report("warn", "wrong values", f"{right:.2g} nats from the scores")
         return
     session.know(candidates=schema, candidates_k=session.capabilities.score_k or 0)
-    schema_text = "own ids a position" if schema == "rows" else "one list for all"
+    schema_text = "own ids per position" if schema == "rows" else "one list for all"
     session.report(
         "ok", schema, f"{schema_text}; as scored" if right < _SAME else f"{schema_text}; {right:.1g} nats off"
     )

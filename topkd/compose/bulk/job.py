@@ -45,7 +45,7 @@ class Claim(Enum):
 
 
 class SpendingLimit:
-    """What a job may still use under all of its caps.
+    """Remaining budget of a job under all of its caps.
 
     Tokens are taken before a request is sent. They stay taken when it fails, because it may have been billed.
     """

@@ -1,4 +1,4 @@
-"""What a replay reads of a cache: whose rollouts and whose scores, found before anything is loaded."""
+"""Contents of a cache that a replay reads: whose rollouts and whose scores, found before anything is loaded."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ async def _run_file(cell: Cell, _: Path, folder: Path) -> dict[str, Any]:
 
 
 def group_by_step(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Group a run's evaluations, one record a step: on fixed prefixes, with those on other prefixes inside by name."""
+    """Group a run's evaluations, one record per step: fixed prefixes, and inside it by name the other prefixes."""
     moments: dict[int, dict[str, Any]] = {}
     for record in evals:
         moment = moments.setdefault(record["step"], {})

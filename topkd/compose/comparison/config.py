@@ -202,11 +202,11 @@ def _check_alike(arm: Arm, ours: Mapping[str, Any], first: Arm, first_values: Ma
         raise ConfigError(
             f"arms that differ in {key} cannot be paired", where=f"arm {arm.name!r}", got=repr(ours.get(key)),
             expected=f"{first_values[key]!r}, as arm {first.name!r} has it",
-            hint="one student, one [data] path and one [eval] for all arms; or make a comparison of each",
+            hint="one student, one [data] path and one [eval] for all arms; or run a separate comparison for each",
         )  # fmt: skip
 
 
-# The demo's pair at a size that lets many runs finish: 16 prompts x 24 tokens a step, every token valid.
+# The demo's pair at a size that lets many runs finish: 16 prompts x 24 tokens per step, every token valid.
 EMBEDDED_VALUES: dict[str, Any] = {
     "steps": 60,
     "k": 20,

@@ -1,4 +1,4 @@
-"""What a comparison measures on the embedded pair: exact divergences on three kinds of prefix, and a task."""
+"""Measurements of a comparison on the embedded pair: exact divergences on three kinds of prefix, and a task."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def summarize_arms(
     arms: Sequence[str], results: Mapping[tuple[str, int], Mapping[str, Any]], seeds: Sequence[int], metric: str,
     target: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Build one row an arm: spread over seeds, and ratios to the first arm on the same seeds."""
+    """Build one row per arm: spread over seeds, and ratios to the first arm on the same seeds."""
     facts = {
         key: {**summarize_curve(result["evals"], metric, target), **_sum_costs(result)}
         for key, result in results.items()

@@ -13,7 +13,7 @@ from topkd.topk.errors import ConfigError
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str], model: type[BaseModel]) -> list[str]:
-    """Lay every ``table.key=value`` over plain values; return what was left out on the way, a line each.
+    """Lay every ``table.key=value`` over plain values; return the values left out, one line each.
 
     Kinds first, whatever the order: ``objective.beta=0.3 objective.kind=gjs`` is the same as the reverse.
     """

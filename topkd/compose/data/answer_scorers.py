@@ -1,4 +1,4 @@
-"""What an answer is worth: exact match, numeric match, or a function of the user's own."""
+"""Scorers of answers: exact match, numeric match, or a function of the user's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a prompt is written for one side: its tokenizer, its chat template, applied once; then there are ids."""
+"""Turn a prompt into one side's token ids, with its tokenizer and its chat template, applied once."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def _open_dataset(path: Path) -> Any:
 
 
 def parse_json_object(raw: Any, where: str) -> dict[str, Any]:
-    """Parse a row as a mapping; what is no JSON is refused with the column where it stops being some."""
+    """Parse a row as a JSON object; refuse invalid JSON and name the column."""
     if isinstance(raw, bytes):
         try:
             raw = json.loads(raw)

@@ -18,7 +18,7 @@ from topkd.topk.errors import DataError
 
 
 class DataRow(BaseModel):
-    """One row; columns that topkd does not use (a source, a difficulty) may stand beside these.
+    """One row; columns that topkd does not use (a source, a difficulty) are allowed too.
 
     ``hint``, ``reference`` and ``feedback`` are for the teacher alone. ``teacher_prompt_ids`` is its whole prompt, in
     their place, for rows of ids. ``completion`` and ``completion_ids`` are an answer that came with the row.
@@ -81,7 +81,7 @@ def check_row(raw: dict[str, Any], where: str) -> DataRow:
     strays = {"completion": "prompt", "completion_ids": "prompt_ids", "teacher_prompt_ids": "prompt_ids"}
     for name, form in strays.items():
         if getattr(row, name) is not None and form != forms[0]:
-            raise DataError(f"{name} goes with {form}", where=where, got=f"it stands beside {forms[0]}")
+            raise DataError(f"{name} goes with {form}", where=where, got=f"it is in a row with {forms[0]}")
     return row
 
 

@@ -1,4 +1,4 @@
-"""What the demo is made of: corpus, tiny models, folders.
+"""Parts of the demo: corpus, tiny models, folders.
 
 Knows: torch. Does not know: how a run goes.
 """

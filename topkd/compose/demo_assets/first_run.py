@@ -1,4 +1,4 @@
-"""What the demo leaves for a newcomer: a run file and everything it names, to be served, trained and changed."""
+"""Files that the demo leaves for a newcomer: a run file and everything it names, to serve, train and change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a demo's things lie: a run's folder that nothing else has, and a scratch folder while its models are made."""
+"""Folders of the demo: a run folder of its own, and a scratch folder while its models are made."""
 
 from __future__ import annotations
 

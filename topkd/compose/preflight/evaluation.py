@@ -1,4 +1,4 @@
-"""What an ``[eval]`` table measures, checked before any model is opened."""
+"""Check the measurements of an ``[eval]`` table before any model is opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run will take, from its config and the model's shape alone: memory, tokens, requests. Estimates."""
+"""Estimate a run's memory, tokens and requests from its config and the model's shape alone."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ TEACHERS = "teachers.json"  # in a run's folder: what its teacher servers answer
 
 @dataclass(slots=True)
 class Preflight:
-    """What is checked, and what the checks have found so far.
+    """Checks before a run, and their findings so far.
 
     Attributes:
         config: Of the run.

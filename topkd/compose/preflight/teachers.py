@@ -29,10 +29,10 @@ _SHORT = 8  # tokens of the score that asks for K
 
 @dataclass(frozen=True, slots=True)
 class TeacherInfo:
-    """What a teacher's server answered before the run.
+    """Facts about a teacher's server, as it answered before the run.
 
     Attributes:
-        url: Where (one line a replica).
+        url: Where (one line per replica).
         model: The served name.
         dialect: How it speaks.
         version: The server's own, "" when it does not say.

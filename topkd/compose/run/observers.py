@@ -1,4 +1,4 @@
-"""What watches a run: its evaluation and its trackers, opened together and called with the same records."""
+"""Observers of a run: its evaluation and its trackers, opened together and called with the same records."""
 
 from __future__ import annotations
 

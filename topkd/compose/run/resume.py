@@ -205,5 +205,5 @@ def describe_process_change(previous: PreviousRun, size: int) -> str:
         return ""
     return (
         f"careful: {before[-1]} of torchrun's processes before, {size} now: completions are drawn from other seeds "
-        "from here on, since rollout.shards is 0 (one a process)"
+        "from here on, since rollout.shards is 0 (one per process)"
     )

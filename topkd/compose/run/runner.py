@@ -41,7 +41,7 @@ _INTERRUPTS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)  # a reque
 
 @dataclass(frozen=True, slots=True)
 class TrainingParts:
-    """What a run trains with. Data only.
+    """Parts of a training run. Data only.
 
     Attributes:
         config: What shapes the run.

@@ -1,4 +1,4 @@
-"""All teachers of a run, opened from its config: behind servers, or in this process; and what they are asked a step."""
+"""Open all teachers of a run from its config, on servers or in this process, and count their requests per step."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _WEIGHTS, _OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 
 
 class Stateful(Protocol):
-    """A part beside the learner that a step depends on, such as a teacher that follows the student."""
+    """A part other than the learner that a step depends on, such as a teacher that follows the student."""
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Return the state as whole tensors."""

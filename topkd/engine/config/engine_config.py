@@ -23,14 +23,14 @@ class RolloutConfig(Frozen):
     max_completion_tokens: PositiveInt = 1024
     overlong: Literal["drop", "error"] = "error"
     truncated: Literal["keep", "mask"] = "keep"
-    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()  # beside the tokenizer's own end of text
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()  # besides the tokenizer's own end of text
     batch_size: PositiveInt = 64
-    shards: Annotated[int, Field(ge=0)] = 0  # independent draws of a step, shared by processes; 0: one a process
+    shards: Annotated[int, Field(ge=0)] = 0  # independent draws of a step, shared by processes; 0: one per process
 
     @model_validator(mode="after")
     def _fits_a_machine(self) -> RolloutConfig:
         if (completions := self.prompts_per_step * self.samples_per_prompt) > COMPLETIONS:
-            raise ValueError(f"at most {COMPLETIONS:,} completions a step (prompts x samples), not {completions:,}")
+            raise ValueError(f"at most {COMPLETIONS:,} completions per step (prompts x samples), not {completions:,}")
         return self
 
 

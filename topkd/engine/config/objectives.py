@@ -37,7 +37,7 @@ class ObjectiveSettings(Frozen):
 
     @property
     def needs_list(self) -> bool:
-        """Whether the teacher's list is read, beside the realised token."""
+        """Whether the teacher's list is read, besides the realised token."""
         return not self.is_data_only
 
     @property

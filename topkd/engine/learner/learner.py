@@ -42,7 +42,7 @@ MAX_SKIPPED_IN_A_ROW = 5
 
 @dataclass(frozen=True, slots=True)
 class LearnerState:
-    """What a checkpoint keeps of a learner beside the weights.
+    """State of a learner in a checkpoint, besides the weights.
 
     Attributes:
         values: JSON: version, skips in a row, the objective's own state (TAID's schedule).

@@ -1,7 +1,7 @@
-"""What the learner steps on: the student's own weights on every rank, or a twin whose weights are sharded (FSDP2).
+"""Weights that the optimiser updates: the student's own on every rank, or a sharded copy of them (FSDP2).
 
 Replicated weights are not put into torch's DDP module: ranks have different numbers of micro-batches, and the head is
-used outside the model's forward. Their gradients are summed over ranks once a step, however many micro-batches made
+used outside the model's forward. Their gradients are summed over ranks once per step, however many micro-batches made
 them, which is the same mean. The sharded twin holds gradients, optimiser state and master weights in shards; the
 student itself stays whole beside it, for sampling, measuring and saving, and receives the weights after each step.
 """

@@ -1,4 +1,4 @@
-"""What a loss is computed from: the student's logprobs of a micro-batch with graph, and the teacher's rows."""
+"""Inputs of a loss: the student's logprobs of a micro-batch, with graph, and the teacher's rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Completions that came with the data, beside those the student draws: how many, which, and as what they train.
+"""Completions from the data, in addition to the student's: how many, which, and with which loss they train.
 
 Of a step's ``prompts_per_step``, round(on_policy_fraction * prompts) are sampled from; the rest are rows that carry
 a completion, each taken once, drawn from a pool of their own. Which rows those are depends on seed and step alone.

@@ -1,4 +1,4 @@
-"""What the loop calls and hands over: its hooks (all optional; none changes what is learnt) and its position."""
+"""Hooks that the loop calls (all optional; none changes the training) and its position."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ STOP_GRACE_S = 10.0  # what a stopped run waits for a batch from weights that ar
 
 @dataclass(frozen=True, slots=True)
 class LoopParts:
-    """What the loop runs on. Data only.
+    """Inputs of the loop. Data only.
 
     Attributes:
         config: Everything that shapes the run.

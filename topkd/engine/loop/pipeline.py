@@ -39,7 +39,7 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """When what is sampled: fixed, so that a run is deterministic.
+    """Fixed schedule of the sampling, so that a run is deterministic.
 
     Attributes:
         steps: Where the run ends.

@@ -55,7 +55,7 @@ class PromptRow:
 
 
 def step_indices(rows: int, per_step: int, step: int, seed: int) -> list[int]:
-    """List the rows of step ``step``: epochs shuffled one by one, no row twice before every row once.
+    """List the rows of step ``step``; each epoch is shuffled separately and has every row once.
 
     Stateless: a resumed run asks for step n and gets what the uninterrupted run got.
     """

@@ -55,7 +55,7 @@ async def draw_rollouts(
 
 
 def count_shards(config: EngineConfig, ranks: Ranks | None) -> int:
-    """Count the parts that a step's prompts are drawn in: as the config says, else one a process."""
+    """Count the parts that a step's prompts are drawn in: as the config says, else one per process."""
     size = 1 if ranks is None else ranks.size
     parts = config.rollout.shards or size
     if parts % size:

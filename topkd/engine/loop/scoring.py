@@ -166,7 +166,7 @@ def compute_teacher_metrics(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any
 
 
 def check_support(support: Support, teachers: Mapping[str, TeacherScorer]) -> None:
-    """Refuse teachers that cannot score ids of the student's choice where ``support`` needs it."""
+    """Refuse a teacher that cannot score chosen ids, if ``support`` needs that."""
     for name, teacher in teachers.items():
         if support != "teacher" and not isinstance(teacher, CandidateScorer):
             raise ConfigError(
@@ -179,12 +179,12 @@ def check_support(support: Support, teachers: Mapping[str, TeacherScorer]) -> No
 
 
 async def move_to_support(teacher: TeacherScorer, ids: Ids, scores: TopK, rollout: Rollout, support: Support) -> TopK:
-    """Replace the teacher's own list by the one that ``support`` names; the realised tokens stay."""
+    """Return the teacher's rows with the list that ``support`` names; the realised tokens stay the same."""
     if support == "teacher":
         return scores
     if rollout.topk is None:
         raise ConfigError(
-            "a completion has no top-K list of the student's for the teacher to score",
+            "the completion has no top-K list of the student, whose ids the teacher could score",
             expected=f"the sampler's top-K, for objective.support = {support!r}",
             hint="completions from the data have none: use on_policy_fraction = 1",
         )

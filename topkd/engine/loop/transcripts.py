@@ -1,6 +1,6 @@
-"""A few rollouts of a run, token by token, with both sides' lists: what the report's token explorer shows.
+"""Record a few rollouts of a run, token by token, with both sides' lists, for the report's token explorer.
 
-``tokens.jsonl`` holds one rollout a line. Its texts come out of models, and are untrusted.
+``tokens.jsonl`` holds one rollout per line. Its texts come out of models, and are untrusted.
 """
 
 from __future__ import annotations

@@ -76,14 +76,14 @@ def head_weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def head_rows(head: nn.Module) -> int:
-    """Return V, without forming the weights of an adapted head."""
+    """Return the number of rows of the output head, V, without computing an adapted head's weights."""
     return int(_find_weight(head)[2].shape[0])
 
 
 def _find_weight(head: nn.Module) -> tuple[nn.Module, nn.Module, Tensor]:
     """Find the head in use, the layer below its adapter (or itself), and that layer's weight."""
     saved = getattr(head, "modules_to_save", None)
-    if isinstance(saved, nn.ModuleDict):  # trained whole: the copy that is in use
+    if isinstance(saved, nn.ModuleDict):  # the head is trained in full: use the copy that is active
         head = saved[_active(head)]
     base = getattr(head, "base_layer", None)
     inner = base if isinstance(base, nn.Module) else head

@@ -343,7 +343,7 @@ class DistillKitLayout:
             rest[:, column : column + elements] += signed * scale
             column += elements
         if position != packed.shape[1]:
-            raise DataError("a DistillKit row does not fit its settings", got=f"{packed.shape[1]} bytes a position",
+            raise DataError("a DistillKit row does not fit its settings", got=f"{packed.shape[1]} bytes per position",
                             expected=position)  # fmt: skip
         values = np.concatenate([exact, rest], axis=1)
         return ids, np.cumsum(values, axis=1) if self.delta else values
@@ -363,7 +363,7 @@ def _floats(block: NDArray[np.uint8], dtype: str) -> NDArray[np.float64]:
 
 
 def _unpack(block: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int64]:
-    """Unpack ``count`` unsigned integers of ``bits`` bits a row, most significant bit first."""
+    """Unpack ``count`` unsigned integers of ``bits`` bits per row, most significant bit first."""
     if block.ndim != 2 or block.shape[1] * 8 < bits * count:
         raise DataError("a DistillKit row is too short", got=block.shape[-1], expected=-(-bits * count // 8))
     each = np.unpackbits(block, axis=1)[:, : bits * count].reshape(len(block), count, bits)

@@ -103,7 +103,7 @@ class Segment:
 
     def read(self, offset: int) -> Record:
         """Read the record at an offset and check its checksums."""
-        # Sealed bytes do not change: header and payload are checked once a process, when they are first read.
+        # Sealed bytes do not change: header and payload are checked once per process, when they are first read.
         byte, bit = offset // (8 * ALIGN), 1 << (offset // ALIGN & 7)
         mapped = byte < len(self._seen)  # a truncated file's index still names what lay beyond its end
         if mapped and self._seen[byte] & bit:

@@ -1,4 +1,4 @@
-"""What runs show: outcomes, verdicts, intervals, tables.
+"""Analysis of runs: outcomes, verdicts, intervals, tables.
 
 Knows: records. Does not know: HTML.
 """

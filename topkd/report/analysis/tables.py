@@ -91,7 +91,7 @@ def build_summary_table(
 
 
 def build_runs_table(groups: Sequence[RunGroup], outcomes: Sequence[Sequence[Outcome]]) -> Table:
-    """Build a row a run."""
+    """Build one row per run."""
     metrics, sums = _select_columns(outcomes)
     columns = ["run", "setting", "seed", "state", *metrics.values(), *sums.values()]
     rows = [

@@ -339,7 +339,9 @@ def _list_doubts(ranks: Sequence[Rank], outcomes: Sequence[Sequence[Outcome]]) -
     doubts = []
     seeds = min(rank.end.n for rank in ranks)
     if seeds < ENOUGH_SEEDS:
-        doubts.append(f"{seeds} seed{'s' * (seeds > 1)} a setting: intervals from fewer than {ENOUGH_SEEDS} are rough")
+        doubts.append(
+            f"{seeds} seed{'s' * (seeds > 1)} per setting: intervals from fewer than {ENOUGH_SEEDS} are rough"
+        )
     if any(len({dot["seed"] for dot in rank.values}) < len(rank.values) for rank in ranks):
         repeat = "their interval says how they repeat, not how seeds vary"
         doubts.append(f"runs of one setting share a seed, or have none: {repeat}")
@@ -355,13 +357,13 @@ def _write_caveat(collection: Collection, groups: Sequence[RunGroup], ranks: Seq
     seeds = min((rank.end.n for rank in ranks if rank.end.n and not rank.control), default=0)
     arms = [arm for arm in collection.comparison.get("arms") or () if isinstance(arm, dict)]
     has_rates = any(arm.get("lr") is not None or "learner" in (arm.get("set") or ()) for arm in arms)
-    few = [f"{seeds} seed{'s' * (seeds > 1)} a setting"] if 0 < seeds < FEW_SEEDS else []
+    few = [f"{seeds} seed{'s' * (seeds > 1)} per setting"] if 0 < seeds < FEW_SEEDS else []
     if arms and not has_rates and not collection.comparison.get("tuned"):
         few.append("one learning rate for all, tuned for none")
     if not few:
         return ""
     steps = max((find_last_step(run.steps) for group in groups for run in group.runs), default=0)
-    return f"A first look, not a result: {', '.join([*few, f'{steps:,} steps a run'])}."
+    return f"A first look, not a result: {', '.join([*few, f'{steps:,} steps per run'])}."
 
 
 def _use_stated_verdict(statement: ReportVerdict, comparison: dict[str, Any]) -> None:

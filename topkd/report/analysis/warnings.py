@@ -1,4 +1,4 @@
-"""What a careful reader would ask about a run, each with what to do about it."""
+"""Warnings about a run, each with what to do about it."""
 
 from __future__ import annotations
 

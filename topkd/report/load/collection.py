@@ -1,4 +1,4 @@
-"""What a page is about: one run, several, or a comparison; runs that differ in nothing but their seed are one group."""
+"""Runs of a page: one, several, or a comparison; runs that differ only in their seed are one group."""
 
 from __future__ import annotations
 

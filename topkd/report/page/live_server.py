@@ -1,4 +1,4 @@
-"""The same page while the run goes on: served on loopback, told once a second what is new.
+"""Serve the report of a running run on loopback, updated once per second.
 
 Only this machine can reach it, and only under its own name: a request for another host (a page elsewhere whose name
 was pointed here) is refused. It reads the run's folder and nothing else, and changes nothing.

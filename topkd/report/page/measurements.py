@@ -42,7 +42,7 @@ def list_by_prefixes(groups: Sequence[RunGroup], order: Sequence[int]) -> Table 
 
 
 def list_training(groups: Sequence[RunGroup], order: Sequence[int]) -> Table | None:
-    """List tokens a step, clipped ratios, and lengths and truncation at both ends of the runs; None without steps."""
+    """List tokens per step, clipped ratios, and lengths and truncation at both ends of the runs; None without steps."""
     table = [
         (groups[index].label, {name: write(runs) for name, write in _CELLS.items()})
         for index in order
@@ -73,7 +73,7 @@ def _format_last(group: RunGroup, kind: str, key: str) -> str:
 
 
 def _format_tokens(runs: Sequence[LoggedRun]) -> str:
-    """Format how many tokens a step learnt from: one number where all steps of all runs had as many."""
+    """Format the number of tokens per step: one number where it is the same in all steps of all runs."""
     every = np.concatenate([read_column(run.steps, "tokens") for run in runs])
     every = every[np.isfinite(every)]
     if not every.size:
@@ -109,7 +109,7 @@ def _read_known(run: LoggedRun, key: str) -> Floats:
 
 
 _CELLS: Final[dict[str, Callable[[Sequence[LoggedRun]], str]]] = {
-    "tokens a step": _format_tokens,
+    "tokens per step": _format_tokens,
     "ratios clipped": _format_mean("clip_fraction", " %"),
     "effective sample size": _format_mean("ess", " %"),
     "effective coefficient": _format_mean("effective_coefficient"),

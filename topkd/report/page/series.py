@@ -1,4 +1,4 @@
-"""From columns to what is drawn: one line a group, short enough for a page, every approximation counted."""
+"""Turn columns into plotted series: one line per group, short enough for a page, every approximation counted."""
 
 from __future__ import annotations
 

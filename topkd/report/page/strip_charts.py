@@ -1,4 +1,4 @@
-"""Seed by seed: every seed a dot, means with intervals, and beside them the pairs that the verdict rests on."""
+"""Seed by seed: every seed a dot, means with intervals, and next to them the pairs that the verdict rests on."""
 
 from __future__ import annotations
 

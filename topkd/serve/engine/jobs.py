@@ -47,7 +47,7 @@ class EngineJob:
     """One prompt: score it, then draw ``n`` completions.
 
     Attributes:
-        prompt_logprobs: K entries for every prompt row beside the realised token's; None scores nothing.
+        prompt_logprobs: K entries for every prompt row besides the realised token's; None scores nothing.
         candidates: int32 [len(ids) - 1 - start, C], -1 pads: ids to score at each row from ``start`` on.
         adapter: Name of a loaded LoRA adapter; None is the base model.
     """

@@ -75,7 +75,7 @@ def not_finite() -> Refusal:
 
 
 def describe_malformed(error: ValidationError) -> Refusal:
-    """Build a 400 from pydantic's findings, one a line, as vLLM prints them."""
+    """Build a 400 from pydantic's findings, one per line, as vLLM prints them."""
     findings = error.errors(include_url=False)
     lines = []
     for finding in findings:

@@ -119,7 +119,7 @@ def _prompts(served: Served, body: CompletionBody) -> list[list[int]]:
 
 
 def count_shown_entries(sampling: SamplingJob) -> int:
-    """Count the entries to show beside the drawn token; ids asked for by name are never cut."""
+    """Count the entries to show besides the drawn token; ids asked for by name are never cut."""
     return max(sampling.logprobs or 0, 1 + len(sampling.logprob_token_ids) if sampling.logprob_token_ids else 0)
 
 

@@ -38,7 +38,7 @@ def _finite_list(values: np.ndarray) -> list[Any]:
 def prompt_logprobs(
     scores: PromptScores, actual: Sequence[int], texts: Vocabulary | None, *, flat: bool = False
 ) -> list[dict[str, Any] | None]:
-    """Build one entry a prompt token, the first null: the realised token, then the top K by rank.
+    """Build one entry per prompt token, the first null: the realised token, then the top K by rank.
 
     Args:
         scores: Of the same prompt.

@@ -6,7 +6,7 @@ Three routes, all exact up to rounding, all with gradients for hidden, weight an
 * ``fused_row_loss``: the loss is known now and adds up over rows; row chunks, gradients taken in the forward pass.
 * ``subset_logits``: only the logits at the ids, for losses renormalised on them; the head is never multiplied out.
 
-Shapes: N rows, H hidden, V vocabulary, K ids a row (-1 = pad). Nothing depends on the device.
+Shapes: N rows, H hidden, V vocabulary, K ids per row (-1 = pad). Nothing depends on the device.
 """
 
 from topkd.topk.fused.functions import RowLoss

@@ -87,7 +87,7 @@ def fused_row_loss(
         hidden: [N, H], rows that count only.
         weight: [V, H]; may be frozen or tied.
         ids: int [N, K], -1 = pad.
-        row_loss: Called once a chunk with logp [C, K] (-inf at pads), lse [C] (no gradient flows through it beyond
+        row_loss: Called once per chunk with logp [C, K] (-inf at pads), lse [C] (no gradient flows through it beyond
             logp's own) and the chunk's rows; returns [C].
         bias: [V] or None.
         chunk: Rows at a time; about 160 MB of logits when None.

@@ -194,7 +194,7 @@ def select_sampled_ids(sampled_ids: Tensor, valid: Tensor, vocab: int) -> Tensor
     check_tensors(sampled_ids=sampled_ids)
     if sampled_ids.shape != valid.shape or sampled_ids.is_floating_point() or sampled_ids.dtype == torch.bool:
         got = f"{sampled_ids.dtype} {tuple(sampled_ids.shape)}"
-        raise ConfigError("sampled_ids must be integers, one a position", got=got, expected=tuple(valid.shape))
+        raise ConfigError("sampled_ids must be integers, one per position", got=got, expected=tuple(valid.shape))
     chosen = sampled_ids.to(valid.device)[valid].long().unsqueeze(-1)
     if chosen.numel() and bool(((chosen < 0) | (chosen >= vocab)).any()):
         got = f"{int(chosen.min())}..{int(chosen.max())}"

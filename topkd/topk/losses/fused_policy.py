@@ -25,7 +25,7 @@ from topkd.topk.maths.scalars import check_above_zero, check_beta, check_lam
 
 
 class FusedPolicyLoss(NamedTuple):
-    """What one call of the fused estimator gives.
+    """Result of one call of the fused estimator.
 
     Attributes:
         loss: Scalar; its gradient is the estimator, its value a surrogate.

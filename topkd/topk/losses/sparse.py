@@ -1,4 +1,4 @@
-"""Divergences against a teacher that is known only at K ids a row, from logits or from (hidden, lm_head).
+"""Divergences against a teacher that is known only at K ids per row, from logits or from (hidden, lm_head).
 
 ``tail="bucket"`` compares K + 1 bins, everything outside the list being one: an exact coarse-graining, never above the
 full-vocabulary divergence and growing with K. ``tail="renormalise"`` compares the conditionals on the K ids, blind to

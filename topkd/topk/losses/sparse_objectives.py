@@ -1,4 +1,4 @@
-"""TAID and the entropy-aware losses where the teacher is known only at K ids a row.
+"""TAID and the entropy-aware losses where the teacher is known only at K ids per row.
 
 What the list cannot say is bounded: the entropy gates use head + tail as one lump <= H_T <= head + tail spread evenly
 over the other ids, and the metrics count the rows that the two bounds leave undecided.

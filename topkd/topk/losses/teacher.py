@@ -81,7 +81,7 @@ class SparseTeacher:
         return SparseTeacher(self.ids[:, :k], self.logp[:, :k], tail, self.actual_ids, self.actual_logp)
 
     def distinct(self) -> SparseTeacher:
-        """List each id once a row: of a repeated id the most probable entry stays, the others become pads."""
+        """List each id once per row: of a repeated id the most probable entry stays, the others become pads."""
         order = self.logp.argsort(stable=True, dim=-1, descending=True)
         ids, at = self.ids.gather(-1, order).sort(stable=True, dim=-1)
         again = torch.zeros_like(ids, dtype=torch.bool)

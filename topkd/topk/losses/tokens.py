@@ -1,4 +1,4 @@
-"""Which tokens count and how they are summed: one boolean mask, division by the number of valid tokens.
+"""Mask and sum token losses: one boolean mask, division by the number of valid tokens.
 
 Every loss here selects the valid positions *before* its arithmetic (nan * 0 is nan, in the value and in the gradient)
 and works in float32, or in float64 when it is given float64.

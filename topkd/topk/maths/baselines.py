@@ -1,4 +1,4 @@
-"""What reduces the variance of an advantage, and what looks beyond one's own step: baselines and returns."""
+"""Baselines, which reduce the variance of an advantage, and returns, which include later tokens."""
 
 from __future__ import annotations
 

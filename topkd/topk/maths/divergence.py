@@ -100,8 +100,9 @@ def shared_support_gjs(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: f
 
 
 def integrand(teacher: Float64, student: Float64, beta: float) -> Float64:
-    """Compute the summand of GJS_beta at each id in float64; >= 0 everywhere for 0 < beta < 1, not at the ends.
+    """Compute the summand of GJS_beta at each id, in float64.
 
+    Never negative for 0 < beta < 1; may be negative at beta = 0 or 1.
     Also right for bins that are sums of ids (a tail bucket). NaN where either side is NaN.
     """
     if beta == 0.0:

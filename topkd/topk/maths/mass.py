@@ -1,4 +1,4 @@
-"""What a list captures and what it leaves over: log masses without cancellation, and bounds of the entropy."""
+"""Probability mass inside and outside a top-K list: log masses without cancellation, and bounds of the entropy."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def align(
     teacher_tail: Float64 | None = None,
     student_tail: Float64 | None = None,
 ) -> Aligned:
-    """Align two lists a row on the union of their ids; ids are unique within a list, negative ids are pads.
+    """Align two lists per row on the union of their ids; ids are unique within a list, negative ids are pads.
 
     One sort a row of the keys ``2 id + side``: an id that both sides list becomes two neighbours whose keys differ only
     in the last bit.
@@ -111,7 +111,7 @@ def align(
 def topk_gjs(
     teacher: TopK, student: TopK, beta: float, missing: Missing = "union_tail", floor: float = -20.0
 ) -> Float64:
-    """GJS_beta between two top-K lists a row, in nats, >= 0; NaN where a side lists nothing.
+    """GJS_beta between two top-K lists per row, in nats, >= 0; NaN where a side lists nothing.
 
     The divergence of ``gjs`` (GKD, arXiv:2306.13649) on the bins that two lists allow; every variant is approximate.
 

@@ -113,7 +113,7 @@ class UnionTail:
         return _finish(*self.sides, sums, fits)
 
     def _wide(self, each: list[Any]) -> Float32:
-        """Spread one number a side over a block: itself, or [n, W] (two strided halves take twice as long)."""
+        """Spread one number per side over a block: itself, or [n, W] (two strided halves take twice as long)."""
         if each[0] == each[1]:
             return np.asarray(each[0])
         wide: Float32 = _allocate_aligned((self.block_rows, self.width), np.float32)
