@@ -101,29 +101,23 @@ async def curve(objective: object, k: int, steps: int, seed: int) -> list[dict[s
     import tempfile
 
     from topkd.compose import demo
+    from topkd.compose.demo_assets.assets import build_assets, cache_root
     from topkd.compose.progress import Progress
-    from topkd.compose.train import run
-    from topkd.engine.models.divergences import exact_divergences
+    from topkd.compose.run.observers import Observers
+    from topkd.compose.run.run import open_claimed_run
+    from topkd.compose.run.runner import TrainingParts, run_training
+    from topkd.compose.run.sampler import open_in_process
+    from topkd.compose.teachers.open import Teachers
     from topkd.engine.models.local_teacher import LocalTeacher
-    from topkd.engine.models.student import Student
-    from topkd.engine.models.tokenizer import load_tokenizer
 
-    assets = demo.build_assets(demo.cache_root(), Progress())
-    tokenizer = load_tokenizer(str(assets.student))
-    student, teacher = Student.load(str(assets.student), "cpu"), Student.load(str(assets.teacher), "cpu")
-    probes = await demo.build_probes(student, assets.held_out, tokenizer)
+    assets = build_assets(cache_root(), Progress())
+    pair, rows = await demo._Pair.load(assets), demo.choose_prompts(assets.training, seed)  # noqa: SLF001
     config = demo.build_demo_config("topk_pg", steps, seed).model_copy(update={"objective": objective, "k": k})
-    with tempfile.TemporaryDirectory() as folder:
-        result = await run(
-            config,
-            student=student,
-            tokenizer=tokenizer,
-            rows=demo.prompt_rows(assets.training, seed),
-            teachers={"": LocalTeacher(teacher)},
-            out=Path(folder) / "run",
-            progress=Progress(),
-            evaluate=lambda: exact_divergences(student, teacher, probes),
-        )
+    with tempfile.TemporaryDirectory() as folder, open_claimed_run(config, Path(folder)) as run:
+        sampling = open_in_process(config, pair.student, pair.tokenizer)
+        teachers = Teachers({"": LocalTeacher(pair.judge)})
+        parts = TrainingParts(config, pair.student, pair.tokenizer, rows, teachers, sampling, Observers(pair.evaluate))
+        result = await run_training(run, parts)
     return result.evals
 
 

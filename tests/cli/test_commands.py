@@ -168,6 +168,7 @@ def test_a_mistyped_path_of_a_run_is_told_before_torch_is_imported(tmp_path, wro
     )  # fmt: skip
     assert done.returncode == 2
     assert words in done.stderr
+    assert "path is taken from" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert done.stdout.split() == ["False"]
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ from tests.clients.toy import VOCAB, Toy
 from topkd.clients import ClientConfig, Fleet, connect
 from topkd.clients.connection import open_client
 from topkd.clients.dialects import records
-from topkd.clients.dialects.records import DIALECTS, list_dialects
+from topkd.clients.dialects.records import DIALECTS, find_dialect, list_dialects
 from topkd.clients.probe.probe import probe
 from topkd.topk.errors import KLimitError, ResponseError, UnsupportedError
 from topkd.topk.samples import SamplingParams
@@ -119,12 +119,11 @@ async def test_the_probe_asks_its_default_questions():
 
 def test_run_files_and_the_forecast_know_it():
     from topkd.compose.config.tables import TeacherConfig
-    from topkd.compose.preflight.forecast import find_reply_shape
 
     assert "acme" in list_dialects(scores=True)
     assert "acme" not in list_dialects(samples=True, chats=True)
     assert TeacherConfig(url="http://127.0.0.1:1", dialect="acme").dialect == "acme"
-    assert find_reply_shape("acme").size(10, 5, 8) == 5 * (24 + 8 * 22)
+    assert find_dialect("acme").reply.size(10, 5, 8) == 5 * (24 + 8 * 22)
 
 
 def test_the_command_line_knows_it(tmp_path: Path):

@@ -134,12 +134,15 @@ class Check:
             else:
                 await asyncio.to_thread(self.run, state)
         except TopkdError as error:
-            if not _is_missing_file(error, state):
-                raise
-            hint = "; ".join(filter(None, [error.hint, f"a relative path is taken from {Path.cwd()}"]))
-            raise type(error)(
-                error.what, where=error.where, got=error.got, expected=error.expected, hint=hint
-            ) from error
+            _name_folder(error, state)
+            raise
+
+
+def _name_folder(error: TopkdError, state: Preflight) -> None:
+    """Raise the error again with the folder that relative paths are taken from, where it is about a missing file."""
+    if _is_missing_file(error, state):
+        hint = "; ".join(filter(None, [error.hint, f"a relative path is taken from {Path.cwd()}"]))
+        raise type(error)(error.what, where=error.where, got=error.got, expected=error.expected, hint=hint) from error
 
 
 def _is_missing_file(error: TopkdError, state: Preflight) -> bool:
@@ -178,8 +181,12 @@ async def collect_problems(state: Preflight) -> list[str]:
 def check_here(config: RunConfig) -> None:
     """Raise for a model or a data file that this machine lacks."""
     state = Preflight(config)
-    _check_student(state)
-    _check_files(state)
+    try:
+        _check_student(state)
+        _check_files(state)
+    except TopkdError as error:
+        _name_folder(error, state)
+        raise
 
 
 def _select_checks(state: Preflight) -> list[Check]:

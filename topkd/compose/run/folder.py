@@ -52,7 +52,7 @@ def check_free(out: Path) -> None:
 
 def check_resumable(out: Path) -> None:
     """Raise where a folder holds no run that could be resumed."""
-    if not (out / CONFIG).exists():
+    if CONFIG not in (_list_entries(out) or []):
         raise ConfigError("there is no run to resume", where=str(out), hint="leave out --resume")
 
 

@@ -35,8 +35,7 @@ Context: TypeAlias = Callable[[PromptRow, Rollout], PromptRow]
 
 # What may cost one sample without ending the run: the server's trouble with this very request. A refusal that holds for
 # every request (K limit, authentication, no such model) is raised.
-# A replay misses what the recorded run had lost.
-LOSABLE = (RetryableServerError, ResponseError, ContextLimitError, CacheMissError)
+LOSABLE = (RetryableServerError, ResponseError, ContextLimitError)
 
 
 @dataclass(slots=True)
@@ -95,7 +94,7 @@ async def score_rollouts(
             trains = truncated == "keep" or rollout.finish_reason != "length"
             teacher = find_teacher(teachers, row.teacher_id)
             return await _prepare_sample(seen, rollout, teacher, k, support=support, trains=trains)
-        except LOSABLE as error:
+        except (*LOSABLE, CacheMissError) as error:  # a replay misses what the recorded run had lost
             return error
 
     async with asyncio.TaskGroup() as group:

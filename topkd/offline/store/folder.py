@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from topkd.files import write_atomically
-from topkd.offline.store.segments import VERSION, list_segments, make_version_error
+from topkd.offline.store.segments import list_segments, make_version_error
 from topkd.topk.errors import CacheError
 
 FORMAT_FILE = "topkd-store.json"
+FORMAT_VERSION = 1  # of the folder; each segment has its own
 _BEGUN = f".{FORMAT_FILE}."
 
 
@@ -24,7 +25,7 @@ def open_folder(path: Path, *, create: bool) -> None:
             path.mkdir(parents=True, exist_ok=True)
             if not marker.exists() and (list_segments(path) or _nothing_in(path)):
                 # Several writers may do this at once, with the same content.
-                write_atomically(marker, json.dumps({"format": "topkd-store", "version": VERSION}) + "\n")
+                write_atomically(marker, json.dumps({"format": "topkd-store", "version": FORMAT_VERSION}) + "\n")
         except OSError as error:
             if path.exists() and not path.is_dir():
                 raise _no_cache(path) from error
@@ -39,10 +40,10 @@ def open_folder(path: Path, *, create: bool) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise CacheError(
             "the cache's format file is damaged", where=str(marker),
-            expected=json.dumps({"format": "topkd-store", "version": VERSION}),
+            expected=json.dumps({"format": "topkd-store", "version": FORMAT_VERSION}),
             hint="write that into it: the records are in the segments",
         ) from error  # fmt: skip
-    if version > VERSION:
+    if version > FORMAT_VERSION:
         raise make_version_error(path, version)
 
 

@@ -182,7 +182,9 @@ def _build_ratio_strip(arms: Sequence[_Arm], key: str, what: str) -> list[Strip]
         if not logs:
             continue
         spread = compute_interval([*logs.values()])
-        mean, low, high = (_known(math.exp(end)) for end in (spread.mean, spread.low, spread.high))
+        mean, low, high = (
+            _known(math.exp(end)) if math.isfinite(end) else None for end in (spread.mean, spread.low, spread.high)
+        )
         pairs = max(len(best.seeds), len(arm.seeds))
         text = f"{math.exp(spread.mean):.3f}" + (f" ({spread.n} of {pairs} pairs)" if spread.n < pairs else "")
         dots = [Dot(seed, math.exp(log)) for seed, log in logs.items()]
