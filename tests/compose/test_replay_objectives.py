@@ -134,5 +134,5 @@ async def test_evaluation_with_a_scorer_goes_on_without_a_server(folders, cache,
 
 async def test_a_list_of_the_students_choice_is_not_in_a_cache(folders, cache, tmp_path):
     chosen = run_config(folders, NOWHERE, objective={"kind": "topk_pg", "support": "student"})
-    with pytest.raises(ConfigError, match=r"no \[cache\]"):
+    with pytest.raises(ConfigError, match="needs a teacher that scores chosen ids: got a cache"):
         await replay(chosen, tmp_path / "again", cache=cache)

@@ -225,7 +225,7 @@ def test_captures_that_cannot_be_read_say_why(tmp_path):
     with ScoreStore(tmp_path / "cache", mode="a") as store:
         assert "legacy layout" in import_distillkit(tmp_path / "old", store, TEACHER).refused[0]
         (tmp_path / "old" / "compression_config.yaml").unlink()
-        with pytest.raises(DataError, match="without its settings"):
+        with pytest.raises(DataError, match="the DistillKit settings cannot be read"):
             import_distillkit(tmp_path / "old", store, TEACHER)
         with pytest.raises(ConfigError, match="not DistillKit compression settings"):
             import_distillkit(tmp_path / "old", store, TEACHER, config={"k": 3})

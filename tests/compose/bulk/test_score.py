@@ -191,7 +191,7 @@ async def test_bad_rows_are_refused_with_their_line_and_the_rest_is_scored(confi
         6: ({"prompt_ids": [1], "completion_ids": []}, "a completion needs at least one token"),
         7: ({"prompt_ids": [], "completion_ids": [1]}, "a prompt needs at least one token"),
         8: ({"prompt_ids": [1.5], "completion_ids": [1]}, "cannot be read"),
-        9: ({"prompt_ids": [1], "completion_ids": [2**31]}, "token id out of range"),
+        9: ({"prompt_ids": [1], "completion_ids": [2**31]}, "a token id is out of range"),
         10: ({"prompt_ids": [1], "completion_ids": [-1]}, "no negative id"),
         11: (
             {**good, "teacher_id": "b"},

@@ -203,7 +203,7 @@ def test_a_teacher_is_chosen_by_any_column(tmp_path, tokenizer):
 
 def test_a_template_that_is_absent_or_raises_is_one_line(tmp_path, tokenizer):
     refusing = Side(tokenizer, "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(DataError, match=r"refuses these messages \(.*:1\): got roles must alternate"):
+    with pytest.raises(DataError, match=r"rejects these messages \(.*:1\): got roles must alternate"):
         read(tmp_path, [{"messages": TALK[:2]}], Readers(refusing))
     with pytest.raises(ConfigError, match=r"cannot read the chat template \(/no/such.jinja\): got No such file"):
         Side.of(tokenizer, "/no/such.jinja", {})

@@ -273,13 +273,13 @@ def test_micro_batches_change_no_objective(folder, teacher, objective):
     [
         (
             {"objective": {"kind": "topk_pg"}, "learner": {"importance": {"kind": "ppo"}}},
-            "sum over the list has no ratio",
+            "which has no ratio",
         ),
         ({"objective": {"kind": "fkl"}, "learner": {"importance": {"kind": "ppo"}}}, "ppo clips the ratios"),
         ({"objective": {"kind": "gjs", "advantage": "state"}}, "state-only advantage at gamma 0"),
         ({"objective": {"kind": "taid", "t_start": 0.9, "t_end": 0.5}}, "up to t_end"),
         ({"objective": {"kind": "topk_pg"}, "data_loss": "objective"}, "do not have"),
-        ({"objective": {"kind": "sft"}, "on_policy_fraction": 0.5}, "completions alone"),
+        ({"objective": {"kind": "sft"}, "on_policy_fraction": 0.5}, "completions from the data only"),
     ],
 )
 def test_settings_that_make_no_sense_together_are_refused_with_the_reason(settings, message):

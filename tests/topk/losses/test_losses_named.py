@@ -113,7 +113,7 @@ def test_options_of_the_other_losses_are_refused_when_wrong() -> None:
         taid_loss(student, teacher, t=1.2)
     with pytest.raises(ConfigError, match="h_max must be positive"):
         entropy_aware_opd_loss(student, teacher, h_max=0.0)
-    with pytest.raises(ConfigError, match="top_k must be at least 1"):
+    with pytest.raises(ConfigError, match="k must be at least 1"):
         eopd_loss(student, teacher, sampled_ids=torch.zeros(2).long(), k=0)
     with pytest.raises(ConfigError, match="sampled_ids must be integers"):
         eopd_loss(student, teacher, sampled_ids=torch.zeros(3).long())
