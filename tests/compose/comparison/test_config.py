@@ -192,7 +192,10 @@ def test_a_stale_arm_is_refused_because_staleness_weighs_differently_on_estimato
     [
         ({"overrides": {"seed": 5}}, r"a seed for an arm, .* \(overrides\): got seed = 5"),
         ({"arms": [ARMS[0], {"name": "b", "set": {"seed": 5}}]}, r"a seed for an arm, .* \(arm 'b'\): got seed = 5"),
-        ({"overrides": {"learner": {"lr": 0.1}}}, r"where \[tuning\] finds one for every arm \(overrides\): got learner.lr = 0.1"),
+        (
+            {"overrides": {"learner": {"lr": 0.1}}},
+            r"where \[tuning\] finds one for every arm \(overrides\): got learner.lr = 0.1",
+        ),
     ],
 )
 def test_a_setting_that_the_comparison_gives_itself_is_refused_and_not_left_out(changes, message):
