@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Literal, Unpack, cast, overload
 from urllib.parse import urlsplit
 
@@ -9,7 +10,7 @@ from topkd.clients.dialects.base import ConnectOptions, HttpClient, ScoringClien
 from topkd.clients.dialects.records import AUTO, DIALECTS, find_dialect, list_dialects
 from topkd.clients.dialects.vllm import VllmCompletions
 from topkd.clients.fleet.fleet import Fleet
-from topkd.topk.errors import UnsupportedError
+from topkd.topk.errors import ModelNotFoundError, UnsupportedError
 
 __all__ = ["ScoringClient", "connect", "open_client"]
 
@@ -97,7 +98,8 @@ async def open_client(url: str, *, dialect: str = AUTO, **options: Any) -> HttpC
         shared = {name: value for name, value in options.items() if name in ConnectOptions.__annotations__}
         async with HttpClient(url, **shared) as asking:
             if not _is_hosted(url):
-                await asking.server_info()
+                with contextlib.suppress(ModelNotFoundError):  # the dialect's own client knows what its server renames
+                    await asking.server_info()
             dialect = await detect_dialect(asking)
     client = find_dialect(dialect).load_client()(url, **options)
     try:

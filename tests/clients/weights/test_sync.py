@@ -211,7 +211,7 @@ async def test_sglang_reloads_from_disk_between_pause_and_continue(models):
         "update_weights_from_disk": {"success": 1, "message": ""},
         "model_info": {"weight_version": "v9"},
         "continue_generation": {},
-        "v1_completions": {},
+        "generate": {},
     }
     version, asked = await pushed(answers, models, SglangWeightSink)
     assert version == "v9"

@@ -3,6 +3,9 @@
 Lists start at token ``logprob_start_len``; their entry 0 is null whatever the start, because nothing predicts it. K
 entries a row, ranked; the realised token stands beside them. JSON null is -inf or NaN (orjson writes both so): in a
 list it is read as probability zero, for a realised token it cannot be told and is refused.
+
+SGLang (0.4.6 to 0.5.23) writes the last id of the vocabulary as 0 in ``input_token_logprobs``, with the right logprob.
+Such a 0 is accepted where the same reply scores that id under its own name, to the same value.
 """
 
 from __future__ import annotations
@@ -14,13 +17,21 @@ import numpy as np
 
 from topkd.clients.decoding.binary import read_flat_lists
 from topkd.clients.decoding.checks import check_reply_rows, check_reply_vocabulary, topk_with_actual
-from topkd.clients.decoding.sampled import SampleRequest, build_rollout, check_completion_ids, check_finish_reason
+from topkd.clients.decoding.sampled import (
+    SampleRequest,
+    Span,
+    build_rollout,
+    check_completion_ids,
+    check_finish_reason,
+    join_versions,
+)
 from topkd.clients.decoding.vllm import as_ids, typed
 from topkd.topk.errors import AlignmentError, ResponseError, ServerBusyError
 from topkd.topk.samples import Rollout
 from topkd.topk.types import Float32, Float64, Int32, TopK
 
 _LOWEST = -1e30  # generated -inf is written as -3.4e38
+_SAME_LOGP = 1e-5  # two readings of one row of float32 logits
 Triple = tuple[float | None, int, str | None]
 
 
@@ -41,6 +52,7 @@ class _Meta(msgspec.Struct):
     output_top_logprobs: list[list[Triple] | None] | None = None
     finish_reason: _Finish | str | None = None
     weight_version: str | int | None = None
+    weight_versions: list[Span] | None = None
 
 
 class _Reply(msgspec.Struct):
@@ -53,12 +65,15 @@ _MANY = msgspec.json.Decoder(list[_Reply] | _Reply)
 
 
 def read_sglang_scores(
-    body: bytes, *, ids: Int32, start: int, k: int, vocab_size: int | None = None
+    body: bytes, *, ids: Int32, start: int, k: int, vocab_size: int | None = None, last_id: int | None = None
 ) -> tuple[TopK, int, bool]:
-    """Read rows ``start ..``, how many zero-probability entries they held, and whether the arrays came flat."""
+    """Read rows ``start ..``, how many zero-probability entries they held, and whether the arrays came flat.
+
+    ``last_id`` is the id that the server may write as 0; the request scored it at every row to prove it.
+    """
     meta = typed(body, _ONE).meta_info
     _refuse_abort(meta)
-    actual_logp = _realised(meta, ids, start)
+    actual_logp = _realised(meta, ids, start, last_id)
     rows = actual_logp.size
     want = k if vocab_size is None else min(k, vocab_size)
     flat = meta.input_top_logprobs_val_flat_b64 is not None
@@ -76,11 +91,11 @@ def read_sglang_scores(
     return topk, int(np.count_nonzero(zero)), flat
 
 
-def read_sglang_candidates(body: bytes, *, ids: Int32, start: int, union: Int32) -> Float32:
+def read_sglang_candidates(body: bytes, *, ids: Int32, start: int, union: Int32, last_id: int | None = None) -> Float32:
     """Read float32 [R, U] logprobs of the shared list ``union`` at rows ``start ..``, in its order."""
     meta = typed(body, _ONE).meta_info
     _refuse_abort(meta)
-    rows = _realised(meta, ids, start).size
+    rows = _realised(meta, ids, start, last_id).size
     if meta.input_token_ids_logprobs is None:
         raise ResponseError("the reply has no input_token_ids_logprobs", hint="the server ignored token_ids_logprob")
     found, logp = _nested(meta.input_token_ids_logprobs, rows, int(union.size), "input_token_ids_logprobs")
@@ -132,7 +147,7 @@ def _rollout(reply: _Reply, asked: SampleRequest, index: int) -> Rollout:
         values = np.where(values <= _LOWEST, -np.inf, values)
         start = int(asked.prompt.size) - 1
         topk = topk_with_actual(listed, values, start=start, k=want, actual_ids=ids, actual_logp=logp)
-    version = "" if meta.weight_version is None else str(meta.weight_version)
+    version = join_versions(meta.weight_versions) or ("" if meta.weight_version is None else str(meta.weight_version))
     return build_rollout(asked, ids, logp, finish_reason, topk=topk, version=version)
 
 
@@ -141,21 +156,42 @@ def _refuse_abort(meta: _Meta) -> None:
         raise ServerBusyError("the server aborted the request", got=meta.finish_reason.message)
 
 
-def _realised(meta: _Meta, ids: Int32, start: int) -> Float64:
+def _realised(meta: _Meta, ids: Int32, start: int, last_id: int | None) -> Float64:
     entries = meta.input_token_logprobs
     if entries is None:
         raise ResponseError("the reply has no input_token_logprobs", hint="the server ignored return_logprob")
     check_reply_rows(len(entries), int(ids.size) - start)
-    got = [entry[1] for entry in entries]
-    if got != ids[start:].tolist():
-        at = next(i for i, (a, b) in enumerate(zip(got, ids[start:].tolist(), strict=True)) if a != b)
+    shown, wanted = [entry[1] for entry in entries], ids[start:].tolist()
+    if shown != wanted and shown != [0 if token == last_id else token for token in wanted]:
+        at = next(i for i, (a, b) in enumerate(zip(shown, wanted, strict=True)) if a != b)
         raise AlignmentError(
-            "the server scored another prompt",
-            where=f"position {start + at}",
-            got=got[at],
-            expected=int(ids[start + at]),
+            "the server scored another prompt", where=f"position {start + at}", got=shown[at], expected=wanted[at]
         )
-    return _numbers([entry[0] for entry in entries[1:]], "input_token_logprobs")
+    logp = _numbers([entry[0] for entry in entries[1:]], "input_token_logprobs")
+    if last_id is not None:
+        _check_last_id(meta, ids[start + 1 :], logp, last_id)
+    return logp
+
+
+def _check_last_id(meta: _Meta, actual_ids: Int32, actual_logp: Float64, last_id: int) -> None:
+    """Check that the rows which may show 0 for ``last_id`` hold the logprob of ``last_id``."""
+    lists = (meta.input_token_ids_logprobs or [])[1:]
+    for row in np.flatnonzero(actual_ids == last_id).tolist():
+        entries = (lists[row] if row < len(lists) else None) or []
+        named = next((entry[0] for entry in entries if entry[1] == last_id), None)
+        if named is None or not abs(max(named, _LOWEST) - max(float(actual_logp[row]), _LOWEST)) <= _SAME_LOGP:
+            raise AlignmentError(
+                "the server shows token 0 and its logprob is not that of the vocabulary's last id",
+                where=f"row {row}", got=float(actual_logp[row]), expected=named,
+            )  # fmt: skip
+
+
+def is_last_id_hidden(body: bytes, ids: Int32, start: int) -> bool:
+    """Return whether a score shows 0 for the largest id of its prompt and every other id as it is."""
+    entries = typed(body, _ONE).meta_info.input_token_logprobs or []
+    largest = int(ids.max())
+    expected = [0 if token == largest else token for token in ids[start:].tolist()]
+    return largest > 0 and largest in ids[start:] and [entry[1] for entry in entries] == expected
 
 
 def _numbers(values: list[float | None], where: str) -> Float64:

@@ -166,9 +166,9 @@ class HttpClient:
         return other
 
     async def model_name(self) -> str:
-        """Find the served name: the given one, or the server's only one."""
+        """Find the served name: the given one, or that of the server's only base model."""
         if self._model is None:
-            cards = await self._cards()
+            cards = [card for card in await self._cards() if card.parent is None]
             if len(cards) != 1:
                 raise ConfigError(
                     "the server does not serve exactly one model; name the one to use",

@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,8 @@ from topkd.topk.types import Float32, Int32
 DRAWS = 8  # tokens of each context
 CONTEXTS = 4
 _EXACT_NATS, _DRIFT_NATS = 1e-8, 1e-5  # float32 on both sides stays below the one; other weights soon exceed the other
+_STALE_SHARE = 0.25  # of the squared distance to the pushed weights: nearer than that to older ones is no rounding
+_STALE_NATS = 1e-4  # root mean square below which versions cannot be told apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,14 @@ class SyncProbe:
         return np.stack(found)
 
     async def compare(
-        self, sampler: Sampler, rows: Float32, params: SamplingParams, where: str, *, first_nats: float | None = None
+        self,
+        sampler: Sampler,
+        rows: Float32,
+        params: SamplingParams,
+        where: str,
+        *,
+        first_nats: float | None = None,
+        older: Mapping[str, Float32] | None = None,
     ) -> dict[str, Any]:
         """Compare the logprobs of tokens that the sampler draws now with the learner's ``rows``.
 
@@ -87,18 +96,17 @@ class SyncProbe:
             first_nats: The KL of the first push. Where the two agreed as float32 does, a part of the weights that is
                 not taken up (an old output head) shows long before ``alarm_nats``. Of a bfloat16 student it says
                 nothing: a fresh adapter adds exact zeros, and the first step's rounding is 1e-4.
+            older: Rows of weights that the sampler had before, by what they are called.
 
         Raises:
-            SyncError: They are not of the same distribution.
+            SyncError: They are not of the same distribution, or they are an older version's.
         """
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(sampler.sample(context, DRAWS, params)) for context in self.contexts]
-        learner, served = [], []
-        for row, task in zip(rows, tasks, strict=True):
-            for rollout in task.result():
-                learner.append(row[rollout.completion_ids[0]])
-                served.append(rollout.logp[0])
-        own_logp, served_logp = np.array(learner, dtype=np.float64), np.array(served, dtype=np.float64)
+        drawn = [(place, rollout) for place, task in enumerate(tasks) for rollout in task.result()]
+        places, tokens = [place for place, _ in drawn], [rollout.completion_ids[0] for _, rollout in drawn]
+        own_logp = rows[places, tokens].astype(np.float64)
+        served_logp = np.array([rollout.logp[0] for _, rollout in drawn], dtype=np.float64)
         kl, worst = float(np.mean(kl_k3(own_logp, served_logp))), float(np.abs(own_logp - served_logp).max())
         if not kl <= self.limit_nats:  # a NaN is above every limit
             raise SyncError(
@@ -108,6 +116,17 @@ class SyncProbe:
                 expected=f"at most {self.limit_nats:g}",
                 hint="does it serve the student's own base model, untempered and unquantised?",
             )
+        distance = float(np.mean((own_logp - served_logp) ** 2))
+        for name, former in (older or {}).items():
+            nearer = float(np.mean((former[places, tokens] - served_logp) ** 2))
+            if distance > _STALE_NATS**2 and nearer < _STALE_SHARE * distance:
+                raise SyncError(
+                    f"the sampler samples from {name}, not from the weights that were pushed",
+                    where=where,
+                    got=f"{nearer**0.5:.2g} nats from {name}",
+                    expected=f"less than the {distance**0.5:.2g} nats from what was pushed",
+                    hint="did the server take the new weights up? nothing was trained on these draws",
+                )
         found: dict[str, Any] = {"sync_kl": kl, "sync_worst_nats": worst}
         float32 = head_weights(self.student.head)[0].dtype == torch.float32
         exact = float32 and first_nats is not None and first_nats <= _EXACT_NATS
@@ -183,6 +202,7 @@ class SyncedSampler:
         self._base: Version | None = None
         self._alarmed = False
         self._first_nats: float | None = None
+        self._older: dict[str, Float32] = {}  # the probe's rows of what the sampler may still have
         self._turn = asyncio.Lock()
 
     def capture(self, version: int) -> None:
@@ -200,6 +220,10 @@ class SyncedSampler:
         with self.lock:
             path = write_folder(self.folder / f"version-{version}", fill)
             self._captured[version] = path, self.probe.rows()
+            if self.destination.kind == "lora" and "the base model" not in self._older:
+                model: Any = self.student.model
+                with model.disable_adapter():
+                    self._older["the base model"] = self.probe.rows()
 
     async def publish(self, version: int) -> dict[str, Any]:
         """Push a captured version to the sampler, check it with the probe, and return the run log's values."""
@@ -219,8 +243,14 @@ class SyncedSampler:
                 self._sampler, self.version = self.destination.sampler(update), version
                 params = SamplingParams(max_tokens=1, seed=derive_seed(0, "probe", version))
                 found = await self.probe.compare(
-                    self._sampler, rows, params, self.destination.where, first_nats=self._first_nats
+                    self._sampler,
+                    rows,
+                    params,
+                    self.destination.where,
+                    first_nats=self._first_nats,
+                    older=self._older,
                 )
+                self._older["the version before"] = rows
                 self._first_nats = found["sync_kl"] if self._first_nats is None else self._first_nats
             sounded, self._alarmed = self._alarmed, "alarms" in found
             if sounded:  # once, when it begins

@@ -25,6 +25,7 @@ class Served:
 
     def __init__(self, model: Any, tokenizer: Any, config: ServeConfig) -> None:
         self.config = config
+        self.name, self.folder = config.name, config.model  # SGLang names a reloaded model by its folder
         self.model = model
         self.words = Vocabulary(tokenizer)
         backbone = Backbone(model)
@@ -42,11 +43,11 @@ class Served:
         Raises:
             Refusal: No model of that name (404).
         """
-        if model is None or model == self.config.name:
+        if model is None or model == self.name:
             return None
         if model in self.adapters:
             return model
-        raise unknown_model(model, [self.config.name, *self.adapters])
+        raise unknown_model(model, [self.name, *self.adapters])
 
     async def reload_weights(self, path: str, version: str | None = None) -> None:
         """Load the checkpoint at ``path`` and name it; sequences in progress continue with the new weights.
@@ -95,7 +96,7 @@ class Served:
             "id": f"{prefix}-{uuid.uuid4().hex[:16]}",
             "object": kind,
             "created": int(time.time()),
-            "model": model or self.config.name,
+            "model": model or self.name,
             "service_tier": None,
             "system_fingerprint": self.fingerprint,
             "kv_transfer_params": None,
@@ -105,10 +106,8 @@ class Served:
 
     def cards(self) -> dict[str, Any]:
         """Return the body of ``/v1/models``."""
-        base = self._card(self.config.name, root=self.config.model, parent=None, context=self.context)
-        adapters = [
-            self._card(name, root=path, parent=self.config.name, context=None) for name, path in self.adapters.items()
-        ]
+        base = self._card(self.name, root=self.folder, parent=None, context=self.context)
+        adapters = [self._card(name, root=path, parent=self.name, context=None) for name, path in self.adapters.items()]
         return {"object": "list", "data": [base, *adapters]}
 
     def _card(self, name: str, *, root: str, parent: str | None, context: int | None) -> dict[str, Any]:
