@@ -193,7 +193,8 @@ async def test_a_prompt_with_the_last_id_is_scored_with_its_proof(vocab_size: in
         return 200, json.loads(_proved(name) if body.get("token_ids_logprob") == [VOCAB - 1] else _bytes(name))
 
     wire = Wire(handler)
-    teacher = Sglang("http://h:1", config=ONCE, transport=wire, vocab_size=vocab_size)
+    config = ONCE.model_copy(update={"response_retries": 1})  # the hidden id is no bad reply: it is not asked for twice
+    teacher = Sglang("http://h:1", config=config, transport=wire, vocab_size=vocab_size)
     scores = await teacher.score(_body(name)["input_ids"], 0, 2)
     assert scores.actual_ids.tolist() == _body(name)["input_ids"][1:]
     assert len(wire.bodies(ROUTE)) == (1 if vocab_size else 2), "with the vocabulary known, one request has the proof"
@@ -332,6 +333,15 @@ async def test_a_request_that_ended_the_real_server_is_never_sent(name: str) -> 
     with pytest.raises(TopkdError, match=r"vocabulary|id|flat|empty"):
         await client.score(ids, 0, k)
     assert [asked.get("token_ids_logprob") for asked in wire.bodies(ROUTE)] in ([], [[2**31 - 1]])
+
+
+@pytest.mark.parametrize("vocab_size", [None, VOCAB, 2 * VOCAB])
+async def test_a_vocabulary_that_is_given_too_large_lets_nothing_fatal_through(vocab_size: int | None) -> None:
+    client = Sglang("http://h:1", model="t", config=ONCE, transport=_recorded_server(), vocab_size=vocab_size)
+    with pytest.raises(ConfigError, match="outside the vocabulary"):
+        await client.score([5, VOCAB, 7], 0, 1)
+    with pytest.raises(ConfigError, match="outside the vocabulary"):
+        await client.sample([5, VOCAB, 7], 1, SamplingParams(2))
 
 
 async def test_where_the_vocabulary_cannot_be_learnt_a_large_k_is_refused_and_no_probe_is_sent() -> None:

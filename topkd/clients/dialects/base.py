@@ -271,9 +271,9 @@ class HttpClient:
 class ScoringClient(HttpClient):
     """A client that scores given ids: it can teach. Most of them draw completions too."""
 
-    async def score(self, ids: Ids, start: int, k: int) -> TopK:
+    async def score(self, ids: Ids, start: int, k: int) -> TopK:  # noqa: ARG002
         """Score rows ``start .. len(ids) - 2``: the K most probable tokens, and each realised logprob."""
-        raise NotImplementedError
+        raise UnsupportedError("this client does not say how its dialect scores", where=self.where(), got=self.dialect)
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:  # noqa: ARG002
         """Draw n completions with the exact logprobs they were sampled with; by default an UnsupportedError."""

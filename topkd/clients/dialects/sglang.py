@@ -135,7 +135,7 @@ class Sglang(ScoringClient):
     def under(self, model: str) -> Self:
         """Copy the client under another name; ``/generate`` names no model, so an adapter is sent as ``lora_path``."""
         other = super().under(model)
-        is_base = model == self._model and self._adapter is None
+        is_base = (model == self._model and self._adapter is None) or model in {facts.name for facts in self._facts}
         other._adapter = None if is_base else model  # noqa: SLF001 - our own copy
         return other
 
@@ -169,7 +169,7 @@ class Sglang(ScoringClient):
         return SglangFacts(
             version,
             text,
-            self.vocab_size if self.vocab_size is not None else await self._ask_vocab_size(version),
+            await self._ask_vocab_size(version),
             longest - 1 if isinstance(longest, int) and longest > 1 else None,
             bool(state.get("enable_deterministic_inference")),
             str(state.get("served_model_name") or ""),
@@ -192,34 +192,39 @@ class Sglang(ScoringClient):
         array = check_request_ids(ids, start, k, vocab_size)
         k = self._cut_k(k, vocab_size)
         last_id = None if vocab_size is None or vocab_size - 1 not in array[start:] else vocab_size - 1
-        try:
-            topk, zeros, flat = await self._score(array, start, k, vocab_size, last_id)
-        except _HiddenLastIdError:  # its vocabulary is not known: ask again, with the proof
-            topk, zeros, flat = await self._score(array, start, k, vocab_size, int(array.max()))
+        found = await self._score(array, start, k, vocab_size, last_id)
+        if found is None:  # its vocabulary is not known: ask again, with the proof
+            found = await self._score(array, start, k, vocab_size, int(array.max()))
+        if found is None:
+            raise AlignmentError("the server hides an id that it was asked to prove", where=self.where())
+        topk, zeros, flat = found
         self._count_scores(topk, zeros)
         self.metrics_.add("decoded_flat" if flat else "decoded_nested")
         return topk
 
     async def _score(
         self, ids: Int32, start: int, k: int, vocab_size: int | None, last_id: int | None
-    ) -> tuple[TopK, int, bool]:
+    ) -> tuple[TopK, int, bool] | None:
+        """Score once; None for a reply that shows 0 for the prompt's largest id, which may be the vocabulary's last."""
         body = build_sglang_score(ids, start, k, adapter=self._adapter)
         if last_id is not None:
             body["token_ids_logprob"] = [last_id]
 
-        def decode(reply: bytes) -> tuple[TopK, int, bool]:
+        def decode(reply: bytes) -> tuple[TopK, int, bool] | None:
             try:
                 return read_sglang_scores(reply, ids=ids, start=start, k=k, vocab_size=vocab_size, last_id=last_id)
             except AlignmentError:
                 if vocab_size is None and last_id is None and is_last_id_hidden(reply, ids, start):
-                    raise _HiddenLastIdError("the server shows 0 for the prompt's largest id") from None
+                    return None
                 raise
 
         entries = (int(ids.size) - 1 - start) * (k + 1 + (last_id is not None))
         return await self._ask_scores(ROUTE, body, decode, ids=ids, k=k, entries=entries)
 
     async def _know_vocab_size(self) -> int | None:
-        return self.vocab_size if self.vocab_size is not None else (await self.facts()).vocab_size
+        """Return the smaller of the vocabulary that was given and that of the server, where either is known."""
+        known = [size for size in (self.vocab_size, (await self.facts()).vocab_size) if size is not None]
+        return min(known, default=None)
 
     def _cut_k(self, k: int, vocab_size: int | None) -> int:
         """Return K cut to the vocabulary; refuse a large one where the vocabulary is not known."""
@@ -293,7 +298,3 @@ class Sglang(ScoringClient):
         asked = replace(asked, exact=params == tempered)
         body = build_sglang_sample(asked.prompt, params, asked.n, asked.k, adapter=self._adapter)
         return await self._ask_rollouts(ROUTE, body, partial(read_sglang_rollouts, asked=asked), asked)
-
-
-class _HiddenLastIdError(AlignmentError):
-    """A reply shows 0 where the prompt has its largest id, as a server shows the last id of its vocabulary."""
