@@ -54,7 +54,7 @@ def comparison_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unfold(page: Any) -> None:
     """Open what is folded away, and wait until its charts are drawn."""
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-    page.wait_for_function("[...document.querySelectorAll('.plot')].every((plot) => plot.querySelector('svg, p'))")
+    until(page, "[...document.querySelectorAll('.plot')].every((plot) => plot.querySelector('svg, p'))")
 
 
 def panel(page: Any, key: str) -> Any:
