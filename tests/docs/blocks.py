@@ -5,7 +5,8 @@ A block whose language is in ``RUNNABLE`` is run by ``test_blocks.py``. An HTML 
     <!-- no-run: reason -->     not run, for that reason (a server that is not here, a command that never ends)
     <!-- slow -->               run by `make test-slow` instead of `make test`
     <!-- repo -->               run in the repository's root instead of an empty folder
-    <!-- continues -->          runs after the document's earlier blocks of the same language, as one program
+    <!-- continues -->          runs after the document's earlier blocks of the same language, as one program;
+                                those are not run on their own again
     <!-- server -->             run with a tiny model behind the embedded server in place of SERVER_URL
 
 Words combine with commas: ``<!-- slow, repo -->``. ``python -m tests.docs.blocks`` prints the counts.
@@ -90,6 +91,14 @@ def blocks_of(path: Path) -> list[Block]:
 def all_blocks() -> list[Block]:
     """Every block of every document."""
     return [block for path in documents() for block in blocks_of(path)]
+
+
+def ends_of_chains(blocks: list[Block]) -> list[Block]:
+    """Leave out the blocks that a later one, of the same speed, runs again before its own code."""
+    again = {(block.path, block.kind, "slow" in block.words, block.prelude) for block in blocks}
+    return [
+        block for block in blocks if (block.path, block.kind, "slow" in block.words, block.program + "\n") not in again
+    ]
 
 
 def _body(path: Path, number: int, fence: re.Match[str], lines: enumerate[str]) -> str:
