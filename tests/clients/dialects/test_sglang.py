@@ -106,6 +106,28 @@ async def test_candidates_that_would_make_a_reply_of_gigabytes_are_refused(monke
         await client(server()).score_candidates(IDS, 3, asked)
 
 
+@pytest.mark.parametrize("draws_by_seed", [False, True])
+async def test_a_rollout_records_the_seed_that_was_sent_or_none(draws_by_seed: bool):
+    wire = server()
+    wire.handler = _with_facts(wire.handler, enable_deterministic_inference=draws_by_seed)
+    rollouts = await client(wire).sample(PROMPT, 3, SamplingParams(4, seed=7))
+    asked = [body["sampling_params"] for body in wire.bodies(ROUTE) if body["sampling_params"]["max_new_tokens"] == 4]
+    sent = [sampling.get("sampling_seed") for sampling in asked]
+    recorded = [rollout.sampling.seed for rollout in rollouts]
+    if draws_by_seed:
+        assert recorded == sent
+        assert len(set(sent)) == 3, "copies of one seed would be equal"
+    else:
+        assert (sent, recorded) == ([None], [None, None, None])
+
+
+def _with_facts(handler: Any, **facts: Any) -> Any:
+    def answer(method: str, path: str, body: Any) -> tuple[int, Any]:
+        return (200, {"version": "0.5.23", **facts}) if path == "/server_info" else handler(method, path, body)
+
+    return answer
+
+
 async def test_draws_carry_exact_logprobs_the_list_and_the_weights_version():
     drawn = await client(server()).sample(PROMPT, 2, SamplingParams(8), k=4)
     assert len(drawn) == 2

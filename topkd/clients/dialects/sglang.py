@@ -286,7 +286,7 @@ class Sglang(ScoringClient):
             if n > 1:
                 seeds = np.random.SeedSequence(seeds[0]).generate_state(n).tolist()
             own = [replace(asked.params, seed=seed) for seed in seeds]
-            draws = await asyncio.gather(*(self._sample(replace(asked, n=1, params=params), params) for params in own))
+            draws = await asyncio.gather(*(self._sample(replace(asked, n=1), params) for params in own))
             result = [rollout for [rollout] in draws]
         self._count_rollouts(result, asked)
         return result
@@ -295,6 +295,6 @@ class Sglang(ScoringClient):
         # A tempered draw's own logprob is what SGLang serves; whether it is depends on a server flag, so only
         # temperature 1, where both readings agree, counts as exact.
         tempered = SamplingParams(params.max_tokens, stop_token_ids=params.stop_token_ids, seed=params.seed)
-        asked = replace(asked, exact=params == tempered)
+        asked = replace(asked, params=params, exact=params == tempered)
         body = build_sglang_sample(asked.prompt, params, asked.n, asked.k, adapter=self._adapter)
         return await self._ask_rollouts(ROUTE, body, partial(read_sglang_rollouts, asked=asked), asked)
