@@ -1,7 +1,7 @@
 """Training: sample, score, learn, checkpoint.
 
-Knows: torch, the student, the order of things. Does not know: HTTP, files of scores. Importing the package
-loads no torch: take what you need from its modules (``topkd.engine.loop.loop``, ``topkd.engine.learner.learner``, ...).
+Knows: torch, the student, the order of a run's stages. Does not know: HTTP, the score cache. Importing this package
+does not import torch: import from its modules (``topkd.engine.loop.loop``, ``topkd.engine.learner.learner``, ...).
 """
 
 from topkd.engine.config.engine_config import EngineConfig, RolloutConfig

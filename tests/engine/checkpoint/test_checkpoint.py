@@ -163,7 +163,7 @@ def test_a_checkpoint_keeps_random_numbers_and_whatever_else_has_a_state(folders
         assert np.random.random() == drawn[1]  # noqa: NPY002
     assert torch.equal(other.weights["tied"], average.weights["a"])
     assert found.position.queue == queue
-    with pytest.raises(ConfigError, match=r"other stateful parts.*got \['teacher'\], expected \[\]"):
+    with pytest.raises(ConfigError, match=r"different stateful parts.*got \['teacher'\], expected \[\]"):
         restore(found, learner)
 
 

@@ -1,7 +1,8 @@
 """A run's checkpoint on disk: everything a resumed run needs to continue exactly.
 
-A checkpoint holds the trained weights (all of a full student's, only the adapter's under LoRA), the optimiser's state,
-the schedules', random number states, the position and the rollouts in flight that later weights could not repeat.
+A checkpoint holds the trained weights (the whole student, or with LoRA only the adapter), the states of the optimiser,
+the schedules and the random number generators, the position, and the rollouts in flight that later weights cannot
+sample again.
 """
 
 from __future__ import annotations
@@ -31,26 +32,26 @@ _WEIGHTS, _OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 
 
 class Stateful(Protocol):
-    """A part other than the learner that a step depends on, such as a teacher that follows the student."""
+    """A part besides the learner that a step depends on, such as a teacher that averages the student's weights."""
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Return the state as whole tensors."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> object:
-        """Continue from a saved state."""
+        """Restore a saved state."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint folder whose files were checked.
+    """A checkpoint folder whose files match their checksums.
 
     Attributes:
         path: The folder.
         position: The run's position.
         run_log_bytes: Length of the run log at that position.
-        notes: The caller's own values.
+        notes: Values that the caller saved with it.
     """
 
     path: Path
@@ -78,7 +79,7 @@ def save_checkpoint(
         learner: Weights, optimiser and schedules.
         run_log_bytes: Length of the run log at that position.
         keep: How many checkpoints to keep.
-        remembered: The source of the rollouts (a cache, a replay) repeats those in flight: leave them out.
+        remembered: The source of the rollouts (a cache, a replay) can supply those in flight again: do not save them.
         stateful: Other parts with a state, by name.
         notes: The caller's own values, written as they are.
     """
@@ -112,7 +113,7 @@ def save_checkpoint(
 
 
 def find_newest_checkpoint(out: Path, on_damaged: Callable[[str], None]) -> Checkpoint | None:
-    """Find the newest whole checkpoint of a run; ``on_damaged`` is called for each that is not."""
+    """Find a run's newest undamaged checkpoint; call ``on_damaged`` for each damaged one."""
     path = find_newest_snapshot(out / FOLDER, on_damaged)
     if path is None:
         return None
@@ -139,7 +140,7 @@ def restore(checkpoint: Checkpoint, learner: Learner, stateful: Mapping[str, Sta
         )  # fmt: skip
     if values["stateful"] != sorted(stateful or {}):
         raise ConfigError(
-            "the checkpoint was written with other stateful parts", where=str(checkpoint.path),
+            "the checkpoint and this run have different stateful parts", where=str(checkpoint.path),
             got=values["stateful"], expected=sorted(stateful or {}),
         )  # fmt: skip
     load_weights(learner.student, read_weights(checkpoint), where=str(checkpoint.path))
@@ -174,7 +175,7 @@ def load_weights(student: Student, weights: Mapping[str, Tensor], *, where: str)
 
 
 def fingerprint_frozen(student: Student) -> str:
-    """Fingerprint the weights that training does not change (a sample of each); "" when all train."""
+    """Fingerprint the weights that training does not change, from a sample of each; "" when all weights train."""
     frozen = [(name, p.detach()) for name, p in student.model.named_parameters() if not p.requires_grad]
     if not frozen:
         return ""
@@ -248,7 +249,7 @@ def collect_random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor]) -> None:
-    """Set the random states; skip a GPU that this machine does not have."""
+    """Set the random states; skip those of a GPU that this machine does not have."""
     torch.set_rng_state(state["torch"])
     version, *words = state["python"].tolist()
     gauss = state["python_gauss"].tolist()

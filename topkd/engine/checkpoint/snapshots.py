@@ -1,7 +1,8 @@
 """Folders that are complete or absent: written under a temporary name, flushed, renamed, and checked before use.
 
 A snapshot's ``manifest.json`` is written last and names every other file with its size and checksum (XXH3, 128 bits).
-One that is torn, altered or without a manifest is never used: the one before it is, and the caller gets the reason.
+A snapshot that is incomplete, changed or without a manifest is never used: the one before it is used instead, and the
+caller gets the reason.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def name_of(step: int) -> str:
 def write_folder(path: Path, fill: Callable[[Path], None]) -> Path:
     """Write the folder ``path`` with the files that ``fill`` creates; a killed process leaves the old folder or none.
 
-    Raise ConfigError where the folder may not be written, TrainingError for a full disk; nothing half-written stays.
+    Raise ConfigError if the folder cannot be written, TrainingError if the disk is full; no partial folder stays.
     """
     from safetensors import SafetensorError
 
@@ -57,7 +58,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> Path:
 def _convert_write_error(path: Path, error: Exception) -> TopkdError:
     reason = getattr(error, "strerror", None) or str(error)
     if "No space left" in reason or getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT}:
-        return TrainingError("cannot write the folder", where=str(path), got=reason, hint="make room on the disk")
+        return TrainingError("cannot write the folder", where=str(path), got=reason, hint="free space on the disk")
     return ConfigError("cannot write the folder", where=str(path), got=reason)
 
 
@@ -68,12 +69,12 @@ def write_snapshot(root: Path, step: int, fill: Callable[[Path], None], *, keep:
         fill(folder)
         files = {file.name: describe_file(file) for file in sorted(folder.iterdir())}
         for file in folder.iterdir():
-            _flush(file)  # before the manifest vouches for them
+            _flush(file)  # before the manifest with their checksums exists
         text = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=2)
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
     path = write_folder(root / name_of(step), whole)
-    for older in _list_candidates(root)[keep:]:  # out of sight first: a process killed while deleting leaves no half
+    for older in _list_candidates(root)[keep:]:  # renamed first: a kill while deleting leaves no half
         older.rename(older.with_name(f".{older.name}.former"))
     for left in (*root.glob(f".{_PREFIX}*.partial"), *root.glob(f".{_PREFIX}*.former")):
         shutil.rmtree(left, ignore_errors=True)
@@ -91,7 +92,7 @@ def find_newest_snapshot(root: Path, on_damaged: Callable[[str], None]) -> Path 
 
 
 def find_fault(path: Path) -> str | None:
-    """Find what is wrong with a snapshot, or None; every file is compared with the manifest."""
+    """Return what is wrong with a snapshot, or None; every file is compared with the manifest."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         form, files = manifest["format"], dict(manifest["files"])

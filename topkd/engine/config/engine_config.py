@@ -10,12 +10,12 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from topkd.engine.config.learner import Frozen, LearnerConfig
 from topkd.engine.config.objectives import Objective, TopKPolicyGradient, expand_kind
 
-COMPLETIONS = 1_000_000  # of a step: all of them are in memory at once
+COMPLETIONS = 1_000_000  # at most, in a step: all of them are in memory at once
 DEFAULT_KIND = TopKPolicyGradient().kind
 
 
 class RolloutConfig(Frozen):
-    """How completions are drawn. Every parameter is explicit: a model's generation_config never leaks in."""
+    """Settings of sampling. Every parameter is sent explicitly: a model's generation_config is never used."""
 
     prompts_per_step: PositiveInt = 64
     samples_per_prompt: PositiveInt = 4
@@ -23,9 +23,9 @@ class RolloutConfig(Frozen):
     max_completion_tokens: PositiveInt = 1024
     overlong: Literal["drop", "error"] = "error"
     truncated: Literal["keep", "mask"] = "keep"
-    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()  # besides the tokenizer's own end of text
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()  # in addition to the tokenizer's end of text
     batch_size: PositiveInt = 64
-    shards: Annotated[int, Field(ge=0)] = 0  # independent draws of a step, shared by processes; 0: one per process
+    shards: Annotated[int, Field(ge=0)] = 0  # parts of a step, each with its own seed; 0: one per process
 
     @model_validator(mode="after")
     def _fits_a_machine(self) -> RolloutConfig:
@@ -35,9 +35,9 @@ class RolloutConfig(Frozen):
 
 
 class CheckpointConfig(Frozen):
-    """How often a run keeps what it needs to go on (and how many of these), so that it can be resumed exactly.
+    """How often a run writes a checkpoint, from which it can be resumed exactly, and how many it keeps.
 
-    Also after the last step, and when the run is stopped or fails. ``every = 0``: never.
+    A checkpoint is also written after the last step, and when the run is stopped or fails. ``every = 0``: never.
     """
 
     every: Annotated[int, Field(ge=0)] = 25
@@ -45,7 +45,7 @@ class CheckpointConfig(Frozen):
 
 
 class EngineConfig(Frozen):
-    """The loop: how long, how stale, towards what."""
+    """Settings of the training loop: steps, staleness, objective, rollouts, checkpoints."""
 
     steps: Annotated[PositiveInt, Field(le=10**9)] = 100
     seed: Annotated[int, Field(ge=0)] = 0
@@ -54,8 +54,8 @@ class EngineConfig(Frozen):
     max_lost_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
     eval_every: Annotated[int, Field(ge=0)] = 0
     objective: Objective = TopKPolicyGradient()
-    on_policy_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0  # of a step's prompts; the rest bring completions
-    data_loss: Literal["sft", "objective"] = "sft"  # what completions from the data train by
+    on_policy_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0  # share of prompts that the student completes
+    data_loss: Literal["sft", "objective"] = "sft"  # the loss for completions from the data
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -63,7 +63,7 @@ class EngineConfig(Frozen):
     @field_validator("objective", mode="before")
     @classmethod
     def _find_kind(cls, value: object) -> object:
-        """Complete the kind: the default objective's where it is missing, ``custom`` where it names a function."""
+        """Set the kind: the default where it is missing, ``custom`` where it names a function."""
         return expand_kind(value, DEFAULT_KIND) if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")

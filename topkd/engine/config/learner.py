@@ -10,16 +10,16 @@ FULL_LR, LORA_LR = 2e-6, 1e-4
 
 
 class Frozen(BaseModel):
-    """Immutable; unknown keys are refused."""
+    """Immutable settings that refuse unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ImportanceSampling(Frozen):
-    """Weight of each sampled token: new over behaviour probability, or none.
+    """Weight of each sampled token: its probability now over its probability when sampled, or none.
 
-    ``truncated`` bounds it by ``cap`` (detached). ``ppo`` clips it to 1 +- ``clip`` inside the graph, and for negative
-    advantages bounds it by ``dual_clip``: sampled-token objectives only.
+    ``truncated`` limits it to ``cap`` (detached). ``ppo`` is for sampled-token objectives only: it clips the weight to
+    1 +- ``clip`` inside the graph, and for negative advantages limits it to ``dual_clip``.
     """
 
     kind: Literal["none", "truncated", "ppo"] = "truncated"
@@ -32,13 +32,14 @@ _Decay: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class LearnerConfig(Frozen):
-    """How a step is taken. ``lr`` left out is 2e-6, and 1e-4 where only a LoRA adapter trains.
+    """Settings of an optimiser step. The default of ``lr`` is 2e-6, or 1e-4 when only a LoRA adapter trains.
 
-    ``inner_steps`` are optimiser steps on the same batch: ratios are against the rollouts' own logprobs in all of them.
-    After ``warmup_steps`` the rate stays (``constant``) or falls to ``final_lr_fraction`` of itself by the last step.
-    ``autocast`` is for the forward pass alone, the weights that train stay as they are; ``auto`` is bfloat16 on a GPU
-    that has it. The output head runs in float32 unless ``autocast_head``: bfloat16 logits move a log-ratio by percents.
-    ``strategy`` says how several processes under torchrun hold the weights: whole on each, or sharded over all.
+    Each batch gets ``inner_steps`` optimiser steps; in all of them ratios use the logprobs stored in the rollouts.
+    After ``warmup_steps`` the rate stays constant or falls to ``final_lr_fraction`` of its peak by the last step.
+    ``autocast`` sets the dtype of the forward pass, not of the trained weights; ``auto`` is bfloat16 on a GPU that
+    supports it. The output head runs in float32 unless ``autocast_head`` is set: bfloat16 logits change a log-ratio by
+    several percent. ``strategy`` says how several processes under torchrun hold the weights: whole on each, or sharded
+    over all.
     """
 
     lr: Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)] | None = None
@@ -63,10 +64,10 @@ class LearnerConfig(Frozen):
 
 
 class LoRAConfig(Frozen):
-    """``[student.lora]``: train a low-rank adapter, and leave the model's own weights alone.
+    """``[student.lora]``: train a low-rank adapter, and freeze the model's own weights.
 
-    There is no dropout: with it the policy that is trained is not the policy that was sampled. ``modules_to_save`` are
-    trained whole (``["lm_head"]`` where the vocabulary grew).
+    There is no dropout: with it the trained policy would not be the policy that was sampled. Modules in
+    ``modules_to_save`` are trained in full (``["lm_head"]`` after the vocabulary was extended).
     """
 
     r: PositiveInt = 32

@@ -1,4 +1,4 @@
-"""Objectives as a config names them: one class each, with its settings and what it needs of teacher and rollouts."""
+"""Objectives: one settings class each, which also says what the objective needs from the teacher and the rollouts."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ObjectiveSettings(Frozen):
 
     Attributes:
         kind: Its name in a config; the key of its loss in ``topkd.engine.learner.losses``.
-        is_data_only: It learns from completions that came with the data, and no teacher is asked.
-        allows_ppo: Its whole gradient is a sampled token's ratio, which PPO can clip.
+        is_data_only: It trains only on completions from the data, and uses no teacher.
+        allows_ppo: PPO can clip it, because every term of its gradient has the ratio of a sampled token.
     """
 
     kind: str
@@ -37,38 +37,38 @@ class ObjectiveSettings(Frozen):
 
     @property
     def needs_list(self) -> bool:
-        """Whether the teacher's list is read, besides the realised token."""
+        """Whether the loss reads the teacher's top-K list, and not only the realised token's logprob."""
         return not self.is_data_only
 
     @property
     def needs_behavior(self) -> bool:
-        """Whether it weighs sampled tokens by the probability they were sampled with; a direct loss does not."""
+        """Whether the loss needs the probability that each token was sampled with; a direct loss does not."""
         return not self.is_data_only
 
     @property
     def list_support(self) -> Support:
-        """Whose list the loss reads."""
+        """Whose top-K list the loss reads: the teacher's, the student's, or the union of both."""
         support: Support = getattr(self, "support", "teacher")
         return support
 
     @property
     def needs_finite_teacher(self) -> bool:
-        """Whether a realised token of teacher probability zero has no finite loss."""
+        """Whether the loss is infinite for a realised token to which the teacher gives probability zero."""
         return False
 
     @property
     def sums_returns(self) -> bool:
-        """Whether a token's loss adds up the divergences of those that follow it."""
+        """Whether a token's loss includes the divergences at later positions."""
         return bool(getattr(self, "gamma", 0.0) > 0.0)
 
     def count_entries(self, k: int) -> int:
-        """Count the logprobs that the teacher sends for a token, of lists of ``k``."""
+        """Count the logprobs that the teacher sends for each token, with lists of ``k`` entries."""
         return k + 1 if self.needs_list else 1
 
     def find_conflict(
         self, importance_kind: str, *, on_policy_fraction: float = 1.0, data_loss: str = "sft"
     ) -> str | None:
-        """Return why these settings make no sense together, in one line; None when they do."""
+        """Return one line that says why these settings cannot be combined; None when they can."""
         if (why := self._find_own_conflict()) is not None:
             return why
         if self.is_data_only and on_policy_fraction not in {0.0, 1.0}:
@@ -87,16 +87,17 @@ class ObjectiveSettings(Frozen):
         return None
 
     def _find_own_conflict(self) -> str | None:
-        """Return why the objective's own settings make no sense together."""
+        """Return why the objective's own settings cannot be combined."""
         return None
 
 
 class _Sampled(ObjectiveSettings):
     """A policy gradient on the sampled token.
 
-    ``baseline = "value"`` subtracts the mean advantage of the position, from the teacher's list (variance only).
-    ``gamma`` > 0 adds the discounted divergences of the positions that follow. ``advantage_clip`` bounds |A| of each
-    token, after the baseline. ``advantage = "state"`` leaves out the token's own part: what follows, and nothing else.
+    ``baseline = "value"`` subtracts the position's mean advantage, computed from the teacher's list; only the variance
+    changes. ``gamma`` > 0 subtracts the discounted divergences of later positions. ``advantage_clip`` bounds each
+    token's |A|, after the baseline. ``advantage = "state"`` leaves out the token's own advantage: only later positions
+    count.
     """
 
     allows_ppo: ClassVar[bool] = True
@@ -112,7 +113,7 @@ class _Sampled(ObjectiveSettings):
 
     @property
     def needs_finite_teacher(self) -> bool:
-        """Whether the advantage is a log-ratio: it is at ``beta`` 1."""
+        """Whether the advantage is a log-ratio, as it is at ``beta = 1``."""
         return isinstance(self, ScalarKL | GJS) and self.beta == 1.0
 
     def _find_own_conflict(self) -> str | None:
@@ -139,9 +140,9 @@ class GJS(_Sampled):
 
 
 class TopKPolicyGradient(ObjectiveSettings):
-    """The sum over the teacher's top-K plus a sampled tail, docs/math.md: unbiased at lam = 1, less noisy below.
+    """A sum over the teacher's top-K list plus a sampled tail (docs/math.md): unbiased at lam = 1, less noisy below.
 
-    ``support`` is the list the sum goes over; the student's needs a teacher that scores chosen ids.
+    ``support`` says whose list the sum goes over; ``student`` and ``union`` need a teacher that scores chosen ids.
     """
 
     kind: Literal["topk_pg"] = "topk_pg"
@@ -152,16 +153,16 @@ class TopKPolicyGradient(ObjectiveSettings):
 
 
 class _Direct(ObjectiveSettings):
-    """A loss on the teacher's whole list, differentiated through the student: no sampled token, no ratio."""
+    """A loss on the teacher's whole list, differentiated through the student, without a sampled token or ratio."""
 
     @property
     def needs_behavior(self) -> bool:
-        """False: a direct loss weighs no sampled token."""
+        """False: a direct loss has no ratio of a sampled token."""
         return False
 
 
 class ForwardKL(_Direct):
-    """KL(T||S) on the list's bins: what is outside it is one bin, or (``renormalise``) is not looked at."""
+    """KL(T||S) over the teacher's listed tokens; all others are one bin, or ignored (``tail = "renormalise"``)."""
 
     beta: ClassVar[float] = 0.0
     kind: Literal["fkl"] = "fkl"
@@ -169,7 +170,7 @@ class ForwardKL(_Direct):
 
 
 class ReverseKL(_Direct):
-    """KL(S||T) on the list's bins."""
+    """KL(S||T) over the teacher's listed tokens, with the same ``tail`` as ``ForwardKL``."""
 
     beta: ClassVar[float] = 1.0
     kind: Literal["rkl"] = "rkl"
@@ -177,7 +178,7 @@ class ReverseKL(_Direct):
 
 
 class DirectGJS(_Direct):
-    """Generalised Jensen-Shannon on the list's bins (GKD), differentiated directly."""
+    """Generalised Jensen-Shannon divergence (GKD) over the teacher's listed tokens, ``tail`` as in ``ForwardKL``."""
 
     kind: Literal["gjs_direct"] = "gjs_direct"
     beta: Beta = 0.5
@@ -185,17 +186,17 @@ class DirectGJS(_Direct):
 
 
 class KD(_Direct):
-    """Cross-entropy against the teacher's bins, KL(T||S) + H(T): the classical loss on a sparse teacher."""
+    """Cross-entropy against the teacher's list and tail, KL(T||S) + H(T): the classical distillation loss."""
 
     kind: Literal["kd"] = "kd"
     tail: Tail = "bucket"
 
 
 class TAID(_Direct):
-    """A target that moves from the student to the teacher, t from ``t_start`` to ``t_end`` over the run's steps.
+    """Cross-entropy against a target that moves from the student (t = 0) to the teacher (t = 1) during the run.
 
-    ``alpha`` and ``momentum`` drive how far t runs ahead of the straight line while the loss falls;
-    ``adaptive = false`` keeps to the line.
+    t grows from ``t_start`` to ``t_end``. ``alpha`` and ``momentum`` set how much faster than linear it grows while the
+    loss falls; with ``adaptive = false`` it is linear.
     """
 
     kind: Literal["taid"] = "taid"
@@ -213,14 +214,14 @@ class TAID(_Direct):
 
 
 class EntropyAware(_Direct):
-    """w KL(T||S) + (1-w) KL(S||T), w = clamp(H_T / h_max, 0, 1), by the lower entropy bound of the list."""
+    """w KL(T||S) + (1-w) KL(S||T), w = clamp(H_T / h_max, 0, 1), with the list's lower bound of H_T."""
 
     kind: Literal["entropy_aware"] = "entropy_aware"
     h_max: PositiveFloat | None = None
 
 
 class EOPD(ObjectiveSettings):
-    """Sampled-token reverse KL, plus alpha KL(T~_k||S) where the teacher's entropy is certainly tau nats or more."""
+    """Sampled-token reverse KL, plus alpha KL(T~_k||S) where the teacher's entropy is surely at least tau nats."""
 
     kind: Literal["eopd"] = "eopd"
     tau: Annotated[float, Field(allow_inf_nan=False)] = 0.8
@@ -230,7 +231,7 @@ class EOPD(ObjectiveSettings):
 
 
 class SFT(ObjectiveSettings):
-    """Cross-entropy on completions that came with the data: no teacher, no sampler."""
+    """Cross-entropy on completions from the data, without teacher or sampler."""
 
     is_data_only: ClassVar[bool] = True
     kind: Literal["sft"] = "sft"
@@ -240,8 +241,8 @@ class CustomObjective(ObjectiveSettings):
     """A loss function of your own: ``kind = "module:function"`` or ``kind = "file.py:function"``.
 
     The function is called with a ``TokenView`` and returns the loss of each token. ``reads_list = false``: the view has
-    no list, and the teacher sends one logprob a token. ``reads_sampled_token = false``: any completion will do, as for
-    a direct loss. ``support`` names whose list the view has.
+    no list, and the teacher sends one logprob per token. ``reads_sampled_token = false``: the completions need not be
+    sampled from the student, as for a direct loss. ``support`` says whose list the view has.
     """
 
     allows_ppo: ClassVar[bool] = True
@@ -253,7 +254,7 @@ class CustomObjective(ObjectiveSettings):
 
     @property
     def name(self) -> str:
-        """The function as the config names it."""
+        """The function's name in the config."""
         return self.function
 
     @property
@@ -273,7 +274,7 @@ class CustomObjective(ObjectiveSettings):
 
     @classmethod
     def of_function(cls, function: Callable[..., Any], in_place_of: ObjectiveSettings) -> CustomObjective:
-        """Make the settings of a function passed as an argument; it needs what the objective it replaces needs."""
+        """Make settings for a function passed as an argument; it needs what the objective it replaces needs."""
         check_loss_function(function, where=(name := name_function(function)))
         return cls(
             function=name,
@@ -302,7 +303,7 @@ Objective: TypeAlias = Annotated[
 
 
 def expand_kind(values: Mapping[str, Any], default: str) -> dict[str, Any]:
-    """Return an objective's table with the kind that decides its keys: a missing one, or that of a function."""
+    """Return an objective's table with its kind filled in: ``default`` if missing, ``custom`` for a function."""
     kind = values.get("kind", default)
     tag = find_kind_tag(kind)
     return {**values, "kind": kind} if tag == str(kind) else {**values, "kind": tag, "function": kind}
@@ -326,7 +327,7 @@ def check_loss_function(function: Callable[..., Any], *, where: str) -> None:
         raise ConfigError("a loss function must not be async", where=where, got="async def", expected=expected)
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # a builtin may not tell its parameters
+    except (TypeError, ValueError):  # some builtins have no signature
         return
     try:
         signature.bind(object())

@@ -1,4 +1,4 @@
-"""Ragged samples to padded micro-batches, and back to flat rows."""
+"""Pad samples of different lengths into micro-batches, and find their trained positions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ S = TypeVar("S", bound=PreparedSample | TextSample)
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch(Generic[S]):
-    """A right-padded batch and the flat places in it that train.
+    """A right-padded batch, and its flat positions that train.
 
     Attributes:
         samples: The samples, in batch order.
@@ -28,7 +28,7 @@ class MicroBatch(Generic[S]):
         attention_mask: int64 [B, T].
         rows: int64 [N], flat positions b * T + t of logit rows that predict a trained completion token.
         targets: int64 [N], the token each row should have predicted.
-        picks: Per sample, the completion positions behind its rows (in order), for cutting its logprobs and lists.
+        picks: Per sample, the completion positions of its rows (in order), to select its logprobs and lists.
     """
 
     samples: list[S]
@@ -47,7 +47,7 @@ class MicroBatch(Generic[S]):
 def make_micro_batches(
     samples: Sequence[S], masks: Sequence[Bool], budget_tokens: int, device: torch.device
 ) -> Iterator[MicroBatch[S]]:
-    """Yield batches of similar lengths, padded to at most ``budget_tokens`` (a longer sample goes alone).
+    """Yield batches of similar lengths, padded to at most ``budget_tokens`` (a longer sample is a batch of its own).
 
     ``masks`` say per sample which completion tokens train; samples with none are left out.
     """

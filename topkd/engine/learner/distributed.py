@@ -1,7 +1,7 @@
 """Several processes under torchrun: rank, share of a step, and sums over all ranks.
 
-Every rank draws and scores its own share of a step's prompts, the learner divides by the *global* number of valid
-tokens, and rank 0 alone writes. One process is the case of size 1: nothing here then does anything.
+Every rank samples and scores its own share of a step's prompts, the learner divides by the *global* number of valid
+tokens, and only rank 0 writes. With one process (size 1) nothing here has an effect.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Strategy = Literal["ddp", "fsdp2"]
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among ``size``. Methods that talk are collective: every rank calls them, in the same order."""
+    """This process, one of ``size``. Methods that communicate are collective: all ranks call them in the same order."""
 
     rank: int = 0
     size: int = 1
@@ -98,13 +98,13 @@ class Ranks:
             _sum_flat(bucket)
 
     def close(self) -> None:
-        """Leave the process group; torch warns of one that is open at exit."""
+        """Leave the process group; torch warns if one is still open at exit."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def is_rank_lost(error: BaseException) -> bool:
-    """Tell whether an error means that another rank is gone; gloo has no class for it."""
+    """Tell whether an error means that another process has died; gloo has no error class for it."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 

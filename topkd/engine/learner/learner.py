@@ -1,4 +1,4 @@
-"""One optimiser step on prepared samples: forward the rows that train, form the objective, step, report."""
+"""One optimiser step on prepared samples: forward pass, loss, step, run log entry."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class LearnerState:
     """State of a learner in a checkpoint, besides the weights.
 
     Attributes:
-        values: JSON: version, skips in a row, the objective's own state (TAID's schedule).
+        values: JSON: version, steps skipped in a row, the objective's own state (TAID's schedule).
         tensors: Optimiser state by "parameter name/entry", whole tensors (safetensors can hold them).
     """
 
@@ -55,7 +55,7 @@ class LearnerState:
 
 @dataclass(slots=True)
 class _Pass:
-    """Results of one optimiser step: losses of the objective and of the texts, gradient norm, facts of the tokens."""
+    """Results of one optimiser step: losses of the objective and of the texts, gradient norm, token statistics."""
 
     skipped: str = ""
     losses: list[float] = field(default_factory=lambda: [0.0, 0.0])
@@ -71,9 +71,9 @@ class Learner:
         student: The model; its weights change only inside ``step``, under ``lock``.
         config: Optimiser settings.
         objective: What to minimise: settings, or a function that returns each token's loss.
-        loss: The loaded function that the settings of a custom objective name.
+        loss: The function that a custom objective's settings name, already loaded.
         lock: Held while weights change or are read for a step (share it with an in-process sampler).
-        steps: How many steps the run takes: what schedules run towards.
+        steps: Number of steps of the run; schedules need it.
         ranks: The processes that share each step; every one makes the same calls.
         stop_ids: Tokens that end a completion; the run log shows how probable they are.
     """
@@ -112,9 +112,9 @@ class Learner:
     def step(self, samples: Sequence[PreparedSample], texts: Sequence[TextSample] = ()) -> dict[str, Any]:
         """Take one step and return its run log entry, the same on every rank.
 
-        A step without a trainable token, or with a non-finite gradient, changes no weight and says so in ``skipped``;
-        several in a row end the run. Of several inner steps the first that is not finite is the last one tried, and the
-        record is of those that were taken: means over them, and how many there were.
+        A step without a trainable token, or with a non-finite gradient, changes no weight, and ``skipped`` gives the
+        reason; several in a row end the run. The first inner step that is not finite is the last one tried. The entry
+        has means over the inner steps that were taken, and their number.
 
         Args:
             samples: Scored samples for the objective (this rank's share).
@@ -152,14 +152,14 @@ class Learner:
             record |= {"passes": len(taken), "skipped_passes": self.config.inner_steps - len(taken)}
         if self._taid is not None:
             record["taid_t"] = self._taid.t
-            if scored:  # a step of the data's completions alone has no loss that the schedule could look at
+            if scored:  # a step on completions from the data alone has no loss for the schedule
                 self._taid.update_t(losses[0] * num_tokens / scored, self.version - 1)
         if plain:
             record |= {"sft_tokens": plain, "sft_loss": losses[1] * num_tokens / plain}
         if self.ranks.size == 1:
             record |= counted[0].noise
         record |= batch_metrics(self.ranks.gather(sample_facts(samples, self.student.vocab_size)))
-        # Direct losses use no ratio, and bound none.
+        # Direct losses use no ratio, so there is none to bound.
         importance = self.config.importance if self.objective.needs_behavior else ImportanceSampling(kind="none")
         gathered = [[part for rank in self.ranks.gather(a_pass.stats) for part in rank] for a_pass in counted]
         if measured := [token_metrics(stats, importance) for stats in gathered if stats]:
@@ -221,7 +221,7 @@ class Learner:
                 loss = compute_text_loss(self._model.score, batch, num_tokens)
                 result.losses[1] += float(loss.detach())
                 done += batch.tokens
-            else:  # another rank has one more: the same collectives, and nothing learnt
+            else:  # another rank has one more batch: make the same collective calls, learn nothing
                 loss = self._model.score(
                     _make_empty_batch(device), torch.zeros(1, 1, dtype=torch.long, device=device)
                 ).sum()
@@ -234,7 +234,7 @@ class Learner:
                 noise.small(self._trained, done)
 
     def state_dict(self) -> LearnerState:
-        """Return all state but the weights; under FSDP2 every rank must call it."""
+        """Return all state except the weights; under FSDP2 every rank must call it."""
         values = {
             "version": self.version,
             "skipped_in_a_row": self._skipped_in_a_row,
@@ -245,7 +245,7 @@ class Learner:
     def load_state_dict(self, state: LearnerState) -> None:
         """Continue from the ``state_dict()`` of a learner with the same parameters; refuse any other.
 
-        The student's weights are taken as they are now: load them first.
+        Load the student's weights first: they are used as they are now.
         """
         self._model.load_from_student()
         load_optimizer_tensors(self._optimizer, self._model.named, state.tensors)

@@ -56,7 +56,7 @@ def compute_sampled_gradient(objective: ScalarKL | GJS, view: TokenView) -> Loss
 
 
 def compute_own_advantage(view: TokenView, beta: float) -> Float64:
-    """Compute A of each token from its two logprobs alone, float64 [N]."""
+    """Compute each token's advantage from its two logprobs alone, float64 [N]."""
     current, teacher = view.logp_new.detach().cpu().numpy(), view.teacher.actual_logp.cpu().numpy()
     return np.asarray(gjs_advantage(teacher, current, beta), dtype=np.float64)
 
@@ -91,7 +91,7 @@ def compute_topk_gradient(objective: TopKPolicyGradient, view: TokenView) -> Los
 
 
 def weight_gradients(view: TokenView, advantage: Float64) -> Tensor:
-    """Compute -(1/N) sum of advantage times log s(y), its ratio bounded as the config says."""
+    """Compute -(1/N) sum of ratio * advantage * log s(y), with the ratio bounded as configured."""
     on_device = torch.from_numpy(advantage).to(view.logp_new.device, view.logp_new.dtype)
     if view.importance.kind == "ppo":
         return ppo_clip_loss(
@@ -107,7 +107,7 @@ def weight_gradients(view: TokenView, advantage: Float64) -> Tensor:
 
 
 def _choose_reference(view: TokenView) -> tuple[Tensor, float]:
-    """Choose the logprobs that ratios are taken against, and their cap; without importance sampling ratios are 1."""
+    """Choose the logprobs that ratios divide by, and the cap; without importance sampling ratios are 1."""
     if view.importance.kind == "truncated":
         return view.behavior_logp, view.importance.cap
     return view.logp_new.detach(), 1.0
@@ -118,14 +118,14 @@ def mean_advantage(student_logp: Tensor, rows: SparseTeacher, beta: float) -> Fl
     listed = rows.listed.cpu().numpy()
     teacher = rows.logp.cpu().numpy().astype(np.float64)
     student = np.where(listed, student_logp.detach().cpu().numpy().astype(np.float64), -np.inf)
-    tail = rows.tail_logp.cpu().numpy()  # of the served values: a cache may have rounded the list since
+    tail = rows.tail_logp.cpu().numpy()  # from the server's unrounded values: a cache may have rounded the list
     return value_baseline(np.where(listed, teacher, -np.inf), student, beta, teacher_tail_logp=tail)
 
 
 def _move_zeros_to_tail(view: TokenView, beta: float) -> SparseTeacher:
-    """Return the teacher's rows; at beta = 1 ids of teacher probability zero are moved to the tail.
+    """Return the teacher's rows; at beta = 1, move ids of teacher probability zero to the tail.
 
-    They alone would make the divergence infinite.
+    One such id would make the divergence infinite.
     """
     rows = view.teacher
     return replace(rows, ids=torch.where(torch.isneginf(rows.logp), -1, rows.ids)) if beta == 1.0 else rows
@@ -134,19 +134,19 @@ def _move_zeros_to_tail(view: TokenView, beta: float) -> SparseTeacher:
 def find_finite_suffix(
     valid: Sequence[bool] | np.ndarray[tuple[int], np.dtype[np.bool_]],
 ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """Find the places that are valid with every later one: a return is known only there."""
+    """Find the positions that are valid and have only valid ones after them: returns are known only there."""
     flipped = np.asarray(valid, dtype=np.bool_)[::-1]
     return np.asarray(np.logical_and.accumulate(flipped)[::-1])
 
 
 def compute_divergence(objective: ForwardKL | ReverseKL | DirectGJS, view: TokenView) -> LossOutput:
-    """Compute KL(T||S), KL(S||T) or the generalised Jensen-Shannon divergence on the bins."""
+    """Compute KL(T||S), KL(S||T) or the generalised Jensen-Shannon divergence on list and tail."""
     rows = _move_zeros_to_tail(view, objective.beta)
     return _average(view, divergence(*bins(view.logp_at_ids, rows, objective.tail), objective.beta))
 
 
 def compute_cross_entropy(objective: KD | TAID, view: TokenView) -> LossOutput:
-    """Compute the cross-entropy against the teacher's bins, or against TAID's target on the way to them."""
+    """Compute the cross-entropy against the teacher (KD), or against TAID's moving target."""
     per_row, kl = taid_rows(view.logp_at_ids, view.teacher, t=view.taid_t, tail=objective.tail)
     return _average(view, per_row, objective_kl=kl)
 
@@ -181,7 +181,7 @@ def compute_eopd(objective: EOPD, view: TokenView) -> LossOutput:
 
 
 def _average(view: TokenView, per_row: Tensor, **means: Tensor) -> LossOutput:
-    """Divide a sum over tokens by the step's number of them; average what the run log shows."""
+    """Divide a sum over tokens by the step's token count; average the values for the run log."""
     return LossOutput(
         per_row.sum() / view.num_tokens, means={name: float(value.mean()) for name, value in means.items()}
     )

@@ -41,7 +41,7 @@ Score: TypeAlias = Callable[[MicroBatch[PreparedSample] | MicroBatch[TextSample]
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
-    """Per-token facts of one micro-batch, [N], and what its objective counted; for the run log.
+    """Statistics of each token of one micro-batch, [N], and the objective's own counts; for the run log.
 
     ``coefficient`` is filled by the backward pass: N x sum_k |dL / d log s_k| of each token, over every logprob that
     its loss reads.
@@ -70,10 +70,10 @@ def bind_objective(objective: Objective | TokenLoss, function: TokenLoss | None 
 
     Args:
         objective: Settings, or a function of your own.
-        function: The loaded function that the settings of a custom objective name.
+        function: The function that a custom objective's settings name, already loaded.
 
     Raises:
-        ConfigError: The settings name a function that was not given, or the function takes other arguments.
+        ConfigError: The settings name a function that was not passed, or it does not take one ``TokenView``.
     """
     if not isinstance(objective, ObjectiveSettings):
         return bind_objective(CustomObjective.of_function(objective, TopKPolicyGradient()), objective)
@@ -111,12 +111,12 @@ def describe_objective(objective: Objective) -> dict[str, object]:
 
 
 def find_valid_tokens(sample: PreparedSample, objective: Objective, vocab_size: int) -> Bool:
-    """Find the completion tokens that train, bool [C]; unknown logprobs are masked, never replaced.
+    """Find the completion tokens that train, bool [C]; tokens with an unknown logprob are masked.
 
-    Where the advantage is a log-ratio (scalar KL, beta = 1), a token to which the teacher gives exactly zero
-    probability has none that is finite: masked too. The top-K objective leaves out such a token's tail term alone,
-    and needs a row that lists something among the student's ``vocab_size`` ids. At gamma > 0 a return is known only
-    where everything that follows is.
+    Where the advantage is a log-ratio (scalar KL, beta = 1), a token to which the teacher gives probability zero has no
+    finite advantage and is masked too. The top-K objective leaves out only such a token's tail term. An objective that
+    reads the list masks a row that lists none of the student's ``vocab_size`` ids. At gamma > 0 a token trains only if
+    all returns after it are known.
     """
     if objective.is_data_only:
         raise ConfigError("objective sft learns from the data's completions, not from scored samples")
@@ -128,7 +128,7 @@ def find_valid_tokens(sample: PreparedSample, objective: Objective, vocab_size: 
     if objective.needs_finite_teacher:
         valid &= np.isfinite(sample.teacher_logp)
     if objective.sums_returns:
-        known = find_finite_suffix(valid | ~sample.core.mask)  # what the policy did not say counts for nothing
+        known = find_finite_suffix(valid | ~sample.core.mask)  # tokens that do not train do not count
         valid &= known
     return valid
 
@@ -149,12 +149,12 @@ def compute_objective_loss(
     Args:
         objective: What to minimise.
         score: The student's logprobs at chosen ids, in vocabulary chunks: no N x V exists.
-        batch: Tokens, samples and picks.
-        importance: Weight of sampled tokens against the fixed rollout logprobs.
+        batch: The samples, padded, and their positions that train.
+        importance: How sampled tokens are weighted; ratios use the logprobs stored in the rollouts.
         num_tokens: Trained tokens of the global batch.
         vocab_size: V of the student.
         taid_t: TAID's interpolation weight.
-        stop_ids: Whose probability the run log shows.
+        stop_ids: Ids that end a completion; the run log shows their probability.
     """
     rows = select_teacher_rows(batch, vocab_size, lists=objective.settings.needs_list)
     ids = torch.from_numpy(rows.ids.astype(np.int64)).to(batch.targets.device)

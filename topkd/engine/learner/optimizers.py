@@ -1,4 +1,4 @@
-"""AdamW, in 32 or in 8 bits, and the state a checkpoint keeps of it, by parameter name."""
+"""AdamW with 32-bit or 8-bit state; its state is saved and loaded by parameter name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build_optimizer(config: LearnerConfig, parameters: Iterable[Tensor], lr: flo
 
 
 def collect_optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy all state tensors by "parameter name/entry", sharded ones gathered whole (every rank must call)."""
+    """Copy all state tensors by "parameter name/entry"; sharded ones are gathered (every rank must call it)."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in named.items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -73,7 +73,7 @@ def _place_tensor(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def check_schedule(config: LearnerConfig, steps: int | None) -> None:
-    """Refuse a falling rate without a last step, and a warm-up longer than the run."""
+    """Refuse a decaying rate without a number of steps, and a warm-up not shorter than the run."""
     if config.schedule == "constant":
         return
     if steps is None:

@@ -1,9 +1,9 @@
 """Weights that the optimiser updates: the student's own on every rank, or a sharded copy of them (FSDP2).
 
-Replicated weights are not put into torch's DDP module: ranks have different numbers of micro-batches, and the head is
-used outside the model's forward. Their gradients are summed over ranks once per step, however many micro-batches made
-them, which is the same mean. The sharded twin holds gradients, optimiser state and master weights in shards; the
-student itself stays whole beside it, for sampling, measuring and saving, and receives the weights after each step.
+Replicated weights do not use torch's DDP module: ranks have different numbers of micro-batches, and the head runs
+outside the model's forward. Their gradients are summed over ranks once per step, which gives the same mean. With FSDP2
+a sharded copy holds gradients, optimiser state and master weights. The student itself stays unsharded for sampling,
+evaluation and saving, and receives the weights after each step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from topkd.topk.errors import ConfigError
 
 
 class ParallelModel:
-    """Weights that train, and how a step reaches them: here the student's own, whole on every rank."""
+    """The weights that train: in this class the student's own, complete on every rank."""
 
     loss_scale = 1.0
 
@@ -39,26 +39,26 @@ class ParallelModel:
         return self.student.token_logprobs(batch.input_ids, batch.attention_mask, batch.rows, ids, self.precision)
 
     def count_rounds(self, batches: int) -> int:
-        """Count the forward passes that this rank makes for its micro-batches; ranks need not agree."""
+        """Count the forward passes that this rank makes for its micro-batches; ranks may differ."""
         return batches
 
     def reduce_gradients(self) -> None:
-        """Make every rank's gradients the global ones."""
+        """Sum the gradients over all ranks."""
         self.ranks.sum_gradients(self.named.values())
 
     def copy_to_student(self) -> None:
-        """Copy the stepped weights to the student; nothing to do where they are its own."""
+        """Copy the updated weights to the student; here they are its own, so do nothing."""
 
     def load_from_student(self) -> None:
-        """Load the student's weights, after something else than a step has changed them; nothing to do here."""
+        """Load the student's weights after anything but a step has changed them; here, do nothing."""
 
     def enable_training(self) -> contextlib.AbstractContextManager[None]:
-        """Enter what the forward and backward passes of a step run in."""
+        """Return the context in which a step's forward and backward passes run."""
         return enable_recomputation(self._layers)
 
 
 class _Split(nn.Module):
-    """Backbone and head in one forward, so that FSDP has the head's weights whole where the loss reads them."""
+    """Backbone and head in one forward call, so that FSDP gathers the head's weights where the loss reads them."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module, precision: Precision) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class _Split(nn.Module):
 
 
 class ShardedModel(ParallelModel):
-    """A twin of the student whose weights, gradients and optimiser state lie in shards over the ranks."""
+    """A copy of the student whose weights, gradients and optimiser state are sharded over the ranks."""
 
     def __init__(self, student: Student, ranks: Ranks, precision: Precision, *, checkpointing: bool) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -101,22 +101,22 @@ class ShardedModel(ParallelModel):
         return logp
 
     def count_rounds(self, batches: int) -> int:
-        """Count those of the rank with the most: each one gathers weights, so all ranks make the same number."""
+        """Count the passes of the rank that has most: each one gathers weights, so all ranks make the same number."""
         return self.ranks.most(batches)
 
     def reduce_gradients(self) -> None:
-        """Leave the gradients: FSDP has scattered their sums."""
+        """Do nothing: FSDP has already reduced and sharded the gradients."""
 
     @torch.no_grad()
     def copy_to_student(self) -> None:
-        """Gather each stepped weight whole into the student's."""
+        """Gather each updated weight into the student's."""
         for name, parameter in self.named.items():
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             self._whole[name].copy_(whole)
 
     @torch.no_grad()
     def load_from_student(self) -> None:
-        """Cut the student's whole weights into the shards."""
+        """Split the student's weights into the shards."""
         for name, parameter in self.named.items():
             whole = self._whole[name].detach()
             if isinstance(parameter, DTensor):
@@ -127,19 +127,19 @@ class ShardedModel(ParallelModel):
 def make_parallel_model(
     student: Student, ranks: Ranks, strategy: Strategy, precision: Precision, *, checkpointing: bool
 ) -> ParallelModel:
-    """Hold the student's weights as the strategy does."""
+    """Make the parallel model of a strategy."""
     kind = ShardedModel if strategy == "fsdp2" and ranks.size > 1 else ParallelModel
     return kind(student, ranks, precision, checkpointing=checkpointing)
 
 
 def clip_gradients(parameters: list[nn.Parameter], most: float) -> float:
-    """Clip the global norm of the gradients and return the norm before."""
+    """Clip the global norm of the gradients and return the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, most)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def prepare_checkpointed_layers(student: Student) -> list[nn.Module]:
-    """Find the layers that can recompute their activations, and prepare them to."""
+    """Find the layers that support gradient checkpointing, and set it up in them."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     model = unwrap_adapter(student.model)
@@ -159,9 +159,9 @@ def prepare_checkpointed_layers(student: Student) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def enable_recomputation(layers: list[nn.Module]) -> Iterator[None]:
-    """Switch recomputation on: transformers ties it to ``training``, which is set on the layers alone.
+    """Switch recomputation on, by setting ``training`` on the layers alone (transformers reads that flag).
 
-    Their children stay in eval mode (no dropout), and outside a step the KV cache of a sampler works.
+    Their submodules stay in eval mode (no dropout). Outside a step a sampler's KV cache still works.
     """
     for layer in layers:
         layer.training = True
@@ -173,7 +173,7 @@ def enable_recomputation(layers: list[nn.Module]) -> Iterator[None]:
 
 
 def _same_modules(student: Student, twin: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Find the twin's backbone and head."""
+    """Find the copy's backbone and head."""
     names = {id(module): name for name, module in student.model.named_modules()}
     return twin.get_submodule(names[id(student.backbone)]), twin.get_submodule(names[id(student.head)])
 

@@ -24,9 +24,9 @@ RATIO_EDGES = [float(2.0 ** (i / 2)) for i in range(-8, 9)]  # 1/16 .. 16, two b
 def token_metrics(stats: Sequence[TokenStats], importance: ImportanceSampling) -> dict[str, Any]:
     """Compute KLs, advantages, ratios and coefficients over a step's trained tokens.
 
-    Tokens that the teacher excludes (log t = -inf) have no finite estimate of a KL: they are left out of both and
-    counted in ``teacher_zero_tokens``. Tokens without a behaviour logprob (of completions that came with the data) have
-    neither a ratio nor a part in the KLs.
+    Tokens that the teacher excludes (log t = -inf) have no finite estimate of a KL: they are left out of both estimates
+    and counted in ``teacher_zero_tokens``. Tokens without a behaviour logprob (completions from the data) have no ratio
+    and do not enter the KLs.
     """
     new, behavior, teacher = (
         np.concatenate([getattr(part, name) for part in stats]).astype(np.float64)
@@ -34,7 +34,7 @@ def token_metrics(stats: Sequence[TokenStats], importance: ImportanceSampling) -
     )
     known, sampled = np.isfinite(teacher), ~np.isnan(behavior)
     metrics: dict[str, Any] = {"teacher_zero_tokens": int(np.isneginf(teacher).sum())}
-    if sampled.any():  # a completion that no policy drew estimates no KL of one
+    if sampled.any():  # only tokens that a policy sampled can estimate its KL
         metrics |= {
             "kl_k1": _mean(np.asarray(kl_k1(teacher, new))[known & sampled]),
             "kl_k3": _mean(np.asarray(kl_k3(teacher, new))[known & sampled]),
@@ -42,7 +42,7 @@ def token_metrics(stats: Sequence[TokenStats], importance: ImportanceSampling) -
     parts = [part.advantage for part in stats if part.advantage is not None]
     advantage = np.concatenate(parts) if len(parts) == len(stats) else None
     if advantage is not None:
-        finite = advantage[np.isfinite(advantage)]  # at beta = 1 a token the teacher excludes has none
+        finite = advantage[np.isfinite(advantage)]  # at beta = 1 a token of teacher probability zero is infinite
         metrics |= {
             "advantage_mean": _mean(finite),
             "advantage_std": float(finite.std()) if finite.size else math.nan,
@@ -62,7 +62,7 @@ def token_metrics(stats: Sequence[TokenStats], importance: ImportanceSampling) -
 def average_passes(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Average the records of several optimiser steps on the same tokens.
 
-    Of ``ratio_max`` it is the greatest, of ``ratio_hist`` the sum: every token counts once a pass.
+    ``ratio_max`` is their maximum and ``ratio_hist`` their sum: every token counts once per pass.
     """
     if len(passes) == 1:
         return dict(passes[0])
@@ -120,15 +120,15 @@ def _combine_counts(stats: Sequence[TokenStats]) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class SampleFacts:
-    """What one rank's samples look like before anything is learnt from them; ``batch_metrics`` joins the ranks'.
+    """Statistics of one rank's samples before the step; ``batch_metrics`` combines those of all ranks.
 
     Attributes:
         lengths: Completion tokens of each sample.
-        missing: Tokens to be trained about which the teacher said nothing.
-        wanted: Tokens to be trained.
+        missing: Number of tokens to train without a teacher signal.
+        wanted: Number of tokens to train.
         entropy_lo: Lower bound of the teacher's entropy of each row, nats; NaN = no signal.
         entropy_hi: Upper bound.
-        overlap: Share of the teacher's listed ids that the sampling student listed too, of each row that has both.
+        overlap: For each row with both lists, the share of the teacher's ids that the sampling student listed too.
     """
 
     lengths: list[int]
@@ -152,7 +152,7 @@ def sample_facts(samples: Sequence[PreparedSample], vocab_size: int) -> SampleFa
             lows.append(low)
             highs.append(high)
             if isinstance(sample.behavior, TopKBehavior):
-                own = sample.behavior.topk.ids  # of a union the teacher's own K are the most probable ones
+                own = sample.behavior.topk.ids  # in a union the teacher's own K are the most probable ones
                 shares.append(_overlap(sample.teacher.ids[:, : own.shape[1]], own))
         missing += int((unknown & sample.core.mask).sum())
         wanted += int(sample.core.mask.sum())
@@ -197,7 +197,7 @@ class GradientNoise:
     """How noisy a step's gradient is, from its norm after half of the micro-batches and after all of them.
 
     With n and N tokens and mean gradients g and G: |grad|^2 = (N |G|^2 - n |g|^2) / (N - n) and the noise of one token
-    tr = (|g|^2 - |G|^2) / (1/n - 1/N), both unbiased for tokens drawn alike (arXiv:1812.06162). Their ratio is the
+    tr = (|g|^2 - |G|^2) / (1/n - 1/N), both unbiased if tokens are drawn alike (arXiv:1812.06162). Their ratio is the
     batch size, in tokens, at which noise and signal are equal: average both over steps before dividing.
     """
 

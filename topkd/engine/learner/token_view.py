@@ -19,16 +19,16 @@ from topkd.topk.types import Float32, Float64, TopK
 
 @dataclass(frozen=True, slots=True)
 class TokenView:
-    """N tokens that train, of whole sequences that follow one another.
+    """The N trained tokens of a micro-batch: complete sequences, one after another.
 
     Attributes:
         logp_at_ids: float32 [N, K] with graph: exact log s at the teacher's listed ids, -inf at pads.
         logp_new: float32 [N] with graph: exact log s of the realised token.
         teacher: The teacher's rows: lists (K = 0 where the objective needs none), tails, realised tokens.
         behavior_logp: float32 [N], the realised token's logprob when it was sampled, fixed.
-        importance: How ratios weigh.
+        importance: How ratios are bounded.
         lengths: Tokens of each sequence.
-        num_tokens: What a sum over tokens is divided by: the trained tokens of the whole step.
+        num_tokens: Divisor of a sum over tokens: the number of trained tokens in the whole step.
         vocab_size: V of the student.
         taid_t: TAID's interpolation weight at this step; 1 for any other objective.
     """
@@ -46,11 +46,11 @@ class TokenView:
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """What an objective computes of a micro-batch.
+    """An objective's loss on a micro-batch, and its values for the run log.
 
     Attributes:
-        loss: Summed over the tokens and divided by the step's number of them, with graph.
-        advantage: Of each sampled token as it was used, float64 [N]; None where tokens have none.
+        loss: Sum over the tokens, divided by the step's token count, with graph.
+        advantage: Each sampled token's advantage as the loss used it, float64 [N]; None for a loss without one.
         counts: For the run log, added up over the step.
         means: For the run log, averaged over the step's tokens.
     """
@@ -68,7 +68,7 @@ TokenLoss: TypeAlias = Callable[[TokenView], Tensor]
 def select_teacher_rows(batch: MicroBatch[PreparedSample], vocab_size: int, *, lists: bool) -> TopK:
     """Select the teacher's rows of a batch's tokens; move ids past the student's vocabulary to the tail.
 
-    Without ``lists`` they are rows of K = 0 that know their realised token.
+    Without ``lists`` the rows have K = 0, and only their realised tokens.
     """
     parts = []
     for sample, pick in zip(batch.samples, batch.picks, strict=True):

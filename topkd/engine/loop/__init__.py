@@ -1,4 +1,4 @@
 """The training loop: sample, score, learn, publish weights, evaluate.
 
-Knows: asyncio. Does not know: models' insides.
+Knows: asyncio. Does not know: the internals of models.
 """

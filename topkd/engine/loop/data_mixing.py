@@ -1,9 +1,9 @@
 """Completions from the data, in addition to the student's: how many, which, and with which loss they train.
 
-Of a step's ``prompts_per_step``, round(on_policy_fraction * prompts) are sampled from; the rest are rows that carry
-a completion, each taken once, drawn from a pool of their own. Which rows those are depends on seed and step alone.
-``data_loss = "sft"``: they train by cross-entropy, no teacher sees them. ``"objective"``: the teacher scores them and
-they train as the student's own do (GKD's mixture, arXiv:2306.13649); direct objectives only.
+The student completes round(on_policy_fraction * prompts_per_step) prompts of a step. The other rows have a completion,
+which is used once; they come from a pool of their own, chosen by seed and step alone. With ``data_loss = "sft"`` they
+train by cross-entropy and no teacher sees them. With ``"objective"`` the teacher scores them and they train like the
+student's own completions (GKD's mixture, arXiv:2306.13649); only for direct objectives.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from topkd.topk.errors import ConfigError
 from topkd.topk.samples import Rollout, SampleCore, SamplingParams, TextSample
 from topkd.topk.types import Bool
 
-DATA = "data"  # the version of a completion that no policy of this run has drawn
-_POOL = 0x5F7  # keeps the data rows' order apart from the prompts'
+DATA = "data"  # the version of a completion that no policy of this run sampled
+_POOL = 0x5F7  # gives the data rows another order than the prompts
 
 
 def count_on_policy_prompts(config: EngineConfig) -> int:
@@ -29,7 +29,7 @@ def count_on_policy_prompts(config: EngineConfig) -> int:
 
 
 def check_mixture(config: EngineConfig, rows: Sequence[PromptRow]) -> None:
-    """Refuse a run whose data lacks the completions it asks for, or whose steps are too small for the mixture."""
+    """Refuse a run whose data lacks the completions that it needs, or whose steps are too small for the mixture."""
     prompts = config.rollout.prompts_per_step
     if 0.0 < config.on_policy_fraction < 1.0 and count_on_policy_prompts(config) in {0, prompts}:
         raise ConfigError(
@@ -46,7 +46,7 @@ def check_mixture(config: EngineConfig, rows: Sequence[PromptRow]) -> None:
 
 
 def select_data_rows(config: EngineConfig, rows: Sequence[PromptRow], step: int) -> list[PromptRow]:
-    """Select the rows whose own completions step ``step`` learns from."""
+    """Select the rows whose completions from the data step ``step`` learns from."""
     count = config.rollout.prompts_per_step - count_on_policy_prompts(config)
     if not count:
         return []
@@ -57,7 +57,7 @@ def select_data_rows(config: EngineConfig, rows: Sequence[PromptRow], step: int)
 def build_data_rollouts(
     config: EngineConfig, rows: Sequence[PromptRow], step: int
 ) -> tuple[list[PromptRow], list[Rollout]]:
-    """Build rollouts of those rows for the teacher to score; none where they train by cross-entropy."""
+    """Build the data rows' rollouts for the teacher to score; none where they train by cross-entropy."""
     if config.data_loss == "sft" or config.objective.is_data_only:
         return [], []
     chosen = select_data_rows(config, rows, step)
@@ -65,14 +65,14 @@ def build_data_rollouts(
 
 
 def build_data_texts(config: EngineConfig, rows: Sequence[PromptRow], step: int) -> list[TextSample]:
-    """Build texts of those rows; none where the teacher scores them."""
+    """Build the data rows' texts for cross-entropy; none where the teacher scores them."""
     if config.data_loss == "objective" and not config.objective.is_data_only:
         return []
     return [TextSample(build_core(row, _rollout(row))) for row in select_data_rows(config, rows, step)]
 
 
 def build_trained_mask(row: PromptRow, rollout: Rollout) -> Bool:
-    """Mark a rollout's tokens that train: all that the student drew, those in the mask of a data completion."""
+    """Mark a rollout's tokens that train: all that the student sampled, or those in a data completion's mask."""
     if rollout.version == DATA and row.completion_mask is not None:
         return row.completion_mask
     return np.ones(rollout.completion_ids.size, dtype=np.bool_)
@@ -98,5 +98,5 @@ def _rollout(row: PromptRow) -> Rollout:
     completion = row.completion_ids
     if completion is None:
         raise ConfigError("a data row has no completion", where=row.sample_id)
-    unknown = np.full(completion.size, np.nan, dtype=np.float32)  # no policy drew it: no probability is known
+    unknown = np.full(completion.size, np.nan, dtype=np.float32)  # no policy sampled it: its probabilities are unknown
     return Rollout(row.prompt_ids, completion, unknown, "stop", SamplingParams(), None, DATA)

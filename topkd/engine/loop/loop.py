@@ -1,4 +1,4 @@
-"""The run: sample, score, learn, with batches ahead of the learner being sampled and scored while it works.
+"""The training loop: sample, score, learn; later batches are sampled and scored while the learner works.
 
 The schedule is fixed, so a run is deterministic (``topkd.engine.loop.pipeline``); why: ``docs/design/002-loop.md``.
 """
@@ -36,7 +36,7 @@ from topkd.topk.errors import CacheMissError, ConfigError, TrainingError
 from topkd.topk.protocols import Sampler, TeacherScorer
 
 Source: TypeAlias = Callable[[int], Awaitable[Drawn]]
-STOP_GRACE_S = 10.0  # what a stopped run waits for a batch from weights that are gone, so that it need not be redrawn
+STOP_GRACE_S = 10.0  # how long a stopped run waits for what only older weights can sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +44,14 @@ class LoopParts:
     """Inputs of the loop. Data only.
 
     Attributes:
-        config: Everything that shapes the run.
+        config: Settings of the loop.
         rows: Prompts.
-        sampler: The student, as something that samples.
+        sampler: Samples from the student.
         teachers: teacher_id -> scorer; ids are checked before the first request.
-        source: Gives a step's rollouts, each with its row, in place of drawing them with the sampler.
-        earlier: The step records before ``start``, for what compares a step with those before.
-        stop: Once set, the run ends before its next step, in order: nothing is lost, requests are cancelled.
-        ranks: The processes that share each step, all with the same config; the first alone writes and measures.
+        source: Returns a step's rollouts, each with its row, and replaces the sampler.
+        earlier: The step records before ``start``, for alarms that compare a step with earlier ones.
+        stop: Once set, the run ends cleanly before its next step: nothing is lost, requests are cancelled.
+        ranks: The processes that share each step, all with the same config; only the first writes and evaluates.
     """
 
     config: EngineConfig
@@ -71,10 +71,10 @@ async def distil(
 
     Args:
         parts: Prompts, sampler, teachers, and the config.
-        learner: The student, as something that learns.
-        log: Where the records go.
+        learner: Trains the student.
+        log: The run log.
         hooks: Evaluation, display, weight sync, checkpoints.
-        start: Where a checkpoint left the run; its beginning when left out.
+        start: The position in a checkpoint; None starts at the beginning.
     """
     check_run(parts.config, parts.rows, parts.teachers)
     run = _Run(parts, learner, log, hooks or Hooks(), start or Position())
@@ -98,7 +98,7 @@ class _Run:
         self.began = time.perf_counter() - start.elapsed_s
         self.records: list[Record] = [*parts.earlier]
         self.done = start.step
-        self.unwritten: deque[Record] = deque()  # steps whose weights are still on their way to the sampler
+        self.unwritten: deque[Record] = deque()  # records of steps whose weights are not yet published
         self.torn = False  # the run log could not be written
 
         async def draw(step: int) -> Drawn:
@@ -168,7 +168,7 @@ class _Run:
             await asyncio.to_thread(self.hooks.on_batch, step + 1, batch)
         began = time.perf_counter()
         learnt, cancelled = await to_thread_uncancelled(self.learn_batch, step, batch)
-        # Of another run's policy no distance to this learner's is known, whatever its versions are called.
+        # How far another run's policy is from this learner's is not known, whatever its versions are called.
         ours = self.source is None and not self.hooks.foreign
         fresh = ours and drawn.versions == (str(step),)
         record: Record = {
@@ -178,7 +178,7 @@ class _Run:
             "staleness": _compute_staleness(step, drawn) if ours else None,
             "rollout_versions": [*drawn.versions],
             **learnt,
-            # Of the very weights that step, before they change: what is left is the sampler's own arithmetic.
+            # Sampled from exactly the weights that this step changes: the difference is the sampler's arithmetic.
             "mismatch_kl": learnt.get("mismatch_kl") if fresh else None,
             "sample_s": drawn.sample_s,
             "score_wait_s": waited_s,
@@ -204,7 +204,7 @@ class _Run:
             self.write_record(record)
         elif (
             sync_record and "sampler_version" in sync_record
-        ):  # weights of its own, brought there before the first step
+        ):  # the sampler has its own weights, sent before the first step
             self.write_record({"step": version, "event": "published", **sync_record}, "event")
 
     def write_record(self, record: Record, kind: str = "step") -> None:
@@ -233,11 +233,11 @@ class _Run:
         return bool(every) and (step % every == 0 or step == self.config.steps)
 
     def checkpoint(self) -> None:
-        """Write a checkpoint, where the position can be resumed and has none yet."""
+        """Write a checkpoint, if the position can be resumed and has none yet."""
         step = self.done
         if self.hooks.checkpoint is None or not self.config.checkpoint.every or step == self.kept:
             return
-        if self.learner.version != step:  # the step that failed has counted itself: the former checkpoint stands
+        if self.learner.version != step:  # a failed step has raised the version: keep the last checkpoint
             return
         elapsed_s = time.perf_counter() - self.began
         self.hooks.checkpoint(Position(step, self.evaluated, elapsed_s, self.pipeline.queue(step)))
@@ -248,7 +248,7 @@ class _Run:
         if step == self.config.steps:
             await self.pipeline.published.wait_for(step)
             return
-        with contextlib.suppress(TimeoutError):  # stopped: what only the former weights could give is worth a moment
+        with contextlib.suppress(TimeoutError):  # stopped: wait briefly for what only older weights can sample
             async with asyncio.timeout(STOP_GRACE_S):
                 await self.pipeline.published.wait_for(step)
         self.pipeline.stop()
@@ -257,10 +257,10 @@ class _Run:
 
     def save_after_failure(self) -> None:
         """Write the run log's last records and a checkpoint, unless the run log cannot be written."""
-        if self.torn:  # a checkpoint would vouch for steps whose records are not there: the former one stands
+        if self.torn:  # the log lacks records of steps that a new checkpoint would include: keep the last one
             return
         self.flush()
-        if self.ranks.size == 1:  # the state of several is only had together, and one of them is gone
+        if self.ranks.size == 1:  # several processes can only save together, and one of them has failed
             self.checkpoint()
 
     def flush(self) -> None:
@@ -279,7 +279,7 @@ class _Run:
             self.hooks.on_record(kind, record)
 
     async def wait_unless_stopped(self, work: Awaitable[object]) -> bool:
-        """Wait for the work; False when the run is to stop (several processes ask ``should_stop`` instead)."""
+        """Wait for the work; False when the run is to stop (several processes use ``should_stop`` instead)."""
         if self.ranks.size == 1:
             return await wait_unless_stopped(self.stop, work)
         await work
@@ -299,7 +299,7 @@ def _compute_staleness(step: int, drawn: InFlight) -> int | None:
 
 
 def check_run(config: EngineConfig, rows: Sequence[PromptRow], teachers: Mapping[str, TeacherScorer]) -> None:
-    """Check that prompts fit, and that the teachers can do what the objective asks."""
+    """Check that prompts fit, and that the teachers can do what the objective needs."""
     if not rows:
         raise ConfigError("no prompts to train on", hint="check the data file and the length limits")
     check_mixture(config, rows)
@@ -319,7 +319,7 @@ def check_run(config: EngineConfig, rows: Sequence[PromptRow], teachers: Mapping
 
 
 def refuse_losses(config: EngineConfig, batch: ScoredBatch, step: int) -> None:
-    """Raise where more than ``max_lost_fraction`` of a step's samples have no scores: their error, or the counts."""
+    """Raise an error if more than ``max_lost_fraction`` of a step's samples were lost."""
     lost = batch.lost.total()
     if lost <= config.max_lost_fraction * batch.total:
         return

@@ -12,7 +12,7 @@ from typing import IO, Any, Self
 
 from topkd.topk.errors import ConfigError, DataError
 
-# What a run asked of its servers: after a resume the cache answers what was asked before.
+# Fields about requests to servers: after a resume the cache answers requests that were made before.
 TRAFFIC = ("requests", "retries", "failed_requests", "cache_hits", "scored_tokens", "teacher_bytes")
 RECORD_KINDS = ("step", "eval", "event")
 
@@ -25,7 +25,7 @@ MISMATCH_NATS = 0.02  # bfloat16 against float32 stays below a hundredth
 
 
 class MetricsLog:
-    """Appends records to ``metrics.jsonl``. A record says its ``kind``: one of ``RECORD_KINDS``."""
+    """Appends records to ``metrics.jsonl``. Each record has a ``kind``: one of ``RECORD_KINDS``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -41,7 +41,7 @@ class MetricsLog:
         self._file.flush()
 
     def kept(self) -> int:
-        """Flush the run log to disk and return its length in bytes, which a checkpoint keeps for a resume."""
+        """Flush the run log to disk and return its length in bytes, which a checkpoint stores for a resume."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
@@ -58,7 +58,7 @@ class MetricsLog:
 def read_metrics(path: Path, kind: str | None = None, *, end: int | None = None) -> list[dict[str, Any]]:
     """Read the records of a run log, or of its first ``end`` bytes.
 
-    A torn last line (a killed run) is left out, any other unreadable line is an error.
+    An incomplete last line (of a killed run) is left out; any other unreadable line is an error.
     """
     try:
         lines = path.read_bytes()[:end].decode("utf-8").splitlines()
@@ -100,10 +100,10 @@ def make_strict_json(value: Any) -> Any:
 
 
 def find_alarms(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Find the alarms that the last of these step records sets off; the ones before it are the run so far.
+    """Find the alarms that the last step record triggers; the records before it are the run so far.
 
-    On-policy distillation fails quietly through length: a student that stops ending its answers still lowers its
-    divergence token by token. Each alarm sounds once, when its condition begins to hold.
+    On-policy distillation can fail unnoticed through length: a student that stops ending its answers still lowers its
+    divergence token by token. Each alarm is raised once, when its condition begins to hold.
     """
     before = {alarm["alarm"] for alarm in _find_standing(records[:-1])}
     return [alarm for alarm in _find_standing(records) if alarm["alarm"] not in before]
@@ -117,7 +117,7 @@ def _find_standing(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     cut = _mean(records[-WINDOW:], "truncation_rate")
     if len(records) >= WINDOW and cut is not None and cut >= TRUNCATED:
         found.append({"alarm": "truncation_rate", "value": cut, "limit": TRUNCATED})
-    if len(records) < 2 * WINDOW:  # too short a run to have changed
+    if len(records) < 2 * WINDOW:  # too few steps to compare
         return found
     for name, low, high in (("length_mean", 1 / LENGTH_FACTOR, LENGTH_FACTOR), ("eos_probability", EOS_FACTOR, None)):
         first, last = _mean(records[:WINDOW], name), _mean(records[-WINDOW:], name)

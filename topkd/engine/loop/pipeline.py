@@ -1,8 +1,8 @@
-"""Batches on their way to the learner: sampled by a fixed schedule, scored as they come, as few as staleness allows.
+"""Sample batches for the learner on a fixed schedule, and score each at once; staleness limits how many.
 
-The batch of step t is sampled from the weights after step ``max(0, t - max_staleness)``, whatever the servers' speed:
-version v is published, then every batch that v is due to give is drawn, then version v + 1 is waited for. So at most
-``max_staleness + 1`` batches exist that nobody has learnt from, and a slow learner stops the sampler, not its memory.
+The batch of step t is sampled from the weights after step ``max(0, t - max_staleness)``, however fast the servers are:
+version v is published, then all batches due from v are sampled, then the pipeline waits for version v + 1. So at most
+``max_staleness + 1`` batches wait for the learner, and a slow learner pauses the sampler instead of filling the memory.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ class Schedule:
     """Fixed schedule of the sampling, so that a run is deterministic.
 
     Attributes:
-        steps: Where the run ends.
+        steps: Number of steps of the run.
         max_staleness: How many versions a batch may be older than the weights that learn from it.
-        publish_while_sampling: A version may be published while a batch of the former one is drawn, once that draw has
-            begun.
+        publish_while_sampling: A version may be published while the last batch of the previous one is being sampled.
     """
 
     steps: int
@@ -53,25 +52,25 @@ class Schedule:
     publish_while_sampling: bool = False
 
     def batches_due(self, version: int) -> int:
-        """Count the batches sampled once ``version`` has given all that it is due."""
+        """Count the batches sampled in all, once all batches due from ``version`` are sampled."""
         return min(version + self.max_staleness + 1, self.steps)
 
 
 class BatchPipeline:
-    """Publishes, samples and scores ahead of the learner.
+    """Publish weights, and sample and score batches, ahead of the learner.
 
     Args:
         rows: The run's prompts.
-        schedule: When what is sampled.
-        draw: Draws a step's rollouts, from the version that was published last.
+        schedule: Which version each batch is sampled from.
+        draw: Samples a step's rollouts, from the version that was published last.
         score: Scores them.
-        publish: Brings a version to the sampler; called once a version, in order.
-        on_event: Called with each event (a batch that could not be had again after a resume).
-        start: Where the run stands.
+        publish: Sends a version to the sampler; called once per version, in order.
+        on_event: Called with each event (a batch that could not be restored after a resume).
+        start: The run's position.
 
     Attributes:
-        weights: The version that may be published: the learner raises it.
-        released: The version that may be sampled from: the learner raises it.
+        weights: The newest version that may be published; the learner raises it.
+        released: The newest version that may be sampled from; the learner raises it.
         published: The version that was published last.
         sampled: Batches sampled so far, counted from the run's first.
     """
@@ -106,7 +105,7 @@ class BatchPipeline:
         return self._flying[step - self._flying[0].step]
 
     def release(self, step: int) -> None:
-        """Drop the batch of a step that has been taken."""
+        """Drop the batch of a finished step."""
         while self._flying and self._flying[0].step <= step:
             self._flying.popleft()
 
@@ -132,7 +131,7 @@ class BatchPipeline:
             task.cancel()
 
     async def _publish_versions(self) -> None:
-        """Publish each version once its predecessor's batches are drawn (or begun, with publish_while_sampling)."""
+        """Publish each version once its predecessor's batches are sampled (or begun, with publish_while_sampling)."""
         for version in range(self._first, self.schedule.steps + 1):
             await self.weights.wait_for(version)
             if self.schedule.publish_while_sampling:
@@ -149,7 +148,7 @@ class BatchPipeline:
             while (step := self.sampled.value) < self.schedule.batches_due(version):
                 drawn = asyncio.ensure_future(self._sample_batch(group, step, version))
                 try:
-                    await asyncio.sleep(0)  # it takes its version before it first waits
+                    await asyncio.sleep(0)  # sampling chooses its version before its first await
                     if step + 1 == self.schedule.batches_due(version):
                         self._begun.advance_to(version)
                     await drawn
@@ -170,7 +169,7 @@ class BatchPipeline:
             self._queued.popleft()
             if versions == known.versions:
                 version, sample_s = known.version, known.sample_s
-            else:  # the cache has lost them: the run goes on, a little less stale than it was
+            else:  # the cache has lost them: they were sampled again, from newer weights
                 self._on_event(
                     {"event": "redrawn", "step": step + 1, "versions": [*known.versions], "now": [*versions]}
                 )
@@ -182,7 +181,7 @@ class BatchPipeline:
 
 
 class WaitableCounter:
-    """The highest value reached so far."""
+    """A value that only grows, and that tasks can wait for."""
 
     def __init__(self, value: int) -> None:
         self.value = value

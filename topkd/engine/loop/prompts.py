@@ -16,7 +16,7 @@ from topkd.topk.types import Bool, Int32
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
-    """One prompt as ids, for the student and (when it sees more, or another template) for the teacher.
+    """One prompt as ids, for the student and (when the teacher sees more, or has another template) for the teacher.
 
     Attributes:
         prompt_ids: int32 [P], P >= 1.
@@ -24,8 +24,8 @@ class PromptRow:
         teacher_id: Which teacher scores it.
         sample_id: The row's own name.
         completion_ids: int32 [C], C >= 1: the answer that came with the row, None when there is none.
-        completion_mask: bool [C], the tokens of it that train (of a conversation: what the assistant says); None: all.
-        columns: The row as its file has it, for scorers and feedback.
+        completion_mask: bool [C], the completion tokens that train (in a conversation, the assistant's); None: all.
+        columns: The row as it is in its file, for answer scorers and feedback.
     """
 
     prompt_ids: Int32
@@ -57,7 +57,7 @@ class PromptRow:
 def step_indices(rows: int, per_step: int, step: int, seed: int) -> list[int]:
     """List the rows of step ``step``; each epoch is shuffled separately and has every row once.
 
-    Stateless: a resumed run asks for step n and gets what the uninterrupted run got.
+    Stateless: for step n a resumed run gets the same rows as an uninterrupted run.
     """
     positions = range(step * per_step, (step + 1) * per_step)
     return [int(_shuffle_epoch(rows, position // rows, seed)[position % rows]) for position in positions]

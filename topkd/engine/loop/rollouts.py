@@ -25,17 +25,17 @@ class BatchSampler(Protocol):
     async def sample_batch(
         self, prompts: Sequence[Ids], n: int, params: SamplingParams, *, k: int = 0
     ) -> list[list[Rollout]]:
-        """Draw n rollouts for each prompt."""
+        """Sample n rollouts for each prompt."""
         ...
 
 
 async def draw_rollouts(
     config: EngineConfig, rows: Sequence[PromptRow], sampler: Sampler, step: int, ranks: Ranks | None = None
 ) -> tuple[list[PromptRow], list[Rollout]]:
-    """Draw the rollouts of step ``step``, each with its row: the same for the same seed and weights.
+    """Sample the rollouts of step ``step``, each with its row; the same seed and weights give the same rollouts.
 
-    A step's prompts are drawn in ``rollout.shards`` parts, each from a seed of its own; of several processes each takes
-    as many whole parts. Completions from the data that the teacher is to score follow them.
+    A step's prompts are sampled in ``rollout.shards`` parts, each with its own seed; every process takes the same
+    number of parts. Completions from the data that the teacher is to score come after them.
     """
     chosen = [rows[i] for i in step_indices(len(rows), count_on_policy_prompts(config), step, config.seed)]
     data_rows, data_rollouts = build_data_rollouts(config, rows, step)
@@ -55,7 +55,7 @@ async def draw_rollouts(
 
 
 def count_shards(config: EngineConfig, ranks: Ranks | None) -> int:
-    """Count the parts that a step's prompts are drawn in: as the config says, else one per process."""
+    """Count the parts in which a step's prompts are sampled: as configured, else one per process."""
     size = 1 if ranks is None else ranks.size
     parts = config.rollout.shards or size
     if parts % size:

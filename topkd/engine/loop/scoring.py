@@ -1,4 +1,4 @@
-"""From rollouts to prepared samples: one teacher call each, all at once; what is lost is counted and named."""
+"""Turn rollouts into prepared samples: one teacher call each, concurrently; lost samples are counted by reason."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from topkd.topk.types import PAD_ID, Float32, Int32, TopK
 
 Context: TypeAlias = Callable[[PromptRow, Rollout], PromptRow]
 
-# What may cost one sample without ending the run: the server's trouble with this very request. A refusal that holds for
-# every request (K limit, authentication, no such model) is raised.
+# Errors that lose one sample without ending the run: they concern this one request. An error that every request would
+# get (K limit, authentication, no such model) is raised.
 LOSABLE = (RetryableServerError, ResponseError, ContextLimitError)
 
 
 @dataclass(slots=True)
 class ScoredBatch:
-    """The samples of one step, and the account of those that were lost (reason -> count)."""
+    """The samples of one step, and the number of lost ones by reason."""
 
     samples: list[PreparedSample] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)
@@ -49,7 +49,7 @@ class ScoredBatch:
 
     @property
     def total(self) -> int:
-        """The number of samples asked for."""
+        """The number of samples, lost ones included."""
         return len(self.samples) + self.lost.total()
 
 
@@ -75,13 +75,13 @@ async def score_rollouts(
 
     Args:
         rows: A row for each rollout.
-        rollouts: What the student wrote.
+        rollouts: The student's completions.
         teachers: teacher_id -> scorer.
-        k: Entries of each row of a score.
+        k: Entries of each list.
         truncated: "mask" trains on no token of a completion that was cut at its token limit.
-        context: Called in a thread with each row and its rollout: gives the row as the teacher is to see it, when that
-            depends on what the student wrote.
-        support: Whose list the rows are on; the student's comes with its rollouts.
+        context: Called in a thread with each row and its rollout: returns the row as the teacher is to see it, when
+            that depends on the completion.
+        support: Whose list of ids the scores use; the student's comes with its rollouts.
     """
 
     async def score_rollout(row: PromptRow, rollout: Rollout) -> PreparedSample | TopkdError:
@@ -94,7 +94,7 @@ async def score_rollouts(
             trains = truncated == "keep" or rollout.finish_reason != "length"
             teacher = find_teacher(teachers, row.teacher_id)
             return await _prepare_sample(seen, rollout, teacher, k, support=support, trains=trains)
-        except (*LOSABLE, CacheMissError) as error:  # a replay misses what the recorded run had lost
+        except (*LOSABLE, CacheMissError) as error:  # a replay does not find what the recorded run had lost
             return error
 
     async with asyncio.TaskGroup() as group:
@@ -120,7 +120,7 @@ async def _prepare_sample(
 
 
 def summarize_scores(batch: ScoredBatch) -> dict[str, Any]:
-    """Sum up one process's share of a step for ``compute_teacher_metrics``."""
+    """Summarise one process's share of a step for ``compute_teacher_metrics``."""
     topks = [sample.teacher for sample in batch.samples if isinstance(sample, TopKPreparedSample)]
     masses = [topk.mass()[topk.signal].astype(np.float64) for topk in topks]  # a hole has no mass, not mass 0
     tails = [np.exp(tail[~np.isnan(tail)]) for tail in (topk.tail_logp.astype(np.float64) for topk in topks)]
@@ -140,7 +140,7 @@ def summarize_scores(batch: ScoredBatch) -> dict[str, Any]:
 
 
 def compute_teacher_metrics(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Compute a step's score statistics over all shares: captured and tail mass, realised tokens inside, holes."""
+    """Compute a step's score statistics over all processes: mass inside and outside the lists, holes, and so on."""
     lost: Counter[str] = Counter()
     for share in facts:
         lost.update(share["lost"])
@@ -172,7 +172,7 @@ def check_support(support: Support, teachers: Mapping[str, TeacherScorer]) -> No
                 f"objective.support = {support!r} needs a teacher that scores chosen ids",
                 where=f"teacher {name!r}" if name else "",
                 got=type(teacher).__name__,
-                expected="a dialect that scores candidates, and no [cache]: it keeps the teacher's own lists",
+                expected="a dialect that scores candidates, and no [cache], which stores only the teacher's own lists",
                 hint='or set objective.support = "teacher"',
             )
 
@@ -183,7 +183,7 @@ async def move_to_support(teacher: TeacherScorer, ids: Ids, scores: TopK, rollou
         return scores
     if rollout.topk is None:
         raise ConfigError(
-            "the completion has no top-K list of the student, whose ids the teacher could score",
+            "the completion has no top-K list of the student for the teacher to score",
             expected=f"the sampler's top-K, for objective.support = {support!r}",
             hint="completions from the data have none: use on_policy_fraction = 1",
         )
@@ -196,8 +196,8 @@ async def move_to_support(teacher: TeacherScorer, ids: Ids, scores: TopK, rollou
 def build_support_rows(scores: TopK, wanted: Int32, values: Float32, support: Support) -> TopK:
     """Build the teacher's rows at the ids ``wanted`` [R, K] (-1 pads), whose logprobs are ``values``.
 
-    For the union the ids that the teacher lists itself stay as they are, and the tail loses what the others add. The
-    list never depends on the realised token: it may hold it only as one of the K best of either side.
+    In a union the teacher's own entries stay as they are, and the mass of the added ids is taken from the tail. The
+    list never depends on the realised token, which is in it only if it is among the K best of one side.
     """
     new = wanted >= 0
     ids, logp = wanted, np.where(new, values, -np.inf).astype(np.float64)
@@ -214,7 +214,7 @@ def build_support_rows(scores: TopK, wanted: Int32, values: Float32, support: Su
     if support == "union":
         added = np.exp(np.where(new, values, -np.inf).astype(np.float64)).sum(axis=1)
         tail = np.exp(scores.tail_logp.astype(np.float64))
-        rest = np.where(np.isnan(tail), rest, tail - added)  # the teacher's tail is of unrounded values
+        rest = np.where(np.isnan(tail), rest, tail - added)  # the teacher's tail comes from unrounded values
     with np.errstate(divide="ignore"):
         tail_logp = np.log(np.maximum(rest, 0.0))
     return TopK(

@@ -1,6 +1,6 @@
 """Record a few rollouts of a run, token by token, with both sides' lists, for the report's token explorer.
 
-``tokens.jsonl`` holds one rollout per line. Its texts come out of models, and are untrusted.
+``tokens.jsonl`` holds one rollout per line. Its texts are written by models and must not be trusted.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class TranscriptLimits:
 
     Attributes:
         moments: Steps to record, first and last included.
-        rollouts: Rollouts to record of each.
-        k: Entries of each list at most.
-        max_tokens: Tokens of a rollout at most; the rest is counted in ``left_out``.
+        rollouts: Rollouts to record per step.
+        k: Most entries to record of each list.
+        max_tokens: Most tokens to record of a rollout; the others are counted in ``left_out``.
     """
 
     moments: int = 8
@@ -48,21 +48,21 @@ class TranscriptLimits:
 
 
 class TranscriptRecorder:
-    """Writes ``rollouts`` rollouts of each of ``moments`` evenly spaced steps to a file; an ``on_batch`` hook.
+    """Write a few rollouts of evenly spaced steps to a file; ``on_batch`` is a hook of the loop.
 
-    Looking at the student takes one forward pass of those rollouts, under the lock, without gradient and without
-    drawing a random number: what the run learns does not depend on it. A step that the file already holds (a resumed
-    run) is not written again, and a file that cannot be written ends the recording, not the run.
+    Recording takes one forward pass of the student on those rollouts, under the lock, without gradients or random
+    numbers, so it does not change the training. A step that the file already holds (a resumed run) is not written
+    again, and a file that cannot be written ends the recording, not the run.
 
     Args:
         path: The file, appended to.
-        student: Whose distribution at the step is set beside the teacher's.
+        student: The model whose distributions are recorded beside the teacher's.
         tokenizer: Turns ids into texts; None leaves ids.
-        objective: What the run minimises: gives the advantages.
+        objective: The run's objective, which defines the advantages.
         lock: Held while the student's weights are read.
         steps: Steps of the run.
         limits: How much is recorded.
-        problem: Called once, with why recording ended.
+        problem: Called once, with the reason, if recording ends early.
     """
 
     def __init__(
@@ -181,13 +181,13 @@ class TranscriptRecorder:
         beta = getattr(self.objective, "beta", 1.0)
         name = {0.0: "KL(T‖S)", 1.0: "KL(S‖T)"}.get(beta, f"GJS with beta {beta:g}")
         if not teacher.k:
-            return np.full(teacher.rows, np.nan), "not known: the teacher's lists were not asked for"
+            return np.full(teacher.rows, np.nan), "not known: the teacher's lists were not requested"
         rows = SparseTeacher.from_topk(teacher, torch.device("cpu"), torch.float64)
         values = compute_bucket_divergence(torch.from_numpy(student_logp), rows, beta).numpy()
         return np.where(teacher.signal, values, np.nan), f"{name} on the teacher's list and one bin for the rest"
 
     def _text(self, token: int) -> str:
-        """Decode one token; a piece of a character is shown as the tokenizer writes it."""
+        """Decode one token; part of a character is shown in the tokenizer's own notation."""
         if self.tokenizer is None:
             return f"#{token}"
         text = str(self.tokenizer.decode([token]))
@@ -216,7 +216,7 @@ def _round_short(value: float) -> float:
 
 
 def _read_recorded_steps(path: Path) -> set[int]:
-    """Read which steps the file holds; remove a torn last line, so that the next record starts a line."""
+    """Read which steps the file holds; remove an incomplete last line, so that the next record starts a line."""
     if not path.exists():
         return set()
     data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Waiting: for work or a stop, for a thread that must finish, and the root of an exception group."""
+"""Wait for work or a stop, or for a thread that must finish; find the root of an exception group."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 async def wait_unless_stopped(stop: asyncio.Event, work: Awaitable[object]) -> bool:
-    """Wait for the work; False when ``stop`` is set first, and the waiting is given up."""
+    """Wait for the work; return False, and wait no longer, when ``stop`` is set first."""
     waiting, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait({waiting, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -23,7 +23,7 @@ async def wait_unless_stopped(stop: asyncio.Event, work: Awaitable[object]) -> b
 async def to_thread_uncancelled(
     function: Callable[..., T], *arguments: object
 ) -> tuple[T, asyncio.CancelledError | None]:
-    """Run in a thread to the end; return the result, and a cancellation that came meanwhile."""
+    """Run a function in a thread to its end; return the result, and a cancellation that arrived meanwhile."""
     # Weights must not change without a record of it.
     work, cancelled = asyncio.ensure_future(asyncio.to_thread(function, *arguments)), None
     while not work.done():

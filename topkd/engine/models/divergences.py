@@ -23,7 +23,7 @@ class Probe:
 
     Attributes:
         ids: int32 [T], prompt and continuation.
-        prompt_len: Tokens of the prompt.
+        prompt_len: Number of prompt tokens.
         teacher_prompt: int32 [P'], what the teacher sees in the prompt's place; None: the same.
     """
 
@@ -32,7 +32,7 @@ class Probe:
     teacher_prompt: Int32 | None = None
 
     def as_seen_by_teacher(self) -> Probe:
-        """Return the same continuation behind the teacher's prompt."""
+        """Return the same continuation after the teacher's prompt."""
         if self.teacher_prompt is None:
             return self
         return Probe(np.concatenate([self.teacher_prompt, self.ids[self.prompt_len :]]), self.teacher_prompt.size)
@@ -81,7 +81,7 @@ def _sum_divergences(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def _weighted_difference(first: Tensor, second: Tensor) -> Tensor:
     """Compute sum exp(a) (a - b), where a = -inf (an id that a model excludes) contributes exactly 0."""
     terms = first.exp() * (first - second)
-    return torch.where(torch.isneginf(first), 0.0, terms).sum()  # picking is several times cheaper than gathering
+    return torch.where(torch.isneginf(first), 0.0, terms).sum()  # where() is several times cheaper than indexing
 
 
 def _rows(batch: Sequence[Probe]) -> Tensor:

@@ -70,13 +70,13 @@ class LocalTeacher:
 class SelfTeacher:
     """Scores with an exponential moving average of the student's weights (OPSD, SDPO).
 
-    After each step ``teacher = ema * teacher + (1 - ema) * student``, in float32: 1 keeps the weights the run began
-    with, 0 is the student itself (nothing is copied), between them the teacher follows at a distance of about
-    1 / (1 - ema) steps.
+    After each step ``teacher = ema * teacher + (1 - ema) * student``, in float32. With 1 the weights stay those of the
+    start of the run, with 0 the teacher is the student itself (nothing is copied); between them the teacher lags about
+    1 / (1 - ema) steps behind.
 
     Args:
         student: The model that learns; copied now unless ``ema`` is 0.
-        ema: Share of the teacher that stays at each step.
+        ema: Weight of the old average at each step.
         lock: Held by the learner while the student's weights change.
     """
 
@@ -93,23 +93,23 @@ class SelfTeacher:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Add the student's last step to the average; call it once after each step."""
+        """Update the average with the student's new weights; call it once after each step."""
         if self.ema in {0.0, 1.0}:
             return
         with self._lock:
-            # Parameters, not the state dict: there a tied head stands twice.
+            # Parameters, not the state dict, which has a tied head twice.
             pairs = zip(self.model.model.parameters(), self._student.model.parameters(), strict=True)
             for own, followed in pairs:
                 own.lerp_(followed.to(own.dtype), 1.0 - self.ema)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the average's weights; empty where the run's other state determines them."""
+        """Return the average's weights; nothing where the rest of the checkpoint determines them."""
         if self.ema in {0.0, 1.0}:
             return {}
         return {name: weights.detach() for name, weights in self.model.model.named_parameters()}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Continue from a checkpoint's average."""
+        """Restore the average from a checkpoint."""
         for name, weights in self.model.model.named_parameters() if state else ():
             weights.data.copy_(state[name])
 

@@ -1,4 +1,4 @@
-"""LoRA through peft: adapters put into a model, the head that they change, and the model with them merged."""
+"""LoRA with peft: add adapters to a model, read an adapted output head, merge adapters into the weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from topkd.topk.errors import ConfigError
 def with_adapter(model: Any, config: LoRAConfig, seed: int = 0) -> Any:
     """Wrap a model in a fresh peft adapter: only the adapter (and ``modules_to_save``) trains.
 
-    The adapter starts as no change at all; the same seed gives the same one.
+    A new adapter does not change the model's output; the same seed gives the same adapter.
     """
     try:
         import peft
@@ -43,7 +43,7 @@ def with_adapter(model: Any, config: LoRAConfig, seed: int = 0) -> Any:
     )
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
-            # peft asks transformers 5 by a name that is on its way out; nothing that a user could act on
+            # peft uses a deprecated name of transformers 5; a user can do nothing about it
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             torch.manual_seed(seed)
             return peft.get_peft_model(model, settings)
@@ -57,7 +57,7 @@ def has_adapter(model: Any) -> bool:
 
 
 def unwrap_adapter(model: Any) -> Any:
-    """Return the causal LM itself; the adapter's layers are inside it either way."""
+    """Return the causal LM inside a peft model (the adapter's layers stay in it), or the model itself."""
     return model.get_base_model() if has_adapter(model) else model
 
 
@@ -69,7 +69,7 @@ def merge_adapter(model: Any) -> Any:
 def head_weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Return an output head's weight [V, H] and bias [V] or None, with graph, adapters included."""
     head, inner, weight = _find_weight(head)
-    if inner is not head:  # W + scaling B A; peft computes it without cutting the graph
+    if inner is not head:  # W + scaling B A; peft computes it without detaching it
         weight = weight + head.get_delta_weight(_active(head)).to(weight.dtype)  # type: ignore[operator]
     bias = getattr(inner, "bias", None)
     return weight, bias if isinstance(bias, Tensor) else None

@@ -1,7 +1,7 @@
 """In-process sampling: KV-cached, batched, with the exact log-probability of every sampled token.
 
-The loop is our own rather than ``model.generate``: a model's ``generation_config`` (temperature, top_p, penalties) must
-never leak in, and the logprob of each token must come from the very distribution that it was drawn from.
+``model.generate`` is not used: a model's ``generation_config`` (temperature, top_p, penalties) must have no effect, and
+each token's logprob must come from exactly the distribution that it was sampled from.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from topkd.topk.types import Float32, Int32, TopK, tail_logp
 
 
 class InProcessSampler:
-    """Samples from a student that lives in this process; rollouts carry the sampler's current ``version``.
+    """Sample from a student in this process; each rollout has the sampler's current ``version``.
 
     Args:
         student: The model. Weights are read under ``lock``, so a learner that steps under the same lock never changes
             them in the middle of a batch.
         stop_ids: Token ids that end a completion (kept in it, and scored).
         batch_size: Sequences decoded together.
-        shown_k: The first ``SHOWN`` rollouts of a batch carry their top ``shown_k`` though no list was asked for:
-            enough to see how much of it the teacher's list shares.
+        shown_k: The first ``SHOWN`` rollouts of a batch have lists of ``shown_k`` entries even if none were requested,
+            to measure their overlap with the teacher's lists.
     """
 
     SHOWN = 8
@@ -56,12 +56,12 @@ class InProcessSampler:
     async def sample_batch(
         self, prompts: Sequence[Ids], n: int, params: SamplingParams, *, k: int = 0
     ) -> list[list[Rollout]]:
-        """Draw n rollouts for each prompt; the same seed and prompts give the same rollouts."""
+        """Sample n rollouts for each prompt; the same seed and prompts give the same rollouts."""
         given_up = threading.Event()
         try:
             return await asyncio.to_thread(self._sample_batch, prompts, n, params, k, given_up)
         except asyncio.CancelledError:
-            given_up.set()  # the thread goes on to its next token only: a stopped run need not wait for the batch
+            given_up.set()  # the thread ends at its next token: a stopped run need not wait for the batch
             raise
 
     def _sample_batch(
@@ -117,7 +117,7 @@ class InProcessSampler:
         positions = (attention.cumsum(1) - 1).clamp_min(0)
         alive = torch.ones(len(prompts), dtype=torch.bool)
         steps: list[_Step] = []
-        # The cache's name since transformers 5.24; before, and in models that bring their own code, it is the other.
+        # The argument is "cache" since transformers 5.24; before, and in models with own code, "past_key_values".
         past = "cache" if "cache" in inspect.signature(self.student.backbone.forward).parameters else "past_key_values"
         kept: dict[str, Any] = {past: None}
         while len(steps) < params.max_tokens and bool(alive.any()) and not (steps and given_up.is_set()):
@@ -170,7 +170,7 @@ def _top(logp: Tensor, k: int) -> tuple[Int32, Float32, Float32]:
 
 
 class AnswerSampler(InProcessSampler):
-    """Samples at any temperature; at 0 takes the most likely token. Its logprobs are at temperature 1."""
+    """Sample at any temperature; at 0, take the most likely token. Logprobs are those of temperature 1."""
 
     def _check(self, params: SamplingParams) -> None:
         if not replace(params, temperature=1.0).exact:

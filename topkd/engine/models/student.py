@@ -1,4 +1,4 @@
-"""The student: a Hugging Face causal LM, its device, and the logits of just the rows that train."""
+"""The student: a Hugging Face causal LM, its device, and logits at only the rows that train."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DType = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Autocast of a forward pass: to which dtype (None: off), and whether the output head takes part."""
+    """Autocast of a forward pass: to which dtype (None: off), and whether it includes the output head."""
 
     dtype: torch.dtype | None = None
     head: bool = False
@@ -35,9 +35,9 @@ FULL = Precision()
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """A causal LM split where the work splits: ``backbone`` gives hidden states, ``head`` turns chosen rows to logits.
+    """A causal LM in two parts: ``backbone`` computes hidden states, ``head`` turns chosen rows into logits.
 
-    The model stays in eval mode: with dropout on, the policy that is trained is not the policy that was sampled.
+    The model stays in eval mode: with dropout the trained policy would not be the policy that was sampled.
     """
 
     model: nn.Module
@@ -76,15 +76,15 @@ class Student:
         lora: LoRAConfig | None = None,
         seed: int = 0,
     ) -> Student:
-        """Load a model folder or hub id, its weights in ``dtype`` (float32 unless memory forbids it).
+        """Load a model folder or hub id, its weights in ``dtype`` (use float32 if memory allows).
 
-        With ``lora`` a fresh adapter, the same for the same seed, is what trains.
+        With ``lora`` only a new adapter trains; the same seed gives the same adapter.
         """
         model = load_causal_lm(path, dtype)
         return cls.wrap(model if lora is None else with_adapter(model, lora, seed), device)
 
     def logit_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
-        """Compute float32 logits [N, V] at flat positions ``rows`` of a right-padded batch [B, T], and at no other."""
+        """Compute float32 logits [N, V] only at the flat positions ``rows`` of a right-padded batch [B, T]."""
         logits: Tensor = self.head(_compute_hidden(self.backbone, input_ids, attention_mask, rows))
         return logits.float()
 
@@ -95,9 +95,10 @@ class Student:
         return split_logprobs(self.backbone, self.head, input_ids, attention_mask, rows, ids, precision)
 
     def known(self, ids: ArrayLike) -> NDArray[np.int64]:
-        """Convert token ids to int64; refuse ids that are no integers, or not in the vocabulary.
+        """Convert token ids to int64; refuse ids that are not integers, or not in the vocabulary.
 
-        Unchecked they would be an index error, on a GPU the end of the process, and -1 the last id's logprob.
+        Unchecked, such an id would be an index error, or on a GPU end the process; -1 would return the last id's
+        logprob.
         """
         array = np.asarray(ids)
         if array.size and array.dtype.kind not in "iu":
@@ -133,7 +134,7 @@ class Student:
             raise ConfigError(
                 "this architecture changes its logits after the output head (soft-capping or scaling)",
                 got=type(self.model).__name__,
-                hint="it would be trained on wrong probabilities; use another student",
+                hint="training would use wrong probabilities; use another student",
             )
 
 
@@ -174,7 +175,7 @@ def pad_sequences(sequences: Sequence[Int32], device: torch.device, *, left: boo
 
 
 def pick_device(device: Device) -> torch.device:
-    """Pick a device: ``auto`` is cuda, then mps, then cpu; refuse one that is not there."""
+    """Pick a device: ``auto`` is cuda, then mps, then cpu; refuse one that is not available."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         return torch.device(next(name for name, there in available.items() if there))
@@ -192,7 +193,7 @@ def load_causal_lm(path: str, dtype: DType = "float32") -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # its bars would tear ours
+    transformers_logging.disable_progress_bar()  # its progress bars would break ours
 
     from safetensors import SafetensorError
 
@@ -206,7 +207,7 @@ def load_causal_lm(path: str, dtype: DType = "float32") -> Any:
             describe_load_failure(path, "a causal language model"), got=quote_first_line(error)
         ) from error
     if missing := sorted(account["missing_keys"]):
-        raise ConfigError(  # transformers would go on with random numbers in their place
+        raise ConfigError(  # transformers would use random weights instead
             describe_load_failure(path, "a causal language model"),
             got=f"no weights for {missing[0]} ({len(missing)} in all)",
         )

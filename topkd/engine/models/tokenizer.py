@@ -24,12 +24,12 @@ def load_tokenizer(path: str) -> Any:
         raise ConfigError("a tokenizer needs transformers", hint='pip install "topkd[train]"') from error
 
     check_there(path)
-    logging.set_verbosity_error()  # its warning of long texts stands beside our own, clearer error
+    logging.set_verbosity_error()  # its warning about long texts would repeat our own, clearer error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # a folder may hold anything, and every library that reads it fails in its own way
         raise ConfigError(describe_load_failure(path, "a tokenizer"), got=quote_first_line(error)) from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers returns this for a folder without a tokenizer
         raise ConfigError(
             describe_load_failure(path, "a tokenizer"), got="no token but special ones",
             hint="put the model's tokenizer.json and tokenizer_config.json beside its weights",
@@ -44,16 +44,16 @@ def describe_load_failure(path: str, what: str) -> str:
 
 
 def quote_first_line(error: Exception) -> str:
-    """Quote the first line of a library's error, with its class where the words alone say little."""
+    """Quote the first line of a library's error, with its class where the text alone is not clear."""
     line = next((line for line in str(error).splitlines() if line.strip()), "")[:200]
     plain = isinstance(error, OSError | ValueError | RuntimeError) and line
     return line if plain else f"{type(error).__name__}: {line}".rstrip(": ")
 
 
 def check_there(model: str) -> None:
-    """Refuse a name that is no folder, is not in the hub's cache, and cannot be downloaded because no hub answers.
+    """Refuse a name that is not a folder, not in the hub's cache, and not downloadable because no hub answers.
 
-    The hub's library itself would retry for half a minute first.
+    The hub's own library would retry for half a minute first.
     """
     if os.path.exists(model):  # noqa: PTH110 - of a name too long for a path it says no; pathlib raises
         return
@@ -69,7 +69,7 @@ def check_there(model: str) -> None:
     except HFValidationError as error:
         raise ConfigError("this is neither a model folder nor a valid hub id", where=model) from error
     if constants.HF_HUB_OFFLINE or any(os.environ.get(name) or os.environ.get(name.lower()) for name in _PROXIES):
-        return  # the library answers at once, or goes by a way that cannot be tried from here
+        return  # offline the library fails at once; a proxy cannot be tried from here
     hub = urlsplit(constants.ENDPOINT)
     try:
         port = hub.port or (443 if hub.scheme == "https" else 80)

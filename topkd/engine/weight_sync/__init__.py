@@ -1,4 +1,4 @@
-"""New weights to the sampler's server, checked.
+"""Send new weights to the sampler's server, and check them.
 
 Knows: weight sinks. Does not know: HTTP.
 """

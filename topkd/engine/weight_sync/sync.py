@@ -1,7 +1,7 @@
-"""Keep a student on a sampling server in step with the learner, and check which weights each completion is from.
+"""Keep a sampling server's weights equal to the learner's, and check which weights each completion is from.
 
-After a step the weights are captured as a folder, pushed through a WeightSink, probed, and only then sampled from. The
-learner goes on meanwhile.
+After a step the weights are saved to a folder, pushed through a WeightSink and checked with a probe; only then are they
+sampled from. The learner continues meanwhile.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from topkd.topk.protocols import Ids, Sampler, Version, WeightSink, WeightUpdate
 from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import Float32, Int32
 
-DRAWS = 8  # tokens of each context
+DRAWS = 8  # tokens sampled at each context
 CONTEXTS = 4
-_EXACT_NATS, _DRIFT_NATS = 1e-8, 1e-5  # float32 on both sides stays below the one; other weights soon exceed the other
-_STALE_SHARE = 0.25  # of the squared distance to the pushed weights: nearer than that to older ones is no rounding
+_EXACT_NATS, _DRIFT_NATS = 1e-8, 1e-5  # float32 on both sides stays below the first; other weights exceed the second
+_STALE_SHARE = 0.25  # share of the squared distance to the pushed weights: below it, a server has older ones
 _STALE_NATS = 1e-4  # root mean square below which versions cannot be told apart
 
 
@@ -43,15 +43,15 @@ _STALE_NATS = 1e-4  # root mean square below which versions cannot be told apart
 class SyncProbe:
     """Contexts at which learner and sampler must give the same next-token distribution after every push.
 
-    The learner's rows are taken when the weights are captured, so the comparison is of one version however far the
-    learner is by the time that the sampler has it. ``kl`` is the mean of expm1(d) - d over the tokens drawn, with
-    d = log learner - log sampler: an estimate of KL(sampler || learner) in nats, 0 but for rounding.
+    The learner's rows are computed when the weights are captured, so both sides are compared at one version even if the
+    learner has moved on. ``kl`` is the mean of expm1(d) - d over the sampled tokens, with d = log learner - log
+    sampler: an estimate of KL(sampler || learner) in nats, 0 except for rounding.
 
     Attributes:
         student: The learner's model.
         contexts: Prompts.
         alarm_nats: A KL above it is worth a warning.
-        limit_nats: Above it the sampler is of other weights, or not the policy: a SyncError.
+        limit_nats: A KL above it is a SyncError: the sampler has other weights, or changes the distribution.
     """
 
     student: Student
@@ -61,7 +61,7 @@ class SyncProbe:
 
     @classmethod
     def of(cls, student: Student, prompts: Sequence[Ids], **limits: float) -> SyncProbe:
-        """Make a probe of a few of a run's prompts, spread over them."""
+        """Make a probe from a few evenly spaced prompts of a run."""
         places = np.unique(np.linspace(0, len(prompts) - 1, CONTEXTS).astype(int))
         return cls(student, tuple(np.asarray(prompts[place], dtype=np.int32) for place in places.tolist()), **limits)
 
@@ -69,7 +69,7 @@ class SyncProbe:
     def rows(self) -> Float32:
         """Compute the learner's next-token logprobs at each context, float32 [contexts, V]."""
         found = []
-        for context in self.contexts:  # one by one: a padded batch would round otherwise than the sampler does
+        for context in self.contexts:  # one by one: a padded batch would round differently from the sampler
             ids = torch.from_numpy(context.astype(np.int64))[None].to(self.student.device)
             at = torch.tensor([context.size - 1], device=self.student.device)
             logits = self.student.logit_rows(ids, torch.ones_like(ids), at)
@@ -86,20 +86,20 @@ class SyncProbe:
         first_nats: float | None = None,
         older: Mapping[str, Float32] | None = None,
     ) -> dict[str, Any]:
-        """Compare the logprobs of tokens that the sampler draws now with the learner's ``rows``.
+        """Sample a few tokens, and compare their logprobs with the learner's ``rows``.
 
         Args:
-            sampler: Who is asked.
-            rows: The learner's, of the version that the sampler should have.
-            params: Of the draws.
+            sampler: The sampler to check.
+            rows: The learner's rows at the version that the sampler should have.
+            params: Sampling parameters.
             where: The server, for messages.
-            first_nats: The KL of the first push. Where the two agreed as float32 does, a part of the weights that is
-                not taken up (an old output head) shows long before ``alarm_nats``. Of a bfloat16 student it says
-                nothing: a fresh adapter adds exact zeros, and the first step's rounding is 1e-4.
-            older: Rows of weights that the sampler had before, by what they are called.
+            first_nats: The KL at the first push. If it was as small as float32 rounding, the alarm limit is much lower,
+                to find a part of the weights that was not updated (an old output head). It is not used for a bfloat16
+                student: a new adapter adds exact zeros, and the first step's rounding is 1e-4.
+            older: Rows of weights that the sampler had before, by their name in messages.
 
         Raises:
-            SyncError: They are not of the same distribution, or they are an older version's.
+            SyncError: The logprobs are not those of the pushed weights, or are those of an older version.
         """
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(sampler.sample(context, DRAWS, params)) for context in self.contexts]
@@ -112,7 +112,7 @@ class SyncProbe:
             raise SyncError(
                 "the sampler does not sample from the weights that were pushed",
                 where=where,
-                got=f"KL {kl:.3g} nats, a token {worst:.3g} nats off",
+                got=f"KL {kl:.3g} nats, largest difference of a token {worst:.3g} nats",
                 expected=f"at most {self.limit_nats:g}",
                 hint="does it serve the student's own base model, untempered and unquantised?",
             )
@@ -125,7 +125,7 @@ class SyncProbe:
                     where=where,
                     got=f"{nearer**0.5:.2g} nats from {name}",
                     expected=f"less than the {distance**0.5:.2g} nats from what was pushed",
-                    hint="did the server take the new weights up? nothing was trained on these draws",
+                    hint="did the server load the new weights? these samples were not used for training",
                 )
         found: dict[str, Any] = {"sync_kl": kl, "sync_worst_nats": worst}
         float32 = head_weights(self.student.head)[0].dtype == torch.float32
@@ -138,16 +138,16 @@ class SyncProbe:
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where weights go, and what samples from them there.
+    """A place that receives weights, and its sampler.
 
     Attributes:
-        sink: Takes the folders.
-        sampler: What samples from an update once it is served.
-        weights: What the server itself calls the weights it holds, "" where it does not say.
+        sink: Receives the weight folders.
+        sampler: Makes the sampler of a pushed update.
+        weights: Returns the server's own name for its current weights, "" if it has none.
         where: Its address, for messages.
-        kind: A LoRA adapter beside the base model, or the whole model in its place.
-        keep: Folders that stay: a server may read an adapter again as long as it lists it.
-        publish_while_sampling: Whether a push leaves the draws under way as they are, on the version they began with.
+        kind: "lora" adds an adapter to the base model, "full" replaces the whole model.
+        keep: Number of folders to keep: a server may read an adapter again while it lists it.
+        publish_while_sampling: Whether sampling under way keeps its version during a push.
     """
 
     sink: WeightSink
@@ -160,18 +160,18 @@ class Destination:
 
 
 class SyncedSampler:
-    """A batch sampler whose weights are the learner's, as ``publish`` brought them there last.
+    """A batch sampler that has the learner's weights as last published.
 
-    Where weights are changed in place, a push waits for the draws under way; with a server's adapters several versions
-    are served side by side. A completion of any other version is a SyncError, never a sample.
+    If a server changes weights in place, a push waits for sampling under way; with adapters it serves several versions
+    side by side. A completion from any other version is a SyncError, never a sample.
 
     Args:
         student: The learner's model.
-        destination: Where it is sampled.
+        destination: The server that samples from it.
         folder: Where captured weights are written; the server must be able to read it.
-        probe: What every push is checked with.
-        stop_ids: The ends of a completion, sent with every request: the server's own list has no say.
-        every: Versions a push; 1 pushes each.
+        probe: Checks every push.
+        stop_ids: Ids that end a completion, sent with every request; the server's own list is not used.
+        every: Push every n-th version; 1 pushes each.
         lock: Held while the learner's weights are read.
     """
 
@@ -202,7 +202,7 @@ class SyncedSampler:
         self._base: Version | None = None
         self._alarmed = False
         self._first_nats: float | None = None
-        self._older: dict[str, Float32] = {}  # the probe's rows of what the sampler may still have
+        self._older: dict[str, Float32] = {}  # the probe's rows at weights that the sampler may still have
         self._turn = asyncio.Lock()
 
     def capture(self, version: int) -> None:
@@ -271,7 +271,7 @@ class SyncedSampler:
     async def sample_batch(
         self, prompts: Sequence[Ids], n: int, params: SamplingParams, *, k: int = 0
     ) -> list[list[Rollout]]:
-        """Draw n rollouts for each prompt, each with a seed of its own; a prompt that fails gives aborted ones."""
+        """Sample n rollouts for each prompt, each prompt with its own seed; a failed prompt gives aborted rollouts."""
         if not params.exact:
             raise ConfigError(
                 "a served student is sampled at temperature 1, without truncation and penalties", got=params
@@ -320,7 +320,7 @@ class SyncedSampler:
         """Check each completion: sampled from the published version, with logprobs, ended by the student's stop ids."""
         where, full, expected = self.destination.where, self.destination.kind == "full", f"{version}-{self._tag}"
         if not full and self._base is None and rollouts[0].version != expected:
-            self._base = rollouts[0].version  # an adapter is asked for by its name; what replies tell is its base's
+            self._base = rollouts[0].version  # an adapter is requested by name; replies have its base model's version
         fitting = {expected, ""} if full else {expected, self._base}
         for rollout in rollouts:
             if rollout.version not in fitting:
