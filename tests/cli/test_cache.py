@@ -231,7 +231,7 @@ def test_an_import_that_cannot_be_read_leaves_no_empty_cache(cache, tmp_path, fo
         (["cache", "merge", "empty", "empty", "--out", "./empty"], ConfigError, "merged into itself"),
         (["cache", "merge", "empty", "--out", "run.toml"], CacheError, "(run.toml): got a file, expected a folder"),
         (["cache", "merge", "empty", "--out", "run.toml/c"], CacheError, "cannot create the cache (run.toml/c)"),
-        (["cache", "merge", "empty", "--out", "folder/."], CacheError, "begun in an empty folder"),
+        (["cache", "merge", "empty", "--out", "folder/."], CacheError, "needs an empty folder"),
         (["cache", "export", "empty", "run.toml"], CacheError, "cannot export there (run.toml): got File exists"),
         (["cache", "export", "empty", "run.toml/x", "--format", "dataset"], CacheError, "cannot export there"),
         (["cache", "import", "empty", "run.toml"], DataError, "cannot read the Parquet file (run.toml)"),

@@ -111,7 +111,7 @@ async def test_scores_of_the_datas_completions_alone_are_replayed_without_a_roll
     assert any("has scores, for the completions of" in note for note in found.notes)
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"prompt_ids": [5, 9], "completion_ids": [3, 4, 5]}) + "\n")
-    with pytest.raises(TopkdError, match="cannot answer"):
+    with pytest.raises(TopkdError, match="does not have the score"):
         await replay(
             offline.model_copy(update={"data": offline.data.model_copy(update={"path": str(other)})}),
             tmp_path / "none", cache=tmp_path / "cache",

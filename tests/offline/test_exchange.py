@@ -148,7 +148,7 @@ def test_a_file_without_the_columns_is_refused(tmp_path):
             import_parquet(tmp_path / "x.parquet", store)
         with pytest.raises(DataError, match="no such file or folder"):
             import_parquet(tmp_path / "none", store)
-        with pytest.raises(DataError, match="no Parquet scores"):
+        with pytest.raises(DataError, match="no Parquet file of scores"):
             import_parquet(tmp_path / "back", store)
 
 

@@ -143,7 +143,7 @@ def test_a_torn_tail_is_named_and_not_counted_as_loss(unsealed):
     segment = next(crashed.glob("*.tkl"))
     os.truncate(segment, ends[1] + 100)
     (torn,) = verify(crashed).damage
-    assert (torn.segment, torn.offset, torn.what, torn.fatal) == (segment.name, ends[1], "torn tail", False)
+    assert (torn.segment, torn.offset, torn.what, torn.fatal) == (segment.name, ends[1], "incomplete last record", False)
 
 
 def test_garbage_between_records_is_stepped_over_and_named(unsealed):
@@ -273,7 +273,7 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing(tmp_path, limit):
     count, error = run("fill", root, limit, 60).split(" ", 1)
     assert int(count) < 60
     assert "cannot write to the cache" in error
-    assert "make room" in error
+    assert "free some space" in error
     verification = verify(root)
     assert verification.damage == []
     assert verification.records == int(count)

@@ -1,4 +1,4 @@
-"""The score cache: every score is paid for once, and a run can repeat without a server.
+"""The score cache: every score is requested once, and a run can be repeated without a server.
 
 Knows: keys, records, segments, import and export. Does not know: HTTP, torch.
 """

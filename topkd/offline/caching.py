@@ -21,9 +21,9 @@ class CacheMetrics:
     Attributes:
         hits: Answered from the store.
         misses: Sent to the teacher or the sampler.
-        joined: Waited for an equal or wider request that was already under way.
-        saved_tokens: Tokens that hits and joined requests did not send (scores) or did not sample (rollouts).
-        asked_tokens: Tokens that misses did send or sample.
+        joined: Waited for an equal or wider request that was already in progress.
+        saved_tokens: Tokens that hits and joined requests did not need to send (scores) or sample (rollouts).
+        asked_tokens: Tokens that misses sent or sampled.
     """
 
     hits: int = 0
@@ -48,17 +48,17 @@ class _Request:
 
 
 class CachingScorer:
-    """A TeacherScorer that asks its teacher only for scores that the store lacks.
+    """A TeacherScorer that requests from its teacher only the scores that the store lacks.
 
-    A narrower K or a later start than what is stored is a hit; a wider K is a miss, and its answer supersedes.
-    Concurrent misses for one key become one request. What is returned on a miss is what the store will return from then
-    on, so a run and its replay see the same numbers. A failed request is not remembered, and fails all who wait for it.
+    A smaller K or a later start than what is stored is a hit; a larger K is a miss, and its answer replaces the stored
+    one. Concurrent misses for one key become one request. A miss returns what the store will return from then on, so a
+    run and its replay see the same numbers. A failed request is not stored, and fails for all callers that wait for it.
 
     Args:
         scorer: The live teacher.
         store: Open for appending.
-        identity: Who the teacher is; it decides what counts as the same.
-        refresh_s: How often at most a miss looks for what other processes have written.
+        identity: The teacher's identity, which is part of every key.
+        refresh_s: Least seconds between two looks, on a miss, for what other processes have written.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class CachingScorer:
 
     async def _fetch(self, ids: Int32, start: int, k: int) -> TopK:
         scores = await self._scorer.score(ids, start, k)
-        # Off the loop: a commit waits for the disk.
+        # In a thread: a commit waits for the disk.
         await asyncio.to_thread(self._store.put, self.identity, ids, scores, asked=k)
         stored = self._store.get(self.identity, ids, start, k)
         if stored is None:
@@ -142,13 +142,13 @@ class ReplayScorer:
         list_stored = self._store.list_stored(self.identity, ids)
         if list_stored:
             got = ", ".join(f"K {asked} from position {first}" for first, asked in list_stored)
-            hint = "score again with this K and start, or ask for what is there"
+            hint = "score again with this K and start, or request what is there"
             if any(first <= start and asked >= k for first, asked in list_stored):
                 got, hint = f"a damaged record ({got})", "run `topkd cache verify`, then score again"
         else:
             got, hint = "no record of these ids", "score this data with this teacher first, or check its identity"
         return CacheMissError(
-            "the cache cannot answer",
+            "the cache does not have the score",
             where=f"{self._store.path}, teacher {self.identity.name!r} revision {self.identity.revision!r}, "
             f"{ids.size} tokens, first {ids[:6].tolist()}",
             got=got,

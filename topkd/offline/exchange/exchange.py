@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SCORES_FILE, ROLLOUTS_FILE = "scores.parquet", "rollouts.parquet"
-_BATCH = 256  # rows per Arrow batch: bounded memory whatever the cache holds
+_BATCH = 256  # rows per Arrow batch: bounds the memory for a cache of any size
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """Result of an import or export: records, positions, and rows that were refused, with reasons."""
+    """Result of an import or export: counts of records and positions, and the refused rows with reasons."""
 
     records: int
     tokens: int
@@ -50,7 +50,8 @@ class Exchange:
 def export_parquet(cache: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Exchange:
     """Write ``scores.parquet`` and, when there are any, ``rollouts.parquet``, replacing earlier exports.
 
-    Values are float32 as the store returns them. Holes are empty lists, an unknown logprob is NaN, an exact zero -inf.
+    Values are float32 as the store returns them. A hole is an empty list, an unknown logprob NaN, probability zero
+    -inf.
     """
     pq, target = import_parquet_module(), Path(folder)
     done = tokens = 0
@@ -73,7 +74,7 @@ def export_parquet(cache: str | os.PathLike[str], folder: str | os.PathLike[str]
                 finally:
                     if writer is not None:
                         writer.close()
-            if writer is None:  # an earlier export's: an import of the folder would take it for this cache's
+            if writer is None:  # left by an earlier export: an import of the folder would read it too
                 (target / name).unlink(missing_ok=True)
         return Exchange(done, tokens, list(store.damage))
 
@@ -90,12 +91,12 @@ def convert_write_errors(target: Path) -> Iterator[None]:
 
 
 def import_parquet(folder: str | os.PathLike[str], store: ScoreStore) -> Exchange:
-    """Import a folder or file that ``export_parquet`` wrote; name the rows that do not fit."""
+    """Import a folder or file that ``export_parquet`` wrote; list the rows that are not valid."""
     path = Path(folder)
     both = [path / SCORES_FILE, path / ROLLOUTS_FILE] if path.is_dir() else [path]
     parts = [_import_file(file, store) for file in both if file.is_file()]
     if not parts:
-        missing = "no Parquet scores there" if path.exists() else "no such file or folder"
+        missing = "no Parquet file of scores there" if path.exists() else "no such file or folder"
         raise DataError(missing, where=str(both[0]))
     return Exchange(
         sum(part.records for part in parts), sum(part.tokens for part in parts),
@@ -154,14 +155,14 @@ def _import_scores(rows: Iterable[dict[str, Any]], store: ScoreStore, *, where: 
 def keep_each(
     items: Iterable[tuple[int, T]], store: ScoreStore, keep: Callable[[T], int], *, where: str, what: str
 ) -> Exchange:
-    """Store items one by one; name those that do not fit.
+    """Store items one by one; list those that are not valid.
 
     Args:
-        items: Row numbers, and what stands in these rows.
+        items: Row numbers, and the rows' contents.
         store: Open for appending.
         keep: Stores an item, and returns its positions.
         where: The source, in messages.
-        what: A row of it, in messages.
+        what: What to call a row in messages.
     """
     done = tokens = 0
     refused: list[str] = []
@@ -170,7 +171,7 @@ def keep_each(
         try:
             tokens += keep(item)
         except CacheError:
-            raise  # no fault of the row
+            raise  # not the row's fault
         except TopkdError as error:
             refused.append(f"{place}: {error}")
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
@@ -237,7 +238,7 @@ ROLLOUT_COLUMNS = {"policy", "request", "prompt_ids", "completion_ids", "logp", 
 
 
 def build_rollout_table(batch: Sequence[Record], names: dict[int, TeacherIdentity]) -> pa.Table:
-    """Build a table of one row a rollout; lists are null where the policy gave none."""
+    """Build a table with one row per rollout; lists are null where the policy returned none."""
     import pyarrow as pa
 
     rows = [(record, rollout) for record in batch for rollout in record.rollouts()]
@@ -270,12 +271,12 @@ def build_rollout_table(batch: Sequence[Record], names: dict[int, TeacherIdentit
 
 
 def import_rollouts(rows: Iterable[dict[str, Any]], store: ScoreStore, *, where: str) -> Exchange:
-    """Import rows of ``build_rollout_table``; those of one request follow each other, and stay one record."""
+    """Import rows of ``build_rollout_table``; the adjacent rows of one request become one record."""
 
     def keep(members: list[dict[str, Any]]) -> int:
         identity, key = TeacherIdentity.from_json(members[0]["policy"] or "null"), bytes.fromhex(members[0]["request"])
         if len(key) != KEY_BYTES:
-            raise DataError("a request is a key of 32 hex digits", got=members[0]["request"])
+            raise DataError("column `request` must be a record key of 32 hex digits", got=members[0]["request"])
         rollouts = [_read_rollout(row) for row in members]
         store.keep_rollouts(identity, key, rollouts, k=check_asked_k(members[0].get("k")))
         return sum(int(rollout.completion_ids.size) for rollout in rollouts)
@@ -289,7 +290,7 @@ def import_rollouts(rows: Iterable[dict[str, Any]], store: ScoreStore, *, where:
 def _read_rollout(row: dict[str, Any]) -> Rollout:
     sampling = json.loads(row["sampling"])
     params = SamplingParams(**{**sampling, "stop_token_ids": tuple(sampling["stop_token_ids"])})
-    prompt, completion = np.asarray(row["prompt_ids"]), np.asarray(row["completion_ids"])  # their checks see any float
+    prompt, completion = np.asarray(row["prompt_ids"]), np.asarray(row["completion_ids"])  # the checks see floats
     topk = None
     if row.get("topk_ids") is not None:
         ids, logp = pad_lists(row)

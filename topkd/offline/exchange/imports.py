@@ -1,7 +1,8 @@
 """Import of captures made by other tools: Axolotl's KD columns and DistillKit's Parquet (docs/format.md).
 
 Both may hold numbers that are not the teacher's own softmax (renormalised lists, a polynomial in place of a tail). The
-teacher's identity says so in ``semantics``, so that such records never answer a request for raw logprobs by accident.
+``semantics`` field of the teacher's identity records this, so that such records never answer a request for raw
+logprobs.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from topkd.offline.store.store import ScoreStore
 from topkd.topk.errors import AlignmentError, ConfigError, DataError, TopkdError
 from topkd.topk.types import PAD_ID, Float32, Int32, TopK, tail_logp
 
-_HEAD, _ENOUGH = 64, 64  # rows that are read, and positions that are needed, to see a shift
+_HEAD, _ENOUGH = 64, 64  # rows read, and positions needed, to detect a shift
 CONFIG_FILE = "compression_config.yaml"
 _WIDTHS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-_RESCALED = 1.01  # rounding of a captured list explains a mass up to this; what is above is no distribution
+_RESCALED = 1.01  # rounding explains a mass up to this; a list above it is no distribution
 
 
 @dataclass(frozen=True, slots=True)
 class _Lists:
-    """One captured row: lists [R, K], where they start, and whether the tail can be told from them."""
+    """One captured row: lists [R, K], where they start, and whether the tail can be computed from them."""
 
     ids: Int32
     start: int
@@ -58,18 +59,18 @@ def import_axolotl(
     Args:
         rows: Data rows with ``input_ids`` (or with what ``tokenise`` needs).
         store: Open for appending.
-        teacher: Who scored them; prepared columns and temperatures other than 1 change its ``semantics``.
+        teacher: The teacher that scored them; prepared columns and temperatures other than 1 change its ``semantics``.
         logprobs_field: The column of raw logprobs; its last entry is about the last token.
-        tokenise: From a row to its ids, where ``input_ids`` is missing.
-        temperature: That the logprobs were generated at.
-        shifted: Of prepared columns: row j is about token j + 1 (as documented); False: about token j.
+        tokenise: Returns a row's ids, where ``input_ids`` is missing.
+        temperature: The temperature of the logprobs.
+        shifted: For prepared columns: row j is about token j + 1 (as documented); False: about token j.
         where: What to call the source in messages.
     """
 
     def read(row: Mapping[str, Any]) -> _Lists:
         settings = row["input_ids"] if "input_ids" in row else tokenise(row) if tokenise else None
         if settings is None:
-            raise DataError("the row has no input_ids", hint="pass tokenise=, from a row to its token ids")
+            raise DataError("the row has no input_ids", hint="pass tokenise=, a function from a row to its token ids")
         ids = check_token_array(settings)
         if "target_logprobs" in row:
             return _prepare_rows(row, ids, shifted=shifted)
@@ -96,7 +97,7 @@ def import_distillkit(
     Args:
         path: The folder, or one Parquet file.
         store: Open for appending.
-        teacher: Who scored it; a lossy capture changes its ``semantics``.
+        teacher: The teacher that scored it; a lossy capture changes its ``semantics``.
         config: The compression settings, where the YAML file is not beside the data.
     """
     root = Path(path)
@@ -120,7 +121,7 @@ def import_distillkit(
         else:
             top, logp = layout.decode(row["bytepacked_indices"], row["compressed_logprobs"])
         spare = len(logp) - (ids.size - 1)
-        if spare > 0:  # captures may hold a row about the token after the last
+        if spare > 0:  # captures may have a row about the token after the last one
             top, logp = top[:-spare], logp[:-spare]
         return _Lists(ids, 0, top, logp, layout.exact or "top_values" in row)
 
@@ -158,7 +159,7 @@ def _check_alignment(head: list[Mapping[str, Any]], read: Callable[[Mapping[str,
         try:
             lists = read(row)
         except (TopkdError, KeyError, TypeError, ValueError, IndexError, OverflowError):
-            continue  # named when its turn comes
+            continue  # reported when it is imported
         rows = len(lists.top)
         for place, shift in enumerate((-1, 0, 1)):
             at = np.arange(rows) + lists.start + 1 + shift
@@ -212,7 +213,7 @@ def _prepare_rows(row: Mapping[str, Any], ids: Int32, *, shifted: bool) -> _List
 def _parse_id(token: Any) -> int:
     number = int(token)
     if not isinstance(token, str) and number != token:  # 1.5 must not become 1
-        raise ValueError(f"token id {token} is no integer")
+        raise ValueError(f"token id {token} is not an integer")
     return number
 
 
@@ -303,7 +304,7 @@ class DistillKitLayout:
 
     @property
     def semantics(self) -> str:
-        """What the decoded numbers are."""
+        """Name of the meaning of the decoded numbers, for the teacher's identity."""
         if self.exact:
             return RAW_LOGPROBS
         residual = sum(elements for _, _, elements in self.bins)
@@ -316,7 +317,7 @@ class DistillKitLayout:
         """Decode ids [R, K] and log-probabilities [R, K] of one sequence."""
         packed = np.asarray(logprobs, np.uint8)
         if packed.ndim != 2 or len(indices) != len(logprobs):
-            raise DataError("a DistillKit row whose positions differ in length")
+            raise DataError("the positions of a DistillKit row differ in length")
         index_bits = math.ceil(math.log2(self.vocabulary))
         ids = _unpack(np.asarray(indices, np.uint8), index_bits, self.k)
         position = 0

@@ -1,4 +1,4 @@
-"""Reading of Parquet files; a missing or damaged file is one line of error."""
+"""Read Parquet files; a missing or damaged file gives a one-line error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
 """The score cache on disk: keys, records, segments, index.
 
-Knows: bytes, checksums, locks. Does not know: who asks, HTTP, other formats.
+Knows: bytes, checksums, locks. Does not know: teachers, HTTP, other formats.
 """

@@ -1,6 +1,7 @@
 """Encoding of scores: raw (exact), packed (18-bit ids, fp16 logprobs) or cold (packed, then zstd).
 
-The realised tokens' logprobs, the tail mass and every id are exact in all three; only the lists' logprobs are rounded.
+The realised tokens' logprobs, the tail mass and every id are exact in all three; packed and cold round only the lists'
+logprobs.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ CodecName: TypeAlias = Literal["raw", "packed", "cold"]
 CODECS: dict[CodecName, int] = {"raw": 0, "packed": 1, "cold": 2}
 CODEC_NAMES: dict[int, CodecName] = {number: name for name, number in CODECS.items()}
 
-ACTUAL_IS_NEXT = 1  # flag: actual_ids are the sequence's own next tokens and are not stored twice
+ACTUAL_IS_NEXT = 1  # flag: actual_ids are the sequence's next tokens, and are not stored again
 HAS_PADS = 2  # flag: the lists hold -1
-PLAIN = 4  # flag: every fp16 logprob of the lists is finite and has its sign bit set, so that no table is needed
+PLAIN = 4  # flag: all fp16 logprobs in lists are finite with the sign bit set: no table is needed
 
 _HIGH_BITS = (0, 2, 8, 16)  # bits of an id above the low 16; the widest also holds -1 as all ones
-_GUARD = 0.9 * MASS_TOLERANCE  # a rounded row above this is rounded downwards instead, so that it still is a TopK
+_GUARD = 0.9 * MASS_TOLERANCE  # a row whose rounded mass exceeds this is rounded down, to stay a valid TopK
 _LEVEL = 3
 _MINUS_ZERO, _MINUS_INFINITY = np.uint16(0x8000), np.uint16(0xFC00)  # as fp16 bit patterns
-_ONE_LEADING = np.uint16(0x8400)  # negative patterns from here on have a leading one
+_ONE_LEADING = np.uint16(0x8400)  # negative patterns from here on are normal numbers
 
 # One byte of the 2-bit plane to four int32 with the bits in place; complex128 because NumPy gathers 16-byte items fast.
 _FOUR = ((np.arange(256)[:, None] >> np.array([0, 2, 4, 6])) & 3).astype("<i4") << 16
@@ -39,8 +40,8 @@ _FOUR_WIDE = np.ascontiguousarray(_FOUR, dtype="<i4").reshape(-1).view(np.comple
 _HALF = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 _local = threading.local()
 # numba (``pip install topkd[fast]``) compiles the unpacking of lists: the same bits in a third of the time.
-# Loading numba costs a second, so a process first unpacks enough to win that back.
-WORTH_IT = 1 << 25  # entries that NumPy unpacks first: about a second's worth
+# Loading numba takes a second, so it is loaded only in a process that unpacks enough to gain from it.
+WORTH_IT = 1 << 25  # entries that NumPy unpacks first: about a second of work
 _SMALL = 4096  # entries below which NumPy is as fast
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -48,13 +49,13 @@ Kernel: TypeAlias = Callable[[Array, Array, Array, Array, Array], None]
 
 
 class Unpacker:
-    """Counts what NumPy had to do, and takes over when it has become much."""
+    """Unpack lists in compiled code, once NumPy has unpacked ``worth_it`` entries."""
 
     def __init__(self, worth_it: int = WORTH_IT) -> None:
         self._left = worth_it
 
     def lists(self, low: Array, high: Array, bits: Array) -> tuple[Int32, Float32] | None:
-        """Unpack lists with 2 high bits and plain logprobs; None leaves it to NumPy.
+        """Unpack lists with 2 high bits and plain logprobs; None means that NumPy is to do it.
 
         Args:
             low: u16, low halves of the ids.
@@ -93,7 +94,7 @@ def _unpack(low: Array, high: Array, bits: Array, ids: Array, logp: Array) -> No
         ids[first + 1] = low[first + 1] | (above & 12) << 14
         ids[first + 2] = low[first + 2] | (above & 48) << 12
         ids[first + 3] = low[first + 3] | (above & 192) << 10
-    # The exponent's bias moves from 15 to 127; below 2^-14 a float16 has no leading one, and is its fraction alone.
+    # The exponent's bias changes from 15 to 127; below 2^-14 a float16 is denormal: its value is its fraction alone.
     for i in range(len(bits)):
         magnitude = np.uint32(bits[i]) & np.uint32(0x7FFF)
         wide = np.uint32((magnitude << np.uint32(13)) + np.uint32(0xB8000000)).view(np.float32)
@@ -104,7 +105,7 @@ unpacker = Unpacker()
 
 
 class Shape(NamedTuple):
-    """What a record header says about its payload."""
+    """The fields of a record header that describe its payload."""
 
     codec: int
     high_bits: int
@@ -229,7 +230,7 @@ def narrow_scores(scores: TopK, start: int, k: int) -> TopK:
     if k < scores.k:
         if k:
             return scores.slice(slice(skip, None), k=k)
-        # Outside an empty list lies everything: log 1. A row without a known tail stays unknown.
+        # All mass is outside an empty list: log 1. A row with an unknown tail stays unknown.
         tail = np.where(np.isnan(scores.tail_logp[skip:]), np.nan, 0.0).astype(np.float32)
         lists = (np.empty((tail.size, 0), np.int32), np.empty((tail.size, 0), np.float32))
         return make_unchecked_topk(start, *lists, scores.actual_ids[skip:], scores.actual_logp[skip:], tail)
@@ -242,10 +243,10 @@ def narrow_scores(scores: TopK, start: int, k: int) -> TopK:
 
 
 def _to_half(logp: Float32) -> NDArray[np.float16] | None:
-    """Round logprobs to fp16 so that they stay a valid TopK; None where fp16 cannot hold one (-65504).
+    """Round logprobs to fp16 so that they stay a valid TopK; None if fp16 cannot hold one (below -65504).
 
-    Round to nearest; a row whose rounded mass or maximum would come near the tolerance is rounded downwards instead:
-    both rules keep the order, and a row rounded downwards has no more mass than it had.
+    Round to nearest, or downwards where a row's rounded mass or maximum would be near the tolerance. Both keep the
+    order, and rounding downwards never adds mass.
     """
     with np.errstate(over="ignore"):
         half = np.ascontiguousarray(logp).astype("<f2")
@@ -259,20 +260,20 @@ def _to_half(logp: Float32) -> NDArray[np.float16] | None:
             down = np.nextafter(rows, np.float16(-np.inf))
             half[heavy] = np.where(back[heavy] > logp[heavy], down, rows)
     bits = half.view(np.uint16)
-    bits[bits == 0] = _MINUS_ZERO  # log 1 either way; with one sign for all, decoding needs no table
+    bits[bits == 0] = _MINUS_ZERO  # log 1 too; when all have one sign, decoding needs no table
     return half
 
 
 def _from_half(bits: NDArray[np.uint16], *, plain: bool) -> Float32:
     if not plain:
-        return _HALF.take(bits, mode="clip")  # indexes cannot be out of range, and clip does not look
-    # Exponent and fraction move into place, and the bias from 15 to 127: half a gather's time. No float is computed
-    # with, for the smallest would be denormal on the way, and those are a hundred times slower.
+        return _HALF.take(bits, mode="clip")  # no index is out of range, and "clip" skips that check
+    # Shift exponent and fraction, and change the bias from 15 to 127: half the time of a table look-up. No float
+    # arithmetic: the smallest values would be denormal on the way, which is a hundred times slower.
     wide = bits.astype(np.uint32)
     wide <<= np.uint32(13)
     wide += np.uint32(0xA8000000)
     logp: Float32 = wide.view(np.float32)
-    if bits.size and np.minimum.reduce(bits) < _ONE_LEADING:  # half the time of looking for them
+    if bits.size and np.minimum.reduce(bits) < _ONE_LEADING:  # takes half the time of searching
         at = np.flatnonzero(bits < _ONE_LEADING)
         logp[at] = (bits[at] & np.uint16(0x3FF)) * np.float32(-(2.0**-24))
     return logp

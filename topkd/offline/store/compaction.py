@@ -1,4 +1,4 @@
-"""``gc`` rewrites a cache without superfluous records; ``merge`` copies several caches into one."""
+"""``gc`` rewrites a cache without records that are no longer needed; ``merge`` copies several caches into one."""
 
 from __future__ import annotations
 
@@ -51,14 +51,16 @@ def gc(
 ) -> Compaction:
     """Rewrite the sealed segments with live records only, then remove the old ones.
 
-    Superseded and duplicate records and damaged bytes go. Segments that a process is writing are left alone, and
-    readers that have the old files open go on reading them. A crash on the way leaves duplicates, never a loss.
+    Superseded records, duplicates and damaged bytes are removed. Segments that a process is writing are not touched,
+    and readers that have the old files open can still read them. A crash may leave duplicates, but never loses a
+    record.
 
     Args:
         path: The cache.
-        codec: Encode the lists anew ("cold" for an archive; packed to cold and back changes no value).
-        segment_bytes: Size at which a new segment is begun.
-        foreign: Also what crashed writers on other machines left unsealed; only when nobody writes there.
+        codec: Encode the lists again with it ("cold" for an archive; packed to cold and back changes no value).
+        segment_bytes: Size at which a new segment begins.
+        foreign: Also seal and rewrite segments that crashed writers on other machines left. Use it only when no other
+            machine writes to the cache.
     """
     root = Path(path)
     open_folder(root, create=False)
@@ -66,12 +68,12 @@ def gc(
         before = count_bytes(root)
         for index in root.glob("seg-*.idx"):
             if isinstance(read_index(index), str) or not index.with_suffix(".tkl").exists():
-                index.unlink(missing_ok=True)  # its segment is sealed again, or gone
+                index.unlink(missing_ok=True)  # its segment is sealed again below, or is gone
         damage = adopt_orphans(root, foreign=foreign)
-        # A damaged record must not make a sound one of the same key superfluous: everything is read first.
+        # A damaged record must not replace an undamaged one with the same key: everything is read first.
         with open_tables(root, damage=damage) as (segments, table):
             sealed = [position for position, segment in enumerate(segments) if segment.index is not None]
-            # A record that another process has not yet committed must not make a durable one superfluous.
+            # A record that another process has not yet committed must not replace a durable one.
             answers = select_answer_rows(table[np.isin(table["segment"], sealed)])
             keep = answers[find_live_rows(answers)]
             names = read_teachers(segments, table)
@@ -137,7 +139,7 @@ def _copy(
         try:
             record = segment.read(offset)
         except CacheCorruptError:
-            damage.append(Damage(segment.name, offset, 0, "damaged record; it is left out"))
+            damage.append(Damage(segment.name, offset, 0, "damaged record; it was not copied"))
             continue
         identity = names.get(record.header.tag)
         if codec is None or identity is None:

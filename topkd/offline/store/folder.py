@@ -24,7 +24,7 @@ def open_folder(path: Path, *, create: bool) -> None:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if not marker.exists() and (list_segments(path) or _nothing_in(path)):
-                # Several writers may do this at once, with the same content.
+                # Several writers may do this at once; all write the same content.
                 write_atomically(marker, json.dumps({"format": "topkd-store", "version": FORMAT_VERSION}) + "\n")
         except OSError as error:
             if path.exists() and not path.is_dir():
@@ -41,26 +41,26 @@ def open_folder(path: Path, *, create: bool) -> None:
         raise CacheError(
             "the cache's format file is damaged", where=str(marker),
             expected=json.dumps({"format": "topkd-store", "version": FORMAT_VERSION}),
-            hint="write that into it: the records are in the segments",
+            hint="write the expected text into it: the records are in the segments",
         ) from error  # fmt: skip
     if version > FORMAT_VERSION:
         raise make_version_error(path, version)
 
 
 def _nothing_in(path: Path) -> bool:
-    """Return whether a folder is empty but for temporary files of writers that create a cache."""
+    """Return whether a folder is empty except for temporary files of writers that create a cache."""
     return all(entry.name.startswith(_BEGUN) and entry.name.endswith(".tmp") for entry in path.iterdir())
 
 
 @contextlib.contextmanager
 def begin_cache(path: Path) -> Iterator[None]:
-    """Remove a cache created in the block again when an error leaves it without a record."""
+    """Remove a cache that was created in the block if an error leaves it without a record."""
     there, was_cache = path.exists(), (path / FORMAT_FILE).exists()
     try:
         yield
     except BaseException:
         if not was_cache and path.is_dir() and not list_segments(path):
-            with contextlib.suppress(OSError):  # what stands there besides is not ours, and stays
+            with contextlib.suppress(OSError):  # other files there are not ours, and stay
                 (path / FORMAT_FILE).unlink(missing_ok=True)
                 if not there:
                     path.rmdir()
@@ -68,7 +68,7 @@ def begin_cache(path: Path) -> Iterator[None]:
 
 
 def describe_disk_error(what: str, path: Path, error: OSError) -> CacheError:
-    """Build the CacheError of a failed write: exit code 1 for a full disk, 2 for a place that cannot be written."""
+    """Build the CacheError of a failed write: exit code 1 for a full disk, 2 for a folder that cannot be written."""
     refused = CacheError(what, where=str(path), got=error.strerror or str(error))
     refused.exit_code = 1 if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO} else 2
     return refused
@@ -83,7 +83,7 @@ def _no_cache(path: Path) -> CacheError:
     else:
         error = CacheError(
             "not a topkd cache", where=str(path), got=f"a folder without {FORMAT_FILE}",
-            hint="a new cache is begun in an empty folder, or in one that is not there yet",
+            hint="a new cache needs an empty folder, or one that does not exist yet",
         )  # fmt: skip
     error.exit_code = 2
     return error

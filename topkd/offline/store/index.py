@@ -1,4 +1,4 @@
-"""Indexes of records: sorted arrays, one set a segment, merged when there are many."""
+"""Indexes of records: sorted arrays for each segment, merged when there are many."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ ENTRY = np.dtype(
         ("reserved", "<u2"),
     ]
 )
-ENTRY_BYTES = 8 + ENTRY.itemsize  # the high half of the key stands in a column of its own
-_FEW = 4  # sorted indexes that are searched one by one without a thought
+ENTRY_BYTES = 8 + ENTRY.itemsize  # the high half of the key is a separate column
+_FEW = 4  # up to this number, sorted indexes are searched one by one
 
 
 class Place(NamedTuple):
-    """One record's whereabouts and what it can answer."""
+    """The position of one record, and which requests it can answer."""
 
     segment: int
     offset: int
@@ -76,7 +76,7 @@ class SortedIndex:
     def find(self, key: bytes, segment: int) -> list[Place]:
         """Find every record of a key in this segment."""
         high, low = split_key(key)
-        # bisect on a memoryview runs in C on the mapped file and touches log2(n) of its pages
+        # bisect on a memoryview runs in C on the mapped file and reads about log2(n) of its pages
         column = self.high.data
         row = bisect_left(column, high)
         places = []
@@ -89,7 +89,7 @@ class SortedIndex:
 
 
 class MergedIndex:
-    """Many sorted indexes as one, so that a look-up costs the same whatever the number of segments."""
+    """Many sorted indexes merged into one, so that the cost of a look-up does not grow with their number."""
 
     def __init__(self, parts: Sequence[tuple[int, SortedIndex]]) -> None:
         highs = np.concatenate([part.high for _, part in parts]) if parts else np.zeros(0, np.uint64)
@@ -117,12 +117,12 @@ class MergedIndex:
 
 
 def split_key(key: bytes) -> tuple[int, int]:
-    """Split a key into two 64-bit integers that order as its bytes do."""
+    """Split a key into two 64-bit integers that sort in the same order as its bytes."""
     return int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big")
 
 
 def read_place(entry: tuple[int, ...], segment: int) -> Place:
-    """Return the place that an index entry names."""
+    """Return the place of a record from its index entry."""
     _, offset, start, rows, _, asked, _, kind, _, _ = entry
     return Place(segment, offset, kind, start, asked, rows)
 
@@ -151,7 +151,7 @@ class RecordIndex:
         self._single.append((segment, index))
 
     def forget(self, segment: int) -> None:
-        """Drop what ``add`` took from a segment that now has an index."""
+        """Drop the records that ``add`` took from a segment that now has an index."""
         kept = {key: [place for place in places if place.segment != segment] for key, places in self._fresh.items()}
         self._fresh = {key: places for key, places in kept.items() if places}
 
@@ -185,7 +185,8 @@ class RecordIndex:
         return int(np.unique(np.concatenate(pairs), axis=0).shape[0])
 
     def _join(self) -> None:
-        # Searching a segment costs about 1 us, joining a record about 0.1 us: join once the searches have paid for it.
+        # Searching a segment takes about 1 us, merging a record about 0.1 us: merge when the searches have taken as
+        # long.
         self._searches += len(self._single)
         parts = self._merged_parts + self._single
         if self._searches * 10 >= sum(len(index.high) for _, index in parts):

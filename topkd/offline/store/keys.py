@@ -21,14 +21,15 @@ RAW_LOGPROBS = "raw_logprobs"  # the model's own softmax: temperature 1, before 
 
 @dataclass(frozen=True, slots=True)
 class TeacherIdentity:
-    """Who answers, in every respect that changes a logprob. Never an address, never a secret.
+    """Everything about a teacher that changes a logprob; never an address or a secret.
 
     Attributes:
-        name: The served model name (or path).
-        revision: Revision, checkpoint hash, or a fingerprint of the user's choice. Empty says: whatever that name is.
+        name: The server's model name (or path).
+        revision: Revision, checkpoint hash, or any fingerprint that the user chooses. Empty: the name alone identifies
+            the model.
         tokenizer: Hash of the tokenizer, "" when unknown.
         context: Hash of what the teacher sees beyond the ids (a template version, an adapter), "" when nothing.
-        semantics: What the numbers are; ``RAW_LOGPROBS`` unless the list was tempered, renormalised or quantised.
+        semantics: Meaning of the numbers: ``RAW_LOGPROBS`` unless the list was tempered, renormalised or quantised.
     """
 
     name: str
@@ -39,14 +40,14 @@ class TeacherIdentity:
 
     def __post_init__(self) -> None:
         if not self.name.strip():
-            raise ConfigError("teacher identity without a name", hint="give the served model name")
+            raise ConfigError("teacher identity without a name", hint="give the server's model name")
         for field, value in asdict(self).items():
             if "://" in value:
                 # The same teacher behind two addresses is one teacher, and an address may carry credentials.
                 raise ConfigError(
                     f"teacher identity: {field} is a URL",
                     got=value.split("://", 1)[0] + "://...",
-                    hint="use the served model name and a revision or fingerprint",
+                    hint="use the server's model name and a revision or fingerprint",
                 )
         if not self.semantics:
             raise ConfigError("teacher identity without logprob semantics", expected=RAW_LOGPROBS)
@@ -58,7 +59,7 @@ class TeacherIdentity:
 
     @property
     def tag(self) -> int:
-        """First 4 bytes of the digest as an integer: which teacher a record belongs to, for listing."""
+        """First 4 bytes of the digest as an integer: says which teacher a record belongs to, for listings."""
         return int.from_bytes(self.digest[:4], "little")
 
     def to_json(self) -> str:
@@ -90,7 +91,7 @@ def _score_hash(identity: TeacherIdentity) -> hashlib.blake2b:
 
 
 def to_identity(teacher: Teacher) -> TeacherIdentity:
-    """Return a TeacherIdentity; a bare name is one without further fields."""
+    """Return a TeacherIdentity; a string becomes one with only a name."""
     return TeacherIdentity(teacher) if isinstance(teacher, str) else teacher
 
 
@@ -100,14 +101,14 @@ def check_token_array(ids: Ids) -> Int32:
     if array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
         raise DataError("token ids must be a non-empty list of integers", got=f"{array.dtype} {array.shape}")
     if array.dtype == np.int32 and array.flags.c_contiguous and np.maximum.reduce(array.view(np.uint32)) < 1 << 31:
-        return array  # a negative id is a large one without its sign
+        return array  # as unsigned, a negative id is a large one
     if array.min() < 0 or (array.dtype != np.int32 and array.max() > np.iinfo(np.int32).max):
         raise DataError("token id out of range", got=f"{array.min()}..{array.max()}", expected="0..2**31-1")
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
 def compute_score_key(identity: TeacherIdentity, ids: Int32) -> bytes:
-    """Compute the key of a score from the teacher and its tokens; start and K are no part of it."""
+    """Compute the key of a score from the teacher and its tokens; start and K are not part of it."""
     hashed = _score_hash(identity).copy()
     hashed.update(ids.astype("<i4", copy=False).data)
     return hashed.digest()
@@ -118,7 +119,7 @@ def compute_rollout_key(
 ) -> bytes:
     """Compute the key of a rollout: policy, version, prompt, every sampling parameter, and occurrence.
 
-    ``occurrence`` tells apart repeated requests without a seed, which are meant to give different completions.
+    ``occurrence`` numbers repeated requests without a seed, which are meant to give different completions.
     """
     asked = json.dumps(
         {"params": asdict(params), "version": version, "occurrence": occurrence}, sort_keys=True, separators=(",", ":")

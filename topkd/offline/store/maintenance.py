@@ -38,7 +38,7 @@ class CacheStats:
 
     path: str
     records: int  # scores and rollouts on the disk
-    live: int  # those that a request can be answered from
+    live: int  # records that can answer a request
     scores: int
     rollouts: int
     tokens: int  # scored positions and sampled tokens of live records
@@ -46,7 +46,7 @@ class CacheStats:
     bytes_per_token: float | None
     segments: int
     sealed: int
-    k: dict[int, int]  # K asked for, to live scores
+    k: dict[int, int]  # requested K -> number of live scores
     rows: dict[str, float]  # scored positions of a live score: min, median, mean, p99, max
     codecs: dict[str, int]
     teachers: list[dict[str, Any]]
@@ -63,15 +63,15 @@ class Verification:
     path: str
     segments: int
     records: int
-    duplicates: int  # records that another one makes superfluous; harmless, and gone after a compaction
-    tokens: int  # as in ``CacheStats``, of records that hold
+    duplicates: int  # records that another one replaces; harmless, and removed by a compaction
+    tokens: int  # as in ``CacheStats``, of undamaged records
     bytes: int  # of segments and indexes, as in ``CacheStats``
     bytes_per_token: float | None  # as in ``CacheStats``
     damage: list[Damage] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """No damage beyond what a crash leaves behind."""
+        """Whether there is no damage beyond what a crash leaves."""
         return not any(item.fatal for item in self.damage)
 
     def as_dict(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def stats(path: str | os.PathLike[str]) -> CacheStats:
 
 
 def verify(path: str | os.PathLike[str]) -> Verification:
-    """Read every byte of every segment and index; name each damaged piece."""
+    """Read every byte of every segment and index; list each damaged part."""
     root = Path(path)
     open_folder(root, create=False)
     damage: list[Damage] = []
@@ -127,14 +127,14 @@ def verify(path: str | os.PathLike[str]) -> Verification:
             scan = segment.scan(payloads=True)
             if segment.index is not None:
                 inside = [item for item in scan.damage if item.offset < segment.end]
-                if not segment.damage:  # sealed and of full length: what looks like a torn tail is a record
+                if not segment.damage:  # sealed and complete: an "incomplete last record" is a damaged one
                     inside = [
                         replace(item, what="damaged record", fatal=True) if item.what == TORN else item
                         for item in inside
                     ]
                 damage += segment.damage + inside + _count_unindexed(segment, scan.found)
             else:
-                busy = is_locked_by_writer(file)  # a record that is being written is no tear
+                busy = is_locked_by_writer(file)  # a record that is being written is not damage
                 damage += segment.damage + [item for item in scan.damage if item.fatal or not busy]
             rows.append(tabulate_headers(position, scan.found))
     answers = select_answer_rows(concat_tables(rows))
@@ -147,9 +147,9 @@ def verify(path: str | os.PathLike[str]) -> Verification:
 
 
 def profile(path: str | os.PathLike[str], *, sample: int = 256, seed: int = 0) -> dict[str, Any]:
-    """Compute distributions over a sample of live scores: captured mass, entropy bound, lengths.
+    """Compute distributions over a sample of live scores: mass in the lists, entropy bound, lengths.
 
-    ``entropy`` is the lower bound in nats that the list gives (its entries, and the tail as one lump). Quantiles are
+    ``entropy`` is the lower bound in nats that the list gives (its entries, and the tail as one event). Quantiles are
     those in ``quantiles``; holes and unknown tails are counted and left out. ``histograms`` have the shares of
     ``missing`` mass (outside the lists), ``entropy`` and ``lengths`` between their edges, the last one open above.
     """
@@ -161,7 +161,7 @@ def profile(path: str | os.PathLike[str], *, sample: int = 256, seed: int = 0) -
         scores = live[live["kind"] == SCORE]
         chosen = np.random.default_rng(seed).permutation(len(scores))[:sample]
         for row in scores[np.sort(chosen)]:
-            with contextlib.suppress(CacheCorruptError):  # verify names it
+            with contextlib.suppress(CacheCorruptError):  # verify reports it
                 _, found = segments[int(row["segment"])].read(int(row["offset"])).score()
                 signal = found.signal
                 rows, holes = rows + found.rows, holes + int((~signal).sum())
@@ -205,7 +205,7 @@ def _shares(values: np.ndarray[Any, Any], edges: Sequence[float]) -> dict[str, l
 
 
 def _edges(lengths: np.ndarray[Any, Any]) -> list[float]:
-    """Choose eight bins from shortest to longest, or powers of two where they are far apart."""
+    """Choose eight bins from shortest to longest, or powers of two if the lengths differ much."""
     if not lengths.size:
         return []
     low, high = max(lengths.min(), 1.0), lengths.max() + 1.0

@@ -29,17 +29,17 @@ _MAX_PAYLOAD = (1 << 32) - 1
 
 
 class Header(NamedTuple):
-    """What stands before a payload.
+    """The header before a payload.
 
     Attributes:
         kind: SCORE, ROLLOUT or IDENTITY.
-        codec: Of the payload's lists: 0 raw, 1 packed, 2 cold.
+        codec: Encoding of the payload's lists: 0 raw, 1 packed, 2 cold.
         high_bits: Bits of a packed id above the low 16.
         flags: See ``codecs``.
         start: First source position of a score; number of rollouts of a rollout record.
         rows: Scored positions; completion tokens in all for a rollout record.
         width: Columns that are stored.
-        asked: The K that the record answers: any request up to it is a hit.
+        asked: The K that was requested: the record answers every request with K up to it.
         size: Payload bytes, without the padding to 64.
         tag: First 4 bytes of the identity's digest.
         key: 16 bytes.
@@ -88,7 +88,7 @@ def unpack_header(buffer: bytes | memoryview, offset: int) -> Header:
 
 
 class Record(NamedTuple):
-    """A record whose checksums held."""
+    """A record whose checksums are right."""
 
     header: Header
     payload: memoryview
@@ -112,7 +112,7 @@ def verify_record(header: Header, payload: memoryview, where: str) -> Record:
         raise CacheCorruptError(
             f"the checksum of a {KIND_NAMES.get(header.kind, 'unknown')} record is wrong",
             where=where,
-            hint="the record is left out; `topkd cache verify` lists what is damaged",
+            hint="the record is skipped; `topkd cache verify` lists what is damaged",
         )
     return Record(header, payload)
 
@@ -148,7 +148,7 @@ def build_rollout_record(
             sequence = np.concatenate([rollout.prompt_ids, rollout.completion_ids])
             shape, lists = encode(sequence, rollout.topk, codec)
             entry["lists"] = {**shape._asdict(), "size": len(lists)}
-            body.append(lists + bytes(-len(lists) % 4))  # the next rollout's arrays stay aligned
+            body.append(lists + bytes(-len(lists) % 4))  # so that the next rollout's arrays are aligned
         described.append(entry)
     head = json.dumps({"rollouts": described}, sort_keys=True, separators=(",", ":")).encode()
     head += b" " * (-(_ROLLOUT_HEAD.size + len(head)) % 4)

@@ -1,7 +1,7 @@
 """Writer of one segment: exclusive creation, and a lock held while it is open.
 
-A segment whose lock is free was left by its writer: whoever opens the store for writing cuts its torn tail and seals
-it.
+An unsealed segment whose lock is free was abandoned by its writer: the next process that opens the store for writing
+cuts off an incomplete last record and seals the segment.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from topkd.topk.errors import CacheCorruptError, CacheError
 
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has only fsync
 SEGMENT_BYTES = 1 << 30
-SEGMENT_RECORDS = 1 << 18  # what a reader must scan, at about 2 us each, when a writer died
+SEGMENT_RECORDS = 1 << 18  # a reader must scan these, at about 2 us each, after a writer died
 
 
 class SegmentWriter:
@@ -81,7 +81,7 @@ class SegmentWriter:
         try:
             _sync_data(self._fd)
             if not self.synced:
-                _sync_folder(self.path.parent)  # the name must last as well
+                _sync_folder(self.path.parent)  # the file name must be durable too
         except OSError as error:
             raise CacheError(
                 "the cache could not be written to the disk", where=str(self.path), got=error.strerror
@@ -95,7 +95,7 @@ class SegmentWriter:
         try:
             if self.entries:
                 self.sync()
-                # An index is a convenience: on a full disk the segment stays unsealed and is scanned instead.
+                # The index is optional: on a full disk the segment stays unsealed and is scanned instead.
                 with contextlib.suppress(OSError):
                     write_index(self.path, self.entries, self.end)
             else:
@@ -104,7 +104,7 @@ class SegmentWriter:
             self.abandon()
 
     def abandon(self) -> None:
-        """Close the file only (a forked child's copy, or after a failure)."""
+        """Close the file without sealing it (a forked child's copy, or after a failure)."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -119,7 +119,7 @@ class SegmentWriter:
             raise
         except OSError as error:
             raise describe_disk_error("cannot write to the cache", self.path.parent, error) from error
-        # Between creation and lock another process may take the file for an orphan and seal it: then take the next.
+        # Between creation and lock another process may seal the file as abandoned: then take the next number.
         if not _lock(fd) or os.fstat(fd).st_nlink == 0 or self.path.with_suffix(".idx").exists():
             os.close(fd)
             return -1
@@ -132,27 +132,28 @@ class SegmentWriter:
                 written += os.pwrite(self._fd, block[written:] if written else block, self.end + written)
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, self.end)  # else the torn record is stepped over by every reader
+                os.ftruncate(self._fd, self.end)  # if this fails, readers skip the incomplete record
             raise CacheError(
                 "cannot write to the cache",
                 where=str(self.path),
                 got=error.strerror,
-                hint="what was committed before is safe; make room and run again",
+                hint="committed records are safe; free some space and run again",
             ) from error
         self.end += len(block)
 
 
 def find_host_id() -> int:
-    """Return this machine's id: locks prove nothing about other machines on a network file system."""
+    """Return this machine's id: on a network file system, locks say nothing about other machines."""
     return xxhash.xxh3_64_intdigest(socket.gethostname().encode())
 
 
 def adopt_orphans(root: Path, *, foreign: bool = False) -> list[Damage]:
-    """Seal every segment that its writer left; return the damage found.
+    """Seal every unsealed segment that no process is writing; return the damage found.
 
     Args:
         root: The folder.
-        foreign: Also those of other machines. They are read all the same; sealing them is for when nobody writes there.
+        foreign: Also seal segments of other machines, which can be read without it. Use it only when no other machine
+            writes to the folder.
     """
     damage: list[Damage] = []
     for path in list_segments(root):
@@ -242,7 +243,7 @@ class RecordLog:
         self._pid, self._id = os.getpid(), uuid.uuid4().hex[:12]
 
     def append(self, header: Header, payload: bytes, identity: TeacherIdentity | None) -> tuple[SegmentWriter, int]:
-        """Write one record, after its teacher's name where the segment lacks it; commit a full group."""
+        """Write one record, after its teacher's identity if the segment lacks it; commit when the group is full."""
         writer = self._current_segment()
         if identity is not None and header.tag not in self._named:
             writer.append(*build_identity_record(identity))

@@ -1,4 +1,4 @@
-"""Append-only files of records: one writer each, sealed with an index beside them.
+"""Segments: append-only files of records with one writer each; a sealed one has an index file.
 
 This module only reads; ``segment_writer`` writes.
 """
@@ -20,9 +20,9 @@ from topkd.offline.store.records import ALIGN, MAGIC, Header, Record, read_heade
 from topkd.topk.errors import CacheCorruptError, CacheError
 
 VERSION = 1
-TORN = "torn tail"
+TORN = "incomplete last record"
 _CHUNK = 1 << 20
-SEGMENT_MAGIC = b"TKLSEG\r\n"  # the line end shows a copy in text mode
+SEGMENT_MAGIC = b"TKLSEG\r\n"  # the line end detects a copy in text mode
 INDEX_MAGIC = b"TKLIDX\r\n"
 SEGMENT_HEADER = struct.Struct("<8sHH4x12sIQQ8x")  # magic, version, header bytes, writer, number, host, created (ns)
 INDEX_HEADER = struct.Struct(
@@ -34,14 +34,14 @@ _NAME = re.compile(r"seg-[0-9a-f]{12}-\d{6}\.tkl")
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Something in a segment that is not as it was written.
+    """A damaged part of a segment.
 
     Attributes:
         segment: File name.
         offset: First byte.
-        size: Bytes concerned.
-        what: What is wrong, in words.
-        fatal: False for what a crash leaves (a torn tail): nothing that was acknowledged is concerned.
+        size: Number of bytes.
+        what: What is wrong, as text.
+        fatal: False for what a crash leaves (an incomplete last record): no acknowledged record is lost.
     """
 
     segment: str
@@ -60,7 +60,7 @@ class Scan:
 
     found: list[tuple[int, Header]]
     damage: list[Damage]
-    end: int  # end of the last whole record
+    end: int  # end of the last complete record
 
 
 def make_version_error(path: Path, version: int) -> CacheError:
@@ -75,7 +75,7 @@ def list_segments(root: Path) -> list[Path]:
 
 
 class Segment:
-    """A segment that is read. A sealed one is mapped; one that may yet grow or be cut is read by position."""
+    """A segment, for reading. A sealed one is memory-mapped; one that may still change is read by position."""
 
     _fd = -1
 
@@ -85,10 +85,10 @@ class Segment:
         self.damage: list[Damage] = []
         self._map: mmap.mmap | None = None
         self._view = memoryview(b"")
-        self._seen = bytearray()  # a bit for each 64 bytes: 2 MiB for a segment of 1 GiB
+        self._seen = bytearray()  # a bit for each 64 bytes already checked: 2 MiB for a segment of 1 GiB
         self._fd = os.open(path, os.O_RDONLY)
         self.end = 0
-        self.host: int | None = None  # of the writer, where the header tells
+        self.host: int | None = None  # of the writer; None if the header is damaged
         try:
             self._check_header()
             self._load_index()
@@ -105,7 +105,7 @@ class Segment:
         """Read the record at an offset and check its checksums."""
         # Sealed bytes do not change: header and payload are checked once per process, when they are first read.
         byte, bit = offset // (8 * ALIGN), 1 << (offset // ALIGN & 7)
-        mapped = byte < len(self._seen)  # a truncated file's index still names what lay beyond its end
+        mapped = byte < len(self._seen)  # the index of a truncated file also has records beyond its end
         if mapped and self._seen[byte] & bit:
             header = unpack_header(self._view, offset)
             return Record(header, self._view[offset + ALIGN : offset + ALIGN + header.size])
@@ -118,9 +118,10 @@ class Segment:
         return record
 
     def scan(self, first: int = ALIGN, *, payloads: bool = False) -> Scan:
-        """Read every whole record from ``first`` on; name and skip what lies between.
+        """Read every complete record from ``first`` on; report and skip damaged bytes.
 
-        A damaged header hides its length, so the search goes on at the next 64-byte boundary where a header holds.
+        The length in a damaged header is not known, so the scan continues at the next 64-byte boundary with a valid
+        header.
         """
         size = self.size
         found: list[tuple[int, Header]] = []
@@ -154,14 +155,14 @@ class Segment:
         self._map, self._view = None, memoryview(b"")
 
     def __del__(self) -> None:
-        self.close()  # not before the last reader in another thread is done with it
+        self.close()  # runs only when no thread uses the segment any more
 
     def _check_header(self) -> None:
         block = os.pread(self._fd, ALIGN, 0)
         if len(block) < ALIGN:
-            return  # created and not yet written: no record either
+            return  # created but not yet written: it has no record
         if CHECK.unpack_from(block, 56)[0] != xxhash.xxh3_64_intdigest(block[:56]) or block[:8] != SEGMENT_MAGIC:
-            # The records carry their own checksums and are read all the same.
+            # The records have their own checksums and can still be read.
             self.damage.append(Damage(self.name, 0, ALIGN, "damaged segment header"))
             return
         _, version, _, _, _, self.host, _ = SEGMENT_HEADER.unpack_from(block)
@@ -187,7 +188,7 @@ class Segment:
             self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
             self._view = memoryview(self._map)
             self._seen = bytearray(size // (8 * ALIGN) + 1)
-            os.close(self._fd)  # the map holds a descriptor of its own; two a segment would soon be too many
+            os.close(self._fd)  # the map has its own descriptor; two per segment would soon be too many
             self._fd = -1
 
     def _bytes(self, offset: int, size: int) -> memoryview:
@@ -196,7 +197,7 @@ class Segment:
         return memoryview(os.pread(self._fd, size, offset))
 
     def _next_header(self, first: int, size: int) -> int | None:
-        """Find the first aligned offset from ``first`` on with a whole record."""
+        """Find the first aligned offset from ``first`` on with a complete record."""
         for chunk in range(first, size, _CHUNK):
             block = self._bytes(chunk, min(_CHUNK, size - chunk))
             words = np.frombuffer(block, "<u4", len(block) // ALIGN * (ALIGN // 4)).reshape(-1, ALIGN // 4)

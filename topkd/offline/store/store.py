@@ -38,7 +38,7 @@ _LARGEST_K = 2**31 - 1
 
 
 class ScoreStore:
-    """A folder of scores and rollouts, found by content.
+    """A folder of scores and rollouts, each found by a hash of its request.
 
     ``get`` and ``put`` are safe from several threads; each process opens its own store on the same folder. A record is
     durable once ``commit`` has returned (``put`` commits by itself every ``group_records`` records or ``group_bytes``).
@@ -47,7 +47,7 @@ class ScoreStore:
         path: The folder; mode "a" creates it.
         mode: "r" reads, "a" reads and appends.
         codec: How new records are written: "packed" (18-bit ids, fp16 logprobs), "raw" (exact) or "cold" (zstd).
-        segment_bytes: A segment that has grown to this is sealed, and the next one begun.
+        segment_bytes: A segment that reaches this size is sealed, and a new one begins.
         group_records: Records per commit at most.
         group_bytes: Bytes per commit at most.
     """
@@ -76,33 +76,33 @@ class ScoreStore:
             self.path, segment_bytes=segment_bytes, group_records=group_records, group_bytes=group_bytes
         )
         self._segments: list[Segment | SegmentWriter] = []
-        self._ordinal: dict[str, int] = {}  # file name to its place in _segments
-        self._growing: dict[str, int] = {}  # unsealed segments of others, and up to where they were read
+        self._ordinal: dict[str, int] = {}  # file name -> its index in _segments
+        self._growing: dict[str, int] = {}  # unsealed segments of other processes, and how far they were read
         self._record_index = RecordIndex()
         self._damaged: dict[tuple[int, int], str] = {}
         self.refresh()
 
     def get(self, teacher: Teacher, ids: Ids, start: int, k: int) -> TopK | None:
-        """Return the stored rows cut to ``start`` and ``k``; None when there are none that wide."""
+        """Return the stored rows, cut to ``start`` and ``k``; None when no record covers the request."""
         array = check_token_array(ids)
         check_request(array.size, start, k)
         record = self._read(compute_score_key(to_identity(teacher), array), SCORE, start, k)
         return None if record is None else narrow_scores(record.score()[1], start, k)
 
     def put(self, teacher: Teacher, ids: Ids, scores: TopK, *, asked: int | None = None) -> None:
-        """Write scores unless the store already has as much.
+        """Write scores, unless a stored record covers them.
 
         Args:
-            teacher: Who gave them.
+            teacher: The teacher that returned them.
             ids: The whole sequence; the rows must reach to its end.
             scores: The rows.
-            asked: The K that was asked for, when the server gave fewer columns and would again.
+            asked: The K that was requested, if the server returned fewer columns and would do so again.
         """
         identity, array = to_identity(teacher), check_token_array(ids)
         check_stored_scores(array, scores)
         key, k = compute_score_key(identity, array), max(scores.k, check_asked_k(asked))
         with self._lock:
-            if self._read(key, SCORE, scores.start, k) is not None:  # a damaged record is no answer
+            if self._read(key, SCORE, scores.start, k) is not None:  # a damaged record does not count
                 return
             self._check_writable()
             header, payload = build_score_record(identity, key, array, scores, codec=self.codec, asked=k)
@@ -137,7 +137,7 @@ class ScoreStore:
         version: str = "",
         occurrence: int = 0,
     ) -> None:
-        """Write the rollouts of one request, logprobs exact, unless as many are stored."""
+        """Write the rollouts of one request, with exact logprobs, unless as many are stored."""
         identity, prompt = to_identity(student), check_token_array(prompt_ids)
         for rollout in rollouts:
             if not np.array_equal(rollout.prompt_ids, prompt):
@@ -166,18 +166,18 @@ class ScoreStore:
             return bool(self._answers(key, SCORE, start, k))
 
     def list_stored(self, teacher: Teacher, ids: Ids) -> list[tuple[int, int]]:
-        """List (start, K) of every record of these ids, for the message of a miss."""
+        """List (start, K) of every record of these ids, for the error message of a miss."""
         with self._lock:
             places = self._record_index.find(compute_score_key(to_identity(teacher), check_token_array(ids)))
             return sorted({(place.start, place.asked) for place in places if place.kind == SCORE})
 
     def commit(self) -> int:
-        """Make every written record durable; return how many this object has written."""
+        """Make every written record durable; return how many records this object has made durable."""
         with self._lock:
             return self._log.commit()
 
     def refresh(self) -> None:
-        """Read the index of what other processes have written since."""
+        """Read the index of records that other processes have written since."""
         with self._lock:
             for path in list_segments(self.path):
                 ordinal = self._ordinal.get(path.name)
@@ -195,7 +195,7 @@ class ScoreStore:
 
         Args:
             kinds: Which kinds.
-            live: Only those that ``get`` may return, not the superseded and the duplicates.
+            live: Only records that ``get`` may return: no superseded ones and no duplicates.
         """
         with self._lock:
             segments = list(enumerate(self._segments))
@@ -211,7 +211,7 @@ class ScoreStore:
 
     @property
     def damage(self) -> list[str]:
-        """What was found damaged while reading; such records count as absent."""
+        """Damage found while reading; damaged records count as absent."""
         return list(self._damaged.values())
 
     def stats(self) -> CacheStats:
@@ -220,7 +220,7 @@ class ScoreStore:
         return stats(self.path)
 
     def verify(self) -> Verification:
-        """Read every byte and name damaged pieces."""
+        """Read every byte and list the damaged parts."""
         self.commit()
         return verify(self.path)
 
@@ -245,7 +245,7 @@ class ScoreStore:
         self.close()
 
     def __reduce__(self) -> tuple[object, ...]:
-        # A worker process opens the folder itself and, if it writes, has a segment of its own.
+        # A worker process opens the folder itself and writes to its own segment.
         return _reopen, (str(self.path), self.mode, self.codec, self._options)
 
     def _append(self, identity: TeacherIdentity, header: Header, payload: bytes) -> None:
@@ -271,7 +271,7 @@ class ScoreStore:
         segment = self._segments[ordinal]
         if isinstance(segment, Segment):
             return segment.read(offset)
-        with self._lock:  # the own segment's file changes hands when it is sealed
+        with self._lock:  # this process's segment object is replaced when it is sealed
             return self._segments[ordinal].read(offset)
 
     def _answers(self, key: bytes, kind: int, start: int, k: int) -> list[Place]:
@@ -328,7 +328,7 @@ class ScoreStore:
         name = writer.path.name
         if name not in self._ordinal:
             for path, ordinal in list(self._ordinal.items()):
-                if isinstance(self._segments[ordinal], SegmentWriter):  # the one before this is sealed now
+                if isinstance(self._segments[ordinal], SegmentWriter):  # the previous segment is sealed now
                     self._adopt(Segment(self.path / path), ordinal)
             self._ordinal[name] = len(self._segments)
             self._segments.append(writer)
@@ -347,7 +347,7 @@ def _reopen(path: str, mode: Mode, codec: CodecName, options: dict[str, int]) ->
 
 
 def open_store(path: str | Path, mode: Mode = "r") -> ScoreStore:
-    """Open the score cache in a folder: "r" to read what is there, "a" to add (the folder is made when needed)."""
+    """Open the score cache in a folder: "r" to read, "a" to read and append (a missing folder is created)."""
     return ScoreStore(path, mode=mode)
 
 
@@ -360,10 +360,10 @@ def check_request(tokens: int, start: int, k: int) -> None:
 
 
 def check_asked_k(asked: object) -> int:
-    """Return the requested K; None is 0, the width of the rows themselves."""
-    number = 0 if asked is None else check_integer("the K that was asked for", asked)
+    """Return the requested K; None gives 0, which stands for the width of the rows."""
+    number = 0 if asked is None else check_integer("the requested K", asked)
     if not 0 <= number <= _LARGEST_K:
-        raise ConfigError("the K that was asked for is out of range", got=number, expected=f"0..{_LARGEST_K}")
+        raise ConfigError("the requested K is out of range", got=number, expected=f"0..{_LARGEST_K}")
     return number
 
 

@@ -29,7 +29,7 @@ def read_tables(root: Path, *, first: int = 0, damage: list[Damage] | None = Non
     Args:
         root: The folder.
         first: Number of the first segment.
-        damage: Given, every record is read: only those that hold have a row, and the damage is appended here.
+        damage: If given, every record is read: only undamaged ones have a row, and damage is appended to this list.
     """
     segments: list[Segment] = []
     tables = []
@@ -86,10 +86,10 @@ def tabulate_headers(position: int, found: list[tuple[int, Header]]) -> Table:
 
 
 def find_live_rows(table: Table, own: int = 0) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Find the records that no other one makes superfluous; among equals the first stays.
+    """Find the records that no other record covers; among equal ones the first stays.
 
-    A score is superfluous beside one of the same key that starts no later and is no narrower, a rollout record beside
-    one with no fewer rollouts and lists no narrower. Segments below ``own`` go first.
+    A score covers another one with the same key if it starts no later and its K is no smaller; a rollout record, if it
+    has no fewer rollouts and its K is no smaller. Records in segments below ``own`` come first.
     """
     live = np.ones(len(table), dtype=bool)
     reach = np.where(table["kind"] == SCORE, -table["start"].astype(np.int64), table["start"].astype(np.int64))
@@ -100,8 +100,8 @@ def find_live_rows(table: Table, own: int = 0) -> np.ndarray[Any, np.dtype[np.bo
     same[1:] = True
     for name in ("high", "low", "kind"):
         same[1:] &= sorted_rows[name][1:] == sorted_rows[name][:-1]
-    best = None  # the farthest reach so far among records of this key that are no narrower
-    for row in np.flatnonzero(same | np.append(same[1:], [False])):  # keys with one record need no look
+    best = None  # the largest reach so far among records of this key whose K is no smaller
+    for row in np.flatnonzero(same | np.append(same[1:], [False])):  # skips keys with one record
         far = int(reach[order[row]])
         if not same[row] or best is None or far > best:
             best = far
