@@ -72,6 +72,25 @@ async def test_a_full_queue_is_a_503_and_the_server_goes_on(fresh: Starlette):
         assert (await http.post("/v1/completions", json=body)).status_code == 200
 
 
+async def test_a_paused_server_lets_requests_wait_or_refuses_them_as_it_is_set_up(models: Path, fresh: Starlette):
+    body = {"model": NAME, "prompt": [9, 10], "max_tokens": 1}
+    refusing = make_app(models / "policy", when_paused="refuse")
+    async with client(refusing) as http:
+        await http.post("/pause?mode=keep")
+        reply = await http.post("/v1/completions", json=body)
+        assert (reply.status_code, reply.json()["error"]["message"]) == (503, "Generation is paused")
+        assert "retry-after" not in reply.headers
+        await http.post("/resume")
+        assert (await http.post("/v1/completions", json=body)).status_code == 200
+    refusing.state.served.engine.stop()
+    async with client(fresh) as http:
+        await http.post("/pause?mode=keep")
+        waiting = asyncio.create_task(http.post("/v1/completions", json=body))
+        await _until(lambda: fresh.state.served.engine.load == (0, 1))
+        await http.post("/resume")
+        assert (await waiting).status_code == 200
+
+
 async def test_cancelled_waiters_make_room(fresh: Starlette):
     engine = fresh.state.served.engine
     async with client(fresh) as http:

@@ -27,6 +27,8 @@ class ServeConfig(BaseModel):
         logprobs_mode: What *generated* logprobs are of: the model's own distribution, or the one after temperature,
             penalties and truncation. Prompt logprobs are always the model's own.
         enable_lora: Whether adapters may be loaded at run time (needs peft).
+        when_paused: What becomes of requests that come while the server is paused: they wait, as with vLLM 0.32, or are
+            answered 503, as by vLLM 0.33.
         max_queue: Requests that may wait before new ones are answered 503.
         max_batch_tokens: Padded prompt tokens of one forward pass (a longer prompt goes alone).
         max_running: Sequences that generate at the same time.
@@ -49,6 +51,7 @@ class ServeConfig(BaseModel):
     device: str = "auto"
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
     enable_lora: bool = True
+    when_paused: Literal["wait", "refuse"] = "wait"
     max_queue: int = Field(default=256, ge=1)
     max_batch_tokens: int = Field(default=16384, ge=1)
     max_running: int = Field(default=128, ge=1)

@@ -13,7 +13,7 @@ import torch
 
 from topkd.serve.config import ServeConfig
 from topkd.serve.engine.jobs import Answer, EngineJob
-from topkd.serve.engine.refusal import Refusal, check_sequences, overloaded
+from topkd.serve.engine.refusal import Refusal, check_sequences, generation_paused, overloaded
 from topkd.serve.engine.scoring import score_prompts
 from topkd.serve.engine.sequences import GeneratedSequence, SequenceGroup, draw_next
 from topkd.serve.engine.texts import Endings
@@ -91,13 +91,16 @@ class Engine:
         """Run jobs and return their answers in order; cancelling the caller cancels them.
 
         Raises:
-            Refusal: A job is too large (400), the queue is full (503), or the model failed on a job (500).
+            Refusal: A job is too large (400), the queue is full or the server paused (503),
+                or the model failed on it (500).
         """
         for job in jobs:
             check_sequences(job, self._context, self._config.max_kv_tokens)
         loop = asyncio.get_running_loop()
         pending_jobs = [PendingJob(job, loop, loop.create_future()) for job in jobs]
         with self._wake:
+            if self._mode is not None and self._config.when_paused == "refuse":
+                raise generation_paused()
             if len(self._waiting) >= self._config.max_queue:
                 self._waiting = deque(pending for pending in self._waiting if not pending.cancelled)
             if len(self._waiting) >= self._config.max_queue:

@@ -29,6 +29,7 @@ class SamplingJob:
     stop_token_ids: frozenset[int] = frozenset()
     include_stop: bool = False
     ignore_eos: bool = False
+    skip_special_tokens: bool = True  # leave them out of the text
     logprobs: int | None = None
     logprob_token_ids: tuple[int, ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()

@@ -59,6 +59,11 @@ def overloaded(waiting: int, limit: int) -> Refusal:
     return Refusal(message, status=503, kind="ServiceUnavailableError")
 
 
+def generation_paused() -> Refusal:
+    """Build vLLM 0.33's 503 for a request that comes while the server is paused."""
+    return Refusal("Generation is paused", status=503, kind="ServiceUnavailableError")
+
+
 def check_sequences(job: EngineJob, context: int, room: int) -> None:
     """Refuse more completions of one prompt than the cache can hold at once."""
     tokens = min(len(job.ids) + job.sampling.max_tokens, context)

@@ -26,6 +26,7 @@ class GeneratedSequence:
     generator: torch.Generator
     out: Completion = field(default_factory=Completion)
     done: bool = False
+    searched: int = 0  # characters of its text that were searched for stop strings
 
     @property
     def sampling(self) -> SamplingJob:

@@ -31,8 +31,8 @@ class Served:
         backbone = Backbone(model)
         self.vocab = backbone.vocab
         self.context = _context(model, config)
-        endings = Endings(tokenizer, model, holds_back=config.dialect != "sglang")
-        self.engine = Engine(backbone, endings, config, self.context)
+        self.endings = Endings(tokenizer, model, holds_back=config.dialect != "sglang")
+        self.engine = Engine(backbone, self.endings, config, self.context)
         self.adapters: dict[str, str] = {}  # name -> folder
         self.started = int(time.time())
         self.fingerprint = f"topkd-{__version__}-{uuid.uuid4().hex[:8]}"

@@ -64,17 +64,21 @@ class Vocabulary:
         """Return the tokenizer's own spelling of each id."""
         return [str(piece) for piece in self.tokenizer.convert_ids_to_tokens(ids)]
 
-    def chat(self, messages: list[dict[str, Any]], *, add_special_tokens: bool = False, **options: Any) -> list[int]:
-        """Render ``messages`` with the chat template and encode them."""
-        if getattr(self.tokenizer, "chat_template", None) is None and not options.get("chat_template"):
+    def chat_template(self, requested: str | None = None) -> str | None:
+        """Return the requested chat template, else the tokenizer's (of several its default)."""
+        own = getattr(self.tokenizer, "chat_template", None)
+        return requested or (own.get("default") if isinstance(own, dict) else own)
+
+    def render(self, messages: list[dict[str, Any]], /, **options: Any) -> str:
+        """Render ``messages`` with the chat template."""
+        if not self.chat_template(options.get("chat_template")):
             raise Refusal("The tokenizer of this model has no chat template: send one, or use /v1/completions.")
         if not messages:
             raise Refusal("messages cannot be empty")
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            return str(self.tokenizer.apply_chat_template(messages, **{**options, "tokenize": False}))
         except Exception as error:
             raise Refusal(f"The chat template failed: {type(error).__name__}: {error}") from error
-        return self.encode(str(text), add_special_tokens=add_special_tokens)
 
 
 class Endings:
@@ -109,35 +113,43 @@ class Endings:
     def finish(self, sequence: GeneratedSequence) -> Completion:
         """Return the completion with its text."""
         out, sampling = sequence.out, sequence.sampling
-        if sampling.detokenize and not out.text:
+        if sampling.detokenize and not isinstance(out.stop_reason, str):  # a stop string has cut the text already
             ids = out.token_ids
             # The token that stopped it belongs to the ids and their logprobs, but not to the text.
-            if out.finish_reason == "stop" and isinstance(out.stop_reason, int) and not sampling.include_stop:
+            if out.finish_reason == "stop" and not sampling.include_stop:
                 ids = ids[:-1]
-            out.text = self.text(sequence.job.ids, ids)
+            out.text = self.text(sequence.job.ids, ids, skip=sampling.skip_special_tokens)
         return out
 
-    def text(self, prompt: tuple[int, ...], ids: list[int]) -> str:
-        """Decode ``ids`` after ``prompt``: tokenizers that mark word starts drop a leading space without context."""
-        context = list(prompt[-6:])
-        shown = self._finished(context, ids) if self._holds_back else ids
-        before = self._decode(context)
-        both = self._decode([*context, *shown])
-        return both[len(before) :] if both.startswith(before) else self._decode(shown)
+    def text(self, prompt: tuple[int, ...], ids: list[int], *, skip: bool = True) -> str:
+        """Decode ``ids`` after ``prompt``: tokenizers that mark word starts drop a leading space without context.
 
-    def _finished(self, context: list[int], ids: list[int]) -> list[int]:
+        Args:
+            prompt: Of the completion.
+            ids: Of the completion, from its first on.
+            skip: Leave special tokens out.
+        """
+        context = list(prompt[-6:])
+        shown = self._finished(context, ids, skip=skip) if self._holds_back else ids
+        before = self._decode(context, skip=skip)
+        both = self._decode([*context, *shown], skip=skip)
+        return both[len(before) :] if both.startswith(before) else self._decode(shown, skip=skip)
+
+    def _finished(self, context: list[int], ids: list[int], *, skip: bool) -> list[int]:
         """Drop the ids at the end that only begin a character."""
         for end in range(len(ids), 0, -1):
-            if not self._decode([*context, *ids[:end]][-_WINDOW:]).endswith(UNFINISHED):
+            if not self._decode([*context, *ids[:end]][-_WINDOW:], skip=skip).endswith(UNFINISHED):
                 return ids[:end]
         return []
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+    def _decode(self, ids: list[int], *, skip: bool) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip))
 
     def _check(self, sequence: GeneratedSequence) -> None:
         out, sampling = sequence.out, sequence.sampling
         last, count = out.token_ids[-1], len(out.token_ids)
+        if sampling.stop and count == sampling.min_tokens:  # what is in the text by now ends nothing
+            sequence.searched = len(self._text_so_far(sequence))
         if count > sampling.min_tokens:
             if last in sampling.stop_token_ids:
                 sequence.done, out.finish_reason, out.stop_reason = True, "stop", last
@@ -150,13 +162,19 @@ class Endings:
         if count >= sequence.limit:
             sequence.done, out.finish_reason = True, "length"
 
+    def _text_so_far(self, sequence: GeneratedSequence) -> str:
+        return self.text(sequence.job.ids, sequence.out.token_ids, skip=sequence.sampling.skip_special_tokens)
+
     def _stop_string(self, sequence: GeneratedSequence) -> bool:
+        """End a sequence at the stop string that was complete first, if one ends in what the last token added."""
         out, sampling = sequence.out, sequence.sampling
-        text = self.text(sequence.job.ids, out.token_ids)
-        found = [(place, word) for word in sampling.stop if (place := text.find(word)) >= 0]
+        text = self._text_so_far(sequence)
+        places = [(text.find(word, max(0, sequence.searched - len(word) + 1)), word) for word in sampling.stop]
+        sequence.searched = len(text)
+        found = [(place, word) for place, word in places if place >= 0]
         if not found:
             return False
-        place, word = min(found)
+        place, word = min(found, key=lambda match: match[0] + len(match[1]))
         out.text = text[: place + len(word)] if sampling.include_stop else text[:place]
         sequence.done, out.finish_reason, out.stop_reason = True, "stop", word
         return True

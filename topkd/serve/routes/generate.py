@@ -15,8 +15,10 @@ from topkd.serve.engine.jobs import Answer, Completion, EngineJob
 from topkd.serve.engine.refusal import Refusal
 from topkd.serve.engine.served import Served
 from topkd.serve.routes import replies
-from topkd.serve.routes.openai import count_shown_entries, refuse_streams, too_long
+from topkd.serve.routes.openai import count_shown_entries, refuse_streams
+from topkd.serve.routes.prompts import too_long
 from topkd.serve.routes.requests import GenerateBody, check_candidate_ids, check_k, check_max_tokens, check_prompt_ids
+from topkd.serve.routes.unsupported import refuse_unsupported
 from topkd.serve.routes.wire import cancel_if_disconnected, json_reply, list_routes, read
 
 
@@ -35,6 +37,12 @@ def list_generate_routes(served: Served) -> list[Route]:
 def _plan(served: Served, body: GenerateBody) -> EngineJob:
     adapter = served.adapter_of(body.model)
     fields = body.sampling_params
+    for part in (body, fields):
+        refuse_unsupported(part)
+    if fields.stop and not fields.detokenize:
+        raise Refusal("stop strings are only supported when detokenize is True. Set detokenize=True to use stop.")
+    if body.output_mode == "text" and not fields.detokenize:
+        raise Refusal("output_mode='text' requires sampling_params.detokenize to be true")
     if body.stream and fields.prompt_logprob_token_ids is not None:
         raise Refusal("prompt_logprob_token_ids are not available when stream=true.")
     refuse_streams(stream=body.stream, prompt_logprobs=fields.prompt_logprobs)
@@ -53,7 +61,7 @@ def _plan(served: Served, body: GenerateBody) -> EngineJob:
         max_tokens=left if fields.max_tokens is None else min(fields.max_tokens, left),
         logprobs=logprobs,
         vocab=served.vocab,
-        detokenize=body.output_mode == "text" or (fields.detokenize and bool(fields.stop)),
+        detokenize=body.output_mode == "text" or bool(fields.stop),
     )
     return EngineJob(ids, sampling, fields.n, scored, candidates, start, adapter)
 

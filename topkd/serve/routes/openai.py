@@ -12,10 +12,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from topkd.serve.engine.jobs import Answer, Completion, EngineJob, SamplingJob
-from topkd.serve.engine.refusal import Refusal, bad_parameter
+from topkd.serve.engine.refusal import bad_parameter
 from topkd.serve.engine.served import Served
 from topkd.serve.routes import replies
-from topkd.serve.routes.requests import ChatBody, CompletionBody, check_k, check_max_tokens, check_prompt_ids
+from topkd.serve.routes.prompts import check_room, encode_chat, make_prompts, render_chat, room, too_long
+from topkd.serve.routes.requests import (
+    ChatBody,
+    CompletionBody,
+    OpenAIBody,
+    check_k,
+    check_max_tokens,
+    check_prompt_ids,
+)
+from topkd.serve.routes.unsupported import refuse_tool_calls, refuse_unsupported
 from topkd.serve.routes.wire import cancel_if_disconnected, json_reply, list_routes, read
 
 
@@ -30,9 +39,10 @@ def list_openai_routes(served: Served) -> list[Route]:
 
     async def chat(request: Request) -> Response:
         body = await read(request, ChatBody, served.config.max_body_bytes)
-        job = _plan_chat(served, body)
+        job, text = _plan_chat(served, body)
         [answer] = await cancel_if_disconnected(request, served.engine.submit([job]))
-        return json_reply(await asyncio.to_thread(_chat_reply, served, body, job, answer))
+        reply = await asyncio.to_thread(_chat_reply, served, body, job, answer)
+        return json_reply(reply | ({"prompt_text": text} if body.return_prompt_text else {}))
 
     return list_routes({"/v1/completions": completions, "/v1/chat/completions": chat}, "POST")
 
@@ -45,33 +55,6 @@ def refuse_streams(*, stream: bool | None, prompt_logprobs: int | None) -> None:
         raise bad_parameter("This server does not stream: send stream=false.", "stream", value=True)
 
 
-def room(served: Served, length: int) -> int:
-    """Return how many tokens fit behind a prompt; refuse a prompt longer than the context."""
-    if length > served.context:
-        message = (
-            f"This model's maximum context length is {served.context} tokens. However, your prompt contains at least "
-            f"{served.context + 1} input tokens, which exceeds this limit even without any output tokens. "
-            "Please reduce the length of the input prompt."
-        )
-        # vLLM stops counting one token past the limit.
-        raise bad_parameter(message, "input_tokens", served.context + 1)
-    return served.context - length
-
-
-def too_long(served: Served, length: int) -> Refusal:
-    """Build the refusal of a prompt longer than the context."""
-    limit = served.context
-    if length > limit:
-        what, parts = f"(length {length}) is longer than", "text tokens."
-    else:
-        what = f"(length {length}) plus the number of requested output tokens (at least 1) is longer than"
-        parts = "text tokens (prompt + requested output tokens)."
-    return Refusal(
-        f"The decoder prompt {what} the maximum model length of {limit}. "
-        f"Make sure that `max_model_len` is no smaller than the number of {parts}"
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Plan:
     jobs: list[EngineJob]
@@ -81,41 +64,32 @@ class _Plan:
 
 def _plan_completions(served: Served, body: CompletionBody) -> _Plan:
     adapter = served.adapter_of(body.model)
+    refuse_unsupported(body)
     refuse_streams(stream=body.stream, prompt_logprobs=body.prompt_logprobs)
+    check_room(served, body, body.max_tokens, "max_tokens")
+    _check_named_ids(body, shows=body.logprobs is not None, expected="set")
     limit = served.config.max_logprobs
     scored = check_k(body.prompt_logprobs, served.vocab, limit, what="prompt", field="prompt_logprobs")
     logprobs = check_k(body.logprobs, served.vocab, limit, what="sample", field="logprobs")
     if body.echo and scored is None:
         scored = logprobs
-    silent = body.echo and body.max_tokens == 0
+    silent = bool(body.echo and body.max_tokens == 0)
+    if silent and body.logprob_token_ids:
+        message = (
+            "`logprob_token_ids` is not supported when `echo=True` and `max_tokens=0` "
+            "because no output tokens are generated."
+        )
+        raise bad_parameter(message, "logprob_token_ids")
     jobs = []
-    for prompt in _prompts(served, body):
+    for prompt in make_prompts(served, body):
         ids = check_prompt_ids(prompt, served.vocab) if len(prompt) <= served.context else tuple(prompt)
         left = room(served, len(ids))
         if silent and not left:
             raise too_long(served, len(ids))
-        wanted = left if body.max_tokens is None else min(body.max_tokens, left)
-        sampling = body.sampling(
-            max_tokens=1 if silent else check_max_tokens(wanted), logprobs=logprobs, vocab=served.vocab
-        )
+        wanted = 1 if silent else check_max_tokens(min(body.max_tokens, left))
+        sampling = body.sampling(max_tokens=wanted, logprobs=logprobs, vocab=served.vocab)
         jobs.append(EngineJob(ids, sampling, n=body.n, prompt_logprobs=scored, adapter=adapter))
     return _Plan(jobs, logprobs, not silent)
-
-
-def _prompts(served: Served, body: CompletionBody) -> list[list[int]]:
-    prompt = body.prompt
-    if prompt is None or prompt == "":
-        raise bad_parameter("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
-    if not prompt:
-        raise Refusal("You must pass at least one prompt")
-    if isinstance(prompt, str):
-        prompt = [prompt]
-    if isinstance(prompt[0], int):
-        return [prompt]
-    return [
-        served.words.encode(item, add_special_tokens=body.add_special_tokens) if isinstance(item, str) else item
-        for item in prompt
-    ]
 
 
 def count_shown_entries(sampling: SamplingJob) -> int:
@@ -180,32 +154,34 @@ def _prompt_rows(served: Served, job: EngineJob, answer: Answer) -> list[dict[st
     return replies.prompt_logprobs(answer.scores, job.ids[1:], served.words)
 
 
-def _plan_chat(served: Served, body: ChatBody) -> EngineJob:
+def _check_named_ids(body: OpenAIBody, *, shows: bool, expected: str) -> None:
+    if body.logprob_token_ids and not shows:
+        message = f"when using `logprob_token_ids`, `logprobs` must be {expected}."
+        raise bad_parameter(message, "logprob_token_ids")
+
+
+def _plan_chat(served: Served, body: ChatBody) -> tuple[EngineJob, str]:
+    """Return the job of a chat and its rendered prompt."""
     adapter = served.adapter_of(body.model)
+    refuse_unsupported(body)
+    chosen = "tool_choice" in body.model_fields_set
+    refuse_tool_calls(body.tools, body.tool_choice if chosen else "auto" if body.tools else None)
     refuse_streams(stream=body.stream, prompt_logprobs=body.prompt_logprobs)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise bad_parameter("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
+    check_room(
+        served, body, body.limit, "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    )
+    _check_named_ids(body, shows=bool(body.logprobs), expected="set to true")
     limit = served.config.max_logprobs
     scored = check_k(body.prompt_logprobs, served.vocab, limit, what="prompt", field="prompt_logprobs")
     listed = check_k(body.top_logprobs or 0, served.vocab, limit, what="sample", field="top_logprobs")
-    logprobs = listed if body.logprobs else None
-    options: dict[str, Any] = dict(body.chat_template_kwargs or {})
-    for name in ("chat_template", "tools"):
-        if (value := getattr(body, name)) is not None:
-            options[name] = value
-    prompt = served.words.chat(
-        body.messages,
-        add_special_tokens=body.add_special_tokens,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        **options,
-    )
-    ids = check_prompt_ids(prompt, served.vocab)
+    text = render_chat(served, body)
+    ids = check_prompt_ids(encode_chat(served, body, text), served.vocab)
     left = room(served, len(ids))
-    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    wanted = check_max_tokens(left if asked is None else min(asked, left))
-    sampling = body.sampling(max_tokens=wanted, logprobs=logprobs, vocab=served.vocab)
-    return EngineJob(ids, sampling, n=body.n, prompt_logprobs=scored, adapter=adapter)
+    wanted = check_max_tokens(left if body.limit is None else min(body.limit, left))
+    sampling = body.sampling(max_tokens=wanted, logprobs=listed if body.logprobs else None, vocab=served.vocab)
+    return EngineJob(ids, sampling, n=body.n, prompt_logprobs=scored, adapter=adapter), text
 
 
 def _chat_reply(served: Served, body: ChatBody, job: EngineJob, answer: Answer) -> dict[str, Any]:
@@ -214,7 +190,7 @@ def _chat_reply(served: Served, body: ChatBody, job: EngineJob, answer: Answer) 
         k, as_ids = count_shown_entries(job.sampling), bool(body.return_tokens_as_token_ids)
         chosen = replies.chat_logprobs(out, served.words, k=k, as_ids=as_ids) if body.logprobs else None
         message = {
-            "role": "assistant",
+            "role": body.role,
             "content": out.text,
             "refusal": None,
             "annotations": None,

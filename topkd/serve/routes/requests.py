@@ -1,24 +1,38 @@
-"""Request bodies of vLLM 0.32 and its checks of them. Unknown fields are ignored, as there."""
+"""Request bodies of vLLM 0.32 and its checks of them. Unknown fields are ignored, as there.
+
+Known fields that this server does not do are in ``unsupported``.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
 from topkd.serve.engine.jobs import SamplingJob
 from topkd.serve.engine.refusal import Refusal, bad_parameter, restate_error
 
 MAX_N = 16_384  # vLLM's
+MAX_NAMED_IDS = 128  # of logprob_token_ids, vLLM's
+INT64 = 2**63
 TokenId = Annotated[int, Field(ge=0)]
 
 
 class Body(BaseModel):
     """Fields that every request shares."""
 
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str | None = None
 
@@ -26,10 +40,13 @@ class Body(BaseModel):
 class SamplingFields(BaseModel):
     """Sampling fields, the same on every route."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
 
     max_temperature: ClassVar[float] = 2.0
+    min_temperature: ClassVar[float] = 0.01  # vLLM raises smaller ones to it, but for 0
+    max_bias: ClassVar[float] = math.inf  # larger biases count as this
     greedy_n: ClassVar[bool] = False  # several greedy completions would be one, several times
+    any_stop_ids: ClassVar[bool] = False  # stop_token_ids outside the vocabulary mean nothing, instead of 400
 
     n: int = 1
     max_tokens: int | None = None
@@ -41,11 +58,12 @@ class SamplingFields(BaseModel):
     presence_penalty: float | None = 0.0
     frequency_penalty: float | None = 0.0
     repetition_penalty: float | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     prompt_logprobs: int | None = None
     logprob_token_ids: list[int] | None = None
     logit_bias: dict[str, float] | None = None
@@ -61,24 +79,29 @@ class SamplingFields(BaseModel):
         scaled_logprobs: bool = False,
     ) -> SamplingJob:
         """Check the parameters and return a SamplingJob."""
+        heat = 1.0 if self.temperature is None else self.temperature
+        stop_ids = self.stop_token_ids or []
+        if self.any_stop_ids:
+            stop_ids = [token for token in stop_ids if 0 <= token < vocab]
         chosen = SamplingJob(
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
+            temperature=max(heat, self.min_temperature) if heat > 0 else heat,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=0 if self.top_k is None else self.top_k,
             min_p=self.min_p or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            seed=self.seed,
+            seed=None if self.seed == -1 else self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            stop_token_ids=frozenset(self.stop_token_ids or ()),
+            stop_token_ids=frozenset(stop_ids),
             include_stop=self.include_stop_str_in_output,
             ignore_eos=self.ignore_eos,
+            skip_special_tokens=self.skip_special_tokens,
             logprobs=logprobs,
             logprob_token_ids=tuple(self.logprob_token_ids or ()),
-            logit_bias=_bias(self.logit_bias),
+            logit_bias=_bias(self.logit_bias, self.max_bias),
             allowed_token_ids=tuple(self.allowed_token_ids or ()),
             detokenize=detokenize,
             scaled_logprobs=scaled_logprobs,
@@ -90,47 +113,79 @@ class SamplingFields(BaseModel):
         _check_ranges(chosen, self.max_temperature)
         if chosen.greedy and self.n > 1 and not self.greedy_n:
             raise Refusal(f"n must be 1 when using greedy sampling, got {self.n}.")
+        if "" in chosen.stop:
+            raise Refusal("stop cannot contain an empty string.")
+        if self.allowed_token_ids == []:
+            raise bad_parameter("allowed_token_ids is not None and empty!", "allowed_token_ids", [])
         _check_named_ids(chosen, vocab)
         return chosen
 
 
-class CompletionBody(Body, SamplingFields):
-    """``/v1/completions``."""
+class StreamOptions(BaseModel):
+    """``stream_options``."""
 
-    prompt: list[TokenId] | list[list[TokenId]] | str | list[str] | None = None
-    echo: bool = False
-    max_tokens: int | None = 16
-    logprobs: int | None = None
-    stream: bool = False
+    include_usage: bool | None = True
+    continuous_usage_stats: bool | None = False
+
+
+class OpenAIBody(Body, SamplingFields):
+    """Fields that both OpenAI routes share."""
+
+    max_bias: ClassVar[float] = 100.0
+
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=INT64)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
     add_special_tokens: bool = True
     return_token_ids: bool | None = None
     return_weight_versions: bool | None = None  # from vLLM 0.33 on
     return_tokens_as_token_ids: bool | None = None
 
 
-class ChatBody(Body, SamplingFields):
+class CompletionBody(OpenAIBody):
+    """``/v1/completions``."""
+
+    prompt: list[TokenId] | list[list[TokenId]] | str | list[str] | None = None
+    echo: bool | None = False
+    # null is the default too
+    max_tokens: Annotated[int, BeforeValidator(lambda value: 16 if value is None else value)] = 16
+    logprobs: int | None = None
+
+
+class ChatBody(OpenAIBody):
     """``/v1/chat/completions``."""
 
     messages: list[dict[str, Any]]
+    n: Annotated[int, BeforeValidator(lambda value: 1 if value is None else value)] = 1
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
-    stream: bool | None = False
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, str]] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     tools: list[dict[str, Any]] | None = None
-    return_token_ids: bool | None = None
-    return_weight_versions: bool | None = None  # from vLLM 0.33 on
-    return_tokens_as_token_ids: bool | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    return_prompt_text: bool | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Output tokens that were asked for."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def role(self) -> str:
+        """Who says what is drawn."""
+        return "assistant" if self.add_generation_prompt else str(self.messages[-1].get("role"))
 
 
 class GenerateSampling(SamplingFields):
     """``sampling_params`` of ``/inference/v1/generate``."""
 
-    max_tokens: int | None = 16
     logprobs: int | None = None
     flat_logprobs: bool = False
     detokenize: bool = True
@@ -257,9 +312,9 @@ def check_max_tokens(value: int) -> int:
     return value
 
 
-def _bias(biases: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
+def _bias(biases: dict[str, float] | None, most: float) -> tuple[tuple[int, float], ...]:
     try:
-        return tuple((int(token), float(bias)) for token, bias in (biases or {}).items())
+        return tuple((int(token), min(most, max(-most, float(bias)))) for token, bias in (biases or {}).items())
     except ValueError as error:
         raise bad_parameter(f"logit_bias keys must be token ids: {error}.", "logit_bias") from error
 
@@ -301,5 +356,8 @@ def _check_named_ids(chosen: SamplingJob, vocab: int) -> None:
     }
     for name, ids in named.items():
         outside = [token for token in ids if not 0 <= token < vocab]
-        if outside and name != "stop_token_ids":
+        if outside:
             raise bad_parameter(f"{name} contains out-of-vocab token id {outside[0]}.", name, outside[0])
+    if (count := len(chosen.logprob_token_ids)) > MAX_NAMED_IDS:
+        message = f"Requested logprob_token_ids of length {count}, which is greater than max allowed: {MAX_NAMED_IDS}"
+        raise bad_parameter(message, "logprob_token_ids", count)

@@ -35,7 +35,7 @@ LOWEST = -3.4028234663852886e38
 _RESERVED = 6  # tokens of the context that a prompt may not use
 
 
-_IGNORED_KEYS = {"no_stop_trim", "skip_special_tokens", "spaces_between_special_tokens", "stream_interval"}
+_IGNORED_KEYS = {"no_stop_trim", "spaces_between_special_tokens", "stream_interval"}
 _OTHER_NAMES = {  # of the shared sampling fields, those that SGLang calls otherwise or does not have
     "max_tokens", "min_tokens", "seed", "prompt_logprobs", "logprob_token_ids", "allowed_token_ids",
     "include_stop_str_in_output",
@@ -45,9 +45,10 @@ _OTHER_NAMES = {  # of the shared sampling fields, those that SGLang calls other
 class SglangSampling(SamplingFields):
     """``sampling_params``, where the names differ from OpenAI's. Unknown keys are refused."""
 
-    model_config = ConfigDict(extra="allow")
     max_temperature: ClassVar[float] = math.inf
+    min_temperature: ClassVar[float] = 0.0
     greedy_n: ClassVar[bool] = True
+    any_stop_ids: ClassVar[bool] = True
 
     max_new_tokens: int = 128
     min_new_tokens: int = 0
