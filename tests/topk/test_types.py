@@ -182,7 +182,7 @@ def test_lists_of_every_shape_become_what_a_careful_loop_makes_of_them() -> None
         (
             2,
             -1.7,
-            r"the list and actual_logp disagree .*row 1 .*got actual_logp -1.7, expected -0.5, as the list has it",
+            r"the list and actual_logp disagree .*row 1 .*got actual_logp -1.7, expected -0.5, as in the list",
         ),
         (2, -np.inf, "disagree"),
         (4, -0.2, "disagree"),

@@ -1,7 +1,7 @@
 """Top-K logprobs: types, errors, protocols, and all the maths.
 
-Knows: probabilities, divergences, advantages, estimators. Does not know: servers, files, clocks, loggers, torch
-(but for ``losses``, ``fused`` and ``schedule``, which are imported only by who asks).
+Knows: probabilities, divergences, advantages, estimators. Does not know: servers, files, clocks, loggers, torch (except
+in ``losses`` and ``fused``, which are imported only when needed).
 """
 
 from topkd.topk.compat import compute_topk_gjs, extract_token_logprobs, slice_completion_topk

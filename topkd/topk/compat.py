@@ -1,7 +1,7 @@
-"""The list functions of the top-K GJS engine this work started from, under their own names, for comparison.
+"""List functions of the earlier engine that topkd was developed from, with their original names, for comparison.
 
-They take plain lists of (id, logprob). What they measure is kept where it is a divergence at all; the engine of topkd
-uses ``topk_gjs`` (union of both lists, tail kept), exact sampled-token logprobs, and masks.
+They take plain lists of (id, logprob), and return the original values where those are divergences. topkd itself uses
+``topk_gjs`` (union of both lists, with a tail), exact sampled-token logprobs, and masks.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def compute_topk_gjs(
 
     Natural log, >= 0 (GKD's divergence, arXiv:2306.13649). Approximate: blind to the mass outside the teacher's list, 0
     for K = 1, and small for *disjoint* lists (every student entry is the floor, and renormalises to uniform). Prefer
-    ``topk_gjs``. For 0 < alpha < 1 these are the source's values. Where it returned no divergence, this does: alpha = 0
-    is KL(T||S) and alpha = 1 is KL(S||T) on the same ids; a repeated id counts once, with its larger logprob; NaN
-    entries are dropped.
+    ``topk_gjs``. For 0 < alpha < 1 these are the original values. Where the original value is not a divergence, this
+    one is: alpha = 0 is KL(T||S) and alpha = 1 is KL(S||T) on the same ids; a repeated id counts once, with its larger
+    logprob; NaN entries are dropped.
 
     Returns:
-        One float a position; NaN where either list is empty (no signal).
+        One float per position; NaN where either list is empty (no signal).
     """
     alpha = check_beta(alpha, "alpha")
     floor_logprob = check_floor("floor_logprob", floor_logprob)
@@ -48,7 +48,7 @@ def compute_topk_gjs(
         raise AlignmentError(
             "teacher_topk and student_topk differ in length", got=f"{len(teacher_topk)} and {len(student_topk)}"
         )
-    if len(teacher_topk) == 0:  # not its truth value: a NumPy array has none
+    if len(teacher_topk) == 0:  # len(), because the truth value of a NumPy array is an error
         return []
     teacher_ids, teacher_logp = _pad("teacher_topk", teacher_topk)
     student_ids, student_logp = _pad("student_topk", student_topk)
@@ -65,9 +65,9 @@ def extract_token_logprobs(
 ) -> list[float]:
     """Look up one token's listed logprob at each position; ``floor_logprob`` where the list lacks it.
 
-    For reading old data only; natural log, CLaaS's form. A floored logprob is not a logprob: an importance ratio made
-    of it is off by up to e^17, an advantage by as many nats. Pass ``floor_logprob=None`` for NaN (mask it), or use
-    ``TopK.actual_logp``.
+    Only for reading old data; natural log, in CLaaS's form. A floored logprob is not a logprob: an importance ratio
+    computed from it can be wrong by a factor of e^17, an advantage by 17 nats. Pass ``floor_logprob=None`` for NaN (and
+    mask it), or use ``TopK.actual_logp``.
     """
     _check_lists(topk=topk, token_ids=token_ids)
     if len(topk) != len(token_ids):
@@ -86,7 +86,7 @@ def extract_token_logprobs(
 def slice_completion_topk(
     full: Sequence[Sequence[_Entry] | None], prompt_len: int, completion_len: int
 ) -> list[list[_Entry]]:
-    """Cut the completion's positions from a prompt-logprobs reply; null becomes an empty list.
+    """Return the completion's positions of a prompt-logprobs reply; null becomes an empty list.
 
     ``full[i]`` scores token i given the tokens before it, so the completion starts at ``prompt_len``. An empty list is
     a hole (no signal), not a distribution. A reply that is too short gives fewer positions: check the length.

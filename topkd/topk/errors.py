@@ -1,33 +1,34 @@
-"""Every error topkd raises on purpose, in one tree.
+"""Every error that topkd raises on purpose, in one tree.
 
 ::
 
     TopkdError
-        ConfigError (ValueError)              a config, flag or argument that cannot be right
+        ConfigError (ValueError)              an invalid config, flag or argument
         DataError (ValueError)                a data row or sample file that cannot be read
         ServerError
-            RetryableServerError              trying again may help; only clients.http.retry acts on it
+            RetryableServerError              a retry may help; only clients.http.retry retries
                 ServerUnreachableError (ConnectionError)
                 ServerTimeoutError (TimeoutError)
-                ServerBusyError               429, 503: carries retry_after_s
+                ServerBusyError               429, 503: has retry_after_s
                 ServerFailedError             other 5xx
-            FinalServerError                  trying again cannot help
+            FinalServerError                  a retry cannot help
                 RequestRefusedError (ValueError)      4xx with the server's own message
-                    KLimitError               K above the server's limit: carries limit
+                    KLimitError               K above the server's limit: has limit
                     ContextLimitError         the prompt does not fit the context
                     ModelNotFoundError (LookupError)
                 AuthError (PermissionError)
-                UnsupportedError              the endpoint lacks the capability that was asked for
+                UnsupportedError              the endpoint lacks a capability that is needed
         ResponseError (ValueError)            a reply that cannot be trusted: shape, mass, NaN, nulls
             AlignmentError                    rows or token identities do not match the request
         CacheError
             CacheMissError (LookupError)      replay found no record
-            CacheCorruptError (ValueError)    a checksum or a header does not hold
-        SyncError (RuntimeError)              weights could not be brought to a server
-        TrainingError (RuntimeError)          a run cannot go on (non-finite loss, no valid token, ...)
+            CacheCorruptError (ValueError)    a checksum or a header is wrong
+        SyncError (RuntimeError)              weights could not be sent to a server
+        TrainingError (RuntimeError)          a run cannot continue (non-finite loss, no valid token, ...)
 
-``ServerTimeoutError``, ``CacheError`` and ``ServerError`` also are what Python itself would have raised (TimeoutError,
-OSError), so a caller may catch either. All of them survive pickling: keyword fields travel in ``__dict__``.
+``ServerTimeoutError``, ``CacheError`` and ``ServerError`` are also subclasses of what Python itself would raise
+(TimeoutError, OSError), so a caller may catch either. All of them can be pickled: keyword fields are kept in
+``__dict__``.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class TopkdError(Exception):
     """Base of the tree. ``str(error)`` is one line: what (where): got, expected; what to do.
 
     Attributes:
-        where: Endpoint, model, request, file or position the error is about ("" when the message already says).
-        hint: What the reader can do about it ("" when nothing is known).
-        exit_code: What a command that fails with it returns: 2 for the user's mistake, 1 for a failed run.
+        where: Endpoint, model, request, file or position of the error ("" when the message has it already).
+        hint: What the user can do about it ("" when nothing is known).
+        exit_code: Exit code of a command that fails with it: 2 for a user's mistake, 1 for a failed run.
     """
 
     exit_code = 1
@@ -76,7 +77,7 @@ def _rebuild(cls: type[TopkdError], args: tuple[object, ...], state: dict[str, o
 
 
 class ConfigError(TopkdError, ValueError):
-    """A config, flag or argument that cannot be right."""
+    """An invalid config, flag or argument."""
 
     exit_code = 2
 
@@ -88,19 +89,19 @@ class DataError(TopkdError, ValueError):
 
 
 class ServerError(TopkdError, OSError):
-    """A server did not answer as asked."""
+    """A server did not answer the request properly."""
 
     __str__ = Exception.__str__
 
 
 class RetryableServerError(ServerError):
-    """Trying again may help. ``retry_after_s`` is the server's own wish, when it stated one."""
+    """A retry may help. ``retry_after_s`` is the delay that the server asked for, or None."""
 
     retry_after_s: float | None = None
 
 
 class ServerUnreachableError(RetryableServerError, ConnectionError):
-    """No connection, or one that broke before the reply was whole."""
+    """No connection, or one that broke before the reply was complete."""
 
 
 class ServerTimeoutError(RetryableServerError, TimeoutError):
@@ -116,7 +117,7 @@ class ServerFailedError(RetryableServerError):
 
 
 class FinalServerError(ServerError):
-    """Trying again cannot help."""
+    """A retry cannot help."""
 
 
 class RequestRefusedError(FinalServerError, ValueError):
@@ -126,7 +127,7 @@ class RequestRefusedError(FinalServerError, ValueError):
 
 
 class KLimitError(RequestRefusedError):
-    """K is above what the server serves. ``limit`` is the server's own, when it said so."""
+    """K is above the server's limit. ``limit`` is that limit, or None if the server did not state it."""
 
     limit: int | None = None
 
@@ -146,7 +147,7 @@ class AuthError(FinalServerError, PermissionError):
 
 
 class UnsupportedError(FinalServerError):
-    """The endpoint lacks a capability that was asked for."""
+    """The endpoint lacks a capability that is needed."""
 
     exit_code = 2
 
@@ -170,12 +171,12 @@ class CacheMissError(CacheError, LookupError):
 
 
 class CacheCorruptError(CacheError, ValueError):
-    """A checksum or a header of the cache does not hold."""
+    """A checksum or a header of the cache is wrong."""
 
 
 class SyncError(TopkdError, RuntimeError):
-    """Weights could not be brought to a server, or the server does not confirm them."""
+    """Weights could not be sent to a server, or the server does not confirm them."""
 
 
 class TrainingError(TopkdError, RuntimeError):
-    """A run cannot go on."""
+    """A run cannot continue."""

@@ -1,4 +1,4 @@
-"""Checks of the NumPy maths' arguments; logprobs become float64 once."""
+"""Check the arguments of the NumPy maths; convert logprobs to float64."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from topkd.topk.errors import ConfigError
 from topkd.topk.maths.scalars import check_real
 from topkd.topk.types import Float64, TopK
 
-LOGP_TOLERANCE = 1e-3  # float32 rounding of a served logprob stays far below; above it, the numbers are logits
+LOGP_TOLERANCE = 1e-3  # float32 rounding of a logprob stays far below; above it, the numbers are logits
 
 
 def float64(name: str, value: ArrayLike) -> Float64:
-    """Return ``value`` as float64, masked entries as NaN; refuse what is not numbers, or a ragged list."""
+    """Return ``value`` as float64, masked entries as NaN; refuse non-numbers and ragged lists."""
     try:
         array = np.asarray(value) if not isinstance(value, np.ma.MaskedArray) else value
-    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors NumPy cannot read
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors that NumPy cannot read
         raise ConfigError(
             f"{name}: not an array of numbers",
             got=f"{type(value).__name__} ({error})",
@@ -60,13 +60,13 @@ def result_dtype(*values: ArrayLike) -> np.dtype[np.floating]:
 
 
 def to_dtype(value: Float64, dtype: np.dtype[np.floating]) -> NDArray[np.floating]:
-    """Convert to ``dtype``; what float32 cannot hold becomes infinite without a warning."""
+    """Convert to ``dtype``; a value too large for float32 becomes infinite without a warning."""
     with np.errstate(over="ignore"):
         return value.astype(dtype, copy=False)
 
 
 def check_floor(name: str, value: float) -> float:
-    """Return a negative log-probability that stands for a missing id (-inf = no probability)."""
+    """Return ``value``, a negative log-probability that replaces a missing one (-inf = probability zero)."""
     number = check_real(name, value)
     if not number < 0.0:
         raise ConfigError(f"{name} must be a negative log-probability", got=number)

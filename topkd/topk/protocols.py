@@ -1,6 +1,6 @@
-"""Protocols: what one room needs of another.
+"""Protocols: what one room needs from another.
 
-``compose`` plugs the pieces together. A live, a cached and a replayed teacher are the same type to the engine.
+``compose`` connects the rooms. For the engine, a live, a cached and a replayed teacher have the same type.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ class TeacherScorer(Protocol):
     """Scores a given token sequence."""
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
-        """Score rows ``start .. len(ids) - 2``: R = len(ids) - 1 - start rows, row i predicting ``ids[start + i + 1]``.
+        """Score rows ``start .. len(ids) - 2``: R = len(ids) - 1 - start rows; row i predicts ``ids[start + i + 1]``.
 
-        ``actual_ids`` equals ``ids[start + 1:]`` and ``actual_logp`` is exact; anything else is an error, not a row.
+        ``actual_ids`` equals ``ids[start + 1:]`` and ``actual_logp`` is exact; otherwise the scorer raises an error.
         """
         ...
 
 
 @runtime_checkable
 class CandidateScorer(Protocol):
-    """Scores chosen ids at every position (a teacher at the student's own top-K, say)."""
+    """Scores chosen ids at every position (for example the student's top-K ids with a teacher)."""
 
     async def score_candidates(self, ids: Ids, start: int, candidates: Int32) -> Float32:
         """Return float32 [R, K] logprobs of ``candidates`` [R, K] (-1 pads give -inf); rows as in ``score``."""
@@ -39,16 +39,16 @@ class CandidateScorer(Protocol):
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Draws completions from the student."""
+    """Samples completions from the student."""
 
     async def sample(self, prompt_ids: Ids, n: int, params: SamplingParams, *, k: int = 0) -> list[Rollout]:
-        """Draw n rollouts with exact sampled-token logprobs; with k > 0 also the sampler's top-K rows."""
+        """Sample n rollouts with exact sampled-token logprobs; with k > 0 also with the sampler's top-K lists."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class WeightUpdate:
-    """New student weights, as a server can fetch them: a LoRA adapter folder or a full checkpoint folder."""
+    """New student weights that a server can load: the folder of a LoRA adapter or of a full model."""
 
     kind: Literal["lora", "full"]
     path: str
@@ -57,7 +57,7 @@ class WeightUpdate:
 
 @runtime_checkable
 class WeightSink(Protocol):
-    """Brings new weights to where sampling happens."""
+    """Sends new weights to a sampler."""
 
     async def push(self, update: WeightUpdate) -> Version:
         """Send new weights; return the version that the sink confirms, or raise SyncError."""

@@ -1,4 +1,4 @@
-"""Values that travel between the rooms: sampling parameters, rollouts, behaviours and prepared samples.
+"""Values that the rooms exchange: sampling parameters, rollouts, behaviours and prepared samples.
 
 Variants are discriminated unions on ``kind``; match them exhaustively::
 
@@ -27,11 +27,11 @@ FinishReason: TypeAlias = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Every sampling parameter, sent explicitly: a model's ``generation_config`` must never leak in.
+    """Every sampling parameter, sent explicitly, so that a model's ``generation_config`` has no effect.
 
     The defaults sample from the policy itself (temperature 1, no truncation, no penalty), so the returned logprobs are
-    the policy's own. ``exact`` says whether that holds. ``stop_token_ids``, where given, are the only ends (SGLang adds
-    the model's own); where not, a server ends at what its model's files call the end.
+    the policy's own. ``exact`` says whether that is so. Only ``stop_token_ids``, if set, end a completion (SGLang adds
+    the model's own); if not set, a server uses the end tokens in its model's files.
     """
 
     max_tokens: int = 1024
@@ -63,19 +63,19 @@ class SamplingParams:
 
     @property
     def exact(self) -> bool:
-        """True when the sampled distribution is the policy's own softmax, untempered and untruncated."""
+        """Whether tokens are sampled from the policy's own softmax: temperature 1, not truncated, no penalty."""
         return self == SamplingParams(self.max_tokens, stop_token_ids=self.stop_token_ids, seed=self.seed)
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled completion with the exact log-probabilities it was sampled with.
+    """One sampled completion, with the exact log-probability that each token was sampled with.
 
     Attributes:
         prompt_ids: int32 [P], P >= 1.
         completion_ids: int32 [C], the stop token included when the model emitted one.
         logp: float32 [C], log-probability of each completion token under the distribution it was sampled from.
-        topk: The sampler's own top-K rows (``start = P - 1``), or None.
+        topk: The sampler's own top-K lists (``start = P - 1``), or None.
         finish_reason: "stop", "length" or "abort".
         version: Weight version of the policy that sampled it ("" when unknown).
         sampling: The parameters it was sampled with.
@@ -101,14 +101,14 @@ class Rollout:
         if not isinstance(self.version, str):
             raise ConfigError("Rollout.version must be text", got=repr(self.version))
         if self.prompt_ids.size < 1:
-            raise AlignmentError("a rollout needs at least one prompt token: row 0 has nothing to condition on")
+            raise AlignmentError("a rollout needs at least one prompt token")
         if self.topk is not None:
             _rows("Rollout.topk", self.topk, self.prompt_ids.size - 1, self.completion_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class ScalarBehavior:
-    """The rollout's exact sampled-token logprobs, float32 [C]; fixed for every inner step."""
+    """The exact logprobs that the rollout's tokens were sampled with, float32 [C]; the same in every inner step."""
 
     logp: Float32
     kind: Literal["scalar"] = field(default="scalar", init=False)
@@ -119,7 +119,7 @@ class ScalarBehavior:
 
 @dataclass(frozen=True, slots=True)
 class TopKBehavior:
-    """As ``ScalarBehavior``, with the student's top-K rows at rollout time beside it."""
+    """Like ``ScalarBehavior``, plus the student's top-K lists at the time of sampling."""
 
     logp: Float32
     topk: TopK
@@ -135,15 +135,15 @@ Behavior: TypeAlias = ScalarBehavior | TopKBehavior
 
 @dataclass(frozen=True, slots=True)
 class SampleCore:
-    """Fields that every prepared sample has, whatever its teacher.
+    """Fields that every prepared sample has, independent of its teacher.
 
     Attributes:
         full_ids: int32 [P + C], the student's prompt and the completion.
         prompt_len: P >= 1.
-        mask: bool [C], True where the completion token trains; row i of a TopK and entry i of the mask are one place.
+        mask: bool [C], True where the completion token trains; entry i belongs to row i of a TopK.
         teacher_prompt_ids: The prompt the *teacher* saw (its length may differ: a hint, another template).
-        teacher_id: Which teacher scored it.
-        sample_id: The data row it came from ("" when unnamed).
+        teacher_id: Name of the teacher that scored it.
+        sample_id: Name of the data row that it comes from ("" when it has none).
     """
 
     full_ids: Int32
@@ -168,30 +168,30 @@ class SampleCore:
 
     @property
     def completion_ids(self) -> Int32:
-        """int32 [C]."""
+        """The completion's token ids, int32 [C]."""
         return self.full_ids[self.prompt_len :]
 
     @property
     def input_ids(self) -> Int32:
-        """int32 [P + C - 1]: what goes into the model; logit row P - 1 predicts the first completion token."""
+        """The model's input, int32 [P + C - 1]; logit row P - 1 predicts the first completion token."""
         return self.full_ids[:-1]
 
     @property
     def target_ids(self) -> Int32:
-        """int32 [P + C - 1]: what each input position should predict."""
+        """The token that each input position should predict, int32 [P + C - 1]."""
         return self.full_ids[1:]
 
 
 @dataclass(frozen=True, slots=True)
 class TextSample:
-    """A completion that came with the data: ids and a mask, no logprobs."""
+    """A completion from the data: ids and a mask, no logprobs."""
 
     core: SampleCore
 
 
 @dataclass(frozen=True, slots=True)
 class ScalarPreparedSample:
-    """A sample whose teacher gave the realised tokens' logprobs: float32 [C]; NaN = unknown, and masked."""
+    """A sample with the teacher's logprobs of the realised tokens only, float32 [C]; NaN = unknown, and masked."""
 
     core: SampleCore
     behavior: Behavior
@@ -206,7 +206,7 @@ class ScalarPreparedSample:
 
 @dataclass(frozen=True, slots=True)
 class TopKPreparedSample:
-    """A sample whose teacher gave C rows of top-K; ``teacher.start`` is the *teacher's* P - 1."""
+    """A sample with the teacher's top-K lists, C rows; ``teacher.start`` is the *teacher's* prompt length - 1."""
 
     core: SampleCore
     behavior: Behavior
@@ -223,7 +223,7 @@ class TopKPreparedSample:
 
     @property
     def teacher_logp(self) -> Float32:
-        """float32 [C]: the teacher's exact logprob of each realised token; NaN = unknown."""
+        """The teacher's exact logprob of each realised token, float32 [C]; NaN = unknown."""
         return self.teacher.actual_logp
 
 
@@ -248,7 +248,7 @@ def _vector(name: str, value: ArrayLike, dtype: type[np.generic]) -> NDArray[Any
     if array.size and dtype is np.float32 and np.fmax.reduce(array) > LOGP_TOLERANCE:
         raise ConfigError(f"{name}: logprob above 0", got=f"{np.fmax.reduce(array):.6g}")
     if array.size and dtype is np.bool_ and array.dtype != np.bool_:
-        # 0/1 integers read as a -100 label mask would keep every token; only a boolean says which convention is meant.
+        # Integers 0 and 1, read as labels with -100, would keep every token; a boolean mask cannot be misread.
         raise ConfigError(f"{name}: a mask must be boolean", got=array.dtype, expected="bool")
     if array.dtype != dtype or array.flags.writeable:
         array = array.astype(dtype)
@@ -262,7 +262,7 @@ def _length(name: str, array: NDArray[Any], expected: int) -> None:
 
 
 def _rows(name: str, topk: TopK, start: int, completion_ids: Int32) -> None:
-    """Refuse rows of another position or completion; an unknown (-1) realised token contradicts nothing."""
+    """Refuse rows of another position or completion; an unknown realised token (-1) matches any token."""
     _length(name, topk.actual_ids, completion_ids.size)
     if topk.start != start:
         raise AlignmentError(f"{name}: TopK.start is not the prompt length - 1", got=topk.start, expected=start)

@@ -1,4 +1,4 @@
-"""TAID's interpolation schedule: a linear floor that moves faster while the loss falls (arXiv:2501.16937)."""
+"""TAID's interpolation schedule: linear, and faster while the loss falls (arXiv:2501.16937)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 from topkd.topk.errors import ConfigError
 from topkd.topk.maths.scalars import check_integer, check_positive, check_real
 
-_SMALLEST_LOSS = 1e-8  # the relative change against a loss of zero would be 1e15 and stay in the momentum for good
+_SMALLEST_LOSS = 1e-8  # a change relative to a loss of 0 would be about 1e15, and stay in the momentum
 
 _LARGEST_CHANGE = 1e30
 
 
 class TAIDScheduler:
-    """t from t_start to t_end over num_train_steps, ahead of the line by alpha * sigmoid(momentum) * (1 - t).
+    """Weight t that grows from t_start to t_end, each step by at least alpha * sigmoid(momentum) * (1 - t).
 
     After the first call, with float32 state: rel = (prev - loss) / prev; m = beta m + (1-beta) rel;
     delta = alpha sigmoid(m) (1 - t); target = t_start + (t_end - t_start) step / N;
-    t = min(t_end, max(target, t + delta)). A falling loss makes rel positive and t faster.
-    With ``disable_adaptive`` t = target. Call ``update_t`` once per *optimiser* step; the last linear target is
-    t_start + (t_end - t_start)(N - 1)/N. The paper's schedule (arXiv:2501.16937); a loss that is not finite is skipped,
-    and a previous loss within 1e-8 of 0 counts as 1e-8.
+    t = min(t_end, max(target, t + delta)). A falling loss makes rel positive, and t grow faster. With
+    ``disable_adaptive`` t = target. Call ``update_t`` once per *optimiser* step; the last linear target is
+    t_start + (t_end - t_start)(N - 1)/N. The paper's schedule (arXiv:2501.16937), except that a loss that is not finite
+    is skipped, and a previous loss closer to 0 than 1e-8 counts as 1e-8.
 
     Attributes:
         t: The weight to use for the next step.
@@ -79,7 +79,7 @@ class TAIDScheduler:
     def update_t(self, loss: float, global_step: int) -> float | None:
         """Move t after an optimiser step; return the adaptive increment, None when there is none yet.
 
-        The first finite loss only seeds the schedule. A loss that is nan or infinite moves neither t nor the momentum.
+        The first finite loss is only stored. A loss that is nan or infinite changes neither t nor the momentum.
 
         Args:
             loss: The step's loss (a float or a one-element tensor).
@@ -96,7 +96,7 @@ class TAIDScheduler:
         previous, self._prev_loss = self._prev_loss, value
         if previous is None:
             return None
-        # in float64 and bounded: a float32 quotient overflows to an infinite momentum, which never comes back
+        # in float64 and bounded: a float32 quotient can overflow, and the momentum would stay infinite
         change = (float(previous) - float(value)) / _away_from_zero(float(previous))
         relative = np.float32(min(max(change, -_LARGEST_CHANGE), _LARGEST_CHANGE))
         self._momentum = np.float32(self.beta) * self._momentum + np.float32(1.0 - self.beta) * relative
@@ -108,11 +108,11 @@ class TAIDScheduler:
         return float(delta)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that changes, as plain numbers."""
+        """Return the changing state as plain numbers."""
         return {"t": self.t, "momentum": self.momentum, "prev_loss": self.prev_loss, "skipped": self._skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict()``; the settings are the constructor's."""
+        """Restore a ``state_dict()``; settings are not part of it."""
         if not isinstance(state, dict):
             raise ConfigError("TAIDScheduler state: not a state_dict()", got=type(state).__name__)
         missing = {"t", "momentum", "prev_loss"} - state.keys()
@@ -135,6 +135,6 @@ def _away_from_zero(loss: float) -> float:
 
 
 def _sigmoid(x: np.float32) -> np.float32:
-    # from the side that cannot overflow
+    # exp of a negative number cannot overflow
     grown = np.exp(-abs(x), dtype=np.float32)
     return np.float32((1.0 if x >= 0 else grown) / (np.float32(1.0) + grown))

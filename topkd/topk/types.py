@@ -19,25 +19,25 @@ Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 
 PAD_ID = -1
-MASS_TOLERANCE = 1e-3  # float32 JSON rounding stays far below; a served mass above this is not a distribution
+MASS_TOLERANCE = 1e-3  # rounding of float32 in JSON stays far below; a mass above this is not a distribution
 _LOGP_TOLERANCE = 1e-3
 _AGREEMENT = 1e-2  # relative, absolute below 1 nat: bfloat16 rounds a logprob by 2**-9 of itself
 
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """R rows of top-K natural-log probabilities; row i is the distribution that predicts token ``start + i + 1``.
+    """R rows of top-K natural-log probabilities; row i is the distribution of token ``start + i + 1``.
 
     Attributes:
         start: Source position of row 0. P prompt tokens and R response tokens give ``start = P - 1`` and R rows.
         ids: int32 [R, K], unique in a row, -1 pads at the end of a row.
-        logp: float32 [R, K], descending; -inf at pads. -inf at a real id says: probability exactly zero.
-        actual_ids: int32 [R], the realised token of each row; -1 where it is not known.
-        actual_logp: float32 [R], its exact logprob; NaN = unknown. Never floored, never looked up in the list.
+        logp: float32 [R, K], descending; -inf at pads. -inf at a real id means probability exactly zero.
+        actual_ids: int32 [R], the realised token of each row (the token that the sequence has there); -1 = unknown.
+        actual_logp: float32 [R], its exact logprob; NaN = unknown. It is never floored or looked up in the list.
         tail_logp: float32 [R], log of the mass outside the list, from unrounded values; NaN = unknown.
 
-    A row with no entry at all is a hole: no signal, to be masked. It is not a distribution with an empty list.
-    Arrays are copied only when dtype or layout ask for it, and made read-only.
+    A row with an empty list is a hole: it has no signal and must be masked. Arrays are read-only; they are copied only
+    if dtype or layout require it.
     """
 
     start: int
@@ -59,21 +59,21 @@ class TopK:
 
     @property
     def k(self) -> int:
-        """Width K of the list (pads included)."""
+        """Width K of the lists (pads included)."""
         return int(self.ids.shape[1])
 
     @property
     def listed(self) -> Bool:
-        """bool [R, K], True where the list holds an id (False at pads)."""
+        """Whether an entry holds an id, bool [R, K] (False at pads)."""
         return np.asarray(self.ids >= 0)
 
     @property
     def signal(self) -> Bool:
-        """bool [R], True where the row lists at least one id with non-zero probability."""
+        """Whether a row lists at least one id with non-zero probability, bool [R]."""
         return np.asarray(np.isfinite(self.logp).any(axis=1))
 
     def mass(self) -> Float64:
-        """Compute the captured mass of each row, sum_k exp(logp_k), as float64 [R]."""
+        """Compute the probability mass in each row's list, sum_k exp(logp_k), float64 [R]."""
         return np.asarray(np.exp(self.logp, dtype=np.float64).sum(axis=1))
 
     def tail_mass(self) -> Float64:
@@ -94,14 +94,14 @@ class TopK:
         return np.where(counts > 0, bound, np.nan)
 
     def at(self, ids: ArrayLike) -> tuple[Float32, Bool]:
-        """Return log-probabilities at given ids, and where they are known.
+        """Return log-probabilities at chosen ids, and where they are known.
 
         Args:
             ids: int [R] or [R, M]; negative ids are never known.
 
         Returns:
-            ``(logp, known)`` of the shape of ``ids``. Known are listed ids and the realised token, whose exact
-            ``actual_logp`` wins over the list. Unknown places hold NaN; ``ceiling()`` bounds them.
+            ``(logp, known)`` of the shape of ``ids``. Known are listed ids and the realised token, for which
+            ``actual_logp`` is used and not the list. Unknown entries are NaN; ``ceiling()`` bounds them.
         """
         wanted = np.asarray(ids)
         if wanted.ndim not in (1, 2) or wanted.shape[0] != self.rows or (wanted.size and wanted.dtype.kind not in "iu"):
@@ -120,15 +120,15 @@ class TopK:
         return logp.reshape(wanted.shape), ~np.isnan(logp.reshape(wanted.shape))
 
     def take(self, rows: NDArray[np.intp]) -> TopK:
-        """Select rows by index; ``start`` becomes 0, as they need not follow one another."""
+        """Select rows by index; ``start`` becomes 0, because they need not be adjacent."""
         return TopK(0, *(getattr(self, name)[rows] for name in _FIELDS))
 
     def slice(self, rows: slice | None = None, *, k: int | None = None) -> TopK:
-        """Select rows and/or a narrower list.
+        """Select rows, or the most probable entries, or both.
 
         Args:
-            rows: Row range (step 1); ``start`` moves with it.
-            k: Keep the k most probable entries; the mass that is dropped is added to ``tail_logp``.
+            rows: Row range (step 1); ``start`` is moved to its first row.
+            k: Keep the k most probable entries; the dropped mass is added to ``tail_logp``.
         """
         if not isinstance(rows, slice | None):
             raise ConfigError("TopK.slice: rows must be a slice", got=repr(rows), hint="slice(i, i + 1) for row i")
@@ -147,7 +147,7 @@ class TopK:
         return TopK(self.start + first, ids, logp, self.actual_ids[part], self.actual_logp[part], tail)
 
     def within(self, vocab_size: int) -> TopK:
-        """Drop ids at or past ``vocab_size`` (a padded teacher vocabulary); their mass joins the tail."""
+        """Drop ids from ``vocab_size`` on (a padded teacher vocabulary); their mass is added to the tail."""
         outside = self.ids >= vocab_size
         if not outside.any():
             return self
@@ -172,11 +172,11 @@ class TopK:
         """Build from lists of (id, logprob), one list per position, in any order.
 
         NaN entries are dropped, a repeated id keeps its larger logprob, an empty list or None is a hole, and rows are
-        padded to the longest list. The tail mass comes from the given (unrounded) values. Dialect sentinels such as
-        -9999 must be resolved by the caller: what they mean differs between servers.
+        padded to the longest list. The tail mass is computed from the unrounded input. The caller must replace special
+        values such as -9999, whose meaning differs between servers.
 
         Raises:
-            ResponseError: A value is impossible, or a list and its row's ``actual_logp`` contradict each other.
+            ResponseError: A value is invalid, or a list contradicts its row's ``actual_logp``.
         """
         ids, logp = pad_rows("TopK.from_lists", positions, PAD_ID)
         scores = cls(
@@ -239,9 +239,9 @@ _FIELDS: dict[str, Any] = {
 
 
 def tail_logp(logp: ArrayLike) -> Float32:
-    """Compute log(1 - sum_k exp(logp_k)) over the last axis, from unrounded values; -inf for no rest, NaN for a hole.
+    """Compute log(1 - sum_k exp(logp_k)) over the last axis; -inf if nothing is left, NaN for a hole.
 
-    Pass float64: rounded to 16 bits, the tail is wrong by up to several nats.
+    Pass unrounded float64: from values rounded to 16 bits, the tail is wrong by up to several nats.
     """
     values = np.asarray(logp, dtype=np.float64)
     mass = np.exp(values).sum(axis=-1)
@@ -277,11 +277,11 @@ def _check(topk: TopK) -> None:
     listed = topk.ids >= 0
     _refuse(np.isnan(topk.logp), topk, "logprob is NaN")
     _refuse(topk.logp > _LOGP_TOLERANCE, topk, "logprob above 0")
-    _refuse(~listed & (topk.logp > -np.inf), topk, "a pad (-1) carries a logprob; pads are -inf")
+    _refuse(~listed & (topk.logp > -np.inf), topk, "a pad (-1) has a logprob; pads must have -inf")
     if topk.k > 1:
         with np.errstate(invalid="ignore"):
             _refuse(topk.logp[:, 1:] > topk.logp[:, :-1], topk, "logprobs are not in descending order")
-        _refuse(listed[:, 1:] & ~listed[:, :-1], topk, "a pad (-1) stands before a listed id")
+        _refuse(listed[:, 1:] & ~listed[:, :-1], topk, "a pad (-1) comes before a listed id")
         ordered = np.sort(topk.ids, axis=1)
         _refuse((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0), topk, "an id is listed twice")
     _refuse((topk.mass() > 1 + MASS_TOLERANCE)[:, None], topk, f"mass above 1 + {MASS_TOLERANCE}")
@@ -290,7 +290,7 @@ def _check(topk: TopK) -> None:
 
 
 def _check_realised(scores: TopK) -> None:
-    """Raise ResponseError where a list gives the realised token another logprob than ``actual_logp`` does."""
+    """Raise ResponseError if a list has another logprob for the realised token than ``actual_logp``."""
     actual = scores.actual_logp.astype(np.float64)
     same = scores.listed & (scores.ids == scores.actual_ids[:, None])
     listed = np.where(same, scores.logp, -np.inf).max(axis=1, initial=-np.inf).astype(np.float64)
@@ -304,7 +304,7 @@ def _check_realised(scores: TopK) -> None:
             "TopK: the list and actual_logp disagree",
             where=f"row {row} of {scores.rows}, token {scores.actual_ids[row]}",
             got=f"actual_logp {actual[row]:.6g}",
-            expected=f"{listed[row]:.6g}, as the list has it",
+            expected=f"{listed[row]:.6g}, as in the list",
             hint="do both belong to the same position?",
         )
 

@@ -1,7 +1,7 @@
 """Samples, rollouts and top-K rows as strict JSON, one value per line in a file.
 
-Every value that leaves comes back equal: float32 exactly, NaN (unknown) as null, -inf (probability zero) as "-inf".
-Unions carry their tag ``kind``. Unknown keys, missing keys and wrong types are refused, with file and line.
+Every written value is read back equal: float32 exactly, NaN (unknown) as null, -inf (probability zero) as "-inf".
+Unions have the tag ``kind``. Unknown keys, missing keys and wrong types are refused, with file and line.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ _READERS: dict[str, TypeAdapter[Any]] = {
 
 
 def dumps(value: Value) -> str:
-    """Write one line of JSON that ``loads_*`` reads back as an equal value."""
+    """Return one line of JSON, from which ``loads_*`` reads an equal value."""
     return msgspec.json.encode(_plain(value)).decode()
 
 
@@ -215,17 +215,17 @@ def write_samples(path: str | Path, samples: Iterable[PreparedSample]) -> int:
 
 
 def read_samples(path: str | Path) -> Iterator[PreparedSample]:
-    """Yield the samples of a file of ``write_samples``; a DataError names file and line."""
+    """Yield the samples of a file from ``write_samples``; a DataError names file and line."""
     return cast("Iterator[PreparedSample]", _read("sample", path))
 
 
 def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> int:
-    """Write one rollout a line, replacing an old file; return how many."""
+    """Write one rollout per line, replacing an old file; return how many."""
     return _write(path, rollouts)
 
 
 def read_rollouts(path: str | Path) -> Iterator[Rollout]:
-    """Yield the rollouts of a file of ``write_rollouts``; a DataError names file and line."""
+    """Yield the rollouts of a file from ``write_rollouts``; a DataError names file and line."""
     return cast("Iterator[Rollout]", _read("rollout", path))
 
 

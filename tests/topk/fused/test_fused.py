@@ -196,7 +196,7 @@ def test_heads_and_ids_that_do_not_fit_are_refused() -> None:
         topk_logprobs(h, w, ids[:3])
     with pytest.raises(ConfigError, match="bias does not fit"):
         topk_logprobs(h, w, ids, bias=x["bias"][:3])
-    with pytest.raises(ConfigError, match="cannot be tempered"):
+    with pytest.raises(ConfigError, match="cannot have a temperature"):
         fused_divergence_loss(h, w, rows_of(ids, 20), temperature=2.0)
     with pytest.raises(ConfigError, match="reduction mean"):
         fused_divergence_loss(h, w, rows_of(ids, 20), reduction="none")

@@ -3,8 +3,8 @@
 Three routes, all exact up to rounding, all with gradients for hidden, weight and bias:
 
 * ``topk_logprobs``: logprobs and logsumexp for any later loss; vocabulary chunks, recomputed in the backward pass.
-* ``fused_row_loss``: the loss is known now and adds up over rows; row chunks, gradients taken in the forward pass.
-* ``subset_logits``: only the logits at the ids, for losses renormalised on them; the head is never multiplied out.
+* ``fused_row_loss``: for a loss that is a sum over rows; row chunks, with gradients computed in the forward pass.
+* ``subset_logits``: only the logits at the ids, for losses renormalised on them; no other logit is computed.
 
 Shapes: N rows, H hidden, V vocabulary, K ids per row (-1 = pad). Nothing depends on the device.
 """

@@ -1,4 +1,4 @@
-"""Work on one chunk of logits in place: exponentials, wide copies of a few rows, sums that stay exact in bf16."""
+"""In-place work on one chunk of logits: exponentials, float32 copies of a few rows, accurate sums in bf16."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 160 << 20  # the one chunk of logits: 256 rows of a 152k vocabulary in float32, 512 in bf16
-_BLOCK = {"cpu": 1 << 19}  # elements in float32 at once: on a CPU they stay in the cache between max, exp and sum
+_BLOCK = {"cpu": 1 << 19}  # float32 elements at once: on a CPU they stay in its cache from max to exp to sum
 _LARGE_BLOCK = 1 << 25
-# dW may be added up this often in its own half precision: each addition rounds by 2**-9 of the sum so far (bf16), so
-# 16 of them double the error of a single rounding, while hundreds lose what a small chunk adds to a large sum.
+# dW may be summed in half precision over this many chunks: each addition rounds by 2**-9 of the sum so far (bf16), so
+# 16 of them double the error of a single rounding, while hundreds would lose what a small chunk adds to a large sum.
 MOST_HALF_SUMS = 16
-_SLAB = 8192  # vocabulary rows of dW that are widened at once
+_SLAB = 8192  # vocabulary rows of dW that are converted to float32 at once
 
 
 class WeightSum:
     """dW = sum over row chunks of dz^T h: in the weight's dtype, or in float32 where half precision would lose digits.
 
-    The float32 sum costs another 4 bytes a weight, and is made only for more than ``MOST_HALF_SUMS`` chunks.
+    The float32 sum takes another 4 bytes per weight, and is used only for more than ``MOST_HALF_SUMS`` chunks.
     """
 
     def __init__(self, weight: Tensor, chunks: int) -> None:
@@ -62,9 +62,9 @@ def add_at(z: Tensor, ids: Tensor, values: Tensor) -> None:
 
 
 def iter_widened(z: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield row blocks of z, and each in the wide dtype: itself, or a copy in one small workspace.
+    """Yield row blocks of z, each also in the wide dtype: the block itself, or a copy in one small workspace.
 
-    A fresh copy a block would leave a hole in the heap each time, which small results then occupy: 300 MB in the end.
+    A new copy for each block would fragment the heap, by 300 MB in the end.
     """
     size = max(1, _BLOCK.get(z.device.type, _LARGE_BLOCK) // z.shape[1])
     space = None if z.dtype == dtype else torch.empty((min(size, z.shape[0]), z.shape[1]), dtype=dtype, device=z.device)
@@ -75,7 +75,7 @@ def iter_widened(z: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor,
 
 
 def even(total: int, most: int) -> int:
-    """Compute the size of equal chunks of at most ``most`` (at least 16): the last one is not nearly empty."""
+    """Compute the size of equal chunks of at most ``most`` (at least 16), so that the last one is not nearly empty."""
     chunks = math.ceil(max(total, 1) / max(most, 16))
     return math.ceil(max(total, 1) / chunks)
 

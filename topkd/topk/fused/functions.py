@@ -18,7 +18,7 @@ RowLoss: TypeAlias = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 class SummedRowLoss(torch.autograd.Function):
-    """Sum of a row loss; gradients of hidden, weight and bias are made in the forward pass."""
+    """Sum of a row loss; gradients of hidden, weight and bias are computed in the forward pass."""
 
     @staticmethod
     def forward(  # noqa: PLR0917
@@ -76,17 +76,17 @@ class SummedRowLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the gradients that the forward pass made."""
+        """Scale the gradients that the forward pass computed."""
         if ctx.grads is None:
-            what = "the fused loss went backward twice; its gradients are made once, in the forward pass"
-            raise ConfigError(what, hint="add the losses up before backward(), or compute the loss again")
+            what = "the fused loss ran backward twice; its gradients exist only once, from the forward pass"
+            raise ConfigError(what, hint="add the losses before one backward(), or compute the loss again")
         grads, ctx.grads = ctx.grads, None
         scaled = [None if made is None else made.mul_(d_total.to(made.dtype)) for made in grads]
         return (*scaled, None, None, None, None)
 
 
 class TopKLogprobs(torch.autograd.Function):
-    """Logprobs at ids and the logsumexp, by a walk over the vocabulary that the backward pass repeats."""
+    """Logprobs at ids and the logsumexp, in chunks of the vocabulary that the backward pass computes again."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, columns: int) -> Any:  # noqa: PLR0917
@@ -101,7 +101,7 @@ class TopKLogprobs(torch.autograd.Function):
             target += torch.where(inside, z.gather(1, local.clamp(0, z.shape[1] - 1)).to(dtype), 0.0)
             for rows, block, wide in iter_widened(z, dtype):  # noqa: B007 - deleted below, as it is z's storage
                 lse[rows] = torch.logaddexp(lse[rows], wide.logsumexp(-1))
-            del z, block, wide  # before the next chunk is made
+            del z, block, wide  # before the next chunk is allocated
         ctx.save_for_backward(hidden, weight, bias, ids, lse)
         ctx.columns = columns
         return target - lse.unsqueeze(-1), lse
@@ -109,7 +109,7 @@ class TopKLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_logp: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        """Repeat the walk over the vocabulary; each part of dW is written once."""
+        """Compute the vocabulary chunks again; each part of dW is written once."""
         hidden, weight, bias, ids, lse = ctx.saved_tensors
         coefficient = torch.where(ids >= 0, d_logp, 0.0)
         slope = d_lse - coefficient.sum(-1)
@@ -131,7 +131,7 @@ class TopKLogprobs(torch.autograd.Function):
                 torch.mm(z.t(), hidden, out=d_weight[part])
             if d_bias is not None:
                 d_bias[part] = torch.stack([wide.sum(0) for _, _, wide in iter_widened(z, dtype)]).sum(0)
-            del z, block, wide  # before the next chunk is made
+            del z, block, wide  # before the next chunk is allocated
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None
 
 
@@ -145,7 +145,7 @@ class SubsetLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, rows: int) -> Tensor:
-        """Multiply each row with the head's rows of its ids."""
+        """Multiply each hidden row with the head's rows at its ids."""
         z = torch.empty(ids.shape, dtype=accumulator(hidden), device=hidden.device)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
@@ -169,9 +169,9 @@ class SubsetLogits(torch.autograd.Function):
 
 
 def _weight_gradient(d_z: Tensor, hidden: Tensor, weight: Tensor, ids: Tensor, rows: int) -> Tensor:
-    """dW[v] = sum over the places of v of d_z h: a common id has thousands, so half precision is summed in float32.
+    """Compute dW[v], the sum of d_z h over all entries with id v, in float32 for half precision.
 
-    Only the ids that occur are widened, a few columns at a time.
+    A common id has thousands of entries. Only ids that occur are converted, a few columns at a time.
     """
     d_weight, wide = torch.zeros_like(weight), accumulator(weight)
     if weight.dtype == wide:

@@ -18,12 +18,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def disable_compile(function: F) -> F:
-    """Leave a function out of ``torch.compile``: it fills buffers in place; a compiled model breaks cleanly at it."""
+    """Exclude a function that fills buffers in place from ``torch.compile``, which gets a graph break there."""
     return cast("F", torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 def gather_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute logprobs [..., K] at given ids, and the logsumexp [...], from logits [..., V] and ids [..., K].
+    """Compute logprobs [..., K] at chosen ids, and the logsumexp [...], from logits [..., V] and ids [..., K].
 
     log s(v) = z_v - logsumexp(z), natural log, exact, float32 (float64 stays); -inf without a gradient at pads (-1).
     """
@@ -40,16 +40,15 @@ def gather_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 def topk_logprobs(
     hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor | None = None, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute logprobs at given ids, and the logsumexp, from the last hidden states and the head.
+    """Compute logprobs at chosen ids, and the logsumexp, from the last hidden states and the head.
 
     log s(v) = z_v - logsumexp(z), z = hidden weight^T + bias, natural log, exact up to rounding. The vocabulary is
-    walked in chunks with a
-    running logsumexp; the backward pass computes each chunk again, so that dW is written once and no more than
-    N x chunk logits exist. Use it for any loss; ``fused_row_loss`` is cheaper where it applies.
+    processed in chunks with a running logsumexp; the backward pass computes each chunk again, so that dW is written
+    once and at most N x chunk logits exist. It serves any loss; ``fused_row_loss`` is cheaper where it applies.
 
     Args:
-        hidden: [N, H], rows that count only (select by the mask before the call).
-        weight: [V, H]; may be frozen (no dW is made) or tied to the embedding.
+        hidden: [N, H], only rows that count (select them by the mask before the call).
+        weight: [V, H]; may be frozen (then no dW is computed) or tied to the embedding.
         ids: int [N, K], -1 = pad.
         bias: [V] or None.
         chunk: Vocabulary columns at a time; chosen by size when None.
@@ -76,15 +75,15 @@ def fused_row_loss(
     bias: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Sum ``row_loss`` over rows, all gradients taken in the forward pass, one row chunk at a time.
+    """Sum ``row_loss`` over rows, and compute all gradients in the forward pass, one row chunk at a time.
 
     Only one [chunk, V] buffer exists: logits, then exponentials, then dL/dz = sum_k c_k (1[v = id_k] - s_v) in place,
     with c_k = dL/dlog s_k from autograd on the [chunk, K] logprobs. The head is multiplied once forward and twice
-    backward, as in the plain computation. Natural logs; exact up to rounding. Where hidden and weight are in half
-    precision, sums are in float32, and dW's too beyond 16 chunks (another 4 bytes a weight).
+    backward, as in the plain computation. Natural logs; exact up to rounding. If hidden and weight are in half
+    precision, sums are in float32; the sum for dW only beyond 16 chunks (it then takes 4 more bytes per weight).
 
     Args:
-        hidden: [N, H], rows that count only.
+        hidden: [N, H], only rows that count.
         weight: [V, H]; may be frozen or tied.
         ids: int [N, K], -1 = pad.
         row_loss: Called once per chunk with logp [C, K] (-inf at pads), lse [C] (no gradient flows through it beyond
@@ -93,7 +92,7 @@ def fused_row_loss(
         chunk: Rows at a time; about 160 MB of logits when None.
 
     Returns:
-        A scalar; its backward pass only scales what the forward pass made, and can run once.
+        A scalar; its backward pass only scales the gradients from the forward pass, and can run once.
     """
     hidden, weight, bias = match_head_dtype(hidden, weight, bias)
     check_head_ids(ids, hidden.shape[:-1], weight.shape[0])
@@ -107,10 +106,10 @@ def fused_row_loss(
 
 @disable_compile
 def subset_logits(hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """Compute logits at the ids only, [N, K] float32 (float64 stays), -inf at pads; costs N K H, not N V H.
+    """Compute logits at the ids only, [N, K] float32 (float64 stays), -inf at pads; costs N K H operations, not N V H.
 
-    z_k = hidden . weight[id_k] + bias, exact up to rounding; dW of half-precision weights is summed in float32. Enough
-    for every loss that is renormalised on the ids: the normaliser over the vocabulary cancels.
+    z_k = hidden . weight[id_k] + bias, exact up to rounding; dW of half-precision weights is summed in float32. It is
+    enough for every loss that is renormalised on the ids, where the sum over the vocabulary cancels.
     """
     hidden, weight, bias = match_head_dtype(hidden, weight, bias)
     check_head_ids(ids, hidden.shape[:-1], weight.shape[0])
@@ -122,7 +121,7 @@ def subset_logits(hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor |
 
 
 def match_head_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Bring hidden states, weight and bias to one dtype (autocast's where it is on); refuse shapes that do not fit."""
+    """Convert hidden states, weight and bias to one dtype (that of autocast if on); refuse shapes that do not fit."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ConfigError(
             "the head does not fit the hidden states",
@@ -152,5 +151,5 @@ def check_head_ids(ids: Tensor, rows: torch.Size, vocab: int) -> None:
             "an id lies outside the student's vocabulary",
             got=f"{int(ids.min())}..{int(ids.max())}",
             expected=f"-1..{vocab - 1}",
-            hint="drop the teacher's padding ids and move their mass to the tail",
+            hint="drop the padding ids of the teacher's vocabulary and move their mass to the tail",
         )

@@ -1,4 +1,4 @@
-"""Every training loss on torch tensors: policy gradients, divergences, and the top-K estimator between them.
+"""All training losses on torch tensors: policy gradients, divergences, and the top-K estimator, which combines both.
 
 Masks are boolean, means are over valid tokens, the teacher never receives a gradient, logs are natural.
 """

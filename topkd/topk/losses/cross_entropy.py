@@ -1,4 +1,4 @@
-"""Cross-entropy against the teacher (KDLoss) or a target that moves towards it (TAID)."""
+"""Cross-entropy against the teacher (KDLoss), or against a target that moves towards the teacher (TAID)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from topkd.topk.maths.scalars import check_fraction
 class KDLoss(torch.nn.Module):
     """CE(softmax(z_T), log_softmax(z_S)) = KL(T||S) + H(T), averaged over tokens whose label is not -100.
 
-    The label stands at the row whose logits it judges: nothing is shifted unless ``shift=True``, which pairs row i with
-    label i + 1 as a causal model needs. Ids at which the student's logit is -inf are left out of the sum. No valid
-    label gives 0. Natural logs; exact; the gradient is that of forward KL (Hinton et al., arXiv:1503.02531).
+    Label i belongs to row i; ``shift=True`` pairs row i with label i + 1, as a causal model needs. Ids at which the
+    student's logit is -inf are left out of the sum. Without a valid label the loss is 0. Natural logs; exact; the
+    gradient is that of forward KL (Hinton et al., arXiv:1503.02531).
     """
 
     def forward(
@@ -32,16 +32,16 @@ class KDLoss(torch.nn.Module):
         num_tokens: float | Tensor | None = None,
         return_metrics: bool = False,
     ) -> Tensor | tuple[Tensor, dict[str, float]]:
-        """Compute the loss, and with ``return_metrics`` also {"kl": mean KL(T||S)}: the part that can reach zero.
+        """Compute the loss, and with ``return_metrics`` also {"kl": mean KL(T||S)}, which can reach zero.
 
-        That metric is the loss minus H(T). An id of the teacher's that the student excludes (-inf) is left out of the
-        loss, and so makes the metric too small by what it should have been: infinite.
+        The metric is the loss minus H(T). An id to which only the student gives probability zero (-inf) is left out of
+        the loss, so the metric is finite where the KL would be infinite.
 
         Args:
             logits: Student, [..., T, V].
             teacher_logits: [..., T, V], detached.
             label: int [..., T], -100 = ignored, or a boolean mask.
-            shift: Judge row i by label i + 1 (labels as a tokenizer gives them).
+            shift: Pair row i with label i + 1 (labels as from a tokenizer).
             num_tokens: Divide by this instead of the valid tokens of this batch.
             return_metrics: Also return the metrics.
         """
@@ -95,8 +95,8 @@ def taid_loss(
     """Cross-entropy CE(p_t, S), p_t = softmax((1-t) sg[z_S] + t z_T), averaged over valid tokens.
 
     The value at T = S is the entropy H(p_t), not 0; the gradient is s - p_t. t = 0 has a zero gradient, t = 1 is the
-    gradient of forward KL(T||S). The part of weight zero is dropped at t = 0 and 1 (0 * -inf is nan). Ids at which the
-    student's logit is -inf are left out of the sum, as in KDLoss. Natural logs; exact (arXiv:2501.16937).
+    gradient of forward KL(T||S). At t = 0 and 1 the part with weight zero is left out (0 * -inf is nan). Ids at which
+    the student's logit is -inf are left out of the sum, as in KDLoss. Natural logs; exact (arXiv:2501.16937).
 
     Args:
         student_logits: [..., V].
@@ -104,8 +104,9 @@ def taid_loss(
         mask: bool [...], True = valid; None = all valid.
         t: Interpolation weight of the teacher, in [0, 1]; see TAIDScheduler.
         num_tokens: Divide by this instead of the valid tokens of this batch.
-        return_metrics: Also return {"kl": mean KL(p_t||S), "t": t}, as the cross-entropy is not comparable across t.
-            It is the loss minus H(p_t): at t = 1 without the ids that the student excludes, as the loss.
+        return_metrics: Also return {"kl": mean KL(p_t||S), "t": t}, because the cross-entropy cannot be compared
+            between values of t. It is the loss minus H(p_t); ids with student probability zero are left out, as in the
+            loss.
 
     Returns:
         A scalar, or (scalar, metrics).
@@ -140,7 +141,7 @@ def entropy(logp: Tensor) -> Tensor:
 
 
 def blend(student: Tensor, teacher: Tensor, t: float) -> Tensor:
-    """Compute (1-t) student + t teacher, without the part of weight zero (0 * -inf is nan)."""
+    """Compute (1-t) student + t teacher; a part with weight zero is left out (0 * -inf is nan)."""
     teacher = teacher.to(student.dtype)
     if t == 0.0:
         return student

@@ -1,8 +1,8 @@
 """The integrands of GJS, forward and reverse KL on torch log-probabilities, safe at probability zero.
 
 beta is the mixture weight of the teacher T: beta = 0 is forward KL(T||S), beta = 1 reverse KL(S||T), between them
-GJS = beta KL(T||M) + (1-beta) KL(S||M) with M = beta T + (1-beta) S. The endpoints are special cases, not limits:
-GJS itself vanishes there. Natural logs; the teacher is detached.
+GJS = beta KL(T||M) + (1-beta) KL(S||M) with M = beta T + (1-beta) S. The endpoints are defined separately, not as
+limits, which are 0. Natural logs; the teacher is detached.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from topkd.topk.maths.scalars import check_beta
 
-CLAMPED_LOG_MASS = -1e-7  # a captured mass above 1 - 1e-7 is rounding, and log(1 - mass) would be noise or nan
+CLAMPED_LOG_MASS = -1e-7  # a listed mass above 1 - 1e-7 is rounding: log(1 - mass) would be noise or nan
 
 
 def divergence_terms(teacher_logp: Tensor, student_logp: Tensor, beta: float) -> Tensor:
     """Compute the summands of the divergence, in the inputs' shape; they sum to it over the last axis.
 
     0 < beta < 1: beta t (log t - log m) + (1-beta) s (log s - log m), each >= 0.  beta = 0: t (log t - log s).
-    beta = 1: s (log s - log t). A probability of zero contributes 0 on its own side; +inf only at the endpoints, where
-    the other side is zero.
+    beta = 1: s (log s - log t). A part is 0 where its own probability is zero; it is +inf only at the endpoints, where
+    only the other probability is zero.
 
     Args:
         teacher_logp: Natural-log probabilities [..., V]; detached here.
@@ -32,7 +32,7 @@ def divergence_terms(teacher_logp: Tensor, student_logp: Tensor, beta: float) ->
     check_beta(beta)
     teacher_logp = teacher_logp.detach()
     teacher_has, student_has = ~torch.isneginf(teacher_logp), ~torch.isneginf(student_logp)  # nan stays nan
-    # -inf is replaced before any arithmetic: a where() after it would still send nan through the backward pass
+    # -inf is replaced before any arithmetic: a later where() would still give nan in the backward pass
     lt = torch.where(teacher_has, teacher_logp, 0.0)
     ls = torch.where(student_has, student_logp, 0.0)
     t, s = torch.where(teacher_has, lt.exp(), 0.0), torch.where(student_has, ls.exp(), 0.0)
@@ -49,7 +49,7 @@ def divergence_terms(teacher_logp: Tensor, student_logp: Tensor, beta: float) ->
 
 
 def divergence(teacher_logp: Tensor, student_logp: Tensor, beta: float) -> Tensor:
-    """Compute GJS_beta over the last axis (KL at the endpoints), >= 0, of two whole distributions.
+    """Compute GJS_beta over the last axis (KL at the endpoints), >= 0, of two complete distributions.
 
     Rounding may leave a sum slightly below zero: the value is raised to 0, the gradient is kept.
     """
@@ -57,14 +57,15 @@ def divergence(teacher_logp: Tensor, student_logp: Tensor, beta: float) -> Tenso
 
 
 def clamp_value(total: Tensor) -> Tensor:
-    """Return max(total, 0) with the gradient of total: rounding near T = S must not switch tokens off."""
+    """Return max(total, 0) with the gradient of total: rounding near T = S must not remove a token's gradient."""
     return total + (-total).clamp(min=0.0).detach()
 
 
 def log_softmax(logits: Tensor, *, dead: float = -math.inf) -> Tensor:
-    """Compute log-softmax over the last axis; a row of -inf logits becomes ``dead``, without gradient.
+    """Compute log-softmax over the last axis; a row of -inf logits is filled with ``dead`` and gets no gradient.
 
-    Such a row is no distribution. nan says so, and a divergence of it is nan: no signal, never "no divergence".
+    Such a row is not a distribution. With ``dead=math.nan`` its divergence is nan, which means "no signal", and never
+    looks like a divergence of zero.
     """
     none = torch.isneginf(logits).all(-1, keepdim=True)
     return torch.log_softmax(torch.where(none, 0.0, logits), -1).masked_fill(none, dead)
@@ -76,7 +77,7 @@ def log_tail_torch(logp: Tensor) -> Tensor:
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """Compute log(1 - exp(x)) for x < 0, from expm1 near 0 and log1p far from it."""
+    """Compute log(1 - exp(x)) for x < 0, with expm1 near 0 and log1p elsewhere."""
     near = x > -math.log(2.0)
     return torch.where(
         near,

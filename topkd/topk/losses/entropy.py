@@ -1,7 +1,7 @@
-"""Entropy-aware distillation: the source's soft mix of two KLs, and the paper's hard gate (arXiv:2603.07079).
+"""Entropy-aware distillation: a soft mix of two KLs, and the hard gate of the paper (arXiv:2603.07079).
 
-Two different algorithms. ``entropy_aware_opd_loss`` mixes forward and reverse KL convexly by H_T / h_max;
-``eopd_loss`` adds a forward KL on the teacher's top-k where H_T >= tau to an on-policy sampled-token term.
+These are two algorithms. ``entropy_aware_opd_loss`` mixes forward and reverse KL convexly by H_T / h_max; ``eopd_loss``
+adds a forward KL on the teacher's top-k where H_T >= tau to an on-policy sampled-token term.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from topkd.topk.maths.scalars import check_above_zero, check_positive, check_rea
 def teacher_entropy(teacher_logits: Tensor) -> Tensor:
     """H_T = -sum_v t log t over the last axis in nats, exact, float32 (float64 stays), detached; nan for a row of -inf.
 
-    The gate of entropy-aware distillation (arXiv:2603.07079); from a top-K list there are ``entropy_bounds`` only.
+    Used by entropy-aware distillation (arXiv:2603.07079); for a top-K list, ``entropy_bounds`` gives bounds.
     """
     check_logits(teacher_logits=teacher_logits)
     return entropy(log_softmax(upcast(teacher_logits.detach()), dead=math.nan))
@@ -53,14 +53,14 @@ def entropy_aware_opd_loss(
 ) -> Tensor:
     """Mean of w KL(T||S) + (1-w) KL(S||T), w = clamp(H_T / h_max, 0, 1): mode-covering where the teacher is unsure.
 
-    Gate and both KLs use the same temperature. This is the convex, soft form; the paper's (arXiv:2603.07079) is
-    ``eopd_loss``. Natural logs, >= 0, exact over the whole vocabulary.
+    The weight and both KLs use the same temperature. This is a soft, convex mix; the paper's hard gate
+    (arXiv:2603.07079) is ``eopd_loss``. Natural logs, >= 0, exact over the whole vocabulary.
 
     Args:
         student_logits: [..., V].
         teacher_logits: [..., V], detached.
         labels: int [...] with -100 at ignored positions, or a boolean mask; None = every position counts.
-        h_max: Entropy at which only the forward KL is left; ln V by default.
+        h_max: Entropy from which the loss is only the forward KL; ln V by default.
         temperature: Divides both logits.
         reduction: "batchmean" and "mean" divide by the valid tokens; "sum"; "none" returns [...], 0 at masked places.
         num_tokens: Divide by this instead of the valid tokens of this batch.
@@ -79,7 +79,7 @@ def entropy_aware_opd_loss(
     student_logp = log_softmax(student / temperature, dead=math.nan)
     limit = math.log(student_logits.shape[-1]) if h_max is None else h_max
     weight = (entropy(teacher_logp) / limit).clamp(0.0, 1.0) if limit > 0 else torch.zeros_like(teacher_logp[..., 0])
-    # a weight of exactly zero drops its KL, which may be infinite
+    # with weight 0 a KL is left out, because it may be infinite
     forward = torch.where(weight == 0, 0.0, weight * divergence(teacher_logp, student_logp, 0.0))
     reverse = torch.where(weight == 1, 0.0, (1.0 - weight) * divergence(teacher_logp, student_logp, 1.0))
     return reduce_tokens(forward + reverse, mask, reduction, num_tokens)
@@ -135,12 +135,12 @@ def eopd_loss(
     num_tokens: float | Tensor | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, float]]:
-    """Mean of L_OPD + alpha 1[H_T >= tau] KL(T~_k || S): the paper's additive, hard gate (arXiv:2603.07079).
+    """Mean of L_OPD + alpha 1[H_T >= tau] KL(T~_k || S): the hard gate of the paper (arXiv:2603.07079).
 
     L_OPD = -sg[r A] log s(y), A = log t(y) - log s(y): the policy gradient of reverse KL(S||T) on the sampled token
-    (its *value* is a surrogate; the metric ``kl`` is the k1 estimate). T~_k is the teacher renormalised on its top k, S
-    keeps its normaliser over the whole vocabulary; H_T is over the whole vocabulary, in nats, at temperature 1. The
-    mean is over all valid tokens, gated or not.
+    (its *value* is a surrogate; the metric ``kl`` is the k1 estimate). T~_k is the teacher renormalised on its top k
+    ids; S is not renormalised; H_T is over the whole vocabulary, in nats, at temperature 1. The mean is over all valid
+    tokens, with or without the forward KL.
 
     Args:
         student_logits: [..., V].
@@ -148,15 +148,15 @@ def eopd_loss(
         mask: bool [...], True = valid; None = all valid.
         sampled_ids: int [...], the tokens that were sampled.
         tau: Entropy from which the forward KL is added, in nats (inclusive).
-        alpha: Its weight.
-        k: How many teacher ids the forward KL is taken on.
+        alpha: Weight of the forward KL.
+        k: Number of teacher ids in the forward KL.
         behavior_logp: Logprob of the sampled tokens under the policy that sampled them; None = on-policy (r = 1).
         cap: Upper bound of the ratio r, detached; None = none.
         advantage_clip: Bound of |A|; None = none.
         reduction: "mean" divides by the valid tokens; "sum" does not.
         num_tokens: Divide by this instead.
-        return_metrics: Also return gate_fraction, kl, entropy and excluded (tokens to which the teacher gives
-            probability zero: they have no sampled-token term).
+        return_metrics: Also return gate_fraction, kl, entropy and excluded (the number of tokens to which the teacher
+            gives probability zero; they have no sampled-token term).
 
     Returns:
         A scalar, or (scalar, metrics).
@@ -205,7 +205,7 @@ def select_sampled_ids(sampled_ids: Tensor, valid: Tensor, vocab: int) -> Tensor
 
 
 def check_gate(tau: float, alpha: float) -> None:
-    """Raise ConfigError unless tau is a number and alpha a finite one that is not negative."""
+    """Raise ConfigError unless tau is a number, and alpha is finite and not negative."""
     if math.isnan(check_real("tau", tau)):
         raise ConfigError("tau must be an entropy in nats", got=tau)
     if not 0.0 <= check_real("alpha", alpha) < math.inf:
@@ -213,7 +213,7 @@ def check_gate(tau: float, alpha: float) -> None:
 
 
 def add_covering_term(sampled: Tensor, covering: Tensor, alpha: float) -> Tensor:
-    """Compute sampled + alpha covering; alpha = 0 drops the second, which may be infinite (0 * inf is nan)."""
+    """Compute sampled + alpha * covering; alpha = 0 leaves out ``covering``, which may be infinite (0 * inf is nan)."""
     return sampled + alpha * covering if alpha > 0.0 else sampled
 
 
@@ -222,7 +222,7 @@ def sampled_reverse_kl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute (-sg[r A] log s(y), A, known), each [N]: the sampled-token policy gradient of KL(S||T).
 
-    A token with probability zero on a side is not known: its log-ratio is infinite, and it adds nothing.
+    A token with probability zero on one side counts as unknown: its log-ratio is infinite, and it adds nothing.
     """
     known = ~(torch.isneginf(teacher_logp) | torch.isneginf(student_logp))
     advantage = torch.where(known, teacher_logp - student_logp.detach(), 0.0)
@@ -236,6 +236,6 @@ def sampled_reverse_kl(
 
 
 def forward_kl_on_top(teacher_logp: Tensor, student_logp: Tensor, k: int) -> Tensor:
-    """Compute KL(T~_k || S) over the last axis: T~_k renormalised on the teacher's k best ids, S not."""
+    """Compute KL(T~_k || S) over the last axis: T~_k is renormalised on the teacher's k best ids, S is not."""
     top, ids = teacher_logp.topk(min(k, teacher_logp.shape[-1]), dim=-1)
     return divergence(log_softmax(top), student_logp.gather(-1, ids), 0.0)

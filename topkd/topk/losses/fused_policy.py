@@ -1,4 +1,4 @@
-"""The top-K policy gradient straight from (hidden, lm_head): no N x V logits, gradients taken in the forward pass."""
+"""The top-K policy gradient from (hidden, lm_head): no N x V logits; gradients are computed in the forward pass."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class FusedPolicyLoss(NamedTuple):
     Attributes:
         loss: Scalar; its gradient is the estimator, its value a surrogate.
         student_logp: float [n], detached log s(y) of the rows that were used (-inf where y is unknown).
-        used: bool, the mask's shape: which rows those are.
-        metrics: As of ``topk_policy_gradient_loss``.
+        used: bool, in the mask's shape: which rows were used.
+        metrics: As from ``topk_policy_gradient_loss``.
     """
 
     loss: Tensor
@@ -59,12 +59,12 @@ def fused_topk_policy_gradient_loss(
 ) -> FusedPolicyLoss:
     """``topk_policy_gradient_loss`` from the last hidden states and the head; the same gradient, 1/10 of the memory.
 
-    -mean over rows of sum_A sg[s (g - g_o)] log s + lam 1[y not in A] sg[r (g(y) - g_o)] log s(y): its gradient is
-    +grad of (1-lam) D_bucket + lam D in expectation (GKD's divergence, arXiv:2306.13649; the estimator is this
-    library's, docs/math.md).
+    -mean over rows of sum_A sg[s (g - g_o)] log s + lam 1[y not in A] sg[r (g(y) - g_o)] log s(y): its expected
+    gradient is +grad of (1-lam) D_bucket + lam D (GKD's divergence, arXiv:2306.13649; the estimator is this library's,
+    docs/math.md).
 
-    The logprobs at the K ids and at the teacher's realised token are gathered from row chunks; rows that are masked or
-    without a signal are dropped before the head. Natural logs; to be minimised; nothing is approximate but rounding.
+    The logprobs at the K ids and at the teacher's realised token are computed in row chunks; rows that are masked or
+    have no signal are dropped before the head. Natural logs; to be minimised; exact up to rounding.
 
     Args:
         hidden: [N, H] or [B, T, H].
@@ -76,7 +76,7 @@ def fused_topk_policy_gradient_loss(
         lam: Weight of the sampled tail, in [0, 1].
         behavior_logp: Logprob of the sampled tokens under the policy that sampled them; None = on-policy.
         cap: Upper bound of the ratio; None = none.
-        k: How many entries the server was asked for.
+        k: Number of entries requested from the server.
         reduction: "mean" divides by the rows that were used; "sum" does not.
         num_tokens: Divide by this instead.
         chunk: Rows at a time; chosen by size when None.

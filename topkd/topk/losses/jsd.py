@@ -14,7 +14,7 @@ from topkd.topk.losses.tokens import FullReduction, check_logits, labels_mask, r
 from topkd.topk.maths.scalars import check_above_zero, check_beta, check_positive, check_real
 
 Tail: TypeAlias = Literal["bucket", "renormalise"]
-_PROBABILITY_TOLERANCE = 1e-2  # wide enough for bf16 rows of any vocabulary, far below what logits add up to
+_PROBABILITY_TOLERANCE = 1e-2  # wide enough for bf16 rows of any vocabulary, and far below a sum of logits
 
 
 def generalized_jsd_loss(  # noqa: PLR0917 - the source's signature
@@ -35,8 +35,8 @@ def generalized_jsd_loss(  # noqa: PLR0917 - the source's signature
     """GJS_beta(T, S) = beta KL(T||M) + (1-beta) KL(S||M) summed over the vocabulary, averaged over valid tokens.
 
     M = beta T + (1-beta) S with beta the *teacher's* weight; beta = 0 is forward KL(T||S), beta = 1 reverse KL(S||T)
-    (special cases: GJS itself tends to 0 there). Both sides are divided by ``temperature``; there is no T^2 factor.
-    Natural logs, >= 0, gradient to descend on; GKD (arXiv:2306.13649). Exact but for ``top_k`` and the clips.
+    (defined separately: the formula tends to 0 there). Both sides are divided by ``temperature``; there is no T^2
+    factor. Natural logs, >= 0, to be minimised; GKD (arXiv:2306.13649). Exact except with ``top_k`` or the clips.
 
     Args:
         student_logits: [..., V]; the only argument that receives a gradient.
@@ -44,18 +44,21 @@ def generalized_jsd_loss(  # noqa: PLR0917 - the source's signature
         labels: int [...] with -100 at ignored positions, or a boolean mask; None = every position counts.
         beta: Mixture weight of the teacher.
         temperature: Divides both logits; must be positive.
-        reduction: "batchmean" and "mean" divide by the valid tokens; "sum"; "none" returns [...], 0 at masked places.
+        reduction: "batchmean" and "mean" divide by the valid tokens; "sum"; "none" returns [...], 0 at masked
+            positions.
         logits_are_probs: Both inputs are probabilities already (no temperature, no top_k).
-        top_k: Compare only on the teacher's top_k ids (chosen from its tempered logits).
-        token_clip: Upper bound of each (token, id) summand. OPSD's name and behaviour: it does not clip tokens, and
-            with beta 0 or 1 the sum can be negative.
-        tail: With ``top_k``, "renormalise" compares the conditionals on those ids (OPSD; zero at top_k=1, blind to the
-            mass outside), "bucket" adds the rest as one bin (never above the dense value, monotone in top_k).
+        top_k: Compare only on the teacher's top_k ids (chosen after its temperature).
+        token_clip: Upper bound of the summand of each (position, id). Name and behaviour are OPSD's: it does not clip
+            tokens, and with beta 0 or 1 the sum can be negative.
+        tail: With ``top_k``, "renormalise" compares the conditional distributions on those ids (OPSD; zero at top_k=1,
+            ignores the mass outside), "bucket" adds the other ids as one bin (never above the dense value, grows with
+            top_k).
         per_token_clip: Upper bound of each token's divergence.
         num_tokens: Divide by this instead of the valid tokens of this batch.
 
     Returns:
-        A scalar, or [...] for reduction "none". nan where a valid row has no finite logit on a side: no distribution.
+        A scalar, or [...] for reduction "none". nan where a valid row has no finite logit on one side, so is not a
+        distribution.
     """
     check_beta(beta)
     if logits_are_probs and (temperature != 1.0 or top_k is not None):
@@ -68,7 +71,7 @@ def generalized_jsd_loss(  # noqa: PLR0917 - the source's signature
             "student and teacher logits differ in shape",
             got=tuple(teacher_logits.shape),
             expected=tuple(student_logits.shape),
-            hint="align the positions, and cut padded vocabularies to the common one",
+            hint="align the positions, and cut padded vocabularies to a common size",
         )
     mask = labels_mask(labels, student_logits.shape[:-1], student_logits.device)
     student, teacher = select_rows(student_logits, mask), select_rows(teacher_logits.detach(), mask)
@@ -100,7 +103,7 @@ def _on_support(student: Tensor, teacher: Tensor, top_k: int | None, tail: Tail)
 
 
 def _bucketed(logp: Tensor, ids: Tensor) -> Tensor:
-    # the whole vocabulary is at hand: the tail is summed, as 1 - sum would cancel
+    # the whole vocabulary is known: the tail is summed, because 1 - sum would lose digits
     rest = logp.scatter(-1, ids, -math.inf)
     empty = torch.isneginf(rest).all(-1, keepdim=True)
     tail = torch.logsumexp(torch.where(empty, 0.0, rest), -1).masked_fill(empty.squeeze(-1), -math.inf)
@@ -119,7 +122,7 @@ def _log_probabilities(name: str, p: Tensor) -> Tensor:
 
 
 def check_options(*, temperature: float = 1.0, top_k: int | None = None, tail: str = "bucket") -> None:
-    """Raise ConfigError where an option lies outside its range."""
+    """Raise ConfigError if an option is out of range."""
     check_above_zero(temperature=check_real("temperature", temperature))
     if top_k is not None:
         check_positive("top_k", top_k)

@@ -21,7 +21,7 @@ from topkd.topk.losses.tokens import (
 )
 from topkd.topk.maths.scalars import check_above_zero, check_real
 
-LOG_RATIO_LIMIT = 20.0  # exp(20) = 4.9e8: beyond it a ratio carries no information, only overflow
+LOG_RATIO_LIMIT = 20.0  # exp(20) = 4.9e8: a larger ratio has no information and may overflow
 
 
 def importance_sampling_loss(
@@ -39,7 +39,7 @@ def importance_sampling_loss(
     With ``cap`` the weight is truncated and detached, L = -(1/N) sum_t sg[min(r_t, cap)] A_t logp_new_t (SDPO, TRL). A
     clamp inside the graph would have no gradient above the cap. With ``cap=None`` L = -(1/N) sum_t r_t A_t, the plain
     form of Tinker's ``importance_sampling`` (which sums). Natural logs; A > 0 makes a token more likely;
-    r = exp(clamp(logp_new - logp_behavior, -20, 20)). Unbiased without a cap, biased by what the cap cuts off with one.
+    r = exp(clamp(logp_new - logp_behavior, -20, 20)). Unbiased without a cap; a cap adds bias.
 
     Args:
         logp_new: Logprob of the sampled tokens under the model being trained, any shape.
@@ -57,7 +57,7 @@ def importance_sampling_loss(
     new, behavior, advantage, valid = _select(logp_new, logp_behavior, advantages, mask)
     ratio = importance_ratio(new, behavior)
     if cap is None:
-        # value r*A; the gradient stays -r*A where the log-ratio is clamped, as a clamp in the graph would stop it
+        # value r*A; the gradient is -r*A even where the log-ratio is clamped (a clamp in the graph would stop it)
         values = -(ratio * advantage * (1.0 + _tracked(new) - _tracked(new).detach()))
     else:
         values = -(ratio.clamp(max=cap) * advantage * _tracked(new))
@@ -78,9 +78,9 @@ def ppo_clip_loss(
     """PPO's clipped surrogate: L = (1/N) sum max(-A r, -A clip(r, 1-clip, 1+clip)) (arXiv:1707.06347).
 
     ``dual_clip`` c > 1 bounds the loss of tokens with A < 0 at -A c (arXiv:1912.09729). Tokens outside the trust region
-    get no gradient: that is the method, and unlike truncated importance sampling it is part of the graph.
-    r = exp(clamp(logp_new - logp_behavior, -20, 20)), natural logs; A > 0 makes a token more likely; at r = 1 the
-    gradient is -A/N, further out it is biased by the clip.
+    get no gradient; this is intended: unlike in truncated importance sampling, the clip is part of the graph. r =
+    exp(clamp(logp_new - logp_behavior, -20, 20)), natural logs; A > 0 makes a token more likely; at r = 1 the gradient
+    is -A/N, elsewhere the clip adds bias.
 
     Args:
         logp_new: Logprob of the sampled tokens under the model being trained, any shape.
@@ -121,16 +121,16 @@ def icepop_loss(
     """IcePop: tokens whose ratio leaves [low, high] are dropped, the others weighted by it (arXiv:2510.18855).
 
     L = -(1/N) sum sg[r 1(low <= r <= high)] A logp_new. Dropped tokens still count in N, so that a mismatch between
-    trainer and sampler lowers the step instead of raising the weight of what is left. r = exp(logp_new -
-    logp_behavior), natural logs; A > 0 makes a token more likely; biased by what is dropped, by design.
+    trainer and sampler makes the step smaller, and does not give the other tokens more weight. r = exp(logp_new -
+    logp_behavior), natural logs; A > 0 makes a token more likely; biased by the dropped tokens, by design.
 
     Args:
         logp_new: Logprob of the sampled tokens under the model being trained, any shape.
         logp_behavior: Exact logprob under the policy that sampled them.
         advantages: Advantage of each token.
         mask: bool, True = valid; None = all valid.
-        low: Lower edge of the ratios that are kept.
-        high: Upper edge of the ratios that are kept.
+        low: Smallest ratio that is kept.
+        high: Largest ratio that is kept.
         reduction: "mean" divides by the valid tokens; "sum" does not.
         num_tokens: Divide by this instead.
 
@@ -153,7 +153,7 @@ def reinforce_loss(
     reduction: Reduction = "mean",
     num_tokens: float | Tensor | None = None,
 ) -> Tensor:
-    """On-policy REINFORCE: L = -(1/N) sum sg[A] logp_new; right only for tokens sampled from the model itself.
+    """On-policy REINFORCE: L = -(1/N) sum sg[A] logp_new; correct only for tokens sampled from the model itself.
 
     Natural logs; A > 0 makes a token more likely; unbiased on-policy (Williams, 1992).
 

@@ -1,8 +1,9 @@
 """Divergences against a teacher that is known only at K ids per row, from logits or from (hidden, lm_head).
 
-``tail="bucket"`` compares K + 1 bins, everything outside the list being one: an exact coarse-graining, never above the
-full-vocabulary divergence and growing with K. ``tail="renormalise"`` compares the conditionals on the K ids, blind to
-the mass outside, zero at K = 1. beta as everywhere: 0 forward KL(T||S), 1 reverse KL(S||T), between them GJS.
+``tail="bucket"`` compares K + 1 bins: the K ids, and all other ids as one. The value is exact for these bins, never
+above the full-vocabulary divergence, and grows with K. ``tail="renormalise"`` compares the conditional distributions on
+the K ids: it ignores the mass outside, and is zero at K = 1. beta = 0 is forward KL(T||S), 1 reverse KL(S||T), between
+them GJS.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from topkd.topk.losses.tokens import (
 from topkd.topk.maths.scalars import check_beta
 
 Usable: TypeAlias = Callable[[SparseTeacher], Tensor]
-"""Which rows can train: bool [N]."""
+"""Returns which rows can train: bool [N]."""
 
 
 def sparse_divergence_loss(
@@ -52,17 +53,17 @@ def sparse_divergence_loss(
     """GJS_beta (KL at the ends) between a top-K teacher and student logits, averaged over valid rows.
 
     beta KL(T||M) + (1-beta) KL(S||M) on the bins of ``tail``, M = beta T + (1-beta) S; natural logs, >= 0; GKD
-    (arXiv:2306.13649). Approximate as an estimate of the dense value: the bucket is a lower bound of it, the
-    renormalised form is neither a bound nor monotone in K.
+    (arXiv:2306.13649). Approximates the dense value: "bucket" is a lower bound of it, "renormalise" is neither a bound
+    nor monotone in K.
 
     Args:
         student_logits: [N, V] or [B, T, V].
         teacher: The same rows: TopK, a sequence of TopK (padded with holes to [B, T]), or SparseTeacher.
-        mask: bool [N] or [B, T], True = valid; None = all. Holes are masked besides and do not count.
+        mask: bool [N] or [B, T], True = valid; None = all. Holes are also masked, and do not count.
         beta: Mixture weight of the teacher.
         tail: "bucket" (K + 1 bins) or "renormalise" (conditionals on the list).
-        temperature: Only with "renormalise": log p / T of a list is no logprob, its normaliser needs the vocabulary.
-        k: Use only the k most probable entries; the others join the tail.
+        temperature: Only with "renormalise": for a bucket, the tempered tail mass would need the whole vocabulary.
+        k: Use only the k most probable entries; the others count as tail.
         row_weight: Detached factor of each row's divergence, e.g. SDPO's truncated importance ratio; None = 1.
         reduction: "mean" and "batchmean" divide by the valid rows; "sum"; "none" keeps the shape, 0 at masked places.
         num_tokens: Divide by this instead of the valid rows of this batch.
@@ -99,11 +100,11 @@ def fused_divergence_loss(
     """``sparse_divergence_loss`` from the last hidden states and the head, without N x V logits.
 
     beta KL(T||M) + (1-beta) KL(S||M) on the bins of ``tail``, natural logs, >= 0, to be minimised (GKD,
-    arXiv:2306.13649); the same numbers and the same approximation of the dense value as on logits, up to rounding.
-    Masked rows and holes are dropped before the head. "bucket" takes its gradients in the forward pass, chunk by
-    chunk of rows; "renormalise" needs the K logits of each row only and never multiplies the head out. In bf16 logits
-    and gradients are rounded to bf16; sums are float32, but for dW of up to 16 row chunks (0.3 % against 0.15 % for
-    one rounding; beyond, dW is summed in float32 at 4 bytes a weight).
+    arXiv:2306.13649); the same values as from logits, up to rounding. Masked rows and holes are dropped before the
+    head. "bucket" computes its gradients in the forward pass, in chunks of rows; "renormalise" computes only the K
+    logits of each row. In bf16, logits and gradients are rounded to bf16, and sums are float32, except dW of up to 16
+    row chunks (error 0.3 %, against 0.15 % for one rounding; beyond 16, dW is summed in float32, which takes 4 bytes
+    per weight).
 
     Args:
         hidden: [N, H] or [B, T, H].
@@ -140,10 +141,10 @@ def fused_divergence_loss(
 
 
 def bins(student_logp: Tensor, rows: SparseTeacher, tail: Tail, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Build whole distributions on the list: (teacher, student) logprobs, [N, K] or with the bucket [N, K+1].
+    """Build two complete distributions: (teacher, student) logprobs, [N, K], or [N, K+1] with the tail bucket.
 
     Args:
-        student_logp: [N, K], exact logprobs at the teacher's ids (for "renormalise" logits will do).
+        student_logp: [N, K], exact logprobs at the teacher's ids (for "renormalise", logits are enough).
         rows: The teacher's rows.
         tail: "bucket" or "renormalise".
         temperature: For "renormalise".
@@ -152,7 +153,7 @@ def bins(student_logp: Tensor, rows: SparseTeacher, tail: Tail, temperature: flo
     teacher = rows.logp.to(student.dtype)
     if tail == "renormalise":
         return log_softmax(teacher / temperature), log_softmax(student / temperature)
-    # 1 - sum_k s_k cancels: its gradient is taken in float64, where that costs nothing at [N, K]
+    # 1 - sum_k s_k loses digits: it and its gradient are float64, which costs little at [N, K]
     student_tail = log_tail_torch(to_widest(student)).to(student.dtype)
     return append_tail(teacher, rows.tail_logp.to(student.dtype)), append_tail(student, student_tail)
 
@@ -166,7 +167,7 @@ def select_teacher(
     *,
     usable: Usable | None = None,
 ) -> tuple[SparseTeacher, Tensor]:
-    """Select the teacher's rows that train, and the boolean selection (valid and usable: not a hole)."""
+    """Select the teacher's rows that train; return them and the selection (valid, and usable: not a hole)."""
     sparse = flatten_teacher(teacher, shape, like.device, accumulator(like)).head(k)
     used: Tensor = boolean_mask(mask, shape, like.device)
     known = sparse.signal if usable is None else usable(sparse)
@@ -189,12 +190,12 @@ def scale_total(total: Tensor, count: int, reduction: Reduction, num_tokens: flo
 
 
 def check_sparse_options(beta: float, tail: str, temperature: float) -> None:
-    """Raise ConfigError where an option lies outside its range, or a bucket would be tempered."""
+    """Raise ConfigError if an option is out of range, or for a temperature with a tail bucket."""
     check_beta(beta)
     check_options(temperature=temperature, tail=tail)
     if tail == "bucket" and temperature != 1.0:
         raise ConfigError(
-            "a tail bucket cannot be tempered on the client: the list's normaliser needs the whole vocabulary",
+            "a tail bucket cannot have a temperature here: its mass would need the whole vocabulary",
             got=f"temperature {temperature}",
-            hint="let the server temper its logprobs, or use tail='renormalise'",
+            hint="let the server apply the temperature, or use tail='renormalise'",
         )

@@ -1,7 +1,7 @@
-"""TAID and the entropy-aware losses where the teacher is known only at K ids per row.
+"""TAID and the entropy-aware losses for a teacher that is known only at K ids per row.
 
-What the list cannot say is bounded: the entropy gates use head + tail as one lump <= H_T <= head + tail spread evenly
-over the other ids, and the metrics count the rows that the two bounds leave undecided.
+The entropy H_T is bounded: with the tail as one event from below, with the tail spread evenly over the other ids from
+above. The metrics count the rows that these two bounds leave undecided.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def sparse_taid_loss(
     k: int | None = None,
     num_tokens: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """CE(p_t, S) with p_t prop. to S^(1-t) T^t on the list's bins, averaged over valid rows; and {"kl", "t"}.
+    """CE(p_t, S) with p_t proportional to S^(1-t) T^t on the list and tail, averaged over valid rows; and {"kl", "t"}.
 
-    With tail="renormalise" it is TAID of the two conditionals on the list. With "bucket" the blend is made on the K + 1
-    bins, which is not the coarse-graining of the full blend (a geometric mean does not commute with a sum). t = 1 is
-    cross-entropy against the teacher's bins: the sparse form of KDLoss. Natural logs; gradient s - p_t on the bins
-    (arXiv:2501.16937). Approximate in the teacher only: what it says of the ids outside its list is one number.
+    With tail="renormalise" it is TAID of the two conditional distributions on the list. With "bucket" the blend is
+    computed on the K + 1 bins; this differs from blending the whole vocabulary first (a geometric mean does not commute
+    with a sum). t = 1 is cross-entropy against the teacher's bins: KDLoss from a list. Natural logs; gradient s - p_t
+    on the bins (arXiv:2501.16937). Approximate only because the teacher's tail is one number.
 
     Args:
         student_logits: [N, V] or [B, T, V].
@@ -80,22 +80,23 @@ def sparse_entropy_aware_loss(
     reduction: Reduction = "mean",
     num_tokens: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Mean of w KL(T||S) + (1-w) KL(S||T) on K + 1 bins, w from the *lower* entropy bound; and its bounds.
+    """Mean of w KL(T||S) + (1-w) KL(S||T) on K + 1 bins, w from the *lower* entropy bound; and both mean weights.
 
     w = clamp(H_low / h_max, 0, 1), natural logs, >= 0. Approximate: both KLs are lower bounds of the full-vocabulary
-    ones, and w of the full teacher's weight. The soft mix; the paper's gate (arXiv:2603.07079) is ``sparse_eopd_loss``.
+    ones, and w is a lower bound of the exact weight. A soft mix; the paper's hard gate (arXiv:2603.07079) is
+    ``sparse_eopd_loss``.
 
     Args:
         student_logits: [N, V] or [B, T, V].
         teacher: The same rows.
         mask: bool, True = valid; None = all. Holes are masked besides.
-        h_max: Entropy at which only the forward KL is left; ln V by default.
+        h_max: Entropy from which the loss is only the forward KL; ln V by default.
         k: Use only the k most probable entries.
         reduction: "mean" or "sum".
         num_tokens: Divide by this instead of the valid rows of this batch.
 
     Returns:
-        (loss, {"w_low", "w_high"}): the mean weight by the lower bound, which was used, and by the upper one.
+        (loss, {"w_low", "w_high"}): the mean weight from the lower bound, which was used, and from the upper one.
     """
     check_above_zero(h_max=h_max)
     check_logits(student_logits=student_logits)
@@ -112,7 +113,7 @@ def sparse_entropy_aware_loss(
 def entropy_aware_rows(
     student_logp: Tensor, rows: SparseTeacher, *, h_max: float, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute each row's loss and its weights by the lower and the upper entropy bound, [N] each."""
+    """Compute each row's loss, and its weights from the lower and the upper entropy bound, [N] each."""
     both = bins(student_logp, rows, "bucket")
     low, high = ((bound / h_max).clamp(0.0, 1.0).to(student_logp.dtype) for bound in bound_entropy(rows, vocab_size))
     forward = torch.where(low == 0, 0.0, low * divergence(*both, 0.0))
@@ -137,16 +138,16 @@ def sparse_eopd_loss(
     """``eopd_loss`` from a list: L_OPD + alpha 1[H_low >= tau] KL(T~_k || S), and its metrics (arXiv:2603.07079).
 
     The sampled token and its exact teacher logprob are the rows' ``actual_ids`` and ``actual_logp``; rows without them
-    are masked. The gate opens only where the lower entropy bound of the whole list reaches tau: the one approximation.
-    Natural logs; A = log t(y) - log s(y), so the gradient of L_OPD is that of KL(S||T).
+    are masked. The forward KL is added only where the list's lower entropy bound is at least tau: the only
+    approximation. Natural logs; A = log t(y) - log s(y), so the gradient of L_OPD is that of KL(S||T).
 
     Args:
         student_logits: [N, V] or [B, T, V].
         teacher: The same rows.
         mask: bool, True = valid; None = all. Holes are masked besides.
         tau: Entropy from which the forward KL is added, in nats.
-        alpha: Its weight.
-        k: How many of the listed ids the forward KL is taken on; None = all.
+        alpha: Weight of the forward KL.
+        k: Number of listed ids in the forward KL; None = all.
         behavior_logp: Logprob of the sampled tokens under the policy that sampled them; None = on-policy.
         cap: Upper bound of the ratio, detached; None = none.
         advantage_clip: Bound of |A|; None = none.
@@ -188,7 +189,7 @@ def gate_rows(
 
 
 def bound_entropy(rows: SparseTeacher, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Bound H_T in nats, (lower, upper) [N]: the tail as one lump, and spread evenly over the other V - K ids."""
+    """Bound H_T in nats, (lower, upper) [N]: the tail as one event, and spread evenly over the other V - K ids."""
     head, tail = entropy(to_widest(rows.logp)), to_widest(rows.tail_logp)
     others = (vocab_size - rows.listed.sum(-1)).clamp(min=0)
     mass = torch.where(others > 0, tail.exp(), 0.0)

@@ -16,7 +16,7 @@ from topkd.topk.losses.tokens import to_widest
 from topkd.topk.maths.scalars import check_positive
 from topkd.topk.types import TopK
 
-_LOWEST_TAIL = math.log(-math.expm1(CLAMPED_LOG_MASS))  # both sides' tails are held at 1e-7 or more
+_LOWEST_TAIL = math.log(-math.expm1(CLAMPED_LOG_MASS))  # both sides' tails are at least 1e-7
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +47,18 @@ class SparseTeacher:
             if getattr(self, name).shape != self.ids.shape[:1]:
                 got = tuple(getattr(self, name).shape)
                 raise ConfigError(f"SparseTeacher.{name}: wrong shape", got=got, expected=tuple(self.ids.shape[:1]))
-        # A teacher never receives a gradient, also where its lists were made from logits with a graph.
+        # A teacher never receives a gradient, even if its lists come from logits with a graph.
         for name in ("logp", "tail_logp", "actual_logp"):
             object.__setattr__(self, name, getattr(self, name).detach())
 
     @property
     def listed(self) -> Tensor:
-        """bool [N, K], False at pads."""
+        """Whether an entry holds an id, bool [N, K] (False at pads)."""
         return self.ids >= 0
 
     @property
     def signal(self) -> Tensor:
-        """bool [N], True where at least one listed id has a finite logprob; the others are holes."""
+        """Whether at least one listed id has a finite logprob, bool [N]; the other rows are holes."""
         return torch.isfinite(self.logp).any(-1)
 
     def rows(self, index: Tensor | slice) -> SparseTeacher:
@@ -70,10 +70,10 @@ class SparseTeacher:
         return SparseTeacher(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def head(self, k: int | None) -> SparseTeacher:
-        """Keep the k most probable entries; what is dropped joins the tail. None changes nothing.
+        """Keep the k most probable entries; add the dropped mass to the tail. None changes nothing.
 
-        A server that was asked for k and appends the realised token answers k + 1 entries: cut it off, as a support
-        that contains y *because* y was sampled biases the estimator.
+        Some servers append the realised token y to the k requested entries. It must be dropped: a support that contains
+        y *because* y was sampled biases the estimator.
         """
         if k is None or check_positive("k", k) >= self.ids.shape[-1]:
             return self
@@ -81,7 +81,7 @@ class SparseTeacher:
         return SparseTeacher(self.ids[:, :k], self.logp[:, :k], tail, self.actual_ids, self.actual_logp)
 
     def distinct(self) -> SparseTeacher:
-        """List each id once per row: of a repeated id the most probable entry stays, the others become pads."""
+        """List each id once per row: keep its most probable entry, and make the others pads."""
         order = self.logp.argsort(stable=True, dim=-1, descending=True)
         ids, at = self.ids.gather(-1, order).sort(stable=True, dim=-1)
         again = torch.zeros_like(ids, dtype=torch.bool)
@@ -94,7 +94,7 @@ class SparseTeacher:
 
     @classmethod
     def from_topk(cls, teacher: TopK, device: torch.device, dtype: torch.dtype) -> SparseTeacher:
-        """Build tensors of a TopK; an unknown tail is derived from the listed logprobs."""
+        """Build tensors from a TopK; an unknown tail is computed from the listed logprobs."""
 
         def floats(values: object) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
@@ -119,11 +119,11 @@ def flatten_teacher(teacher: Teacher, shape: torch.Size, device: torch.device, d
     """Flatten the teacher to N = prod(shape) rows.
 
     Args:
-        teacher: A TopK whose rows follow each other, one TopK a sequence, or tensors that were made before. For
-            positions [B, T], B TopKs of at most T rows each are padded with holes at the end.
+        teacher: One TopK of all rows, one TopK per sequence, or a SparseTeacher. For positions [B, T], B TopKs of at
+            most T rows each are padded with holes at the end.
         shape: Shape of the student's positions, [N] or [B, T].
-        device: Where the student is.
-        dtype: float32 or float64, as the student's logprobs.
+        device: The student's device.
+        dtype: float32 or float64, like the student's logprobs.
     """
     if isinstance(teacher, SparseTeacher):
         sparse = teacher.to(device).distinct()
@@ -152,11 +152,11 @@ def _pad(parts: Sequence[TopK], shape: torch.Size) -> list[TopK]:
     if len(shape) != 2:
         return list(parts)
     if len(parts) != shape[0] or any(part.rows > shape[1] for part in parts):
-        # also where the rows add up: a sequence that is too long would push the next one's rows off their positions
+        # even if the total is right: a sequence that is too long would shift the next one's rows to wrong positions
         raise AlignmentError(
             "teacher: the sequences do not fit the student's positions",
             got=f"rows {[part.rows for part in parts]}",
             expected=f"{shape[0]} sequences of at most {shape[1]} rows",
-            hint="one TopK a sequence, or one TopK of all rows",
+            hint="pass one TopK per sequence, or one TopK of all rows",
         )
     return [piece for part in parts for piece in (part, TopK.from_lists([None] * (shape[1] - part.rows)))]

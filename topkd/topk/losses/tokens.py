@@ -1,7 +1,7 @@
 """Mask and sum token losses: one boolean mask, division by the number of valid tokens.
 
-Every loss here selects the valid positions *before* its arithmetic (nan * 0 is nan, in the value and in the gradient)
-and works in float32, or in float64 when it is given float64.
+Every loss selects the valid positions *before* its arithmetic (nan * 0 is nan, in the value and in the gradient). It
+works in float32, or in float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def to_widest(x: Tensor) -> Tensor:
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Raise ConfigError where an argument is not a tensor, by its name."""
+    """Raise ConfigError, with the argument's name, if an argument is not a tensor."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ConfigError(f"{name}: not a tensor", got=type(tensor).__name__)
@@ -56,7 +56,7 @@ def check_same(name: str, shape: torch.Size, **others: Tensor) -> None:
 
 
 def check_finite(mask: Tensor, **values: Tensor) -> None:
-    """Raise ConfigError where a value that must be known is NaN or infinite at a valid position."""
+    """Raise ConfigError if a value is NaN or infinite at a valid position."""
     for name, value in values.items():
         bad = ~torch.isfinite(value) & mask
         if bool(bad.any()):
@@ -70,7 +70,7 @@ def check_finite(mask: Tensor, **values: Tensor) -> None:
 
 
 def select_known(name: str, values: Tensor, used: Tensor) -> Tensor:
-    """Select the detached values of the rows that train; refuse another shape, and values that are not finite."""
+    """Select the values of the rows that train, detached; refuse another shape, and values that are not finite."""
     check_same("the mask", used.shape, **{name: values})
     check_finite(used, **{name: values})
     return values.detach()[used]
@@ -84,7 +84,7 @@ def select_behavior(behavior_logp: Tensor | None, used: Tensor) -> Tensor | None
 def boolean_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
     """Return a bool mask of the shape; None means that every position is valid.
 
-    An integer or float mask is refused: 1/0 and -100 conventions read each other's masks without an error.
+    An integer or float mask is refused: a 0/1 mask read as -100 labels, or the reverse, would give no error.
     """
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=device)
@@ -92,27 +92,27 @@ def boolean_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -
     if mask.dtype != torch.bool:
         raise ConfigError("a mask must be boolean", got=mask.dtype, expected="torch.bool", hint="pass mask.bool()")
     if mask.shape != shape:
-        raise ConfigError("the mask has another shape than the tokens", got=tuple(mask.shape), expected=tuple(shape))
+        raise ConfigError("the mask and the tokens differ in shape", got=tuple(mask.shape), expected=tuple(shape))
     return mask.to(device)
 
 
 def labels_mask(labels: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
     """Return a bool mask, True where the label is not -100; a boolean tensor is the mask itself.
 
-    Integers that are all 0 or 1 are refused: as labels they keep every position, and nearly always they are a mask.
+    Integers that are all 0 or 1 are refused: they are almost always a mask, and as labels would keep every position.
     """
     if labels is not None:
         check_tensors(labels=labels)
     if labels is None or labels.dtype == torch.bool:
         return boolean_mask(labels, shape, device)
     if labels.shape != shape:
-        raise ConfigError("labels have another shape than the tokens", got=tuple(labels.shape), expected=tuple(shape))
+        raise ConfigError("labels and tokens differ in shape", got=tuple(labels.shape), expected=tuple(shape))
     if labels.is_floating_point() or labels.is_complex():
         raise ConfigError("labels must be integers (-100 = ignored) or a boolean mask", got=labels.dtype)
     if labels.numel():
         if bool(((labels == 0) | (labels == 1)).all()):
             raise ConfigError(
-                "labels hold only 0 and 1: that is a mask, and as -100 labels it would keep every position",
+                "labels hold only 0 and 1, like a mask; as labels (-100 = ignored) they would keep every position",
                 hint="pass a boolean mask",
             )
         if bool(((labels < 0) & (labels != IGNORE_INDEX)).any()):
@@ -121,11 +121,11 @@ def labels_mask(labels: Tensor | None, shape: torch.Size, device: torch.device) 
 
 
 def reduce_mean(values: Tensor, count: int, num_tokens: float | Tensor | None) -> Tensor:
-    """Compute sum(values) / num_tokens (default: the ``count`` valid tokens); 0.0 with a graph without tokens.
+    """Compute sum(values) / num_tokens (default: the ``count`` valid tokens); 0.0 (with a graph) for no tokens.
 
     Args:
         values: Contributions of the valid tokens only.
-        count: How many tokens are valid here.
+        count: Number of valid tokens here.
         num_tokens: Valid tokens of the global batch when gradients are accumulated over micro-batches or ranks.
     """
     if num_tokens is None:
@@ -138,7 +138,7 @@ def reduce_mean(values: Tensor, count: int, num_tokens: float | Tensor | None) -
 def reduce_tokens(
     values: Tensor, mask: Tensor, reduction: FullReduction, num_tokens: float | Tensor | None = None
 ) -> Tensor:
-    """Reduce the valid tokens' values: mean and batchmean per valid token, sum, or none (zeros at masked places)."""
+    """Reduce the valid tokens' values: mean and batchmean per valid token, sum, or none (0 at masked positions)."""
     if reduction in ("mean", "batchmean"):
         return reduce_mean(values, values.shape[0], num_tokens)
     if num_tokens is not None:

@@ -4,8 +4,8 @@ Per position, with A the listed ids, o everything else, g the advantage of the d
 
     G = sum_{v in A} sg[s(v) (g(v) - g_o)] grad log s(v)  +  lam 1[y not in A] sg[r (g(y) - g_o)] grad log s(y)
 
-Over y ~ S its expectation is exactly -grad[(1-lam) D_bucket + lam D]: at lam = 1 minus the gradient of the
-full-vocabulary divergence for every K, at lam = 0 of the (K+1)-bin one. Natural logs.
+Over y ~ S its expectation is exactly -grad[(1-lam) D_bucket + lam D]. At lam = 1 that is minus the gradient of the
+full-vocabulary divergence, for every K; at lam = 0 minus that of the divergence of K + 1 bins. Natural logs.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from topkd.topk.losses.tokens import (
 from topkd.topk.maths.scalars import check_above_zero, check_beta, check_lam
 from topkd.topk.types import MASS_TOLERANCE
 
-TAIL_GATE = 1e-6  # below this the tail's advantage is a quotient of two roundings
+TAIL_GATE = 1e-6  # below this the tail's advantage is a quotient of two rounding errors
 _TAIL_CLAMP = 1e-7
 _HALF_MASS_TOLERANCE = 5e-2  # bf16 rounds a logprob by 2**-9 of itself
 
 
 @dataclass(frozen=True, slots=True)
 class SupportWeights:
-    """Detached float64 coefficients of log s, and what they were made of; N rows.
+    """Detached float64 coefficients of log s, and the values that they come from; N rows.
 
     Attributes:
         ids: [N, K], coefficient of log s at the listed ids (0 at pads).
         actual: [N], coefficient of log s(y); 0 where y is listed.
-        gated: bool [N], the tail is empty to rounding on one side.
+        gated: bool [N], one side's tail is zero up to rounding.
         in_support: bool [N], y is listed.
         excluded: bool [N], y outside the list with t(y) = 0 at beta = 1: no finite advantage.
         teacher_tail: [N], t_o.
@@ -94,17 +94,17 @@ def compute_support_weights(
     """Compute the estimator's coefficients for rows with a signal; float64, detached."""
     ls, lt = to_widest(student_logp_at_ids.detach()), to_widest(teacher.logp)
     s_y, t_y = to_widest(student_logp_actual.detach()), to_widest(teacher.actual_logp)
-    # at beta = 1 an id with t = 0 has no finite advantage: it is left in the tail, which is as good a partition
+    # at beta = 1 an id with t = 0 has no finite advantage: it counts as tail, which is exact too
     member = teacher.listed & ~torch.isneginf(lt) if beta == 1.0 else teacher.listed
     used = member & ~torch.isneginf(ls)
     s = torch.where(used, ls, -math.inf).exp()
     ratio = torch.where(used, lt - torch.where(used, ls, 0.0), 0.0)
-    # s g, with its limit at beta = 0 written out: t/s overflows long before t - s does
+    # s g; at beta = 0 it is computed as t - s, because t/s would overflow
     head = torch.where(member, lt, -math.inf).exp() - s if beta == 0.0 else s * advantage(ratio, beta)
     t_o, s_o = to_widest(teacher.tail_logp).exp().clamp(min=_TAIL_CLAMP), (1.0 - s.sum(-1)).clamp(min=_TAIL_CLAMP)
     gated = (t_o < TAIL_GATE) | (s_o < TAIL_GATE)
     g_o = torch.where(gated, 0.0, advantage(t_o.log() - s_o.log(), beta))
-    # where s = 0 the weight is that limit too: t at beta = 0, else 0
+    # where s = 0 the weight is the limit: t at beta = 0, else 0
     w_ids = torch.where(member if beta == 0.0 else used, head - s * g_o[:, None], 0.0)
     in_support = (member & (teacher.ids == teacher.actual_ids[:, None])).any(-1)
     outside = ~in_support & ~gated & ~torch.isneginf(s_y)
@@ -119,7 +119,7 @@ def compute_support_weights(
 
 
 class _ZeroAtMinusInf(torch.autograd.Function):
-    """log s with 0 in place of -inf and the gradient of log s: at beta = 0 an id with s = 0 still has the weight t."""
+    """log s with 0 in place of -inf but the gradient of log s: at beta = 0 an id with s = 0 still has the weight t."""
 
     @staticmethod
     def forward(ctx: Any, logp: Tensor) -> Tensor:  # noqa: ARG004 - nothing to keep
@@ -131,9 +131,9 @@ class _ZeroAtMinusInf(torch.autograd.Function):
 
 
 def compute_row_losses(student_logp_at_ids: Tensor, student_logp_actual: Tensor, weights: SupportWeights) -> Tensor:
-    """Compute -(sum_k w_k log s_k + w_y log s_y), [N]; entries of weight zero are never touched.
+    """Compute -(sum_k w_k log s_k + w_y log s_y), [N]; entries of weight zero are never read.
 
-    An id with s = 0 and a weight (beta = 0) gives its gradient, and leaves the value: that term of it is infinite.
+    An id with s = 0 and a weight (beta = 0) has a gradient, but its infinite term is left out of the value.
     """
     at_ids: Tensor = _ZeroAtMinusInf.apply(  # type: ignore[no-untyped-call]
         torch.where(weights.ids != 0, student_logp_at_ids, 0.0)
@@ -146,7 +146,7 @@ def compute_row_losses(student_logp_at_ids: Tensor, student_logp_actual: Tensor,
 def find_usable_rows(teacher: SparseTeacher, lam: float) -> Tensor:
     """Find rows with a signal and, when lam > 0, a known realised token: bool [N].
 
-    K = 0 is the empty support A, the plain sampled-token estimator; an empty row of a wider list is a hole.
+    K = 0 is the empty support A, which gives the plain sampled-token estimator; with K > 0 an empty row is a hole.
     """
     signal = teacher.signal if teacher.ids.shape[-1] else torch.ones_like(teacher.tail_logp, dtype=torch.bool)
     if lam == 0.0:
@@ -215,27 +215,27 @@ def topk_policy_gradient_loss(
     num_tokens: float | Tensor | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, float]]:
-    """The top-K policy gradient with a sampled tail; its gradient is the point, its value only a surrogate.
+    """The top-K policy gradient with a sampled tail; the value is a surrogate, only its gradient has a meaning.
 
     lam = 1: E over y ~ S of the gradient is +grad GJS_beta(T, S) of the loss, exactly, for every K and support that was
-    chosen without looking at y. lam < 1 trades the divergence for (1-lam) D_bucket + lam D and lowers the variance.
-    Rows whose tail is below 1e-6 on a side have no tail term (counted). Nothing is floored or renormalised: lam = 0
-    with a truncated tail is what most trainers ship, and diverges. Natural logs; to be minimised. The identity is this
+    chosen without looking at y. lam < 1 replaces the divergence by (1-lam) D_bucket + lam D and lowers the variance.
+    Rows whose tail is below 1e-6 on one side have no tail term, and are counted. Nothing is floored or renormalised.
+    (Most trainers truncate the tail, at lam = 0; that diverges.) Natural logs; to be minimised. The identity is this
     library's; the divergence is GKD's (arXiv:2306.13649). At beta = 0 a listed id with s = 0 has the weight t, the
-    limit of s (t/s - 1); the value leaves its infinite term out.
+    limit of s (t/s - 1); its infinite term is left out of the value.
 
     Args:
-        student_logp_at_ids: Exact log s at the teacher's ids, [N, K] or [B, T, K]; whatever stands at pads is unused.
+        student_logp_at_ids: Exact log s at the teacher's ids, [N, K] or [B, T, K]; values at pads are not used.
         student_logp_actual: Exact log s(y), [N] or [B, T].
         teacher: The same rows: TopK, a sequence of TopK, or SparseTeacher.
         mask: bool [N] or [B, T], True = valid; None = all. Holes, and for lam > 0 rows whose realised token is unknown,
-            are masked besides and do not count in the mean.
+            are also masked, and do not count in the mean.
         beta: Mixture weight of the teacher (0 forward KL, 1 reverse KL).
         lam: Weight of the sampled tail, in [0, 1].
         behavior_logp: Logprob of y under the policy it was sampled from; None = on-policy. Only the sampled term needs
             it.
         cap: Upper bound of that ratio (detached; biased above it); None = none.
-        k: How many entries the server was asked for: further ones (its extra realised token) leave the support.
+        k: Number of entries requested from the server; further ones (its extra realised token) are not in the support.
         reduction: "mean" divides by the valid rows; "sum" does not.
         num_tokens: Divide by this instead.
         return_metrics: Also return counts (gated, excluded, masked rows) and means (tails, y in support, D_bucket).
@@ -273,7 +273,7 @@ def topk_policy_gradient_loss(
 
 
 def check_mass_torch(student_logp_at_ids: Tensor, dtype: torch.dtype) -> None:
-    """Raise ConfigError where a row sums to more than 1: logits taken for logprobs would pass every other check."""
+    """Raise ConfigError if a row sums to more than 1: logits in place of logprobs would pass every other check."""
     if torch.compiler.is_compiling():
         return
     mass = to_widest(student_logp_at_ids.detach()).exp().sum(-1)

@@ -17,11 +17,11 @@ from topkd.topk.types import Float64
 def scalar_kl_advantage(teacher_logp: ArrayLike, student_logp: ArrayLike) -> NDArray[np.floating]:
     """The reverse-KL advantage of each realised token: A = log t(y) - log s(y), natural log.
 
-    Sign: E over y ~ S of A is -KL(S||T), and E[A grad log s(y)] = -grad KL(S||T) exactly; A > 0 where the teacher
-    likes y more than the student does. Thinking Machines, "On-Policy Distillation" (2025); nothing is approximate.
+    Sign: E over y ~ S of A is -KL(S||T), and E[A grad log s(y)] = -grad KL(S||T) exactly; A > 0 where the teacher's
+    probability of y is larger than the student's. Thinking Machines, "On-Policy Distillation" (2025). Exact.
 
     Args:
-        teacher_logp: Exact log t(y), any shape; NaN = unknown. -inf (the teacher rules y out) has no finite advantage.
+        teacher_logp: Exact log t(y), any shape; NaN = unknown. -inf (teacher probability 0) has no finite advantage.
         student_logp: Exact log s(y), same shape.
 
     Returns:
@@ -34,8 +34,8 @@ def forward_kl_advantage(teacher_logp: ArrayLike, student_logp: ArrayLike) -> ND
     """The forward-KL advantage of each realised token: A = t(y)/s(y) - 1.
 
     Sign: E over y ~ S of A is 0, and E[A grad log s(y)] = -grad KL(T||S) exactly. A >= -1 and unbounded above, so its
-    variance is large where the student is unsure. Arguments are natural logs; the beta = 0 end of ``gjs_advantage``
-    (GKD, arXiv:2306.13649). Nothing is approximate.
+    variance is large where the student is unsure. Arguments are natural logs; equals ``gjs_advantage`` at beta = 0
+    (GKD, arXiv:2306.13649). Exact.
 
     Returns:
         A of the shape of the arguments; NaN where either side is unknown or the student's logprob is -inf.
@@ -54,11 +54,11 @@ def gjs_advantage(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float)
 
     Sign: E over y ~ S of [A grad log s(y)] = -grad GJS_beta(T, S) exactly; sign(A) = sign(log t - log s);
     A >= (1-beta) log(1-beta) for 0 < beta < 1. The divergence *value* is never an advantage: its policy gradient is
-    zero in expectation. GKD (arXiv:2306.13649) names the divergence; the ends are discontinuous with the interior
-    (A/beta -> t/s - 1 as beta -> 0).
+    zero in expectation. The divergence is GKD's (arXiv:2306.13649). At beta = 0 and 1 A is not the limit of the formula
+    between them (A/beta -> t/s - 1 as beta -> 0).
 
     Args:
-        teacher_logp: Exact log t(y), any shape; NaN = unknown; -inf = the teacher gives y no probability at all.
+        teacher_logp: Exact log t(y), any shape; NaN = unknown; -inf = teacher probability 0.
         student_logp: Exact log s(y), same shape.
         beta: Mixture weight of the teacher, in [0, 1].
 
@@ -80,7 +80,7 @@ def advantage64(difference: Float64, beta: float) -> Float64:
     with np.errstate(over="ignore", invalid="ignore"):
         if beta == 0.0:
             return np.asarray(np.expm1(difference))
-        # Near d = 0 log1p/expm1 keep every digit; away from it logaddexp neither overflows nor cancels.
+        # Near d = 0 log1p/expm1 keep all digits; elsewhere logaddexp neither overflows nor cancels.
         near = np.log1p(beta * np.expm1(np.clip(difference, -1.0, 1.0)))
         far = np.logaddexp(np.log(beta) + difference, np.log1p(-beta))
     return np.asarray((1.0 - beta) * np.where(np.abs(difference) <= 1.0, near, far))
@@ -90,7 +90,7 @@ def kl_k1(reference_logp: ArrayLike, student_logp: ArrayLike) -> NDArray[np.floa
     """The k1 estimate of KL(S||R) at each sampled token: log s(y) - log r(y), natural log.
 
     Its mean over y ~ S is exactly KL(S||R), and it is the *negative* of ``scalar_kl_advantage(reference, student)``.
-    Unbiased, of either sign on a single token. Schulman, "Approximating KL divergence" (2020).
+    Unbiased; it may be negative on a single token. Schulman, "Approximating KL divergence" (2020).
 
     Args:
         reference_logp: Exact log r(y), any shape (the teacher's, or a frozen reference's).
@@ -109,8 +109,8 @@ def kl_k3(reference_logp: ArrayLike, student_logp: ArrayLike) -> NDArray[np.floa
     """The k3 estimate of KL(S||R) at each sampled token: expm1(d) - d with d = log r(y) - log s(y).
 
     d is reference minus student: then every value is >= 0 and the mean over y ~ S is exactly KL(S||R). With d reversed
-    it is still >= 0 and its mean is chi-squared minus KL, which is no estimate of anything asked for. Natural log;
-    Schulman, "Approximating KL divergence" (2020).
+    it is still >= 0, but its mean is chi-squared minus KL, which is not the KL. Natural log; Schulman, "Approximating
+    KL divergence" (2020).
 
     Returns:
         The same shape; NaN where a side is unknown; +inf where r(y) = 0.

@@ -1,4 +1,4 @@
-"""Baselines, which reduce the variance of an advantage, and returns, which include later tokens."""
+"""Baselines, which reduce the variance of an advantage, and returns, which add later positions."""
 
 from __future__ import annotations
 
@@ -26,19 +26,18 @@ def value_baseline(
         0 < beta < 1   -(1-beta) KL(S||M)      beta = 1   -KL(S||T)      beta = 0   0
 
     Natural log; always <= 0 (vOPD, arXiv:2605.07865, for beta = 1).
-    Exact for K = V; for K < V the tail counts as one bin, which makes it a less good
-    baseline and not a biased estimator.
+    Exact for K = V. For K < V the tail counts as one bin: a weaker baseline, but still no bias.
 
     Args:
         teacher_logp: [..., K].
         student_logp: [..., K], at the same ids.
         beta: Mixture weight of the teacher, in [0, 1].
         teacher_tail_logp: [...], log of the teacher's mass outside the list from unrounded values (``TopK.tail_logp``);
-            left out or NaN, it is what the listed values leave over.
+            None or NaN means 1 minus the listed mass.
 
     Returns:
-        float64 [...]; NaN for a row with no finite entry on a side, and -inf at beta = 1 where the teacher gives a
-        token of the student's no probability.
+        float64 [...]; NaN for a row with no finite entry on a side, and -inf at beta = 1 where the teacher gives
+        probability 0 to one of the student's tokens.
     """
     beta = check_beta(beta)
     teacher, student = check_rows(teacher_logp, student_logp)
@@ -59,9 +58,9 @@ def value_baseline(
 def topk_value_baseline(teacher: TopK, student: TopK, beta: float, *, floor: float = -20.0) -> Float64:
     """``value_baseline`` from two lists of different ids, over the bins of ``topk_gjs(missing="union_tail")``.
 
-    Natural log, <= 0; to be subtracted from the advantage (vOPD, arXiv:2605.07865). Its value is approximate (the bins
-    hold shares in place of what neither list tells); it does not depend on the sampled token, so subtracting it leaves
-    the gradient's mean unchanged whatever that does to its value.
+    Natural log, <= 0; subtract it from the advantage (vOPD, arXiv:2605.07865). The value is approximate (missing ids
+    get an estimated probability). It does not depend on the sampled token, so subtracting it leaves the gradient's mean
+    unchanged.
 
     Returns:
         float64 [R]; NaN = no signal.
@@ -81,12 +80,11 @@ def discounted_return(
 ) -> Float64:
     """The return of each token: A_t + sum_{j>t} gamma^(j-t) (-D_j).
 
-    Past one's own step the *divergences* of the positions that follow are discounted, never their advantages (the
-    expectation of A is -D at beta = 1 only). Sign: larger is better. Exact; natural log throughout; derived in
-    docs/math.md.
+    Later positions enter with their discounted *divergences*, never with their advantages (the expectation of A is -D
+    only at beta = 1). Sign: larger is better. Exact; natural log; derived in docs/math.md.
 
     Args:
-        advantage: [N] advantage of each token, or None for the state-only part alone.
+        advantage: [N] advantage of each token, or None for the part from later positions alone.
         divergence: [N] divergence D at each position, >= 0; a NaN makes the returns before it in its sequence NaN.
         gamma: Discount in [0, 1].
         lengths: Token counts of the sequences that follow one another in [N]; None = one sequence.
@@ -95,8 +93,8 @@ def discounted_return(
         float64 [N].
 
     Raises:
-        ConfigError: For ``advantage=None`` at gamma = 0: nothing of what is left depends on the sampled token, and
-            its policy gradient is zero in expectation.
+        ConfigError: ``advantage=None`` at gamma = 0: nothing then depends on the sampled token, and the expected policy
+            gradient is zero.
     """
     gamma = check_fraction("gamma", gamma)
     values = float64("divergence", divergence)
@@ -127,7 +125,7 @@ def _mean_advantage(teacher: Float64, student: Float64, beta: float) -> Float64:
 
 
 def _steps_left(size: int, lengths: ArrayLike | None) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """Count the positions of its own sequence that follow each place."""
+    """Count, for each position, the later positions in its own sequence."""
     values = float64("lengths", [size] if lengths is None else lengths)
     counts = values.astype(np.int64)
     if (values != counts).any() or counts.ndim != 1 or (counts < 0).any() or counts.sum() != size:

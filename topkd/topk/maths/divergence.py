@@ -1,4 +1,4 @@
-"""Divergences of two distributions whose logprobs stand at the same ids: dense, or on a shared top-K.
+"""Divergences of two distributions with logprobs at the same ids: the whole vocabulary, or K shared ids.
 
 beta is the mixture weight of the *teacher*: 0 is forward KL(T||S), 1 is reverse KL(S||T), natural log throughout.
 """
@@ -16,7 +16,7 @@ from topkd.topk.maths.mass import check_mass, log_mass, log_tail
 from topkd.topk.maths.scalars import check_beta
 from topkd.topk.types import Bool, Float64
 
-DENSE_TOLERANCE = 1e-2  # a dense row whose mass is further from 1 than half-precision rounding explains is not dense
+DENSE_TOLERANCE = 1e-2  # half-precision rounding explains this distance of a dense row's mass from 1, but no more
 Tail = Literal["bucket", "renormalise", "partial"]
 
 
@@ -28,8 +28,8 @@ def gjs(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float) -> Float6
         GJS_beta = beta KL(T||M) + (1-beta) KL(S||M)           0 < beta < 1,  <= H2(beta) <= log 2
         GJS_0    = KL(T||S)        GJS_1 = KL(S||T)            special-cased: discontinuous with the interior
 
-    Agarwal et al., GKD (arXiv:2306.13649). Exact: nothing is truncated; 0 log 0 = 0; p > 0 against q = 0 gives +inf at
-    the two KL ends only. Computed in float64.
+    Agarwal et al., GKD (arXiv:2306.13649). Exact: nothing is truncated; 0 log 0 = 0; p > 0 against q = 0 gives +inf,
+    only at beta = 0 and 1. Computed in float64.
 
     Args:
         teacher_logp: [..., V] full-vocabulary logprobs.
@@ -58,22 +58,23 @@ def gjs(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float) -> Float6
 
 
 def shared_support_gjs(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float, tail: Tail = "bucket") -> Float64:
-    """GJS_beta restricted to K shared ids, in nats: both sides carry exact logprobs *of the same ids*.
+    """GJS_beta restricted to K shared ids, in nats: both sides have exact logprobs *of the same ids*.
 
-    The divergence of ``gjs`` (arXiv:2306.13649) on fewer bins; what is approximate depends on ``tail``.
+    The divergence of ``gjs`` (arXiv:2306.13649) between fewer events; what is approximate depends on ``tail``.
 
-    ``tail="bucket"``: the mass outside becomes one more bin on each side, log(1 - mass) = log(-expm1(lse)) with lse
-    clamped at -1e-7. An exact coarse-graining of both distributions, so 0 <= result <= dense, non-decreasing in K for
-    nested ids, and equal to dense at K = V (up to the clamp). SDPO and TRL's default.
+    ``tail="bucket"``: the mass outside becomes one more event (bin) on each side, log(1 - mass) = log(-expm1(lse)) with
+    lse clamped at -1e-7. Both distributions are exact on the K + 1 events, so 0 <= result <= dense; the result does not
+    decrease with K for nested ids, and equals dense at K = V (up to the clamp). The default of SDPO and TRL.
 
-    ``tail="renormalise"``: both sides divided by their captured mass; a proper divergence of the *conditionals*: blind
-    to the captured mass, 0 for K = 1, neither a bound of dense nor monotone. OPSD's ``top_k``.
+    ``tail="renormalise"``: both sides are divided by their mass on the K ids. A divergence of the *conditional*
+    distributions: it ignores that mass, is 0 for K = 1, and is neither a bound of dense nor monotone in K. OPSD's
+    ``top_k``.
 
     ``tail="partial"``: the plain sum over the K ids. For 0 < beta < 1 it lies between 0 and the bucket's value (biased
-    low); at the ends it may be negative. For comparison only.
+    low); at beta = 0 or 1 it may be negative. Only for comparison.
 
     Args:
-        teacher_logp: [..., K]; an absent or padded entry is -inf on both sides.
+        teacher_logp: [..., K]; a missing or padded entry is -inf on both sides.
         student_logp: [..., K], at the same ids, same shape.
         beta: Mixture weight of the teacher, in [0, 1]: 0 forward KL(T||S), 1 reverse KL(S||T).
         tail: What happens to the mass outside the K ids.
@@ -103,7 +104,7 @@ def integrand(teacher: Float64, student: Float64, beta: float) -> Float64:
     """Compute the summand of GJS_beta at each id, in float64.
 
     Never negative for 0 < beta < 1; may be negative at beta = 0 or 1.
-    Also right for bins that are sums of ids (a tail bucket). NaN where either side is NaN.
+    Also correct for an entry that is a sum over ids (the tail). NaN where either side is NaN.
     """
     if beta == 0.0:
         return kl_terms(teacher, student)
@@ -138,5 +139,5 @@ def check_rows(teacher_logp: ArrayLike, student_logp: ArrayLike) -> tuple[Float6
 
 
 def find_silent_rows(teacher: Float64, student: Float64) -> Bool:
-    """Find rows that are all -inf on a side: no signal."""
+    """Find rows that are all -inf on one side: they have no signal."""
     return np.asarray(np.isneginf(teacher).all(axis=-1) | np.isneginf(student).all(axis=-1))

@@ -1,7 +1,7 @@
 """The top-K policy gradient with a sampled tail: exact weights for log s at K ids and at the realised token.
 
-A is the K ids of the teacher's list (or any set chosen without looking at the sampled token y); natural log;
-beta is the mixture weight of the teacher. The learner multiplies these *detached* weights with log s and descends on
+A is the set of the K ids in the teacher's list (or any set that does not depend on the sampled token y); natural log;
+beta is the teacher's weight in the mixture. The learner multiplies these *detached* weights with log s, and minimises
 minus their sum.
 """
 
@@ -17,7 +17,7 @@ from topkd.topk.maths.mass import check_mass
 from topkd.topk.maths.scalars import check_beta, check_lam
 from topkd.topk.types import Bool, Float64, TopK
 
-EMPTY_TAIL = 1e-6  # below this the tail mass is rounding, and the ratio of two of them is noise
+EMPTY_TAIL = 1e-6  # below this a tail mass is rounding, and a ratio of two is noise
 _LEAST_TAIL = 1e-7
 
 
@@ -39,24 +39,24 @@ def topk_weights(
         w_y = lam * rho * (g(y) - g_o)               y not in A, else 0;   rho = is_weight, 1 on-policy
 
     lam = 1: exactly -grad GJS_beta(T, S), for every K and any A. lam = 0: exactly -grad of the tail-bucket divergence
-    on A. In between: -grad[(1-lam) bucket + lam dense]. Sign: ascend on sum w log s (the loss is minus that). Nothing
-    is approximate but the gate: where t_o or s_o is below 1e-6 (``gated_rows``), g_o is 0 and w_y is 0. Natural logs;
-    the divergence is GKD's (arXiv:2306.13649), the estimator this library's (docs/math.md).
+    on A. In between: -grad[(1-lam) bucket + lam dense]. Sign: ascend on sum w log s (the loss is minus that). The only
+    approximation is the gate: where t_o or s_o is below 1e-6 (``gated_rows``), g_o and w_y are 0. Natural logs; the
+    divergence is GKD's (arXiv:2306.13649), the estimator this library's (docs/math.md).
 
     Args:
-        teacher: R rows. A is ``teacher.ids`` (pads excluded) and must not hold y *because* y was sampled.
-            ``tail_logp`` gives t_o where it is known.
-        student_logp_at_ids: [R, K] exact log s at ``teacher.ids`` (anything at pads).
+        teacher: R rows. A is ``teacher.ids`` without pads; it must not contain y *because* y was sampled.
+            ``tail_logp``, where known, gives t_o.
+        student_logp_at_ids: [R, K] exact log s at ``teacher.ids`` (any value at pads).
         student_logp_actual: [R] exact log s(y), y = ``teacher.actual_ids``.
         beta: Mixture weight of the teacher, in [0, 1].
-        lam: Share of the sampled tail, in [0, 1].
+        lam: Weight of the sampled tail, in [0, 1].
         is_weight: [R] importance ratio s(y)/behaviour(y) of the realised token, already truncated; None = 1.
 
     Returns:
-        ``(w_ids [R, K], w_actual [R])``, float32 when the student's logprobs are, else float64. Pads have weight 0, and
-        at beta = 1 so have listed ids with t = 0: log t has no finite value there, and they join the tail. NaN = no
-        signal, to be masked: a row without list or with an unknown student logprob (both weights), and for lam > 0 a
-        realised token outside A that is unknown, has s = 0, or has t = 0 at beta = 1 (``w_actual``).
+        ``(w_ids [R, K], w_actual [R])``, float32 when the student's logprobs are, else float64. Pads have weight 0. At
+        beta = 1 listed ids with t = 0 also have weight 0: log t is not finite there, and they are part of the tail. NaN
+        = no signal, to be masked: both weights for a row without a list or with an unknown student logprob;
+        ``w_actual``, for lam > 0, for a realised token outside A that is unknown, has s = 0, or has t = 0 at beta = 1.
     """
     beta, lam = check_beta(beta), check_lam(lam)
     check_scores(teacher=teacher)
@@ -84,10 +84,10 @@ def topk_weights(
 
 
 def gated_rows(teacher: TopK, student_logp_at_ids: ArrayLike, *, beta: float = 0.5) -> Bool:
-    """Find the rows, bool [R], whose tail ``topk_weights`` gates: t_o or s_o below 1e-6, empty to rounding.
+    """Find the rows, bool [R], whose tail term ``topk_weights`` drops: t_o or s_o is below 1e-6, zero up to rounding.
 
     t_o = 1 - sum_A t (the stored tail where it is known), s_o = 1 - sum_A s, from natural logs. Report their share: on
-    such rows the estimator is that of the listed ids alone.
+    such rows the estimator uses only the listed ids.
     """
     check_scores(teacher=teacher)
     student = np.where(_members(teacher, check_beta(beta)), _student(teacher, student_logp_at_ids), -np.inf)
@@ -95,7 +95,7 @@ def gated_rows(teacher: TopK, student_logp_at_ids: ArrayLike, *, beta: float = 0
 
 
 def _members(teacher: TopK, beta: float) -> Bool:
-    """Find the ids of A, bool [R, K]; at beta = 1 an id with t = 0 is left to the tail, as good a partition."""
+    """Find the ids of A, bool [R, K]; at beta = 1 ids with t = 0 count as tail, which is exact too."""
     return teacher.listed & ~np.isneginf(teacher.logp) if beta == 1.0 else teacher.listed
 
 
@@ -128,14 +128,14 @@ def _student(teacher: TopK, student_logp_at_ids: ArrayLike) -> Float64:
     """Check the student's logprobs at the teacher's ids; float64, -inf at pads."""
     values = float64("student_logp_at_ids", student_logp_at_ids)
     if values.shape != teacher.ids.shape:
-        raise ConfigError("student_logp_at_ids must stand at teacher.ids", got=values.shape, expected=teacher.ids.shape)
+        raise ConfigError("student_logp_at_ids must be at teacher.ids", got=values.shape, expected=teacher.ids.shape)
     student = logp64("student_logp_at_ids", np.where(teacher.listed, values, -np.inf))
     check_mass("student_logp_at_ids", student)
     return student
 
 
 def _tails(teacher: TopK, student: Float64) -> tuple[Float64, Float64, Bool]:
-    """Compute t_o, s_o and whether one of them is empty to rounding, each [R]."""
+    """Compute t_o, s_o and whether one of them is zero up to rounding, each [R]."""
     teacher_tail = np.maximum(teacher.tail_mass(), _LEAST_TAIL)
     student_tail = np.maximum(1.0 - np.exp(student).sum(axis=1), _LEAST_TAIL)
     return teacher_tail, student_tail, np.asarray((teacher_tail < EMPTY_TAIL) | (student_tail < EMPTY_TAIL))

@@ -1,4 +1,4 @@
-"""Probability mass inside and outside a top-K list: log masses without cancellation, and bounds of the entropy."""
+"""Probability mass inside and outside a top-K list, without cancellation, and bounds of the entropy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from topkd.topk.inputs import check_scores
 from topkd.topk.maths.scalars import check_integer
 from topkd.topk.types import MASS_TOLERANCE, Float64, TopK
 
-LOG_MASS_CLAMP = -1e-7  # largest log of a captured mass: keeps log(1 - mass) finite, as the published losses do
+LOG_MASS_CLAMP = -1e-7  # largest log mass of a list: keeps log(1 - mass) finite, as published losses do
 
 
 def log_mass(logp: Float64) -> Float64:
@@ -23,7 +23,7 @@ def log_mass(logp: Float64) -> Float64:
 def log_tail(logp: Float64, *, clamp: float = LOG_MASS_CLAMP) -> Float64:
     """Compute log(1 - sum_k exp(logp_k)) over the last axis as log(-expm1(min(lse, clamp))).
 
-    At the default clamp the smallest tail is log(1e-7) = -16.1, whatever rounding did to the list.
+    At the default clamp the smallest tail is log(1e-7) = -16.1, independent of rounding in the list.
     """
     return np.asarray(np.log(-np.expm1(np.minimum(log_mass(logp), clamp))))
 
@@ -48,15 +48,15 @@ def entropy_bounds(teacher: TopK, vocab_size: int) -> tuple[Float64, Float64]:
 
     With h = -sum over the list of t log t and r the mass outside it::
 
-        lo = h - r log r                     the rest as one lump
+        lo = h - r log r                     the rest as one event
         hi = h - r log(r / (V - K))          the rest spread evenly over the other V - K ids
 
-    so lo <= H <= hi up to the rounding of the list. Used by entropy gates (arXiv:2603.07079), which open for certain
-    only where lo >= tau.
+    so lo <= H <= hi up to the rounding of the list. Used by entropy gates (arXiv:2603.07079): only where lo >= tau is
+    the entropy surely at least tau.
 
     Args:
         teacher: R rows; ``tail_logp`` gives r where it is known, else 1 - mass.
-        vocab_size: V, the number of ids the teacher can say.
+        vocab_size: V, the size of the teacher's vocabulary.
 
     Returns:
         ``(lo, hi)``, float64 [R]; NaN for a row that lists nothing (no signal).
@@ -73,7 +73,7 @@ def entropy_bounds(teacher: TopK, vocab_size: int) -> tuple[Float64, Float64]:
     logp = teacher.logp.astype(np.float64)
     head = -(np.exp(logp) * np.where(np.isneginf(logp), 0.0, logp)).sum(axis=1)
     others = vocab_size - count
-    # With no other id left the rest is rounding: nothing is spread over nothing.
+    # If every id is listed, the rest is only rounding.
     rest = np.where(others > 0, np.maximum(teacher.tail_mass(), 0.0), 0.0)
     lump = -rest * np.log(np.where(rest > 0.0, rest, 1.0))
     low = np.maximum(head + lump, 0.0)

@@ -1,6 +1,6 @@
-"""GJS of two top-K lists, as two servers return them: different ids, different K, holes.
+"""GJS of two top-K lists from two servers, which may have different ids, different K, and holes.
 
-beta is the mixture weight of the *teacher*; natural log; NaN = no signal. These are metrics, never advantages.
+beta is the mixture weight of the *teacher*; natural log; NaN = no signal. These values are metrics, never advantages.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from topkd.topk.types import Bool, Float64, Int32, TopK
 
 _PAD_KEY = np.iinfo(np.int64).max
 
-# Where float32 is exact enough and a missing id's share is itself below that; elsewhere float64 does the work.
+# Where float32 is exact enough, and the share of a missing id is smaller still; elsewhere float64 is used.
 FAST_BETA = (0.01, 0.99)
-FAST_FLOOR = (-80.0, -15.0)  # below it exp(floor) is no normal float32, and a pad's 0 would not be told from it
+FAST_FLOOR = (-80.0, -15.0)  # below it exp(floor) is no normal float32, and looks like the 0 of a pad
 Missing = Literal["union_tail", "intersection_tail", "floor", "renormalise"]
 
 
 @dataclass(frozen=True, slots=True)
 class Aligned:
-    """[R, N] slots, N = K_T + K_S; a slot outside the union is in neither list and holds -inf on both sides.
+    """Two lists on common slots [R, N], N = K_T + K_S; an unused slot is in neither list and has -inf on both sides.
 
     Attributes:
         teacher: float64 logprobs; -inf where the teacher does not list the id.
         student: float64 logprobs; -inf where the student does not list the id.
         in_teacher: True where the teacher lists the id (with any probability, zero included).
-        in_student: True where the student does.
-        teacher_tail: float64 [R], probability outside the teacher's list; NaN = unknown, to be taken as 1 - mass.
+        in_student: True where the student lists the id.
+        teacher_tail: float64 [R], probability outside the teacher's list; NaN = unknown, which means 1 - mass.
         student_tail: float64 [R], as above.
     """
 
@@ -59,7 +59,7 @@ class Aligned:
 
     @property
     def signal(self) -> Bool:
-        """bool [R]: both sides list at least one id with non-zero probability."""
+        """Whether both sides list at least one id with non-zero probability, bool [R]."""
         return np.asarray(np.isfinite(self.teacher).any(axis=1) & np.isfinite(self.student).any(axis=1))
 
 
@@ -74,7 +74,7 @@ def align(
 ) -> Aligned:
     """Align two lists per row on the union of their ids; ids are unique within a list, negative ids are pads.
 
-    One sort a row of the keys ``2 id + side``: an id that both sides list becomes two neighbours whose keys differ only
+    One sort per row of the keys ``2 id + side`` makes an id that both sides list two neighbours, whose keys differ only
     in the last bit.
     """
     rows, width = teacher_ids.shape[0], teacher_ids.shape[1] + student_ids.shape[1]
@@ -113,31 +113,31 @@ def topk_gjs(
 ) -> Float64:
     """GJS_beta between two top-K lists per row, in nats, >= 0; NaN where a side lists nothing.
 
-    The divergence of ``gjs`` (GKD, arXiv:2306.13649) on the bins that two lists allow; every variant is approximate.
+    The divergence of ``gjs`` (GKD, arXiv:2306.13649), computed from two lists; every variant is approximate.
 
-    ``missing`` says what happens to an id that only one side lists, U being the union of both lists:
+    ``missing`` says what happens to an id that only one side lists; U is the union of both lists:
 
     * ``"union_tail"``: GJS over U and one tail bin. A missing id gets q = min(exp(floor), smallest listed p of that
-      side, left-over / number missing), taken out of that side's left-over mass max(1e-7, 1 - mass); the rest is its
-      tail bin. Both sides stay proper distributions. The recommended metric: it ranks positions as dense GJS does
-      (r = .96 .. 1.0), usually low, but no bound.
+      side, r / number missing), taken from r, that side's mass outside its list, max(1e-7, 1 - mass); what is left of r
+      is its tail bin. Both sides stay distributions. The recommended metric: it ranks positions like dense GJS (r = .96
+      .. 1.0); usually too low, but not a bound.
     * ``"intersection_tail"``: the common ids and one tail bin, as ``shared_support_gjs(tail="bucket")``. No floor: a
-      certified lower bound of the dense value; 0 for disjoint lists.
+      true lower bound of the dense value; 0 for disjoint lists.
     * ``"floor"``: missing ids get min(floor, that side's smallest listed logprob), then both sides are renormalised
       over U. Neither a bound nor monotone.
     * ``"renormalise"``: the common ids only, each side renormalised on them; NaN where no id is common.
 
-    The left-over mass is the stored ``tail_logp`` where it is known, else 1 - mass. ``union_tail`` with beta in .01 ..
-    .99 and a floor in -80 .. -15 runs in float32 with float64 sums; all else in float64. The difference is within 4e-6
-    up to K = 200, and within 4e-5 at K in the thousands; half of it where ``tail_logp`` is known.
+    The mass outside a list is the stored ``tail_logp`` where known, else 1 - mass. ``union_tail`` with beta in .01 ..
+    .99 and a floor in -80 .. -15 runs in float32 with float64 sums; all else in float64. The difference is at most 4e-6
+    up to K = 200, and 4e-5 at K in the thousands; half of that where ``tail_logp`` is known.
 
     Args:
         teacher: R rows.
         student: R rows for the same positions (K may differ).
         beta: Mixture weight of the teacher, in [0, 1]: 0 forward KL(T||S), 1 reverse KL(S||T).
         missing: The variant.
-        floor: Natural-log probability below which a missing id is put (``union_tail`` and ``floor`` only); one that is
-            below every float (under -745) gives it none in ``union_tail``.
+        floor: Largest natural-log probability of a missing id (``union_tail`` and ``floor`` only); one too small for a
+            float (under -745) gives it probability 0 in ``union_tail``.
 
     Returns:
         float64 [R].
@@ -181,7 +181,7 @@ def aligned_gjs(pair: Aligned, beta: float, missing: Missing, floor: float) -> F
 
 
 def union_bins(pair: Aligned, floor: float) -> tuple[Float64, Float64]:
-    """Compute both sides' logprobs [R, N + 1] over the union of ids and, last, the tail bin (see ``topk_gjs``)."""
+    """Compute both sides' logprobs [R, N + 1] over the union of ids, with the tail bin last (see ``topk_gjs``)."""
     return (
         _with_tail(pair.teacher, pair.in_teacher, pair.union, pair.teacher_tail, floor),
         _with_tail(pair.student, pair.in_student, pair.union, pair.student_tail, floor),
@@ -195,11 +195,11 @@ def _with_tail(logp: Float64, listed: Bool, union: Bool, tail: Float64, floor: f
     absent = union & ~listed
     count = absent.sum(axis=1)
     smallest = np.where(np.isfinite(logp), logp, np.inf).min(axis=1, initial=np.inf)
-    # in logs: a listed probability below the smallest double is none the less one, and no infinity at a KL end
-    floor = floor if np.exp(floor) > 0.0 else -np.inf  # who gives such a floor asks for none
+    # in logs: a listed probability below the smallest double still counts, and gives no infinity at beta 0 or 1
+    floor = floor if np.exp(floor) > 0.0 else -np.inf  # such a floor means no probability
     filler = np.minimum(np.minimum(floor, smallest), np.log(remaining / np.maximum(count, 1)))
     share = np.exp(filler)
-    # where the missing ids take all that is left, the difference is rounding: at a KL end it would decide over infinity
+    # if missing ids take all of the mass, the difference is rounding; at beta 0 or 1 it would decide about infinity
     spent = share * count >= remaining * (1.0 - 1e-12)
     with np.errstate(divide="ignore"):
         rest = np.log(np.where(spent, 0.0, remaining - share * count))

@@ -1,4 +1,4 @@
-"""Rectangular arrays from lists of (id, logprob) of any length: sorted, each id once, pads at the end."""
+"""Build rectangular arrays from lists of (id, logprob) of any length: sorted, each id once, pads at the end."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def pad_rows(
     """Return ids [R, K] and logprobs [R, K], most probable first.
 
     The longest list sets K; shorter ones end in ``pad_id`` (negative) and -inf. NaN entries are dropped, a repeated id
-    keeps its larger logprob, ties stand in the order of their ids, None is an empty list. Every pass over the entries
-    is C's or NumPy's.
+    keeps its larger logprob, ties are in the order of their ids, None is an empty list. No pass over the entries is a
+    Python loop.
     """
     count, rows, ids, logp = _flat(name, positions)
     kept = ~(np.isnan(logp) | ((ids == pad_id) & np.isneginf(logp)))
@@ -60,8 +60,8 @@ def _flat(
         lengths = np.fromiter(map(len, lists), dtype=np.intp, count=len(lists))
         entries = list(chain.from_iterable(lists))
         if not all(map((2).__eq__, map(len, entries))):
-            raise TypeError("an entry that is no pair")  # noqa: TRY301 - told like every other malformed entry
-        # index: an id of 1.5 must not become 1. neg: text is no number, also where float() could read it
+            raise TypeError("an entry is not a pair")  # noqa: TRY301 - reported like every other malformed entry
+        # index: an id of 1.5 must not become 1. neg: refuses text, also where float() could read it
         ids = np.fromiter(map(index, map(itemgetter(0), entries)), dtype=np.int64, count=len(entries))
         logp = -np.fromiter(map(neg, map(itemgetter(1), entries)), dtype=np.float64, count=len(entries))
     except OverflowError as error:
@@ -70,6 +70,6 @@ def _flat(
         raise ConfigError(
             f"{name}: not lists of (id, logprob)",
             got=error,
-            expected="[[(id, logprob), ...], ...], one list (or None) a position",
+            expected="[[(id, logprob), ...], ...], one list (or None) per position",
         ) from error
     return len(lists), np.repeat(np.arange(len(lists)), lengths), ids, logp

@@ -10,8 +10,8 @@ from topkd.topk.errors import ConfigError
 
 
 def check_real(name: str, value: object) -> float:
-    """Return ``value`` as a float; refuse text and flags."""
-    if isinstance(value, (str, bytes, bool, np.bool_)):  # float() takes "nan" and True
+    """Return ``value`` as a float; refuse text and booleans."""
+    if isinstance(value, (str, bytes, bool, np.bool_)):  # float() accepts "nan" and True
         raise ConfigError(f"{name} must be a number", got=repr(value))
     try:
         return float(value)  # type: ignore[arg-type]
@@ -45,8 +45,8 @@ def check_above_zero(**values: float | None) -> None:
 
 
 def check_integer(name: str, value: object) -> int:
-    """Return ``value`` as an integer; refuse floats and flags."""
-    if isinstance(value, bool):  # a flag is no count
+    """Return ``value`` as an integer; refuse floats and booleans."""
+    if isinstance(value, bool):  # a boolean is not a count
         raise ConfigError(f"{name} must be an integer", got=value)
     try:
         return operator.index(value)  # type: ignore[arg-type]

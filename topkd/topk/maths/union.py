@@ -1,14 +1,15 @@
 """The fast kernel of ``topk_gjs(missing="union_tail")``: float32 in the blocks, float64 in the sums over a row.
 
-With E = beta t at the teacher's slots and (1-beta) s at the student's, each plus what the *other* side's missing share
-would add there, one sort of ``id << bits | slot`` a row puts the two slots of a common id side by side. So
+A slot is one entry of either list. E is beta t at the teacher's slots and (1-beta) s at the student's, each plus the
+share that the *other* side would get if it lacked the id. One sort per row of ``id << bits | slot`` puts the two slots
+of a common id next to each other. So
 
     sum_U m log m = sum over slots of M log M,   M = E + (following E - both shares) at the first slot of a pair,
 
-and the second slot of a pair becomes 1, whose logarithm is nothing. Keys have 31 bits: a gather by slot beats 64-bit
-keys that carry the value (the sort is the largest single cost), and the sign of a difference tells a pair. Masks are
-multiplied (``where=`` is ten times slower). Both lists stand in one array, so that all but the copies run over whole
-rows; buffers are aligned, used twice and kept for the next call, for fresh pages cost as much as a pass.
+and the second slot of a pair becomes 1, whose logarithm is 0. Keys have 31 bits: the sort takes most of the time, and a
+gather by slot is faster than 64-bit keys that include the value; the sign of a difference shows a pair. Masks are
+multiplied (``where=`` is ten times slower). Both lists are in one array, so that all work except the copies runs over
+complete rows; buffers are aligned, used twice and kept for the next call, because new pages take as long as a pass.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from numpy.typing import DTypeLike, NDArray
 from topkd.topk.types import Bool, Float32, Float64, Int32, TopK
 
 KEY_BITS = 31
-BLOCK_SLOTS = 131_072  # a block costs some 25 microseconds of calls; its buffers take 32 bytes a slot
-MIN_TAIL = 1e-7  # the least mass a list leaves over: below it, 1 - mass is rounding
+BLOCK_SLOTS = 131_072  # calls take some 25 microseconds per block; its buffers take 32 bytes per slot
+MIN_TAIL = 1e-7  # smallest mass outside a list: below it, 1 - mass is rounding
 _NEVER_ZERO = 1e-28  # keeps the log of a mixture of two vanishing probabilities finite; changes no sum
 _TINY = np.finfo(np.float64).tiny
 _NO_LOG = np.float32(-1e4)  # stands for log 0 where it is multiplied by an exact 0
 _ONE = np.float32(1.0).view(np.uint32)  # its bits
-_A_HAIR_LESS = np.float32(1 - 1e-6)  # than both shares is taken off, so that rounding makes no mixture negative
+_A_HAIR_LESS = np.float32(1 - 1e-6)  # of both shares is subtracted, so that rounding makes no mixture negative
 _CACHE_LINE = 64
 
 
 @dataclass(slots=True)
 class _Side:
-    """One side of the pair. ``listed`` and ``share`` are one number until a row needs its own."""
+    """One side of the pair. ``listed`` and ``share`` are scalars until a row needs its own values."""
 
     ids: Int32
     logp: Float32
@@ -42,17 +43,17 @@ class _Side:
     scale: float  # the larger of both sides' weights, which the blocks divide by
     floor: float
     listed: Float64  # [] or [R] entries that are not pads
-    share: Float64  # [] or [R] probability of a missing id, before the cap by the left-over mass
+    share: Float64  # [] or [R] probability of a missing id, before it is capped by the mass outside the list
     remaining: Float64  # [R] stored tail mass, NaN = unknown
 
     @classmethod
     def of(cls, scores: TopK, weight: float, floor: float) -> _Side:
         listed, share = np.asarray(float(scores.k)), np.asarray(np.exp(floor))
-        remaining = np.exp(scores.tail_logp).astype(np.float64)  # no more exact than the float32 it comes from
+        remaining = np.exp(scores.tail_logp).astype(np.float64)  # as exact as the float32 that it comes from
         return cls(scores.ids, scores.logp, weight, max(weight, 1.0 - weight), floor, listed, share, remaining)
 
     def look(self, part: slice) -> None:
-        """Set ``listed`` and ``share`` of the rows that hold a pad, a zero or an entry below the floor."""
+        """Set ``listed`` and ``share`` of the rows in ``part``, which have pads, zeros or entries below the floor."""
         if not self.share.ndim:
             self.listed, self.share = (np.full(len(self.logp), number) for number in (self.listed, self.share))
         ids, logp = self.ids[part], self.logp[part]
@@ -84,7 +85,7 @@ class UnionTail:
         self.max_id = 2 ** (KEY_BITS - bits) - 1 - self.width
         self.floor, self.bits, self.pair = floor, np.uint32(bits), np.uint32(1 << bits)
         self.slot_bits = self.pair - np.uint32(1)
-        # Pads take the top ids, one a slot, so that no two of them look like a pair.
+        # Pads get the largest ids, a different one per slot, so that no two of them form a pair.
         pad = 2 ** (KEY_BITS - bits) - 1 - np.arange(self.width)
         self.pad = pad.astype(np.uint32) << self.bits
         self.ones = np.ones(self.width, dtype=np.float32)
@@ -94,13 +95,13 @@ class UnionTail:
         shares = [side.scaled(slice(0)) for side in self.sides]
         self.taken = (shares[0] + shares[1]) * _A_HAIR_LESS
         self.scale = self._wide([np.float32(side.weight / side.scale) for side in self.sides])
-        self.added = self._wide(shares[::-1])  # a side's slots carry the other side's share
+        self.added = self._wide(shares[::-1])  # each side's slots get the other side's share
 
     def __call__(self) -> tuple[Float64, NDArray[np.intp]]:
-        """Compute GJS of each row, float64 [R], NaN = no signal, and which rows float64 must compute again.
+        """Compute GJS of each row, float64 [R], NaN = no signal, and the rows that must be computed again in float64.
 
-        Left over are rows whose mass is above 1 or whose missing ids do not fit into the left-over mass, and the blocks
-        that hold an id too large for a short key.
+        These are rows whose mass is above 1 or whose missing ids need more than the mass outside the list, and all rows
+        of blocks with an id too large for a short key.
         """
         if self.empty:
             return np.full(self.rows, np.nan), np.empty(0, dtype=np.intp)
@@ -113,7 +114,7 @@ class UnionTail:
         return _finish(*self.sides, sums, fits)
 
     def _wide(self, each: list[Any]) -> Float32:
-        """Spread one number per side over a block: itself, or [n, W] (two strided halves take twice as long)."""
+        """Spread one number per side over a block: a scalar if equal, else [n, W] (two strided halves are slower)."""
         if each[0] == each[1]:
             return np.asarray(each[0])
         wide: Float32 = _allocate_aligned((self.block_rows, self.width), np.float32)
@@ -122,7 +123,7 @@ class UnionTail:
         return wide
 
     def _block(self, block: _Block, part: slice, sums: Float64) -> bool:
-        """Fill ``sums`` of the block's rows; False where an id does not fit into a key."""
+        """Fill ``sums`` of the block's rows; return False if an id does not fit into a key."""
         value, logp, key = block.value, block.mixed, block.key
         np.concatenate([side.ids[part] for side in self.sides], axis=1, out=block.ids)
         if np.maximum.reduce(block.ids, axis=None) > self.max_id:
@@ -144,7 +145,7 @@ class UnionTail:
             taken = (shares[0] + shares[1]) * _A_HAIR_LESS
             for pad, columns, added in zip(pads, self.columns, shares[::-1], strict=True):
                 value[:, columns] += added
-                if pad is not None:  # 1 log 1 = 0: a pad adds nothing at all
+                if pad is not None:  # 1 log 1 = 0: a pad adds nothing
                     np.copyto(value[:, columns], np.float32(1.0), where=pad)
         np.bitwise_or(key, block.slot, out=key)
         key.sort(axis=1)
@@ -152,7 +153,7 @@ class UnionTail:
         return True
 
     def _pads(self, block: _Block, which: int, part: slice) -> Bool | None:
-        """Find a side's pads and prepare its rows that reach below the floor; None where there are none."""
+        """Find a side's pads, and prepare its rows with entries below the floor; None if there are none."""
         side, columns = self.sides[which], self.columns[which]
         if block.ends[:, which].min() >= self.floor:
             return None
@@ -168,25 +169,26 @@ class UnionTail:
         key, mixed, second, step, same = block.key, block.mixed, block.value, block.step, block.same
         np.bitwise_xor(*block.neighbours, out=block.after)
         np.subtract(step, self.pair, out=step)
-        np.right_shift(block.sign, 31, out=block.sign)  # all bits where it was below 0, else none
+        np.right_shift(block.sign, 31, out=block.sign)  # all bits set where it was below 0, else none
         np.bitwise_and(step, _ONE, out=step)
         same[:, 0] = 0.0  # same[i]: slot i is the second of a pair; no pair spans two rows
         np.bitwise_and(key, self.slot_bits, out=key)
         np.add(key, block.base, out=key)
-        np.copyto(block.index, key)  # by hand: take would allocate its own copy of the indices for every block
+        np.copyto(block.index, key)  # copied here: take() would allocate a copy of the indices for every block
         block.values.take(block.index, out=mixed, mode="wrap")
         np.subtract(mixed, taken, out=second)
         np.multiply(second, same, out=second)
-        np.maximum(mixed, same, out=mixed)  # no E is above 1 by more than a share: FAST_FLOOR keeps that small
+        np.maximum(mixed, same, out=mixed)  # E exceeds 1 by at most a share, which FAST_FLOOR keeps small
         np.add(block.before, block.values[1:], out=block.before)
         np.log(mixed, out=second)
         return same @ self.ones, _dots(mixed, second)
 
 
 class _Block:
-    """The buffers of some rows, [n, W] each, and the views that a block of work needs.
+    """The buffers of some rows, [n, W] each, and views of them.
 
-    ``mixed`` holds the logprobs first, and ``value`` what follows each slot last. ``same`` is ``step`` in float32.
+    ``mixed`` first holds the logprobs; ``value`` finally holds the value that follows each slot. ``same`` is ``step``
+    in float32.
     """
 
     def __init__(self, columns: tuple[slice, slice], arrays: tuple[NDArray[Any], ...]) -> None:
@@ -221,11 +223,11 @@ class _Block:
         return self if rows == len(self.key) else _Block(self.columns, tuple(array[:rows] for array in self.arrays))
 
 
-_IDLE: list[_Block] = []  # at most as many as there were calls at once; pop and append are atomic
+_IDLE: list[_Block] = []  # at most as many as there were concurrent calls; pop and append are atomic
 
 
 def _allocate_aligned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """Allocate an array that starts at a cache line: full-width loads and stores then touch one line, not two."""
+    """Allocate an array that starts at a cache line: a full-width load or store then uses one line, not two."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     raw = np.empty(size + _CACHE_LINE, dtype=np.uint8)
     first = -raw.ctypes.data % _CACHE_LINE
@@ -257,7 +259,7 @@ def _finish(teacher: _Side, student: _Side, sums: Float64, fits: Bool) -> tuple[
         tail *= side.weight
         np.maximum(tail, _TINY, out=tail)
         mixture_tail += tail
-        # The mixture was summed in units of the scale: its mass, times the scale's logarithm, is still to be taken off.
+        # The mixture was summed in units of the scale: subtract its mass times the scale's logarithm.
         total -= (side.weight * log_scale) * mass
         missing *= side.weight * side.share * (np.log(np.maximum(side.share, _TINY)) - log_scale)
         total += missing
