@@ -30,6 +30,6 @@ def test_the_shares_in_the_text_are_the_benchmarks():
     kl, scan = FOUND["kl_distortion"], FOUND["scan"]
     assert f"a KL by {100 * kl['fp16_tail_stored']:.2f} %" in PROSE
     assert f"by {100 * kl['fp16_tail_derived']:.2f} % if" in PROSE
-    assert f"off by {kl['derived_tail_error_nats_p99']:.2f} nats" in PROSE
-    assert f"goes at {scan['verify_bytes_per_s'] / scan['read_and_sum_bytes_per_s']:.2f} of" in PROSE
+    assert f"wrong by {kl['derived_tail_error_nats_p99']:.2f} nats" in PROSE
+    assert f"runs at {scan['verify_bytes_per_s'] / scan['read_and_sum_bytes_per_s']:.2f} of" in PROSE
     assert f"NumPy alone reaches {FOUND['without_numba']['random_vs_hf']:.0f} times" in PROSE
