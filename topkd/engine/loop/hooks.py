@@ -52,7 +52,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """Called by the loop, in its order.
+    """Functions that the loop calls at fixed points.
 
     Attributes:
         evaluate: Called in a thread before the first step, every ``eval_every`` steps and after the last. Returns one

@@ -19,7 +19,7 @@ _ROWS_AT_ONCE = 2048  # bounds the [rows, V] float64 temporaries
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A sequence and where its scored part begins: positions ``prompt_len ..`` are compared.
+    """A sequence whose positions from ``prompt_len`` on are compared.
 
     Attributes:
         ids: int32 [T], prompt and continuation.

@@ -54,7 +54,7 @@ class TeacherIdentity:
 
     @property
     def digest(self) -> bytes:
-        """32 bytes that every key of this teacher depends on."""
+        """Hash of the identity, 32 bytes, which every key of this teacher depends on."""
         return _digest(self)
 
     @property
@@ -86,7 +86,7 @@ def _digest(identity: TeacherIdentity) -> bytes:
 
 @lru_cache(maxsize=256)
 def _score_hash(identity: TeacherIdentity) -> hashlib.blake2b:
-    """Return the hash state that every score key of a teacher starts from (saves a third of a key's cost)."""
+    """Return the hash state from which every score key of a teacher starts (saves a third of a key's time)."""
     return hashlib.blake2b(digest_size=KEY_BYTES, key=identity.digest, person=b"score")
 
 
@@ -96,7 +96,7 @@ def to_identity(teacher: Teacher) -> TeacherIdentity:
 
 
 def check_token_array(ids: Ids) -> Int32:
-    """Return int32 [N]; refuse what is not one-dimensional, integer and non-negative."""
+    """Return int32 [N]; refuse ids that are not one-dimensional, integer and non-negative."""
     array = np.asarray(ids)
     if array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
         raise DataError("token ids must be a non-empty list of integers", got=f"{array.dtype} {array.shape}")

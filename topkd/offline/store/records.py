@@ -69,7 +69,7 @@ class Header(NamedTuple):
 
     @property
     def span(self) -> int:
-        """Bytes from this header to the next."""
+        """Number of bytes from this header to the next."""
         return ALIGN + -(-self.size // ALIGN) * ALIGN
 
 
