@@ -262,7 +262,7 @@ def _load(reader: str, text: str | bytes, where: str) -> Any:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        raise DataError(f"not a {reader}: {place or 'the whole'}: {message}", where=where) from error
+        raise DataError(f"not a {reader}: {place or 'the value'}: {message}", where=where) from error
     except TopkdError as error:
         raise DataError(f"not a {reader}: {error}", where=where) from error
 

@@ -114,7 +114,7 @@ class SyncProbe:
                 where=where,
                 got=f"KL {kl:.3g} nats, largest difference of a token {worst:.3g} nats",
                 expected=f"at most {self.limit_nats:g}",
-                hint="does it serve the student's own base model, untempered and unquantised?",
+                hint="does it serve the student's own base model, at temperature 1 and not quantised?",
             )
         distance = float(np.mean((own_logp - served_logp) ** 2))
         for name, former in (older or {}).items():
@@ -274,7 +274,7 @@ class SyncedSampler:
         """Sample n rollouts for each prompt, each prompt with its own seed; a failed prompt gives aborted rollouts."""
         if not params.exact:
             raise ConfigError(
-                "a served student is sampled at temperature 1, without truncation and penalties", got=params
+                "a student on a server must be sampled at temperature 1, without truncation or penalties", got=params
             )  # fmt: skip
         async with self._alone():
             sampler, version = self._sampler, self.version

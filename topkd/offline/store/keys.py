@@ -40,7 +40,7 @@ class TeacherIdentity:
 
     def __post_init__(self) -> None:
         if not self.name.strip():
-            raise ConfigError("teacher identity without a name", hint="give the server's model name")
+            raise ConfigError("the teacher identity has no name", hint="give the server's model name")
         for field, value in asdict(self).items():
             if "://" in value:
                 # The same teacher behind two addresses is one teacher, and an address may carry credentials.
@@ -50,7 +50,7 @@ class TeacherIdentity:
                     hint="use the server's model name and a revision or fingerprint",
                 )
         if not self.semantics:
-            raise ConfigError("teacher identity without logprob semantics", expected=RAW_LOGPROBS)
+            raise ConfigError("the teacher identity has no logprob semantics", expected=RAW_LOGPROBS)
 
     @property
     def digest(self) -> bytes:

@@ -377,7 +377,7 @@ def check_stored_scores(ids: Int32, scores: TopK) -> None:
     if wrong.any():
         row = int(np.argmax(wrong))
         raise AlignmentError(
-            "scores of another sequence",
+            "the scores belong to another sequence",
             where=f"row {row}",
             got=f"token {scores.actual_ids[row]}",
             expected=f"token {ids[scores.start + 1 + row]}",

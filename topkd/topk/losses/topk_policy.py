@@ -250,7 +250,7 @@ def topk_policy_gradient_loss(
     shape = student_logp_actual.shape
     if student_logp_at_ids.shape[:-1] != shape:
         raise ConfigError(
-            "student_logp_at_ids must be student_logp_actual's shape and K",
+            "student_logp_at_ids must have student_logp_actual's shape, and K",
             got=tuple(student_logp_at_ids.shape),
             expected=(*shape, "K"),
         )

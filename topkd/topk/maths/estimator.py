@@ -128,7 +128,7 @@ def _student(teacher: TopK, student_logp_at_ids: ArrayLike) -> Float64:
     """Check the student's logprobs at the teacher's ids; float64, -inf at pads."""
     values = float64("student_logp_at_ids", student_logp_at_ids)
     if values.shape != teacher.ids.shape:
-        raise ConfigError("student_logp_at_ids must be at teacher.ids", got=values.shape, expected=teacher.ids.shape)
+        raise ConfigError("student_logp_at_ids: wrong shape", got=values.shape, expected=teacher.ids.shape)
     student = logp64("student_logp_at_ids", np.where(teacher.listed, values, -np.inf))
     check_mass("student_logp_at_ids", student)
     return student
