@@ -318,7 +318,7 @@ def _sample(value: PreparedSample) -> dict[str, Any]:
 
 
 def _numbers(values: NDArray[np.floating]) -> list[float | str | None]:
-    """Return exact numbers (a float32 as the double it is), null for NaN, "-inf" for -inf."""
+    """Return exact numbers (float32 values as doubles), null for NaN, "-inf" for -inf."""
     plain: list[float | str | None] = values.tolist()
     for index in np.flatnonzero(~np.isfinite(values)).tolist():
         plain[index] = None if np.isnan(values[index]) else "-inf"

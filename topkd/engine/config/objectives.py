@@ -153,7 +153,7 @@ class TopKPolicyGradient(ObjectiveSettings):
 
 
 class _Direct(ObjectiveSettings):
-    """A loss on the teacher's whole list, differentiated through the student, without a sampled token or ratio."""
+    """A loss on the teacher's whole list, differentiated through the student; it needs no sampled token."""
 
     @property
     def needs_behavior(self) -> bool:

@@ -55,11 +55,11 @@ class Unpacker:
         self._left = worth_it
 
     def lists(self, low: Array, high: Array, bits: Array) -> tuple[Int32, Float32] | None:
-        """Unpack lists with 2 high bits and plain logprobs; None means that NumPy is to do it.
+        """Unpack lists with 2 high bits and plain logprobs; return None to leave it to NumPy.
 
         Args:
             low: u16, low halves of the ids.
-            high: u8, four high parts a byte.
+            high: u8, four high parts per byte.
             bits: u16, float16 patterns, finite and with the sign bit set.
         """
         if low.size < _SMALL or low.size % 4:

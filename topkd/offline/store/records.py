@@ -128,7 +128,7 @@ def build_score_record(
 def build_rollout_record(
     identity: TeacherIdentity, key: bytes, rollouts: Sequence[Rollout], *, codec: CodecName, asked: int
 ) -> tuple[Header, bytes]:
-    """Build header and payload of one request's rollouts; their logprobs are exact, lists use the codec."""
+    """Build header and payload of one request's rollouts; sampled logprobs are exact, lists use ``codec``."""
     described: list[dict[str, Any]] = []
     body: list[bytes] = []
     for rollout in rollouts:

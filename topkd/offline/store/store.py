@@ -194,7 +194,7 @@ class ScoreStore:
         """Iterate over records in disk order; damaged ones are skipped and listed in ``damage``.
 
         Args:
-            kinds: Which kinds.
+            kinds: The kinds of records.
             live: Only records that ``get`` may return: no superseded ones and no duplicates.
         """
         with self._lock:

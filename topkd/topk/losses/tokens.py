@@ -28,7 +28,7 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def to_widest(x: Tensor) -> Tensor:
-    """Return x in float64, for quantities such as 1 - sum_k s_k (float32 on Apple GPUs)."""
+    """Return x in float64 (float32 on Apple GPUs), for quantities that lose digits, such as 1 - sum_k s_k."""
     return x.float() if x.device.type == "mps" else x.double()
 
 

@@ -50,8 +50,8 @@ class SupportWeights:
         gated: bool [N], one side's tail is zero up to rounding.
         in_support: bool [N], y is listed.
         excluded: bool [N], y outside the list with t(y) = 0 at beta = 1: no finite advantage.
-        teacher_tail: [N], t_o.
-        student_tail: [N], s_o.
+        teacher_tail: [N], t_o, the teacher's mass outside the list.
+        student_tail: [N], s_o, the student's.
     """
 
     ids: Tensor

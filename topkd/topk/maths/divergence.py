@@ -139,5 +139,5 @@ def check_rows(teacher_logp: ArrayLike, student_logp: ArrayLike) -> tuple[Float6
 
 
 def find_silent_rows(teacher: Float64, student: Float64) -> Bool:
-    """Find rows that are all -inf on one side: they have no signal."""
+    """Find the rows without a signal: all -inf on one side."""
     return np.asarray(np.isneginf(teacher).all(axis=-1) | np.isneginf(student).all(axis=-1))

@@ -212,7 +212,7 @@ def _apply_floor(logp: Float64, listed: Bool, union: Bool, floor: float) -> Floa
 
 
 def log_renormalised(logp: Float64) -> Float64:
-    """Subtract the log mass over the last axis; a row of -inf becomes NaN."""
+    """Renormalise logprobs over the last axis to mass 1; a row of -inf becomes NaN."""
     with np.errstate(invalid="ignore"):
         return np.asarray(logp - log_mass(logp)[..., None])
 
