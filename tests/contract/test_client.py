@@ -12,14 +12,14 @@ from tests.contract.conftest import API_KEY
 from tests.contract.reference import logp_rows
 from tests.contract.servers import Endpoint
 from tests.contract.wire import get, post, running, token_ids, until_busy
-from topkd.clients import ClientConfig, VllmCompletions, connect
+from topkd.clients import ClientConfig, VllmCompletions, VllmGenerate, connect
 from topkd.topk.errors import (
     AuthError,
     ContextLimitError,
     KLimitError,
     ModelNotFoundError,
     RequestRefusedError,
-    ServerTimeoutError,
+    ServerPausedError,
     ServerUnreachableError,
 )
 from topkd.topk.samples import SamplingParams
@@ -175,15 +175,31 @@ async def test_the_key_is_needed_used_and_never_shown(guarded: Endpoint):
         assert API_KEY not in repr(up) + repr(up.endpoint) + str(up.metrics)
 
 
-async def test_a_paused_server_is_a_time_out_not_a_hang(server: Endpoint):
-    config = ClientConfig(max_retries=0, read_timeout_s=1.0, read_timeout_per_token_s=0.0)
-    async with VllmCompletions(server.url, api_key=server.api_key, model=server.model, config=config) as up:
-        assert post(server, "/pause?mode=keep", None).status_code == 200
+@pytest.mark.parametrize("mode", ["wait", "keep"])
+async def test_a_pause_is_waited_for(server: Endpoint, mode: str):
+    """From 0.33 on a server rejects requests while it is paused; before, and in mode keep, it holds them."""
+    options = {"api_key": server.api_key, "model": server.model}
+    hasty = ClientConfig(max_retries=0, read_timeout_s=0.5, read_timeout_per_token_s=0.0, pause_timeout_s=0.0)
+    patient = ClientConfig(max_retries=8, read_timeout_s=1.0, read_timeout_per_token_s=0.0)
+    async with (
+        VllmCompletions(server.url, config=patient, **options) as scorer,
+        VllmGenerate(server.url, config=patient, **options) as sampler,
+        VllmCompletions(server.url, config=hasty, **options) as refused_once,
+    ):
+        assert post(server, f"/pause?mode={mode}", None).status_code == 200
         try:
-            with pytest.raises(ServerTimeoutError):
-                await up.score(token_ids(5), 0, 2)
+            scoring = asyncio.create_task(scorer.score(token_ids(5), 0, 2))
+            drawing = asyncio.create_task(sampler.sample(token_ids(5), 2, SamplingParams(4, stop_token_ids=(0,))))
+            with pytest.raises(ServerPausedError, match="paused"):
+                await refused_once.score(token_ids(5), 0, 2)
+            async with asyncio.timeout(240):
+                while "pauses" not in scorer.metrics or "pauses" not in sampler.metrics:
+                    await asyncio.sleep(0.05)
+            assert "retries" not in scorer.metrics
         finally:
             post(server, "/resume", None)
+        assert (await scoring).rows == 4
+        assert len(await drawing) == 2
     async with VllmCompletions(server.url, api_key=server.api_key, model=server.model) as up:
         assert (await up.score(token_ids(5), 0, 2)).rows == 4
 

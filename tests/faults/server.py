@@ -19,6 +19,9 @@ from tests.clients.replies import score_body, score_rows
 VOCAB = 2048
 BOMB = gzip.compress(b" " * 40_000_000, 1)  # 1 : 200
 KEY = "sk-secret-0123456789"
+# What a real vLLM 0.33 answers while it is paused: tests/golden/vllm-0.33.0/y2_paused_completions.json.
+PAUSED = {"error": {"message": "Generation is paused. Please retry after it resumes.",
+                    "type": "ServiceUnavailableError", "param": None, "code": 503}}  # fmt: skip
 
 
 def truth(ids: list[int], k: int) -> list[dict[int, tuple[float, int]] | None]:
@@ -140,6 +143,9 @@ class FaultyServer:
         self.open = 0
         self.dropped = 0  # requests whose client left before the answer
         self.healthy = True
+        self.pause = ""  # "reject" as vLLM from 0.33 on, "hold" as before
+        self.rejected = self.asked_pause = 0
+        self.has_is_paused = True
         self.frozen = False  # takes requests, /health too, and answers none until it thaws
         self.delay_s = 0.0
         self.redirect_to = ""
@@ -159,6 +165,14 @@ class FaultyServer:
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
+
+    def pause_for(self, seconds: float, how: str = "reject") -> None:
+        """Pauses now, and resumes after a while."""
+        self.pause = how
+        asyncio.get_running_loop().call_later(seconds, self.resume)
+
+    def resume(self) -> None:
+        self.pause = ""
 
     async def stop(self) -> None:
         """Dies: no new connection, and the open ones are cut."""
@@ -209,8 +223,16 @@ class FaultyServer:
             return await _write(writer, b'{"object":"list","data":[{"id":"t","max_model_len":4096}]}')
         if path == "/version":
             return await _write(writer, b'{"version":"0.32.0"}')
+        if path == "/is_paused" and self.has_is_paused:
+            self.asked_pause += 1
+            return await _write(writer, b'{"is_paused":true}' if self.pause else b'{"is_paused":false}')
         if path != "/v1/completions" or method != "POST":
             return await _write(writer, b'{"detail":"Not Found"}', status=404)
+        if self.pause == "reject":
+            self.rejected += 1
+            return await _write(writer, json.dumps(PAUSED).encode(), status=503)
+        while self.pause:
+            await self._hold(reader, 0.1)
         request = json.loads(raw)
         number = self.scored
         self.scored += 1
@@ -297,8 +319,10 @@ class FaultyServer:
                 return await _write(writer, BOMB, **{"content-encoding": "gzip"})
             case "brotli":
                 return await _write(writer, body, **{"content-encoding": "br"})
-            case "null_field" | "missing_field":
+            case "aborted" | "null_field" | "missing_field":
                 reply = json.loads(body)
+                if fault == "aborted":
+                    reply["choices"][0]["finish_reason"] = "abort"
                 reply["choices"][0]["prompt_logprobs"] = None
                 if fault == "missing_field":
                     del reply["choices"][0]["prompt_logprobs"]

@@ -17,7 +17,7 @@ class ClientConfig(BaseModel):
 
     A *try* is one HTTP exchange. Its time-out is ``read_timeout_s + read_timeout_per_token_s * tokens`` (prompt tokens
     plus tokens to generate), because prompt scoring time grows with length; all tries and the pauses between them
-    share ``total_timeout_s``.
+    share ``total_timeout_s``. Waiting for a server that is paused for new weights is no try, and not part of that time.
 
     Attributes:
         connect_timeout_s: TCP and TLS set-up.
@@ -29,6 +29,7 @@ class ClientConfig(BaseModel):
         total_timeout_s: All tries of one request and the pauses between them.
         max_retries: Tries after the first.
         response_retries: Of these, after a *score* reply that failed its checks (scoring may be repeated freely).
+        pause_timeout_s: Waiting of one request for a server that is paused for new weights, in all. 0: not at all.
         backoff_s: First pause; it doubles, with full jitter.
         backoff_max_s: Longest pause of our own choosing.
         retry_after_max_s: A server that asks for a longer pause is given up at once.
@@ -59,6 +60,7 @@ class ClientConfig(BaseModel):
 
     max_retries: Retries = 5
     response_retries: Retries = 1
+    pause_timeout_s: Seconds = 600.0
     backoff_s: Seconds = 0.5
     backoff_max_s: Seconds = 8.0
     retry_after_max_s: Seconds = 120.0

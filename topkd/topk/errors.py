@@ -10,6 +10,7 @@
                 ServerUnreachableError (ConnectionError)
                 ServerTimeoutError (TimeoutError)
                 ServerBusyError               429, 503: has retry_after_s
+                    ServerPausedError         takes no request until it is resumed
                 ServerFailedError             other 5xx
             FinalServerError                  a retry cannot help
                 RequestRefusedError (ValueError)      4xx with the server's own message
@@ -110,6 +111,10 @@ class ServerTimeoutError(RetryableServerError, TimeoutError):
 
 class ServerBusyError(RetryableServerError):
     """Status 429 or 503: the server asks for fewer requests."""
+
+
+class ServerPausedError(ServerBusyError):
+    """The server is paused (for new weights): what was sent was not run, or was aborted; it is sent again."""
 
 
 class ServerFailedError(RetryableServerError):

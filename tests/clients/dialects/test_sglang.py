@@ -185,7 +185,12 @@ def _drop(key: str) -> Any:
             ),
             (AlignmentError, ResponseError),
         ),
-        (lambda said: said.__setitem__("finish_reason", {"type": "abort", "message": "queue full"}), ServerBusyError),
+        (
+            lambda said: said.__setitem__(
+                "finish_reason", {"type": "abort", "message": "queue full", "status_code": 503}
+            ),
+            ServerBusyError,
+        ),
     ],
 )
 async def test_a_broken_score_is_refused(change: Any, error: Any):

@@ -16,12 +16,12 @@ from topkd.topk.errors import (
     KLimitError,
     ModelNotFoundError,
     ResponseError,
-    ServerBusyError,
+    ServerPausedError,
     TopkdError,
 )
 from topkd.topk.samples import SamplingParams
 
-FAST = ClientConfig(backoff_s=0.0)
+FAST = ClientConfig(backoff_s=0.0, pause_timeout_s=0.0)
 PROMPT = [5, 6, 7]
 
 
@@ -192,7 +192,7 @@ async def test_nan_on_the_server_gets_one_retry_with_another_cache_salt():
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
-        ({"finish": "abort"}, ServerBusyError, "aborted"),
+        ({"finish": "abort"}, ServerPausedError, "aborted"),
         ({"finish": "tool_calls"}, ResponseError, "finish_reason"),
         ({"finish": None}, ResponseError, "finish_reason"),
         ({"token_ids": None}, ResponseError, "no token_ids"),

@@ -23,7 +23,7 @@ from topkd.topk.errors import (
     ConfigError,
     KLimitError,
     ResponseError,
-    ServerBusyError,
+    ServerPausedError,
     UnsupportedError,
 )
 from topkd.topk.samples import SamplingParams
@@ -142,10 +142,9 @@ async def test_an_aborted_generation_is_drawn_again():
     aborted = generated("ranked", ids, k=0, cut=False)
     aborted["choices"][0]["finish_reason"] = "abort"
     wire = scripted(aborted)
-    with pytest.raises(ServerBusyError):
-        await VllmGenerate("http://h:1", model="t", config=ClientConfig(max_retries=0), transport=wire).sample(
-            PROMPT, 1, SamplingParams(3)
-        )
+    config = ClientConfig(max_retries=0, pause_timeout_s=0)
+    with pytest.raises(ServerPausedError):
+        await VllmGenerate("http://h:1", model="t", config=config, transport=wire).sample(PROMPT, 1, SamplingParams(3))
 
 
 def candidate_server(schema: str, limit: int, version: str) -> Wire:

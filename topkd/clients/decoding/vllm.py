@@ -16,7 +16,7 @@ import numpy as np
 
 from topkd.clients.decoding import vllm_numba, vllm_numpy
 from topkd.clients.decoding.checks import Entries, Ranked, build_ranked_scores, build_scores, check_reply_rows
-from topkd.topk.errors import AlignmentError, ResponseError
+from topkd.topk.errors import AlignmentError, ResponseError, ServerPausedError
 from topkd.topk.types import PAD_ID, Int32, TopK
 
 Value = TypeVar("Value")
@@ -42,6 +42,18 @@ class ScoredChoice(msgspec.Struct):
     prompt_logprobs: list[Row | None] | None = None
     prompt_token_ids: list[int] | None = None
     finish_reason: str | None = None
+
+
+class Ended(msgspec.Struct):
+    """Why a choice of an ``/inference/v1/generate`` reply ended."""
+
+    finish_reason: str | None = None
+
+
+class GeneratedScore(ScoredChoice):
+    """The part of an ``/inference/v1/generate`` reply that scoring reads."""
+
+    choices: list[Ended] = []
 
 
 class Scored(msgspec.Struct):
@@ -81,7 +93,7 @@ def _glimpse(body: bytes) -> str:
 
 
 _SCORED = msgspec.json.Decoder(Scored)
-_GENERATED = msgspec.json.Decoder(ScoredChoice)
+_GENERATED = msgspec.json.Decoder(GeneratedScore)
 
 
 def read_scored_choice(body: bytes) -> ScoredChoice:
@@ -90,6 +102,23 @@ def read_scored_choice(body: bytes) -> ScoredChoice:
     if len(choices) != 1:
         raise ResponseError("wrong number of choices", got=len(choices), expected=1)
     return choices[0]
+
+
+def read_generated_choice(body: bytes) -> ScoredChoice:
+    """Read a scoring reply of ``/inference/v1/generate``, with the end of its only choice."""
+    score = typed(body, _GENERATED)
+    score.finish_reason = next((choice.finish_reason for choice in score.choices), None)
+    return score
+
+
+def refuse_abort(finish_reason: str | None, where: str = "") -> None:
+    """Refuse what a server that is being paused (or drained) did not finish: a 200, and not an answer.
+
+    Raises:
+        ServerPausedError: the request is to be sent again.
+    """
+    if finish_reason == "abort":
+        raise ServerPausedError("the server aborted the request", where=where, hint="was it paused for new weights?")
 
 
 def read_prompt_rows(choice: ScoredChoice, ids: Int32, start: int) -> Entries:
@@ -169,7 +198,7 @@ def read_generate_scores(
     body: bytes, *, ids: Int32, start: int, k: int, vocab_size: int | None = None
 ) -> tuple[TopK, int, bool]:
     """Read checked rows of an ``/inference/v1/generate`` reply, as ``read_vllm_scores`` does."""
-    return _read_scores(body, lambda reply: typed(reply, _GENERATED), ids, start, k, vocab_size)
+    return _read_scores(body, read_generated_choice, ids, start, k, vocab_size)
 
 
 def _read_scores(  # noqa: PLR0917 - private, and called twice
@@ -177,6 +206,7 @@ def _read_scores(  # noqa: PLR0917 - private, and called twice
 ) -> tuple[TopK, int, bool]:
     fast = fast_reader()(body, ids, start, k) if len(body) >= _WORTH_IT else None
     choice = read(body if fast is None else fast[1])
+    refuse_abort(choice.finish_reason)
     check_prompt(choice.prompt_token_ids, ids)
     if fast is None:
         return *build_scores(read_prompt_rows(choice, ids, start), ids, start, k, vocab_size), False

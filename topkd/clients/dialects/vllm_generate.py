@@ -17,7 +17,7 @@ import numpy as np
 from topkd.clients.decoding.binary import read_npy_matrix
 from topkd.clients.decoding.checks import check_candidates, check_request_ids, prepare_candidates
 from topkd.clients.decoding.sampled import build_vllm_sampling, read_generate_rollouts
-from topkd.clients.decoding.vllm import read_generate_scores, typed
+from topkd.clients.decoding.vllm import Ended, read_generate_scores, refuse_abort, typed
 from topkd.clients.dialects.base import ServerFacts
 from topkd.clients.dialects.vllm import VllmCompletions, build_salt
 from topkd.clients.http.endpoint import RequestInfo
@@ -37,6 +37,7 @@ _SHARED = 1024  # ids of a shared list on a server without a limit
 
 class _Candidates(msgspec.Struct):
     prompt_token_id_logprobs: bytes | None = None  # msgspec decodes the base64
+    choices: list[Ended] = []
 
 
 _CANDIDATES = msgspec.json.Decoder(_Candidates)
@@ -73,7 +74,10 @@ def read_generate_candidates(body: bytes, *, rows: int, columns: int) -> Float32
         ResponseError: the field is null, or values that are no logprobs.
         AlignmentError: another shape: the server read the request in another schema.
     """
-    raw = typed(body, _CANDIDATES).prompt_token_id_logprobs
+    reply = typed(body, _CANDIDATES)
+    raw = reply.prompt_token_id_logprobs
+    for choice in reply.choices:
+        refuse_abort(choice.finish_reason)
     if raw is None:
         raise ResponseError(
             "the reply has no prompt_token_id_logprobs",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -17,12 +18,13 @@ from topkd.clients.dialects.vllm import VllmCompletions
 from topkd.clients.fleet.routing import Breaker, Hedging
 from topkd.clients.http.admission import MemoryBudget
 from topkd.clients.http.metrics import Metrics
-from topkd.clients.http.retry import Try, with_retries
+from topkd.clients.http.retry import PauseBudget, Total, Try, with_retries
 from topkd.topk.errors import (
     ConfigError,
     ResponseError,
     RetryableServerError,
     ServerBusyError,
+    ServerPausedError,
     ServerUnreachableError,
     UnsupportedError,
 )
@@ -85,8 +87,8 @@ class Fleet:
         self.config = config or ClientConfig()
         self.metrics_ = Metrics()
         budget = MemoryBudget(self.config.budget_token_k)
-        # One owner of retries: the fleet's. A replica's client makes single tries.
-        single = self.config.model_copy(update={"max_retries": 0, "response_retries": 0})
+        # One owner of retries: the fleet's. A replica's client makes single tries, and does not wait out a pause.
+        single = self.config.model_copy(update={"max_retries": 0, "response_retries": 0, "pause_timeout_s": 0.0})
         makes = [make] * len(urls) if isinstance(make, type) else list(make)
         if len(makes) != len(urls):
             raise ConfigError("a fleet needs one client class, or one for each URL", got=len(makes), expected=len(urls))
@@ -173,7 +175,9 @@ class Fleet:
             ResponseError: the difference is above ``tolerance_nats``: they do not serve the same weights (or one is
                 broken in a way that no single reply shows).
         """
-        scores = await asyncio.gather(*(replica.client.score(ids, start, k) for replica in self.replicas))
+        scores = await asyncio.gather(
+            *(self._outlast(partial(replica.client.score, ids, start, k), replica) for replica in self.replicas)
+        )
         logp = np.stack([score.actual_logp for score in scores]).astype(np.float64)
         high_logp, low_logp = logp.max(axis=0), logp.min(axis=0)
         # Two zeros agree; subtracted they would be a nan, behind which every other row could hide.
@@ -215,14 +219,11 @@ class Fleet:
         failed: set[int] = set()
 
         async def attempt(attempt_info: Try) -> Result:
-            number = await self._pick(attempt_info, failed)
             clock = asyncio.get_running_loop().time
             begun = clock()
-            patience_s = self._hedging.patience_s(tokens) if tokens else None
-            if patience_s is None:
-                result = await self._ask(number, ask, failed)
-            else:
-                result = await self._hedged(number, ask, failed, patience_s)
+            result = await self._ask_unpaused(
+                attempt_info, ask, failed, self._hedging.patience_s(tokens) if tokens else None
+            )
             if tokens:
                 self._hedging.answered(clock() - begun, tokens)
             if attempt_info.number:
@@ -232,11 +233,39 @@ class Fleet:
         self._busy += 1
         self._idle.clear()
         try:
-            return await with_retries(attempt, self.config, self.metrics_, response_retries=response_retries)
+            return await with_retries(
+                attempt, self.config, self.metrics_, response_retries=response_retries, is_paused=self._all_paused
+            )
         finally:
             self._busy -= 1
             if not self._busy:
                 self._idle.set()
+
+    async def _ask_unpaused(
+        self, attempt_info: Try, ask: Ask[Result], failed: set[int], patience_s: float | None
+    ) -> Result:
+        """Try replicas until one is not paused: another one may take what this one does not."""
+        paused: set[int] = set()
+        while True:
+            number = await self._pick(attempt_info, failed, paused)
+            try:
+                if patience_s is None:
+                    return await self._ask(number, ask, failed)
+                return await self._hedged(number, ask, failed, patience_s)
+            except ServerPausedError:
+                paused.add(number)
+                if all(n in paused for n, replica in enumerate(self.replicas) if replica.breaker.closed):
+                    raise
+
+    async def _all_paused(self) -> bool:
+        """Ask every replica that answers whether it is paused."""
+        asked = [replica.client.endpoint for replica in self.replicas if replica.breaker.closed]
+        return all(await asyncio.gather(*(endpoint.is_paused() for endpoint in asked)))
+
+    async def _outlast(self, call: Callable[[], Awaitable[Result]], replica: Replica) -> Result:
+        """Ask this very replica, once it is not paused."""
+        pauses = PauseBudget(self.config, self.metrics_, replica.client.endpoint.is_paused)
+        return await pauses.outlast(lambda _: call(), Try(0, Total(self.config.total_timeout_s)))
 
     async def _ask(self, number: int, ask: Ask[Result], failed: set[int]) -> Result:
         """Try one replica, and record how it did."""
@@ -244,6 +273,8 @@ class Fleet:
         begun = asyncio.get_running_loop().time()
         try:
             result = await ask(replica.client)
+        except ServerPausedError:
+            raise  # its weights are being changed: it does not fail
         except (RetryableServerError, ResponseError) as error:
             failed.add(number)
             if not isinstance(error, ServerBusyError) and replica.breaker.failure():
@@ -285,10 +316,11 @@ class Fleet:
         ]
         return min(free, key=lambda n: self.replicas[n].expected_wait(), default=None)
 
-    async def _pick(self, attempt_info: Try, failed: set[int]) -> int:
+    async def _pick(self, attempt_info: Try, failed: set[int], paused: set[int]) -> int:
         """Choose the replica for the next try; wait for a probe when every circuit is open."""
         while True:
             closed = [n for n, replica in enumerate(self.replicas) if replica.breaker.closed]
+            closed = [n for n in closed if n not in paused] or closed
             for replica in self.replicas:
                 if replica.breaker.due:
                     replica.breaker.probe()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import re
@@ -20,7 +21,7 @@ from pydantic import SecretStr
 from topkd.clients.config import ClientConfig
 from topkd.clients.http.admission import Admission, MemoryBudget, Permit
 from topkd.clients.http.metrics import Metrics
-from topkd.clients.http.retry import Total, Try, with_retries
+from topkd.clients.http.retry import PauseBudget, Total, Try, with_retries
 from topkd.clients.http.status_errors import error_from_reply
 from topkd.clients.http.transport import HttpxTransport, Reply, Request, Transport
 from topkd.clients.http.watchdog import Watchdog
@@ -29,12 +30,22 @@ from topkd.topk.errors import (
     ResponseError,
     RetryableServerError,
     ServerBusyError,
+    ServerPausedError,
     ServerTimeoutError,
+    TopkdError,
 )
 
 Result = TypeVar("Result")
 _HOST_AND_PORT = re.compile(r"[\w.-]+(:\d{1,5})?(/v1)?")
 _INLINE_BYTES = 32_768  # below this a hop to a thread costs more than the decoding
+_PAUSE_KNOWN_S = 0.5  # an answer about a pause serves every request that waits
+
+
+class _Pause(msgspec.Struct):
+    is_paused: bool
+
+
+_PAUSE = msgspec.json.Decoder(_Pause)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +99,7 @@ class Endpoint:
         self._transport = transport or HttpxTransport(self.config)
         self._threads: ThreadPoolExecutor | None = None
         self._watchdog = Watchdog(self.config.watchdog_s, self.answers, self.metrics)
+        self._pause_asked_at, self._asks_pause, self._tells_pause, self._paused = -math.inf, False, True, False
 
     def __repr__(self) -> str:
         return f"Endpoint({self.url!r})"
@@ -136,12 +148,39 @@ class Endpoint:
                     on_bytes=self._watchdog.note_bytes,
                 )
                 return await self._once(request, decode, permit, where=where, asks=asks)
+            except ServerTimeoutError as error:
+                if await self.is_paused():
+                    raise ServerPausedError("the server is paused and holds requests", where=where) from error
+                raise
             finally:
                 permit.release()
 
         if asks.single_try or self.config.max_retries == 0:
-            return await attempt(Try(0, Total(self.config.total_timeout_s)))
-        return await with_retries(attempt, self.config, self.metrics, response_retries=response_retries)
+            pauses = PauseBudget(self.config, self.metrics, self.is_paused)
+            return await pauses.outlast(attempt, Try(0, Total(self.config.total_timeout_s)))
+        return await with_retries(
+            attempt, self.config, self.metrics, response_retries=response_retries, is_paused=self.is_paused
+        )
+
+    async def is_paused(self) -> bool:
+        """Ask ``GET /is_paused`` past the gate, for all who wait at once; False where the server does not tell.
+
+        vLLM has the route in development mode, which is also what it takes to pause one.
+        """
+        while self._asks_pause:  # noqa: ASYNC110 - another request does, perhaps in another event loop: no Event for both
+            await asyncio.sleep(0.05)
+        clock = asyncio.get_running_loop().time
+        if self._tells_pause and clock() - self._pause_asked_at >= _PAUSE_KNOWN_S:
+            self._asks_pause, self._paused = True, False
+            try:
+                reply = await self._get("/is_paused", 5.0)
+            finally:
+                self._asks_pause, self._pause_asked_at = False, clock()
+            self._tells_pause = reply is None or reply.status not in {404, 405}
+            if reply is not None and reply.status == 200:
+                with contextlib.suppress(msgspec.DecodeError):
+                    self._paused = _PAUSE.decode(reply.body).is_paused
+        return self._paused
 
     async def ping(self, path: str, *, timeout_s: float = 5.0) -> bool:
         """Send one short GET past the gate: a replica full of stuck requests can still be probed."""
@@ -153,11 +192,16 @@ class Endpoint:
 
     async def _status(self, path: str, timeout_s: float) -> int:
         """Return the status of one short GET past the gate; 0 when there is none."""
+        reply = await self._get(path, timeout_s)
+        return 0 if reply is None else reply.status
+
+    async def _get(self, path: str, timeout_s: float) -> Reply | None:
+        """Send one short GET past the gate; None when nothing comes back."""
         request = Request("GET", self.url + path, private=self._private(), timeout_s=timeout_s, max_bytes=65_536)
         try:
-            return (await self._transport.send(request)).status
+            return await self._transport.send(request)
         except (OSError, ResponseError):
-            return 0
+            return None
 
     async def aclose(self) -> None:
         """Close connections and decoding threads."""
@@ -183,7 +227,8 @@ class Endpoint:
         self.metrics.add("reply_bytes", len(reply.body))
         if reply.status != 200:
             failed = error_from_reply(reply, where=where, k=asks.k, model=asks.model)
-            permit.replied(overload=isinstance(failed, ServerBusyError), neutral=True)
+            busy = isinstance(failed, ServerBusyError) and not isinstance(failed, ServerPausedError)
+            permit.replied(overload=busy, neutral=True)
             self.metrics.add(f"http_{reply.status}")
             raise failed
         permit.replied()
@@ -200,6 +245,8 @@ class Endpoint:
         except ResponseError as error:
             self.metrics.add("bad_replies")
             raise add_location(error, where) from error
+        except ServerPausedError as error:
+            raise add_location(error, where) from error
         finally:
             self.metrics.add("decode_s", time.perf_counter() - started)
 
@@ -210,7 +257,7 @@ class Endpoint:
         return {self._key_header: f"Bearer {value}" if self._key_header == "authorization" else value}
 
 
-def add_location(error: ResponseError, where: str) -> ResponseError:
+def add_location(error: TopkdError, where: str) -> TopkdError:
     """Add endpoint, model and request to an error."""
     if where in error.where:
         return error

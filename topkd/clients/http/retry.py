@@ -3,6 +3,9 @@
 Tried again: no connection, a connection that broke, time-outs, 408, 409, 429 and 5xx, and (for scoring, which may be
 repeated without changing anything) a reply that failed its checks. Never: any other 4xx, a reply of a sampling
 request, anything past the total time. ``Retry-After`` is a floor; pauses of our own have full jitter.
+
+A server that is paused for new weights is waited for apart from all this: it ran nothing, so sending the request again
+is no try, and how long a push takes says nothing about the server.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ import tenacity
 from topkd.clients.config import ClientConfig
 from topkd.clients.http.metrics import Metrics
 from topkd.clients.http.status_errors import is_repeating
-from topkd.topk.errors import ResponseError, RetryableServerError, ServerTimeoutError, TopkdError
+from topkd.topk.errors import ResponseError, RetryableServerError, ServerPausedError, ServerTimeoutError, TopkdError
 
 Result = TypeVar("Result")
+_FIRST_WAIT_S, _LONGEST_WAIT_S, _WAIT_GROWTH = 0.25, 5.0, 1.5  # for a paused server
 
 
 class Total:
@@ -46,6 +50,10 @@ class Total:
         """Return the seconds left."""
         return self._limit_s - self.spent_s
 
+    def extend(self, seconds: float) -> None:
+        """Add the time that went by while the server was paused."""
+        self._limit_s += seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Try:
@@ -56,18 +64,80 @@ class Try:
     failure: TopkdError | None = None
 
 
+class PauseBudget:
+    """The time that one request may wait for a paused server, over all its tries.
+
+    Args:
+        config: Has the bound, ``pause_timeout_s``.
+        metrics: Counts ``pauses`` and ``pause_s``.
+        is_paused: Asks the server; False also where it does not tell: the request, sent again, shows it.
+        sleep: In place of ``asyncio.sleep``.
+    """
+
+    def __init__(
+        self,
+        config: ClientConfig,
+        metrics: Metrics,
+        is_paused: Callable[[], Awaitable[bool]],
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._limit_s, self._metrics, self._is_paused, self._sleep = config.pause_timeout_s, metrics, is_paused, sleep
+        self._waited_s, self._next_s = 0.0, _FIRST_WAIT_S
+
+    async def outlast(self, attempt: Callable[[Try], Awaitable[Result]], this_try: Try) -> Result:
+        """Run one try, again after each pause of the server."""
+        while True:
+            try:
+                return await attempt(this_try)
+            except ServerPausedError as error:
+                await self._wait(error, this_try.total)
+
+    async def _wait(self, error: ServerPausedError, total: Total) -> None:
+        if self._limit_s:
+            self._metrics.add("pauses")
+        while True:
+            wait_s = min(self._limit_s - self._waited_s, self._next_s * random.uniform(0.5, 1.0))  # noqa: S311
+            if wait_s <= 0:
+                raise self._explain(error)
+            self._next_s = min(_LONGEST_WAIT_S, self._next_s * _WAIT_GROWTH)
+            self._waited_s += wait_s
+            total.extend(wait_s)
+            self._metrics.add("pause_s", wait_s)
+            await self._sleep(wait_s)
+            if not await self._is_paused():
+                return
+
+    def _explain(self, error: ServerPausedError) -> ServerPausedError:
+        if not self._waited_s:
+            return error
+        return ServerPausedError(
+            f"gave up waiting for a paused server: {error.what}",
+            where=error.where,
+            got=f"no reply after {self._waited_s:.3g} s of waiting",
+            expected=f"a resume within pause_timeout_s = {self._limit_s:.3g}",
+            hint="if the job that paused it is gone, resume it (vLLM: POST /resume), else raise pause_timeout_s",
+        )
+
+
+async def _not_known() -> bool:
+    """Leave it to the request, sent again, to show whether the server is still paused."""
+    return False
+
+
 async def with_retries(
     attempt: Callable[[Try], Awaitable[Result]],
     config: ClientConfig,
     metrics: Metrics,
     *,
     response_retries: int = 0,
+    is_paused: Callable[[], Awaitable[bool]] = _not_known,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> Result:
     """Run ``attempt`` until it succeeds, cannot succeed, or its tries or its time are used up.
 
     The last error is raised as it came, with the number of tries added to its message when there was more than one.
     """
+    pauses = PauseBudget(config, metrics, is_paused, sleep)
     total = Total(config.total_timeout_s)
     policy = _Policy(config, response_retries, total)
     failure: TopkdError | None = None
@@ -90,7 +160,7 @@ async def with_retries(
             with this_attempt:
                 number = this_attempt.retry_state.attempt_number
                 try:
-                    return await attempt(Try(number - 1, total, failure))
+                    return await pauses.outlast(attempt, Try(number - 1, total, failure))
                 except TopkdError as error:
                     total.start()
                     failure = error
@@ -115,8 +185,8 @@ class _Policy:
         if isinstance(error, ResponseError):
             self._responses += 1
             return self._responses <= self._response_retries
-        if not isinstance(error, RetryableServerError):
-            return False
+        if not isinstance(error, RetryableServerError) or isinstance(error, ServerPausedError):
+            return False  # a pause that is met here has used up its own budget
         if is_repeating(error):
             self._repeating += 1
             return self._repeating <= 1

@@ -21,6 +21,7 @@ from topkd.topk.errors import (
     ServerBusyError,
     ServerError,
     ServerFailedError,
+    ServerPausedError,
     ServerTimeoutError,
     UnsupportedError,
 )
@@ -41,6 +42,7 @@ _NO_LOGPROBS = re.compile(
 )
 _NO_CANDIDATES = "V2 model runner"
 _NO_QUOTA = "insufficient_quota"
+_PAUSED = "Generation is paused"  # vLLM 0.33 on, for every request that it does not take until it is resumed
 _SHOWN = 400
 _Error = TypeVar("_Error", bound=RetryableServerError)
 
@@ -118,7 +120,9 @@ def _not_found(message: str, *, where: str, model: str) -> RequestRefusedError:
 
 def _retryable(reply: Reply, message: str, status: str, where: str) -> RetryableServerError | None:
     error: RetryableServerError
-    if reply.status in {429, 503}:
+    if reply.status == 503 and _PAUSED in message:
+        error = ServerPausedError(f"the server is paused: {message}", where=where, got=status)
+    elif reply.status in {429, 503}:
         error = ServerBusyError(f"the server is busy: {message}", where=where, got=status)
     elif reply.status == 408:
         error = ServerTimeoutError(f"the server gave up waiting: {message}", where=where, got=status)

@@ -30,7 +30,13 @@ from topkd.files import write_atomically
 # A probe asks what will be refused, and must not wait long for what is broken.
 # The window starts wide: a load is to be limited by the server, not by us.
 CONFIG = ClientConfig(
-    max_retries=1, response_retries=0, backoff_s=0.1, backoff_max_s=0.5, read_timeout_s=60.0, window_start=256
+    max_retries=1,
+    response_retries=0,
+    pause_timeout_s=60.0,
+    backoff_s=0.1,
+    backoff_max_s=0.5,
+    read_timeout_s=60.0,
+    window_start=256,
 )
 MAX_AGE_S = 3600.0
 _FORMAT = 1

@@ -115,6 +115,7 @@ def shorten_patience(config: ClientConfig) -> ClientConfig:
     return config.model_copy(
         update={
             "max_retries": min(config.max_retries, 3),
+            "pause_timeout_s": min(config.pause_timeout_s, 60.0),
             "backoff_s": min(config.backoff_s, 0.2),
             "backoff_max_s": min(config.backoff_max_s, 1.0),
         }
