@@ -4,7 +4,9 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,8 @@ from topkd.compose.train import train
 from topkd.engine.loop.metrics import read_metrics
 from topkd.serve import ServeConfig, ServerProcess
 from topkd.topk.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Told(Progress):
@@ -199,9 +203,18 @@ def read_steps(run_log):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("objective", "most"), [("topk_pg", 0.75), ("gjs", 0.9), ("scalar_kl", 0.9)])
+@pytest.mark.parametrize(("objective", "most"), [("gjs", 0.9), ("scalar_kl", 0.9)])
 async def test_the_demo_as_shipped_brings_the_student_closer(objective, most, tmp_path):
     """The sizes a newcomer gets; the trained models come from (or go to) the user's cache, as for them."""
     result = await demo.demo(objective, seed=1, out=tmp_path / "run")
     assert result.after["reverse_kl"] <= most * result.before["reverse_kl"]
-    assert result.after["agreement"] > result.before["agreement"] or objective != "topk_pg"
+
+
+@pytest.mark.slow
+def test_make_demo_as_the_readme_has_it_brings_the_student_closer(tmp_path):
+    make = ["make", "demo", f"DEMO_ARGS=--json --out {tmp_path / 'run'}"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["after"]["reverse_kl"] <= 0.75 * result["before"]["reverse_kl"]
+    assert result["after"]["agreement"] > result["before"]["agreement"]
