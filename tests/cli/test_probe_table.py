@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -14,6 +15,7 @@ from tests.clients.vllm_toy import VllmToy
 from topkd.cli.app import app
 from topkd.cli.commands.probe import print_probe
 from topkd.clients.probe.findings import Capabilities, Finding, Load, LoadLevel, ProbeReport
+from topkd.topk.errors import ConfigError
 
 MODEL = "/somewhere/deep/in/a/home/checkpoints/step-00012000/teacher"
 
@@ -73,3 +75,39 @@ def test_a_teacher_exits_0_and_a_server_that_scores_nothing_exits_1(as_json: boo
         assert done.exit_code == code, done.output
         said = json.loads(done.stdout)["verdict"] if as_json else done.stdout.splitlines()[-1]
         assert said.startswith(words)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_recording_is_named_in_the_last_line_with_what_to_look_over(
+    as_json: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TEACHER_KEY", "a-key-of-the-teacher")
+    folder = tmp_path / "recording"
+    options = ["--record", str(folder), "--api-key-env", "TEACHER_KEY"]
+    with served(VllmToy()) as url:
+        done = CliRunner().invoke(app, ["probe", url, *options, *(["--json"] if as_json else [])])
+        again = CliRunner().invoke(app, ["probe", url, *options])
+    assert done.exit_code == 0, done.output
+    [*table, last] = (done.stderr if as_json else done.stdout).rstrip().splitlines()
+    files = sorted(path.name for path in folder.iterdir())
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert last.startswith(f"recorded {len(files) - 1} exchanges in {folder} ({size / 1e6:.1f} MB): ")
+    assert "look over what the server states of itself" in last
+    assert "the prompts are topkd's own" in last
+    if as_json:
+        assert json.loads(done.stdout)["can_teach"]
+    else:
+        assert table[-1].startswith("can teach: K <= 20")
+    assert b"a-key-of-the-teacher" not in b"".join(path.read_bytes() for path in folder.iterdir())
+    assert isinstance(again.exception, ConfigError)
+    assert "must be new or empty" in str(again.exception)
+    assert "recorded" not in again.stderr, "not what the first one recorded"
+
+
+def test_a_recording_of_a_probe_that_fails_is_named_before_the_error(tmp_path: Path):
+    with served(lambda *_: (401, {"detail": "who are you?"})) as url:
+        done = CliRunner().invoke(app, ["probe", url, "--record", str(tmp_path / "r")])
+    assert done.exit_code != 0
+    assert done.stderr.startswith(f"recorded {len(list((tmp_path / 'r').glob('0*')))} exchanges in ")
+    assert "AuthError" in json.loads((tmp_path / "r" / "manifest.json").read_text())["error"]

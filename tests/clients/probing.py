@@ -14,16 +14,16 @@ from topkd.clients.probe.probe import probe
 
 
 @contextmanager
-def served(handler: Any) -> Iterator[str]:
-    """``handler`` behind real HTTP on loopback."""
+def served(handler: Any, *, raw: bool = False) -> Iterator[str]:
+    """``handler`` behind real HTTP on loopback; with ``raw`` it is given the bytes of the request's body."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         wbufsize = -1  # one packet a reply: the kernel delays the second of two small ones by 40 ms
 
         def answer(self) -> None:
-            raw = self.rfile.read(int(self.headers.get("content-length") or 0))
-            status, value = handler(self.command, self.path, json.loads(raw) if raw else None)
+            sent = self.rfile.read(int(self.headers.get("content-length") or 0))
+            status, value = handler(self.command, self.path, sent if raw else json.loads(sent) if sent else None)
             body = value if isinstance(value, bytes) else json.dumps(value).encode()
             self.send_response(status)
             self.send_header("content-length", str(len(body)))

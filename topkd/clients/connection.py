@@ -95,7 +95,8 @@ async def open_client(url: str, *, dialect: str = AUTO, **options: Any) -> HttpC
         options: Those of ``HttpClient``, and further ones of the dialect's client.
     """
     if dialect == AUTO:
-        shared = {name: value for name, value in options.items() if name in ConnectOptions.__annotations__}
+        names = {*ConnectOptions.__annotations__, "transport"}
+        shared = {name: value for name, value in options.items() if name in names}
         async with HttpClient(url, **shared) as asking:
             if not _is_hosted(url):
                 with contextlib.suppress(ModelNotFoundError):  # the dialect's own client knows what its server renames

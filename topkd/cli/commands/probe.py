@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,6 +18,7 @@ from topkd.cli.options import ApiKeyEnv, AsJson, flag, option
 from topkd.clients.dialects.records import list_dialects
 from topkd.clients.probe.findings import Load, ProbeReport
 from topkd.compose.config.api_keys import read_api_key
+from topkd.topk.errors import TopkdError
 
 DIALECTS = list_dialects()
 _MARKS = {
@@ -42,6 +44,10 @@ def probe_command(
     load: Annotated[bool, flag("--load", "Measure scoring speed under rising concurrency.")] = False,
     batch: Annotated[int, option("Sequences of a training step, to predict its time (--load).", "N", min=1)] = 256,
     tokens: Annotated[int, option("Tokens of each request (--load).", "N", min=16)] = 2048,
+    record: Annotated[
+        Path | None,
+        option("Write every request and reply into this new folder, keys masked, to attach it to an issue.", "DIR"),
+    ] = None,
     cached: Annotated[bool, flag("--cached", "Accept a report of the last hour, if the server is the same.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -51,30 +57,48 @@ def probe_command(
 
     Example: topkd probe http://127.0.0.1:8000 --student ./models/student
     """
+    from topkd.clients.http.recorder import MANIFEST
     from topkd.clients.probe.probe import probe
     from topkd.compose.data.byte_maps import load_student_byte_map
 
     console = Console(highlight=False)
-    with Console(stderr=True, quiet=as_json).status("asking", spinner="line"):
-        report = asyncio.run(
-            probe(
-                url,
-                model=model,
-                student=None if student is None else load_student_byte_map(student),
-                dialect=dialect,
-                api_key=read_api_key(api_key_env, source="--api-key-env"),
-                load=load,
-                batch=batch,
-                load_tokens=tokens,
-                cached=cached,
+    is_new = record is not None and not (record / MANIFEST).exists()
+    try:
+        with Console(stderr=True, quiet=as_json).status("asking", spinner="line"):
+            report = asyncio.run(
+                probe(
+                    url,
+                    model=model,
+                    student=None if student is None else load_student_byte_map(student),
+                    dialect=dialect,
+                    api_key=read_api_key(api_key_env, source="--api-key-env"),
+                    load=load,
+                    batch=batch,
+                    load_tokens=tokens,
+                    cached=cached,
+                    record=record,
+                )
             )
-        )
+    except TopkdError:
+        if record is not None and is_new and (record / MANIFEST).exists():
+            typer.echo(describe_recording(record), err=True)
+        raise
     if as_json:
         typer.echo(json.dumps(report.as_json(), allow_nan=False))
     else:
         print_probe(report, console)
+    if record is not None:
+        typer.echo(describe_recording(record), err=as_json)
     if not report.can_teach:
         sys.exit(1)
+
+
+def describe_recording(folder: Path) -> str:
+    """Describe in one line where a recording is, and what to look over before it is shared."""
+    sizes = [path.stat().st_size for path in folder.iterdir()]
+    where = f"recorded {len(sizes) - 1} exchanges in {folder} ({sum(sizes) / 1e6:.1f} MB)"
+    care = "look over what the server states of itself (host, model, folders, flags, environment) before you share it"
+    return f"{where}: {care}; keys are masked, and the prompts are topkd's own"
 
 
 def print_probe(report: ProbeReport, console: Console) -> None:

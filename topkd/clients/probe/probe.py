@@ -11,21 +11,26 @@ import json
 import os
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack, cast
 
 import xxhash
 
+import topkd
 from topkd.clients.config import ClientConfig
 from topkd.clients.connection import open_client
 from topkd.clients.decoding.byte_map import ByteMap, load_bytemap
 from topkd.clients.dialects.base import ServerInfo, ServerOptions, Wire
 from topkd.clients.dialects.records import AUTO, find_dialect
+from topkd.clients.http.recorder import Recorder
+from topkd.clients.http.transport import HttpxTransport
 from topkd.clients.probe import tokens as probe_tokens
 from topkd.clients.probe.findings import Capabilities, Finding, Load, ProbeReport, state_probe_verdict
 from topkd.clients.probe.load import list_advice, measure_load
 from topkd.clients.probe.session import GROUPS, SERVER, Session, Teacher
 from topkd.files import write_atomically
+from topkd.topk.errors import ConfigError
 
 # A probe asks what will be refused, and must not wait long for what is broken.
 # The window starts wide: a load is to be limited by the server, not by us.
@@ -51,6 +56,7 @@ async def probe(
     load_tokens: int = 2048,
     batch: int = 256,
     cached: bool = False,
+    record: str | Path | None = None,
     **server: Unpack[ServerOptions],
 ) -> ProbeReport:
     """Ask a server what it can do.
@@ -63,27 +69,65 @@ async def probe(
         load_tokens: Tokens of each request then.
         batch: Sequences of one training step in the forecast.
         cached: A report of the last hour will do, while the server states the same of itself.
+        record: A new or empty folder for the whole conversation: a file an exchange, and ``manifest.json``. Keys are
+            masked; the server's own words about its host, models and folders are not.
         **server: ``model``, ``api_key`` and ``config``, as for ``connect``; see ``ServerOptions``.
 
     Raises:
         ServerUnreachableError, ServerTimeoutError, AuthError: nothing can be found out.
         ConfigError, ModelNotFoundError: the URL, model or tokenizer is invalid.
     """
-    started = time.perf_counter()
     known = load_bytemap(student) if isinstance(student, str | Path) else student
-    client = await open_client(url, dialect=dialect, **(server | {"config": server.get("config") or CONFIG}))
+    options: dict[str, Any] = {**server, "config": server.get("config") or CONFIG}
+    asked = partial(_probe, url, student=known, dialect=dialect)
+    if record is None:
+        return await asked(load=(load_tokens, batch) if load else None, cached=cached, options=options)
+    if load or cached:
+        raise ConfigError(
+            "only the requests of a plain probe are recorded",
+            got="--record with " + ("--load" if load else "--cached"),
+            hint="leave one of the two out",
+        )
+    recorder = Recorder(record, HttpxTransport(options["config"]))
+    date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    asks = {"url": url, "asked_dialect": dialect, "student": known is not None}
+    manifest = {"topkd": topkd.__version__, "date": date, **asks}
+    try:
+        report = await asked(load=None, cached=False, options=options | {"transport": recorder})
+    except BaseException as error:  # an interrupt too: what was recorded is to be readable
+        await recorder.finish(manifest | {"error": f"{type(error).__name__}: {error}"})
+        raise
+    version = report.capabilities.version
+    facts = {"dialect": report.dialect, "model": report.model, "version": version, "report": report.as_json()}
+    await recorder.finish(manifest | facts)
+    return report
+
+
+async def _probe(
+    url: str,
+    *,
+    student: ByteMap | None,
+    dialect: str,
+    load: tuple[int, int] | None,
+    cached: bool,
+    options: dict[str, Any],
+) -> ProbeReport:
+    started = time.perf_counter()
+    client = await open_client(url, dialect=dialect, **options)
     async with client:
         wire = Wire(client)
         info = await client.server_info()
-        tokens = "" if known is None else known.fingerprint
+        tokens = "" if student is None else student.fingerprint
         kept = read_kept_report(client.endpoint.url, info, tokens) if cached and not load else None
         if kept is not None:
             return kept
-        prompt = await probe_tokens.probe_prompt(wire, info.model, known)
-        session = Session(client, cast("Teacher", client), wire, info, prompt, known)
+        prompt = await probe_tokens.probe_prompt(wire, info.model, student)
+        session = Session(client, cast("Teacher", client), wire, info, prompt, student)
         _server(session)
         await find_dialect(client.dialect).load_questions()(session)
-        measured = await measure_load(session, tokens=load_tokens, batch=batch) if load and can_teach(session) else None
+        measured = None
+        if load is not None and can_teach(session):
+            measured = await measure_load(session, tokens=load[0], batch=load[1])
         found = build_report(session, client.endpoint.url, client.dialect, started, measured)
         keep_report(found, info, tokens)
         return found

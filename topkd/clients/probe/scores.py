@@ -124,7 +124,7 @@ async def check_self_scores(session: Session) -> None:
     prompt = session.prompt
     drawn: list[Rollout] = []
     seconds = 0.0
-    for params in (SamplingParams(DRAWN, temperature=0.0), SamplingParams(DRAWN, seed=1)):
+    for params in (SamplingParams(DRAWN, temperature=0.0, seed=1), SamplingParams(DRAWN, seed=1)):
         started = time.perf_counter()
         rollouts, logp = await _draw(session, prompt, params)
         seconds = time.perf_counter() - started
