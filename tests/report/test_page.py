@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import base64
+import gc
 import hashlib
 import html
 import json
 import re
+import tracemalloc
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
-from tests.report.made import NASTY, write_comparison, write_run
+import pytest
+
+from tests.report.made import NASTY, rollout, token, write_comparison, write_run
 from topkd.report.load.collection import gather
 from topkd.report.page.content import build_content
 from topkd.report.page.html import escape_json, render_page
 from topkd.report.page.token_explorer import select_transcripts
+from topkd.topk.errors import DataError
 
 
 class Elements(HTMLParser):
@@ -105,6 +111,35 @@ def test_rollouts_over_the_budget_are_left_out_evenly_and_counted(tmp_path: Path
     steps = [head["step"] for head in part.heads]
     assert steps[0] <= 6
     assert steps[-1] >= 34
+
+
+def _traced_peak(work: Callable[[], object]) -> int:
+    gc.collect()
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_page_holds_the_rollouts_it_shows_and_not_their_file(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", rollouts=0, steps=20)
+    line = json.dumps(rollout(1) | {"tokens": [token(n, "word ", k=20) for n in range(60)]}) + "\n"
+    peaks = []
+    for count in (60, 240):
+        (path / "tokens.jsonl").write_text(line * count)
+        peaks.append(_traced_peak(lambda: select_transcripts(gather([path]).groups(), budget=200_000)))
+    grown = len(line) * 180
+    assert grown > 1_500_000
+    assert peaks[1] - peaks[0] < grown / 10, "before, five to ten times what the file had grown by"
+
+
+def test_a_rollout_whose_file_was_cut_meanwhile_is_an_error_and_not_another_rollout(tmp_path: Path) -> None:
+    run = gather([write_run(tmp_path / "run", rollouts=3)])
+    (tmp_path / "run" / "tokens.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"changed while they were read.*make the page again"):
+        select_transcripts(run.groups())
 
 
 def test_a_rollout_that_says_nonsense_is_shown_as_unknown(tmp_path: Path) -> None:

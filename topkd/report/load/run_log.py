@@ -6,15 +6,18 @@ Everything is optional but the run log itself: fields that a run does not have c
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import xxhash
 
 from topkd.report.load.run_folder import COMPARISON, CONFIG, RUN_LOG, TOKENS, is_deserted
 from topkd.topk.errors import DataError
 
 MEASURED = frozenset({"reverse_kl", "forward_kl", "jsd", "agreement", "accuracy"})
+LISTED: Final = 20  # entries of a top-K list that a page shows
 Record = dict[str, Any]
 
 
@@ -33,19 +36,22 @@ class GrowingFile:
 
     def read(self) -> list[Record]:
         """Read new records. A last line without its newline is still being written, and is left for later."""
+        return [record for _, _, record in self.iterate()]
+
+    def iterate(self) -> Iterator[tuple[int, int, Record]]:
+        """Yield offset, size and record of each new line, one at a time."""
         if not self.path.exists():
-            return []
+            return
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self.offset += len(whole)
-        records = []
-        for line in whole.split(b"\n")[:-1]:
-            self.number += 1
-            if line.strip():
-                records.append(self._record(line))
-        return records
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                place = self.offset
+                self.offset += len(line)
+                self.number += 1
+                if line.strip():
+                    yield place, len(line), self._record(line.rstrip(b"\n"))
 
     def _record(self, line: bytes) -> Record:
         try:
@@ -63,6 +69,56 @@ class GrowingFile:
             got=line[:60].decode("utf-8", "replace"),
             expected="one JSON object a line",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRollout:
+    """A recorded rollout that stays in its file: the file has hundreds of times what a page shows.
+
+    Attributes:
+        path: ``tokens.jsonl``.
+        offset: Of its line there.
+        size: Bytes of the line.
+        step: As recorded.
+        prompt: Hash of its prompt.
+        tokens: How many it has.
+        entries: Entries of the lists beside them, as far as a page shows them.
+    """
+
+    path: Path
+    offset: int
+    size: int
+    step: Any
+    prompt: str
+    tokens: int
+    entries: int
+
+    def read(self) -> Record:
+        """Read the rollout from its file."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            line = file.read(self.size)
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            what = "the recorded rollouts changed while they were read"
+            raise DataError(what, where=str(self.path), hint="did the run resume? make the page again") from error
+        return dict(record)
+
+
+def index_rollouts(file: GrowingFile) -> list[StoredRollout | None]:
+    """List the rollouts that are new in a file; None for a record that is no rollout."""
+    return [_index_rollout(file.path, offset, size, record) for offset, size, record in file.iterate()]
+
+
+def _index_rollout(path: Path, offset: int, size: int, record: Record) -> StoredRollout | None:
+    tokens = record.get("tokens")
+    if not isinstance(tokens, list):
+        return None
+    lists = [token.get(side) for token in tokens if isinstance(token, dict) for side in ("teacher", "student")]
+    entries = sum(min(LISTED, len(entries)) for entries in lists if isinstance(entries, list))
+    prompt = xxhash.xxh3_128_hexdigest(json.dumps(record.get("prompt")).encode())
+    return StoredRollout(path, offset, size, record.get("step"), prompt, len(tokens), entries)
 
 
 @dataclass(slots=True)
@@ -92,7 +148,7 @@ class LoggedRun:
     steps: list[Record] = field(default_factory=list)
     evals: list[Record] = field(default_factory=list)
     events: list[Record] = field(default_factory=list)
-    rollouts: list[Record] = field(default_factory=list)
+    rollouts: list[StoredRollout] = field(default_factory=list)
     derived: dict[str, Any] = field(default_factory=dict)
     _run_log: GrowingFile | None = None
     _tokens: GrowingFile | None = None
@@ -110,14 +166,14 @@ class LoggedRun:
             self._run_log, self._tokens = GrowingFile(self.path / RUN_LOG), GrowingFile(self.path / TOKENS)
             for read in (self.steps, self.evals, self.events, self.rollouts):
                 read.clear()
-        records, rollouts = self._run_log.read(), self._tokens.read()
+        records, rollouts = self._run_log.read(), index_rollouts(self._tokens)
         for record in records:
             kind = record.get("kind")
             if kind == "eval":
                 self.evals += split_evaluation(record)
             else:
                 (self.steps if kind == "step" else self.events).append(record)
-        self.rollouts += [rollout for rollout in rollouts if isinstance(rollout.get("tokens"), list)]
+        self.rollouts += [rollout for rollout in rollouts if rollout is not None]
         if records or rollouts:
             self.derived.clear()
         return bool(records or rollouts) or self.left != was_left

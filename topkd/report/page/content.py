@@ -17,7 +17,7 @@ from topkd.report.analysis.verdict import EMBEDDED, OF_TEXT, ReportVerdict, writ
 from topkd.report.load.collection import Collection, RunGroup
 from topkd.report.load.columns import AXES, compute_step_axes, list_prefix_kinds
 from topkd.report.load.run_folder import DEMO
-from topkd.report.load.run_log import LoggedRun, Record, find_last_step, read_object
+from topkd.report.load.run_log import LoggedRun, Record, StoredRollout, find_last_step, read_object
 from topkd.report.page.measurements import list_by_prefixes, list_training
 from topkd.report.page.palette import DASHES, GROUPS
 from topkd.report.page.panels import EXACT_DIVERGENCES, SECTIONS, Section
@@ -116,11 +116,11 @@ def read_completions(run: LoggedRun) -> list[ExampleCompletion]:
             return _read_demo(read_object(run.path / DEMO))
         except DataError:  # empty until the demo ends
             return []
-    rollouts = [rollout for rollout in run.rollouts if isinstance(rollout.get("step"), int)]
+    rollouts = [rollout for rollout in run.rollouts if isinstance(rollout.step, int)]
     if run.foreign or not rollouts:
         return []
     first, last = _choose_pair(rollouts)
-    return [_build_completion(rollout) for rollout in ([first] if first["step"] == last["step"] else [first, last])]
+    return [_build_completion(rollout.read()) for rollout in ([first] if first.step == last.step else [first, last])]
 
 
 def _read_demo(summary: Record) -> list[ExampleCompletion]:
@@ -133,11 +133,11 @@ def _read_demo(summary: Record) -> list[ExampleCompletion]:
     return [ExampleCompletion(title, prompt, str(summary[key])) for key, title in titles.items() if key in summary]
 
 
-def _choose_pair(rollouts: Sequence[Record]) -> tuple[Record, Record]:
+def _choose_pair(rollouts: Sequence[StoredRollout]) -> tuple[StoredRollout, StoredRollout]:
     """Choose a rollout of the first and one of the last recorded step: of one prompt, where both steps have it."""
-    firsts = [rollout for rollout in rollouts if rollout["step"] == rollouts[0]["step"]]
-    lasts = [rollout for rollout in rollouts if rollout["step"] == rollouts[-1]["step"]]
-    pairs = ((first, last) for first in firsts for last in lasts if first.get("prompt") == last.get("prompt"))
+    firsts = [rollout for rollout in rollouts if rollout.step == rollouts[0].step]
+    lasts = [rollout for rollout in rollouts if rollout.step == rollouts[-1].step]
+    pairs = ((first, last) for first in firsts for last in lasts if first.prompt == last.prompt)
     return next(pairs, (firsts[0], lasts[-1]))
 
 

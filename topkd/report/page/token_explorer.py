@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from topkd.report.load.collection import RunGroup
-from topkd.report.load.run_log import Record
+from topkd.report.load.run_log import LISTED, Record, StoredRollout
 
 BUDGET_CHARS: Final = 5_000_000  # of all rollouts on a page together
-LISTED: Final = 20  # entries of a top-K list that the page shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +29,15 @@ class TranscriptFile:
 def select_transcripts(groups: Sequence[RunGroup], budget: int = BUDGET_CHARS) -> TranscriptFile:
     """Select as many rollouts as the budget holds, evenly from all runs and from early to late in each."""
     places = [
-        (index, run, record) for index, group in enumerate(groups) for run in group.runs for record in run.rollouts
+        (index, run, rollout) for index, group in enumerate(groups) for run in group.runs for rollout in run.rollouts
     ]
-    sizes = [_estimate_size(record) for _, _, record in places]
+    sizes = [_estimate_size(rollout) for _, _, rollout in places]
     chosen = _choose_within(sizes, budget)
     several = len({id(run) for _, run, _ in places}) > 1
     heads, bodies = [], []
     for place in chosen:
-        index, run, record = places[place]
+        index, run, rollout = places[place]
+        record = rollout.read()
         label, count = _write_label(record, run.name if several else ""), len(record["tokens"])
         heads.append({"g": index, "label": label, "step": record.get("step"), "n": count})
         bodies.append(json.dumps(build_body(record), allow_nan=False, ensure_ascii=False, separators=(",", ":")))
@@ -99,16 +99,9 @@ def _write_label(record: Record, run: str) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _estimate_size(record: Record) -> int:
+def _estimate_size(rollout: StoredRollout) -> int:
     """Estimate how many characters a rollout takes on the page."""
-    entries = sum(
-        min(LISTED, len(token[side]))
-        for token in record["tokens"]
-        if isinstance(token, dict)
-        for side in ("teacher", "student")
-        if isinstance(token.get(side), list)
-    )
-    return 400 + 110 * len(record["tokens"]) + 30 * entries
+    return 400 + 110 * rollout.tokens + 30 * rollout.entries
 
 
 def _choose_within(sizes: Sequence[int], budget: int) -> list[int]:
