@@ -1,7 +1,8 @@
 """F2 and F3: a vLLM scoring reply to arrays, against the standard library's json and a loop, on the same bytes.
 
-Every reading gives the same arrays: ids and logprobs [R, K] by rank and the realised token's logprob. The sides take
-turns (A, B, C, A, ...) in one process, and each reports its fastest turn, so that a busy machine slows both alike.
+Every reading gives the same arrays: ids and logprobs [R, K] by rank and the realised token's logprob. "Arrays" stop
+there; "checked TopK" is what the client returns, every check made. The sides take turns (A, B, C, A, ...), and each
+reports the CPU time of its cheapest turn: none of them computes in a second thread.
 
     python benchmarks/bench_decode.py [--positions 2048] [--rounds 15] [--trl-python PATH]
 
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import msgspec
 import numpy as np
@@ -35,7 +37,7 @@ from topkd.clients.decoding.vllm import read_prompt_rows, read_scored_choice
 
 RESULTS = Path(__file__).parent / "results" / "bench_decode.json"
 BENCH_PYTHON = str(Path(__file__).parents[1] / ".venv-bench" / "bin" / "python")
-TARGETS = {"numpy": {20: 7.0, 128: 5.0}, "numba": {20: 15.0, 128: 15.0}}
+TARGETS = {"numpy, checked TopK": {20: 5.0, 128: 5.0}, "numba, checked TopK": {20: 15.0, 128: 15.0}}
 
 
 def json_loop(body: bytes, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -69,10 +71,15 @@ def typed(body: bytes, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray,
     return topk.ids, topk.logp, topk.actual_logp
 
 
-def checked(body: bytes, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the client does: the fastest reading there is, every check, and a TopK."""
-    topk = decode.read_vllm_scores(body, ids=ids, start=0, k=k)[0]
-    return topk.ids, topk.logp, topk.actual_logp
+def checked(read: Callable) -> Callable:
+    """What the client does with this reading: every check, and a TopK."""
+
+    def run(body: bytes, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        with mock.patch.object(decode, "fast_reader", return_value=read):
+            topk = decode.read_vllm_scores(body, ids=ids, start=0, k=k)[0]
+        return topk.ids, topk.logp, topk.actual_logp
+
+    return run
 
 
 class Trl:
@@ -153,9 +160,9 @@ def take_turns(sides: dict[str, Callable[[], object]], rounds: int, trl: Trl | N
         if trl:
             best[trl.NAME] = min(best.get(trl.NAME, float("inf")), trl.seconds())
         for name, side in sides.items():
-            begun = time.perf_counter()
+            begun = time.process_time()
             side()
-            best[name] = min(best[name], time.perf_counter() - begun)
+            best[name] = min(best[name], time.process_time() - begun)
     return best
 
 
@@ -171,13 +178,15 @@ def main() -> None:
         print(f"not measured: TRL (not importable by {options.trl_python}; make bench-clients installs it)")
     result: dict[str, object] = {"machine": machine(), "positions": options.positions, "rows": []}
     missed = []
-    print(f"{'K':>4} {'reading':<34} {'ms':>9} {'ktok/s':>9} {'ns/entry':>9} {'x json+loop':>12}")
+    print(f"{'K':>4} {'reading':<34} {'CPU ms':>9} {'ktok/s':>9} {'ns/entry':>9} {'x json+loop':>12}")
     for k in (20, 128):
         body, ids = score_reply(options.positions, k)
-        readings = {"json + loop": json_loop, "msgspec typed, checked": typed, "numpy": fast(decode_numpy.read_rows)}
+        readings = {"json + loop": json_loop, "msgspec, checked TopK": typed}
+        ways = {"numpy": decode_numpy.read_rows}
         if decode_numba.available():
-            readings["numba"] = fast(decode_numba.read_rows_compiled)
-        readings["bytes to checked TopK (as the client)"] = checked
+            ways["numba"] = decode_numba.read_rows_compiled
+        for way, read in ways.items():
+            readings |= {f"{way}, arrays": fast(read), f"{way}, checked TopK": checked(read)}
         expected = json_loop(body, ids, k)
         for name, reading in readings.items():
             for got, want in zip(reading(body, ids, k), expected, strict=True):
@@ -195,7 +204,7 @@ def main() -> None:
         for name, took in seconds.items():
             ratio = seconds["json + loop"] / took
             entries = options.positions * k
-            row = {"k": k, "reading": name, "ms": took * 1e3, "bytes": len(body), "ratio": ratio}
+            row = {"k": k, "reading": name, "cpu_ms": took * 1e3, "bytes": len(body), "ratio": ratio}
             result["rows"].append(row)  # type: ignore[attr-defined]
             print(
                 f"{k:>4} {name:<34} {took * 1e3:>9.2f} {options.positions / took / 1e3:>9.0f} "
@@ -205,7 +214,7 @@ def main() -> None:
             if ratio < target:
                 missed.append(f"K={k} {name}: {ratio:.1f}x, target {target:.0f}x")
         if trl:
-            against = seconds[trl.NAME] / seconds["bytes to checked TopK (as the client)"]
+            against = seconds[trl.NAME] / seconds[f"{way}, checked TopK"]
             print(f"{k:>4} to a checked TopK in 1/{against:.1f} of the time of TRL's parse")
             if against < 4.0:
                 missed.append(f"K={k}: {against:.1f}x TRL's parse, target 4x")

@@ -39,8 +39,9 @@ def decode():
     def of(reading):
         return [row["ratio"] for row in rows if row["reading"] == reading]
 
-    yield " / ".join(map(times, of("numpy"))) + " with core dependencies"
-    yield " / ".join(map(times, of("numba"))) + " with `[fast]`"
+    for way, name in (("numpy", "core dependencies"), ("numba", "`[fast]`")):
+        yield " / ".join(map(times, of(f"{way}, checked TopK"))) + f" with {name}"
+        yield f"{' / '.join(map(times, of(f'{way}, arrays')))} to bare arrays"
     yield f"{min(of('npy') + of('flat base64')):.0f}x and more"
 
 
