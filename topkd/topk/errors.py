@@ -110,7 +110,7 @@ class ServerTimeoutError(RetryableServerError, TimeoutError):
 
 
 class ServerBusyError(RetryableServerError):
-    """Status 429 or 503: the server asks for fewer requests."""
+    """429 or 503: the server asks for fewer requests."""
 
 
 class ServerPausedError(ServerBusyError):
@@ -118,7 +118,7 @@ class ServerPausedError(ServerBusyError):
 
 
 class ServerFailedError(RetryableServerError):
-    """Another 5xx status."""
+    """Any other 5xx."""
 
 
 class FinalServerError(ServerError):
@@ -126,7 +126,7 @@ class FinalServerError(ServerError):
 
 
 class RequestRefusedError(FinalServerError, ValueError):
-    """Another 4xx status; the message has the server's own text."""
+    """A 4xx; the message holds the server's own words."""
 
     exit_code = 2
 
@@ -146,7 +146,7 @@ class ModelNotFoundError(RequestRefusedError, LookupError):
 
 
 class AuthError(FinalServerError, PermissionError):
-    """Status 401 or 403: the server does not accept the API key."""
+    """401 or 403."""
 
     exit_code = 2
 

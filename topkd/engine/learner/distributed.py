@@ -52,16 +52,16 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this is rank 0, the only one that writes files."""
+        """Whether this is rank 0, which alone writes."""
         return self.rank == 0
 
     def slice(self, items: Sequence[T]) -> Sequence[T]:
-        """Return this rank's contiguous share of ``items``."""
+        """Take this rank's contiguous share of ``items``."""
         count = len(items)
         return items[self.rank * count // self.size : (self.rank + 1) * count // self.size]
 
     def most(self, value: int) -> int:
-        """Return the largest value over all ranks."""
+        """Find the largest value of any rank."""
         return max(self.gather(int(value)))
 
     def gather(self, value: T) -> list[T]:

@@ -254,7 +254,7 @@ def _build_scores(lists: _Lists) -> TopK:
 
 @dataclass(frozen=True, slots=True)
 class DistillKitLayout:
-    """The compression settings of a capture, as in its ``compression_config.yaml``."""
+    """The compression settings of a capture, as its ``compression_config.yaml`` names them."""
 
     vocabulary: int
     k: int
@@ -299,7 +299,7 @@ class DistillKitLayout:
 
     @property
     def exact(self) -> bool:
-        """Whether the captured values are the server's unrounded values."""
+        """True when the captured values are the server's, unrounded."""
         return self.exact_k == self.k and self.exact_dtype in {"float32", "float64"} and not self.delta
 
     @property
