@@ -136,7 +136,7 @@ def test_an_identity_is_never_a_url():
     with pytest.raises(ConfigError, match="is a URL") as error:
         TeacherIdentity("https://user:secret@host/v1")
     assert "secret" not in str(error.value)
-    with pytest.raises(ConfigError, match="without a name"):
+    with pytest.raises(ConfigError, match="has no name"):
         TeacherIdentity(" ")
 
 

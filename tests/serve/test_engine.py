@@ -348,13 +348,6 @@ async def test_bodies_that_are_too_large_or_not_json_are_refused(models: Path):
             assert reply.json()["error"]["type"] == "Bad Request"
 
 
-async def test_a_stream_is_refused_in_one_line(app: Starlette):
-    async with client(app) as http:
-        reply = await http.post("/v1/completions", json={"model": NAME, "prompt": [9], "stream": True})
-    assert reply.status_code == 400
-    assert "does not stream" in reply.json()["error"]["message"]
-
-
 async def test_tokenize_and_detokenize_agree_with_the_tokenizer(app: Starlette):
     words = app.state.served.words
     text = "def get(self, key):\n    return é"

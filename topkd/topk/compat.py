@@ -26,14 +26,14 @@ _Entry = TypeVar("_Entry")
 def compute_topk_gjs(
     teacher_topk: Sequence[Position], student_topk: Sequence[Position], alpha: float, floor_logprob: float = -20.0
 ) -> list[float]:
-    """Compute GJS_alpha on the teacher's ids only, missing student entries floored, both sides renormalised.
+    """Compute GJS_alpha on the teacher's ids only, with missing student entries floored and both sides renormalised.
 
     With t~ and s~ the two sides divided by their mass on the teacher's ids, and alpha the teacher's weight::
 
         alpha KL(t~||m) + (1-alpha) KL(s~||m),   m = alpha t~ + (1-alpha) s~          0 < alpha < 1
 
-    Natural log, >= 0 (GKD's divergence, arXiv:2306.13649). Approximate: blind to the mass outside the teacher's list, 0
-    for K = 1, and small for *disjoint* lists (every student entry is the floor, and renormalises to uniform). Prefer
+    Natural log, >= 0 (GKD's divergence, arXiv:2306.13649). Approximate: ignores the mass outside the teacher's list, is
+    0 for K = 1, and small for *disjoint* lists (every student entry is the floor, and renormalises to uniform). Prefer
     ``topk_gjs``. For 0 < alpha < 1 these are the original values. Where the original value is not a divergence, this
     one is: alpha = 0 is KL(T||S) and alpha = 1 is KL(S||T) on the same ids; a repeated id counts once, with its larger
     logprob; NaN entries are dropped.

@@ -110,7 +110,7 @@ class ServerTimeoutError(RetryableServerError, TimeoutError):
 
 
 class ServerBusyError(RetryableServerError):
-    """429 or 503: the server asks for fewer requests."""
+    """Status 429 or 503: the server asks for fewer requests."""
 
 
 class ServerPausedError(ServerBusyError):
@@ -118,7 +118,7 @@ class ServerPausedError(ServerBusyError):
 
 
 class ServerFailedError(RetryableServerError):
-    """Any other 5xx."""
+    """Another 5xx status."""
 
 
 class FinalServerError(ServerError):
@@ -126,7 +126,7 @@ class FinalServerError(ServerError):
 
 
 class RequestRefusedError(FinalServerError, ValueError):
-    """A 4xx; the message holds the server's own words."""
+    """Another 4xx status; the message has the server's own text."""
 
     exit_code = 2
 
@@ -146,7 +146,7 @@ class ModelNotFoundError(RequestRefusedError, LookupError):
 
 
 class AuthError(FinalServerError, PermissionError):
-    """401 or 403."""
+    """Status 401 or 403: the server does not accept the API key."""
 
     exit_code = 2
 

@@ -18,7 +18,7 @@ Version: TypeAlias = str
 
 @runtime_checkable
 class TeacherScorer(Protocol):
-    """Scores a given token sequence."""
+    """Scores a token sequence."""
 
     async def score(self, ids: Ids, start: int, k: int) -> TopK:
         """Score rows ``start .. len(ids) - 2``: R = len(ids) - 1 - start rows; row i predicts ``ids[start + i + 1]``.

@@ -63,7 +63,7 @@ class TAIDScheduler:
 
     @property
     def momentum(self) -> float:
-        """Running mean of the relative fall of the loss."""
+        """Running mean of the relative decrease of the loss."""
         return float(self._momentum)
 
     @property
@@ -77,7 +77,7 @@ class TAIDScheduler:
         return self._skipped
 
     def update_t(self, loss: float, global_step: int) -> float | None:
-        """Move t after an optimiser step; return the adaptive increment, None when there is none yet.
+        """Update t after an optimiser step; return the adaptive increment, or None if there is none yet.
 
         The first finite loss is only stored. A loss that is nan or infinite changes neither t nor the momentum.
 

@@ -1,4 +1,4 @@
-"""``TopK``: what a server said about each position, checked once and never changed."""
+"""``TopK``: the top-K logprobs at each position, checked once and never changed."""
 
 from __future__ import annotations
 

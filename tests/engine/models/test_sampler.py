@@ -110,7 +110,7 @@ async def test_sampling_follows_the_policys_distribution(student):
     "params", [SamplingParams(temperature=0.7), SamplingParams(top_p=0.9), SamplingParams(top_k=5)]
 )
 async def test_a_truncating_or_tempered_sampler_is_refused(student, params):
-    with pytest.raises(ConfigError, match="takes temperature 1"):
+    with pytest.raises(ConfigError, match="needs temperature 1"):
         await InProcessSampler(student).sample([5], 1, params)
 
 

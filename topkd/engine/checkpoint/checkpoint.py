@@ -35,7 +35,7 @@ class Stateful(Protocol):
     """A part besides the learner that a step depends on, such as a teacher that averages the student's weights."""
 
     def state_dict(self) -> Mapping[str, Tensor]:
-        """Return the state as whole tensors."""
+        """Return the state as complete (unsharded) tensors."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> object:
@@ -131,7 +131,7 @@ def find_newest_checkpoint(out: Path, on_damaged: Callable[[str], None]) -> Chec
 
 
 def restore(checkpoint: Checkpoint, learner: Learner, stateful: Mapping[str, Stateful] | None = None) -> None:
-    """Restore learner, random numbers and every other stateful part from a checkpoint."""
+    """Restore the learner, the random number generators and every other stateful part from a checkpoint."""
     values = json.loads((checkpoint.path / _STATE).read_text(encoding="utf-8"))
     if values["frozen"] != fingerprint_frozen(learner.student):
         raise ConfigError(
@@ -156,7 +156,7 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def load_weights(student: Student, weights: Mapping[str, Tensor], *, where: str) -> None:
-    """Set the trained parameters; refuse other names, shapes or dtypes."""
+    """Set the trained parameters; refuse weights with other names, shapes or dtypes."""
     own = student.trained()
     if differing := sorted(own.keys() ^ weights.keys()):
         raise ConfigError(

@@ -59,7 +59,7 @@ class LearnerConfig(Frozen):
     importance: ImportanceSampling = ImportanceSampling()
 
     def learning_rate(self, *, lora: bool) -> float:
-        """Return the peak learning rate: ``lr``, or the default for what trains."""
+        """Return the peak learning rate: ``lr``, or the default for a full model or an adapter."""
         return self.lr if self.lr is not None else LORA_LR if lora else FULL_LR
 
 

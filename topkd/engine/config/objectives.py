@@ -18,7 +18,7 @@ Support: TypeAlias = Literal["teacher", "student", "union"]
 
 
 class ObjectiveSettings(Frozen):
-    """Settings of an objective, and what it needs.
+    """Settings of an objective, and what it needs from teacher and rollouts.
 
     Attributes:
         kind: Its name in a config; the key of its loss in ``topkd.engine.learner.losses``.
@@ -108,7 +108,7 @@ class _Sampled(ObjectiveSettings):
 
     @property
     def needs_list(self) -> bool:
-        """Whether a baseline or a return is used: both are sums over the list."""
+        """Whether a baseline or a return is used, because both are sums over the list."""
         return self.baseline == "value" or self.sums_returns
 
     @property
@@ -133,7 +133,7 @@ class ScalarKL(_Sampled):
 
 
 class GJS(_Sampled):
-    """Sampled-token generalised Jensen-Shannon: A = (1-beta) log(beta t(y)/s(y) + 1 - beta), beta on the teacher."""
+    """Sampled-token generalised Jensen-Shannon: A = (1-beta) log(beta t(y)/s(y) + 1 - beta)."""
 
     kind: Literal["gjs"] = "gjs"
     beta: Beta = 0.5
@@ -153,7 +153,7 @@ class TopKPolicyGradient(ObjectiveSettings):
 
 
 class _Direct(ObjectiveSettings):
-    """A loss on the teacher's whole list, differentiated through the student, without a sampled token or ratio."""
+    """A loss on the teacher's whole list, differentiated through the student; it needs no sampled token."""
 
     @property
     def needs_behavior(self) -> bool:
@@ -259,12 +259,12 @@ class CustomObjective(ObjectiveSettings):
 
     @property
     def needs_list(self) -> bool:
-        """The config's ``reads_list``."""
+        """Whether the config sets ``reads_list``."""
         return self.reads_list
 
     @property
     def needs_behavior(self) -> bool:
-        """The config's ``reads_sampled_token``."""
+        """Whether the config sets ``reads_sampled_token``."""
         return self.reads_sampled_token
 
     @model_serializer(mode="wrap")

@@ -52,16 +52,16 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this is rank 0, which alone writes."""
+        """Whether this is rank 0, the only one that writes files."""
         return self.rank == 0
 
     def slice(self, items: Sequence[T]) -> Sequence[T]:
-        """Take this rank's contiguous share of ``items``."""
+        """Return this rank's contiguous share of ``items``."""
         count = len(items)
         return items[self.rank * count // self.size : (self.rank + 1) * count // self.size]
 
     def most(self, value: int) -> int:
-        """Find the largest value of any rank."""
+        """Return the largest value over all ranks."""
         return max(self.gather(int(value)))
 
     def gather(self, value: T) -> list[T]:

@@ -46,7 +46,7 @@ class LearnerState:
 
     Attributes:
         values: JSON: version, steps skipped in a row, the objective's own state (TAID's schedule).
-        tensors: Optimiser state by "parameter name/entry", whole tensors (safetensors can hold them).
+        tensors: Optimiser state by "parameter name/entry", as unsharded tensors (for safetensors).
     """
 
     values: dict[str, Any]
@@ -65,7 +65,7 @@ class _Pass:
 
 
 class Learner:
-    """Takes optimiser steps on the student. ``version`` counts the steps taken, and labels rollouts.
+    """Takes optimiser steps on the student. ``version`` counts them; rollouts are labelled with it.
 
     Args:
         student: The model; its weights change only inside ``step``, under ``lock``.
@@ -243,7 +243,7 @@ class Learner:
         return LearnerState(values, collect_optimizer_tensors(self._optimizer, self._model.named))
 
     def load_state_dict(self, state: LearnerState) -> None:
-        """Continue from the ``state_dict()`` of a learner with the same parameters; refuse any other.
+        """Restore the ``state_dict()`` of a learner with the same parameters; refuse any other.
 
         Load the student's weights first: they are used as they are now.
         """

@@ -69,7 +69,7 @@ def _sum_returns(
 
 
 def compute_topk_gradient(objective: TopKPolicyGradient, view: TokenView) -> LossOutput:
-    """Compute the top-K policy gradient; at gamma > 0 the sampled token adds the discounted divergences that follow."""
+    """Compute the top-K policy gradient; at gamma > 0 add the returns of the sampled tokens."""
     reference, cap = _choose_reference(view)
     loss, counted = topk_policy_gradient_loss(
         view.logp_at_ids,
@@ -152,7 +152,7 @@ def compute_cross_entropy(objective: KD | TAID, view: TokenView) -> LossOutput:
 
 
 def compute_entropy_aware(objective: EntropyAware, view: TokenView) -> LossOutput:
-    """Compute both KLs, weighed by the teacher's entropy."""
+    """Compute the mix of both KLs, weighted by the teacher's entropy."""
     limit = math.log(view.vocab_size) if objective.h_max is None else objective.h_max
     rows = _move_zeros_to_tail(view, 1.0)
     per_row, low, high = entropy_aware_rows(view.logp_at_ids, rows, h_max=limit, vocab_size=view.vocab_size)

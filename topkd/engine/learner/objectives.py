@@ -36,7 +36,7 @@ from topkd.topk.samples import PreparedSample, TextSample
 from topkd.topk.types import Bool, Float32, Float64
 
 Score: TypeAlias = Callable[[MicroBatch[PreparedSample] | MicroBatch[TextSample], Tensor], Tensor]
-"""(batch, ids int64 [N, M]) -> exact student logprobs [N, M] with graph, at the batch's rows."""
+"""(batch, ids int64 [N, M]) -> exact student logprobs [N, M], differentiable, at the batch's rows."""
 
 
 @dataclass(frozen=True, slots=True)

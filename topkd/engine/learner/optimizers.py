@@ -48,7 +48,7 @@ def collect_optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[s
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Load the tensors of ``collect_optimizer_tensors``; refuse those of another student."""
+    """Load the tensors of ``collect_optimizer_tensors``; refuse the state of another student."""
     fresh: dict[str, dict[str, Any]] = {}
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")

@@ -35,7 +35,7 @@ class ParallelModel:
         self._layers = prepare_checkpointed_layers(student) if checkpointing else []
 
     def score(self, batch: MicroBatch[Any], ids: Tensor) -> Tensor:
-        """Compute student logprobs [N, M] at the batch's rows, with graph."""
+        """Compute student logprobs [N, M] at the batch's rows, differentiable."""
         return self.student.token_logprobs(batch.input_ids, batch.attention_mask, batch.rows, ids, self.precision)
 
     def count_rounds(self, batches: int) -> int:

@@ -140,7 +140,7 @@ class SampleFacts:
 
 
 def sample_facts(samples: Sequence[PreparedSample], vocab_size: int) -> SampleFacts:
-    """Collect the facts of one rank's samples."""
+    """Collect the statistics of one rank's samples."""
     missing = wanted = 0
     lows, highs, shares = ([np.zeros(0)] for _ in range(3))
     for sample in samples:

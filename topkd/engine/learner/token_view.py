@@ -1,4 +1,4 @@
-"""Inputs of a loss: the student's logprobs of a micro-batch, with graph, and the teacher's rows."""
+"""Inputs of a loss: the student's logprobs of a micro-batch (differentiable), and the teacher's rows."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class TokenView:
     """The N trained tokens of a micro-batch: complete sequences, one after another.
 
     Attributes:
-        logp_at_ids: float32 [N, K] with graph: exact log s at the teacher's listed ids, -inf at pads.
-        logp_new: float32 [N] with graph: exact log s of the realised token.
+        logp_at_ids: float32 [N, K], differentiable: exact log s at the teacher's listed ids, -inf at pads.
+        logp_new: float32 [N], differentiable: exact log s of the realised token.
         teacher: The teacher's rows: lists (K = 0 where the objective needs none), tails, realised tokens.
         behavior_logp: float32 [N], the realised token's logprob when it was sampled, fixed.
         importance: How ratios are bounded.
@@ -49,7 +49,7 @@ class LossOutput:
     """An objective's loss on a micro-batch, and its values for the run log.
 
     Attributes:
-        loss: Sum over the tokens, divided by the step's token count, with graph.
+        loss: Sum over the tokens, divided by the step's token count; differentiable.
         advantage: Each sampled token's advantage as the loss used it, float64 [N]; None for a loss without one.
         counts: For the run log, added up over the step.
         means: For the run log, averaged over the step's tokens.
@@ -66,7 +66,7 @@ TokenLoss: TypeAlias = Callable[[TokenView], Tensor]
 
 
 def select_teacher_rows(batch: MicroBatch[PreparedSample], vocab_size: int, *, lists: bool) -> TopK:
-    """Select the teacher's rows of a batch's tokens; move ids past the student's vocabulary to the tail.
+    """Select the teacher's rows of a batch's tokens; move ids outside the student's vocabulary to the tail.
 
     Without ``lists`` the rows have K = 0, and only their realised tokens.
     """
@@ -92,6 +92,6 @@ def require_list(sample: PreparedSample) -> TopK:
 
 
 def select_behavior_logp(batch: MicroBatch[PreparedSample]) -> Float32:
-    """Select the rollouts' own logprobs of a batch's tokens, float32 [N]; NaN = unknown."""
+    """Select the logprobs stored in the rollouts for a batch's tokens, float32 [N]; NaN = unknown."""
     pairs = zip(batch.samples, batch.picks, strict=True)
     return np.concatenate([sample.behavior.logp[pick] for sample, pick in pairs])

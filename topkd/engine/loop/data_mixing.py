@@ -40,7 +40,7 @@ def check_mixture(config: EngineConfig, rows: Sequence[PromptRow]) -> None:
     if count_on_policy_prompts(config) < config.rollout.prompts_per_step and not _pool(rows):
         what = f"objective {config.objective.name}" if config.objective.is_data_only else "on_policy_fraction below 1"
         raise ConfigError(
-            f"{what} learns from completions in the data, and no row has one",
+            f"{what} needs completions in the data, and no row has one",
             hint="give the rows completion, completion_ids or assistant turns",
         )
 

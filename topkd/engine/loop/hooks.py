@@ -17,10 +17,10 @@ class Queued:
     """A batch that was sampled from older weights and waits for its step. The current weights cannot sample it again.
 
     Attributes:
-        step: Which step will learn from it (from 0).
+        step: The step that will learn from it (from 0).
         version: The weights that it was sampled from.
         versions: The policy versions that its rollouts carry.
-        sample_s: How long it took to sample.
+        sample_s: Seconds that sampling took.
         places: Index of each rollout's row in the run's rows; None when a row is not one of them.
         rollouts: The rollouts; None when their source (a cache, a replay) can supply them again.
     """
@@ -52,7 +52,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """Called by the loop, in its order.
+    """Functions that the loop calls at fixed points.
 
     Attributes:
         evaluate: Called in a thread before the first step, every ``eval_every`` steps and after the last. Returns one

@@ -41,7 +41,7 @@ STOP_GRACE_S = 10.0  # how long a stopped run waits for what only older weights 
 
 @dataclass(frozen=True, slots=True)
 class LoopParts:
-    """Inputs of the loop. Data only.
+    """Inputs of the loop.
 
     Attributes:
         config: Settings of the loop.
@@ -286,12 +286,12 @@ class _Run:
         return True
 
     async def should_stop(self) -> bool:
-        """Ask all processes whether one of them is to stop."""
+        """Return whether any of the processes is to stop."""
         return bool(await asyncio.to_thread(self.ranks.most, int(self.stop.is_set())))
 
 
 def _compute_staleness(step: int, drawn: InFlight) -> int | None:
-    """Count the versions between the weights that sampled and those that learn; None where nothing was sampled."""
+    """Count how many versions older the sampling weights are than the learning ones; None if nothing was sampled."""
     if not set(drawn.versions) - {DATA}:
         return None
     numbered = [int(version) for version in drawn.versions if version.isdecimal()]

@@ -84,7 +84,7 @@ def read_metrics(path: Path, kind: str | None = None, *, end: int | None = None)
 
 
 def drop_timings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop seconds (``*_s``) and traffic from a record: what is left is the same in a repeated or resumed run."""
+    """Drop seconds (``*_s``) and traffic from a record; the rest is the same in a repeated or resumed run."""
     return {key: value for key, value in record.items() if not key.endswith("_s") and key not in TRAFFIC}
 
 

@@ -97,11 +97,11 @@ class BatchPipeline:
         self.published, self.sampled = WaitableCounter(start.step - 1), WaitableCounter(start.step)
 
     def start(self, group: asyncio.TaskGroup) -> None:
-        """Start publishing and sampling; the tasks end with the last version, ``stop``, or the group."""
+        """Start publishing and sampling; the tasks end after the last version, on ``stop``, or with the group."""
         self._tasks += [group.create_task(self._publish_versions()), group.create_task(self._sample_batches(group))]
 
     def batch(self, step: int) -> InFlight:
-        """Return a step's sampled batch, perhaps still being scored; it stays until ``release``."""
+        """Return a step's sampled batch, which may still be being scored; it is kept until ``release``."""
         return self._flying[step - self._flying[0].step]
 
     def release(self, step: int) -> None:
@@ -110,7 +110,7 @@ class BatchPipeline:
             self._flying.popleft()
 
     def queue(self, step: int) -> tuple[Queued, ...]:
-        """List the batches in flight after ``step`` steps that older weights have sampled."""
+        """List the batches in flight after ``step`` steps that were sampled from older weights."""
         places = {id(row): place for place, row in enumerate(self._rows)}
         held = []
         for batch in self._flying:
@@ -126,7 +126,7 @@ class BatchPipeline:
         return (*held, *self._queued)
 
     def stop(self) -> None:
-        """Cancel all work under way; nothing new begins."""
+        """Cancel all work in progress, and start no more."""
         for task in self._tasks:
             task.cancel()
 

@@ -178,7 +178,7 @@ def check_support(support: Support, teachers: Mapping[str, TeacherScorer]) -> No
 
 
 async def move_to_support(teacher: TeacherScorer, ids: Ids, scores: TopK, rollout: Rollout, support: Support) -> TopK:
-    """Return the teacher's rows with the list that ``support`` names; the realised tokens stay the same."""
+    """Return the teacher's rows with the lists that ``support`` names; the realised tokens stay the same."""
     if support == "teacher":
         return scores
     if rollout.topk is None:
@@ -208,7 +208,7 @@ def build_support_rows(scores: TopK, wanted: Int32, values: Float32, support: Su
         logp = np.concatenate([scores.logp.astype(np.float64), np.where(new, logp, -np.inf)], axis=1)
     order = np.lexsort((-logp, ids < 0), axis=1)  # by logprob, pads behind an id whose probability is zero
     ids, logp = np.take_along_axis(ids, order, axis=1), np.take_along_axis(logp, order, axis=1)
-    # A hole stays a hole: a row that the teacher could not answer has no list to add to.
+    # A hole stays a hole: ids are not added to a row without a teacher's list.
     hole = ~scores.signal
     rest = 1.0 - np.exp(logp).sum(axis=1)
     if support == "union":

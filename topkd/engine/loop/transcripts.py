@@ -32,7 +32,7 @@ _ROWS_AT_ONCE = 256  # bounds the [rows, V] temporaries
 
 @dataclass(frozen=True, slots=True)
 class TranscriptLimits:
-    """How much of a run is recorded.
+    """Limits on how much of a run is recorded.
 
     Attributes:
         moments: Steps to record, first and last included.
@@ -103,7 +103,7 @@ class TranscriptRecorder:
                 self.problem(f"rollouts are no longer recorded: {self.path}: {error.strerror}")
 
     def record(self, step: int, sample: PreparedSample) -> dict[str, Any]:
-        """Describe one rollout as plain values."""
+        """Describe one rollout in plain Python values."""
         core, tokens = sample.core, min(self.limits.max_tokens, sample.core.completion_len)
         teacher = sample.teacher if isinstance(sample, TopKPreparedSample) else TopK.from_lists([None] * tokens)
         teacher = teacher.within(self.student.vocab_size)
@@ -200,7 +200,7 @@ class TranscriptRecorder:
 
 
 def _choose_spread(samples: Sequence[PreparedSample], count: int) -> list[PreparedSample]:
-    """Choose ``count`` samples spread over the batch, as neighbours share a prompt."""
+    """Choose ``count`` samples spread over the batch, because neighbours share a prompt."""
     places = sorted({int(place) for place in np.linspace(0, len(samples) - 1, min(count, len(samples)))})
     return [samples[place] for place in places]
 
@@ -211,7 +211,7 @@ def _list_pairs(ids: list[int], logps: list[float]) -> list[tuple[int, float]]:
 
 
 def _round_short(value: float) -> float:
-    """Round to four digits, enough to look at."""
+    """Round to four digits, for display."""
     return float(f"{float(value):.4g}")
 
 

@@ -37,7 +37,7 @@ async def to_thread_uncancelled(
 
 
 def root_exception(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Find the error that ended a group, however deep."""
+    """Find the error that ended an exception group, at any depth."""
     error: BaseException = errors
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

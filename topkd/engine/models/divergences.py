@@ -19,7 +19,7 @@ _ROWS_AT_ONCE = 2048  # bounds the [rows, V] float64 temporaries
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A sequence and where its scored part begins: positions ``prompt_len ..`` are compared.
+    """A sequence whose positions from ``prompt_len`` on are compared.
 
     Attributes:
         ids: int32 [T], prompt and continuation.
@@ -47,7 +47,7 @@ def exact_divergences(student: Student, teacher: Student, probes: Sequence[Probe
     if not probes:
         raise ConfigError("no sequences to evaluate on")
     if student.vocab_size != teacher.vocab_size:
-        raise AlignmentError("vocabularies differ", got=student.vocab_size, expected=teacher.vocab_size)
+        raise AlignmentError("the vocabularies differ in size", got=student.vocab_size, expected=teacher.vocab_size)
     sums, count = torch.zeros(4, dtype=torch.float64), 0
     ordered = sorted(probes, key=lambda probe: probe.ids.size)
     for begin in range(0, len(ordered), _AT_ONCE):

@@ -14,7 +14,7 @@ from topkd.topk.errors import ConfigError
 
 
 def with_adapter(model: Any, config: LoRAConfig, seed: int = 0) -> Any:
-    """Wrap a model in a fresh peft adapter: only the adapter (and ``modules_to_save``) trains.
+    """Wrap a model with a new peft adapter: only the adapter (and ``modules_to_save``) trains.
 
     A new adapter does not change the model's output; the same seed gives the same adapter.
     """
@@ -62,12 +62,12 @@ def unwrap_adapter(model: Any) -> Any:
 
 
 def merge_adapter(model: Any) -> Any:
-    """Copy the model with the adapter added into its weights: an ordinary Hugging Face model."""
+    """Copy the model, and merge the adapter into the copy's weights: an ordinary Hugging Face model."""
     return copy.deepcopy(model).merge_and_unload() if has_adapter(model) else model
 
 
 def head_weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Return an output head's weight [V, H] and bias [V] or None, with graph, adapters included."""
+    """Return an output head's weight [V, H] and bias [V] or None, differentiable, adapters included."""
     head, inner, weight = _find_weight(head)
     if inner is not head:  # W + scaling B A; peft computes it without detaching it
         weight = weight + head.get_delta_weight(_active(head)).to(weight.dtype)  # type: ignore[operator]

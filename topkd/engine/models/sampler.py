@@ -97,7 +97,7 @@ class InProcessSampler:
 
     def _check(self, params: SamplingParams) -> None:
         if not params.exact:
-            raise ConfigError("in-process sampling takes temperature 1, no truncation and no penalties", got=params)
+            raise ConfigError("in-process sampling needs temperature 1, and no truncation or penalties", got=params)
 
     def _drawn(self, logp: Tensor, params: SamplingParams, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         return torch.multinomial(logp.exp(), 1, generator=generator)
@@ -175,7 +175,7 @@ class AnswerSampler(InProcessSampler):
     def _check(self, params: SamplingParams) -> None:
         if not replace(params, temperature=1.0).exact:
             raise ConfigError(
-                "an in-process evaluation takes any temperature, but no truncation and no penalties", got=params
+                "an in-process evaluation can use any temperature, but no truncation or penalties", got=params
             )
 
     def _drawn(self, logp: Tensor, params: SamplingParams, generator: torch.Generator) -> Tensor:

@@ -91,7 +91,7 @@ class Student:
     def token_logprobs(
         self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, ids: Tensor, precision: Precision = FULL
     ) -> Tensor:
-        """Compute exact log s at ``ids`` [N, M] (-1 pads give -inf), float32 with graph, without N x V logits."""
+        """Compute exact log s at ``ids`` [N, M] (-1 pads give -inf), differentiable float32, without N x V logits."""
         return split_logprobs(self.backbone, self.head, input_ids, attention_mask, rows, ids, precision)
 
     def known(self, ids: ArrayLike) -> NDArray[np.int64]:
@@ -126,7 +126,7 @@ class Student:
 
     @torch.inference_mode()
     def _check_head(self) -> None:
-        """Refuse a model that soft-caps or scales its logits after the head."""
+        """Refuse a model that changes its logits after the head (soft-capping or scaling)."""
         ids = torch.arange(1, 5, device=self.device)[None] % self.vocab_size
         whole = self.model(input_ids=ids).logits.float()
         rows = self.logit_rows(ids, torch.ones_like(ids), torch.arange(4, device=self.device))
@@ -189,7 +189,7 @@ def pick_device(device: Device) -> torch.device:
 
 
 def load_causal_lm(path: str, dtype: DType = "float32") -> Any:
-    """Load a Hugging Face causal LM from a folder or a hub id; any failure is one ConfigError."""
+    """Load a Hugging Face causal LM from a folder or a hub id; raise ConfigError on any failure."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 

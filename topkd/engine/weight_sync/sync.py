@@ -41,7 +41,7 @@ _STALE_NATS = 1e-4  # root mean square below which versions cannot be told apart
 
 @dataclass(frozen=True, slots=True)
 class SyncProbe:
-    """Contexts at which learner and sampler must give the same next-token distribution after every push.
+    """Contexts at which learner and sampler must have the same next-token distribution after every push.
 
     The learner's rows are computed when the weights are captured, so both sides are compared at one version even if the
     learner has moved on. ``kl`` is the mean of expm1(d) - d over the sampled tokens, with d = log learner - log
@@ -114,7 +114,7 @@ class SyncProbe:
                 where=where,
                 got=f"KL {kl:.3g} nats, largest difference of a token {worst:.3g} nats",
                 expected=f"at most {self.limit_nats:g}",
-                hint="does it serve the student's own base model, untempered and unquantised?",
+                hint="does it serve the student's own base model, at temperature 1 and not quantised?",
             )
         distance = float(np.mean((own_logp - served_logp) ** 2))
         for name, former in (older or {}).items():
@@ -206,7 +206,7 @@ class SyncedSampler:
         self._turn = asyncio.Lock()
 
     def capture(self, version: int) -> None:
-        """Write the learner's weights and take the probe's rows, if this version is to be pushed; runs in a thread."""
+        """Write the learner's weights and compute the probe's rows, if this version is due; runs in a thread."""
         if self.version >= 0 and version % self.every:
             return
 
@@ -274,7 +274,7 @@ class SyncedSampler:
         """Sample n rollouts for each prompt, each prompt with its own seed; a failed prompt gives aborted rollouts."""
         if not params.exact:
             raise ConfigError(
-                "a served student is sampled at temperature 1, without truncation and penalties", got=params
+                "a student on a server must be sampled at temperature 1, without truncation or penalties", got=params
             )  # fmt: skip
         async with self._alone():
             sampler, version = self._sampler, self.version
@@ -349,7 +349,7 @@ class SyncedSampler:
 
     @contextlib.asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
-        """Make sampling and pushes take turns, unless the server holds both versions."""
+        """Let sampling and pushes run only in turn, unless the server can hold both versions."""
         if self.destination.publish_while_sampling:
             yield
         else:

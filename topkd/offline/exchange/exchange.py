@@ -110,7 +110,7 @@ def _import_file(file: Path, store: ScoreStore) -> Exchange:
         rollouts = "completion_ids" in names
         missing = (ROLLOUT_COLUMNS if rollouts else {"ids", "start", "topk_ids", "topk_logp"}) - names
         if missing:
-            raise DataError("Parquet file lacks columns", where=str(file), got=", ".join(source.schema_arrow.names),
+            raise DataError("the Parquet file lacks columns", where=str(file), got=", ".join(source.schema_arrow.names),
                             expected=", ".join(sorted(missing)))  # fmt: skip
         rows = (row for batch in read_batches(source, file, batch_size=_BATCH) for row in batch.to_pylist())
         if not rollouts:

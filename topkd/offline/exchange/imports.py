@@ -254,7 +254,7 @@ def _build_scores(lists: _Lists) -> TopK:
 
 @dataclass(frozen=True, slots=True)
 class DistillKitLayout:
-    """The compression settings of a capture, as its ``compression_config.yaml`` names them."""
+    """The compression settings of a capture, as in its ``compression_config.yaml``."""
 
     vocabulary: int
     k: int
@@ -299,7 +299,7 @@ class DistillKitLayout:
 
     @property
     def exact(self) -> bool:
-        """True when the captured values are the server's, unrounded."""
+        """Whether the captured values are the server's unrounded values."""
         return self.exact_k == self.k and self.exact_dtype in {"float32", "float64"} and not self.delta
 
     @property

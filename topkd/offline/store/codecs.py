@@ -55,11 +55,11 @@ class Unpacker:
         self._left = worth_it
 
     def lists(self, low: Array, high: Array, bits: Array) -> tuple[Int32, Float32] | None:
-        """Unpack lists with 2 high bits and plain logprobs; None means that NumPy is to do it.
+        """Unpack lists with 2 high bits and plain logprobs; return None to leave it to NumPy.
 
         Args:
             low: u16, low halves of the ids.
-            high: u8, four high parts a byte.
+            high: u8, four high parts per byte.
             bits: u16, float16 patterns, finite and with the sign bit set.
         """
         if low.size < _SMALL or low.size % 4:
@@ -77,7 +77,7 @@ class Unpacker:
 
 @functools.cache
 def load_unpacker() -> Kernel | None:
-    """Compile the loop; None where numba is missing or refuses this NumPy."""
+    """Compile the loop; return None if numba is missing or does not support this NumPy."""
     if importlib.util.find_spec("numba") is None:
         return None
     try:
@@ -225,7 +225,7 @@ def make_unchecked_topk(  # noqa: PLR0917 - the fields of TopK, in their order
 
 
 def narrow_scores(scores: TopK, start: int, k: int) -> TopK:
-    """Cut scores to rows from ``start`` on and k columns; add the dropped mass to the tail."""
+    """Return only the rows from ``start`` on and k columns; add the dropped mass to the tail."""
     skip = start - scores.start
     if k < scores.k:
         if k:
@@ -342,7 +342,7 @@ def _inflate(shape: Shape, payload: memoryview) -> memoryview:
 
 
 def _cut(payload: memoryview, order: Sequence[tuple[str, int]]) -> list[NDArray[Any]]:
-    """Cut a payload into consecutive arrays; raise CacheCorruptError where its length is wrong."""
+    """Split a payload into consecutive arrays; raise CacheCorruptError if its length is wrong."""
     arrays, position = [], 0
     try:
         for dtype, count in order:

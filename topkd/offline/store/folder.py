@@ -18,7 +18,7 @@ _BEGUN = f".{FORMAT_FILE}."
 
 
 def open_folder(path: Path, *, create: bool) -> None:
-    """Check that a folder is a cache of a readable version; create it when asked to."""
+    """Check that a folder is a cache of a readable version; create one if ``create`` is set."""
     marker = path / FORMAT_FILE
     if create:
         try:

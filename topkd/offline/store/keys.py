@@ -40,7 +40,7 @@ class TeacherIdentity:
 
     def __post_init__(self) -> None:
         if not self.name.strip():
-            raise ConfigError("teacher identity without a name", hint="give the server's model name")
+            raise ConfigError("the teacher identity has no name", hint="give the server's model name")
         for field, value in asdict(self).items():
             if "://" in value:
                 # The same teacher behind two addresses is one teacher, and an address may carry credentials.
@@ -50,11 +50,11 @@ class TeacherIdentity:
                     hint="use the server's model name and a revision or fingerprint",
                 )
         if not self.semantics:
-            raise ConfigError("teacher identity without logprob semantics", expected=RAW_LOGPROBS)
+            raise ConfigError("the teacher identity has no logprob semantics", expected=RAW_LOGPROBS)
 
     @property
     def digest(self) -> bytes:
-        """32 bytes that every key of this teacher depends on."""
+        """Hash of the identity, 32 bytes, which every key of this teacher depends on."""
         return _digest(self)
 
     @property
@@ -86,7 +86,7 @@ def _digest(identity: TeacherIdentity) -> bytes:
 
 @lru_cache(maxsize=256)
 def _score_hash(identity: TeacherIdentity) -> hashlib.blake2b:
-    """Return the hash state that every score key of a teacher starts from (saves a third of a key's cost)."""
+    """Return the hash state from which every score key of a teacher starts (saves a third of a key's time)."""
     return hashlib.blake2b(digest_size=KEY_BYTES, key=identity.digest, person=b"score")
 
 
@@ -96,7 +96,7 @@ def to_identity(teacher: Teacher) -> TeacherIdentity:
 
 
 def check_token_array(ids: Ids) -> Int32:
-    """Return int32 [N]; refuse what is not one-dimensional, integer and non-negative."""
+    """Return int32 [N]; refuse ids that are not one-dimensional, integer and non-negative."""
     array = np.asarray(ids)
     if array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
         raise DataError("token ids must be a non-empty list of integers", got=f"{array.dtype} {array.shape}")

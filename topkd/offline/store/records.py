@@ -69,7 +69,7 @@ class Header(NamedTuple):
 
     @property
     def span(self) -> int:
-        """Bytes from this header to the next."""
+        """Number of bytes from this header to the next."""
         return ALIGN + -(-self.size // ALIGN) * ALIGN
 
 
@@ -128,7 +128,7 @@ def build_score_record(
 def build_rollout_record(
     identity: TeacherIdentity, key: bytes, rollouts: Sequence[Rollout], *, codec: CodecName, asked: int
 ) -> tuple[Header, bytes]:
-    """Build header and payload of one request's rollouts; their logprobs are exact, lists use the codec."""
+    """Build header and payload of one request's rollouts; sampled logprobs are exact, lists use ``codec``."""
     described: list[dict[str, Any]] = []
     body: list[bytes] = []
     for rollout in rollouts:
@@ -169,7 +169,7 @@ def build_identity_record(identity: TeacherIdentity) -> tuple[Header, bytes]:
 
 def _add_header(kind: int, shape: Shape, payload: bytes, *, asked: int, tag: int, key: bytes) -> tuple[Header, bytes]:
     if len(payload) > _MAX_PAYLOAD:
-        raise CacheError("one record would be over 4 GiB", got=f"{shape.rows} rows x {shape.width}", hint="lower K")
+        raise CacheError("a record would be over 4 GiB", got=f"{shape.rows} rows x {shape.width}", hint="lower K")
     return Header(
         kind, shape.codec, shape.high_bits, shape.flags, shape.start, shape.rows, shape.width, asked, len(payload),
         tag, key, xxhash.xxh3_64_intdigest(payload),
@@ -185,7 +185,7 @@ def _decode_rollouts(header: Header, payload: memoryview) -> list[Rollout]:
     position = _ROLLOUT_HEAD.size + size
     described = json.loads(bytes(payload[_ROLLOUT_HEAD.size : position]))["rollouts"]
     if len(described) != header.start:
-        raise CacheCorruptError("a rollout record is inconsistent", got=len(described), expected=header.start)
+        raise CacheCorruptError("a rollout record and its header differ", got=len(described), expected=header.start)
 
     def take(dtype: str, count: int) -> Any:
         nonlocal position

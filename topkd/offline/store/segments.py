@@ -98,7 +98,7 @@ class Segment:
 
     @property
     def size(self) -> int:
-        """Bytes in the file now."""
+        """Current size of the file in bytes."""
         return self._map.size() if self._map is not None else os.fstat(self._fd).st_size
 
     def read(self, offset: int) -> Record:
@@ -210,7 +210,7 @@ class Segment:
 
 
 def read_index(path: Path) -> tuple[SortedIndex, int] | str | None:
-    """Read the index and the end of its data; return a message when damaged, None when absent."""
+    """Read an index and the end of its segment's data; return a message if it is damaged, None if it is absent."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -119,7 +119,7 @@ class ScoreStore:
         version: str = "",
         occurrence: int = 0,
     ) -> list[Rollout] | None:
-        """Return n stored rollouts (None: all) of exactly this request with lists of at least k, or None."""
+        """Return n stored rollouts (n None: all) of exactly this request, with lists of at least k; else None."""
         key = compute_rollout_key(
             to_identity(student), check_token_array(prompt_ids), params, version=version, occurrence=occurrence
         )
@@ -148,7 +148,7 @@ class ScoreStore:
         self.keep_rollouts(identity, key, rollouts, k=k)
 
     def keep_rollouts(self, student: Teacher, key: bytes, rollouts: Sequence[Rollout], *, k: int = 0) -> None:
-        """Write rollouts of a request whose key is known from another cache."""
+        """Write the rollouts of a request by its key, as copied from another cache."""
         identity, k = to_identity(student), check_asked_k(k)
         with self._lock:
             if self._read(key, ROLLOUT, len(rollouts), k) is not None:
@@ -194,7 +194,7 @@ class ScoreStore:
         """Iterate over records in disk order; damaged ones are skipped and listed in ``damage``.
 
         Args:
-            kinds: Which kinds.
+            kinds: The kinds of records.
             live: Only records that ``get`` may return: no superseded ones and no duplicates.
         """
         with self._lock:
@@ -352,7 +352,7 @@ def open_store(path: str | Path, mode: Mode = "r") -> ScoreStore:
 
 
 def check_request(tokens: int, start: int, k: int) -> None:
-    """Check a start within the sequence, and a K."""
+    """Check that the start is within the sequence and K is not negative."""
     if not 0 <= start < tokens:
         raise ConfigError("score request: start out of range", got=start, expected=f"0..{tokens - 1}")
     if k < 0:
@@ -368,7 +368,7 @@ def check_asked_k(asked: object) -> int:
 
 
 def check_stored_scores(ids: Int32, scores: TopK) -> None:
-    """Check that rows reach the end of the sequence and hold its own tokens."""
+    """Check that the rows reach the end of the sequence and have its tokens as realised tokens."""
     expected = ids.size - 1 - scores.start
     if scores.rows != expected:
         raise AlignmentError("scores do not reach to the end of their sequence", got=scores.rows, expected=expected)
@@ -377,7 +377,7 @@ def check_stored_scores(ids: Int32, scores: TopK) -> None:
     if wrong.any():
         row = int(np.argmax(wrong))
         raise AlignmentError(
-            "scores of another sequence",
+            "the scores belong to another sequence",
             where=f"row {row}",
             got=f"token {scores.actual_ids[row]}",
             expected=f"token {ids[scores.start + 1 + row]}",

@@ -36,6 +36,13 @@ class PendingJob:
     sequences: list[GeneratedSequence] = field(default_factory=list)
     answer: Answer = field(default_factory=lambda: Answer([]))
     begun: bool = False
+    on_step: Callable[[], None] | None = None  # called in the loop after a step, once ``drawn`` is of that step
+    drawn: list[tuple[int, bool]] = field(default_factory=list)  # tokens of each sequence, and whether it has ended
+
+    def cancel(self) -> None:
+        """Stop its work at the next step; nobody waits for it."""
+        self.cancelled = True
+        self.future.cancel()
 
     @property
     def open(self) -> bool:
@@ -56,6 +63,11 @@ def resolve_future(
         else:
             future.set_result(value)  # type: ignore[arg-type]
 
+    call_in_loop(loop, act)
+
+
+def call_in_loop(loop: asyncio.AbstractEventLoop, act: Callable[[], None]) -> None:
+    """Call a function in a loop from another thread, unless the loop is closed."""
     try:
         loop.call_soon_threadsafe(act)
     except RuntimeError:
@@ -91,13 +103,25 @@ class Engine:
         """Run jobs and return their answers in order; cancelling the caller cancels them.
 
         Raises:
-            Refusal: A job is too large (400), the queue is full or the server paused (503),
-                or the model failed on it (500).
+            Refusal: As ``start``, or the model failed on a job (500).
+        """
+        pending_jobs = self.start(jobs)
+        try:
+            return list(await asyncio.gather(*(pending.future for pending in pending_jobs)))
+        finally:
+            for pending in pending_jobs:
+                pending.cancelled = True
+
+    def start(self, jobs: list[EngineJob], on_step: Callable[[], None] | None = None) -> list[PendingJob]:
+        """Queue jobs; their futures are of the running loop. Whoever leaves them must cancel them.
+
+        Raises:
+            Refusal: A job is too large (400), or the queue is full or the server paused (503).
         """
         for job in jobs:
             check_sequences(job, self._context, self._config.max_kv_tokens)
         loop = asyncio.get_running_loop()
-        pending_jobs = [PendingJob(job, loop, loop.create_future()) for job in jobs]
+        pending_jobs = [PendingJob(job, loop, loop.create_future(), on_step=on_step) for job in jobs]
         with self._wake:
             if self._mode is not None and self._config.when_paused == "refuse":
                 raise generation_paused()
@@ -108,11 +132,7 @@ class Engine:
             self._start()
             self._waiting.extend(pending_jobs)
             self._wake.notify()
-        try:
-            return list(await asyncio.gather(*(pending.future for pending in pending_jobs)))
-        finally:
-            for pending in pending_jobs:
-                pending.cancelled = True
+        return pending_jobs
 
     async def call(self, work: Callable[[], T]) -> T:
         """Run ``work`` in the model thread between two steps."""
@@ -244,6 +264,10 @@ class Engine:
             self._stale.clear()
             self._fail(error, list(self._running))
         self._settle_finished()
+        for pending in self._running:
+            if pending.on_step is not None:
+                pending.drawn = [(len(sequence.out.token_ids), sequence.done) for sequence in pending.sequences]
+                call_in_loop(pending.loop, pending.on_step)
 
     def _next_batches(self) -> list[list[PendingJob]]:
         """Take waiting jobs of one adapter that fit, and split them into batches of similar length."""

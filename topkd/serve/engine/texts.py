@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from topkd.serve.engine.jobs import Completion
@@ -135,6 +135,10 @@ class Endings:
         both = self._decode([*context, *shown], skip=skip)
         return both[len(before) :] if both.startswith(before) else self._decode(shown, skip=skip)
 
+    def grow(self, sequence: GeneratedSequence) -> GrowingText:
+        """Return the text of a completion in progress, which is nothing yet."""
+        return GrowingText(sequence, lambda ids: self._decode(ids, skip=sequence.sampling.skip_special_tokens))
+
     def _finished(self, context: list[int], ids: list[int], *, skip: bool) -> list[int]:
         """Drop the ids at the end that only begin a character."""
         for end in range(len(ids), 0, -1):
@@ -178,3 +182,52 @@ class Endings:
         out.text = text[: place + len(word)] if sampling.include_stop else text[:place]
         sequence.done, out.finish_reason, out.stop_reason = True, "stop", word
         return True
+
+
+class GrowingText:
+    """The text of a completion in progress, as far as no later token changes it.
+
+    Each call decodes a few tokens only. What ``take`` returned is the beginning of the text of ``Endings.finish``.
+
+    Args:
+        sequence: The completion.
+        decode: Decodes ids.
+    """
+
+    def __init__(self, sequence: GeneratedSequence, decode: Callable[[list[int]], str]) -> None:
+        self._out, self._decode = sequence.out, decode
+        context = list(sequence.job.ids[-6:])
+        self._ids = [] if decode(context).endswith(UNFINISHED) else context
+        self._begin, self._shown = 0, len(self._ids)  # ids before the first are settled, up to the second in the text
+        self._text, self._count, self._taken = "", 0, 0
+        stop = () if sequence.sampling.include_stop else sequence.sampling.stop
+        self._held = max(map(len, stop), default=1) - 1  # characters that may be the beginning of a stop string
+
+    def take(self, count: int) -> str:
+        """Return what is new in the text of the first ``count`` tokens."""
+        for token in self._out.token_ids[self._count : count]:
+            self._ids.append(token)
+            before, now = self._decode(self._ids[self._begin : self._shown]), self._decode(self._ids[self._begin :])
+            if len(now) > len(before) and not now.endswith(UNFINISHED):
+                self._text += now[len(before) :]
+                self._begin, self._shown = self._shown, len(self._ids)
+        self._count = count
+        return self._cut(max(self._taken, len(self._text) - self._held))
+
+    def finish(self, text: str) -> str:
+        """Return what the whole text has beyond what was taken.
+
+        Raises:
+            Refusal: The tokenizer changes earlier text when tokens follow (500).
+        """
+        if not text.startswith(self._text[: self._taken]):
+            message = (
+                "The text of this tokenizer changes as tokens follow, so it cannot be streamed: send stream=false."
+            )
+            raise Refusal(message, status=500, kind="InternalServerError")
+        self._text = text
+        return self._cut(len(text))
+
+    def _cut(self, end: int) -> str:
+        piece, self._taken = self._text[self._taken : end], end
+        return piece

@@ -12,10 +12,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from topkd.serve.engine.jobs import Answer, Completion, EngineJob
-from topkd.serve.engine.refusal import Refusal
+from topkd.serve.engine.refusal import Refusal, bad_parameter
 from topkd.serve.engine.served import Served
 from topkd.serve.routes import replies
-from topkd.serve.routes.openai import count_shown_entries, refuse_streams
+from topkd.serve.routes.openai import count_shown_entries, refuse_streamed_scores
 from topkd.serve.routes.prompts import too_long
 from topkd.serve.routes.requests import GenerateBody, check_candidate_ids, check_k, check_max_tokens, check_prompt_ids
 from topkd.serve.routes.unsupported import refuse_unsupported
@@ -45,7 +45,10 @@ def _plan(served: Served, body: GenerateBody) -> EngineJob:
         raise Refusal("output_mode='text' requires sampling_params.detokenize to be true")
     if body.stream and fields.prompt_logprob_token_ids is not None:
         raise Refusal("prompt_logprob_token_ids are not available when stream=true.")
-    refuse_streams(stream=body.stream, prompt_logprobs=fields.prompt_logprobs)
+    refuse_streamed_scores(stream=body.stream, prompt_logprobs=fields.prompt_logprobs)
+    if body.stream:
+        message = "topkd serve streams on the OpenAI routes only: send stream=false."
+        raise bad_parameter(message, "stream", value=True)
     limit = served.config.max_logprobs
     scored = check_k(fields.prompt_logprobs, served.vocab, limit, what="prompt")
     logprobs = check_k(fields.logprobs, served.vocab, limit, what="sample")

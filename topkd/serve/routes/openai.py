@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,11 @@ from topkd.serve.routes.requests import (
     check_max_tokens,
     check_prompt_ids,
 )
+from topkd.serve.routes.streaming import ChunkHead, Delta, EventStream, JobStream
 from topkd.serve.routes.unsupported import refuse_tool_calls, refuse_unsupported
 from topkd.serve.routes.wire import cancel_if_disconnected, json_reply, list_routes, read
+
+PromptRows = list[dict[str, Any] | None] | None  # of the tokens of a prompt, the first one's None
 
 
 def list_openai_routes(served: Served) -> list[Route]:
@@ -34,12 +37,18 @@ def list_openai_routes(served: Served) -> list[Route]:
     async def completions(request: Request) -> Response:
         body = await read(request, CompletionBody, served.config.max_body_bytes)
         plan = _plan_completions(served, body)
+        if body.stream:
+            jobs = JobStream(served, plan.jobs)
+            return EventStream(jobs, _stream_completions(served, body, plan, jobs))
         answers = await cancel_if_disconnected(request, served.engine.submit(plan.jobs))
         return json_reply(await asyncio.to_thread(_completions_reply, served, body, plan, answers))
 
     async def chat(request: Request) -> Response:
         body = await read(request, ChatBody, served.config.max_body_bytes)
         job, text = _plan_chat(served, body)
+        if body.stream:
+            jobs = JobStream(served, [job])
+            return EventStream(jobs, _stream_chat(served, body, text, jobs))
         [answer] = await cancel_if_disconnected(request, served.engine.submit([job]))
         reply = await asyncio.to_thread(_chat_reply, served, body, job, answer)
         return json_reply(reply | ({"prompt_text": text} if body.return_prompt_text else {}))
@@ -47,12 +56,16 @@ def list_openai_routes(served: Served) -> list[Route]:
     return list_routes({"/v1/completions": completions, "/v1/chat/completions": chat}, "POST")
 
 
-def refuse_streams(*, stream: bool | None, prompt_logprobs: int | None) -> None:
-    """Refuse streaming requests."""
+def refuse_streamed_scores(*, stream: bool | None, prompt_logprobs: int | None) -> None:
+    """Refuse to stream the scores of a prompt: chunks have no field for them."""
     if stream and prompt_logprobs is not None:
         raise bad_parameter("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
-    if stream:
-        raise bad_parameter("This server does not stream: send stream=false.", "stream", value=True)
+
+
+def _check_stream(body: OpenAIBody) -> None:
+    refuse_streamed_scores(stream=body.stream, prompt_logprobs=body.prompt_logprobs)
+    if body.stream_options and not body.stream:
+        raise bad_parameter("Stream options can only be defined when `stream=True`.", "stream_options")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +78,7 @@ class _Plan:
 def _plan_completions(served: Served, body: CompletionBody) -> _Plan:
     adapter = served.adapter_of(body.model)
     refuse_unsupported(body)
-    refuse_streams(stream=body.stream, prompt_logprobs=body.prompt_logprobs)
+    _check_stream(body)
     check_room(served, body, body.max_tokens, "max_tokens")
     _check_named_ids(body, shows=body.logprobs is not None, expected="set")
     limit = served.config.max_logprobs
@@ -97,31 +110,71 @@ def count_shown_entries(sampling: SamplingJob) -> int:
     return max(sampling.logprobs or 0, 1 + len(sampling.logprob_token_ids) if sampling.logprob_token_ids else 0)
 
 
+def _show_completion(
+    served: Served, body: CompletionBody, plan: _Plan, delta: Delta, rows: PromptRows, *, offset: int = 0
+) -> dict[str, Any]:
+    """Build the text and logprobs of a choice, or of a part of it; the first part repeats an echoed prompt."""
+    job, first = plan.jobs[delta.job], delta.drawn.start == 0
+    text = delta.text if plan.show_drawn else ""
+    if body.echo and first and not body.return_token_ids:
+        text = served.words.decode(list(job.ids)) + text
+    logprobs = None
+    if plan.logprobs is not None:
+        logprobs = replies.completion_logprobs(
+            delta.out,
+            served.words,
+            k=count_shown_entries(job.sampling),
+            as_ids=bool(body.return_tokens_as_token_ids),
+            drawn=delta.drawn if plan.show_drawn else range(0),
+            echoed=list(zip(job.ids, rows, strict=True)) if body.echo and first and rows else [],
+            offset=offset,
+        )
+    return {"text": text, "logprobs": logprobs}
+
+
+async def _stream_completions(
+    served: Served, body: CompletionBody, plan: _Plan, jobs: JobStream
+) -> AsyncGenerator[dict[str, Any], None]:
+    envelope = served.envelope("cmpl", "text_completion", body.model)
+    head = ChunkHead(envelope, body.stream_options, [len(job.ids) for job in plan.jobs])
+    offsets: dict[int, int] = {}
+    async for delta in jobs.follow():
+        job, first = plan.jobs[delta.job], delta.drawn.start == 0
+        rows = None
+        if body.echo and first and plan.logprobs is not None:
+            rows = await asyncio.to_thread(_prompt_rows, served, job, jobs.pending[delta.job].answer)
+        index = delta.job * job.n + delta.index
+        shown = _show_completion(served, body, plan, delta, rows, offset=offsets.get(index, 0))
+        if shown["logprobs"] and shown["logprobs"]["tokens"]:
+            offsets[index] = shown["logprobs"]["text_offset"][-1] + len(shown["logprobs"]["tokens"][-1])
+        prompt_ids = list(job.ids) if body.return_token_ids and first else None
+        choice = {"index": index, **shown, **_end_of(body, delta), "prompt_token_ids": prompt_ids}
+        yield head.chunk(choice, delta.job, delta.drawn.stop)
+    for chunk in head.closing():
+        yield chunk
+
+
+def _end_of(body: OpenAIBody, delta: Delta) -> dict[str, Any]:
+    """Build the fields of a streamed choice that say how it ended, null before it has, and its token ids."""
+    out = delta.out
+    versions = delta.ended and body.return_weight_versions
+    return {
+        "finish_reason": out.finish_reason if delta.ended else None,
+        "stop_reason": out.stop_reason if delta.ended else None,
+        "token_ids": out.token_ids[delta.drawn.start : delta.drawn.stop] if body.return_token_ids else None,
+        **({"weight_versions": replies.weight_versions(out)} if versions else {}),
+    }
+
+
 def _completions_reply(served: Served, body: CompletionBody, plan: _Plan, answers: Sequence[Answer]) -> dict[str, Any]:
     choices: list[dict[str, Any]] = []
-    as_ids = bool(body.return_tokens_as_token_ids)
-    for job, answer in zip(plan.jobs, answers, strict=True):
+    for number, (job, answer) in enumerate(zip(plan.jobs, answers, strict=True)):
         rows = _prompt_rows(served, job, answer)
-        for out in answer.completions:
-            text = out.text if plan.show_drawn else ""
-            if body.echo and not body.return_token_ids:
-                text = served.words.decode(list(job.ids)) + text
-            logprobs = None
-            if plan.logprobs is not None:
-                logprobs = replies.completion_logprobs(
-                    out,
-                    served.words,
-                    k=count_shown_entries(job.sampling),
-                    as_ids=as_ids,
-                    echoed=rows if body.echo else None,
-                    prompt=job.ids if body.echo else (),
-                    drawn=plan.show_drawn,
-                )
-            prompt_ids = list(job.ids) if body.return_token_ids else None
-            prompt = {"prompt_logprobs": rows, "prompt_token_ids": prompt_ids}
-            choices.append(
-                _build_choice(body, out, {"index": len(choices), "text": text, "logprobs": logprobs}, prompt)
-            )
+        prompt = {"prompt_logprobs": rows, "prompt_token_ids": list(job.ids) if body.return_token_ids else None}
+        for index, out in enumerate(answer.completions):
+            whole = Delta(number, index, out, range(len(out.token_ids)), out.text, ended=True)
+            shown = _show_completion(served, body, plan, whole, rows)
+            choices.append(_build_choice(body, out, {"index": len(choices), **shown}, prompt))
     prompt_tokens = sum(len(job.ids) for job in plan.jobs)
     completions = [out for answer in answers for out in answer.completions]
     return {
@@ -146,7 +199,7 @@ def _build_choice(
     }
 
 
-def _prompt_rows(served: Served, job: EngineJob, answer: Answer) -> list[dict[str, Any] | None] | None:
+def _prompt_rows(served: Served, job: EngineJob, answer: Answer) -> PromptRows:
     if job.prompt_logprobs is None:
         return None
     if answer.scores is None:  # a prompt of one token has nothing to score; an aborted one was never scored
@@ -166,7 +219,7 @@ def _plan_chat(served: Served, body: ChatBody) -> tuple[EngineJob, str]:
     refuse_unsupported(body)
     chosen = "tool_choice" in body.model_fields_set
     refuse_tool_calls(body.tools, body.tool_choice if chosen else "auto" if body.tools else None)
-    refuse_streams(stream=body.stream, prompt_logprobs=body.prompt_logprobs)
+    _check_stream(body)
     if body.top_logprobs and not body.logprobs:
         raise bad_parameter("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
     check_room(
@@ -187,8 +240,7 @@ def _plan_chat(served: Served, body: ChatBody) -> tuple[EngineJob, str]:
 def _chat_reply(served: Served, body: ChatBody, job: EngineJob, answer: Answer) -> dict[str, Any]:
     choices = []
     for index, out in enumerate(answer.completions):
-        k, as_ids = count_shown_entries(job.sampling), bool(body.return_tokens_as_token_ids)
-        chosen = replies.chat_logprobs(out, served.words, k=k, as_ids=as_ids) if body.logprobs else None
+        chosen = _chat_logprobs(served, body, job, out)
         message = {
             "role": body.role,
             "content": out.text,
@@ -207,3 +259,38 @@ def _chat_reply(served: Served, body: ChatBody, job: EngineJob, answer: Answer) 
         "prompt_token_ids": list(job.ids) if body.return_token_ids else None,
         "prompt_text": None,
     }
+
+
+async def _stream_chat(
+    served: Served, body: ChatBody, prompt_text: str, jobs: JobStream
+) -> AsyncGenerator[dict[str, Any], None]:
+    [pending] = jobs.pending
+    job = pending.job
+    head = ChunkHead(
+        served.envelope("chatcmpl", "chat.completion.chunk", body.model), body.stream_options, [len(job.ids)]
+    )
+    prompt: dict[str, Any] = {
+        "prompt_token_ids": list(job.ids) if body.return_token_ids else None,
+        "prompt_text": prompt_text if body.return_prompt_text else None,
+    }
+    begun = False
+    async for delta in jobs.follow():
+        if not begun:  # the role comes before anything else, but not before it is known that the model works
+            begun = True
+            for index in range(job.n):
+                first = {"role": body.role, "content": ""}
+                yield head.chunk({"index": index, "delta": first, "logprobs": None, "finish_reason": None}, 0, **prompt)
+        logprobs = _chat_logprobs(served, body, job, delta.out, delta.drawn)
+        choice = {"index": delta.index, "delta": {"content": delta.text}, "logprobs": logprobs, **_end_of(body, delta)}
+        yield head.chunk(choice, 0, delta.drawn.stop)
+    for chunk in head.closing():
+        yield chunk
+
+
+def _chat_logprobs(
+    served: Served, body: ChatBody, job: EngineJob, out: Completion, drawn: range | None = None
+) -> dict[str, Any] | None:
+    if not body.logprobs:
+        return None
+    k, as_ids = count_shown_entries(job.sampling), bool(body.return_tokens_as_token_ids)
+    return replies.chat_logprobs(out, served.words, k=k, as_ids=as_ids, drawn=drawn)

@@ -94,13 +94,20 @@ def completion_logprobs(
     *,
     k: int,
     as_ids: bool,
-    echoed: list[dict[str, Any] | None] | None = None,
-    prompt: Sequence[int] = (),
-    drawn: bool = True,
+    drawn: range,
+    echoed: Sequence[tuple[int, dict[str, Any] | None]] = (),
+    offset: int = 0,
 ) -> dict[str, Any]:
-    """Build ``choices[].logprobs`` of ``/v1/completions``, after the prompt's rows when it is echoed.
+    """Build ``choices[].logprobs`` of ``/v1/completions``.
 
-    Each row shows the realised token and at most ``k`` others. ``drawn=False`` leaves the drawn tokens out.
+    Args:
+        out: The completion.
+        texts: Names the tokens.
+        k: Entries of a row besides the realised token.
+        as_ids: Tokens are named by their ids.
+        drawn: Which of the completion's tokens to show.
+        echoed: Tokens of the prompt and their rows, shown before them.
+        offset: Where in the text the first token begins.
     """
 
     def name(token: int, text: str) -> str:
@@ -108,16 +115,16 @@ def completion_logprobs(
 
     rows: list[list[tuple[str, float]]] = []
     tokens: list[str] = []
-    for token, entry in zip(prompt, echoed or [], strict=bool(echoed)):
+    for token, entry in echoed:
         rows.append(
             [(name(int(key), value["decoded_token"]), value["logprob"]) for key, value in (entry or {}).items()]
         )
         tokens.append(rows[-1][0][0] if rows[-1] else name(token, texts.alone(token)))
-    for place in range(len(out.token_ids) if drawn else 0):
+    for place in drawn:
         before = out.token_ids[max(0, place - 4) : place]
         rows.append([(name(token, texts.text(token, before)), logp) for token, logp, _ in entries(out, place)])
         tokens.append(rows[-1][0][0])
-    offsets = list(accumulate(map(len, tokens[:-1]), initial=0)) if tokens else []
+    offsets = list(accumulate(map(len, tokens[:-1]), initial=offset)) if tokens else []
     return {
         "text_offset": offsets,
         "token_logprobs": [listed[0][1] if listed else None for listed in rows],
@@ -127,11 +134,16 @@ def completion_logprobs(
     }
 
 
-def chat_logprobs(out: Completion, texts: Vocabulary, *, k: int, as_ids: bool) -> dict[str, Any]:
-    """Build ``choices[].logprobs`` of chat, cut to K entries *including* the drawn token, as vLLM does."""
+def chat_logprobs(
+    out: Completion, texts: Vocabulary, *, k: int, as_ids: bool, drawn: range | None = None
+) -> dict[str, Any]:
+    """Build ``choices[].logprobs`` of chat, cut to K entries *including* the drawn token, as vLLM does.
+
+    ``drawn`` says which tokens to show: all of them when it is None.
+    """
     content = []
-    for row, token in enumerate(out.token_ids):
-        listed = entries(out, row)
+    for row in range(len(out.token_ids)) if drawn is None else drawn:
+        token, listed = out.token_ids[row], entries(out, row)
         before = out.token_ids[max(0, row - 4) : row]
         shown = []
         for other, logp, _ in listed[:k]:

@@ -144,7 +144,7 @@ def check_head_ids(ids: Tensor, rows: torch.Size, vocab: int) -> None:
     """Raise ConfigError unless the ids are int64 [*rows, K] inside the vocabulary, -1 at pads."""
     if ids.dtype != torch.long or ids.shape[:-1] != rows or ids.dim() == 0:
         raise ConfigError(
-            "ids must be int64, K for each row", got=f"{ids.dtype} {tuple(ids.shape)}", expected=(*rows, "K")
+            "ids must be int64, with K ids for each row", got=f"{ids.dtype} {tuple(ids.shape)}", expected=(*rows, "K")
         )
     if not torch.compiler.is_compiling() and ids.numel() and bool((ids.max() >= vocab) | (ids.min() < -1)):
         raise ConfigError(

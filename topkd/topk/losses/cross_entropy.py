@@ -92,7 +92,7 @@ def taid_loss(
     num_tokens: float | Tensor | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, float]]:
-    """Cross-entropy CE(p_t, S), p_t = softmax((1-t) sg[z_S] + t z_T), averaged over valid tokens.
+    """Compute CE(p_t, S), p_t = softmax((1-t) z_S + t z_T) with z_S detached, averaged over valid tokens.
 
     The value at T = S is the entropy H(p_t), not 0; the gradient is s - p_t. t = 0 has a zero gradient, t = 1 is the
     gradient of forward KL(T||S). At t = 0 and 1 the part with weight zero is left out (0 * -inf is nan). Ids at which

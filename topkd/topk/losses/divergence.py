@@ -72,7 +72,7 @@ def log_softmax(logits: Tensor, *, dead: float = -math.inf) -> Tensor:
 
 
 def log_tail_torch(logp: Tensor) -> Tensor:
-    """Compute log(1 - sum exp(logp)) over the last axis as log(-expm1(min(lse, -1e-7)))."""
+    """Compute the log tail mass log(1 - sum exp(logp)) over the last axis, as log(-expm1(min(lse, -1e-7)))."""
     return log1mexp(torch.logsumexp(logp, -1).clamp(max=CLAMPED_LOG_MASS))
 
 

@@ -1,7 +1,7 @@
 """Entropy-aware distillation: a soft mix of two KLs, and the hard gate of the paper (arXiv:2603.07079).
 
 These are two algorithms. ``entropy_aware_opd_loss`` mixes forward and reverse KL convexly by H_T / h_max; ``eopd_loss``
-adds a forward KL on the teacher's top-k where H_T >= tau to an on-policy sampled-token term.
+adds a forward KL on the teacher's top-k where H_T >= tau to an on-policy sampled-token term. sg[x] is x, detached.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from topkd.topk.maths.scalars import check_above_zero, check_positive, check_rea
 
 
 def teacher_entropy(teacher_logits: Tensor) -> Tensor:
-    """H_T = -sum_v t log t over the last axis in nats, exact, float32 (float64 stays), detached; nan for a row of -inf.
+    """Compute H_T = -sum_v t log t in nats, exact, float32 (float64 stays), detached; nan for a row of -inf.
 
     Used by entropy-aware distillation (arXiv:2603.07079); for a top-K list, ``entropy_bounds`` gives bounds.
     """
@@ -51,7 +51,7 @@ def entropy_aware_opd_loss(
     reduction: FullReduction = "batchmean",
     num_tokens: float | Tensor | None = None,
 ) -> Tensor:
-    """Mean of w KL(T||S) + (1-w) KL(S||T), w = clamp(H_T / h_max, 0, 1): mode-covering where the teacher is unsure.
+    """Compute the mean of w KL(T||S) + (1-w) KL(S||T), w = clamp(H_T / h_max, 0, 1): mode-covering at high H_T.
 
     The weight and both KLs use the same temperature. This is a soft, convex mix; the paper's hard gate
     (arXiv:2603.07079) is ``eopd_loss``. Natural logs, >= 0, exact over the whole vocabulary.
@@ -135,7 +135,7 @@ def eopd_loss(
     num_tokens: float | Tensor | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, float]]:
-    """Mean of L_OPD + alpha 1[H_T >= tau] KL(T~_k || S): the hard gate of the paper (arXiv:2603.07079).
+    """Compute the mean of L_OPD + alpha 1[H_T >= tau] KL(T~_k || S): the paper's hard gate (arXiv:2603.07079).
 
     L_OPD = -sg[r A] log s(y), A = log t(y) - log s(y): the policy gradient of reverse KL(S||T) on the sampled token
     (its *value* is a surrogate; the metric ``kl`` is the k1 estimate). T~_k is the teacher renormalised on its top k

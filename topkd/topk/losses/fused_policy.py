@@ -57,7 +57,7 @@ def fused_topk_policy_gradient_loss(
     num_tokens: float | Tensor | None = None,
     chunk: int | None = None,
 ) -> FusedPolicyLoss:
-    """``topk_policy_gradient_loss`` from the last hidden states and the head; the same gradient, 1/10 of the memory.
+    """Compute ``topk_policy_gradient_loss`` from hidden states and head: the same gradient, 1/10 of the memory.
 
     -mean over rows of sum_A sg[s (g - g_o)] log s + lam 1[y not in A] sg[r (g(y) - g_o)] log s(y): its expected
     gradient is +grad of (1-lam) D_bucket + lam D (GKD's divergence, arXiv:2306.13649; the estimator is this library's,

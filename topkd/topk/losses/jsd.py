@@ -32,7 +32,7 @@ def generalized_jsd_loss(  # noqa: PLR0917 - the source's signature
     per_token_clip: float | None = None,
     num_tokens: float | Tensor | None = None,
 ) -> Tensor:
-    """GJS_beta(T, S) = beta KL(T||M) + (1-beta) KL(S||M) summed over the vocabulary, averaged over valid tokens.
+    """Compute GJS_beta(T, S) = beta KL(T||M) + (1-beta) KL(S||M), averaged over valid tokens.
 
     M = beta T + (1-beta) S with beta the *teacher's* weight; beta = 0 is forward KL(T||S), beta = 1 reverse KL(S||T)
     (defined separately: the formula tends to 0 there). Both sides are divided by ``temperature``; there is no T^2

@@ -1,7 +1,7 @@
 """Policy-gradient objectives on the sampled token: importance sampling, PPO, IcePop. Natural logs, to be minimised.
 
 ``logp_behavior`` is the logprob under the distribution the token was *sampled* from: fixed for all inner steps, never
-recomputed. Advantages are always detached.
+recomputed. Advantages are always detached. sg[x] is x, detached.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def sparse_divergence_loss(
     reduction: FullReduction = "mean",
     num_tokens: float | Tensor | None = None,
 ) -> Tensor:
-    """GJS_beta (KL at the ends) between a top-K teacher and student logits, averaged over valid rows.
+    """Compute GJS_beta (KL at beta 0 or 1) between a top-K teacher and student logits, averaged over valid rows.
 
     beta KL(T||M) + (1-beta) KL(S||M) on the bins of ``tail``, M = beta T + (1-beta) S; natural logs, >= 0; GKD
     (arXiv:2306.13649). Approximates the dense value: "bucket" is a lower bound of it, "renormalise" is neither a bound
@@ -97,7 +97,7 @@ def fused_divergence_loss(
     num_tokens: float | Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """``sparse_divergence_loss`` from the last hidden states and the head, without N x V logits.
+    """Compute ``sparse_divergence_loss`` from the last hidden states and the head, without N x V logits.
 
     beta KL(T||M) + (1-beta) KL(S||M) on the bins of ``tail``, natural logs, >= 0, to be minimised (GKD,
     arXiv:2306.13649); the same values as from logits, up to rounding. Masked rows and holes are dropped before the

@@ -32,7 +32,7 @@ def sparse_taid_loss(
     k: int | None = None,
     num_tokens: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """CE(p_t, S) with p_t proportional to S^(1-t) T^t on the list and tail, averaged over valid rows; and {"kl", "t"}.
+    """Compute CE(p_t, S), p_t proportional to S^(1-t) T^t on list and tail, averaged over valid rows; and {"kl", "t"}.
 
     With tail="renormalise" it is TAID of the two conditional distributions on the list. With "bucket" the blend is
     computed on the K + 1 bins; this differs from blending the whole vocabulary first (a geometric mean does not commute
@@ -42,7 +42,7 @@ def sparse_taid_loss(
     Args:
         student_logits: [N, V] or [B, T, V].
         teacher: The same rows.
-        mask: bool, True = valid; None = all. Holes are masked besides.
+        mask: bool, True = valid; None = all. Holes are also masked.
         t: Interpolation weight of the teacher, in [0, 1].
         tail: "bucket" or "renormalise".
         k: Use only the k most probable entries.
@@ -80,7 +80,7 @@ def sparse_entropy_aware_loss(
     reduction: Reduction = "mean",
     num_tokens: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Mean of w KL(T||S) + (1-w) KL(S||T) on K + 1 bins, w from the *lower* entropy bound; and both mean weights.
+    """Compute the mean of w KL(T||S) + (1-w) KL(S||T) on K + 1 bins, w from the *lower* entropy bound; and mean w.
 
     w = clamp(H_low / h_max, 0, 1), natural logs, >= 0. Approximate: both KLs are lower bounds of the full-vocabulary
     ones, and w is a lower bound of the exact weight. A soft mix; the paper's hard gate (arXiv:2603.07079) is
@@ -89,7 +89,7 @@ def sparse_entropy_aware_loss(
     Args:
         student_logits: [N, V] or [B, T, V].
         teacher: The same rows.
-        mask: bool, True = valid; None = all. Holes are masked besides.
+        mask: bool, True = valid; None = all. Holes are also masked.
         h_max: Entropy from which the loss is only the forward KL; ln V by default.
         k: Use only the k most probable entries.
         reduction: "mean" or "sum".
@@ -135,7 +135,7 @@ def sparse_eopd_loss(
     reduction: Reduction = "mean",
     num_tokens: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """``eopd_loss`` from a list: L_OPD + alpha 1[H_low >= tau] KL(T~_k || S), and its metrics (arXiv:2603.07079).
+    """Compute ``eopd_loss`` from a list: L_OPD + alpha 1[H_low >= tau] KL(T~_k || S), and metrics (arXiv:2603.07079).
 
     The sampled token and its exact teacher logprob are the rows' ``actual_ids`` and ``actual_logp``; rows without them
     are masked. The forward KL is added only where the list's lower entropy bound is at least tau: the only
@@ -144,7 +144,7 @@ def sparse_eopd_loss(
     Args:
         student_logits: [N, V] or [B, T, V].
         teacher: The same rows.
-        mask: bool, True = valid; None = all. Holes are masked besides.
+        mask: bool, True = valid; None = all. Holes are also masked.
         tau: Entropy from which the forward KL is added, in nats.
         alpha: Weight of the forward KL.
         k: Number of listed ids in the forward KL; None = all.

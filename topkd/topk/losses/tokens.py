@@ -28,7 +28,7 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def to_widest(x: Tensor) -> Tensor:
-    """Return x in float64, for quantities such as 1 - sum_k s_k (float32 on Apple GPUs)."""
+    """Return x in float64 (float32 on Apple GPUs), for quantities that lose digits, such as 1 - sum_k s_k."""
     return x.float() if x.device.type == "mps" else x.double()
 
 
@@ -40,7 +40,7 @@ def check_tensors(**tensors: Tensor) -> None:
 
 
 def check_logits(**logits: Tensor) -> None:
-    """Raise ConfigError where an argument is not [..., V] over a vocabulary of at least one id."""
+    """Raise ConfigError if an argument is not [..., V] with at least one id."""
     check_tensors(**logits)
     for name, tensor in logits.items():
         if tensor.dim() < 1 or tensor.shape[-1] < 1:
@@ -48,7 +48,7 @@ def check_logits(**logits: Tensor) -> None:
 
 
 def check_same(name: str, shape: torch.Size, **others: Tensor) -> None:
-    """Raise ConfigError where a tensor differs in shape from ``name``."""
+    """Raise ConfigError if a tensor differs in shape from ``name``."""
     check_tensors(**others)
     for other, tensor in others.items():
         if tensor.shape != shape:
@@ -121,7 +121,7 @@ def labels_mask(labels: Tensor | None, shape: torch.Size, device: torch.device) 
 
 
 def reduce_mean(values: Tensor, count: int, num_tokens: float | Tensor | None) -> Tensor:
-    """Compute sum(values) / num_tokens (default: the ``count`` valid tokens); 0.0 (with a graph) for no tokens.
+    """Compute sum(values) / num_tokens (default: the ``count`` valid tokens); a differentiable 0.0 for no tokens.
 
     Args:
         values: Contributions of the valid tokens only.

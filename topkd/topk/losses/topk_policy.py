@@ -1,6 +1,6 @@
 """The top-K policy gradient with a sampled tail: analytic over the teacher's list, sampled outside it.
 
-Per position, with A the listed ids, o everything else, g the advantage of the divergence (gjs_advantage)::
+Per position, with A the listed ids, o all others (the tail), g the advantage (gjs_advantage), sg[x] = x detached::
 
     G = sum_{v in A} sg[s(v) (g(v) - g_o)] grad log s(v)  +  lam 1[y not in A] sg[r (g(y) - g_o)] grad log s(y)
 
@@ -50,8 +50,8 @@ class SupportWeights:
         gated: bool [N], one side's tail is zero up to rounding.
         in_support: bool [N], y is listed.
         excluded: bool [N], y outside the list with t(y) = 0 at beta = 1: no finite advantage.
-        teacher_tail: [N], t_o.
-        student_tail: [N], s_o.
+        teacher_tail: [N], t_o, the teacher's mass outside the list.
+        student_tail: [N], s_o, the student's.
     """
 
     ids: Tensor
@@ -215,7 +215,7 @@ def topk_policy_gradient_loss(
     num_tokens: float | Tensor | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, float]]:
-    """The top-K policy gradient with a sampled tail; the value is a surrogate, only its gradient has a meaning.
+    """Compute the top-K policy gradient loss with a sampled tail; its value is a surrogate, only the gradient counts.
 
     lam = 1: E over y ~ S of the gradient is +grad GJS_beta(T, S) of the loss, exactly, for every K and support that was
     chosen without looking at y. lam < 1 replaces the divergence by (1-lam) D_bucket + lam D and lowers the variance.
@@ -250,7 +250,7 @@ def topk_policy_gradient_loss(
     shape = student_logp_actual.shape
     if student_logp_at_ids.shape[:-1] != shape:
         raise ConfigError(
-            "student_logp_at_ids must be student_logp_actual's shape and K",
+            "student_logp_at_ids must have student_logp_actual's shape, and K",
             got=tuple(student_logp_at_ids.shape),
             expected=(*shape, "K"),
         )

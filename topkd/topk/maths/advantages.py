@@ -15,7 +15,7 @@ from topkd.topk.types import Float64
 
 
 def scalar_kl_advantage(teacher_logp: ArrayLike, student_logp: ArrayLike) -> NDArray[np.floating]:
-    """The reverse-KL advantage of each realised token: A = log t(y) - log s(y), natural log.
+    """Compute the reverse-KL advantage of each realised token: A = log t(y) - log s(y), natural log.
 
     Sign: E over y ~ S of A is -KL(S||T), and E[A grad log s(y)] = -grad KL(S||T) exactly; A > 0 where the teacher's
     probability of y is larger than the student's. Thinking Machines, "On-Policy Distillation" (2025). Exact.
@@ -31,7 +31,7 @@ def scalar_kl_advantage(teacher_logp: ArrayLike, student_logp: ArrayLike) -> NDA
 
 
 def forward_kl_advantage(teacher_logp: ArrayLike, student_logp: ArrayLike) -> NDArray[np.floating]:
-    """The forward-KL advantage of each realised token: A = t(y)/s(y) - 1.
+    """Compute the forward-KL advantage of each realised token: A = t(y)/s(y) - 1.
 
     Sign: E over y ~ S of A is 0, and E[A grad log s(y)] = -grad KL(T||S) exactly. A >= -1 and unbounded above, so its
     variance is large where the student is unsure. Arguments are natural logs; equals ``gjs_advantage`` at beta = 0
@@ -44,7 +44,7 @@ def forward_kl_advantage(teacher_logp: ArrayLike, student_logp: ArrayLike) -> ND
 
 
 def gjs_advantage(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float) -> NDArray[np.floating]:
-    """The generalised-JSD advantage of each realised token, exact from its two scalar logprobs.
+    """Compute the generalised-JSD advantage of each realised token, exactly, from its two scalar logprobs.
 
     With m = beta t + (1-beta) s, natural logs::
 
@@ -87,7 +87,7 @@ def advantage64(difference: Float64, beta: float) -> Float64:
 
 
 def kl_k1(reference_logp: ArrayLike, student_logp: ArrayLike) -> NDArray[np.floating]:
-    """The k1 estimate of KL(S||R) at each sampled token: log s(y) - log r(y), natural log.
+    """Compute the k1 estimate of KL(S||R) at each sampled token: log s(y) - log r(y), natural log.
 
     Its mean over y ~ S is exactly KL(S||R), and it is the *negative* of ``scalar_kl_advantage(reference, student)``.
     Unbiased; it may be negative on a single token. Schulman, "Approximating KL divergence" (2020).
@@ -106,7 +106,7 @@ def kl_k1(reference_logp: ArrayLike, student_logp: ArrayLike) -> NDArray[np.floa
 
 
 def kl_k3(reference_logp: ArrayLike, student_logp: ArrayLike) -> NDArray[np.floating]:
-    """The k3 estimate of KL(S||R) at each sampled token: expm1(d) - d with d = log r(y) - log s(y).
+    """Compute the k3 estimate of KL(S||R) at each sampled token: expm1(d) - d with d = log r(y) - log s(y).
 
     d is reference minus student: then every value is >= 0 and the mean over y ~ S is exactly KL(S||R). With d reversed
     it is still >= 0, but its mean is chi-squared minus KL, which is not the KL. Natural log; Schulman, "Approximating

@@ -19,7 +19,7 @@ _LEAST_TAIL = np.log(-np.expm1(LOG_MASS_CLAMP))  # 1e-7, as on the student's sid
 def value_baseline(
     teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float, *, teacher_tail_logp: ArrayLike | None = None
 ) -> Float64:
-    """The mean advantage of a position, E over y ~ S of A(y), from K shared ids and one tail bin.
+    """Compute the mean advantage of a position, E over y ~ S of A(y), from K shared ids and one tail bin.
 
     Subtract it from ``gjs_advantage``: it does not depend on y, so it changes the variance and nothing else::
 
@@ -56,7 +56,7 @@ def value_baseline(
 
 
 def topk_value_baseline(teacher: TopK, student: TopK, beta: float, *, floor: float = -20.0) -> Float64:
-    """``value_baseline`` from two lists of different ids, over the bins of ``topk_gjs(missing="union_tail")``.
+    """Compute ``value_baseline`` from two lists of different ids, on the bins of ``topk_gjs(missing="union_tail")``.
 
     Natural log, <= 0; subtract it from the advantage (vOPD, arXiv:2605.07865). The value is approximate (missing ids
     get an estimated probability). It does not depend on the sampled token, so subtracting it leaves the gradient's mean
@@ -78,7 +78,7 @@ def discounted_return(
     *,
     lengths: ArrayLike | None = None,
 ) -> Float64:
-    """The return of each token: A_t + sum_{j>t} gamma^(j-t) (-D_j).
+    """Compute the return of each token: A_t + sum_{j>t} gamma^(j-t) (-D_j).
 
     Later positions enter with their discounted *divergences*, never with their advantages (the expectation of A is -D
     only at beta = 1). Sign: larger is better. Exact; natural log; derived in docs/math.md.

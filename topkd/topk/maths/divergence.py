@@ -21,7 +21,7 @@ Tail = Literal["bucket", "renormalise", "partial"]
 
 
 def gjs(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float) -> Float64:
-    """Generalised Jensen-Shannon divergence over the last axis, in nats, always >= 0.
+    """Compute the generalised Jensen-Shannon divergence over the last axis, in nats, always >= 0.
 
     With M = beta T + (1-beta) S::
 
@@ -58,7 +58,7 @@ def gjs(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float) -> Float6
 
 
 def shared_support_gjs(teacher_logp: ArrayLike, student_logp: ArrayLike, beta: float, tail: Tail = "bucket") -> Float64:
-    """GJS_beta restricted to K shared ids, in nats: both sides have exact logprobs *of the same ids*.
+    """Compute GJS_beta on K shared ids, in nats: both sides have exact logprobs *of the same ids*.
 
     The divergence of ``gjs`` (arXiv:2306.13649) between fewer events; what is approximate depends on ``tail``.
 
@@ -139,5 +139,5 @@ def check_rows(teacher_logp: ArrayLike, student_logp: ArrayLike) -> tuple[Float6
 
 
 def find_silent_rows(teacher: Float64, student: Float64) -> Bool:
-    """Find rows that are all -inf on one side: they have no signal."""
+    """Find the rows without a signal: all -inf on one side."""
     return np.asarray(np.isneginf(teacher).all(axis=-1) | np.isneginf(student).all(axis=-1))

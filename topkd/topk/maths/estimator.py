@@ -30,7 +30,7 @@ def topk_weights(
     lam: float,
     is_weight: ArrayLike | None = None,
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """Weights w with E over y ~ S of [sum_A w_v grad log s(v) + w_y grad log s(y)] = -grad of a divergence.
+    """Compute weights w: E over y ~ S of [sum_A w_v grad log s(v) + w_y grad log s(y)] is -grad of a divergence.
 
     With g the advantage of ``gjs_advantage`` and g_o the same formula at the two tail masses t_o = 1 - sum_A t and
     s_o = 1 - sum_A s (clamped at 1e-7)::
@@ -128,7 +128,7 @@ def _student(teacher: TopK, student_logp_at_ids: ArrayLike) -> Float64:
     """Check the student's logprobs at the teacher's ids; float64, -inf at pads."""
     values = float64("student_logp_at_ids", student_logp_at_ids)
     if values.shape != teacher.ids.shape:
-        raise ConfigError("student_logp_at_ids must be at teacher.ids", got=values.shape, expected=teacher.ids.shape)
+        raise ConfigError("student_logp_at_ids: wrong shape", got=values.shape, expected=teacher.ids.shape)
     student = logp64("student_logp_at_ids", np.where(teacher.listed, values, -np.inf))
     check_mass("student_logp_at_ids", student)
     return student

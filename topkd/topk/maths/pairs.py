@@ -49,12 +49,12 @@ class Aligned:
 
     @property
     def union(self) -> Bool:
-        """True where at least one side lists the id."""
+        """Whether at least one side lists the id."""
         return np.asarray(self.in_teacher | self.in_student)
 
     @property
     def both(self) -> Bool:
-        """True where both sides list the id."""
+        """Whether both sides list the id."""
         return np.asarray(self.in_teacher & self.in_student)
 
     @property
@@ -111,7 +111,7 @@ def align(
 def topk_gjs(
     teacher: TopK, student: TopK, beta: float, missing: Missing = "union_tail", floor: float = -20.0
 ) -> Float64:
-    """GJS_beta between two top-K lists per row, in nats, >= 0; NaN where a side lists nothing.
+    """Compute GJS_beta between two top-K lists per row, in nats, >= 0; NaN where a side lists nothing.
 
     The divergence of ``gjs`` (GKD, arXiv:2306.13649), computed from two lists; every variant is approximate.
 
@@ -212,7 +212,7 @@ def _apply_floor(logp: Float64, listed: Bool, union: Bool, floor: float) -> Floa
 
 
 def log_renormalised(logp: Float64) -> Float64:
-    """Subtract the log mass over the last axis; a row of -inf becomes NaN."""
+    """Renormalise logprobs over the last axis to mass 1; a row of -inf becomes NaN."""
     with np.errstate(invalid="ignore"):
         return np.asarray(logp - log_mass(logp)[..., None])
 
