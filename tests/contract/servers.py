@@ -200,7 +200,7 @@ def vllm_server(
     env = vllm_env(candidates=candidates, python=python)
     if api_key:
         env["VLLM_API_KEY"] = api_key
-    with running(command, env=env, log=log, ready=f"{url}/health", timeout_s=480) as process:
+    with running(command, env=env, log=log, ready=f"{url}/health", timeout_s=600) as process:
         yield Endpoint("vllm", url, model, model_dir, max_logprobs, max_model_len, process.popen.pid, log, api_key)
 
 

@@ -45,5 +45,5 @@ def sglang_server(
         command += ["--enable-lora", "--max-lora-rank", "16", "--lora-target-modules", *LORA_TARGETS]
         command += ["--lora-backend", "torch_native"]
     env = sglang_env(log.parent)
-    with running(command, env=env, log=log, ready=f"{url}/health", timeout_s=400) as process:
+    with running(command, env=env, log=log, ready=f"{url}/health", timeout_s=600) as process:
         yield Endpoint("sglang", url, model, model_dir, 0, max_model_len, process.popen.pid, log)

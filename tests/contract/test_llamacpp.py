@@ -41,7 +41,7 @@ def llama(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     )
     url = f"http://127.0.0.1:{port}"
     command = [str(LLAMA_PYTHON), str(HERE / "llama_serve.py"), str(model), str(port)]
-    with running(command, env=env, log=log, ready=f"{url}/health", timeout_s=240) as up:
+    with running(command, env=env, log=log, ready=f"{url}/health", timeout_s=600) as up:
         yield Endpoint("llama.cpp", url, "t", models.policy, -1, 1024, up.popen.pid, log)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import msgspec
+
 from topkd.serve.engine.jobs import Completion
 from topkd.serve.engine.refusal import Refusal
 from topkd.serve.engine.sequences import GeneratedSequence
@@ -14,12 +16,28 @@ UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are no character ye
 _WINDOW = 8
 
 
+class Fragments(dict[int, bytes]):
+    """Pieces of JSON that repeat, made when they are first asked for."""
+
+    def __init__(self, make: Callable[[int], bytes]) -> None:
+        self._make = make
+
+    def __missing__(self, key: int) -> bytes:
+        self[key] = value = self._make(key)
+        return value
+
+
 class Vocabulary:
-    """A tokenizer that caches the texts of single tokens."""
+    """A tokenizer that caches the texts of single tokens.
+
+    Attributes:
+        entry_ends: The text of a token as JSON and a closing brace; empty where the text depends on the tokens before.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._texts: dict[int, str] = {}
+        self.entry_ends = Fragments(self._entry_end)
 
     def alone(self, token: int) -> str:
         """Return the text of one token by itself."""
@@ -51,6 +69,10 @@ class Vocabulary:
                 context.pop()
             return whole.removeprefix(self.decode(context))
         return ""
+
+    def _entry_end(self, token: int) -> bytes:
+        own = self.alone(token)
+        return b"" if own.endswith(UNFINISHED) else msgspec.json.encode(own) + b"}"
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Encode ``text`` to ids."""

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -28,7 +29,7 @@ from topkd.serve.routes.streaming import ChunkHead, Delta, EventStream, JobStrea
 from topkd.serve.routes.unsupported import refuse_tool_calls, refuse_unsupported
 from topkd.serve.routes.wire import cancel_if_disconnected, json_reply, list_routes, read
 
-PromptRows = list[dict[str, Any] | None] | None  # of the tokens of a prompt, the first one's None
+PromptRows = msgspec.Raw | None  # JSON: a row for each token of a prompt, the first one's null
 
 
 def list_openai_routes(served: Served) -> list[Route]:
@@ -126,7 +127,7 @@ def _show_completion(
             k=count_shown_entries(job.sampling),
             as_ids=bool(body.return_tokens_as_token_ids),
             drawn=delta.drawn if plan.show_drawn else range(0),
-            echoed=list(zip(job.ids, rows, strict=True)) if body.echo and first and rows else [],
+            echoed=zip(job.ids, msgspec.json.decode(rows), strict=True) if body.echo and first and rows else (),
             offset=offset,
         )
     return {"text": text, "logprobs": logprobs}
@@ -203,7 +204,7 @@ def _prompt_rows(served: Served, job: EngineJob, answer: Answer) -> PromptRows:
     if job.prompt_logprobs is None:
         return None
     if answer.scores is None:  # a prompt of one token has nothing to score; an aborted one was never scored
-        return [None] if len(job.ids) == 1 else None
+        return msgspec.Raw(b"[null]") if len(job.ids) == 1 else None
     return replies.prompt_logprobs(answer.scores, job.ids[1:], served.words)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
-from itertools import accumulate
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
 from typing import Any
 
 import msgspec
@@ -14,7 +15,7 @@ import numpy as np
 
 from topkd.serve.engine.jobs import Completion, PromptScores
 from topkd.serve.engine.refusal import not_finite
-from topkd.serve.engine.texts import Vocabulary
+from topkd.serve.engine.texts import Fragments, Vocabulary
 
 # JSON has no infinity: vLLM writes probability zero as this.
 LOWEST = -9999.0
@@ -35,10 +36,16 @@ def _finite_list(values: np.ndarray) -> list[Any]:
     return np.maximum(values, LOWEST).astype(np.float64).tolist()  # type: ignore[no-any-return]
 
 
+_HEADS = Fragments(lambda token: b',"%d":{"logprob":' % token)
+_RANKS = Fragments(lambda rank: b',"rank":%d,"decoded_token":' % rank)
+
+
 def prompt_logprobs(
     scores: PromptScores, actual: Sequence[int], texts: Vocabulary | None, *, flat: bool = False
-) -> list[dict[str, Any] | None]:
-    """Build one entry per prompt token, the first null: the realised token, then the top K by rank.
+) -> msgspec.Raw:
+    """Encode one entry per prompt token, the first null: the realised token, then the top K by rank.
+
+    The bytes are joined from pieces: building a dict for every entry costs as much as the model does.
 
     Args:
         scores: Of the same prompt.
@@ -46,26 +53,31 @@ def prompt_logprobs(
         texts: Fills ``decoded_token``; None leaves it null.
         flat: vLLM's ``flat_logprobs`` shows itself on the wire only by an empty first entry.
     """
-    rows: list[dict[str, Any] | None] = [{} if flat else None]
-    listed = zip(
-        range(len(actual)),
-        actual,
-        _finite_list(scores.actual_logp),
-        scores.actual_rank.tolist(),
-        scores.ids.tolist(),
-        _finite_list(scores.logp),
-        strict=True,
-    )
-    for place, token, token_logp, token_rank, ids, logps in listed:
-        before = actual[max(0, place - 4) : place]
-        text = texts.text(token, before) if texts else None
-        row: dict[str, Any] = {str(token): {"logprob": token_logp, "rank": token_rank, "decoded_token": text}}
-        for rank, (other, logp) in enumerate(zip(ids, logps, strict=True), start=1):
-            if other != token:
-                text = texts.text(other, before) if texts else None
-                row[str(other)] = {"logprob": logp, "rank": rank, "decoded_token": text}
-        rows.append(row)
-    return rows
+    realised_N1 = np.asarray(actual)[:, None]
+    shown = np.hstack([np.ones(realised_N1.shape, dtype=bool), scores.ids != realised_N1])
+    ranks = np.broadcast_to(np.arange(1, scores.ids.shape[1] + 1), scores.ids.shape)
+    tokens = np.hstack([realised_N1, scores.ids])[shown].tolist()
+    logps = np.hstack([scores.actual_logp[:, None], scores.logp])[shown]
+    heads = list(map(_HEADS.__getitem__, tokens))
+    values = encode_json(_finite_list(logps))[1:-1].split(b",")
+    middles = map(_RANKS.__getitem__, np.hstack([scores.actual_rank[:, None], ranks])[shown].tolist())
+    ends = shown.sum(axis=1).cumsum().tolist()
+    tails = [b"null}"] * len(tokens) if texts is None else _decoded_tokens(texts, tokens, actual, ends)
+    for first, end in zip([0, *ends[:-1]], ends, strict=True):
+        heads[first] = b",{" + heads[first][1:]
+        tails[end - 1] += b"}"
+    rows = b"".join(chain.from_iterable(zip(heads, values, middles, tails, strict=True)))
+    return msgspec.Raw(b"[%s%s]" % (b"{}" if flat else b"null", rows))
+
+
+def _decoded_tokens(texts: Vocabulary, tokens: list[int], actual: Sequence[int], ends: list[int]) -> list[bytes]:
+    """Return the text of each token as JSON with its entry's closing brace; ``ends`` are where the rows end."""
+    found = list(map(texts.entry_ends.__getitem__, tokens))
+    if b"" in found:  # tokens whose text depends on those before
+        for place in [place for place, text in enumerate(found) if not text]:
+            row = bisect_right(ends, place)
+            found[place] = encode_json(texts.text(tokens[place], actual[max(0, row - 4) : row])) + b"}"
+    return found
 
 
 def matrix(values: np.ndarray) -> str:
@@ -95,7 +107,7 @@ def completion_logprobs(
     k: int,
     as_ids: bool,
     drawn: range,
-    echoed: Sequence[tuple[int, dict[str, Any] | None]] = (),
+    echoed: Iterable[tuple[int, dict[str, Any] | None]] = (),
     offset: int = 0,
 ) -> dict[str, Any]:
     """Build ``choices[].logprobs`` of ``/v1/completions``.
