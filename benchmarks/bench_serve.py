@@ -108,7 +108,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     prompts = rng.integers(8, options.vocab, (IN_FLIGHT, PROMPT))
     texts = rng.integers(8, options.vocab, (IN_FLIGHT, SCORED))
-    draw = {"temperature": 1.0, "max_tokens": DRAWN, "min_tokens": DRAWN, "ignore_eos": True, "return_token_ids": True}
+    draw = {"temperature": 1.0, "max_tokens": DRAWN, "ignore_eos": True, "return_token_ids": True}
     draws = [{"prompt": row.tolist(), "logprobs": 0, "seed": place, **draw} for place, row in enumerate(prompts)]
     score = {"max_tokens": 1, "prompt_logprobs": K, "temperature": 0.0}
     scores = [{"prompt": row.tolist(), **score} for row in texts]

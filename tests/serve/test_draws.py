@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from starlette.applications import Starlette
 
 from tests.serve.apps import NAME, client, complete, exact_logp, generate, make_app, post, random_ids
+from topkd.serve.engine.jobs import EngineJob, SamplingJob
+from topkd.serve.engine.sequences import GeneratedSequence, draw_tokens
 
 TOLERANCE = 1e-4  # float32 against float64; these models have logits of +-30
 IDS = {"return_token_ids": True, "ignore_eos": True}
@@ -76,6 +79,26 @@ def _nucleus(row: np.ndarray, top_p: float) -> np.ndarray:
     order = np.argsort(-p)
     kept = order[: int(np.searchsorted(np.cumsum(p[order]), top_p)) + 1]
     return _softmax(_only(row, kept.tolist()))
+
+
+class _Numbers:
+    """A generator that gives one number."""
+
+    def __init__(self, number: float) -> None:
+        self.random = lambda: number
+
+
+@pytest.mark.parametrize(
+    ("number", "token"), [(0.0, 1), (0.4999, 1), (0.5, 3), (0.9999, 3), (float(np.nextafter(1.0, 0.0)), 3)]
+)
+def test_no_number_picks_a_token_without_probability_and_a_greedy_row_takes_none(number: float, token: int):
+    half, none = np.log(0.5), -np.inf
+    logits = torch.tensor([[none, half, none, half, none], [0.0, 1.0, none, 3.0, 2.0]])
+    rows = [
+        GeneratedSequence(EngineJob((5,), SamplingJob(temperature=t)), 0, 1, frozenset(), _Numbers(number))
+        for t in (1.0, 0.0)
+    ]
+    assert draw_tokens(logits, rows).tolist() == [[token], [3]]
 
 
 async def test_penalties_change_what_is_drawn_but_not_what_is_reported(app: Starlette, models: Path):

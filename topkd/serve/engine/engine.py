@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 
 from topkd.serve.config import ServeConfig
@@ -312,11 +313,10 @@ class Engine:
         job, pending.begun = pending.job, True
         limit = min(job.sampling.max_tokens, self._context - len(job.ids))
         stops = job.sampling.stop_token_ids | (frozenset() if job.sampling.ignore_eos else self._endings.eos)
-        device = self.backbone.device if self.backbone.device.type == "cuda" else torch.device("cpu")
         for index in range(job.n):
             seed = job.sampling.seed
             drawn = int(torch.randint(2**62, (), generator=self._seeds)) if seed is None else seed + index
-            generator = torch.Generator(device).manual_seed(drawn & (2**63 - 1))
+            generator = np.random.default_rng(drawn & (2**63 - 1))
             pending.sequences.append(GeneratedSequence(job, index, limit, stops, generator))
 
     def _prefill(self, batch: list[PendingJob]) -> None:

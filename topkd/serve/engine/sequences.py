@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from topkd.serve.engine.jobs import Completion, EngineJob, SamplingJob
+from topkd.serve.engine.scoring import count_true
 from topkd.serve.model.backbone import Backbone
 
 
@@ -23,7 +24,7 @@ class GeneratedSequence:
     index: int
     limit: int  # tokens it may draw: max_tokens, or the room left in the context
     stops: frozenset[int]  # end-of-sequence ids and stop_token_ids
-    generator: torch.Generator
+    generator: np.random.Generator
     out: Completion = field(default_factory=Completion)
     done: bool = False
     searched: int = 0  # characters of its text that were searched for stop strings
@@ -44,29 +45,20 @@ def draw_next(sequences: Sequence[GeneratedSequence], logits_BV: Tensor, *, proc
 
     Logprobs are of the model's own distribution, or with ``processed`` of the one that was drawn from.
     """
-    shaped, picked = [], []
+    drawn_from, shown = [], []
     for row, sequence in enumerate(sequences):
-        sampling = sequence.sampling
-        plain = is_untouched(sampling) and (sampling.greedy or sampling.temperature == 1.0)
-        logits = (
-            logits_BV[row]
-            if plain
-            else process_logits(logits_BV[row], sampling, sequence.job.ids, sequence.out.token_ids, sequence.stops)
-        )
-        picked.append(draw_tokens(logits, sampling.greedy, sequence.generator))
-        if processed:
-            shaped.append(logits)
-        elif sampling.scaled_logprobs and not sampling.greedy:
-            shaped.append(logits_BV[row] / sampling.temperature)
-        else:
-            shaped.append(logits_BV[row])
-    scaled = processed or any(sequence.sampling.scaled_logprobs for sequence in sequences)
-    shown_BV = torch.stack(shaped) if scaled else logits_BV
-    tokens_B1 = torch.tensor(picked, device=logits_BV.device)[:, None]
+        sampling, logits = sequence.sampling, logits_BV[row]
+        if not (is_untouched(sampling) and (sampling.greedy or sampling.temperature == 1.0)):
+            logits = process_logits(logits, sampling, sequence.job.ids, sequence.out.token_ids, sequence.stops)
+        drawn_from.append(logits)
+        scaled = sampling.scaled_logprobs and not sampling.greedy and not processed
+        shown.append(logits_BV[row] / sampling.temperature if scaled else logits if processed else logits_BV[row])
+    tokens_B1 = draw_tokens(_stack(drawn_from, logits_BV), sequences)
+    shown_BV = _stack(shown, logits_BV)
     lse_B1 = shown_BV.logsumexp(-1, keepdim=True)
     chosen_B1 = shown_BV.gather(1, tokens_B1)
-    logp = (chosen_B1 - lse_B1)[:, 0].tolist()
-    rank = (shown_BV >= chosen_B1).sum(-1).tolist()
+    picked, logp = tokens_B1[:, 0].tolist(), (chosen_B1 - lse_B1)[:, 0].tolist()
+    rank = count_true(shown_BV >= chosen_B1).tolist()
     wide = max(sequence.sampling.logprobs or 0 for sequence in sequences)
     top = shown_BV.topk(wide, dim=-1) if wide else None
     top_ids = None if top is None else top.indices.cpu().numpy()
@@ -151,18 +143,34 @@ def is_untouched(sampling: SamplingJob) -> bool:
     )
 
 
-def draw_tokens(logits_V: Tensor, greedy: bool, generator: torch.Generator) -> int:  # noqa: FBT001 - a property of the row
-    """Draw one token: argmax, or an exact draw from softmax(logits) by a race of exponentials (Gumbel's trick).
+def draw_tokens(logits_BV: Tensor, sequences: Sequence[GeneratedSequence]) -> Tensor:
+    """Draw a token for each row, [B, 1]: argmax, or the place of a uniform number in the row's cumulated probabilities.
 
-    A race needs one random number per token and no normaliser, so a draw depends on its own row and generator only,
-    never on what else is in the batch.
+    A row takes one number from its own generator, so a draw depends on nothing else in the batch.
     """
-    if greedy:
-        return int(logits_V.argmax())
-    race = torch.empty(logits_V.shape, dtype=torch.float64, device=generator.device).exponential_(generator=generator)
-    # 0 has probability zero but is a possible float: it would win every race, -inf rows included.
-    race = race.clamp_(min=torch.finfo(torch.float64).tiny).log_().to(logits_V.device, torch.float32)
-    return int((logits_V - race).argmax())
+    greedy = [sequence.sampling.greedy for sequence in sequences]
+    if all(greedy):
+        return logits_BV.argmax(-1, keepdim=True)
+    numbers = [0.0 if sequence.sampling.greedy else sequence.generator.random() for sequence in sequences]
+    device = torch.device("cpu") if logits_BV.device.type == "mps" else logits_BV.device  # mps has no float64
+    points_B1 = torch.tensor(numbers, dtype=torch.float64, device=device)[:, None]
+    cumulated_BV = logits_BV.softmax(-1).to(device).double().cumsum(-1)
+    total_B1 = cumulated_BV[:, -1:]
+    # Below the total, so that a token of probability zero at the end is never the place. NaN finds no place at all; it
+    # is refused with the logprob.
+    points_B1 = torch.minimum(points_B1 * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    tokens_B1 = torch.searchsorted(cumulated_BV, points_B1, right=True).clamp_(max=logits_BV.shape[-1] - 1)
+    tokens_B1 = tokens_B1.to(logits_BV.device)
+    if any(greedy):
+        is_greedy_B1 = torch.tensor(greedy, device=logits_BV.device)[:, None]
+        tokens_B1 = torch.where(is_greedy_B1, logits_BV.argmax(-1, keepdim=True), tokens_B1)
+    return tokens_B1
+
+
+def _stack(rows: list[Tensor], logits_BV: Tensor) -> Tensor:
+    """Stack the rows, or return the matrix that all of them are rows of."""
+    untouched = all(row.data_ptr() == own.data_ptr() for row, own in zip(rows, logits_BV, strict=True))
+    return logits_BV if untouched else torch.stack(rows)
 
 
 class SequenceGroup:

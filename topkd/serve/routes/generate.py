@@ -7,6 +7,7 @@ import time
 import uuid
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -76,7 +77,7 @@ def _reply(served: Served, body: GenerateBody, job: EngineJob, answer: Answer) -
         words = served.words if fields.detokenize else None
         rows = replies.prompt_logprobs(answer.scores, job.ids[1:], words, flat=fields.flat_logprobs)
     elif job.prompt_logprobs is not None and len(job.ids) == 1:
-        rows = [{} if fields.flat_logprobs else None]
+        rows = msgspec.Raw(b"[{}]" if fields.flat_logprobs else b"[null]")
     return {
         "request_id": f"generate-tokens-{uuid.uuid4().hex[:16]}",
         "model": body.model or served.config.name,
