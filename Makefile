@@ -1,6 +1,6 @@
 # Every target sets up the environment it needs (scripts/setup.sh); a second call installs nothing.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-browser test-vllm test-sglang lint format types contracts wheel check bench bench-math bench-clients \
+.PHONY: help demo test test-slow test-browser test-vllm test-sglang test-clients lint format types contracts wheel check bench bench-math bench-clients \
         bench-offline bench-engine docs setup clean distclean
 
 DEMO_ARGS ?=
@@ -21,7 +21,7 @@ test: ## the fast tests (PYTEST_ARGS="tests/topk -k gjs" narrows them)
 	@$(DEV) $(ONE_THREAD) "$$bin/python" -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: ## the slow tests, then test-browser and test-vllm
-	@$(DEV) $(ONE_THREAD) "$$bin/python" -m pytest -q -m "slow and not vllm and not sglang and not browser" -n $(WORKERS) --dist loadfile --durations 25 $(PYTEST_ARGS)
+	@$(DEV) $(ONE_THREAD) "$$bin/python" -m pytest -q -m "slow and not vllm and not sglang and not browser and not clients" -n $(WORKERS) --dist loadfile --durations 25 $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-browser
 	@$(MAKE) --no-print-directory test-vllm
 
@@ -37,6 +37,11 @@ test-vllm: ## what needs a real vLLM on CPU and llama.cpp, installed into .venv-
 test-sglang: ## what needs a real SGLang on CPU, installed into .venv-sglang (1.7 GB)
 	@$(DEV) PYTHON="$$bin/python" bash scripts/setup_sglang.sh && \
 	$(ONE_THREAD) "$$bin/python" -m pytest -q -m sglang -p no:xdist --durations 15 $(PYTEST_ARGS)
+
+# Outside `make check`: they bring torch and some 200 packages of their own.
+test-clients: ## openai, litellm, lm-eval, inspect-ai and TRL against topkd serve, installed into .venv-clients
+	@$(DEV) PYTHON="$$bin/python" bash scripts/setup_clients.sh && \
+	$(ONE_THREAD) "$$bin/python" -m pytest -q -m clients -p no:xdist --durations 15 $(PYTEST_ARGS)
 
 lint: ## ruff, and the documents' code blocks counted
 	@$(DEV) "$$bin/ruff" check . && "$$bin/ruff" format --check . && "$$bin/python" -m tests.docs.blocks
@@ -82,4 +87,4 @@ clean: ## what builds and tests leave behind
 	find topkd tests benchmarks examples docs scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also the environments that make made
-	rm -rf .venv .venv-vllm .venv-vllm-0.31 .venv-sglang .venv-llama .venv-bench .venv-liger
+	rm -rf .venv .venv-vllm .venv-vllm-0.31 .venv-sglang .venv-llama .venv-bench .venv-clients .venv-liger
