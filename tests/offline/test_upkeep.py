@@ -6,12 +6,17 @@ import fcntl
 import json
 import os
 import shutil
+import tracemalloc
+from gc import collect
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.offline.samples import same, scored
 from topkd.offline import ScoreStore, TeacherIdentity, gc, merge, profile, stats, verify
+from topkd.offline.store import tables
+from topkd.offline.store.keys import compute_score_key
 from topkd.topk import Rollout, SamplingParams
 from topkd.topk.errors import CacheError
 
@@ -196,3 +201,65 @@ def test_what_another_machine_left_is_read_but_not_sealed_unless_told(tmp_path, 
     assert gc(tmp_path / "shared").copied == 0
     assert gc(tmp_path / "shared", foreign=True).copied == 1
     assert verify(tmp_path / "shared").damage == []
+
+
+def _records(root):
+    """Key and payload of every record, in the order in which they are on the disk."""
+    with ScoreStore(root) as store:
+        return [(record.header.key, bytes(record.payload)) for record in store.records(live=False)]
+
+
+@pytest.mark.parametrize("part_rows", [1, 3, 1 << 17])
+def test_in_however_many_parts_the_keys_are_compared_the_same_records_stay_in_the_same_order(
+    part_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("x", "y"):
+        fill(tmp_path / name, A, range(12), codec="raw", segment_bytes=3_000)
+        with ScoreStore(tmp_path / name, mode="a", codec="raw", segment_bytes=3_000) as store:
+            for seed in range(4, 9):  # wider ones of some keys: the first become superfluous
+                store.put(A, *scored(seed, tokens=20 + seed, k=12))
+    fill(tmp_path / "y", A, range(20, 23), codec="raw")
+    wanted = [
+        scored(seed, tokens=20 + seed, k=12 if 4 <= seed < 9 else 8)
+        for seed in (*range(4), *range(9, 12), *range(4, 9))
+    ]
+    shutil.copytree(tmp_path / "x", tmp_path / "at-once")
+    gc(tmp_path / "at-once")
+    monkeypatch.setattr(tables, "PART_ROWS", part_rows)
+    assert (gc(tmp_path / "x").copied, gc(tmp_path / "x").dropped) == (12, 0)
+    with ScoreStore(tmp_path / "x") as store:
+        assert all(same(store.get(A, ids, 5, scores.k), scores) for ids, scores in wanted)
+    assert _records(tmp_path / "x") == _records(tmp_path / "at-once")
+    assert {key for key, _ in _records(tmp_path / "x")} == {compute_score_key(A, ids) for ids, _ in wanted}
+    assert merge([tmp_path / "x", tmp_path / "y"], tmp_path / "z").copied == 15
+    assert _records(tmp_path / "z")[:12] == _records(tmp_path / "x")
+    assert len({key for key, _ in _records(tmp_path / "z")}) == 15
+
+
+def _traced_peak(work) -> int:
+    collect()
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_of_gc_and_merge_does_not_grow_with_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tables, "PART_ROWS", 150)
+    ids, scores = scored(0, tokens=8, k=2)
+    peaks = {}
+    for count in (300, 1_200):
+        root, target = tmp_path / str(count), tmp_path / f"merged-{count}"
+        with ScoreStore(root, mode="a", codec="raw", segment_bytes=30_000, group_records=1_000) as store:
+            for number in range(count):
+                store.put(A, np.array([*ids[:4], number, *ids[5:]], np.int32), scores)
+        peaks["gc", count] = _traced_peak(lambda root=root: gc(root, segment_bytes=30_000))
+        peaks["merge", count] = _traced_peak(
+            lambda root=root, target=target: merge([root], target, segment_bytes=30_000)
+        )
+        assert stats(target).live == count
+    for command in ("gc", "merge"):
+        grown = peaks[command, 1_200] - peaks[command, 300]
+        assert grown < 900 * 16, "a row of the tables alone has 56 bytes, and there were five copies of them"

@@ -9,25 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from topkd.offline.store.codecs import CodecName
 from topkd.offline.store.folder import describe_disk_error, open_folder
 from topkd.offline.store.keys import TeacherIdentity
-from topkd.offline.store.records import ROLLOUT, Header, Record, build_rollout_record, build_score_record
+from topkd.offline.store.records import IDENTITY, ROLLOUT, Header, Record, build_rollout_record, build_score_record
 from topkd.offline.store.segment_writer import SEGMENT_BYTES, RecordLog, adopt_orphans
 from topkd.offline.store.segments import Damage, Segment, read_index
-from topkd.offline.store.tables import (
-    Table,
-    close_segments,
-    concat_tables,
-    count_bytes,
-    find_live_rows,
-    open_tables,
-    read_tables,
-    read_teachers,
-    select_answer_rows,
-)
+from topkd.offline.store.tables import SpooledRows, add_teacher, close_segments, count_bytes, iter_tables
 from topkd.topk.errors import CacheCorruptError, CacheError, ConfigError
 
 
@@ -70,26 +58,23 @@ def gc(
             if isinstance(read_index(index), str) or not index.with_suffix(".tkl").exists():
                 index.unlink(missing_ok=True)  # its segment is sealed again below, or is gone
         damage = adopt_orphans(root, foreign=foreign)
-        # A damaged record must not replace an undamaged one with the same key: everything is read first.
-        with open_tables(root, damage=damage) as (segments, table):
-            sealed = [position for position, segment in enumerate(segments) if segment.index is not None]
-            # A record that another process has not yet committed must not replace a durable one.
-            answers = select_answer_rows(table[np.isin(table["segment"], sealed)])
-            keep = answers[find_live_rows(answers)]
-            names = read_teachers(segments, table)
+        # A damaged record must not make a sound one of the same key superfluous: everything is read first.
+        with _open_spooled(root, [root], damage=damage, only_sealed=True) as (segments, rows, names):
+            rows.mark_live()
             log = RecordLog(root, segment_bytes=segment_bytes)
-            copied = _copy(segments, np.sort(keep, order=("segment", "offset")), names, log, codec=codec, damage=damage)
+            copied = _copy(segments, rows, names, log, codec=codec, damage=damage)
             log.close()
-            for position in sealed:
-                file = segments[position].path
+            for file in (segment.path for segment in segments if segment.index is not None):
                 file.unlink(missing_ok=True)
                 file.with_suffix(".idx").unlink(missing_ok=True)
             for stray in root.glob("*.tmp"):
                 stray.unlink(missing_ok=True)
-    return Compaction(copied, len(answers) - copied, before, count_bytes(root), damage)
+    return Compaction(copied, rows.count - copied, before, count_bytes(root), damage)
 
 
-def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str]) -> Compaction:
+def merge(
+    sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str], *, segment_bytes: int = SEGMENT_BYTES
+) -> Compaction:
     """Copy the records that the target lacks from other caches, byte for byte; sources are only read."""
     root = Path(target)
     if any(root.resolve() == Path(source).resolve() for source in sources):
@@ -100,53 +85,66 @@ def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[s
     adopt_orphans(root)
     damage: list[Damage] = []
     before = count_bytes(root)
-    roots = [root, *map(Path, sources)]
-    segments: list[Segment] = []
-    tables: list[Table] = []
-    own = 0
-    try:
-        for number, folder in enumerate(roots):
-            found, rows = read_tables(folder, first=len(segments), damage=damage)
-            segments += found
-            tables.append(rows)
-            if number == 0:
-                own = len(segments)
-        table = concat_tables(tables)
-        answers = select_answer_rows(table)
-        live = answers[find_live_rows(answers, own)]
-        wanted = np.sort(live[live["segment"] >= own], order=("segment", "offset"))
-        log = RecordLog(root)
-        copied = _copy(segments, wanted, read_teachers(segments, table), log, codec=None, damage=damage)
+    with _open_spooled(root, [root, *map(Path, sources)], damage=damage) as (segments, rows, names):
+        own = sum(segment.path.parent == root for segment in segments)
+        rows.mark_live(own)
+        log = RecordLog(root, segment_bytes=segment_bytes)
+        copied = _copy(segments, rows, names, log, first=own, damage=damage)
         log.close()
-        offered = int((answers["segment"] >= own).sum())
-    finally:
-        close_segments(segments)
+    offered = rows.count - rows.count_before(own)
     return Compaction(copied, offered - copied, before, count_bytes(root), damage)
+
+
+@contextlib.contextmanager
+def _open_spooled(
+    target: Path, roots: Sequence[Path], *, damage: list[Damage] | None = None, only_sealed: bool = False
+) -> Iterator[tuple[list[Segment], SpooledRows, dict[int, TeacherIdentity]]]:
+    """Open every segment of some caches, with their rows in a file, and the teachers by tag.
+
+    ``only_sealed``: a record that another process has not yet committed must not make a durable one superfluous.
+    """
+    segments: list[Segment] = []
+    names: dict[int, TeacherIdentity] = {}
+    with contextlib.closing(SpooledRows(target)) as rows:
+        try:
+            for folder in roots:
+                for segment, table in iter_tables(folder, first=len(segments), damage=damage):
+                    segments.append(segment)
+                    rows.append(table[:0] if only_sealed and segment.index is None else table)
+                    for row in table[table["kind"] == IDENTITY]:
+                        add_teacher(names, segment, row)
+                    segment.forget_checks()
+            yield segments, rows, names
+        finally:
+            close_segments(segments)
 
 
 def _copy(
     segments: list[Segment],
-    rows: Table,
+    rows: SpooledRows,
     names: dict[int, TeacherIdentity],
     log: RecordLog,
     *,
-    codec: CodecName | None,
     damage: list[Damage],
+    first: int = 0,
+    codec: CodecName | None = None,
 ) -> int:
+    """Copy the live records of the segments from ``first`` on, in their order."""
     copied = 0
-    for row in rows:
-        segment, offset = segments[int(row["segment"])], int(row["offset"])
-        try:
-            record = segment.read(offset)
-        except CacheCorruptError:
-            damage.append(Damage(segment.name, offset, 0, "damaged record; it was not copied"))
-            continue
-        identity = names.get(record.header.tag)
-        if codec is None or identity is None:
-            log.append(record.header, bytes(record.payload), identity)
-        else:
-            log.append(*_recode(record, identity, codec), identity)
-        copied += 1
+    for position, segment in enumerate(segments[first:], start=first):
+        for offset in rows.find_live_offsets(position).tolist():
+            try:
+                record = segment.read(offset)
+            except CacheCorruptError:
+                damage.append(Damage(segment.name, offset, 0, "damaged record; it is left out"))
+                continue
+            identity = names.get(record.header.tag)
+            if codec is None or identity is None:
+                log.append(record.header, bytes(record.payload), identity)
+            else:
+                log.append(*_recode(record, identity, codec), identity)
+            copied += 1
+        segment.forget_checks()
     return copied
 
 

@@ -105,6 +105,8 @@ class Segment:
         """Read the record at an offset and check its checksums."""
         # Sealed bytes do not change: header and payload are checked once per process, when they are first read.
         byte, bit = offset // (8 * ALIGN), 1 << (offset // ALIGN & 7)
+        if not self._seen and self._map is not None:
+            self._seen = bytearray(self._map.size() // (8 * ALIGN) + 1)
         mapped = byte < len(self._seen)  # the index of a truncated file also has records beyond its end
         if mapped and self._seen[byte] & bit:
             header = unpack_header(self._view, offset)
@@ -116,6 +118,10 @@ class Segment:
         if mapped:
             self._seen[byte] |= bit
         return record
+
+    def forget_checks(self) -> None:
+        """Free the note of which records were checked; each is checked again when it is read again."""
+        self._seen = bytearray()
 
     def scan(self, first: int = ALIGN, *, payloads: bool = False) -> Scan:
         """Read every complete record from ``first`` on; report and skip damaged bytes.
@@ -187,7 +193,6 @@ class Segment:
         if size:
             self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
             self._view = memoryview(self._map)
-            self._seen = bytearray(size // (8 * ALIGN) + 1)
             os.close(self._fd)  # the map has its own descriptor; two per segment would soon be too many
             self._fd = -1
 

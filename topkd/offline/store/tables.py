@@ -4,52 +4,129 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from topkd.offline.store.folder import open_folder
+from topkd.offline.store.folder import describe_disk_error, open_folder
 from topkd.offline.store.index import ENTRY
 from topkd.offline.store.keys import TeacherIdentity
 from topkd.offline.store.records import IDENTITY, ROLLOUT, SCORE, Header
 from topkd.offline.store.segments import Damage, Segment, list_segments
 from topkd.topk.errors import CacheCorruptError
 
+PART_ROWS = 1 << 17  # about 40 MB while they are compared
 ROW = np.dtype([("high", "<u8"), ("segment", "<u4"), *[(name, ENTRY[name]) for name in ENTRY.names or ()]])
 
 
 Table: TypeAlias = np.ndarray[Any, Any]
 
 
-def read_tables(root: Path, *, first: int = 0, damage: list[Damage] | None = None) -> tuple[list[Segment], Table]:
-    """Read the segments of a folder, and one row for each record.
+def read_tables(root: Path, *, damage: list[Damage] | None = None) -> tuple[list[Segment], Table]:
+    """Read the segments of a folder, and one row for each record; see ``iter_tables``."""
+    read = list(iter_tables(root, damage=damage))
+    return [segment for segment, _ in read], concat_tables([table for _, table in read])
+
+
+def iter_tables(root: Path, *, first: int = 0, damage: list[Damage] | None = None) -> Iterator[tuple[Segment, Table]]:
+    """Open the segments of a folder one by one, each with one row for each record.
 
     Args:
         root: The folder.
         first: Number of the first segment.
-        damage: If given, every record is read: only undamaged ones have a row, and damage is appended to this list.
+        damage: Given, every record is read: only those that hold have a row, and the damage is appended here.
     """
-    segments: list[Segment] = []
-    tables = []
+    position = first
     for path in list_segments(root):
-        with contextlib.suppress(FileNotFoundError):
+        try:
             segment = Segment(path)
-            position = first + len(segments)
-            segments.append(segment)
-            if segment.index is None or damage is not None:
-                scan = segment.scan(payloads=damage is not None)
-                tables.append(tabulate_headers(position, scan.found))
-                if damage is not None:
-                    damage += [item for item in segment.damage + scan.damage if item.fatal]
-                continue
+        except FileNotFoundError:
+            continue
+        if segment.index is None or damage is not None:
+            scan = segment.scan(payloads=damage is not None)
+            table = tabulate_headers(position, scan.found)
+            if damage is not None:
+                damage += [item for item in segment.damage + scan.damage if item.fatal]
+        else:
             table = np.zeros(len(segment.index.high), ROW)
             table["high"], table["segment"] = segment.index.high, position
             for name in ENTRY.names or ():
                 table[name] = segment.index.entries[name]
-            tables.append(table)
-    return segments, concat_tables(tables)
+        position += 1
+        yield segment, table
+
+
+class SpooledRows:
+    """Rows of scores and rollouts in an unnamed file, of which a part is in memory at a time.
+
+    A part is a range of keys: whether a record is superfluous depends only on records of its own key.
+
+    Attributes:
+        count: Rows.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.count = 0
+        self._ends = [0]
+        self._folder = folder
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - ``close`` closes it
+        except OSError as error:
+            raise describe_disk_error("cannot write to the cache", folder, error) from error
+
+    def close(self) -> None:
+        """Close the file, which is then gone."""
+        self._file.close()
+
+    def append(self, table: Table) -> None:
+        """Add the rows of the next segment; records that answer nothing are left out."""
+        rows = select_answer_rows(table)
+        rows = rows[np.argsort(rows["high"], kind="stable")]
+        rows["reserved"] = 0
+        try:
+            self._file.write(rows.tobytes())
+            self._file.flush()
+        except OSError as error:
+            raise describe_disk_error("cannot write to the cache", self._folder, error) from error
+        self.count += len(rows)
+        self._ends.append(self.count)
+
+    def mark_live(self, own: int = 0) -> None:
+        """Mark the rows that ``find_live_rows`` finds."""
+        rows = self._map()
+        parts = -(-self.count // PART_ROWS)
+        starts = self._ends[:-1]
+        for part in range(1, parts + 1):
+            edge = 2**64 * part // parts
+            stops = [
+                end if part == parts else bisect_left(rows["high"], edge, start, end)
+                for start, end in zip(starts, self._ends[1:], strict=True)
+            ]
+            ranges = [slice(*bounds) for bounds in zip(starts, stops, strict=True)]
+            live = find_live_rows(concat_tables([rows[each] for each in ranges]), own)
+            for each in ranges:
+                size = each.stop - each.start
+                rows["reserved"][each], live = live[:size], live[size:]
+            starts = stops
+
+    def find_live_offsets(self, segment: int) -> NDArray[np.uint64]:
+        """Find the offsets of a segment's marked rows, in order."""
+        rows = self._map()[self._ends[segment] : self._ends[segment + 1]]
+        return np.sort(rows["offset"][rows["reserved"] == 1])
+
+    def count_before(self, segment: int) -> int:
+        """Count the rows of the segments before this one."""
+        return self._ends[segment]
+
+    def _map(self) -> Table:
+        if not self.count:
+            return np.zeros(0, ROW)
+        return np.memmap(self._file, ROW, "r+", shape=(self.count,))
 
 
 @contextlib.contextmanager
@@ -114,11 +191,15 @@ def read_teachers(segments: list[Segment], table: Table) -> dict[int, TeacherIde
     """Read the teachers of a table by tag."""
     found: dict[int, TeacherIdentity] = {}
     for row in table[table["kind"] == IDENTITY]:
-        if int(row["tag"]) not in found:
-            with contextlib.suppress(CacheCorruptError):
-                record = segments[int(row["segment"])].read(int(row["offset"]))
-                found[int(row["tag"])] = record.identity()
+        add_teacher(found, segments[int(row["segment"])], row)
     return found
+
+
+def add_teacher(found: dict[int, TeacherIdentity], segment: Segment, row: Table) -> None:
+    """Add the teacher that a row of a segment names, unless its tag is known."""
+    if int(row["tag"]) not in found:
+        with contextlib.suppress(CacheCorruptError):
+            found[int(row["tag"])] = segment.read(int(row["offset"])).identity()
 
 
 def read_identities(path: str | os.PathLike[str]) -> dict[int, TeacherIdentity]:
