@@ -8,15 +8,15 @@ transformers::
     config = topkd.load_config("run.toml")
     result = await topkd.train(config, "runs/first")
 
-The rooms, and what each knows:
+The subpackages, and what each knows:
 
 * ``topkd.topk`` - what a top-K logprob is, and all the maths on it (torch only in ``losses``, ``fused``, ``schedule``).
 * ``topkd.clients`` - how to ask servers: one dialect a file, one transport, one retry policy.
 * ``topkd.engine`` - sampling, scoring, and training steps.
 * ``topkd.offline`` - the score cache and replay.
-* ``topkd.serve`` - the embedded server: any Hugging Face causal LM behind vLLM's dialects.
-* ``topkd.report`` - pages and figures.
-* ``topkd.compose`` - the rooms put together from one frozen config: one file per command.
+* ``topkd.serve`` - the embedded server: a Hugging Face causal LM behind the API of vLLM or SGLang.
+* ``topkd.report`` - HTML reports and figures about runs.
+* ``topkd.compose`` - the commands as functions: it connects the other subpackages, from one frozen config.
 * ``topkd.cli`` - the command line, a thin layer on ``compose``.
 """
 

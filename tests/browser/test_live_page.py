@@ -49,5 +49,5 @@ def test_a_server_that_is_gone_is_said_so_and_the_curves_stay(tmp_path, open_pag
         page = open_page(served.url, expected=("Failed to load resource",)).page
     until(page, "document.querySelector('#state').textContent.includes('gone')")
     page.get_by_role("button", name="Earlier rollout").click()
-    until(page, "document.querySelector('#rollout-note').textContent.includes('cannot be had')")
+    until(page, "document.querySelector('#rollout-note').textContent.includes('cannot be loaded')")
     assert page.evaluate(DOTS) >= 3

@@ -78,7 +78,7 @@ def test_stats_and_verify_say_the_same_of_records_and_bytes_and_a_name_has_the_r
     assert f"{size:,} bytes" in text
     checked = ran("cache", "verify", path)
     assert "4 records in" in checked
-    assert f"{size:,} bytes, 0 superseded or twice: whole" in checked
+    assert f"{size:,} bytes, 0 superseded or duplicate: intact" in checked
 
 
 def test_the_pictures_show_shares_of_k_lengths_mass_and_entropy_in_80_columns(tmp_path):
@@ -122,7 +122,7 @@ def test_verify_is_content_with_a_whole_cache_and_names_damage_with_exit_code_1(
     whole, counted = told("cache", "verify", cache), told("cache", "stats", cache)
     assert whole["ok"] is True
     assert all(whole[name] == counted[name] for name in ("records", "tokens", "bytes_per_token"))
-    assert "whole" in ran("cache", "verify", cache)
+    assert "intact" in ran("cache", "verify", cache)
     segment = max(cache.glob("seg-*.tkl"), key=lambda file: file.stat().st_size)
     data = bytearray(segment.read_bytes())
     data[len(data) // 2] ^= 0xFF
@@ -262,7 +262,7 @@ def test_an_import_that_cannot_be_read_leaves_no_empty_cache(cache, tmp_path, fo
         (["score", "d", "--out", "c", "--teacher", "u", "--runner", "slurm"], ConfigError, "'runner'"),
         (["probe", "http://127.0.0.1:1", "--api-key-env", "NO_SUCH_NAME"], ConfigError, "NO_SUCH_NAME (--api-key-env)"),
         (["score", "none.jsonl", "--teacher", "http://127.0.0.1:1", "--out", "c"], DataError, "none.jsonl"),
-        (["score", "d", "--teacher", "u", "--out", "c", "--shard", "3/2"], ConfigError, "--shard takes i/n: got 3/2"),
+        (["score", "d", "--teacher", "u", "--out", "c", "--shard", "3/2"], ConfigError, "--shard takes I/N: got 3/2"),
         (["score", "d", "--teacher", "u", "--out", "c", "--max-cost", "2"], ConfigError, "price_per_million"),
         (["score", "d", "--teacher", "u", "--out", "c", "--api-key-env", "NO_SUCH_NAME"], ConfigError, "NO_SUCH_NAME"),
         (["replay", "none.toml", "--out", "o"], ConfigError, "none.toml"),

@@ -64,7 +64,7 @@ def test_a_run_that_is_there_already_is_not_offered_again_and_a_folder_with_spac
     ("steps", "kept"),
     [
         ([{}, {}], "step 2; run log and student so far: runs/a (topkd report runs/a)"),
-        ([], "step 0; runs/a holds no step"),
+        ([], "step 0; runs/a has no step yet"),
     ],
 )
 def test_a_stopped_demo_says_what_was_kept_and_where(capsys, name, code, steps, kept):

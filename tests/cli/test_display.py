@@ -47,7 +47,7 @@ def test_a_finished_run_ends_in_the_words_of_its_report_and_says_where_it_lies(t
     report = build_content(gather([run])).verdict
     assert summary == report.summary
     assert result == f"3 steps done; {report.headline}; student: my run/student, run log: my run/metrics.jsonl"
-    assert page == "its page: topkd report 'my run'"
+    assert page == "report: topkd report 'my run'"
     run = write_log(Path("a"), {**STEP, "step": 1, "kl_k1": 0.7989920601175624})
     print_result(RunResult(run, [{**STEP, "step": 1}], []), "replayed", as_json=False)
     assert "1 step replayed; estimated KL(student ‖ teacher) is 0.799 nats a token" in capsys.readouterr().out
@@ -76,8 +76,8 @@ def test_a_warm_start_on_data_ends_with_its_own_measure(tmp_path, capsys):
     ("mass", "shown"),
     [
         (0.7, "done; The loss on the teacher's lists went from 6.5 to 5.25 nats;"),
-        (math.nan, "done; Nothing in the run log says how far the student is from its teacher;"),
-        (None, "done; Nothing in the run log says"),
+        (math.nan, "done; Nothing in the run log measures the distance between student and teacher;"),
+        (None, "done; Nothing in the run log measures"),
     ],
 )
 def test_a_replay_of_imported_lists_is_judged_by_its_loss_unless_they_list_nothing(tmp_path, capsys, mass, shown):

@@ -104,10 +104,10 @@ async def test_the_page_fits_80_columns_and_shows_mask_colours_only_where_colour
     assert "\x1b[3" not in pages[False]
     assert max(len(line) for line in pages[False].splitlines()) <= 80
     screen = pages[False].splitlines()[-24:]  # what a small terminal still shows when the page is through
-    assert screen[-1] == "nothing stands in the way of this run"
+    assert screen[-1] == "no problem found: this run can start"
     assert any("can teach: K <= 20" in line for line in screen)
     assert any("topk_pg (beta 0.5" in line for line in screen)
-    for words in ("can teach: K <= 20", "1 over-long dropped", "micro_batch_tokens 16384", "nothing stands in the way"):
+    for words in ("can teach: K <= 20", "1 dropped as too long", "micro_batch_tokens 16384", "no problem found"):
         assert words in pages[False]
 
 
@@ -161,7 +161,7 @@ async def test_in_a_file_what_was_given_is_starred_and_no_path_or_number_is_cut(
     with console.capture() as captured:
         print_dry_run(await dry_run(config), config, console)
     page = captured.get()
-    assert "SETTINGS  (*: given" in page
+    assert "SETTINGS  (*: set" in page
     assert "*steps 3210" in page
     assert " seed 0" in page
     assert page.replace("\n", "").replace(" ", "").count(str(data)) >= 2
@@ -185,7 +185,7 @@ async def test_problems_end_the_page_each_in_whole(folder):
     with console.capture() as captured:
         print_dry_run(found, config, console)
     lines = captured.get().splitlines()
-    assert lines[-1] == "2 problems stand in the way of this run"
+    assert lines[-1] == "2 problems found: this run would fail"
     assert [line for line in lines[-12:] if line.startswith("problem  ")]
     told = " ".join(line.strip() for line in lines).replace("problem  ", "")
     assert all(problem in told for problem in found.problems)
@@ -221,7 +221,7 @@ async def test_a_replay_is_told_what_the_cache_has_and_every_way_in_which_it_can
         (None, {}, "no cache to replay"),
         (tmp_path / "nowhere", {}, "no such file or folder"),
         (tmp_path / "empty", {}, "no scores of this teacher"),
-        (kept, {"k": 21}, "no scores as wide as this K"),
+        (kept, {"k": 21}, "no scores with K entries"),
         (kept, {"teacher": {**named, "revision": "v2"}}, "expected 'teacher' (revision 'v2')"),
         (kept, {"replay": {"policy": "run-2"}}, "expected replay.policy = 'run-1'"),
     ]
@@ -259,7 +259,7 @@ async def test_a_folder_that_the_run_could_not_have_is_a_problem_and_one_it_goes
     (out / "config.json").write_text(config.model_dump_json())
     assert (await dry_run(config, out=out)).problems == [], "a run that took no step makes room"
     found = await dry_run(config, out=out, resume=True)
-    assert (found.problems, found.notes[0]) == ([], f"the run in {out} would go on from the beginning")
+    assert (found.problems, found.notes[0]) == ([], f"the run in {out} would continue from the beginning")
     other = config.model_copy(update={"seed": 9})
     (problem,) = (await dry_run(other, out=out, resume=True)).problems
     assert "seed 0 -> 9" in problem

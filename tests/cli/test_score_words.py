@@ -34,12 +34,12 @@ def data(tmp_path):
 
 def test_what_was_sent_is_what_is_spared_the_next_time_and_a_cost_names_its_currency(server, data, tmp_path):
     job = ("score", data, "--teacher", server.url, "--out", tmp_path / "cache", "--price-per-million", "1000")
-    assert "48 tokens to send, 0 spared by the cache, cost 0.0480 (in the currency of the price)" in ran(
+    assert "48 tokens to send, 0 saved by the cache, cost 0.0480 (in the currency of the price)" in ran(
         *job, "--estimate"
     )
-    assert "48 tokens sent, 0 spared" in ran(*job)
-    assert "0 tokens sent, 48 spared" in ran(*job)
-    assert "0 tokens to send, 48 spared" in ran(*job, "--estimate")
+    assert "48 tokens sent, 0 saved" in ran(*job)
+    assert "0 tokens sent, 48 saved" in ran(*job)
+    assert "0 tokens to send, 48 saved" in ran(*job, "--estimate")
 
 
 def test_an_estimate_foretells_ids_that_a_teacher_of_known_size_cannot_have(data, tmp_path):

@@ -111,7 +111,7 @@ async def test_a_folder_that_holds_anything_is_refused_before_the_work_and_left_
     (tmp_path / name).write_text("mine")
     with pytest.raises(ConfigError, match=r"not empty.*choose another"):
         await demo.demo("gjs", steps=1, out=tmp_path, cache=tmp_path / "cache")
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         await demo.demo("gjs", steps=1, out=tmp_path / name, cache=tmp_path / "cache")
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "mine"
@@ -125,7 +125,7 @@ def test_a_second_demo_goes_beside_the_first_and_says_so(tmp_path):
     with open_demo_folder(None, usual, told) as second, open_demo_folder(None, usual, told) as third:
         pass
     assert [path.name for path in (first, second, third)] == ["demo", "demo-2", "demo-3"]
-    assert [note.split(": ")[1] for note in told.notes] == [f"this demo goes to {path}" for path in (second, third)]
+    assert [note.split(": ")[1] for note in told.notes] == [f"this demo writes to {path}" for path in (second, third)]
     assert (first / "run.toml").read_text() == "mine"
 
 

@@ -122,7 +122,7 @@ async def test_a_function_that_cannot_be_a_loss_is_refused_before_the_run_begins
 
 async def test_a_loss_in_place_of_sft_is_refused(tmp_path):
     config = run_config(tmp_path, objective={"kind": "sft"})
-    with pytest.raises(ConfigError, match="a loss of your own needs a teacher"):
+    with pytest.raises(ConfigError, match="a custom loss needs a teacher"):
         await train(config, tmp_path / "run", loss=likelihood)
 
 

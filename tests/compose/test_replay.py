@@ -148,7 +148,7 @@ async def test_another_live_run_in_the_same_cache_samples_for_itself(folders, se
     other = run_config(folders, server.url, tmp_path / "cache", objective={"kind": "gjs"})
     await train(other, tmp_path / "gjs")
     assert len(list_identities(tmp_path / "cache", ROLLOUT)) == 2
-    with pytest.raises(ConfigError, match="which recorded run") as caught:
+    with pytest.raises(ConfigError, match="several recorded runs") as caught:
         await replay(run_config(folders, NOWHERE), tmp_path / "which", cache=tmp_path / "cache")
     revisions = [policy.revision for policy in list_identities(tmp_path / "cache", ROLLOUT)]
     assert all(revision in str(caught.value) for revision in revisions)
@@ -189,7 +189,7 @@ async def test_a_shuffled_replay_goes_through_every_completion_once_an_epoch(fol
 async def test_every_miss_is_one_clear_error(folders, recorded, tmp_path):
     cache = recorded / "cache"
     cases = [
-        ({"k": 21}, CacheMissError, "no scores as wide as this K"),
+        ({"k": 21}, CacheMissError, "no scores with K entries"),
         ({"steps": 5}, CacheMissError, "no such rollouts"),
         ({"seed": 2}, CacheMissError, "no such rollouts"),
         ({"teacher": {"url": NOWHERE, "model": "nobody"}}, CacheMissError, "'nobody'"),

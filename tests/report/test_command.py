@@ -90,7 +90,7 @@ def test_figures_are_written_as_png_and_as_svg_with_text(tmp_path: Path) -> None
 
 
 def test_what_cannot_be_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no run here"):
+    with pytest.raises(DataError, match="there is no run in this folder"):
         runner.invoke(app, ["report", str(tmp_path / "none")], catch_exceptions=False)
     path = write_run(tmp_path / "run")
     (tmp_path / "file").write_text("")

@@ -168,7 +168,7 @@ def test_the_shortest_names_that_tell_settings_apart_are_used(tmp_path: Path) ->
 @pytest.mark.parametrize("place", ["nowhere", "empty"])
 def test_a_folder_without_a_run_is_one_clear_line(tmp_path: Path, place: str) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no run here .*: got (no such folder|an empty folder), expected"):
+    with pytest.raises(DataError, match=r"is no run in this folder .*: got (no such folder|an empty folder), expected"):
         gather([tmp_path / place])
 
 
@@ -199,7 +199,7 @@ def test_a_rate_that_is_left_to_the_kind_of_run_is_shown_with_its_values(tmp_pat
     page = build_content(gather([write_run(tmp_path / "run")]), baseline=EngineConfig().model_dump(mode="json"))
     (row,) = (row for row in page.settings.rows if row[0] == "learner.lr")
     rates = [LearnerConfig().learning_rate(lora=lora) for lora in (False, True)]
-    assert row[1:] == ["0.001", "2e-6; 1e-4 where only an adapter trains"]
+    assert row[1:] == ["0.001", "2e-6; 1e-4 if only an adapter is trained"]
     assert [float(part.split()[0]) for part in row[2].split(";")] == rates
 
 

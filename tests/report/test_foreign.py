@@ -1,4 +1,4 @@
-"""Completions that the student did not draw: log s - log t on them is told as what it is, and wins nothing."""
+"""Completions that the student did not draw: log s - log t on them is no estimate of KL, and wins nothing."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def chart(page: Page) -> dict[str, str]:
 def test_a_replay_of_anothers_completions_is_no_estimate_of_kl(tmp_path: Path) -> None:
     page = page_of(written(tmp_path / "written", foreign=True, shift=-4.0))
     said = page.verdict
-    assert said.headline.startswith("log student/teacher ratio on the completions it replays fell from −2.")
+    assert said.headline.startswith("log student/teacher ratio on replayed completions fell from −2.")
     assert said.headline.endswith("nats a token")
-    assert said.detail.startswith("On completions that the learning student did not draw")
-    assert "no estimate of KL" in said.detail
+    assert said.detail.startswith("On completions that the trained student did not sample")
+    assert "does not estimate KL" in said.detail
     assert "and no estimate of it: [eval] in the run file" in said.warnings[0]
     assert chart(page) == {
         "title": "Mean log S/T on the completions of a step",
-        "note": "On replayed completions, which the learning student did not draw, no estimate of KL(S ‖ T).",
+        "note": "No estimate of KL(S ‖ T): the trained student did not sample these completions.",
     }
     assert "log(S/T), replayed" in page.runs.columns
     assert not any("estimate" in column for column in [*page.runs.columns, *page.summary.columns])
@@ -56,9 +56,9 @@ def test_a_ratio_above_zero_has_no_percentage_either(tmp_path: Path) -> None:
     assert "%" not in page_of(written(tmp_path / "given", foreign=True)).verdict.headline
     seeds = [written(tmp_path / f"given{seed}", foreign=True, seed=seed) for seed in range(2)]
     said = page_of(*seeds).verdict
-    assert said.headline.startswith("log student/teacher ratio on the completions it replays went from ")
+    assert said.headline.startswith("log student/teacher ratio on replayed completions went from ")
     assert "%)" not in said.headline
-    assert "no estimate of KL" in said.detail
+    assert "does not estimate KL" in said.detail
 
 
 def test_against_a_run_on_its_own_rollouts_it_neither_wins_nor_loses(tmp_path: Path) -> None:
@@ -68,14 +68,14 @@ def test_against_a_run_on_its_own_rollouts_it_neither_wins_nor_loses(tmp_path: P
         paths.append(written(tmp_path / f"given{seed}", "gjs", foreign=True, shift=-4.0, seed=seed))
     page = page_of(*paths)
     said = page.verdict
-    assert said.headline == "No winner: these run logs hold no KL by which the settings could be compared"
+    assert said.headline == "No winner: these run logs have no KL with which the settings could be compared"
     assert said.tone == "open"
-    assert said.detail.startswith("gjs: trained on completions that the learning student did not draw")
+    assert said.detail.startswith("gjs: trained on completions that the trained student did not sample")
     assert said.ranks == []
-    assert "rests on" not in said.warnings[0]
+    assert "is based on" not in said.warnings[0]
     assert chart(page)["title"] == "Mean log S/T on the completions of a step"
-    assert chart(page)["note"].startswith("On fresh rollouts an estimate of KL(S ‖ T). ")
-    assert chart(page)["note"].endswith(" none: gjs.")
+    assert chart(page)["note"].startswith("An estimate of KL(S ‖ T), but not for gjs: ")
+    assert chart(page)["note"].endswith(" did not sample these completions.")
     at = {name: place for place, name in enumerate(page.summary.columns)}
     cells = {row[0]: row for row in page.summary.rows}
     assert cells["gjs"][at["KL(S‖T), estimate"]] == format_number(None)

@@ -52,7 +52,7 @@ def test_new_records_reach_the_page_and_nothing_is_sent_twice(tmp_path: Path) ->
         status, text = get(page, "/")
         assert status == 200
         assert "connect-src &#39;self&#39;" in text
-        assert "asks the run's own server on this machine for news" in text
+        assert "requests updates from the run's server on this machine" in text
         news = json.loads(get(page, "/data.json")[1])
         assert news["data"]["state"] == {"running": 1, "steps": 20, "text": "running, step 20 of 60"}
         assert get(page, f"/data.json?since={news['version']}") == (204, "")
@@ -83,7 +83,7 @@ def test_a_run_that_is_killed_and_one_that_goes_on_are_told_without_a_new_record
             assert news["data"]["state"]["text"] == "running, step 20 of 60"
         news = news_of(page, news["version"])
         assert news["data"]["state"]["text"] == "unfinished, step 20 of 60"
-        assert "no process of this machine is at work on it" in news["html"]["verdict"]
+        assert "no process of this machine works on it" in news["html"]["verdict"]
         with lock_folder(path):
             assert news_of(page, news["version"])["data"]["state"]["text"] == "running, step 20 of 60"
 

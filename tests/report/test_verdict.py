@@ -87,7 +87,7 @@ def test_an_arm_further_down_that_cannot_be_told_from_the_best_leaves_no_winner(
 def test_one_draw_of_each_is_not_called_a_win(tmp_path: Path) -> None:
     said = page_of(write_run(tmp_path / "a", "scalar_kl"), write_run(tmp_path / "b", "topk_pg")).verdict
     assert said.tone == "open"
-    assert "nothing says how surely" in said.headline
+    assert "this may be chance" in said.headline
     assert "no paired interval" in said.detail
 
 
@@ -109,11 +109,15 @@ def test_a_comparisons_own_verdict_goes_first_and_replays_are_ranked_nowhere(tmp
     assert live.rows[1][:5] == ["top-20", "0.001", "0.8725 (sd 0.0025)", "0.921 [0.920, 0.921]", "0.832 [0.830, 0.835]"]
     assert live.rows[0][5] == "1,945 (2 of 3 never)"
     assert (live.rows[0][6], live.rows[1][6]) == ("reference", "0.423 (1 of 3 pairs)")
-    assert tuning.columns == ["arm", "0.0003", "0.001", "0.003", "0.01", "taken"]
-    assert tuning.rows[0] == ["sampled token", "0.97", "0.93", "0.95", "broke", "0.001"]
+    assert tuning.columns == ["arm", "0.0003", "0.001", "0.003", "0.01", "chosen"]
+    assert tuning.rows[0] == ["sampled token", "0.97", "0.93", "0.95", "failed", "0.001"]
     assert (0, 2) in tuning.marked
-    assert "The grid was 0.0003, 0.001, 0.003, and grew" in tuning.note
-    assert [row[:3] for row in prefixes.rows][2] == ["fresh: the student's own", "top-20", "1.59 [1.565, 1.615]"]
+    assert "The grid was 0.0003, 0.001, 0.003; it was extended" in tuning.note
+    assert [row[:3] for row in prefixes.rows][2] == [
+        "fresh: written by the student",
+        "top-20",
+        "1.59 [1.565, 1.615]",
+    ]
     said = dict(zip(training.columns, training.rows[0], strict=True))
     assert said["setting"] == "top-20"
     assert said["tokens per step"] == "100"
@@ -164,7 +168,7 @@ def test_without_an_exact_kl_the_verdict_says_that_it_rests_on_an_estimate(tmp_p
     (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     said = page_of(path).verdict
     assert said.headline.startswith("estimated KL(student ‖ teacher) fell from 1.9")
-    assert "rests on the estimate" in said.warnings[0]
+    assert "is based on the estimate" in said.warnings[0]
 
 
 def test_what_a_careful_reader_would_ask_is_warned_about(tmp_path: Path) -> None:
@@ -252,13 +256,13 @@ def test_a_run_on_data_alone_is_judged_by_its_training_loss_and_says_so(tmp_path
     page = page_of(without_evals(path, lambda one: one | {"sft_loss": 3.0 - one.get("step", 0) / 60}))
     assert page.verdict.headline == "−log p of the data fell from 2.942 to 2.042 nats a token (−31 %)"
     assert page.verdict.detail.startswith("On the data that it trained on; 60 of 60 steps")
-    assert "rests on the training loss on the data" in page.verdict.warnings[0]
+    assert "is based on the training loss on the data" in page.verdict.warnings[0]
     assert "sft_loss" in {panel["key"] for section in page.data["sections"] for panel in section["panels"]}
 
 
 def test_steps_that_measure_nothing_are_not_waited_for(tmp_path: Path) -> None:
     said = page_of(without_evals(write_run(tmp_path / "run", drop=("kl_k1", "sft_loss")))).verdict
-    assert said.headline == "Nothing in the run log says how far the student is from its teacher"
+    assert said.headline == "Nothing in the run log measures the distance between student and teacher"
     assert said.detail.startswith("60 steps")
 
 
@@ -268,13 +272,13 @@ def test_an_unfinished_run_that_has_long_been_silent_is_asked_about(tmp_path: Pa
     hours_ago = time.time() - 3 * 3600
     os.utime(path / "metrics.jsonl", (hours_ago, hours_ago))
     assert page_of(path).verdict.warnings == [
-        "unfinished, and nothing was written for 3 hours: was it killed? (--resume goes on from its last checkpoint)"
+        "unfinished, and nothing was written for 3 hours: was it killed? (--resume continues from a checkpoint)"
     ]
     cells = write_comparison(tmp_path / "cmp", finished=False) / "cells"
     write_run(cells / "live-topk_pg-seed0", steps=20, done=5)
     os.utime(cells / "live-topk_pg-seed0" / "metrics.jsonl", (hours_ago, hours_ago))
     (killed,) = (warning for warning in page_of(cells.parent).verdict.warnings if "killed" in warning)
-    assert killed.endswith("written for 3 hours: was it killed? (the same topkd compare goes on)")
+    assert killed.endswith("written for 3 hours: was it killed? (run the same topkd compare again)")
     finished = write_run(tmp_path / "finished")
     os.utime(finished / "metrics.jsonl", (hours_ago, hours_ago))
     assert page_of(finished).verdict.warnings == []
@@ -289,8 +293,8 @@ def test_a_run_whose_process_is_gone_is_unfinished_at_once_and_counts_beside_no_
     assert page.verdict.detail.endswith("20 of 60 steps, unfinished.")
     (warned,) = page.verdict.warnings
     assert warned == (
-        "ended at step 20 of 60 without a word, and no process of this machine is at work on it: was it killed? "
-        "(--resume goes on from its last checkpoint)"
+        "ended at step 20 of 60 without a final record, and no process of this machine works on it: was it killed? "
+        "(--resume continues from a checkpoint)"
     )
     assert "1 other run did not end as planned" in page_of(path, whole).verdict.detail
     for elsewhere in ("another.example", ""):  # copied while it runs there, or of a shared disk without locks
@@ -311,7 +315,7 @@ def test_a_small_untuned_comparison_says_so_under_its_headline(tmp_path: Path) -
     (folder / "compare.json").write_text(json.dumps(told), encoding="utf-8")
     page = page_of(folder)
     assert page.verdict.caveat == (
-        "A first look, not a result: 2 seeds per setting, one learning rate for all, tuned for none, 20 steps per run."
+        "A first look, not a result: 2 seeds per setting, one learning rate for all, not tuned, 20 steps per run."
     )
     html = render_page(page)
     assert html.index('class="headline"') < html.index(page.verdict.caveat) < html.index('class="detail"')
@@ -326,7 +330,7 @@ def test_runs_of_one_seed_are_no_interval_over_seeds_and_stopped_ones_are_in_no_
         )
     said = page_of(whole, stopped).verdict
     assert said.headline == page_of(whole).verdict.headline
-    assert said.detail.endswith("60 of 60 steps, finished. 1 other run did not end as planned and counts nowhere.")
+    assert said.detail.endswith("60 of 60 steps, finished. 1 other run did not end as planned and is not counted.")
     assert said.facts_of == "a"
     twice = page_of(whole, write_run(tmp_path / "c")).verdict
     assert twice.detail.startswith("Mean over 2 runs of topk_pg of which some share a seed: ")

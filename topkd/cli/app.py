@@ -1,4 +1,4 @@
-"""``topkd``: the command line. One clear line on bad input, exit codes 0 (done), 1 (failed run), 2 (user's mistake)."""
+"""``topkd``: the command line. An error is one line; exit codes are 0 (done), 1 (failed run), 2 (wrong input)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from topkd.cli.commands import cache, compare, demo, export, probe, replay, repo
 from topkd.cli.options import flag, join_paragraphs
 from topkd.topk.errors import TopkdError
 
-# What typer raises for a command line that does not fit: click's class, or its own copy of it, as its version has it.
+# Typer's exception for a wrong command line: click's class, or typer's own copy of it, depending on the version.
 _Misuse: type[Exception] = next(item for item in typer.BadParameter.__mro__ if item.__name__ == "ClickException")
 
 _NAME = 120  # characters of a file's name in a message
@@ -33,13 +33,13 @@ _PLAIN_WORDS = {
 
 
 class _Interruptible(TyperGroup):
-    """Ends a command that does not handle Ctrl-C itself with one word and exit code 130."""
+    """Ends a command that does not handle Ctrl-C with the message "stopped" and exit code 130."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            # Newer typers make a silent exit code of it; _fail says it, and --debug shows where it was.
+            # Newer versions of typer would exit without a message; here there is one, and --debug shows the place.
             _exit_with_message("stopped", 130)
 
 
@@ -81,7 +81,7 @@ def set_debug(
     ] = False,
     debug: Annotated[bool, flag("--debug", "Show the traceback of an error.")] = False,
 ) -> None:
-    """Apply the options before the command."""
+    """Apply the options that stand before the command."""
     if debug:
         os.environ["TOPKD_DEBUG"] = "1"
 
@@ -91,13 +91,13 @@ def main() -> None:
     try:
         _main()
     finally:
-        # Python takes an interrupt that hit code run from text (a dataclass of a module being loaded) for one that
-        # nobody caught, and under ``python -m`` dies of it whatever the exit code; the next such code undoes that.
+        # If Ctrl-C interrupts code that runs from text (a dataclass of a module that is loading), Python counts it as
+        # not caught, and ``python -m`` then ends with it, whatever the exit code. The next exec resets this.
         exec("")  # noqa: S102
 
 
 def _main() -> None:
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end what is done
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal cannot show is no error
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(prog_name="topkd", standalone_mode=False)
@@ -108,7 +108,7 @@ def _main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _exit_with_message("stopped", 130)
     except BrokenPipeError:
-        # The reader of our output went away (`topkd ... | head`); keep Python from flushing into it again.
+        # The reader of the output has ended (`topkd ... | head`); prevent Python from writing to it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:  # noqa: BLE001 - the last resort: a traceback is for --debug
@@ -127,7 +127,7 @@ def _exit_on_misuse(error: Any) -> NoReturn:
     message = " ".join(str(error.format_message()).split()).rstrip(".")
     for words, ours in _PLAIN_WORDS.items():
         message = message.replace(words, ours)
-    if message:  # else it was called for its help, which has been shown
+    if message:  # else only the help was requested, and shown
         context = getattr(error, "ctx", None)
         known = {item.name for item in app.registered_commands} | {item.name for item in app.registered_groups}
         called = [word for word in sys.argv[1:2] if word in known]

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how options are shown: a word for the value, none for a flag."""
+"""Options that several commands share, and functions that declare options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from topkd.topk.errors import ConfigError
 
 
 def join_paragraphs(command: Callable[..., None]) -> str:
-    """Put each paragraph of a command's docstring on one line, which terminals break where they end."""
+    """Put each paragraph of a command's docstring on one line; terminals wrap it at their width."""
     text = inspect.cleandoc(command.__doc__ or "")
     return "\n\n".join(part.replace("\n", " ") for part in text.split("\n\n"))
 
@@ -30,12 +30,12 @@ def option(
     """Declare an option with a value.
 
     Args:
-        says: Its help.
-        takes: The word that stands for the value in help pages: URL, N, FOLDER.
-        names: Its spellings, if not the parameter's own name.
-        panel: The box of the help page it belongs to.
+        says: Help text.
+        takes: Word for the value in help pages: URL, N, FOLDER.
+        names: Names of the option, if not the parameter's own name.
+        panel: Box of the help page in which it is shown.
         one_of: Values that shells complete; the command's config checks them.
-        more: Passed on to ``typer.Option``.
+        more: Further arguments of ``typer.Option``.
     """
     if words := tuple(one_of):
         more["autocompletion"] = lambda incomplete: [word for word in words if word.startswith(incomplete)]
@@ -67,7 +67,7 @@ Strict = Annotated[bool, flag("--strict", "Stop at the first invalid row.")]
 
 
 def require_extra(command: str, *modules: str, extra: str) -> None:
-    """Raise one clear line when a module of the extra is not installed."""
+    """Raise ConfigError if a module of the extra is not installed."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise ConfigError(

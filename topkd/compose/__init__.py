@@ -1,1 +1,1 @@
-"""The commands as library functions: train, score, replay, compare. Connects all other rooms."""
+"""The commands as library functions: train, score, replay, compare. Connects all other subpackages."""

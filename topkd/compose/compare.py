@@ -1,4 +1,4 @@
-"""``compare``: train every arm on every seed, in one folder that a later call continues."""
+"""``compare``: train every arm on every seed; a second call continues where the first one stopped."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Comparison:
 
     @property
     def complete(self) -> bool:
-        """Every cell finished and every arm's learning rate is inside its grid."""
+        """Whether every cell finished, and no arm's best learning rate is the first or the last of the grid."""
         return not self.summary["failed"] and not self.summary["refused"]
 
 
 def compare(config: CompareConfig, out: str | Path, progress: Progress | None = None) -> Comparison:
-    """Run the cells of a comparison that are missing in ``out``, and compare all of them.
+    """Run the cells of a comparison that ``out`` lacks, and compare all cells.
 
     A second call continues where the first one stopped.
     """
@@ -62,7 +62,7 @@ def _run_comparison(config: CompareConfig, out: Path, progress: Progress) -> Com
     if config.base == EMBEDDED:
         from topkd.compose.demo_assets.assets import build_assets, cache_root
 
-        build_assets(cache_root(), progress)  # once, before workers would all train the same models
+        build_assets(cache_root(), progress)  # here, once; else every worker would train the same models
     with _Workers(config, out / CELLS, progress) as workers:
         tuned, tables = _tune_rates(config, workers)
         live = [_build_cell(config, arm, seed, tuned[arm.name], "live") for arm in config.arms for seed in config.seeds]
@@ -109,7 +109,7 @@ class _Workers:
             self.progress.advance(len(results), "finished before")
         if superseded := sum(is_superseded(self.cells, cell) for cell in cells):
             cells_kept = f"{superseded} finished cell{'s' * (superseded > 1)}"
-            self.progress.note(f"{cells_kept} of other settings kept in {self.cells.with_name(FORMER)}")
+            self.progress.note(f"{cells_kept} with other settings kept in {self.cells.with_name(FORMER)}")
         waiting: dict[Future[dict[str, Any]], Cell] = {
             self._submit(cell): cell for cell in cells if cell.id not in results
         }
@@ -121,7 +121,7 @@ class _Workers:
                     results[cell.id] = future.result()
                 except BrokenProcessPool:
                     raise TrainingError(
-                        "a worker of the comparison died", where=f"around cell {cell.id}",
+                        "a worker of the comparison died", where=f"cell {cell.id}, or one that ran at the same time",
                         hint="out of memory? lower workers; the same command continues with the cells that are missing",
                     ) from None  # fmt: skip
                 state = results[cell.id]["error"] or f"{results[cell.id]['seconds']:.0f} s"
@@ -133,7 +133,7 @@ class _Workers:
             self._pool = ProcessPoolExecutor(
                 self.count, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare_worker
             )
-        # The pool starts processes in ``submit``; the caller may have children of its own.
+        # The pool starts processes in ``submit``; the caller may have other child processes.
         others = set(multiprocessing.active_children()) - self._processes
         with _worker_environment(self.threads):
             future = self._pool.submit(run_cell, str(self.cells), cell, self.threads)
@@ -143,10 +143,10 @@ class _Workers:
 
 @contextlib.contextmanager
 def _worker_environment(threads: int) -> Iterator[None]:
-    """Start workers with this many threads and Ctrl-C blocked; the caller's process is left as it was.
+    """Set what new workers inherit: the number of threads, and Ctrl-C blocked. Restore the caller's afterwards.
 
     Linear algebra libraries read the number of threads from the environment when they are imported. Ctrl-C is blocked
-    because it could reach a worker before ``_prepare_worker`` leaves it to the parent.
+    because it could reach a worker before ``_prepare_worker`` ignores it.
     """
     is_chosen = "OMP_NUM_THREADS" in os.environ
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -160,7 +160,7 @@ def _worker_environment(threads: int) -> Iterator[None]:
 
 
 def _prepare_worker() -> None:
-    """Leave Ctrl-C to the parent, and end this worker when the parent has ended in any way."""
+    """Ignore Ctrl-C, which the parent handles; exit when the parent has ended for any reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
@@ -176,7 +176,7 @@ def _prepare_worker() -> None:
 
 
 def _tune_rates(config: CompareConfig, workers: _Workers) -> tuple[dict[str, float | None], dict[str, dict[str, Any]]]:
-    """Choose each arm's learning rate by as many trials for every arm; return the rates and the trials."""
+    """Choose each arm's learning rate, from equally many trials for every arm; return the rates and the trials."""
     if config.tuning is None:
         return {arm.name: None for arm in config.arms}, {}
     rates = list(config.tuning.rates)
@@ -219,7 +219,7 @@ def _choose_rate(
     usable = [(area, i) for i, area in enumerate(areas) if area is not None and not math.isnan(area)]
     if not usable:
         raise TrainingError(
-            "no learning rate finished", where=f"arm {arm.name!r}",
+            "no learning rate finished all its trials", where=f"arm {arm.name!r}",
             got=results[0][0]["error"] or f"no finite {config.metric}", hint="lower tuning.rates",
         )  # fmt: skip
     _, best = min(usable)
@@ -236,7 +236,7 @@ def _build_cell(
     *,
     live_digests: Mapping[str, str] | None = None,
 ) -> Cell:
-    """Build a cell; ``live_digests``, for a replay, are the live cells' digests by their ids."""
+    """Build a cell; for a replay, ``live_digests`` has the digest of each live cell by its id."""
     rollouts = ""
     if config.replay and phase != "tune":
         reference = config.arms[0].name
@@ -249,7 +249,7 @@ def _build_cell(
 
 
 def _digest_inputs(config: CompareConfig, values: Mapping[str, Any]) -> str:
-    """Digest the files that a cell's settings name: prompts, held-out prompts, student, and a custom objective's."""
+    """Digest the files that a cell's settings name: prompts, held-out prompts, student, custom objective."""
     named = (("data", "path"), ("eval", "path"), ("student", "model")) if config.base != EMBEDDED else ()
     paths = [(values.get(table) or {}).get(key) for table, key in named]
     kind = str((values.get("objective") or {}).get("kind"))
@@ -270,7 +270,7 @@ def _check_output_folder(config: CompareConfig, out: Path) -> None:
     if stored is None:
         return
     if not isinstance(stored, dict) or not isinstance(stored.get("arms"), list):
-        raise ConfigError("the output folder holds something else", where=str(out), hint="choose another --out")
+        raise ConfigError("the output folder is not a comparison's", where=str(out), hint="choose another --out")
     arms = [str(arm.get("name")) for arm in stored["arms"] if isinstance(arm, dict)]
     is_same = (stored.get("name"), stored.get("base")) == (config.name, config.base)
     if not is_same or not {arm.name for arm in config.arms} & set(arms):

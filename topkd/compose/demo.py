@@ -1,8 +1,8 @@
-"""``topkd demo``: the main job on what every machine has - no network, no download, a real server in another process.
+"""``topkd demo``: distil on this machine alone, without a download, from a real server in another process.
 
-A byte-level BPE and a corpus come from the Python standard library's sources; a teacher and a much less trained student
-are made on the spot and cached; the teacher then serves its logprobs over HTTP and the student learns from them. The
-teacher's weights are opened here too, but only to *measure* the exact divergence before and after.
+The corpus is the source code of Python's standard library. A byte-level BPE, a teacher and a much less trained student
+are trained on it and cached. The teacher's server returns logprobs over HTTP, and the student learns from them. This
+process loads the teacher's weights too, but only to *measure* the exact divergence before and after.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """What the demo has to show, and the run file it leaves (``topkd.compose.demo_assets.first_run``)."""
+    """Results of the demo, and the run file that it writes (``topkd.compose.demo_assets.first_run``)."""
 
     out: Path
     figure: Path
@@ -84,13 +84,13 @@ async def demo(
     """Build (or reuse) the tiny models, serve the teacher, distil over HTTP, measure exactly, draw the curve.
 
     Args:
-        objective: What the student minimises.
-        steps: How often it is updated.
-        seed: Of prompts and rollouts.
-        out: A new or an empty folder; when left out, a free one in ``runs``.
-        cache: Where the models are kept; the user's cache when left out.
-        progress: Where notes and records are shown.
-        signals: Signals that end the run in order: what it had come to then is the result.
+        objective: The student's objective.
+        steps: Number of updates.
+        seed: Seed of prompts and rollouts.
+        out: A new or an empty folder; None takes an unused one in ``runs``.
+        cache: Folder that keeps the models; None takes the user's cache folder.
+        progress: Shows notes and records.
+        signals: Signals on which the run ends early; the result is then that of the stopped run.
     """
     import torch
 
@@ -103,7 +103,7 @@ async def demo(
     ):
         assets = build_assets(cache or cache_root(), progress, None if signals is None else signals.obey)
     seconds = {"assets": time.perf_counter() - began}
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))  # the other half belongs to the server
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))  # the other half is for the server
 
     pair, rows = await _Pair.load(assets), choose_prompts(assets.training, seed)
     samples = {"prompt": pair.tokenizer.decode(pair.shown_prompt), "student before": await pair.answer(pair.student)}
@@ -127,7 +127,7 @@ async def demo(
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """Student and teacher, opened in this process; the teacher only to measure the student against it."""
+    """Student and teacher, loaded in this process. The teacher is used only to measure the student."""
 
     student: Student
     judge: Student
@@ -162,9 +162,9 @@ class _Pair:
 
 
 async def _distil(run: Run, config: EngineConfig, pair: _Pair, rows: Sequence[PromptRow], teacher: Path) -> RunResult:
-    """Serve the teacher in another process, and train the student on what it answers."""
+    """Serve the teacher in another process, and train the student on its scores."""
     run.progress.note("starting the teacher's server in another process")
-    # One sequence a forward pass: what shares a batch depends on timing, and rounding depends on the batch.
+    # One sequence per forward pass: rounding depends on the batch, and a larger batch would depend on timing.
     serve = ServeConfig(
         model=str(teacher), served_model_name="teacher", port=0, max_logprobs=config.k, max_batch_tokens=1
     )
@@ -183,7 +183,7 @@ async def _distil(run: Run, config: EngineConfig, pair: _Pair, rows: Sequence[Pr
 
 
 def build_demo_config(objective: ObjectiveName, steps: int, seed: int) -> EngineConfig:
-    """Build the engine settings that the demo runs with; they are saved beside the run."""
+    """Build the engine settings of the demo; they are saved in the run folder."""
     objectives: dict[ObjectiveName, Objective] = {
         "scalar_kl": ScalarKL(),
         "gjs": GJS(),
@@ -205,7 +205,7 @@ def build_demo_config(objective: ObjectiveName, steps: int, seed: int) -> Engine
 
 @contextlib.contextmanager
 def _note_if_stopped(progress: Progress, kept: str) -> Iterator[None]:
-    """Note what is left of a demo that a signal ends before its run begins."""
+    """Note what is kept when a signal ends the demo before its first step."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):

@@ -26,7 +26,7 @@ from topkd.engine.loop.data_mixing import count_on_policy_prompts
 from topkd.engine.loop.prompts import PromptRow
 from topkd.topk.errors import TopkdError
 
-# Listed only where the config sets them: they are read for some teachers and some rows alone.
+# Settings that are listed only if the config sets them: only some teachers and some rows use them.
 _LISTED_IF_SET = (".ema", ".hint", ".reference", ".feedback", ".revision")
 
 
@@ -46,7 +46,7 @@ class EndpointFinding:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One row as a side sees it: runs of text, and whether the tokens behind them train."""
+    """One row as the student or a teacher sees it: stretches of text, and whether their tokens are trained."""
 
     side: str
     tokens: int
@@ -58,11 +58,11 @@ class DryRun:
     """Everything a dry run found.
 
     Attributes:
-        settings: (key, value, given in the file or on the command line) for every setting in force.
-        problems: What would end the run, one line each.
-        notes: What is worth knowing.
-        device: Where the student would live.
-        endpoints: Teachers behind servers.
+        settings: (key, value, whether the file or the command line sets it) for every setting that applies.
+        problems: Errors that would end the run, one line each.
+        notes: Remarks that are no errors.
+        device: The student's device.
+        endpoints: The teachers' servers.
         data: Counts and lengths of the rows.
         prompts: The first row, as the student and its teacher see it.
         forecast: Estimates; None when the model or the data could not be read.
@@ -79,7 +79,7 @@ class DryRun:
     config: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return the findings as plain values."""
         return {"ok": not self.problems, **asdict(self)}
 
 
@@ -100,14 +100,14 @@ async def dry_run(
     resume: bool = False,
     cache: Path | None = None,
 ) -> DryRun:
-    """Look at everything a run needs, by the checks of the run itself, and collect every problem.
+    """Make all checks of a run without training, and collect every problem.
 
     Args:
-        config: Of the run.
-        served: False where no server is asked (a replay).
-        out: The run's folder, where it is known.
-        resume: The run would go on with what is there.
-        cache: Of a replay; None takes the config's.
+        config: Settings of the run.
+        served: False for a replay, which needs no server.
+        out: The run's folder, if it is known.
+        resume: Whether the run would continue the one in ``out``.
+        cache: Folder of a replay's cache; None uses the config's.
     """
     config = config if served else as_replayed(config)
     found = DryRun(_list_used_settings(config, served=served), config=config.model_dump(mode="json"))
@@ -133,7 +133,7 @@ async def dry_run(
 def _check_folder(
     found: DryRun, config: RunConfig, out: str | Path | None, *, command: str, resume: bool
 ) -> PreviousRun:
-    """Check what a run would find in its folder."""
+    """Check the output folder as a run would; return the run that is in it."""
     if out is None:
         return PreviousRun()
     try:
@@ -146,7 +146,7 @@ def _check_folder(
 
 
 def _note_recorded(state: Preflight, found: DryRun) -> None:
-    """Note whose completions and scores a replay takes from its cache."""
+    """Note which completions and scores a replay takes from its cache."""
     if state.recorded is None:
         return
     config, recorded = state.config, state.recorded
@@ -157,7 +157,7 @@ def _note_recorded(state: Preflight, found: DryRun) -> None:
 
 
 def list_settings(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Yield every setting in force, by dotted key, and whether the file sets it; no tables that are left out."""
+    """Yield (dotted key, value, whether it was set) for every setting; skip one that is None and was not set."""
     as_written = model.model_dump()
     for name in as_written:  # a custom objective's function is written as its kind
         value, is_set = as_written[name] if name == "kind" else getattr(model, name), name in model.model_fields_set
@@ -171,7 +171,7 @@ def list_settings(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _list_used_settings(config: RunConfig, *, served: bool) -> list[tuple[str, Any, bool]]:
-    """List the settings that this run reads; a learning rate that depends on what trains has its value."""
+    """List the settings that this run uses; a learning rate that is not set gets its default, which LoRA changes."""
     asks = served and any(teacher.urls for teacher in config.teacher_map().values())
     silent = {"client": not asks, "replay": served}
     found = [
@@ -181,9 +181,9 @@ def _list_used_settings(config: RunConfig, *, served: bool) -> list[tuple[str, A
         and (is_set or (value not in ("", {}, ()) and not key.endswith(_LISTED_IF_SET)))
     ]
     if config.learner.lr is None:
-        place = next(place for place, (key, *_) in enumerate(found) if key.startswith("learner."))
+        index = next(index for index, (key, *_) in enumerate(found) if key.startswith("learner."))
         rate = config.learner.learning_rate(lora=config.student.lora is not None)
-        found.insert(place, ("learner.lr", rate, False))
+        found.insert(index, ("learner.lr", rate, False))
     return found
 
 

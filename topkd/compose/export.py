@@ -1,4 +1,4 @@
-"""A run's student as a model folder that others load: weights, tokenizer, template, generation config, model card."""
+"""``export``: write a run's student as a model folder with tokenizer, template, generation config and model card."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from topkd.topk.errors import ConfigError, TrainingError
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[str, DType] = {"fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16",
                             "fp16": "float16", "float16": "float16"}  # fmt: skip
-# How far logits may move when they are computed once more from the written weights.
+# Largest difference allowed between a logit of the student and the same logit of the written folder.
 _TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written, and how it was checked.
+    """The folder that was written, and the result of its check.
 
     Attributes:
         path: The folder.
-        kind: "model", or "adapter" for a LoRA adapter on its own.
-        dtype: Of the weights.
-        parameters: In the folder.
+        kind: "model", or "adapter" for a LoRA adapter without its base model.
+        dtype: Dtype of the weights.
+        parameters: Number of parameters in the folder.
         difference: Largest difference of a logit between the run's student and the folder as transformers reloads it.
     """
 
@@ -48,14 +48,14 @@ class Exported:
 def export(
     run: str | Path, out: str | Path | None = None, *, merge: bool = False, dtype: str | None = None, best: bool = False
 ) -> Exported:
-    """Write the student of a run (or its best, by ``eval.best``) as a folder, and reload it to see that it is the same.
+    """Write the student of a run as a model folder, and check that the folder reloads as the same model.
 
     Args:
         run: The run's folder.
-        out: Where to write; ``RUN/export`` when left out. It must not hold anything yet.
-        merge: Put a LoRA adapter into its base model; without it the adapter is written on its own.
-        dtype: Of the written weights, as in "bf16"; those that trained when left out.
-        best: The best student by the run's ``eval.best`` instead of the last one.
+        out: Folder to write, new or empty; None takes ``RUN/export``.
+        merge: Whether to merge a LoRA adapter into its base model. Otherwise only the adapter is written.
+        dtype: Dtype of the written weights, such as "bf16"; None takes ``student.dtype`` of the run.
+        best: Whether to write the best student by the run's ``eval.best`` instead of the last one.
     """
     run = Path(run)
     config = _read_config(run)
@@ -132,7 +132,7 @@ def _open_model(folder: Path, config: RunConfig, dtype: str, *, adapter: bool) -
 
     base = load_causal_lm(config.student.model, dtype)  # type: ignore[arg-type]
     with warnings.catch_warnings():
-        # peft asks transformers 5 by a name that is on its way out; nothing that a user could act on
+        # peft uses a name that transformers 5 deprecates; the user cannot change that
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False).eval()
 
@@ -148,7 +148,7 @@ def _load_tokenizer(source: Path, config: RunConfig) -> Any:
 
 
 def _write_generation_config(model: Any, tokenizer: Any, config: RunConfig) -> None:
-    """Set the ends that the student was trained to stop at in the base model's generation config."""
+    """Set the stop ids that the student was trained with in the generation config."""
     ends = list_stop_ids(tokenizer, config.rollout.stop_token_ids)
     settings = getattr(model, "generation_config", None)
     if settings is not None and ends:
@@ -202,12 +202,12 @@ def _list_teachers(run: Path, config: RunConfig) -> list[str]:
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a model's name is an organisation and a name on a model hub, not a folder of this machine."""
+    """Whether a model's name is ORGANISATION/NAME on a model hub, not a folder of this machine."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model) is not None and not Path(model).exists()
 
 
 def _shorten_path(model: str) -> str:
-    """Return a hub id as it is, a folder's last name."""
+    """Return a hub id unchanged, and only the last part of a path."""
     return model if is_hub_id(model) else Path(model).name
 
 

@@ -6,16 +6,16 @@ from typing import Any
 
 
 class Progress:
-    """Receives what goes on; this one is silent. Commands override what they show."""
+    """Receives the progress of a command. This class shows nothing; subclasses override what they show."""
 
     def note(self, text: str) -> None:
-        """Show a line that is worth reading once."""
+        """Show a line of text."""
 
     def stage(self, name: str, total: int) -> None:
-        """Begin work of ``total`` units."""
+        """Begin a stage of ``total`` units of work."""
 
     def advance(self, done: int, detail: str = "") -> None:
-        """Show that ``done`` units of the present stage are finished."""
+        """Show that ``done`` units of the current stage are finished."""
 
     def record(self, kind: str, record: dict[str, Any]) -> None:
         """Show a run log entry."""

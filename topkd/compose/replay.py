@@ -30,19 +30,20 @@ async def replay(
     resume: bool = False,
     signals: StopSignals | None = None,
 ) -> RunResult:
-    """Train from what a cache holds; a miss is a CacheMissError.
+    """Train from the rollouts and scores in a cache, with no server.
 
-    Completions that no recorded run drew (given with the data, or a teacher's own) need an objective that may learn
-    off-policy; another one is refused.
+    One that is missing raises CacheMissError; with ``replay.missing = "lose"``, a sample without a score is lost.
+    Completions that no recorded run sampled (from the data, or from a teacher) need an objective that may learn
+    off-policy; any other objective is refused.
 
     Args:
-        config: As for ``train``; the objective may be another than the recorded one. Behaviour logprobs are the
+        config: As for ``train``; the objective may differ from the recorded one. Behaviour logprobs are the
             recorded ones, so importance sampling corrects for the difference.
         out: Folder of the new run.
-        progress: Where notes and records are shown.
-        cache: The folder; None takes ``config.cache.path``.
-        resume: Go on with the replay that ``out`` holds.
-        signals: Signals that end it in order, to be resumed.
+        progress: Shows notes and records.
+        cache: Folder of the cache; None uses ``config.cache.path``.
+        resume: Whether to continue the replay in ``out``.
+        signals: Signals on which the replay saves a checkpoint and ends; it can be resumed.
     """
     config = as_replayed(config)
     path = cache_folder(config, None if cache is None else Path(cache))
@@ -79,7 +80,7 @@ async def replay(
 
 
 def _describe_teachers(recorded: RecordedRun) -> dict[str, dict[str, Any]]:
-    """Return whose scores the cache holds, as the run log's first event names teachers."""
+    """Describe the teachers whose scores the cache holds, in the form of the run log's first event."""
     return {
         name: {"model": who.name, "revision": who.revision, "kind": "cache"} for name, who in recorded.teachers.items()
     }

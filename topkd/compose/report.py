@@ -1,4 +1,4 @@
-"""Write the page of a report."""
+"""``report``: write the HTML page of a report."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _FIRST_BYTES = b"<!doctype html"
 
 
 def write_page(runs: Sequence[Path], out: Path | None = None) -> tuple[Page, Path, int]:
-    """Write one HTML page of runs or a comparison; return it, its path and its size in bytes.
+    """Write one HTML page about runs or a comparison; return the page, its path and its size in bytes.
 
     Args:
         runs: Folders of runs, or of one comparison.
-        out: The page; beside a single run, or ``report.html`` here, when left out.
+        out: File to write; None takes ``report.html`` in the folder of a single run, else in the working directory.
     """
     page = build_content(gather(list(runs)), baseline=EngineConfig().model_dump(mode="json"))
     path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
@@ -30,7 +30,7 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> tuple[Page, Pat
             raise ConfigError(
                 "file exists and is not a topkd report",
                 where=str(path),
-                hint="choose another --out: it is not overwritten",
+                hint="choose another --out: this file is not overwritten",
             )
         path.write_bytes(text)
     except OSError as error:

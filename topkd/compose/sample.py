@@ -1,4 +1,4 @@
-"""``sample``: a teacher's own completions, with their logprobs, into the cache."""
+"""``sample``: sample completions of a teacher, with their logprobs, into a cache."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from topkd.topk.protocols import Sampler
 from topkd.topk.samples import Rollout, SamplingParams
 from topkd.topk.types import Int32
 
-UNREADABLE = "no draw could be read back as token ids"  # of every draw of a request
+UNREADABLE = "no draw could be read back as token ids"  # the client's error for a request
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row: ids as the student and as the teacher sees it, and the messages where it is a conversation."""
+    """One row: the prompt's ids for the student and for the teacher, and the messages if it is a conversation."""
 
     number: int
     ids: Int32
@@ -50,7 +50,7 @@ class Prompt:
 
     @property
     def name(self) -> tuple[bytes, int | None]:
-        """Equal for equal requests."""
+        """Return a key that is equal for equal requests."""
         return self.ids.tobytes(), self.params.seed
 
 
@@ -58,11 +58,11 @@ PromptItem: TypeAlias = Prompt | BadRow
 
 
 async def sample(config: SampleConfig, progress: Progress | None = None) -> SampleReport:
-    """Draw ``config.n`` completions for every prompt; a second call continues where the first one stopped.
+    """Sample ``config.n`` completions of every prompt; a second call continues where the first one stopped.
 
     Raises:
         ConfigError, DataError: Before any request is sent.
-        ServerError: An error that every row would meet; what was drawn until then is kept.
+        ServerError: A request failed in a way in which every row would fail. Completions stored before it are kept.
     """
     progress = progress or Progress()
     check_has_rows(config.data)
@@ -82,8 +82,8 @@ async def sample(config: SampleConfig, progress: Progress | None = None) -> Samp
                     await job.sample(_iter_prompts(config, tokenizer))
                 except asyncio.CancelledError:
                     progress.note(
-                        f"stopped: {report.completions} completions drawn and kept in {config.out}; "
-                        "run the same command again to go on from there"
+                        f"stopped: {report.completions} completions sampled and kept in {config.out}; "
+                        "run the same command again to continue"
                     )
                     raise
                 finally:
@@ -94,14 +94,14 @@ async def sample(config: SampleConfig, progress: Progress | None = None) -> Samp
 
 
 async def _open_client(config: SampleConfig) -> Any:
-    """Open a client of the dialect that samples best on this server."""
+    """Open a client with the dialect that samples best on this server."""
     chats = config.dialect in DIALECTS and DIALECTS[config.dialect].chats
     options = {"tokenizer": config.tokenizer} if chats else {}
     client = await open_client(
         config.teacher, dialect=config.dialect, model=config.model, api_key=config.api_key, config=config.client,
         **options,
     )  # fmt: skip
-    # Chat needs the tokenizer, and vLLM's completions list the sampled token in addition to the K, not as one of them.
+    # Open another client: chat needs the tokenizer, and vLLM's completions add the sampled token to the K listed ones.
     better = find_dialect(client.dialect).samples_best_as
     if config.dialect != "auto" or not better:
         return client
@@ -110,13 +110,13 @@ async def _open_client(config: SampleConfig) -> Any:
 
 
 class SampleJob(BulkJob[tuple[PromptItem, bool], Prompt, list[Rollout]]):
-    """Draws completions for the prompts, within the spending limit, and stores every reply.
+    """Samples completions of the prompts, within the spending limit, and stores every reply.
 
     Args:
-        config: Of the job.
-        client: Samples, or chats.
-        store: Open for appending.
-        report: Filled in.
+        config: Settings of the job.
+        client: A client that samples, or that chats.
+        store: A store that is open for appending.
+        report: The report to fill in.
         progress: Shows the counts.
     """
 
@@ -133,16 +133,16 @@ class SampleJob(BulkJob[tuple[PromptItem, bool], Prompt, list[Rollout]]):
         self.policy = build_sampled_policy(self.teacher)
         self.limit = SpendingLimit(config.caps())
         self.names_in_flight: set[tuple[bytes, int | None]] = set()
-        # Prompts whose replies could not be read. While none could be, a wrong tokenizer is likelier than bad luck.
+        # Prompts with unreadable replies. As long as no reply could be read, the tokenizer is probably wrong.
         self.unreadable: list[Prompt] = []
 
     async def sample(self, prompts: Iterator[PromptItem]) -> None:
-        """Draw completions for the prompts."""
+        """Sample completions of the prompts."""
         self.prompts = prompts
         await self.run(min(await asyncio.to_thread(count_rows, self.config.data), self.config.limit or 1 << 62))
 
     def read_chunk(self) -> list[tuple[PromptItem, bool]]:
-        """Read prompts, each with whether the cache has its completions."""
+        """Read the next prompts; add to each whether the cache has its completions."""
         return [(prompt, isinstance(prompt, Prompt) and self._is_cached(prompt))
                 for prompt in islice(self.prompts, CHUNK)]  # fmt: skip
 
@@ -156,8 +156,8 @@ class SampleJob(BulkJob[tuple[PromptItem, bool], Prompt, list[Rollout]]):
                 self.report.cached += 1
             elif isinstance(self.client, OpenAIChat) and prompt.messages is None:
                 self.failures.refuse(prompt.number, DataError(
-                    "chat completions take messages", where=f"{self.config.data}:{prompt.number}",
-                    got="a prompt of text or ids", hint="give messages, or a server that continues ids",
+                    "chat completions need messages", where=f"{self.config.data}:{prompt.number}",
+                    got="a prompt of text or ids", hint="give messages, or use a server that accepts token ids",
                 ))  # fmt: skip
             elif await self._reserve(prompt):
                 self.names_in_flight.add(prompt.name)
@@ -170,7 +170,7 @@ class SampleJob(BulkJob[tuple[PromptItem, bool], Prompt, list[Rollout]]):
         return True
 
     async def _reserve(self, prompt: Prompt) -> bool:
-        """Wait for a slot and for the most tokens that a prompt can use; False when a cap never leaves them."""
+        """Wait for a slot, and reserve the most tokens that a prompt can use; return False if a cap forbids them."""
         await self.wait_for_slot()
         while not self.limit.take(prompt.teacher_ids.size, self.config.n * self.config.max_new_tokens):
             if not self.in_flight:
@@ -180,7 +180,7 @@ class SampleJob(BulkJob[tuple[PromptItem, bool], Prompt, list[Rollout]]):
         return True
 
     async def ask(self, row: Prompt) -> list[Rollout]:
-        """Draw the completions of a prompt; none when no draw could be read."""
+        """Sample the completions of a prompt; return none if no completion could be read."""
         config = self.config
         if not isinstance(self.client, OpenAIChat):
             rollouts: list[Rollout] = await self.client.sample(row.teacher_ids, config.n, row.params, k=config.k)
@@ -192,15 +192,15 @@ class SampleJob(BulkJob[tuple[PromptItem, bool], Prompt, list[Rollout]]):
         except ResponseError as error:
             if error.what != UNREADABLE:
                 raise
-            return []  # stored as a request without an answer: asking it again would draw the same
+            return []  # stored as a request without completions: a second one would sample the same
 
     async def record(self, row: Prompt, reply: list[Rollout]) -> None:
-        """Store the completions, and return the tokens that were not used."""
+        """Store the completions, and give unused tokens back to the spending limit."""
         config, report = self.config, self.report
         if not reply and not report.completions:
             self.unreadable.append(row)
             if len(self.unreadable) >= GIVE_UP_AFTER:
-                raise ResponseError(UNREADABLE, where=config.teacher, got=f"{len(self.unreadable)} answers in a row",
+                raise ResponseError(UNREADABLE, where=config.teacher, got=f"{len(self.unreadable)} replies in a row",
                                     hint="is --tokenizer the served model's?")  # fmt: skip
         else:
             for prompt in self.unreadable:
@@ -217,7 +217,7 @@ class SampleJob(BulkJob[tuple[PromptItem, bool], Prompt, list[Rollout]]):
         self.limit.give_back(config.n * config.max_new_tokens - used)
 
     def finish(self, row: Prompt) -> None:
-        """Forget the request of a prompt."""
+        """Remove a prompt from the requests in flight."""
         self.names_in_flight.discard(row.name)
 
     def count_progress(self) -> tuple[int, int]:
@@ -233,13 +233,13 @@ class SampleJob(BulkJob[tuple[PromptItem, bool], Prompt, list[Rollout]]):
             if rollout.topk is not None and rollout.completion_ids.size:
                 ids = np.concatenate([prompt.teacher_ids, rollout.completion_ids])
                 self.store.put(self.teacher, ids, rollout.topk, asked=self.config.k)
-        # The lists are the scores above; the rollout has the prompt as the student sees it.
+        # The top-K lists are stored as scores above. The rollout gets the student's prompt.
         bare = [replace(rollout, prompt_ids=prompt.ids, topk=None, sampling=prompt.params) for rollout in rollouts
                 if rollout.completion_ids.size]  # fmt: skip
         self.store.put_rollouts(self.policy, prompt.ids, bare, prompt.params)
 
     def complete_report(self) -> None:
-        """Add the client's counters; replies that could not be read, while none could, are failures."""
+        """Add the client's counters. If no reply at all could be read, count each as a failure."""
         for prompt in self.unreadable:
             self.report.sampled -= 1
             self.report.failed += 1
@@ -253,7 +253,7 @@ class SampleJob(BulkJob[tuple[PromptItem, bool], Prompt, list[Rollout]]):
 
 
 def has_completions(prompt: Prompt, store: ScoreStore, teacher: TeacherIdentity, k: int) -> bool:
-    """Return whether a cache has the completions of a prompt, with the teacher's lists of at least k."""
+    """Return whether a cache has the completions of a prompt, with top-K lists of at least k entries."""
     rollouts = store.get_rollouts(build_sampled_policy(teacher), prompt.ids, None, prompt.params)
     if rollouts is None:
         return False
@@ -276,14 +276,14 @@ def _build_prompt(config: SampleConfig, number: int, row: Any, tokenizer: Any, w
         what = "rows of text" if row.prompt_ids is None else "rows with a hint"
         raise ConfigError(f"{what} need the served model's tokenizer", where=where, hint="give --tokenizer PATH")
     if row.messages is not None and (not row.messages or row.messages[-1].get("role") == "assistant"):
-        raise DataError("the messages must end before the answer that is to be drawn", where=where)
+        raise DataError("the messages must end with a message that the teacher answers", where=where)
     ids = np.array(tokenize_prompt(row, tokenizer, {}, where), np.int32)
     teacher_ids = ids
     if row.hint is not None:
         if config.dialect in DIALECTS and DIALECTS[config.dialect].chats:
-            raise DataError("a hint needs a server that continues ids", where=where, hint="write it into the messages")
+            raise DataError("a hint needs a server that accepts ids", where=where, hint="write it into the messages")
         teacher_ids = np.array(tokenize_prompt(row, tokenizer, {"hint": row.hint}, where), np.int32)
-    # Equal prompts with an equal n, K and seed are one request, whatever the order of the file.
+    # Prompts with equal ids, n, K and seed are one request, wherever they stand in the file.
     digest = hashlib.blake2b(
         f"{config.seed} {config.n} {config.k}".encode() + teacher_ids.tobytes(), digest_size=4
     ).digest()
@@ -292,12 +292,12 @@ def _build_prompt(config: SampleConfig, number: int, row: Any, tokenizer: Any, w
 
 
 async def _estimate(config: SampleConfig, tokenizer: Any, report: SampleReport) -> None:
-    """Estimate what a run would sample at most, from the data and the cache alone."""
+    """Estimate the most that a job would sample, from the data and the cache alone."""
     with open_existing_store(config.out) as store:
         cached_by = None
         if store is not None:
             report.teacher = config.model or ""
-            if config.model is None:  # it decides what of the cache counts; asking for it is free
+            if config.model is None:  # completions are stored under it; asking for it is free
                 async with await _open_client(config) as client:
                     report.teacher = await client.model_name()
             cached_by = store, build_served_identity(store, report.teacher, config.revision)

@@ -1,4 +1,4 @@
-"""``score``: a whole data file through a teacher into the cache; cached rows cost nothing."""
+"""``score``: score the rows of a data file into a cache; rows already in it cost nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def score(config: ScoreConfig, progress: Progress | None = None) -> ScoreR
 
     Raises:
         ConfigError, DataError: Before any request is sent.
-        ServerError: An error that every row would meet; what was scored until then is kept.
+        ServerError: A request failed in a way in which every row would fail. Scores stored before it are kept.
     """
     progress = progress or Progress()
     check_source(config.data)
@@ -57,7 +57,7 @@ async def _score_here(config: ScoreConfig, progress: Progress) -> ScoreReport:
         except asyncio.CancelledError:
             rows = sum(queue.live.replies for queue in queues.values())
             progress.note(
-                f"stopped: {rows} rows scored and kept in {config.out}; run the same command again to go on from there"
+                f"stopped: {rows} rows scored and kept in {config.out}; run the same command again to continue"
             )
             raise
         finally:
@@ -67,7 +67,7 @@ async def _score_here(config: ScoreConfig, progress: Progress) -> ScoreReport:
 
 
 async def _estimate(config: ScoreConfig) -> ScoreReport:
-    """Estimate what a run would send, from the data and the cache alone."""
+    """Estimate what a job would send, from the data and the cache alone."""
     selection = Selection(config, load_text_tokenizer(config.tokenizer))
     report = ScoreReport(str(config.out), teacher=config.model or "", k=config.k, estimate=True)
     with open_existing_store(config.out) as store:
@@ -82,7 +82,7 @@ async def _estimate(config: ScoreConfig) -> ScoreReport:
 
 
 async def _find_model_names(config: ScoreConfig) -> dict[str, str]:
-    """Return the served names, on which it depends what of the cache counts; asking a server for its name is free."""
+    """Return the servers' model names, under which the cache stores scores; asking a server for its name is free."""
     names = {}
     for name, address in config.addresses().items():
         if address.model is not None:

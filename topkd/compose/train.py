@@ -1,4 +1,4 @@
-"""``train``: a student learns from its teachers, as one config says."""
+"""``train``: train a student from its teachers, with one config."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ async def train(
 ) -> RunResult:
     """Train a student from one config; the run folder ``out`` holds everything about it.
 
-    With ``[cache]`` every score and rollout is kept there, nothing that is there is asked again, and ``replay`` can
-    repeat the run without a server.
+    With ``[cache]``, every score and rollout is stored in the cache. What it holds is not requested again, and
+    ``replay`` can repeat the run without a server.
 
     Args:
-        config: What shapes the run.
+        config: Settings of the run.
         out: The run's folder.
-        progress: Where notes and records are shown.
-        resume: Go on with the run that ``out`` holds.
-        signals: Signals that end the run in order, to be resumed.
-        loss: A custom objective in place of the config's: the loss of each token, from a ``TokenView``.
+        progress: Shows notes and records.
+        resume: Whether to continue the run in ``out``.
+        signals: Signals on which the run saves a checkpoint and ends; it can be resumed.
+        loss: A custom objective that replaces the config's: it computes the loss of each token from a ``TokenView``.
     """
     if loss is not None:
         config = _record_loss(config, loss)
@@ -79,10 +79,10 @@ async def train(
 
 
 def _record_loss(config: RunConfig, loss: TokenLoss) -> RunConfig:
-    """Return the config under whose objective the run is recorded: the function that trains, by its name."""
+    """Return the config with the name of ``loss`` as its objective, for the run log."""
     if config.objective.is_data_only:
         raise ConfigError(
-            "a loss of your own needs a teacher", got=f'objective.kind = "{config.objective.name}"',
-            hint="leave objective out",
+            "a custom loss needs a teacher", got=f'objective.kind = "{config.objective.name}"',
+            hint="remove [objective] from the config",
         )  # fmt: skip
     return config.model_copy(update={"objective": CustomObjective.of_function(loss, config.objective)})

@@ -1,4 +1,4 @@
 """Reports: HTML pages and figures about runs.
 
-Knows: finished metrics. Does not know: how they were made.
+Knows: run logs. Does not know: how runs are made.
 """

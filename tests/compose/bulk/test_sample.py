@@ -216,8 +216,8 @@ async def test_rows_that_cannot_be_asked_are_named(config, tmp_path):
     told = {one["row"]: one["reason"] for one in report.refusals}
     assert "column 15" in told[2]
     assert "the end of the line" in told[2]
-    assert "chat completions take messages" in told[3]
-    assert "end before the answer" in told[4]
+    assert "chat completions need messages" in told[3]
+    assert "end with a message that the teacher answers" in told[4]
     with pytest.raises(ConfigError, match="--tokenizer"):
         await sample(config(tokenizer=None))
 

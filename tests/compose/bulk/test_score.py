@@ -195,10 +195,10 @@ async def test_bad_rows_are_refused_with_their_line_and_the_rest_is_scored(confi
         10: ({"prompt_ids": [1], "completion_ids": [-1]}, "no negative id"),
         11: (
             {**good, "teacher_id": "b"},
-            "got 'b', expected a row that names no teacher; --teacher-id b beside --teacher",
+            "got 'b', expected a row that names no teacher; add --teacher-id b",
         ),
         12: ({**good, "logp": [-1.0]}, "logp must be one log-probability"),
-        13: ({**good, "feedback": "psst"}, "a feedback is written around the text of a prompt"),
+        13: ({**good, "feedback": "psst"}, "the template of feedback contains the text of a prompt"),
         14: ({"prompt_ids": [1] * 5000, "completion_ids": [2]}, "longer than the server's context"),
         15: ({"prompt_ids": [1], "completion_ids": [900]}, "refuses the request"),
         16: ({"messages": [{"role": "user", "content": "a"}]}, "the last of at least two messages"),
@@ -334,7 +334,7 @@ def test_a_job_that_is_killed_goes_on_without_asking_anything_twice(server, tmp_
     stderr = child.communicate(timeout=240)[1]
     assert child.returncode != 0
     if how == signal.SIGINT:
-        assert "run the same command again to go on" in stderr
+        assert "run the same command again to continue" in stderr
         assert "Traceback" not in stderr
     kept = keys(out)
     assert 0 < len(kept) < len(rows), "killed too late or too early to show anything"

@@ -39,7 +39,7 @@ def test_names_that_may_be_two_models_stay_two():
 @pytest.mark.parametrize("name", [".", "./", "..", "../../", "/"])
 def test_a_name_that_says_nothing_needs_a_revision(tmp_path, name):
     with ScoreStore(tmp_path, mode="a") as store:
-        with pytest.raises(ConfigError, match="says nothing of the model"):
+        with pytest.raises(ConfigError, match="does not identify the model"):
             build_served_identity(store, name)
         assert build_served_identity(store, name, "v1").revision == "v1"
 

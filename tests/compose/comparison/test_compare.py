@@ -164,7 +164,7 @@ def test_a_cell_whose_settings_changed_is_not_taken_for_finished(whole):
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     config = CompareConfig.model_validate({"arms": ARMS, "seeds": [0], **SMALL})
-    with pytest.raises(ConfigError, match="holds something else"):
+    with pytest.raises(ConfigError, match="is not a comparison's"):
         compare(config, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from topkd.compose.compare import _build_cell, _tune_rates, compare
-from topkd.compose.comparison.cell import FORMER, Cell, _make_room, is_superseded, read_finished
+from topkd.compose.comparison.cell import FORMER, Cell, _prepare_cell_folder, is_superseded, read_finished
 from topkd.compose.comparison.config import EMBEDDED, CompareConfig, _build_arm, from_runs, load_compare, parse_grid
 from topkd.compose.config.run_config import RunConfig, read_toml, validate_config
 from topkd.compose.run.folder import lock_folder
@@ -34,7 +34,7 @@ def test_arm_settings_lie_over_the_base_and_another_kind_replaces_the_whole_obje
 def test_seeds_of_the_command_line_take_the_place_of_the_files_and_are_checked_as_they_are(tmp_path):
     shipped = ROOT / "examples" / "compare_scalar_gjs.toml"
     assert load_compare(shipped, (), [7, 8]).seeds == (7, 8)
-    with pytest.raises(ConfigError, match=r"tuning seeds apart .*both hold \[1000\]"):
+    with pytest.raises(ConfigError, match=r"tuning seeds must differ .*both hold \[1000\]"):
         load_compare(shipped, (), [0, 1000])
     (tmp_path / "short.toml").write_text('[[arms]]\nname = "a"\n[[arms]]\nname = "b"\nset = { k = 5 }\n')
     assert load_compare(tmp_path / "short.toml").seeds == (0, 1, 2)
@@ -50,7 +50,7 @@ def test_a_grid_is_the_product_of_its_axes():
 
 def test_a_key_given_twice_has_all_its_values_and_a_single_value_is_nothing_to_compare():
     assert parse_grid(["k=5,20", "k=7"]) == {"k": [5, 20, 7]}
-    with pytest.raises(ConfigError, match=r"one arm is nothing to compare \(--grid\): got kind=gjs"):
+    with pytest.raises(ConfigError, match=r"a comparison needs at least two arms \(--grid\): got kind=gjs"):
         from_runs([], parse_grid(["objective.kind=gjs"]), [0, 1])
 
 
@@ -84,7 +84,7 @@ def test_run_files_may_be_called_anything_and_one_file_twice_is_no_comparison(tm
     made = from_runs([*(tmp_path / name for name in names[:2]), Path("run.toml"), Path("../run.toml")], {}, [0])
     assert [arm.display_name for arm in made.arms] == ["my first try", "ü", "a-run", f"{tmp_path.name}-run"]
     assert [made.values(arm, 0, None)["k"] for arm in made.arms] == [1, 2, 3, 4]
-    with pytest.raises(ConfigError, match="every arm's name once"):
+    with pytest.raises(ConfigError, match="every arm's name must be unique"):
         from_runs([Path("run.toml"), Path("../a/run.toml")], {}, [0])
 
 
@@ -147,7 +147,7 @@ def test_a_run_file_that_does_not_measure_the_metric_is_refused_before_it_costs_
 
 def test_only_the_embedded_pair_is_replayed(tmp_path):
     (tmp_path / "run.toml").write_text(RUN + '[eval]\npath = "p"\nteacher = "t"\n')
-    with pytest.raises(ConfigError, match="only the embedded pair's rollouts are replayed"):
+    with pytest.raises(ConfigError, match="only a comparison on the embedded pair can replay"):
         config(base=str(tmp_path / "run.toml"), replay=True).checked()
 
 
@@ -169,10 +169,10 @@ def test_what_is_no_list_name_or_rate_is_told_in_plain_words(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arms": [ARMS[0], ARMS[0]]}, "every arm's name once, but 'a' stands there 2 times"),
-        ({"arms": [dict(arm, label="same") for arm in ARMS]}, "every arm's label once, but 'same'"),
-        ({"seeds": [1, 1]}, "every seed once, but '1'"),
-        ({"tuning": {"rates": [1e-3, 2e-3, 3e-3], "seeds": [1]}}, "tuning seeds apart"),
+        ({"arms": [ARMS[0], ARMS[0]]}, "every arm's name must be unique, but 'a' comes 2 times"),
+        ({"arms": [dict(arm, label="same") for arm in ARMS]}, "every arm's label must be unique, but 'same'"),
+        ({"seeds": [1, 1]}, "every seed must be unique, but '1'"),
+        ({"tuning": {"rates": [1e-3, 2e-3, 3e-3], "seeds": [1]}}, "tuning seeds must differ"),
         ({"tuning": {"rates": [1e-3, 3e-3], "seeds": [9]}}, "at least 3"),
         ({"tuning": {"rates": [3e-3, 2e-3, 1e-3], "seeds": [9]}}, "ascending"),
     ],
@@ -190,11 +190,14 @@ def test_a_stale_arm_is_refused_because_staleness_weighs_differently_on_estimato
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"overrides": {"seed": 5}}, r"a seed for an arm, .* \(overrides\): got seed = 5"),
-        ({"arms": [ARMS[0], {"name": "b", "set": {"seed": 5}}]}, r"a seed for an arm, .* \(arm 'b'\): got seed = 5"),
+        ({"overrides": {"seed": 5}}, r"an arm cannot have its own seed.* \(overrides\): got seed = 5"),
+        (
+            {"arms": [ARMS[0], {"name": "b", "set": {"seed": 5}}]},
+            r"its own seed.* \(arm 'b'\): got seed = 5",
+        ),
         (
             {"overrides": {"learner": {"lr": 0.1}}},
-            r"where \[tuning\] finds one for every arm \(overrides\): got learner.lr = 0.1",
+            r"\[tuning\] chooses one for every arm \(overrides\): got learner.lr = 0.1",
         ),
     ],
 )
@@ -287,7 +290,7 @@ def test_a_replay_of_other_rollouts_is_another_cell_though_its_own_arm_is_as_it_
 
 def finish(cells, cell, text):
     """A cell that ended, as a worker leaves it."""
-    folder = _make_room(cells, cell)
+    folder = _prepare_cell_folder(cells, cell)
     result = {"id": cell.id, "digest": cell.digest, "status": "done", "said": text}
     (folder / "result.json").write_text(json.dumps(result))
 
@@ -297,7 +300,7 @@ def test_a_finished_cell_whose_place_is_taken_is_kept_and_an_unfinished_one_begi
     old, new = (Cell("live-a-seed0", "live", "a", 0, None, EMBEDDED, {"steps": steps}, 4) for steps in (200, 20))
     finish(cells, old, "a night's work")
     assert (is_superseded(cells, new), is_superseded(cells, old)) == (True, False)
-    (_make_room(cells, new) / "metrics.jsonl").write_text("half")
+    (_prepare_cell_folder(cells, new) / "metrics.jsonl").write_text("half")
     kept = json.loads((tmp_path / FORMER / f"{old.id}-{old.digest}" / "result.json").read_text())
     assert kept["said"] == "a night's work"
     assert not is_superseded(cells, old)

@@ -81,7 +81,7 @@ def test_a_lower_end_within_the_spread_takes_no_win_away_and_is_said_to_be_doubt
     said = said_of(both)
     assert said["winner"] == "a"
     assert said["ends"].startswith(
-        "B ends lowest, but paired seeds do not tell its last value from those of A, ratio 0.9"
+        "B ends lowest, but paired seeds do not separate its last value from those of A, ratio 0.9"
     )
 
 
@@ -92,7 +92,7 @@ def test_areas_that_cannot_be_told_apart_leave_the_last_values_their_say():
     said = said_of(both | {("c", seed): [1, 0.51, 0.42] for seed in middle})
     assert said["winner"] is None
     assert said["text"].startswith("No clear winner: B has the smallest area")
-    assert "do not tell it from A, ratio 0.9" in said["text"]
+    assert "do not separate it from A, ratio 0.9" in said["text"]
     assert said["ends"].startswith("B also ends lowest: its last value is 0.875 (0.875 to 0.875) of the runner-up's, A")
 
 

@@ -53,14 +53,14 @@ def test_a_hint_is_seen_by_the_teacher_only(tmp_path, tokenizer):
     [
         ("{not json", r"not a JSON object \(.*data.jsonl:2, column 2\): got 'not json', expected property name"),
         ("[" * 100_000, r"not a JSON object \(.*:2\): got nested too deeply"),
-        ('{"prompt_ids": [' + "9" * 5000 + "]}", r"not a JSON object \(.*:2\): got a number of thousands of digits"),
+        ('{"prompt_ids": [' + "9" * 5000 + "]}", r"not a JSON object \(.*:2\): got a number with thousands of digits"),
         (
             {"prompt": "a \ud83d"},
-            r"prompt cannot be read \(.*:2\): got .*, expected whole characters, not half of one",
+            r"prompt cannot be read \(.*:2\): got .*, expected text without half a character",
         ),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ud83d"}]},
-            r"messages cannot be read \(.*:2\): got .*, expected whole characters, not half of one",
+            r"messages cannot be read \(.*:2\): got .*, expected text without half a character",
         ),
         ({"text": "x"}, r"exactly one of prompt_ids, prompt, messages \(.*:2\): got none"),
         ({"prompt": "x", "prompt_ids": [1]}, r"exactly one of.*:2\)"),
@@ -80,7 +80,7 @@ def test_a_message_nested_as_deeply_as_python_goes_is_a_bad_row():
     content = []
     for _ in range(5000):
         content = [content]
-    with pytest.raises(DataError, match=r"messages cannot be read \(x:1\): got .*, expected something nested less"):
+    with pytest.raises(DataError, match=r"messages cannot be read \(x:1\): got .*, expected a value with fewer nested"):
         check_row({"messages": [{"role": "user", "content": content}]}, "x:1")
 
 

@@ -66,7 +66,7 @@ async def test_a_dry_run_lists_every_problem_that_would_end_the_run_one_by_one(f
     }
     config = run_config(folder, **broken)
     problems = (await dry_run(config)).problems
-    words = ["needs wandb", "feedback", "warmup_steps", "student's positions", "on_policy_fraction", "scorer failed"]
+    words = ["needs wandb", "feedback", "warmup_steps", "the student's context", "on_policy_fraction", "scorer failed"]
     assert len(problems) == len(words)
     for problem, word in zip(problems, words, strict=True):
         assert word in problem
@@ -98,12 +98,12 @@ async def test_a_local_teacher_with_other_tokens_is_refused_before_a_model_is_lo
 
 async def test_several_processes_and_a_student_on_a_server_are_refused_before_anything_is_asked(folder, monkeypatch):
     config = run_config(folder, sampler={"kind": "server", "url": NOWHERE})
-    with pytest.raises(ConfigError, match="with several processes each samples from the student in its own memory"):
+    with pytest.raises(ConfigError, match="with several processes, each must sample from the student in"):
         await preflight(Preflight(config, processes=2))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert any("with several processes each samples" in problem for problem in (await dry_run(config)).problems)
+    assert any("with several processes, each must sample" in problem for problem in (await dry_run(config)).problems)
     shards = run_config(folder, rollout={"shards": 3})
-    with pytest.raises(ConfigError, match=r"shared evenly.*3 parts, 2 processes"):
+    with pytest.raises(ConfigError, match=r"a multiple of the number.*3 shards, 2 processes"):
         await preflight(Preflight(shards, processes=2))
 
 
@@ -142,7 +142,7 @@ async def test_a_replay_is_checked_like_its_dry_run_and_its_first_event_has_what
     for change, words in (
         ({"learner": {"schedule": "linear", "warmup_steps": 2}}, "warmup_steps"),
         ({"rollout": {"stop_token_ids": [99_999]}}, "rollout.stop_token_ids"),
-        ({"k": 21}, "no scores as wide"),
+        ({"k": 21}, "no scores with K entries"),
         ({"eval": {"path": "nowhere.jsonl"}}, "nowhere.jsonl"),
     ):
         wrong = run_config(folder, cache={"path": str(tmp_path / "cache")}, **change)

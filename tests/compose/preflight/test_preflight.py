@@ -222,7 +222,7 @@ async def test_a_teacher_with_other_tokens_is_refused_with_the_first_id_that_dif
     ) as caught:
         await train(config, tmp_path / "run")
     assert f"id {low} is" in str(caught.value) or f"id {high} is" in str(caught.value)
-    with pytest.raises(ConfigError, match=rf"2 ids differ, the first is {low}: 'a' there and 'e' here"):
+    with pytest.raises(ConfigError, match=rf"2 ids differ, the first is {low}: teacher 'a', student 'e'"):
         check_same_ids(str(folder / "student"), str(folder / "other"))
     check_same_ids(str(folder / "student"), str(folder / "student"))
 
@@ -242,12 +242,12 @@ def test_the_one_token_that_scoring_generates_and_the_students_positions_count(f
         check_lengths(
             run_config(folder, "http://x"), prompts, {"": TeacherInfo("http://x", "t", "vllm", "", size + 8, 20, "")}
         )
-    with pytest.raises(ConfigError, match=r"student's positions.*at most 4096"):
+    with pytest.raises(ConfigError, match=r"student's context.*at most 4096"):
         check_lengths(run_config(folder, "http://x", rollout={"max_completion_tokens": 4096}), prompts, {})
     lines = [{"prompt_ids": [5], "completion_ids": [6] * 4096}]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = run_config(folder, "http://x", data={"path": str(tmp_path / "long.jsonl")})
-    with pytest.raises(ConfigError, match=r"student's positions .*got 1 \+ 4096 tokens"):
+    with pytest.raises(ConfigError, match=r"student's context .*got 1 \+ 4096 tokens"):
         check_lengths(config, load_prompts(config, Progress()), {})
 
 

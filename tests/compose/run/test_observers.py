@@ -259,7 +259,7 @@ async def test_rows_of_teachers_whose_weights_are_elsewhere_are_left_out_of_dive
         config, plan, student=student, tokenizer=prompts.tokenizer, models={"near": near}, out=tmp_path
     )
     await evaluation.measure_ceiling({}, heard)
-    assert heard.notes == ["exact divergences leave out the rows of 'far': those weights are not on this machine"]
+    assert heard.notes == ["exact divergences leave out the rows of teacher 'far': its weights are not on this machine"]
     (record,) = await asyncio.to_thread(evaluation)
     assert 2 <= record["eval_tokens"] <= 10
     with pytest.raises(ConfigError, match="nothing to measure"):

@@ -163,4 +163,4 @@ def test_a_run_that_goes_on_with_another_number_of_processes_is_told_what_that_c
     run_log_file = files / "fewer" / "metrics.jsonl"
     run_log_file.write_text(run_log_file.read_text().replace('"processes": 1', '"processes": 2'))
     _, err = done(topkd(files, *more[:-1], "steps=4", "--resume"))
-    assert "careful: 2 of torchrun's processes before, 1 now: completions are drawn from other seeds" in err
+    assert "careful: torchrun had 2 processes before and has 1 now: completions get other seeds" in err

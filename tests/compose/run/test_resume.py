@@ -173,7 +173,7 @@ async def test_what_cannot_be_resumed_is_one_line(folders, tmp_path):
     with pytest.raises(ConfigError, match=r"already holds a run.*--resume"):
         await train(run_config(folders, steps=2), out)
     (out / "metrics.jsonl").write_text("")
-    with pytest.raises(DataError, match="shorter than the checkpoint"):
+    with pytest.raises(DataError, match="shorter than at the checkpoint"):
         await train(run_config(folders, steps=3), out, resume=True)
     (out / "metrics.jsonl").unlink()
     with pytest.raises(ConfigError, match="already holds a run"):  # its checkpoints would be taken for the new run's

@@ -209,8 +209,8 @@ async def test_a_sampler_that_cannot_be_is_one_clear_line(folders, teacher, samp
 @pytest.mark.parametrize(
     ("student", "words"),
     [
-        ({}, r"does not take new weights.*no route /pause.*VLLM_SERVER_DEV_MODE=1"),
-        ({"lora": {"r": 4}}, r"does not take adapters.*VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
+        ({}, r"cannot load new weights.*no route /pause.*VLLM_SERVER_DEV_MODE=1"),
+        ({"lora": {"r": 4}}, r"cannot load adapters.*VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
     ],
 )
 async def test_a_server_that_takes_no_weights_is_refused_before_a_model_is_opened(

@@ -78,5 +78,5 @@ def test_the_students_support_and_a_cache_exclude_each_other_before_anything_is_
     values = run_config(tmp_path, "http://a:1").model_dump(mode="json", exclude={"teachers"})
     values |= {"objective": {"kind": "topk_pg", "support": "union"}}
     RunConfig.model_validate(values)
-    with pytest.raises(ValueError, match=r"no \[cache\] with objective.support"):
+    with pytest.raises(ValueError, match=r"a \[cache\] holds only the teacher's own lists"):
         RunConfig.model_validate(values | {"cache": {"path": "cache"}})

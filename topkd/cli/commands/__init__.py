@@ -1,4 +1,4 @@
 """One file per command: its options, and the call into ``topkd.compose``.
 
-Knows: typer. Does not know: how a result is drawn on a terminal.
+Knows: typer. Does not know: how results are formatted.
 """

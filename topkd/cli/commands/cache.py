@@ -42,7 +42,7 @@ def stats_command(cache: Folder, as_json: AsJson = False) -> None:
 
 @app.command("verify")
 def verify_command(cache: Folder, as_json: AsJson = False) -> None:
-    """Read every byte and name each damaged piece; exit code 1 when a saved record may be lost.
+    """Read every byte and list each damaged part; exit code 1 if a saved record may be lost.
 
     Example: topkd cache verify cache
     """
@@ -55,10 +55,10 @@ def verify_command(cache: Folder, as_json: AsJson = False) -> None:
         for item in found.damage:
             place = f"{item.segment} at byte {item.offset}, {item.size} bytes"
             typer.echo(f"{'damage' if item.fatal else 'left by a crash'}: {item.what} ({place})")
-        word = "whole" if found.ok else "DAMAGED: score again what it held (topkd cache gc drops the rest of it)"
+        word = "intact" if found.ok else "DAMAGED: score the lost rows again (topkd cache gc removes damaged parts)"
         typer.echo(
             f"{cache}: {count_things(found.records, 'record')} in {count_things(found.segments, 'segment')}, "
-            f"{found.bytes:,} bytes, {found.duplicates:,} superseded or twice: {word}"
+            f"{found.bytes:,} bytes, {found.duplicates:,} superseded or duplicate: {word}"
         )
     if not found.ok:
         raise typer.Exit(1)
@@ -70,7 +70,7 @@ def ls_command(
     limit: Annotated[int, option("Show at most this many records.", "N", min=1)] = 50,
     as_json: AsJson = False,
 ) -> None:
-    """List records: kind, teacher, K, tokens. With --json, one object a line.
+    """List records: kind, teacher, K, tokens. With --json, one object per line.
 
     Example: topkd cache ls cache --limit 5
     """
@@ -94,7 +94,7 @@ def gc_command(
     cache: Folder,
     codec: Annotated[Codec | None, option("Re-encode the records as packed, raw or cold.", "NAME")] = None,
     foreign: Annotated[
-        bool, flag("--foreign", "Also clean up after crashed writers on other machines; nobody may be writing.")
+        bool, flag("--foreign", "Also clean up after crashed writers on other machines, if nobody is writing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -180,9 +180,7 @@ def import_command(
         elif form == "dataset":
             done = from_dataset(_load_dataset(source), store)
         elif teacher is None:
-            raise ConfigError(
-                f"--format {form} needs --teacher", hint="the source does not say which teacher scored it"
-            )
+            raise ConfigError(f"--format {form} needs --teacher", hint="the source does not contain the teacher's name")
         elif form == "axolotl":
             identity = TeacherIdentity(teacher, revision=revision)
             done = import_axolotl(_iter_plain_rows(source), store, identity, where=str(source))
@@ -221,7 +219,7 @@ def _list_records(cache: Path) -> Iterator[dict[str, Any]]:
             header = record.header
             who = names.get(header.tag)
             if header.kind == ROLLOUT and not header.start:
-                continue  # a request whose answers could not be read back as ids
+                continue  # a request whose completions could not be read back as ids
             ids = record.score()[0] if header.kind == SCORE else record.rollouts()[0].prompt_ids
             yield {
                 "kind": KIND_NAMES[header.kind],

@@ -68,7 +68,7 @@ def compare_command(
 
 
 def _write_page(out: Path) -> str:
-    """Write the report's page, if its extra is installed; return where it is, or how to get it."""
+    """Write the report's page, if its extra is installed; return its path, or how to get it."""
     if importlib.util.find_spec("jinja2") is None:
         return f"the page: pip install 'topkd[report]', then topkd report {out}"
     from topkd.compose.report import write_page
@@ -101,7 +101,7 @@ def _parse_seeds(text: str | None) -> list[int] | None:
     except ValueError:
         raise ConfigError("--seeds takes whole numbers", got=text, hint="as in --seeds 0,1,2") from None
     if not seeds or min(seeds) < 0 or len(set(seeds)) != len(seeds):
-        raise ConfigError("--seeds takes different numbers from 0 up", got=text, hint="as in --seeds 0,1,2")
+        raise ConfigError("--seeds takes different numbers of at least 0", got=text, hint="as in --seeds 0,1,2")
     return seeds
 
 
@@ -128,7 +128,7 @@ def _build_table(console: Console, summary: dict[str, Any], rows: list[dict[str,
     for name in ("final", "area/ref (95 %)", f"tokens to {summary['target']:g}", "teacher"):
         table.add_column(name, justify="right")
     for row in rows:
-        cells: list[str | Text] = [Text(labels[row["arm"]])]  # brackets in a name are no markup
+        cells: list[str | Text] = [Text(labels[row["arm"]])]  # brackets in a name are not markup
         if any(rates.values()):
             cells.append(f"{rates[row['arm']]:.2g}")
         cells += [

@@ -66,7 +66,7 @@ def demo_command(
     for who, text in result.samples.items():
         console.print(Text(who, style="bold"))
         console.print(Padding(Text(text.rstrip("\n") or "(nothing)"), (0, 0, 1, 2)))
-    learnt = f"{result.tokens} tokens learnt from in {result.seconds['distil']:.0f} s"
+    learnt = f"trained on {result.tokens} tokens in {result.seconds['distil']:.0f} s"
     files = f"curve: {result.figure}, run log: {result.out / 'metrics.jsonl'}"
     console.print(f"{learnt}; {files}", highlight=False, soft_wrap=True)
     console.print()
@@ -75,14 +75,14 @@ def demo_command(
 
 
 def _shorten_path(path: Path) -> Path:
-    """Make a path below the working folder relative to it."""
+    """Make a path below the working directory relative to it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def list_next_steps(run_file: Path) -> list[str]:
     """List the commands to type next, indented below their purpose.
 
-    ``make demo`` runs in an environment that need not be active: each terminal then begins by activating it.
+    ``make demo`` runs in an environment that may not be active; each terminal must then activate it first.
     """
     from topkd.compose.demo_assets.first_run import PORT
     from topkd.compose.demo_assets.folders import find_free_folder
@@ -108,8 +108,8 @@ def list_next_steps(run_file: Path) -> list[str]:
 
 
 def print_stopped_and_exit(result: RunResult) -> NoReturn:
-    """Print what a stopped demo has left, and exit with the signal's code."""
+    """Print the files of a stopped demo, and exit with the signal's code."""
     out, steps = _shorten_path(result.out), len(result.steps)
-    kept = f"run log and student so far: {out} (topkd report {out})" if steps else f"{out} holds no step"
+    kept = f"run log and student so far: {out} (topkd report {out})" if steps else f"{out} has no step yet"
     typer.echo(f"topkd: {result.stopped}: stopped after step {steps}; {kept}", err=True)
     raise typer.Exit(CODES[result.stopped])

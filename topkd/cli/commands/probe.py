@@ -64,7 +64,7 @@ def probe_command(
     console = Console(highlight=False)
     is_new = record is not None and not (record / MANIFEST).exists()
     try:
-        with Console(stderr=True, quiet=as_json).status("asking", spinner="line"):
+        with Console(stderr=True, quiet=as_json).status("probing", spinner="line"):
             report = asyncio.run(
                 probe(
                     url,
@@ -120,7 +120,7 @@ def print_probe(report: ProbeReport, console: Console) -> None:
         shown = _PLAIN.get(mark, mark) if ascii_only else mark
         value = Text(finding.value, style=style if finding.status in {"warn", "fail"} else "not dim")
         detail = Text(finding.detail)
-        if len(value) > _VALUE:  # a path, say, is read more easily in the wide column than in pieces
+        if len(value) > _VALUE:  # a long value, such as a path, goes into the wide column
             value, detail = Text(), Text.assemble(value, " " * bool(detail), detail)
         table.add_row(Text(shown, style=style), Text(finding.title), value, detail)
     console.print(f"[bold]{escape(report.url)}[/bold]  [dim]{escape(report.dialect)} dialect[/dim]\n")

@@ -21,7 +21,7 @@ def report_command(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of one comparison.", metavar="RUN")],
     out: Annotated[Path | None, option("The page; default: RUN/report.html, report.html for several.", "FILE")] = None,
     figures: Annotated[Path | None, option("Also draw every panel as PNG and SVG into this folder.", "FOLDER")] = None,
-    follow: Annotated[bool, flag("--follow", "Serve a live page on this machine while the run goes on.")] = False,
+    follow: Annotated[bool, flag("--follow", "Serve a live page on this machine while the run continues.")] = False,
     port: Annotated[int, option("Port of --follow; 0 takes a free one.", "N", min=0, max=65535)] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -57,7 +57,7 @@ def report_command(
         typer.echo(page.verdict.detail)
     for warning in page.verdict.warnings:
         typer.echo(f"warning: {warning}")
-    typer.echo(f"{path} ({size / 1e3:,.0f} kB, complete in itself)")
+    typer.echo(f"{path} ({size / 1e3:,.0f} kB, one complete file)")
     if drawn:
         typer.echo(f"{len(drawn)} figures in {figures}")
 

@@ -43,7 +43,7 @@ def sample_command(
     dialect: Annotated[
         str, option(f"{', '.join(DIALECTS)}; openai is chat completions.", "NAME", one_of=DIALECTS)
     ] = "auto",
-    k: Annotated[int, option("Top-K entries of each position; 0 for text alone.", "K", "--k", min=0)] = 20,
+    k: Annotated[int, option("Top-K entries of each position; 0 for text only.", "K", "--k", min=0)] = 20,
     n: Annotated[int, option("Completions per prompt.", "N", "-n", "--n", min=1)] = 1,
     max_new_tokens: Annotated[int, option("Most tokens of one completion.", "N", min=1)] = 512,
     seed: Annotated[int, option("Random seed of the completions.", "N", min=0)] = 0,
@@ -98,8 +98,8 @@ def _format_lines(report: SampleReport) -> list[str]:
     paid += f"{report.completion_tokens} sampled{format_cost(report)}"
     lines.append(f"{report.completions} completions kept with K = {report.k}; {paid}")
     if report.ambiguous_completions:
-        lines.append(f"{report.ambiguous_completions} completions dropped: bytes in them name no single token id")
+        lines.append(f"{report.ambiguous_completions} completions dropped: they have bytes that fit no single token id")
     if report.ambiguous_entries:
         of = f"of {report.listed_entries} list entries"
-        lines.append(f"{report.ambiguous_entries} {of} name no single id: their lists end before")
+        lines.append(f"{report.ambiguous_entries} {of} fit no single token id: the lists end before them")
     return lines

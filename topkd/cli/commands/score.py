@@ -82,7 +82,7 @@ def score_command(
     api_key_env: _ApiKeyEnv = None,
     limit: Limit = None,
     shard: Annotated[str, option("Score only part I of N.", "I/N")] = "1/1",
-    dedupe: Annotated[bool, flag("--dedupe", "Skip rows that came before, in other shards too.")] = False,
+    dedupe: Annotated[bool, flag("--dedupe", "Skip rows equal to an earlier one, also in other shards.")] = False,
     max_tokens: _MaxTokens = None,
     max_cost: MaxCost = None,
     price_per_million: _Price = None,
@@ -117,7 +117,7 @@ def score_command(
     }  # fmt: skip
     values |= _parse_teachers(teacher, teacher_id, model, revision, vocab_size)
     config = validate_config(ScoreConfig, values, where="topkd score")
-    # Ray prints what happens to its workers; standard output is for the report alone.
+    # Ray prints messages about its workers; standard output is only for the report.
     with Display() as display, contextlib.redirect_stdout(sys.stderr):
         report = asyncio.run(score(config, display))
     print_report_and_exit(report, lambda: _format_lines(report), as_json=as_json)
@@ -130,7 +130,7 @@ def _parse_teachers(
     revision: list[str] | None,
     vocab_size: list[str] | None,
 ) -> dict[str, object]:
-    """Parse who scores which rows: the fields of a ScoreConfig."""
+    """Parse the teachers of the rows into fields of a ScoreConfig."""
     routes, wanted = _parse_routes(teacher_id or [])
     if bool(teacher) == bool(routes):
         raise ConfigError(
@@ -155,7 +155,7 @@ def _parse_routes(arguments: list[str]) -> tuple[dict[str, tuple[str, ...]], str
         name, separator, url = text.partition("=")
         if separator:
             if not name.strip() or "://" not in url:
-                raise ConfigError("--teacher-id takes NAME=URL", got=text, expected="maths=http://127.0.0.1:8000, say")
+                raise ConfigError("--teacher-id takes NAME=URL", got=text, expected="as in maths=http://127.0.0.1:8000")
             routes[name.strip()] = (*routes.get(name.strip(), ()), url.strip())
     if len(alone) > 1 or (alone and routes):
         raise ConfigError("--teacher-id takes one NAME, or NAME=URL pairs only", got=" ".join(arguments))
@@ -163,10 +163,10 @@ def _parse_routes(arguments: list[str]) -> tuple[dict[str, tuple[str, ...]], str
 
 
 def _parse_argument(text: str) -> tuple[str, object]:
-    """Parse KEY=VALUE; the value is TOML, or a bare word."""
+    """Parse KEY=VALUE; the value is TOML, or a word without quotes."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
-        raise ConfigError("--engine takes KEY=VALUE", got=text, expected="dtype=bfloat16, say")
+        raise ConfigError("--engine takes KEY=VALUE", got=text, expected="as in dtype=bfloat16")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -187,7 +187,7 @@ def _split_named(
             plain.append(text)
     if len(plain) > 1:
         raise ConfigError(
-            f"{flag} was given {len(plain)} times", got=" ".join(plain), hint="NAME=VALUE for each of several"
+            f"{flag} was given {len(plain)} times", got=" ".join(plain), hint="give NAME=VALUE for each teacher"
         )
     return plain[0] if plain else None, by_name
 
@@ -197,15 +197,15 @@ def _format_lines(report: ScoreReport) -> list[str]:
     verb = "to send" if report.estimate else "sent"
     lines = [
         f"{report.rows} rows: {counts}; {report.positions} positions at K = {report.k}",
-        f"{report.tokens_sent} tokens {verb}, {report.saved_tokens} spared by the cache{format_cost(report)}",
+        f"{report.tokens_sent} tokens {verb}, {report.saved_tokens} saved by the cache{format_cost(report)}",
     ]
     if report.estimate and report.unbounded and report.positions:
-        lines.append(f"largest id {report.largest_id}; --vocab-size N names the rows that a teacher of N ids refuses")
+        lines.append(f"largest id {report.largest_id}; --vocab-size N shows which rows a teacher with N ids refuses")
     return lines
 
 
 def _parse_shard(text: str) -> tuple[int, int]:
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-        raise ConfigError("--shard takes i/n", got=text, expected="1/4 to 4/4, say")
+        raise ConfigError("--shard takes I/N", got=text, expected="as in 1/4")
     return int(part), int(parts)

@@ -34,7 +34,7 @@ def train_command(
     if dry_run:
         run_dry_run(run_config, served=True, out=out, resume=resume, as_json=as_json)
         return
-    if not resume:  # a run that is finished needs nothing of it any more
+    if not resume:  # a finished run needs none of these files
         from topkd.compose.preflight.preflight import check_here
 
         check_here(run_config)  # before torch is imported, which takes seconds

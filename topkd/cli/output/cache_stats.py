@@ -7,29 +7,29 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise, zip_longest
 from typing import Any
 
-_BARS = 8  # of the picture of K
+_BARS = 8  # largest number of bars in the histogram of K
 _WIDTH, _REVISION = 80, 22  # columns of a table, and of a revision in it
-_PICTURE = 38  # of one picture; two and a gap are 80
+_PICTURE = 38  # columns of a histogram; two and a gap are 80
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def describe_stats(totals: dict[str, Any], shapes: dict[str, Any]) -> Iterator[str]:
-    """Describe a cache line by line: counts, teachers, and pictures of its scores.
+    """Yield lines of text about a cache: counts, teachers, and histograms of its scores.
 
     Args:
-        totals: ``offline.stats`` as a mapping.
-        shapes: ``offline.profile``.
+        totals: The result of ``offline.stats`` as a mapping.
+        shapes: The result of ``offline.profile``.
     """
-    per_token = "" if totals["bytes_per_token"] is None else f", {totals['bytes_per_token']:.1f} a token"
+    per_token = "" if totals["bytes_per_token"] is None else f", {totals['bytes_per_token']:.1f} per token"
     rollouts = count_things(totals["rollouts"], "rollout")
-    answers = totals["live"] - totals["scores"]  # of a request for several completions: one record
+    answers = totals["live"] - totals["scores"]  # a record has all rollouts of its request
     if answers != totals["rollouts"]:
         rollouts += f" in {count_things(answers, 'record')}"
     yield f"{count_things(totals['scores'], 'score')}, {rollouts}, {count_things(totals['tokens'], 'token')}"
     segments = count_things(totals["segments"], "segment")
     yield f"{totals['bytes']:,} bytes{per_token}; {segments}, {totals['sealed']} sealed"
     if dead := totals["records"] - totals["live"]:
-        yield f"{count_things(dead, 'superseded record')}, which topkd cache gc drops"
+        yield f"{count_things(dead, 'superseded record')}, which topkd cache gc removes"
     if totals["teachers"]:
         yield ""
         yield from _format_columns(
@@ -42,7 +42,7 @@ def describe_stats(totals: dict[str, Any], shapes: dict[str, Any]) -> Iterator[s
 
 
 def _draw_shapes(totals: dict[str, Any], shapes: dict[str, Any]) -> Iterator[str]:
-    """Draw K, lengths, missing mass and entropy of the scores."""
+    """Draw histograms of K, lengths, missing mass and entropy of the scores."""
     drawn, quantile = shapes["histograms"], {q: at for at, q in enumerate(shapes["quantiles"])}
 
     def at(name: str, share: float, show: str) -> str:
@@ -83,7 +83,7 @@ def _draw_shapes(totals: dict[str, Any], shapes: dict[str, Any]) -> Iterator[str
 
 
 def _bound_missing_mass(shapes: dict[str, Any], quantile: float) -> str:
-    """Bound the mass outside the lists for a share of positions."""
+    """Format the largest mass outside the lists at a share of the positions."""
     return f"{100 * max(0.0, 1 - shapes['mass'][shapes['quantiles'].index(quantile)]):.2g} %"
 
 
@@ -93,9 +93,9 @@ def count_things(count: int, thing: str) -> str:
 
 
 def _format_columns(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
-    """Format a table in 80 columns; names are cut where numbers need the room."""
+    """Format a table in 80 columns; long names are cut."""
     rows = [(row[0], _cut_text(row[1], _REVISION), *row[2:]) for row in rows]
-    widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     room = min(widths[0], max(_WIDTH - sum(2 + width for width in widths[1:]), len(head[0])))
     for name, revision, *numbers in [head, *rows]:
         shown = "  ".join(f"{number:>{width}}" for number, width in zip(numbers, widths[2:], strict=True))
@@ -117,13 +117,13 @@ def draw_histogram(title: str, labels: Sequence[str], shares: Sequence[float], n
 
 
 def join_side_by_side(left: Sequence[str], right: Sequence[str]) -> Iterator[str]:
-    """Join the lines of two pictures."""
+    """Join the lines of two histograms."""
     for left_line, right_line in zip_longest(left, right, fillvalue=""):
         yield f"{left_line:<{_PICTURE + 4}}{right_line}".rstrip()
 
 
 def draw_bar(share: float, width: int) -> str:
-    """Draw a bar to an eighth of a column; a share above zero is never empty."""
+    """Draw a bar in steps of an eighth of a column; a share above zero has at least one eighth."""
     eighths = round(8 * width * max(0.0, min(1.0, share)))
     if share > 0:
         eighths = max(eighths, 1)
@@ -134,20 +134,20 @@ def draw_bar(share: float, width: int) -> str:
 
 
 def format_share(share: float) -> str:
-    """Format a share so that it differs from nothing and from all."""
+    """Format a share; only exactly 0 and 1 are shown as 0 % and 100 %."""
     if 0 < share < 0.001 or 0.999 < share < 1:
         return "<0.1 %" if share < 0.5 else ">99.9%"
     return f"{100 * share:.0f} %" if share >= 0.1 or not share else f"{100 * share:.1f} %"
 
 
 def label_bins(edges: Sequence[float], show: str = "{:g}") -> list[str]:
-    """Label the bins between edges; the last is open above."""
+    """Label the bins between edges; the last bin has no upper edge."""
     shown = [show.format(edge) for edge in edges]
     return [*(f"{low} to {high}" for low, high in pairwise(shown)), f"{shown[-1]} and up"]
 
 
 def label_counts(edges: Sequence[float]) -> list[str]:
-    """Label bins of whole numbers, whose upper edge is not in the bin."""
+    """Label bins of whole numbers; the upper edge is not in the bin."""
     whole = [int(edge) for edge in edges]
     bins = (str(low) if high == low + 1 else f"{low} to {high - 1}" for low, high in pairwise(whole))
     return [*bins, f"{whole[-1]} and up"]

@@ -1,4 +1,4 @@
-"""``--dry-run`` of train and replay: what would happen, on one page."""
+"""Output of ``--dry-run`` of train and replay: settings, data, estimates and problems."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _SHOWN = 1200  # characters of a prompt's beginning and of its end
 def run_dry_run(
     config: RunConfig, *, served: bool, out: Path, resume: bool, as_json: bool, cache: Path | None = None
 ) -> None:
-    """Show what the run would do; exit code 2 when something would end it."""
-    with Console(stderr=True, quiet=as_json).status("looking", spinner="line"):
+    """Show what the run would do; exit with code 2 if there are problems."""
+    with Console(stderr=True, quiet=as_json).status("checking", spinner="line"):
         from topkd.compose.dry_run import dry_run
 
         found = asyncio.run(dry_run(config, served=served, out=out, resume=resume, cache=cache))
@@ -40,15 +40,15 @@ def run_dry_run(
 
 
 def print_dry_run(found: DryRun, config: RunConfig, console: Console) -> None:
-    """Print what a dry run found as one page, the problems last."""
+    """Print the findings of a dry run, the problems last."""
     mark = "" if console.is_terminal else "*"  # bold is lost in a file
-    title = f"SETTINGS  ({mark or 'bold'}: given; the others are defaults, docs/defaults.md)"
+    title = f"SETTINGS  ({mark or 'bold'}: set; the others are defaults, docs/defaults.md)"
     _print_section(console, title, _print_settings(found, mark=mark))
     for rendered in found.prompts:
         title = f"FIRST PROMPT, {rendered.side.upper()} ({rendered.tokens} tokens)"
         _print_section(console, title, _print_prompt(rendered))
     if any(rendered.parts[1:] for rendered in found.prompts):
-        legend = Text.assemble("  ", ("prompt", "dim"), "  ", ("trains", "bold green"), "  ", ("masked", "yellow"))
+        legend = Text.assemble("  ", ("prompt", "dim"), "  ", ("trained", "bold green"), "  ", ("masked", "yellow"))
         console.print(legend, Text(""), sep="\n")
     if found.data:
         _print_section(console, "DATA", _print_pairs(_print_data(found, config)))
@@ -62,10 +62,10 @@ def print_dry_run(found: DryRun, config: RunConfig, console: Console) -> None:
         for text in texts:
             console.print(_print_pairs([(word, text)], style=style))
     if found.problems:
-        count = "1 problem stands" if len(found.problems) == 1 else f"{len(found.problems)} problems stand"
-        console.print(Text(f"{count} in the way of this run", style="bold red"))
+        count = "1 problem" if len(found.problems) == 1 else f"{len(found.problems)} problems"
+        console.print(Text(f"{count} found: this run would fail", style="bold red"))
     else:
-        console.print(Text("nothing stands in the way of this run", style="green"))
+        console.print(Text("no problem found: this run can start", style="green"))
 
 
 def _print_endpoints(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
@@ -114,7 +114,7 @@ def _print_data(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
     own, on_teacher = data["prompt_tokens"], data["teacher_prompt_tokens"]
     rows = [
         ("file", config.data.path),
-        ("rows", f"{data['rows']:,}, {data['dropped_overlong']:,} over-long dropped"),
+        ("rows", f"{data['rows']:,}, {data['dropped_overlong']:,} dropped as too long"),
         ("prompt tokens", f"median {own['median']}, longest {own['longest']} of {config.rollout.max_prompt_tokens}"),
     ]
     if data["privileged"]:
@@ -130,7 +130,7 @@ def _print_data(found: DryRun, config: RunConfig) -> list[tuple[str, Any]]:
 def _print_student(found: DryRun, config: RunConfig, forecast: Forecast) -> list[tuple[str, Any]]:
     model = forecast.model
     share = 100 * model.trained / model.parameters
-    trained = f"{format_count(model.trained)} train ({share:.2g} %)" if share < 100 else "all of them train"
+    trained = f"{format_count(model.trained)} are trained ({share:.2g} %)" if share < 100 else "all are trained"
     parts = ", ".join(f"{name} {format_bytes(number)}" for name, number in forecast.memory.items())
     there = f" of {format_bytes(forecast.available)} on {found.device}" if forecast.available else ""
     return [
@@ -145,22 +145,22 @@ def _print_work(config: RunConfig, forecast: Forecast) -> list[tuple[str, Any]]:
     completions = f"{forecast.prompts_per_step} prompts x {config.rollout.samples_per_prompt} completions"
     rows = [
         ("epochs", f"{epochs} of the rows in {config.steps:,} step{'s' * (config.steps > 1)}"),
-        ("a step", f"{completions}, at most {format_count(forecast.tokens_per_step)} tokens"),
+        ("per step", f"{completions}, at most {format_count(forecast.tokens_per_step)} tokens"),
     ]
     if forecast.teacher_requests_per_step:
         tokens, size = forecast.teacher_tokens_per_step, forecast.teacher_reply_bytes_per_step
         replies = f"{format_count(tokens)} tokens, replies about {format_bytes(size)}"
-        rows.append(("teacher, a step", f"{forecast.teacher_requests_per_step:,} requests, {replies}"))
+        rows.append(("teacher, per step", f"{forecast.teacher_requests_per_step:,} requests, {replies}"))
         tokens, size = forecast.totals["teacher_tokens"], forecast.totals["teacher_reply_bytes"]
         replies = f"{format_count(tokens)} tokens at most, replies about {format_bytes(size)}"
-        rows.append(("teacher, all", f"{forecast.totals['teacher_requests']:,} requests, {replies}"))
+        rows.append(("teacher, total", f"{forecast.totals['teacher_requests']:,} requests, {replies}"))
     return rows
 
 
 def _print_prompt(rendered: Rendered) -> Text:
     text = Text()
-    for place, (part, trains) in enumerate(rendered.parts):
-        style = "dim" if place == 0 else "bold green" if trains else "yellow"
+    for index, (part, is_trained) in enumerate(rendered.parts):
+        style = "dim" if index == 0 else "bold green" if is_trained else "yellow"
         if len(part) > 2 * _SHOWN:
             left_out = len(part) - 2 * _SHOWN
             part = f"{part[:_SHOWN]}\n... {left_out:,} characters ...\n{part[-_SHOWN:]}"  # noqa: PLW2901
@@ -171,7 +171,7 @@ def _print_prompt(rendered: Rendered) -> Text:
 def _print_settings(found: DryRun, *, mark: str) -> Table:
     """Print the settings by table; those of the file or --set in bold, after ``mark``."""
     tables: dict[str, Text] = {}
-    quiet = 0  # settings of [client], which most runs leave as they are
+    quiet = 0  # number of [client] settings that are not set
     for key, value, is_set in found.settings:
         table, dot, name = key.partition(".")
         if table == "client" and not is_set:

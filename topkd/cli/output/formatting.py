@@ -1,12 +1,12 @@
-"""Numbers of things and of bytes in three digits, for pages that people read."""
+"""Formats counts and numbers of bytes in three digits."""
 
 from __future__ import annotations
 
-_TO_THE_NEXT = 0.9995  # from here three digits round up to 1000 of the unit below
+_TO_THE_NEXT = 0.9995  # from this share of a unit on, three digits would round to 1000 of the smaller unit
 
 
 def format_count(number: int) -> str:
-    """Format a count: whole below ten thousand (9,999), in thousands or more above (12 k, 1.54 B)."""
+    """Format a count: in full below ten thousand (9,999), else in larger units (12 k, 1.54 B)."""
     if number < 10_000:
         return f"{number:,}"
     unit, factor = next(

@@ -26,13 +26,13 @@ def print_report_and_exit(report: JobReport, lines: Callable[[], Sequence[str]],
 
 
 def format_counts(report: JobReport, done: str, ahead: str, others: Sequence[str]) -> str:
-    """Format the count ``done`` (called ``ahead`` in an estimate) and the others that are not zero."""
+    """Format the count ``done`` (named ``ahead`` in an estimate), and those of ``others`` that are not zero."""
     parts = [f"{getattr(report, done)} {ahead if report.estimate else done}"]
     return ", ".join(parts + [f"{count} {name}" for name in others if (count := getattr(report, name))])
 
 
 def format_cost(report: JobReport) -> str:
-    """Format the cost where there is a price; the currency is that of the price."""
+    """Format the cost if there is a price, in the currency of the price."""
     return "" if report.cost is None else f", cost {report.cost:.4f} (in the currency of the price)"
 
 
@@ -42,7 +42,7 @@ def _list_failures(report: JobReport) -> list[str]:
     if len(report.refusals) > _SHOWN:
         lines.append("  ... (--json lists the first 1,000)")
     if report.stopped:
-        lines.append(f"stopped at {report.stopped}; raise it and run the same command again to go on")
+        lines.append(f"stopped at {report.stopped}; raise it and run the same command again to continue")
     if report.failed:
         lines.append("the server did not answer for some rows; run the same command again for those")
     return lines

@@ -1,4 +1,4 @@
-"""Progress on a terminal, plain lines everywhere else."""
+"""Progress of a command: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from topkd.compose.train import RunResult
 
 _PLAIN_EVERY_S = 10.0
-_MEASURES = {"kl_k1": "kl", "sft_loss": "-log p", "loss": "loss"}  # of a step, and how its line calls each
+_MEASURES = {"kl_k1": "kl", "sft_loss": "-log p", "loss": "loss"}  # field of a step, and its name in the line
 
 
 class Display(RunProgress):
@@ -31,19 +31,19 @@ class Display(RunProgress):
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
         self.live = self.console.is_terminal and not os.environ.get("CI")
         self._bars = Progress(
-            # In 80 columns the bar gives way first, then the detail; a clock that is cut says nothing.
+            # In 80 columns the bar is shortened first, then the detail; the clocks are never cut.
             TextColumn("{task.description}"),
             BarColumn(bar_width=16, table_column=Column(max_width=16)),
             TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
             TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
-            TextColumn("{task.fields[detail]}", markup=False),  # an error's words may hold brackets
+            TextColumn("{task.fields[detail]}", markup=False),  # an error may contain brackets
             console=self.console,
             disable=not self.live,
         )
         self._task: TaskID | None = None
         self._name, self._total, self._printed_at, self._began = "", 0, 0.0, time.monotonic()
-        self._first: tuple[int, float] | None = None  # of the stage: units and time at its first report
+        self._first: tuple[int, float] | None = None  # units and time at the stage's first report
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -64,7 +64,7 @@ class Display(RunProgress):
         self._task = self._bars.add_task(name, total=total, detail="")
 
     def advance(self, done: int, detail: str = "") -> None:
-        """Show that ``done`` units of the present stage are finished."""
+        """Show that ``done`` units of the current stage are finished."""
         now = time.monotonic()
         self._first = self._first or (done, now)
         if self.live and self._task is not None:
@@ -87,7 +87,7 @@ class Display(RunProgress):
 
 
 def format_eta(first: int, since: float, done: int, total: int, now: float) -> str:
-    """Format how long the rest of a stage takes at the pace so far; "" where that is unknown."""
+    """Format the time that a stage still needs at its speed so far; "" if it is unknown."""
     if done <= first or done >= total:
         return ""
     seconds = (now - since) / (done - first) * (total - done)
@@ -95,7 +95,7 @@ def format_eta(first: int, since: float, done: int, total: int, now: float) -> s
 
 
 def format_step(record: dict[str, Any]) -> str:
-    """Format the measure that a step is judged by."""
+    """Format the main measure of a step."""
     measure = _find_measure(record)
     return "no signal" if measure is None else f"{_MEASURES[measure]} {record[measure]:.3f}"
 
@@ -103,7 +103,7 @@ def format_step(record: dict[str, Any]) -> str:
 def _find_measure(record: dict[str, Any]) -> str | None:
     """Find the first measure that a step has: sampled KL, likelihood of the data, or the loss on the teacher's lists.
 
-    Imported lists say nothing about a token that is in none of them, so that there is no KL of the data itself.
+    Imported lists do not have the logprob of a token outside them, so that a step may have no sampled KL.
     """
     listed = not math.isnan(record.get("teacher_mass") or math.nan)
     return next((name for name in _MEASURES if record.get(name) is not None and (name != "loss" or listed)), None)
@@ -125,7 +125,7 @@ def format_evaluation(record: dict[str, Any]) -> str:
 
 
 def print_result(result: RunResult, verb: str, *, as_json: bool) -> None:
-    """Print how a finished run ended and where its files are, as its report does or as strict JSON."""
+    """Print the result of a finished run and its files: in the words of its report, or as strict JSON."""
     from topkd.engine.loop.metrics import make_strict_json
     from topkd.report.analysis.verdict import judge_folder
 
@@ -139,5 +139,5 @@ def print_result(result: RunResult, verb: str, *, as_json: bool) -> None:
     typer.echo(
         f"{last['step']} step{'s' * (last['step'] != 1)} {verb}; {verdict.headline}; "
         f"student: {result.out / 'student'}, run log: {result.out / 'metrics.jsonl'}\n"
-        f"its page: topkd report {shlex.quote(str(result.out))}"
+        f"report: topkd report {shlex.quote(str(result.out))}"
     )

@@ -1,4 +1,4 @@
-"""Output of train and replay around a run: progress, its page, how it ended, and the command that resumes it."""
+"""Output of train and replay: progress, the live page, the result, and the command that resumes the run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from topkd.compose.run.run import RunResult
     from topkd.compose.run.signals import StopSignals
 
-# Exit codes: to have obeyed a service manager's SIGTERM is success, and shells expect 130 after Ctrl-C.
+# Exit codes: a stop on a service manager's SIGTERM is a success, and shells expect 130 after Ctrl-C.
 CODES = {"SIGTERM": 0, "SIGINT": 130}
 
 
@@ -36,7 +36,7 @@ def resume_command(command: str, config: Path, out: Path, overrides: list[str], 
 
 
 def _launch_words() -> list[str]:
-    """Return ``topkd``, or the torchrun command of as many processes: fewer would draw other completions."""
+    """Return ``topkd``, or torchrun with the same number of processes: another number changes the completions."""
     size, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
     if "RANK" not in os.environ or size == "1":
         return ["topkd"]
@@ -46,7 +46,7 @@ def _launch_words() -> list[str]:
 
 @contextlib.contextmanager
 def open_terminal(out: Path, again: str, *, watch: bool) -> Iterator[tuple[Display, StopSignals]]:
-    """Show a run's progress and take its stop signals; see ``serve_page`` and ``hint_resume``."""
+    """Show a run's progress and handle its stop signals; see ``serve_page`` and ``hint_resume``."""
     from topkd.compose.run.signals import StopSignals
 
     is_first = is_first_process()
@@ -61,7 +61,7 @@ def open_terminal(out: Path, again: str, *, watch: bool) -> Iterator[tuple[Displ
 
 @contextlib.contextmanager
 def hint_resume(out: Path, again: str) -> Iterator[None]:
-    """Print the command ``again`` when the run in ``out`` fails after it has saved a checkpoint."""
+    """Print the command ``again`` if the run in ``out`` fails after it has saved a checkpoint."""
     from topkd.report.load.run_folder import RUN_LOG
 
     before = _find_write_time(out / RUN_LOG)
@@ -80,7 +80,7 @@ def _has_checkpoint(out: Path) -> bool:
 
 
 def _find_write_time(file: Path) -> int | None:
-    """Return when a file was last written; None where there is none."""
+    """Return when a file was last written; None if it does not exist."""
     try:
         return file.stat().st_mtime_ns
     except OSError:
@@ -88,11 +88,11 @@ def _find_write_time(file: Path) -> int | None:
 
 
 def print_result_and_exit(result: RunResult, verb: str, *, again: str, as_json: bool) -> None:
-    """Print how the run ended (what is not its result on standard error), and exit accordingly.
+    """Print how the run ended, and exit with its code; standard output has only the result.
 
     Args:
-        result: The run.
-        verb: What was done.
+        result: The result of the run.
+        verb: Word for what was done.
         again: The command that resumes it.
         as_json: Print the result as strict JSON.
     """

@@ -1,4 +1,4 @@
 """Bulk jobs: score and sample many rows into a cache.
 
-Knows: one pump, one spending limit. Does not know: training.
+Knows: the loop of a job and its spending limit. Does not know: training.
 """

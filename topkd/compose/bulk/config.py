@@ -20,7 +20,7 @@ Cost: TypeAlias = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Rows: TypeAlias = Annotated[int, Field(gt=0, le=sys.maxsize)]
 InFlight: TypeAlias = Annotated[int, Field(gt=0, le=10_000)]  # each is a task and, while it waits, a connection
 
-KEPT_REFUSALS = 1000  # of a report; all are counted
+KEPT_REFUSALS = 1000  # refusals that a report lists; further ones are only counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,10 @@ class Cap:
     """An upper limit on what a job uses.
 
     Attributes:
-        name: As a report states it.
+        name: Name in reports.
         amount: The limit.
-        prompt_price: What a prompt token counts.
-        completion_price: What a sampled token counts.
+        prompt_price: Amount that a prompt token uses.
+        completion_price: Amount that a sampled token uses.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Cap:
 
 @dataclass(slots=True)
 class JobReport:
-    """The outcome of a job's rows; ``refusals`` holds the first 1,000."""
+    """The outcome of a job's rows; ``refusals`` has the first 1,000 rows that were refused or failed."""
 
     out: str
     teacher: str = ""
@@ -66,13 +66,13 @@ class JobReport:
             self.refusals.append({"row": number, "reason": str(error)})
 
     def format_failures(self) -> str:
-        """Format the counts that a progress line shows where they are not zero."""
+        """Format the counts of cached, refused and failed rows that are not zero, for a progress line."""
         counts = ((self.cached, "cached"), (self.refused, "refused"), (self.failed, "failed"))
         return "".join(f"  {count} {name}" for count, name in counts if count)
 
     @property
     def complete(self) -> bool:
-        """Return whether every valid row was asked for and answered."""
+        """Return whether every valid row was requested and has a reply."""
         return not self.failed and not self.stopped
 
     def as_dict(self) -> dict[str, Any]:
@@ -85,17 +85,17 @@ class JobConfig(BaseModel):
 
     Attributes:
         data: JSONL, Parquet or a datasets folder; for ``score`` also a cache whose rollouts are to be scored.
-        out: The cache.
-        model: Served name; None takes the server's only one.
+        out: Folder of the cache.
+        model: Name of the model on the server; None takes its only model.
         api_key: Sent with every request.
-        tokenizer: Folder or id of the served model's tokenizer, for rows of text.
-        revision: Fingerprint of the teacher's weights; part of every key.
-        limit: Rows at most.
-        max_tokens: Stop before more tokens than this are sent (``sample``: and drawn).
+        tokenizer: Folder or id of that model's tokenizer, for rows of text.
+        revision: Name for the version of the teacher's weights; part of every cache key.
+        limit: Largest number of rows.
+        max_tokens: Stop before more tokens than this are sent (``sample``: sent and sampled).
         max_cost: Stop before more than this is spent, at the job's prices.
-        estimate: Count and forecast, completions at their full length; ask nothing.
-        strict: The first bad row ends the job.
-        codec: How records are written.
+        estimate: Only estimate tokens and cost, with completions of full length; score or sample nothing.
+        strict: Whether the first bad row ends the job.
+        codec: Codec of the cache's records.
         client: Time-outs, retries and bounds.
     """
 
@@ -120,24 +120,24 @@ class ScoreConfig(JobConfig):
     """The config of ``topkd score``.
 
     Attributes:
-        teachers: URLs of one teacher; several are replicas. "vllm:FOLDER" loads it into this process (each worker's).
-        routes: Instead of ``teachers``: for each teacher_id that rows may name, its URLs.
+        teachers: URLs of one teacher; several are replicas. "vllm:FOLDER" loads it in this process (Ray: each worker).
+        routes: Instead of ``teachers``: the URLs of each teacher, by the teacher_id of its rows.
         engine: Further arguments of ``vllm.LLM`` for a teacher in this process.
-        models: With ``routes``: served names by teacher_id, where a server has several.
-        dialect: How the server speaks.
-        k: Entries of each row.
-        revisions: With ``routes``: the same by teacher_id.
-        vocab_size: A reply with an id at or past it is a fault; None takes every id.
-        vocab_sizes: With ``routes``: the same by teacher_id.
-        teacher_id: With ``teachers``: score the rows of this teacher_id and pass over the others. Left out, a row that
-            names a teacher is refused, as is with ``routes`` a row of a teacher that has none.
-        shard: (i, n): of n parts the i-th, from 1.
-        dedupe: Skip sequences that came before (16 bytes of memory each), across shards too.
+        models: With ``routes``: model names by teacher_id, for servers with several models.
+        dialect: API of the server.
+        k: Entries of each top-K list.
+        revisions: With ``routes``: ``revision`` by teacher_id.
+        vocab_size: Number of the teacher's ids: a reply with an id outside them is an error. None allows every id.
+        vocab_sizes: With ``routes``: ``vocab_size`` by teacher_id.
+        teacher_id: With ``teachers``: score only the rows with this teacher_id, and skip the others. Without it, a row
+            that names a teacher is refused. With ``routes``, a row whose teacher has no URL is refused.
+        shard: (i, n): score the i-th of n parts of the rows, from 1.
+        dedupe: Skip sequences that are equal to an earlier one, also across shards (16 bytes of memory each).
         price_per_million: Price of a million tokens sent.
-        in_flight: Requests at once, over all replicas (the client's own window may keep it lower).
-        runner: "local" is this process; "ray" shares the rows out to workers on a Ray cluster.
-        workers: Of a Ray job; ``in_flight`` is divided among them.
-        gpus_per_worker: What each worker of a Ray job takes, for a teacher in its own process.
+        in_flight: Largest number of requests at once, over all replicas (the client may allow fewer).
+        runner: "local" is this process; "ray" distributes the rows to workers on a Ray cluster.
+        workers: Number of workers of a Ray job; ``in_flight`` is divided among them.
+        gpus_per_worker: GPUs of each worker of a Ray job, for a teacher in its process.
         ray_address: Cluster to join; None takes RAY_ADDRESS, or starts one on this machine for the job.
     """
 
@@ -169,7 +169,7 @@ class ScoreConfig(JobConfig):
         if bool(self.teachers) == bool(self.routes):
             raise ValueError("give either the URLs of one teacher, or URLs for each teacher_id (at least 1)")
         if self.routes and self.teacher_id:
-            raise ValueError("a job with a URL for each teacher_id scores the rows of all of them")
+            raise ValueError("teacher_id is for the URLs of one teacher: routes scores the rows of all of them")
         urls = [*self.teachers, *(url for replicas in self.routes.values() for url in replicas)]
         if self.engine and not any(url.startswith(IN_PROCESS) for url in urls):
             raise ValueError(
@@ -179,7 +179,7 @@ class ScoreConfig(JobConfig):
             raise ValueError("ray_address and gpus_per_worker need runner = ray")
         for named in (self.models, self.revisions, self.vocab_sizes):
             if strange := sorted(set(named) - set(self.routes)):
-                raise ValueError(f"a model, revision or vocabulary size for {strange}, which has no URL")
+                raise ValueError(f"there is a model, revision or vocabulary size for {strange}, which has no URL")
         return self
 
     def caps(self) -> list[Cap]:
@@ -209,7 +209,7 @@ class ScoreConfig(JobConfig):
 
 @dataclass(frozen=True, slots=True)
 class TeacherAddress:
-    """One teacher as the config names it: URLs of its replicas, its served name, its revision, its size."""
+    """One teacher of the config: URLs of its replicas, model name, revision and vocabulary size."""
 
     urls: tuple[str, ...]
     model: str | None
@@ -221,10 +221,10 @@ class TeacherAddress:
 class ScoreReport(JobReport):
     """The outcome of a score job's rows.
 
-    ``tokens_sent`` counts each sequence once plus the one token that a scoring request generates; what a retry sends
-    again is not in it. ``saved_tokens`` would have been sent without the cache. ``skipped`` rows are
-    for a teacher that is not in this job. An estimate also has the ``largest_id`` of its rows, and whether
-    the size of a teacher's vocabulary is not known (``unbounded``), so that such an id may yet be refused.
+    ``tokens_sent`` counts each sequence once, plus the one token that a scoring request generates; retries are not
+    counted. ``saved_tokens`` would have been sent without the cache. ``skipped`` rows are for a teacher that is
+    not in this job. An estimate also has the ``largest_id`` of its rows. ``unbounded`` means that a teacher's
+    vocabulary size is not known, so that this id may still be refused.
     """
 
     scored: int = 0
@@ -257,19 +257,19 @@ _COUNTS = (
 class SampleConfig(JobConfig):
     """The config of ``topkd sample``.
 
-    Completions are drawn from the teacher's own distribution (temperature 1, nothing truncated): only so is the
-    logprob that comes with a token the one it was drawn with.
+    Completions are sampled at temperature 1 and without truncation: only then is the logprob in the reply the
+    one that the token was sampled with.
 
     Attributes:
-        teacher: URL.
-        dialect: "openai" is chat completions, for servers that only sample; the others continue ids.
-        k: Entries of each position.
+        teacher: URL of the server.
+        dialect: "openai" means chat completions, for servers that only sample; the other dialects accept token ids.
+        k: Entries of each top-K list.
         n: Completions of each prompt.
-        max_new_tokens: Of one completion.
-        seed: Another one draws other completions.
+        max_new_tokens: Largest number of tokens of a completion.
+        seed: Seed of the sampling.
         price_in: Price of a million prompt tokens.
         price_out: Price of a million sampled tokens.
-        in_flight: Requests at once.
+        in_flight: Largest number of requests at once.
     """
 
     teacher: str
@@ -285,7 +285,7 @@ class SampleConfig(JobConfig):
     @model_validator(mode="after")
     def _consistent(self) -> SampleConfig:
         if (self.price_in is None) != (self.price_out is None):
-            raise ValueError("prompt and sampled tokens have a price each: give both")
+            raise ValueError("price_in and price_out must be given together")
         if self.max_cost is not None and self.price_in is None:
             raise ValueError("max_cost needs price_in and price_out")
         return self
@@ -310,9 +310,9 @@ class SampleConfig(JobConfig):
 class SampleReport(JobReport):
     """The outcome of a sample job's prompts.
 
-    ``completions`` were kept; ``ambiguous_completions`` held bytes that name no single id and were dropped, paid for
-    all the same (their length is not known, and counted as the longest). ``ambiguous_entries`` are places of lists that
-    were cut off for the same reason, of ``listed_entries``.
+    ``completions`` were kept. ``ambiguous_completions`` were dropped, because they have bytes that no single id stands
+    for; they count as paid, with the largest length, because theirs is not known. ``ambiguous_entries`` of the
+    ``listed_entries`` were removed from top-K lists for the same reason.
     """
 
     sampled: int = 0

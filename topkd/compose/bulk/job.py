@@ -1,4 +1,4 @@
-"""The pump of ``score`` and ``sample``: a bounded number of requests in flight, and a count of every row."""
+"""The loop of ``score`` and ``sample``: it bounds the requests in flight, and counts every row."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ from topkd.topk.errors import (
 
 CHUNK = 64  # rows read at a time
 _COMMIT_EVERY_S = 1.0
-GIVE_UP_AFTER = 32  # rows in a row that the server does not answer
+GIVE_UP_AFTER = 32  # consecutive failed rows after which a job ends
 
-# Errors of a single row; an error that every row would meet ends the job.
+# Errors of a single row, and errors that every row would have: those end the job.
 ROW_ERRORS = (RequestRefusedError, ResponseError, RetryableServerError)
 JOB_ERRORS = (KLimitError, ModelNotFoundError, AuthError)
 
 
 class Claim(Enum):
-    """The decision whether a row may be asked for."""
+    """The decision whether a row may be requested."""
 
     ASK = "ask"
-    ELSEWHERE = "elsewhere"  # an equal row is being asked by another worker
+    ELSEWHERE = "elsewhere"  # another worker requests an equal row
     CAP = "cap"
 
 
 class SpendingLimit:
     """Remaining budget of a job under all of its caps.
 
-    Tokens are taken before a request is sent. They stay taken when it fails, because it may have been billed.
+    Tokens are taken before a request is sent. They are not given back if it fails, because it may have been billed.
     """
 
     def __init__(self, caps: Iterable[Cap]) -> None:
@@ -56,7 +56,7 @@ class SpendingLimit:
         self.reached = ""  # name of the cap that refused the last tokens
 
     def take(self, prompt_tokens: int, completion_tokens: int = 0) -> bool:
-        """Take tokens; return False, and take none, when they do not fit."""
+        """Take tokens; return False, and take none, if they exceed a cap."""
         prompt, completion = self._prompt_tokens + prompt_tokens, self._completion_tokens + completion_tokens
         for cap in self._caps:
             if prompt * cap.prompt_price + completion * cap.completion_price > cap.amount:
@@ -66,38 +66,38 @@ class SpendingLimit:
         return True
 
     def give_back(self, completion_tokens: int) -> None:
-        """Return sampled tokens that were taken and not used."""
+        """Give back sampled tokens that were taken and not used."""
         self._completion_tokens -= completion_tokens
 
     def claim_tokens(self, tokens: int) -> Claim:
-        """Take the tokens of a row; after the first row that does not fit, none is asked for."""
+        """Take the tokens of a row; after the first row that exceeds a cap, allow no other row."""
         return Claim.ASK if not self.reached and self.take(tokens) else Claim.CAP
 
     async def claim(self, requests: Sequence[tuple[bytes, int]]) -> list[Claim]:
-        """Take the tokens of each request: the ``RequestBudget`` of a job in this process alone."""
+        """Take the tokens of each request (the ``RequestBudget`` of a job in one process)."""
         return [self.claim_tokens(tokens) for _, tokens in requests]
 
 
 class FailureTracker:
-    """Counts rows that fail, and ends the job when the server does not answer any more.
+    """Counts rows that fail, and ends the job after too many consecutive failures.
 
     Args:
-        report: Where they are counted.
-        strict: The first row that is refused ends the job.
+        report: The report that has the counts.
+        strict: Whether the first refused row ends the job.
     """
 
     def __init__(self, report: JobReport, *, strict: bool) -> None:
         self._report, self._strict, self._in_a_row = report, strict, 0
 
     def refuse(self, number: int, reason: TopkdError) -> None:
-        """Count a row that cannot be asked for."""
+        """Count a row that cannot be requested; raise its reason if the job is strict."""
         if self._strict:
             raise reason
         self._report.refused += 1
         self._report.add_failure(number, reason)
 
     def add(self, number: int, error: TopkdError) -> None:
-        """Count a row whose request failed; the last of too many in a row is raised."""
+        """Count a row whose request failed; raise its error after too many consecutive failures."""
         self._in_a_row += 1
         if self._in_a_row >= GIVE_UP_AFTER:
             raise error
@@ -122,19 +122,19 @@ class NumberedRow(Protocol):
 
 
 Row = TypeVar("Row", bound=NumberedRow)
-Read = TypeVar("Read")  # a row as it was read, with what the cache says of it
+Read = TypeVar("Read")  # a row, with whether the cache has its result
 Reply = TypeVar("Reply")
 
 
 class BulkJob(ABC, Generic[Read, Row, Reply]):
-    """Asks for the rows of a data file and counts the outcome of each.
+    """Sends a request for each row of a data file and counts the outcomes.
 
     Args:
-        report: Filled in.
+        report: The report to fill in.
         progress: Shows the counts.
-        store: Open for appending.
-        in_flight: Requests at once.
-        strict: The first refused row ends the job.
+        store: A store that is open for appending.
+        in_flight: Largest number of requests at once.
+        strict: Whether the first refused row ends the job.
     """
 
     stage: str
@@ -152,11 +152,11 @@ class BulkJob(ABC, Generic[Read, Row, Reply]):
 
     @abstractmethod
     def read_chunk(self) -> Sequence[Read]:
-        """Read the next rows in a thread, with what the cache has of them; none at the end of the data."""
+        """Read the next rows (in a thread) and look them up in the cache; return none at the end of the data."""
 
     @abstractmethod
     async def start_chunk(self, chunk: Sequence[Read]) -> bool:
-        """Start the requests of these rows; return False when a cap ends the job."""
+        """Start the requests of these rows; return False if a cap ends the job."""
 
     @abstractmethod
     async def ask(self, row: Row) -> Reply:
@@ -171,12 +171,12 @@ class BulkJob(ABC, Generic[Read, Row, Reply]):
         """Return how many rows are done, and how many tokens were paid for."""
 
     async def run(self, total: int) -> None:
-        """Ask for every row, up to the end of the data or to a cap; ``total`` rows are expected (0: not known)."""
+        """Request every row, until the data ends or a cap is reached; ``total`` rows are expected (0: not known)."""
         self.total = total
         self.progress.stage(self.stage, total)
         try:
             async with asyncio.TaskGroup() as group:
-                committing = group.create_task(_commit_regularly(self.store))  # one that fails ends the job
+                committing = group.create_task(_commit_regularly(self.store))  # its failure ends the job
                 async with self._requests:
                     while chunk := await asyncio.to_thread(self.read_chunk):
                         if not await self.start_chunk(chunk):
@@ -191,12 +191,12 @@ class BulkJob(ABC, Generic[Read, Row, Reply]):
         await self._slots.acquire()
 
     def start(self, row: Row) -> None:
-        """Start the request of a row, in the slot that was waited for."""
+        """Start the request of a row, in the slot from ``wait_for_slot``."""
         self.in_flight += 1
         self._requests.create_task(self._process(row))
 
     def finish(self, row: Row) -> None:
-        """Forget a row whose request has ended, whatever came of it."""
+        """Forget a row whose request has succeeded or failed."""
 
     async def _process(self, row: Row) -> None:
         try:
@@ -227,7 +227,7 @@ class BulkJob(ABC, Generic[Read, Row, Reply]):
 
 
 async def _commit_regularly(store: ScoreStore) -> None:
-    """Make replies durable until cancelled, so that a killed job loses the work of one second."""
+    """Commit replies every second until cancelled, so that a killed job loses only the work of a second."""
     while True:
         await asyncio.sleep(_COMMIT_EVERY_S)
         await asyncio.to_thread(store.commit)
@@ -244,7 +244,7 @@ def sum_counters(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def open_existing_store(folder: Path) -> Iterator[ScoreStore | None]:
-    """Open the cache of an estimate for reading; None where there is no cache yet."""
+    """Open a cache for reading; yield None if the folder is not a cache yet."""
     if not (folder / FORMAT_FILE).exists():
         yield None
         return

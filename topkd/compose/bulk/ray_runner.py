@@ -1,7 +1,7 @@
-"""Score on a Ray cluster: many workers write into one store, each into a segment of its own.
+"""Score on a Ray cluster: many workers write into one store, each into its own segment.
 
-Ray Data hands out chunks of the data file and gives a lost worker's chunk to another one, which finds in the store what
-the lost one had written. Every worker must be able to read the file and to write the folder of the store.
+Ray Data distributes chunks of the data file. If a worker dies, another one gets its chunk and finds in the store what
+the dead one has written. Every worker must be able to read the data file and to write to the folder of the store.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from topkd.compose.teachers.served import OpenTeacher
 from topkd.offline import ScoreStore
 from topkd.topk.errors import ConfigError, TopkdError
 
-_REACH_S = 5.0  # for the head of a cluster to take a connection
-_SEALING_S = 5.0  # how long dead workers may take to let go of their segments
+_REACH_S = 5.0  # time-out of a connection to the head of a cluster
+_SEALING_S = 5.0  # longest wait until dead workers have released their segments
 
 
 class Ledger:
-    """The claims of a whole job: which chunk asks for which sequence, and what the caps still allow.
+    """The claims of a whole job: which chunk requests which sequence, and what the caps still allow.
 
-    It keeps 16 bytes of every claimed sequence, so that equal rows in two chunks are asked for once. A chunk that is
-    repeated by another worker keeps its claims; what its first worker may have sent stays counted.
+    It keeps 16 bytes for every claimed sequence, so that equal rows in two chunks are requested once. A chunk that
+    another worker repeats keeps its claims; tokens that its first worker may have sent stay counted.
     """
 
     def __init__(self, config: ScoreConfig) -> None:
@@ -46,22 +46,22 @@ class Ledger:
         self.owners: dict[bytes, int] = {}
 
     def claim(self, chunk: int, requests: Sequence[tuple[bytes, int]]) -> list[Claim]:
-        """Decide for each (digest, tokens) of a chunk, which is named by its first row."""
+        """Decide on each (digest, tokens) of a chunk; ``chunk`` is the number of its first row."""
         return [
             Claim.ELSEWHERE if self.owners.setdefault(digest, chunk) != chunk else self.limit.claim_tokens(tokens)
             for digest, tokens in requests
         ]
 
     def get_reached(self) -> str:
-        """Return the cap that was reached, "" while none is."""
+        """Return the name of the cap that was reached; "" if none was."""
         return self.limit.reached
 
 
 class ScoreWorker:
-    """A Ray actor that scores one chunk a call, with its own connections and its own segment of the store.
+    """A Ray actor that scores one chunk per call, with its own connections and its own segment of the store.
 
     Args:
-        config: Of the whole job; paths absolute.
+        config: Config of the whole job, with absolute paths.
         ledger: A handle of the job's ``Ledger`` actor.
     """
 
@@ -74,7 +74,7 @@ class ScoreWorker:
         self._tokenizer: Any = None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Score the chunk that a row describes; return its report, or the error that ends the job."""
+        """Score the chunk that a row describes; return its report, and the error that ends the job, if any."""
         chunk = RowChunk(*(int(batch[name][0]) for name in ("first", "rows", "line", "offset")))
         report, error = ScoreReport(str(self.config.out), k=self.config.k), None
         try:
@@ -92,7 +92,7 @@ class ScoreWorker:
                               for name, address in self.config.addresses().items()}  # fmt: skip
             self._store = ScoreStore(self.config.out, mode="a", codec=self.config.codec)
         assert self._store is not None  # noqa: S101 - opened with the teachers
-        self._store.refresh()  # what other workers have written, one that died on this chunk above all
+        self._store.refresh()  # finds what other workers wrote, above all one that died on this chunk
         report.teacher = ", ".join(dict.fromkeys(teacher.name for teacher in self._teachers.values()))
         queues = build_queues(self.config, self._teachers, self._store)
         budget = _LedgerBudget(self.ledger, chunk.first)
@@ -105,7 +105,7 @@ class ScoreWorker:
 
 
 class _LedgerBudget:
-    """The ledger as a chunk's ``RequestBudget``."""
+    """The ``RequestBudget`` of a chunk: it asks the ledger."""
 
     def __init__(self, ledger: Any, chunk: int) -> None:
         self._ledger, self._chunk, self.reached = ledger, chunk, ""
@@ -118,11 +118,11 @@ class _LedgerBudget:
 
 
 async def score_on_ray(config: ScoreConfig, progress: Progress) -> ScoreReport:
-    """Score on a cluster.
+    """Score on a Ray cluster.
 
     Raises:
         ConfigError: Ray is not installed, or the cluster cannot be joined.
-        TopkdError: As on one machine.
+        TopkdError: The same errors as on one machine.
     """
     config = config.model_copy(update={"data": config.data.absolute(), "out": config.out.absolute()})
     chunks = await asyncio.to_thread(
@@ -149,7 +149,7 @@ async def score_on_ray(config: ScoreConfig, progress: Progress) -> ScoreReport:
                 detail = f"{report.tokens_sent / max(time.monotonic() - began, 1e-9):.0f} tok/s"
                 progress.advance(report.rows + report.duplicates + report.skipped, detail)
         except asyncio.CancelledError:
-            progress.note(f"stopped: what was scored is kept in {config.out}; run the same command again to go on")
+            progress.note(f"stopped: the scores are kept in {config.out}; run the same command again to continue")
             raise
         finally:
             report.client = sum_counters(counters.values())
@@ -159,7 +159,7 @@ async def score_on_ray(config: ScoreConfig, progress: Progress) -> ScoreReport:
 
 
 async def _iter_results(config: ScoreConfig, chunks: Sequence[RowChunk], ledger: Any) -> AsyncIterator[bytes]:
-    """Yield the workers' pickled results as chunks are done."""
+    """Yield the pickled result of each chunk when it is done."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -185,7 +185,7 @@ async def _iter_results(config: ScoreConfig, chunks: Sequence[RowChunk], ledger:
 def _join_cluster(config: ScoreConfig) -> Iterator[Any]:
     """Join or start a Ray cluster; stop the one that was started here."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else every actor is announced as an error
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray prints an error for every actor
     try:
         import ray
     except ImportError as error:
@@ -213,14 +213,14 @@ def _join_cluster(config: ScoreConfig) -> Iterator[Any]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise OSError where nobody answers: Ray itself would wait for ever."""
+    """Raise OSError if nothing listens at the address: Ray itself would wait for ever."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():  # else it is a name that Ray resolves on this machine ("auto")
         socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
 
 
 def _seal(config: ScoreConfig) -> None:
-    """Seal the segments of workers, which Ray ends without notice, as soon as they are released."""
+    """Seal the segments of the workers as soon as they are released; Ray kills workers before they can do it."""
     until = time.monotonic() + _SEALING_S
     while time.monotonic() < until:
         with ScoreStore(config.out, mode="a", codec=config.codec):

@@ -1,4 +1,4 @@
-"""The job of ``score``: teachers with the cache before them, and the rows that are scored by each."""
+"""The job of ``score``: it selects rows, and scores each with its teacher, through the cache."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from topkd.topk.types import TopK
 
 
 class RequestBudget(Protocol):
-    """Decides which rows may be asked for."""
+    """Decides which rows may be requested."""
 
     @property
     def reached(self) -> str:
-        """Return the cap that a ``Claim.CAP`` is about."""
+        """Return the name of the cap behind a ``Claim.CAP``."""
         ...
 
     async def claim(self, requests: Sequence[tuple[bytes, int]]) -> list[Claim]:
-        """Decide for each request, by the digest of its sequence and the tokens that it sends."""
+        """Decide on each request, given as the digest of its sequence and the number of tokens that it sends."""
         ...
 
 
 class Selection:
-    """The rows within the limit that belong to this shard, without duplicates if the config says so.
+    """The rows within the limit that belong to this shard, with ``dedupe`` without duplicates.
 
-    Shards are cut by row number; with ``dedupe`` by content, so that equal rows are in one shard.
+    The row number decides the shard of a row; with ``dedupe`` its content does, so that equal rows are in one shard.
 
     Args:
-        config: Of the job.
-        tokenizer: For rows of text.
-        chunk: Only these rows of the data.
+        config: Config of the job.
+        tokenizer: Tokenizer for rows of text.
+        chunk: Select only from these rows of the data.
     """
 
     def __init__(self, config: ScoreConfig, tokenizer: Any, chunk: RowChunk | None = None) -> None:
@@ -61,10 +61,10 @@ class Selection:
         shard, shards = config.shard
         rows = read_sequences(config.data, self.tokenizer, self.chunk)
         first = 0 if self.chunk is None else self.chunk.first
-        limit = config.limit if self.chunk is None else None  # chunks were cut within it
-        for place, item in enumerate(islice(rows, limit), first):
+        limit = config.limit if self.chunk is None else None  # no chunk goes beyond the limit
+        for row, item in enumerate(islice(rows, limit), first):
             digest = digest_sequence(item) if config.dedupe and isinstance(item, ScoreInput) else None
-            shard_key = place if digest is None else int.from_bytes(digest[:8], "little")
+            shard_key = row if digest is None else int.from_bytes(digest[:8], "little")
             if shard_key % shards != shard - 1:
                 continue
             if digest is not None:
@@ -81,7 +81,7 @@ class Selection:
                 yield self._check_vocabulary(item) if isinstance(item, ScoreInput) else item
 
     def estimate_rows(self) -> int:
-        """Estimate how many rows there are; 0 when that is not known."""
+        """Estimate the number of rows; return 0 if it is not known."""
         rows = count_rows(self.config.data)
         rows = rows if self.config.limit is None else min(rows, self.config.limit)
         return -(-rows // self.config.shard[1])
@@ -108,7 +108,7 @@ class Selection:
         elif routes:
             hint = "give its server with --teacher-id NAME=URL"
         else:
-            hint = f"--teacher-id {name} beside --teacher scores its rows, --teacher-id NAME=URL those of several"
+            hint = f"add --teacher-id {name} to score its rows, or give --teacher-id NAME=URL for each teacher"
         return BadRow(item.number, DataError(
             "a row is for another teacher", where=f"{self.config.data}:{item.number}",
             got=repr(name) if name else "none",
@@ -138,12 +138,12 @@ def digest_sequence(item: ScoreInput) -> bytes:
 
 
 class TeacherQueue:
-    """One teacher of a job, with the cache before it.
+    """One teacher of a job, behind the cache.
 
     Args:
-        teacher: Connected and checked.
-        store: Open for appending.
-        identity: The teacher as the cache knows it.
+        teacher: A teacher that is connected and checked.
+        store: A store that is open for appending.
+        identity: The teacher's identity in the cache.
     """
 
     def __init__(self, teacher: OpenTeacher, store: ScoreStore, identity: TeacherIdentity) -> None:
@@ -155,12 +155,12 @@ class ScoreJob(BulkJob[tuple[Item, bool], ScoreInput, TopK]):
     """Scores the selected rows.
 
     Args:
-        config: Of the job.
-        report: Filled in.
+        config: Config of the job.
+        report: The report to fill in.
         progress: Shows the counts.
-        store: Open for appending.
+        store: A store that is open for appending.
         queues: The teachers, by the teacher_id of their rows.
-        budget: Decides which rows may be asked for: the caps, and the claims of other workers.
+        budget: Decides which rows may be requested, by the caps and by the claims of other workers.
     """
 
     stage = "score"
@@ -184,7 +184,7 @@ class ScoreJob(BulkJob[tuple[Item, bool], ScoreInput, TopK]):
         await self.run(await asyncio.to_thread(selection.estimate_rows))
 
     def read_chunk(self) -> list[tuple[Item, bool]]:
-        """Read rows, each with whether the cache has its scores."""
+        """Read the next rows; add to each whether the cache has its scores."""
         return [(item, self._is_cached(item)) for item in islice(self.items, CHUNK)]
 
     async def start_chunk(self, chunk: Sequence[tuple[Item, bool]]) -> bool:
@@ -218,13 +218,13 @@ class ScoreJob(BulkJob[tuple[Item, bool], ScoreInput, TopK]):
         self._store_rollout(row)
 
     def count_progress(self) -> tuple[int, int]:
-        """Return rows that are done and tokens that were sent."""
+        """Return the number of rows that are done, and of tokens that were sent."""
         report = self.report
         done = report.cached + report.refused + report.failed + report.duplicates + report.skipped + self.replies
         return done, sum(queue.live.tokens for queue in self.queues.values())
 
     def complete_report(self) -> None:
-        """Add the totals that follow from the counters."""
+        """Fill in the totals from the counters."""
         report, scorers = self.report, [queue.live for queue in self.queues.values()]
         report.scored = sum(scorer.replies for scorer in scorers)
         report.tokens_sent = sum(scorer.tokens for scorer in scorers)
@@ -236,13 +236,13 @@ class ScoreJob(BulkJob[tuple[Item, bool], ScoreInput, TopK]):
         return self.queues[item.teacher_id]
 
     def _is_cached(self, item: Item) -> bool:
-        """Read the row's scores from the cache, so that a damaged record is asked for again."""
+        """Whether the cache has the row's scores. They are read, so that a damaged record is requested again."""
         if isinstance(item, BadRow):
             return False
         return self.store.covers(self._queue(item).identity, item.ids, item.start, self.config.k, read=True)
 
     def _needs_request(self, item: Item, *, is_cached: bool) -> bool:
-        """Return whether a row must be asked for; any other row is counted here."""
+        """Return whether a row must be requested; count any other row here."""
         report = self.report
         if isinstance(item, BadRow):
             self.failures.refuse(item.number, item.reason)
@@ -264,7 +264,7 @@ class ScoreJob(BulkJob[tuple[Item, bool], ScoreInput, TopK]):
         return False
 
     def _count_elsewhere(self, item: ScoreInput) -> None:
-        """Count a row whose equal is asked for, and stored, by another worker."""
+        """Count a row for which another worker requests and stores an equal one."""
         if self.config.dedupe:
             self.report.duplicates += 1
             self.report.rows -= 1
@@ -287,7 +287,7 @@ class ScoreJob(BulkJob[tuple[Item, bool], ScoreInput, TopK]):
 
 
 class _CountingScorer:
-    """A teacher whose replies are counted."""
+    """Counts the replies of a teacher, and the tokens sent to it."""
 
     def __init__(self, scorer: TeacherScorer) -> None:
         self._scorer = scorer
@@ -304,7 +304,7 @@ class _CountingScorer:
 def build_queues(
     config: ScoreConfig, teachers: Mapping[str, OpenTeacher], store: ScoreStore
 ) -> dict[str, TeacherQueue]:
-    """Put the cache before each open teacher; by the teacher_id of its rows."""
+    """Put the cache in front of each open teacher; return them by teacher_id."""
     revisions = {name: address.revision for name, address in config.addresses().items()}
     return {name: TeacherQueue(teacher, store, build_served_identity(store, teacher.name, revisions[name]))
             for name, teacher in teachers.items()}  # fmt: skip

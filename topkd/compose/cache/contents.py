@@ -1,4 +1,4 @@
-"""Contents of a cache that a replay reads: whose rollouts and whose scores, found before anything is loaded."""
+"""Finds the rollouts and scores in a cache that a replay reads, before any model is loaded."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from topkd.topk.errors import CacheMissError, ConfigError
 
 @dataclass(frozen=True, slots=True)
 class RecordedRun:
-    """What a run file finds in a cache.
+    """The rollouts and scores in a cache that fit a run file.
 
     Attributes:
-        policy: Whose rollouts are replayed.
-        teachers: Whose scores, by the names of the run file.
+        policy: The policy that sampled the rollouts.
+        teachers: The teachers that gave the scores, by their names in the run file.
     """
 
     policy: TeacherIdentity
@@ -28,7 +28,7 @@ class RecordedRun:
 
 
 def cache_folder(config: RunConfig, chosen: Path | None) -> Path:
-    """Return the cache of a replay: the one that was named for it, or the run file's own."""
+    """Return the folder of a replay's cache: ``chosen``, or the run file's."""
     if chosen is not None:
         return chosen
     if config.cache is None:
@@ -37,26 +37,26 @@ def cache_folder(config: RunConfig, chosen: Path | None) -> Path:
 
 
 def as_replayed(config: RunConfig) -> RunConfig:
-    """Return the run's settings for a replay: one that may lack nothing loses no sample."""
+    """Return the run's settings for a replay: with ``replay.missing = "error"``, no sample may be lost."""
     return config.model_copy(update={"max_lost_fraction": 0.0}) if config.replay.missing == "error" else config
 
 
 def find_recorded_run(store: ScoreStore, config: RunConfig) -> RecordedRun:
-    """Find what the cache has for this run file.
+    """Find the rollouts and scores for this run file.
 
     Raises:
-        CacheMissError: No rollouts, or no scores of these teachers that are as wide as K.
-        ConfigError: It is not clear which are meant, or the objective cannot learn from them.
+        CacheMissError: The cache has no rollouts, or no scores of these teachers with K entries.
+        ConfigError: Several fit, or the objective cannot learn from them.
     """
     teachers = {name: _find_teacher(store, name, teacher, config) for name, teacher in config.teacher_map().items()}
     if not count_on_policy_prompts(config) and config.replay.policy is None and config.replay.order == "recorded":
-        # Every completion comes with the data, in the order of the data: scores are all that is asked of the cache.
+        # Every completion comes from the data, in its order: only scores are read from the cache.
         return RecordedRun(TeacherIdentity(GIVEN, revision=Path(config.data.path).stem), teachers)
     policy = _choose_policy(store.path, config.replay.policy)
     if is_off_policy(policy):
         if config.replay.order == "recorded":
             raise ConfigError(
-                "completions that no recorded run drew have no recorded order", where=str(store.path),
+                "these completions are not from a recorded run, so they have no recorded order", where=str(store.path),
                 hint='set replay.order = "shuffled"',
             )  # fmt: skip
         check_off_policy(config, policy)
@@ -64,7 +64,7 @@ def find_recorded_run(store: ScoreStore, config: RunConfig) -> RecordedRun:
 
 
 def _find_teacher(store: ScoreStore, name: str, teacher: TeacherConfig, config: RunConfig) -> TeacherIdentity:
-    """Find whose scores to read: the config's teacher, or the only one of that revision in the cache."""
+    """Find the teacher whose scores to read: the config's, or the only one of that revision in the cache."""
     found = list_identities(store.path, SCORE)
     where = f"{store.path}, teacher {name!r}" if name else str(store.path)
     shown = " or ".join(f"{who.name!r} (revision {who.revision!r}, {who.semantics})" for who in found)
@@ -75,7 +75,7 @@ def _find_teacher(store: ScoreStore, name: str, teacher: TeacherConfig, config: 
     elif teacher.kind == "server":
         fitting = [who for who in found if who == TeacherIdentity(who.name, revision=teacher.revision)]
         expected = f"a teacher of revision {teacher.revision!r}"
-    else:  # filed under the folder's name, and the hash of its weights unless told otherwise
+    else:  # its scores are stored under the folder's name and a revision, by default the hash of its weights
         folder = Path(teacher.model or config.student.model).name + (" (self)" if teacher.kind == "self" else "")
         fitting = [who for who in found if who.name == folder and teacher.revision in {"", who.revision}]
         expected = f"{folder!r}" + (f" (revision {teacher.revision!r})" if teacher.revision else "")
@@ -86,12 +86,12 @@ def _find_teacher(store: ScoreStore, name: str, teacher: TeacherConfig, config: 
         )  # fmt: skip
     if len(fitting) > 1:
         raise ConfigError(
-            "which teacher's scores?", where=where, got=shown, hint="set teacher.model and teacher.revision"
+            "several teachers in the cache fit", where=where, got=shown, hint="set teacher.model and teacher.revision"
         )
     if found[fitting[0]] < config.k:
         raise CacheMissError(
-            "the cache holds no scores as wide as this K", where=f"{where}, {fitting[0].name!r}",
-            got=f"K {found[fitting[0]]} at most", expected=f"K {config.k}",
+            "the cache holds no scores with K entries", where=f"{where}, {fitting[0].name!r}",
+            got=f"at most {found[fitting[0]]} entries", expected=f"K = {config.k}",
             hint=f"set k = {found[fitting[0]]}, or score again with --k {config.k}",
         )  # fmt: skip
     return fitting[0]
@@ -105,12 +105,12 @@ def _choose_policy(path: Path, revision: str | None) -> TeacherIdentity:
         raise CacheMissError(
             "the cache holds no rollouts",
             where=str(path),
-            hint="record a run with [cache], or score rows with logp; scores of the data's own completions alone are "
-            'replayed with on_policy_fraction = 0, data_loss = "objective" and a direct objective such as kd',
+            hint="record a run with [cache], or score rows with logp; to replay scores of the data's completions only, "
+            'set on_policy_fraction = 0, data_loss = "objective" and a direct objective such as kd',
         )
     if len(chosen) != 1:
         raise ConfigError(
-            "which recorded run is to be replayed?" if revision is None else "no recorded run of that revision",
+            "the cache holds several recorded runs" if revision is None else "no recorded run has this revision",
             where=str(path), got=revision or f"{len(chosen)} runs",
             expected="replay.policy = " + " or ".join(repr(policy.revision) for policy in found),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Names under which a cache files scores and rollouts; one for all the ways to write the path of a folder."""
+"""Identities (model name and revision) under which a cache stores scores and rollouts."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from topkd.topk.errors import ConfigError
 
 
 def normalize_served_name(name: str) -> str:
-    """Write a served name in one spelling.
+    """Normalise a model name that is a path.
 
-    Servers call a model by the path it was started with: ``./models/teacher/`` and ``models/teacher`` are one folder.
-    Where a relative path begins only the server knows, so nothing more is made equal.
+    Servers name a model by the path that they were started with: ``./models/teacher/`` and ``models/teacher`` are one
+    folder. Only the server knows its working directory, so a relative and an absolute path stay different.
     """
     if not name.strip() or "://" in name:
-        return name  # refused where it becomes an identity
+        return name  # TeacherIdentity refuses it
     return posixpath.normpath(name)
 
 
 def build_served_identity(store: ScoreStore, name: str, revision: str = "") -> TeacherIdentity:
-    """Name a server as this cache knows it.
+    """Build the identity of a server's model in this cache.
 
-    A cache that was begun under another spelling of the name goes on under it: what was paid for stays found.
+    If the cache has scores under another spelling of the name, that spelling is used, so that they are found.
 
     Args:
-        store: Where the scores are, or will be.
-        name: As the server, or the user, says it.
-        revision: Of the weights behind it.
+        store: The cache.
+        name: Model name, from the server or from the user.
+        revision: Revision of the model's weights.
     """
     wanted = TeacherIdentity(normalize_served_name(name), revision=revision)
     if not revision and not wanted.name.strip("./"):
         raise ConfigError(
-            "a served name that says nothing of the model", got=repr(name),
-            hint="name its weights with a revision, or serve it under a name of its own",
+            "the model name does not identify the model", got=repr(name),
+            hint="give a revision of the weights, or serve the model under a distinct name",
         )  # fmt: skip
     stored = {record.identity() for record in store.records(kinds=(IDENTITY,), live=False)}
     spelt = [who for who in stored if replace(who, name=normalize_served_name(who.name)) == wanted]
@@ -48,7 +48,7 @@ def build_served_identity(store: ScoreStore, name: str, revision: str = "") -> T
 
 
 def list_identities(path: Path, kind: int) -> dict[TeacherIdentity, int]:
-    """List whose records of a kind a cache holds, each with the widest K of them."""
+    """List the identities that have records of a kind in a cache, each with its largest K."""
     segments, table = read_tables(path)
     try:
         names, rows = read_teachers(segments, table), table[table["kind"] == kind]
@@ -59,44 +59,44 @@ def list_identities(path: Path, kind: int) -> dict[TeacherIdentity, int]:
         close_segments(segments)
 
 
-GIVEN = "data"  # name of the policy of completions that came with a data file
+GIVEN = "data"  # name of the policy for completions from a data file
 _SAMPLED = "sampled"
 
 
 def build_sampled_policy(teacher: TeacherIdentity) -> TeacherIdentity:
-    """Name the policy of a teacher's own completions."""
+    """Build the policy identity for completions that a teacher sampled."""
     return TeacherIdentity(teacher.name, revision="-".join(part for part in (_SAMPLED, teacher.revision) if part))
 
 
 def is_off_policy(policy: TeacherIdentity) -> bool:
-    """Return whether a policy is no recorded run of a student."""
+    """Return whether a policy is something else than a recorded run of a student."""
     return policy.name == GIVEN or policy.revision.partition("-")[0] == _SAMPLED
 
 
 def check_off_policy(config: EngineConfig, policy: TeacherIdentity) -> None:
     """Refuse an objective that cannot learn from completions of another policy.
 
-    A loss on the teacher's list is defined on any text. A policy gradient takes its tokens from the student: drawn by
-    another, each needs the weight student over sampler, and a return needs a product of such weights that nobody takes.
+    A direct loss is defined on any text. A policy gradient needs tokens that the student sampled. If another policy
+    sampled them, each needs the weight student / sampler, and a return needs products of them, which are not computed.
     """
     objective, importance = config.objective, config.learner.importance.kind
     if not objective.needs_behavior:
         return
     where = f"policy {policy.revision!r}"
-    direct = "objective fkl, rkl, gjs_direct, kd, taid or entropy_aware learn from any text"
+    direct = "the objectives fkl, rkl, gjs_direct, kd, taid and entropy_aware can learn from any text"
     if importance == "ppo":
         raise ConfigError(
-            f"{objective.name} with ppo cannot learn from completions that the student did not draw", where=where,
-            got="ppo, which keeps the student near the policy that sampled: here that is not the student",
+            f"{objective.name} with ppo cannot learn from completions that the student did not sample", where=where,
+            got="ppo, which keeps the student near the policy that sampled; here that is another model",
             expected='learner.importance.kind = "truncated"', hint=direct,
         )  # fmt: skip
     if importance == "none":
         raise ConfigError(
-            f"{objective.name} without importance weights takes every token for the student's own", where=where,
+            f"{objective.name} without importance weights treats every token as the student's", where=where,
             expected='learner.importance.kind = "truncated"', hint=direct,
         )  # fmt: skip
     if objective.sums_returns:
         raise ConfigError(
-            f"{objective.name} with gamma above 0 adds up what follows a token", where=where,
-            got="what follows was not drawn by the student", expected="objective.gamma = 0", hint=direct,
+            f"{objective.name} with gamma above 0 needs completions that the student sampled", where=where,
+            got="completions of another policy", expected="objective.gamma = 0", hint=direct,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""``[cache]`` of a run: scores and rollouts are kept in a store, and read from it again."""
+"""``[cache]`` of a run: store scores and rollouts, and read them again."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from topkd.topk.errors import CacheError, CacheMissError, ConfigError
 from topkd.topk.protocols import Ids, Sampler, TeacherScorer
 from topkd.topk.samples import Rollout, SamplingParams
 
-# What changes no rollout: how long the run is, where its servers are, what is written down.
+# Settings that do not affect the rollouts: length of the run, servers, what is written to disk.
 _UNSHAPING = {"steps", "eval_every", "max_lost_fraction", "client", "cache", "replay", "data", "student"}
 _UNSHAPING |= {"checkpoint", "teacher", "teachers", "eval", "track", "sampler"}
 
 
 class RecordedSampler:
-    """A batch sampler that keeps what it draws, each prompt's completions under a seed of its own.
+    """A batch sampler that stores its rollouts, each prompt's completions under their own seed.
 
-    A batch is drawn under one seed, and may hold a prompt twice: the place in the batch goes into the key. With no
-    sampler inside, everything must be in the store, and a miss is a CacheMissError.
+    A batch has one seed and may hold a prompt twice, so the index in the batch is part of the key. Without an inner
+    sampler every rollout must be in the store; one that is not raises CacheMissError.
 
     Args:
         sampler: The live sampler, or None to replay.
-        store: Open for appending (for reading when replaying).
-        policy: Whose rollouts these are.
+        store: A store that is open for appending (for a replay: for reading).
+        policy: Identity of the policy that samples.
     """
 
     def __init__(self, sampler: Sampler | None, store: ScoreStore, policy: TeacherIdentity) -> None:
@@ -54,12 +54,12 @@ class RecordedSampler:
     async def sample_batch(
         self, prompts: Sequence[Ids], n: int, params: SamplingParams, *, k: int = 0
     ) -> list[list[Rollout]]:
-        """Return n rollouts for each prompt; ``Rollout.sampling`` names the prompt's own seed."""
+        """Return n rollouts for each prompt; ``Rollout.sampling`` has the prompt's own seed."""
         if params.seed is None:
-            raise ConfigError("rollouts are kept under their seed", got="no seed")
-        own = [replace(params, seed=derive_seed(params.seed, "prompt", place)) for place in range(len(prompts))]
+            raise ConfigError("rollouts can be stored only under a seed", got="no seed")
+        own = [replace(params, seed=derive_seed(params.seed, "prompt", index)) for index in range(len(prompts))]
         stored = await asyncio.to_thread(self._read, prompts, n, own, k)  # disk reads and checksums
-        missing = [place for place, rollouts in enumerate(stored) if rollouts is None]
+        missing = [index for index, rollouts in enumerate(stored) if rollouts is None]
         if missing:
             if self._sampler is None:
                 raise self._miss(prompts[missing[0]], n, own[missing[0]])
@@ -106,7 +106,7 @@ class RecordedSampler:
             where=f"{self._store.path}, policy {self.policy.name!r} revision {self.policy.revision!r}, "
             f"prompt {np.asarray(prompt)[:6].tolist()}..",
             expected=f"{n} completions of at most {params.max_tokens} tokens at this step",
-            hint="keep the recorded run's data, seed, rollout settings and no more steps than it had, "
+            hint="use the recorded run's data, seed and rollout settings, and at most as many steps, "
             'or set replay.order = "shuffled"',
         )
 
@@ -119,9 +119,9 @@ def build_policy_identity(
     *,
     loss: Callable[..., Any] | None = None,
 ) -> TeacherIdentity:
-    """Name who samples in this run by all that shapes its rollouts, so that another run never finds them as its own.
+    """Build this run's policy identity from all that affects its rollouts, so that no other run finds them as its own.
 
-    A custom objective is known by its name and source.
+    A custom objective enters by its name and its source code.
     """
     prompts = hashlib.blake2b(digest_size=16)
     for row in rows:
@@ -145,9 +145,9 @@ def _read_source(loss: Callable[..., Any]) -> list[str]:
         return [loss.__module__, loss.__qualname__, inspect.getsource(loss)]
     except (AttributeError, OSError, TypeError) as error:
         raise ConfigError(
-            "the loss has no source to know it by", got=type(loss).__name__,
-            expected="a function of a file, so that [cache] keeps its rollouts apart from another loss's",
-            hint="write it into a file, or run without [cache]",
+            "the source code of the loss cannot be read", got=type(loss).__name__,
+            expected="a function in a file: a [cache] tells the rollouts of two losses apart by their source code",
+            hint="write the loss into a file, or run without [cache]",
         ) from error  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def open_cache(config: CacheConfig | None) -> Iterator[LiveCache | None]:
 
 
 class LiveCache:
-    """The cache of a live run: its teachers answer from the store where it can, its rollouts are kept."""
+    """The cache of a live run: it returns the scores that it has, and stores new scores and rollouts."""
 
     def __init__(self, store: ScoreStore) -> None:
         self.store = store
@@ -170,7 +170,7 @@ class LiveCache:
         self._sampler: RecordedSampler | None = None
 
     def scorer(self, name: str, live: TeacherScorer, model: str, revision: str) -> CachingScorer:
-        """Put the cache before the teacher that the config calls ``name``."""
+        """Put the cache in front of the teacher ``name`` of the config."""
         scorer = CachingScorer(live, self.store, build_served_identity(self.store, model, revision))
         self._scorers[name] = scorer
         return scorer
@@ -183,14 +183,14 @@ class LiveCache:
         rows: Sequence[PromptRow],
         loss: Callable[..., Any] | None = None,
     ) -> RecordedSampler:
-        """Return the sampler with its rollouts kept here; call it when all teachers are there."""
+        """Return a sampler that stores its rollouts here; call this after ``scorer`` for every teacher."""
         teachers = {name: scorer.identity for name, scorer in self._scorers.items()}
         policy = build_policy_identity(config, student, rows, teachers, loss=loss)
         self._sampler = RecordedSampler(sampler, self.store, policy)
         return self._sampler
 
     def account(self) -> dict[str, Any]:
-        """Return what was kept and spared, for the run log."""
+        """Return the counters of hits and misses, for the run log."""
         return {
             "event": "cached",
             "cache": str(self.store.path),

@@ -1,4 +1,4 @@
-"""All recorded completions in a seeded order, epoch after epoch: training data like any other."""
+"""All recorded completions as training data: in random order by a seed, epoch after epoch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from topkd.topk.samples import Rollout, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a completion is found: its prompt's row, the request it answered, and which of the answers it is."""
+    """The location of a completion: row of its prompt, its request, and its index in the reply."""
 
     row: int
     params: SamplingParams
@@ -30,15 +30,15 @@ class _Place:
 
 
 class ShuffledRollouts:
-    """A step's rollouts, drawn without replacement from what the cache holds and a teacher has scored.
+    """The rollouts of each step, drawn without replacement from the completions in a cache that have scores.
 
     Args:
         store: The cache.
-        policy: Whose rollouts.
+        policy: The policy that sampled the rollouts.
         rows: Prompts with their teachers; completions of other prompts are left out.
-        teachers: Who must have scored them.
+        teachers: The teachers that must have scored the completions.
         config: Batch size, K, seed and the share that may lack a score.
-        progress: Shows what is left out.
+        progress: Shows how many completions are left out.
     """
 
     def __init__(
@@ -86,14 +86,14 @@ class ShuffledRollouts:
             if record.header.tag != self._policy.tag:
                 continue
             rollouts = record.rollouts()
-            if not rollouts:  # a request whose answers could not be read back as ids
+            if not rollouts:  # a request whose completions could not be read back as ids
                 continue
             row = by_prompt.get(rollouts[0].prompt_ids.tobytes())
             if row is None:
                 unknown += len(rollouts)
                 continue
             seen, identity = self._rows[row].teacher_prompt_ids, find_teacher(teachers, self._rows[row].teacher_id)
-            assert isinstance(identity, ReplayScorer)  # noqa: S101 - what went in comes out
+            assert isinstance(identity, ReplayScorer)  # noqa: S101 - ``teachers`` has no other type
             for which, rollout in enumerate(rollouts):
                 ids = np.concatenate([seen, rollout.completion_ids])
                 if self._store.covers(identity.identity, ids, seen.size - 1, self._config.k):

@@ -1,7 +1,7 @@
-"""One cell of a comparison: one arm, one learning rate, one seed, trained in a folder of its own.
+"""One cell of a comparison: one arm, one learning rate, one seed, trained in its own folder.
 
-Runs in a worker process. Whatever happens, the folder ends with a ``result.json`` (written last, in one rename), or
-without one, and then the cell runs again.
+A cell runs in a worker process. It writes ``result.json`` last, in one rename. A cell whose folder has no
+``result.json`` runs again.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from topkd.topk.errors import TopkdError
 if TYPE_CHECKING:
     from topkd.compose.demo_assets.assets import Assets
 
-FORMER = "former"  # of a comparison's folder: finished cells whose places were taken by cells of other settings
+FORMER = "former"  # folder for finished cells that were replaced by cells with other settings
 Phase = Literal["tune", "live", "replay"]
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What to train.
+    """The settings of a cell.
 
     Attributes:
-        id: Its folder under ``cells``.
-        phase: "tune" (seeds apart), "live" (on-policy), or "replay" (the rollouts of another cell).
+        id: Name of its folder under ``cells``.
+        phase: "tune" (on the tuning seeds), "live" (on-policy), or "replay" (on the rollouts of another cell).
         arm: Name of its arm.
-        seed: Of prompts, rollouts and order.
-        lr: Learning rate; None when nobody tunes and the base's holds.
+        seed: Seed of prompts, rollouts and order.
+        lr: Learning rate; None keeps the base's (no tuning).
         base: "embedded" or the base file.
-        values: The full settings.
-        probes: Sequences of each kind to measure on (embedded).
-        rollouts_of: For a replay, the cell whose rollouts are taken; for a live cell that keeps its own, its own id.
-        drawn_by: For a replay, the digest of that cell: other rollouts make another replay.
+        values: All settings.
+        probes: Number of sequences of each kind to measure on (embedded pair only).
+        rollouts_of: For a replay, the cell whose rollouts it uses; for a live cell that stores its own, its own id.
+        drawn_by: For a replay, the digest of that cell: a replay of other rollouts is another cell.
         inputs: Digests of the files that a base file names; "" for the embedded pair.
     """
 
@@ -65,9 +65,9 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        """Digest of all that shapes the result: a cell whose settings changed is another cell."""
+        """Digest all settings that affect the result: a cell with other settings is another cell."""
         shaping = {key: value for key, value in asdict(self).items() if key not in {"drawn_by", "inputs"}}
-        # Finished cells lie on disk under digests that have the inputs as "given", and neither key when it is empty.
+        # Digests of finished cells on disk have the inputs as "given", and leave out either key if it is empty.
         shaping |= {key: value for key, value in (("drawn_by", self.drawn_by), ("given", self.inputs)) if value}
         return hashlib.blake2b(json.dumps(shaping, sort_keys=True).encode(), digest_size=12).hexdigest()
 
@@ -88,19 +88,19 @@ def _read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def is_superseded(folder: Path, cell: Cell) -> bool:
-    """Return whether a finished cell of other settings is in this one's folder: it will move to ``FORMER``."""
+    """Return whether this cell's folder holds a finished cell with other settings, which will move to ``FORMER``."""
     return _read_result(folder / cell.id) is not None and read_finished(folder, cell) is None
 
 
-def _make_room(cells: Path, cell: Cell) -> Path:
-    """Make the cell's folder new; what was finished there is kept, what was not is begun again."""
+def _prepare_cell_folder(cells: Path, cell: Cell) -> Path:
+    """Make an empty folder for the cell; move a finished cell that is there, and delete an unfinished one."""
     folder = cells / cell.id
-    with lock_folder(folder):  # not where another process trains this cell
+    with lock_folder(folder):  # fails if another process trains this cell
         former = _read_result(folder)
         if former is not None:
             kept = cells.with_name(FORMER) / f"{cell.id}-{former.get('digest', 'unknown')}"
             kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(kept, ignore_errors=True)  # the same settings, finished before: the same numbers
+            shutil.rmtree(kept, ignore_errors=True)  # it has the same settings, and so the same numbers
             folder.rename(kept)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -108,11 +108,11 @@ def _make_room(cells: Path, cell: Cell) -> Path:
 
 
 def run_cell(cells: str, cell: Cell, threads: int) -> dict[str, Any]:
-    """Train one cell in ``cells/<id>`` and return its result; a TopkdError makes it a failed one, with the reason."""
+    """Train one cell in ``cells/<id>`` and return its result; after a TopkdError this is "failed", with the reason."""
     import torch
 
     torch.set_num_threads(threads)
-    folder = _make_room(Path(cells), cell)
+    folder = _prepare_cell_folder(Path(cells), cell)
     began = time.perf_counter()
     result: dict[str, Any] = {"id": cell.id, "digest": cell.digest, "status": "done", "error": ""}
     try:
@@ -144,7 +144,7 @@ async def _run_embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]
     scorer = StepTeacher(teacher)
     recording = RolloutRecorder(scorer.expect)
     replayed = read_cell_rollouts(cells / cell.rollouts_of, rows, scorer.expect) if cell.phase == "replay" else None
-    # No stop token: every completion has its full length, so that every arm learns from as many valid tokens.
+    # No stop token: every completion has its full length, so that every arm learns from equally many valid tokens.
     sampling = open_in_process(config, student, None)
     parts = TrainingParts(
         config,
@@ -159,7 +159,7 @@ async def _run_embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]
     )
     with open_claimed_run(config, folder) as run:
         result = await run_training(run, parts)
-    shutil.rmtree(folder / STUDENT, ignore_errors=True)  # what is compared are the measurements
+    shutil.rmtree(folder / STUDENT, ignore_errors=True)  # a comparison needs only the measurements
     if cell.rollouts_of == cell.id:
         recording.write(folder)
     return summarize_cell(config, result.steps, result.evals)
@@ -167,7 +167,7 @@ async def _run_embedded(cell: Cell, cells: Path, folder: Path) -> dict[str, Any]
 
 @functools.cache
 def _load_assets() -> Assets:
-    """Load the embedded pair once a worker: finding it reads the whole corpus."""
+    """Load the embedded pair, once per worker: its cache key is computed from the whole corpus."""
     from topkd.compose.demo_assets.assets import build_assets, cache_root
     from topkd.compose.progress import Progress
 
@@ -183,7 +183,7 @@ async def _run_file(cell: Cell, _: Path, folder: Path) -> dict[str, Any]:
 
 
 def group_by_step(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Group a run's evaluations, one record per step: fixed prefixes, and inside it by name the other prefixes."""
+    """Group a run's evaluations into one record per step: fixed prefixes, and inside it the other kinds by name."""
     moments: dict[int, dict[str, Any]] = {}
     for record in evals:
         moment = moments.setdefault(record["step"], {})
@@ -192,7 +192,7 @@ def group_by_step(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summarize_cell(config: EngineConfig, steps: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str, Any]:
-    """Summarize a cell: its evaluations by tokens trained on, means over its steps, and what the teacher sent."""
+    """Summarize a cell: evaluations with the tokens trained on, means over steps, and the size of the scores."""
     trained = [0]
     for record in steps:
         trained.append(trained[-1] + record["tokens"])

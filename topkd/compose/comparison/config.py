@@ -1,4 +1,4 @@
-"""The config of a comparison: its arms, its seeds, how learning rates are tuned, and what it runs on."""
+"""The config of a comparison: its arms, seeds, base, and the tuning of learning rates."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from topkd.topk.errors import ConfigError
 Seed: TypeAlias = Annotated[int, Field(ge=0)]
 EMBEDDED = "embedded"
 NAME_LENGTH = 60
-SEEDS = [0, 1, 2]  # when nothing says so
+SEEDS = [0, 1, 2]  # the default
 
 
 class Arm(Frozen):
-    """One way to train: what differs from the base, and nothing else.
+    """One way to train: the settings that differ from the base.
 
     Attributes:
-        name: In folders and files.
-        label: What people read; the name when left out.
-        set: What differs from the base.
-        control: A yardstick that cannot win, such as the dense gradient of a teacher that one cannot have in earnest:
-            it is trained and shown like the others, and set beside the best of them.
+        name: Name in folders and files.
+        label: Name that people read; by default ``name``.
+        set: The settings that differ from the base.
+        control: Whether the arm is only a yardstick, such as one that needs the teacher's whole distribution. It is
+            trained and shown like the others, and compared with the best of them, but cannot win.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.=+-]*$", max_length=NAME_LENGTH)]
@@ -43,15 +43,15 @@ class Arm(Frozen):
 
     @property
     def display_name(self) -> str:
-        """Return the label, or the name where there is none."""
+        """Return the label, or the name if there is none."""
         return self.label or self.name
 
 
 class Tuning(Frozen):
-    """Learning rates tried on seeds (so prompts) of their own, the same number of trials for every arm.
+    """Learning rates to try on other seeds (and so on other prompts), with equally many trials for every arm.
 
-    An arm whose best rate is the grid's first or last makes the grid grow there by one rate, for every arm, up to
-    ``extensions`` times; if it is still at the edge, no verdict is given.
+    If an arm's best rate is the first or the last of the grid, the grid gets one more rate there, for every arm, up to
+    ``extensions`` times. If it is still the first or the last then, the comparison has no verdict.
     """
 
     rates: Annotated[tuple[Annotated[float, Field(gt=0.0, allow_inf_nan=False)], ...], Field(min_length=3)]
@@ -70,18 +70,18 @@ class CompareConfig(Frozen):
     """A comparison: every arm on every seed, from the same weights and prompts.
 
     Attributes:
-        name: Shown on the page.
-        note: One sentence on what it can and cannot tell, shown beside the verdict.
+        name: Name on the report page.
+        note: One sentence on what the comparison can and cannot show, beside the verdict.
         base: "embedded" (the demo's tiny pair, its teacher in this process) or a run file.
-        overrides: Set on the base for every arm.
-        arms: The ways to train; the first one is the reference that ratios are taken against.
-        seeds: Paired across arms.
-        tuning: How each arm finds its learning rate; None keeps the base's.
-        metric: Evaluation field that arms are judged by, lower is better.
-        target: Share of the metric's first value that "tokens to target" waits for.
-        replay: Also train every arm on the rollouts that the reference arm drew live: an off-policy test of the
-            estimators, reported apart.
-        workers: Processes; 0 takes one per core.
+        overrides: Settings that replace the base's for every arm.
+        arms: The ways to train; the first one is the reference of all ratios.
+        seeds: Seeds on which every arm is trained; statistics are paired over them.
+        tuning: How to choose each arm's learning rate; None keeps the base's.
+        metric: Evaluation field by which arms are judged; lower is better.
+        target: Share of the metric's first value that counts as the target in "tokens to target".
+        replay: Whether to train every arm also on the rollouts of the reference arm's live run: an off-policy test
+            of the estimators, reported separately.
+        workers: Number of processes; 0 takes one per core.
     """
 
     name: str = "comparison"
@@ -106,9 +106,9 @@ class CompareConfig(Frozen):
             ("seed", [str(item) for item in self.seeds]),
         ):
             if twice := sorted({value for value in values if values.count(value) > 1}):
-                raise ValueError(f"every {what} once, but {twice[0]!r} stands there {values.count(twice[0])} times")
+                raise ValueError(f"every {what} must be unique, but {twice[0]!r} comes {values.count(twice[0])} times")
         if self.tuning is not None and (shared := set(self.tuning.seeds) & set(self.seeds)):
-            raise ValueError(f"tuning seeds apart from the comparison's own (both hold {sorted(shared)})")
+            raise ValueError(f"tuning seeds must differ from the comparison's seeds (both hold {sorted(shared)})")
         return self
 
     def values(self, arm: Arm, seed: int, lr: float | None) -> dict[str, Any]:
@@ -122,11 +122,11 @@ class CompareConfig(Frozen):
         return values
 
     def checked(self) -> CompareConfig:
-        """Validate every arm's settings now, so that a mistake costs no run."""
+        """Validate the settings of every arm, before any run starts."""
         if self.replay and self.base != EMBEDDED:
             raise ConfigError(
-                "only the embedded pair's rollouts are replayed", where=self.base, got="replay = true",
-                hint="leave it out, or record the run in a [cache] and use topkd replay",
+                "only a comparison on the embedded pair can replay rollouts", where=self.base, got="replay = true",
+                hint="remove it, or record the run in a [cache] and use topkd replay",
             )  # fmt: skip
         self._check_own()
         first: RunConfig | None = None
@@ -159,20 +159,20 @@ class CompareConfig(Frozen):
             )  # fmt: skip
 
     def _check_own(self) -> None:
-        """Refuse settings that the comparison itself gives every arm: they would silently be left out."""
+        """Refuse settings that the comparison itself sets for every arm: they would be ignored without notice."""
         sources = [("overrides", self.overrides), *((f"arm {arm.name!r}", arm.set) for arm in self.arms)]
         for where, table in sources:
             if "seed" in table:
                 raise ConfigError(
-                    "a seed for an arm, where every arm is trained on every seed", where=where,
+                    "an arm cannot have its own seed: every arm is trained on every seed", where=where,
                     got=f"seed = {table['seed']!r}",
-                    hint="leave it out; the seeds are named as seeds = [0, 1], or with --seeds 0,1",
+                    hint="remove it; set the seeds with seeds = [0, 1], or with --seeds 0,1",
                 )  # fmt: skip
             learner = table.get("learner")
             if self.tuning is not None and isinstance(learner, Mapping) and "lr" in learner:
                 raise ConfigError(
-                    "a learning rate for an arm, where [tuning] finds one for every arm", where=where,
-                    got=f"learner.lr = {learner['lr']!r}", hint="leave one of the two out",
+                    "an arm cannot have its own learning rate: [tuning] chooses one for every arm", where=where,
+                    got=f"learner.lr = {learner['lr']!r}", hint="remove one of the two",
                 )  # fmt: skip
 
     def _base_values(self) -> dict[str, Any]:
@@ -184,7 +184,7 @@ class CompareConfig(Frozen):
 
 
 def _select_shared(config: RunConfig) -> dict[str, Any]:
-    """Select what paired runs must share: student, prompts and measurement."""
+    """Select the settings that paired runs must share: student, prompts and evaluation."""
     measured = {} if config.eval is None else config.eval.model_dump(mode="json")
     if measured.get("teacher") is None:
         measured["teacher"] = {name: item.model for name, item in config.teacher_map().items()}
@@ -206,7 +206,7 @@ def _check_alike(arm: Arm, ours: Mapping[str, Any], first: Arm, first_values: Ma
         )  # fmt: skip
 
 
-# The demo's pair at a size that lets many runs finish: 16 prompts x 24 tokens per step, every token valid.
+# The demo's pair with small steps, so that many runs can finish: 16 prompts x 24 tokens per step, every token valid.
 EMBEDDED_VALUES: dict[str, Any] = {
     "steps": 60,
     "k": 20,
@@ -214,17 +214,17 @@ EMBEDDED_VALUES: dict[str, Any] = {
     "eval_every": 10,
     "rollout": {"prompts_per_step": 16, "samples_per_prompt": 1, "max_completion_tokens": 24, "batch_size": 16},
     "learner": {"lr": 1e-3, "warmup_steps": 5},
-    "checkpoint": {"every": 0},  # a cell that was stopped runs again: it takes seconds
+    "checkpoint": {"every": 0},  # a stopped cell runs again, which takes seconds
 }
 
 
 def load_compare(path: str | Path, overrides: Sequence[str] = (), seeds: Sequence[int] | None = None) -> CompareConfig:
-    """Read a comparison file; a relative ``base`` is taken from beside it.
+    """Read a comparison file; a relative ``base`` starts at the file's folder.
 
     Args:
         path: The comparison file.
         overrides: ``key=value``, applied to every arm.
-        seeds: In place of the file's.
+        seeds: Seeds that replace the file's.
     """
     path = Path(path)
     values = {"seeds": SEEDS, **read_toml(path)}
@@ -250,7 +250,7 @@ def from_runs(
         arms = [_build_grid_arm(dict(zip(grid, point, strict=True))) for point in itertools.product(*grid.values())]
         if len(arms) < 2:
             raise ConfigError(
-                "one arm is nothing to compare",
+                "a comparison needs at least two arms",
                 where="--grid",
                 got=arms[0].display_name,
                 hint="as in objective.kind=gjs,topk_pg",
@@ -280,9 +280,9 @@ def _build_grid_arm(point: Mapping[str, Any]) -> Arm:
 
 
 def _build_arm(label: str, table: dict[str, Any]) -> Arm:
-    """Build an arm whose name can be a folder's, labelled as it was typed."""
+    """Build an arm with a name that can be a folder's, and with the label that was typed."""
     name = re.sub(r"[^A-Za-z0-9_.=+-]+", "-", label).lstrip("_.=+-")
-    if not name or len(name) > NAME_LENGTH:  # the end tells arms apart, and what is cut off may have done so
+    if not name or len(name) > NAME_LENGTH:  # arms differ mostly at the end; the digest is for the rest
         digest = hashlib.blake2b(label.encode(), digest_size=4).hexdigest()
         name = f"{digest}-{name[9 - NAME_LENGTH :]}".rstrip("-")
     return Arm(name=name, label="" if name == label else label, set=table)
@@ -296,11 +296,11 @@ def _apply_overrides(config: CompareConfig, overrides: Sequence[str]) -> Compare
 
 
 def _diff_runs(base: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """List what turns the first file's run into another's: its values, and its defaults for keys that it lacks."""
+    """Return the settings that turn the first file's run into another's, with defaults for keys that it lacks."""
     other = read_toml(path)
     if gone := sorted(set(base) - set(other)):
         raise ConfigError(
-            "the run files differ in a table that only the first has", got=gone[0],
+            "only the first run file has this table", got=gone[0],
             hint="give every file the same tables, or write a comparison file with arms",
         )  # fmt: skip
     whole = validate_config(RunConfig, other, where=str(path)).model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""Measurements of a comparison on the embedded pair: exact divergences on three kinds of prefix, and a task."""
+"""Measurements of a comparison on the embedded pair: exact divergences on three kinds of prefixes, and accuracy."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Measures:
     """The evaluation hook of the embedded pair.
 
     The top level of its record is measured on *fixed* prefixes: held-out prompts continued by the untrained student,
-    the same for every cell. ``fresh`` is on the present student's own continuations of the same prompts, ``teacher``
-    on the teacher's. ``accuracy`` is how often the student's first choice is the next token of held-out text.
+    the same for every cell. ``fresh`` is measured on the current student's continuations of the same prompts,
+    ``teacher`` on the teacher's. ``accuracy`` is how often the student's most likely token is the text's next token.
     """
 
     student: Student
@@ -48,7 +48,7 @@ class Measures:
 
     @classmethod
     async def prepared(cls, student: Student, judge: Student, held_out: NDArray[np.int32], probes: int) -> Measures:
-        """Prepare measures on ``probes`` held-out prompts, the same whatever the cell's seed."""
+        """Prepare measures on ``probes`` held-out prompts, which do not depend on the cell's seed."""
         starts = np.random.default_rng(0).integers(0, len(held_out) - PROMPT_TOKENS - PROBE_TOKENS, size=probes)
         prompts = [held_out[start : start + PROMPT_TOKENS] for start in starts]
         whole = [held_out[start : start + PROMPT_TOKENS + PROBE_TOKENS] for start in starts]
@@ -82,13 +82,13 @@ def _measure_accuracy(student: Student, text: list[Probe]) -> float:
     return float((logits.argmax(-1) == ids[:, first + 1 :].flatten()).double().mean())
 
 
-_STEPS_KEPT = 4  # drawn, and not yet scored
+_STEPS_KEPT = 4  # steps whose rollouts are sampled and may still have to be scored
 
 
 class StepTeacher(LocalTeacher):
-    """Scores each sequence of a step out of one pass over all of them; any other sequence by itself.
+    """Scores all sequences of a step in one forward pass, and any other sequence in its own pass.
 
-    What shares a pass is the step as it was drawn, whatever the timing: a rerun rounds alike.
+    The sequences that share a pass do not depend on timing, so that a rerun has the same rounding.
     """
 
     def __init__(self, model: Student) -> None:
@@ -97,7 +97,7 @@ class StepTeacher(LocalTeacher):
         self._steps: deque[_Step] = deque(maxlen=_STEPS_KEPT)
 
     def expect(self, rollouts: Sequence[Rollout]) -> None:
-        """Note the rollouts of a step, whose completions will be scored."""
+        """Remember the rollouts of a step, whose completions will be scored."""
         step = _Step(rollouts)
         with self._lock:
             self._steps.append(step)
@@ -114,32 +114,31 @@ class StepTeacher(LocalTeacher):
 
 
 class _Step:
-    """The sequences of one step, and what comes after each token of their completions, once somebody asks."""
+    """The sequences of one step, with the logprobs at their completions, which are computed at the first call."""
 
     def __init__(self, rollouts: Sequence[Rollout]) -> None:
         self.sequences = [
-            np.concatenate([drawn_rollout.prompt_ids, drawn_rollout.completion_ids]).astype(np.int64)
-            for drawn_rollout in rollouts
+            np.concatenate([rollout.prompt_ids, rollout.completion_ids]).astype(np.int64) for rollout in rollouts
         ]
-        self.firsts = [drawn_rollout.prompt_ids.size - 1 for drawn_rollout in rollouts]
-        ends = np.cumsum([drawn_rollout.completion_ids.size for drawn_rollout in rollouts])
+        self.firsts = [rollout.prompt_ids.size - 1 for rollout in rollouts]
+        ends = np.cumsum([rollout.completion_ids.size for rollout in rollouts])
         self.rows = {
-            ids.tobytes(): slice(int(end) - drawn_rollout.completion_ids.size, int(end))
-            for ids, drawn_rollout, end in zip(self.sequences, rollouts, ends, strict=True)
+            ids.tobytes(): slice(int(end) - rollout.completion_ids.size, int(end))
+            for ids, rollout, end in zip(self.sequences, rollouts, ends, strict=True)
         }
         self._logp: Tensor | None = None
 
     def logp(self, model: Student, key: bytes) -> Tensor:
-        """Return float64 [R, V] on the CPU: the completion's rows of one sequence."""
+        """Return float64 [R, V] on the CPU: the logprobs at the completion of one sequence."""
         if self._logp is None:
             width = max(ids.size for ids in self.sequences) - 1
             inputs = torch.zeros(len(self.sequences), width, dtype=torch.long)
             attention = torch.zeros_like(inputs)
             rows = []
-            for place, (ids, first) in enumerate(zip(self.sequences, self.firsts, strict=True)):
-                inputs[place, : ids.size - 1] = torch.from_numpy(ids[:-1])
-                attention[place, : ids.size - 1] = 1
-                rows.append(torch.arange(place * width + first, place * width + ids.size - 1))
+            for index, (ids, first) in enumerate(zip(self.sequences, self.firsts, strict=True)):
+                inputs[index, : ids.size - 1] = torch.from_numpy(ids[:-1])
+                attention[index, : ids.size - 1] = 1
+                rows.append(torch.arange(index * width + first, index * width + ids.size - 1))
             device = model.device
             logits = model.logit_rows(inputs.to(device), attention.to(device), torch.cat(rows).to(device))
             self._logp = torch.log_softmax(logits.double(), dim=-1).cpu()
@@ -153,9 +152,9 @@ Drawn: TypeAlias = Callable[[Sequence[Rollout]], None]
 
 
 class RolloutRecorder:
-    """Keeps every rollout that passes, step by step; ``around`` a sampler, then ``write``.
+    """Records the rollouts of a sampler, step by step: call ``around``, sample, then call ``write``.
 
-    ``drawn`` is told each step's rollouts, before anybody else sees them.
+    ``drawn`` is called with the rollouts of each step, before they are returned.
     """
 
     def __init__(self, drawn: Drawn) -> None:
@@ -164,9 +163,9 @@ class RolloutRecorder:
         self._inner: BatchSampler | None = None
 
     def around(self, sampler: Sampler) -> Sampler:
-        """The sampler that draws from ``sampler`` and is remembered."""
+        """Return a sampler that samples from ``sampler`` and records the rollouts."""
         if not isinstance(sampler, BatchSampler):
-            raise ConfigError("only a sampler that draws whole batches can be recorded", got=type(sampler).__name__)
+            raise ConfigError("only a sampler of whole batches can be recorded", got=type(sampler).__name__)
         self._inner = sampler
         return self
 
@@ -177,16 +176,16 @@ class RolloutRecorder:
     async def sample_batch(
         self, prompts: Sequence[Ids], n: int, params: SamplingParams, *, k: int = 0
     ) -> list[list[Rollout]]:
-        """Draw n rollouts for each prompt from the inner sampler."""
+        """Sample n rollouts for each prompt from the inner sampler."""
         if self._inner is None:
-            raise ConfigError("nothing to record from", hint="put the recording around a sampler first")
+            raise ConfigError("there is no sampler to record", hint="call around(sampler) first")
         drawn = await self._inner.sample_batch(prompts, n, params, k=k)
         self.steps.append([rollout for group in drawn for rollout in group])
         self._drawn(self.steps[-1])
         return drawn
 
     def write(self, folder: Path) -> None:
-        """Write ids, lengths and behaviour logprobs, exact."""
+        """Write ids, lengths and behaviour logprobs, without rounding."""
         flat = [rollout for step in self.steps for rollout in step]
         np.savez(
             folder / FILE,
@@ -200,7 +199,7 @@ class RolloutRecorder:
 
 
 def read_cell_rollouts(folder: Path, rows: Sequence[PromptRow], drawn: Drawn) -> Source:
-    """Read the rollouts that a cell wrote, as the source of another's batches; ``drawn`` gets each step's."""
+    """Read the rollouts that a cell wrote, as batches of another cell; ``drawn`` is called with those of each step."""
     with np.load(folder / FILE) as stored:
         counts, sizes, lengths = stored["steps"], stored["prompts"], stored["lengths"]
         prompts = np.split(stored["prompt_ids"], np.cumsum(sizes)[:-1])

@@ -45,7 +45,7 @@ def summarize_curve(evals: Sequence[Mapping[str, Any]], metric: str, target: flo
 
 
 def estimate_paired_ratio(ours: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
-    """Compute the paired ratio as ``compare.json`` holds it: None for what too few pairs do not give."""
+    """Compute the paired ratio for ``compare.json``; a value that needs more pairs is None."""
     ratio = compute_paired_ratio(ours, reference)
     mean, low, high = (None if math.isnan(value) else value for value in (ratio.mean, ratio.low, ratio.high))
     return {"ratio": mean, "low": low, "high": high, "pairs": ratio.n}
@@ -76,7 +76,7 @@ def summarize_arms(
             [fact["tokens_to_target"] for fact in mine.values() if not fact["censored"]]
         )
         row["censored"] = sum(fact["censored"] for fact in mine.values())
-        # Only pairs in which both arrived: a censored run has no number, and leaving it out flatters the slower arm.
+        # Only pairs in which both reached the target: a censored run has no number. This flatters the slower arm.
         row["tokens_ratio"] = estimate_paired_ratio(
             [mine[seed]["tokens_to_target"] for seed in reached],
             [facts[arms[0], seed]["tokens_to_target"] for seed in reached],
@@ -147,7 +147,7 @@ class _Ranking:
 
 
 def _rank_arms(rows: Sequence[Mapping[str, Any]], name: str) -> _Ranking:
-    """Rank arms over the seeds that all of them have, so that a missing seed moves nobody else's mean."""
+    """Rank arms over the seeds that all of them have, so that all means are over the same seeds."""
     common = set.intersection(*(set(row["seeds"]) for row in rows))
 
     def mean(row: Mapping[str, Any]) -> float:
@@ -167,10 +167,10 @@ def _describe_areas(
     """Return the winner, or None, and the sentence about the areas.
 
     Args:
-        area: By the area.
-        final: By the last value.
-        behind: Ratio of the lowest last value to that of the arm with the smallest area; None where it is the same arm.
-        labels: Arm -> what people read.
+        area: Ranking by the area.
+        final: Ranking by the last value.
+        behind: Ratio of the lowest last value to that of the arm with the smallest area; None if it is the same arm.
+        labels: Arm -> its label.
         curve: Name of the area.
     """
     best, nearest = labels[area.best], area.against[0]
@@ -180,7 +180,7 @@ def _describe_areas(
         return None, f"{best} has the smallest {curve} on the only seed: a single pair has no spread."
     if area.tied:
         tied = _list_ratios(area.tied, labels)
-        return None, f"No clear winner: {best} has the smallest {curve}, but paired seeds do not tell it from {tied}."
+        return None, f"No clear winner: {best} has the smallest {curve}; paired seeds do not separate it from {tied}."
     if behind is not None and behind["clear"]:
         return None, (
             f"Divided: {best} learns faster, with an {curve} of {_describe_first(area, labels)}; "
@@ -197,7 +197,7 @@ def _describe_ends(area: _Ranking, final: _Ranking, behind: Mapping[str, Any] | 
     if not final.tied:
         return f"{who} ends lowest: its last value is {_describe_first(final, labels)}{_describe_rest(final)}."
     tied = _list_ratios(final.tied, labels)
-    doubt = f"{who} ends lowest, but paired seeds do not tell its last value from those of {tied}."
+    doubt = f"{who} ends lowest, but paired seeds do not separate its last value from those of {tied}."
     if behind is not None and behind["clear"] and area.tied:
         return f"{doubt} It is {_format_interval(behind)} of {labels[area.best]}'s."
     return doubt
@@ -255,7 +255,7 @@ def build_summary(
     cells = list(cells)
     labels = {arm.name: arm.display_name for arm in config.arms}
     refused = [
-        f"{labels[name]}: best learning rate {table['best']:g} is the grid's {table['edge']}est tried"
+        f"{labels[name]}: best learning rate {table['best']:g} is the {table['edge']}est that was tried"
         for name, table in tables.items()
         if table["edge"]
     ]
@@ -314,6 +314,6 @@ def _summarize_phase(
         {arm.name for arm in config.arms if arm.control},
     )
     verdict = judge_arms(rows, labels, config.metric, controls)
-    if refused:  # an arm that was not tuned makes every ranking with it worthless
+    if refused:  # a ranking with an arm whose rate is not tuned is worthless
         verdict |= {"winner": None, "text": f"No verdict: {'; '.join(refused)}. Widen tuning.rates.", "ends": ""}
     return {"arms": rows, "verdict": verdict}

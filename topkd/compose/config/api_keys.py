@@ -1,4 +1,4 @@
-"""API keys: a config or a command line names the environment variable that holds one, and never holds it itself."""
+"""API keys: a config or command line has the name of the environment variable with the key, never the key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NOT_A_NAME = "the name of an environment variable, not the key itself"
 
 
 def _check_env_name(variable: str) -> str:
-    """Refuse a key in place of its variable: the run's folder would hold a copy of it."""
+    """Refuse a key in place of the name of its variable: the run folder would store the key."""
     if not _NAME.fullmatch(variable):
         raise ValueError(_NOT_A_NAME)
     return variable
@@ -25,10 +25,10 @@ KeyVariable: TypeAlias = Annotated[str, AfterValidator(_check_env_name)]
 
 
 def read_api_key(variable: str | None, *, source: str) -> SecretStr | None:
-    """Read the key in the environment; naming a variable that is not set is an error.
+    """Read a key from the environment; raise ConfigError if the variable is not set.
 
     Args:
-        variable: Its name; None where no key is needed.
+        variable: Name of the variable; None if no key is needed.
         source: The config key or option that named it, for messages.
     """
     if variable is None:

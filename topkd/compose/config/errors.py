@@ -1,4 +1,4 @@
-"""Errors of pydantic in plain words: which key, its value, what was expected, and whether a file or --set has it."""
+"""Turns pydantic's errors into plain words: the key, its value, what was expected, and the file or --set it is in."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _WORDS = {
     "none_required": "nothing",
 }
 _SECRET = re.compile(r"^(?!max_)(?:.*_)?(?:key|secret|password|token)(?:_env)?$")  # keys whose values are not shown
-_NAMED = 3  # other problems, or suggested keys, that a line has room for
+_NAMED = 3  # largest number of other problems, or suggested keys, that one line names
 
 
 def describe_error(problem: Mapping[str, Any]) -> str:
@@ -54,9 +54,9 @@ def describe_error(problem: Mapping[str, Any]) -> str:
 def build_config_error(
     error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], *, where: str, overrides: Sequence[str]
 ) -> ConfigError:
-    """Describe the first problem in one line; one that ``--set`` brought in is blamed on it, not on the file.
+    """Describe the first problem in one line, with the ``--set`` that caused it, or else the file.
 
-    Unknown keys come first: what is missing is often there under a name that was not meant.
+    Unknown keys come first: a key that is missing is often there under a misspelt name.
     """
     problems = sorted(error.errors(include_url=False), key=lambda entry: entry["type"] != "extra_forbidden")
     problem = problems[0]
@@ -72,7 +72,7 @@ def build_config_error(
             what, got = f"config key {key + '.kind'!r}", repr(context.get("tag"))
             expected = f"one of {context.get('expected_tags')}"
         case "union_tag_not_found":
-            what, hint = f"config key {key + '.kind'!r} is missing", "say which kind it is"
+            what, hint = f"config key {key + '.kind'!r} is missing", "add it"
         case "extra_forbidden":
             what = f"unknown config key {key!r}"
             hint = suggest_keys(model, path, values, is_table=isinstance(problem["input"], Mapping))
@@ -80,11 +80,11 @@ def build_config_error(
                 what = f"{'.'.join(path[:-1])} kind {kind!r} has no key {path[-1]!r}"
                 hint = hint or f"remove {key}"
             elif is_secret:
-                hint = "a key never stands in a config: api_key_env names the environment variable that holds it"
+                hint = "put the key into an environment variable, and the variable's name into api_key_env"
             hint = hint or "remove it or check the spelling"
         case "missing":
             what = f"config key {key!r} is missing"
-        case "value_error" if not path:  # keys that do not go together: it says which
+        case "value_error" if not path:  # keys that exclude each other: the message names them
             what = describe_error(problem)
         case _:
             got, expected = None if is_secret else _show_value(problem.get("input")), describe_error(problem)
@@ -94,9 +94,9 @@ def build_config_error(
 
 
 def _describe_others(problems: Sequence[Mapping[str, Any]], values: Mapping[str, Any], key: str) -> str:
-    """Name what else is wrong, by key where that is short."""
+    """Describe the other problems; name their keys if they are few."""
     state = {"missing": " is missing", "extra_forbidden": " is unknown"}
-    others: dict[str, str] = {}  # one key that could have been several things is one problem
+    others: dict[str, str] = {}  # several errors of one key (a union) are one problem
     for entry in problems[1:]:
         other = ".".join(_find_path(entry["loc"], values)[0])
         if other != key:
@@ -107,7 +107,7 @@ def _describe_others(problems: Sequence[Mapping[str, Any]], values: Mapping[str,
 
 
 def _find_path(loc: Sequence[int | str], values: Mapping[str, Any]) -> tuple[list[str], str | None]:
-    """Find the key as its file has it: pydantic puts the kind of a table between the table and its key."""
+    """Find the path of a key in its file: pydantic inserts the kind of a table between the table and its key."""
     path: list[str] = []
     here: Any = values
     kind = None
@@ -116,7 +116,7 @@ def _find_path(loc: Sequence[int | str], values: Mapping[str, Any]) -> tuple[lis
             kind = str(part)
             continue
         if isinstance(here, str | int | float) or (isinstance(here, list) and isinstance(part, str)):
-            continue  # which of several types a value was taken for
+            continue  # pydantic names the type of a union that it tried
         path.append(str(part))
         try:
             here = here[part]
@@ -136,7 +136,7 @@ def _show_value(value: object) -> str:
     return re.sub(r"//[^/]*@", "//***@", repr(value))
 
 
-# What other trainers call a key, by what it is called here: no spelling leads from the one to the other.
+# Keys of other trainers, and their names here: the spellings are too different for a match.
 _SYNONYMS = {
     "learning_rate": "lr",
     "max_new_tokens": "max_completion_tokens",
@@ -148,17 +148,17 @@ _SYNONYMS = {
     "base_url": "url",
     "rank": "r",
 }
-_ALIKE, _NEAR = 0.8, 0.6  # of two spellings; a key of the right name in another table stands between them
+_ALIKE, _NEAR = 0.8, 0.6  # similarity of two spellings; the same name in another table ranks between the two
 
 
 def suggest_keys(model: type[BaseModel], path: Sequence[str], values: Mapping[str, Any], *, is_table: bool) -> str:
-    """Ask whether the nearest keys were meant, those of the same table first; empty where none is near.
+    """Suggest the keys that are most like an unknown one, those of its table first; "" if there are none.
 
     Args:
-        model: Of the whole config.
+        model: Model of the whole config.
         path: The unknown key, part by part.
-        values: The config as it was read: kinds decide which keys a table has.
-        is_table: The unknown key is a table, and only a table can be meant.
+        values: The values of the config; the kind of a table decides which keys it has.
+        is_table: Whether the unknown key is a table; then only tables are suggested.
     """
     table, name = ".".join(path[:-1]), path[-1]
     keys = [key for key, holds_keys in _iter_keys(model, values) if holds_keys or not is_table]
@@ -190,7 +190,7 @@ def _iter_keys(model: type[BaseModel], values: Any, before: str = "") -> Iterato
         tables = {f"{name}.": value}
         if _holds_several(field.annotation) and isinstance(
             value, Mapping | list | None
-        ):  # tables under names, or in places, of the user's own
+        ):  # tables in a list, or under names that the user chose
             entries = dict(enumerate(value)) if isinstance(value, list) else value if isinstance(value, Mapping) else {}
             tables = {f"{name}.{entry}.": table for entry, table in entries.items()}
         for place, table in tables.items():

@@ -15,7 +15,7 @@ from topkd.topk.errors import ConfigError
 
 
 def load_function(name: str, key: str, *, expected: str = "module:function or file.py:function") -> Callable[..., Any]:
-    """Load the function that ``module:function`` or ``file.py:function`` names; ``key`` is where the config says so."""
+    """Load a function by ``module:function`` or ``file.py:function``; errors name the config key ``key``."""
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:
         raise ConfigError(f"{key} names no function", got=repr(name), expected=expected)
@@ -39,7 +39,7 @@ def load_loss(objective: ObjectiveSettings) -> Callable[..., Any] | None:
 
 
 def find_source_file(function: Callable[..., Any]) -> Path | None:
-    """Find the file that a function is written in; None for one without a file."""
+    """Find the file in which a function is defined; None if there is no file."""
     try:
         source = inspect.getsourcefile(function)
     except TypeError:  # an instance with __call__

@@ -1,4 +1,4 @@
-"""Settings laid over a run file's: ``--set key=value``, and tables whose ``kind`` changes."""
+"""Overrides of a run file's settings: ``--set key=value``, and tables whose ``kind`` changes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from topkd.topk.errors import ConfigError
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str], model: type[BaseModel]) -> list[str]:
-    """Lay every ``table.key=value`` over plain values; return the values left out, one line each.
+    """Apply every ``table.key=value`` to plain values; return a note for each new kind that drops keys.
 
-    Kinds first, whatever the order: ``objective.beta=0.3 objective.kind=gjs`` is the same as the reverse.
+    Kinds are applied first: ``objective.beta=0.3 objective.kind=gjs`` is the same as the reverse.
     """
     notes: list[str] = []
     for override in sorted(overrides, key=lambda entry: not _split_key(entry).endswith(".kind")):
@@ -26,8 +26,8 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str], model: typ
             if dropped:
                 stays = ", ".join(f"{key} = {value!r}" for key, value in kept.items() if key != "kind")
                 notes.append(
-                    f"--set {override}: {kind} has no {' and no '.join(dropped)} like the file's [{table}]: left out"
-                    + (f"; {stays} stays" if stays else "")
+                    f"--set {override}: dropped {' and '.join(dropped)} of [{table}], which {kind} does not share"
+                    + (f"; kept {stays}" if stays else "")
                 )
             values[table] = kept
         apply_override(values, override)
@@ -35,7 +35,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str], model: typ
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Lay one ``table.key=value`` over plain values."""
+    """Apply one ``table.key=value`` to plain values."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError("--set takes key=value", got=override, hint="for instance --set objective.kind=gjs")
@@ -43,7 +43,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def put_value(values: dict[str, Any], key: str, value: Any, *, source: str) -> None:
-    """Lay a value over plain ones, at a dotted key; ``source`` is how the user wrote it."""
+    """Set a dotted key of plain values; ``source`` is how the user wrote it, for errors."""
     *path, last = key.split(".")
     table = values
     for part in path:
@@ -56,7 +56,7 @@ def put_value(values: dict[str, Any], key: str, value: Any, *, source: str) -> N
 def merge_settings(
     base: Mapping[str, Any], change: Mapping[str, Any], model: type[BaseModel] | None = None
 ) -> dict[str, Any]:
-    """Lay ``change`` over ``base``, table by table; where its kind differs, over the keys that both kinds share."""
+    """Merge ``change`` into ``base``, table by table; where the kind changes, keep only keys that both kinds share."""
     made = dict(base)
     for key, value in change.items():
         old = made.get(key)
@@ -72,10 +72,10 @@ def merge_settings(
 def switch_kind(
     table: Mapping[str, Any], name: str, kind: Any, model: type[BaseModel]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Keep a table's keys under another kind; also return the names of those that were left out.
+    """Return the keys of a table that stay when its kind changes, and the names of those that are dropped.
 
-    A key stays when both kinds define it alike, default included: TAID's alpha is not EOPD's. Where there is no such
-    table or kind, or no change, everything stays, for the validation to judge.
+    A key stays if both kinds define it in the same way, default included: TAID's alpha is not EOPD's. If the table or
+    the kind is unknown, or the kind does not change, all keys stay; the validation checks them later.
     """
     kinds, default = list_kinds(model, name)
     old, new = (kinds.get(find_kind_tag(kind)) for kind in (table.get("kind", default), kind))
@@ -91,7 +91,7 @@ def switch_kind(
 
 
 def list_kinds(model: type[BaseModel], name: str) -> tuple[dict[str, type[BaseModel]], str]:
-    """Return kind -> its model, for a table whose keys depend on it; and the kind of a table that names none."""
+    """Return the models of a table by kind, and its default kind; nothing if the table has no kinds."""
     field = model.model_fields.get(name)
     if field is None or field.discriminator != "kind":
         return {}, ""
@@ -104,8 +104,8 @@ def _split_key(override: str) -> str:
 
 
 def parse_value(text: str) -> Any:
-    """Parse a value as it is typed: TOML, or else a word without quotes, as in --set objective.kind=gjs."""
+    """Parse a value as TOML, or else take it as text: --set objective.kind=gjs needs no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):  # no TOML, or a number or nesting that Python does not read
+    except (ValueError, RecursionError):  # not TOML, or a number or a nesting too long for Python
         return text

@@ -1,4 +1,4 @@
-"""One run, one frozen config, one TOML file; every mistake in it is one clear line."""
+"""The config of a run: one TOML file, read into one frozen object. A mistake in it is an error of one line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class RunConfig(EngineConfig):
-    """``topkd train run.toml``: the engine's settings at the top level, and the pieces it is wired to."""
+    """The settings of ``topkd train run.toml``: the engine's at the top level, and a table for each other part."""
 
     student: StudentConfig
     teacher: TeacherConfig | None = None
@@ -47,32 +47,32 @@ class RunConfig(EngineConfig):
 
     @model_validator(mode="after")
     def _one_way_to_name_teachers(self) -> RunConfig:
-        alone = self.teacher is None and not self.teachers and self.objective.is_data_only  # nobody is asked
+        alone = self.teacher is None and not self.teachers and self.objective.is_data_only  # no teacher is needed
         if (self.teacher is None) == (not self.teachers) and not alone:
-            raise ValueError("give either [teacher] or [teachers.NAME] tables, not both and not neither")
+            raise ValueError("a run needs either a [teacher] table or [teachers.NAME] tables, and not both")
         if self.eval is not None and self.eval_every and self.eval.every not in {0, self.eval_every}:
-            raise ValueError("eval.every or eval_every, not two different numbers")
+            raise ValueError("eval.every and eval_every are different numbers: remove one of them")
         if self.eval is None and self.eval_every:
             raise ValueError(
-                "eval_every measures nothing without [eval]: give [eval] with path and every, or leave it out"
+                "eval_every measures nothing without [eval]: add [eval] with path and every, or remove eval_every"
             )
         moving = [teacher for teacher in self.teacher_map().values() if teacher.kind == "self" and teacher.ema < 1.0]
         if moving and self.max_staleness:
-            raise ValueError("max_staleness = 0 for a self teacher that moves: else its scores depend on timing")
+            raise ValueError("a self teacher with ema < 1 needs max_staleness = 0: else its scores depend on timing")
         if moving and self.cache is not None:
-            raise ValueError("no [cache] for a self teacher that moves: every step has another teacher")
+            raise ValueError("a self teacher with ema < 1 cannot have a [cache]: it changes with every step")
         if self.cache is not None and self.objective.list_support != "teacher":
-            raise ValueError("no [cache] with objective.support: it keeps the teacher's own lists, and no other")
+            raise ValueError('a [cache] holds only the teacher\'s own lists: set objective.support = "teacher"')
         return self
 
     def with_eval_schedule(self) -> RunConfig:
-        """Return the config that the loop evaluates by: ``eval.every`` goes before ``eval_every``."""
+        """Return the config with the loop's ``eval_every``; ``eval.every`` replaces it, unless it is 0."""
         if self.eval is None:
             return self
         return self.model_copy(update={"eval_every": self.eval.every or self.eval_every})
 
     def teacher_map(self) -> dict[str, TeacherConfig]:
-        """Return teacher_id -> config; the single [teacher] answers to the empty id."""
+        """Return each teacher's config by its teacher_id; a single [teacher] has the empty id."""
         return {"": self.teacher} if self.teacher is not None else dict(self.teachers)
 
 
@@ -94,7 +94,7 @@ def load_config(
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read the tables of a TOML file; what cannot be read is one clear error."""
+    """Read a TOML file; raise ConfigError if it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
@@ -105,12 +105,12 @@ def read_toml(path: Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError("the config is not TOML", where=str(path), got=str(error)) from error
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else "a number of thousands of digits"
+        reason = "nested too deeply" if isinstance(error, RecursionError) else "a number with thousands of digits"
         raise ConfigError("the config cannot be read", where=str(path), got=reason) from error
 
 
 def validate_config(model: type[M], values: Mapping[str, Any], *, where: str, overrides: Sequence[str] = ()) -> M:
-    """Build ``model`` from plain values; the first problem becomes one ConfigError, which names its override."""
+    """Build ``model`` from plain values; raise the first problem as a ConfigError."""
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
@@ -118,6 +118,6 @@ def validate_config(model: type[M], values: Mapping[str, Any], *, where: str, ov
 
 
 def save_config(config: BaseModel, path: Path) -> None:
-    """Write the resolved config beside the run, as JSON; secrets are not in it (only names of variables are)."""
+    """Write the resolved config as JSON; it has the names of variables that hold secrets, never the secrets."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(config.model_dump(mode="json"), indent=2) + "\n")

@@ -37,12 +37,12 @@ class StudentConfig(Frozen):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoRAConfig | None = None
-    chat_template: str | None = None  # a Jinja file, where the tokenizer has none or another is wanted
+    chat_template: str | None = None  # a Jinja file; None uses the tokenizer's template
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
 def _check_no_password(urls: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    """Refuse a password while the config is read, before the run's folder holds a copy of it."""
+    """Refuse a URL with a password, before a copy of the config is written to the run folder."""
     for url in (urls,) if isinstance(urls, str) else urls:
         if "@" in urlsplit(url).netloc:
             raise ValueError("a URL without user name and password; name the key's variable in api_key_env")
@@ -50,18 +50,18 @@ def _check_no_password(urls: str | tuple[str, ...]) -> str | tuple[str, ...]:
 
 
 class TeacherConfig(Frozen):
-    """The teacher. A key never stands in a config: ``api_key_env`` names the variable that holds it.
+    """The teacher. A config never holds an API key: ``api_key_env`` names the variable that holds it.
 
-    ``server`` is asked over HTTP at ``url``, and an id at or past ``vocab_size`` is a fault of its reply (left out,
-    such ids are a padded teacher's, and their probability is tail); ``local`` is a folder (``model``) opened in this
-    process; ``self`` is the student behind another prompt, at weights that follow it: after each step ``ema`` of them
-    stays (1: the weights the run began with; 0: always the student's own). ``tokenizer`` is the teacher's, where it is
-    at hand: its ends of text are compared with the student's. ``chat_template`` and ``chat_template_kwargs`` render
-    the teacher's prompts; left out, they are the student's.
+    ``kind``: ``server`` is a server at ``url``; a reply with an id of ``vocab_size`` or more is an error (without
+    ``vocab_size``, ids outside the student's vocabulary count as tail). ``local`` loads the folder ``model`` in this
+    process. ``self`` is the student with another prompt and averaged weights: each step keeps the share ``ema`` of
+    them (1: the weights at the start of the run; 0: always the student's). ``tokenizer`` is the teacher's tokenizer, if
+    it is available: its end-of-text ids are compared with the student's. ``chat_template`` and
+    ``chat_template_kwargs`` render the teacher's prompts; None uses the student's.
     """
 
     kind: Literal["server", "local", "self"] = "server"
-    # Several are replicas of one teacher, seen to agree before the run.
+    # Several URLs are replicas of one teacher; that they agree is checked before the run.
     url: Annotated[str | tuple[str, ...], AfterValidator(_check_no_password)] = ""
     model: str | None = None
     ema: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
@@ -70,7 +70,7 @@ class TeacherConfig(Frozen):
     chat_template_kwargs: dict[str, Any] | None = None
     dialect: ScoringDialect = "auto"
     api_key_env: KeyVariable | None = None
-    revision: str = ""  # of the weights behind the name: the cache keeps revisions apart
+    revision: str = ""  # revision of the weights; the cache stores each revision separately
     vocab_size: PositiveInt | None = None
 
     @model_validator(mode="after")
@@ -89,19 +89,19 @@ class TeacherConfig(Frozen):
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """Return every replica's URL; most teachers have one, a teacher without a server none."""
+        """Return the URLs of all replicas: usually one; none for a teacher without a server."""
         return (self.url,) * bool(self.url) if isinstance(self.url, str) else self.url
 
     def api_key(self) -> SecretStr | None:
-        """Read the key from the environment; naming a variable that is not set is an error."""
+        """Read the key from the environment; raise ConfigError if the variable is not set."""
         return read_api_key(self.api_key_env, source="teacher.api_key_env")
 
 
 class PrivilegedConfig(Frozen):
-    """How a row's ``hint``, ``reference`` and ``feedback`` columns stand in the teacher's prompt alone.
+    """Templates that put a row's ``hint``, ``reference`` and ``feedback`` columns into the teacher's prompt only.
 
-    A template names its own column, as in ``{hint}``. With ``{prompt}`` in it, it takes the place of the text prompt or
-    of the last user message; without, it becomes the system message, or stands before a prompt of text or ids.
+    Each template contains its own column, as in ``{hint}``. A template with ``{prompt}`` replaces the text prompt or
+    the last user message. One without it becomes the system message, or goes before a prompt of text or ids.
     """
 
     hint: str = "{hint}"
@@ -116,7 +116,7 @@ class PrivilegedConfig(Frozen):
         return self
 
     def list_changed(self) -> list[str]:
-        """List the columns whose templates were set; of a config that was saved whole, those unlike the defaults."""
+        """List the columns whose templates were set; if all were (a saved config), those that are not the default."""
         changed = [name for name in PRIVILEGED if name in self.model_fields_set]
         if len(changed) < len(PRIVILEGED):
             return changed
@@ -128,13 +128,13 @@ class DataConfig(Frozen):
 
     Attributes:
         path: The file or folder.
-        limit: Rows at most.
-        teacher_column: The column that says which teacher a row has.
-        turns: What of a conversation is the answer: the last assistant message, or all from the first one on (the
-            assistant's tokens train, the others are masked).
-        privileged: Templates of what only the teacher sees.
-        feedback: ``module:function`` or ``file.py:function``: (row, completion) -> text or None, feedback on the very
-            completion that is scored, for the teacher's prompt.
+        limit: Largest number of rows.
+        teacher_column: The column with the id of a row's teacher.
+        turns: Which part of a conversation is the completion: the last assistant message, or everything from the first
+            assistant message on (only the assistant's tokens are trained).
+        privileged: Templates for text that only the teacher sees.
+        feedback: ``module:function`` or ``file.py:function``: (row, completion) -> text or None. The teacher's prompt
+            gets the text as feedback on the completion that is scored.
     """
 
     path: str
@@ -146,19 +146,19 @@ class DataConfig(Frozen):
 
 
 class CacheConfig(Frozen):
-    """Where scores and rollouts are kept, so that nothing is asked twice and the run can be replayed."""
+    """The cache of scores and rollouts: nothing is requested twice, and the run can be replayed."""
 
     path: str
     codec: Literal["packed", "raw", "cold"] = "packed"
 
 
 class ReplayConfig(Frozen):
-    """How ``topkd replay`` goes through what was recorded; ``topkd train`` reads none of it.
+    """How ``topkd replay`` uses a recorded run; ``topkd train`` ignores this table.
 
-    ``recorded`` repeats the recorded run batch by batch; ``shuffled`` draws from all recorded completions, epoch after
-    epoch. ``policy`` is the recorded run's revision (``topkd cache stats`` lists them), needed when there are several.
-    ``missing`` says what a score that is not there is: an error, or a lost sample, as it was to a recorded run that
-    lost it (``max_lost_fraction`` holds then).
+    ``order``: ``recorded`` repeats the run batch by batch; ``shuffled`` takes all recorded completions in random order,
+    epoch after epoch. ``policy`` is the revision of the recorded run (``topkd cache stats`` lists them); it is needed
+    if the cache has several. ``missing``: a missing score is an error, or its sample is lost, as in a recorded run
+    that lost it (``max_lost_fraction`` then applies).
     """
 
     order: Literal["recorded", "shuffled"] = "recorded"
@@ -167,24 +167,24 @@ class ReplayConfig(Frozen):
 
 
 class InProcessSampling(Frozen):
-    """The learner's own model, in this process: new weights are there at once."""
+    """Sampling from the learner's own model in this process, which always has the new weights."""
 
     kind: Literal["in_process"] = "in_process"
 
     def shaping(self) -> dict[str, object]:
-        """Return what of it shapes the rollouts: nothing."""
+        """Return the settings of this sampler that affect the rollouts: none."""
         return {}
 
 
 class _Synced(Frozen):
-    """The settings of every sampler with weights of its own.
+    """The settings of every sampler with its own copy of the weights.
 
     Attributes:
-        weights: What is pushed: the adapter, or the whole model. "auto" is what trains.
-        sync_every: Versions a push. Completions of the versions between are staler by as many steps.
-        folder: Where weights lie until the sampler has read them; "weights" in the run's folder when left out.
-        alarm_kl: A KL(sampler || learner) of one version, in nats, that is worth an alarm in the run log.
-        limit_kl: One that ends the run: these are other weights, or not the policy's own probabilities.
+        weights: What is sent: the adapter, or the whole model. "auto" sends what is trained.
+        sync_every: Send every n-th version. In between, completions come from older weights.
+        folder: Folder for weights that the sampler has yet to read; None takes "weights" in the run's folder.
+        alarm_kl: KL(sampler || learner) at one version, in nats, above which the run log gets an alarm.
+        limit_kl: The same KL, above which the run ends: the sampler has other weights, or changes probabilities.
     """
 
     weights: Literal["auto", "lora", "full"] = "auto"
@@ -194,7 +194,7 @@ class _Synced(Frozen):
     limit_kl: PositiveFloat = 1.0
 
     def shaping(self) -> dict[str, object]:
-        """Return what of it shapes the rollouts of a run; where the server is does not."""
+        """Return the settings of this sampler that affect a run's rollouts; the server's address is not one."""
         return {"sampler": self.model_dump(mode="json", include={"kind", "weights", "sync_every"})}
 
 
@@ -208,18 +208,18 @@ class ServerSampling(_Synced):
     api_key_env: KeyVariable | None = None
 
     def api_key(self) -> SecretStr | None:
-        """Read the key from the environment; naming a variable that is not set is an error."""
+        """Read the key from the environment; raise ConfigError if the variable is not set."""
         return read_api_key(self.api_key_env, source="sampler.api_key_env")
 
 
 class VllmSampling(_Synced):
-    """vLLM in this process, beside the learner and on its device.
+    """vLLM in the learner's process, on the same device.
 
     Attributes:
         memory_fraction: Share of the device's memory that vLLM takes; the learner needs the rest.
-        sleep: Give that memory back while the learner works. Only where the device has it (CUDA).
-        dtype: Of its weights; "auto" is the student's own.
-        max_model_len: Longest prompt and completion together; the model's own limit when left out.
+        sleep: Release that memory while the learner works (CUDA only).
+        dtype: Dtype of vLLM's weights; "auto" takes the student's.
+        max_model_len: Largest length of a prompt with its completion; None takes the model's limit.
     """
 
     kind: Literal["vllm"] = "vllm"
@@ -237,26 +237,26 @@ Better = Literal["accuracy", "reverse_kl", "forward_kl", "jsd", "agreement"]
 
 
 class EvalConfig(Frozen):
-    """``[eval]``: what is measured before the first step, every ``every`` steps and after the last.
+    """``[eval]``: what to measure before the first step, every ``every`` steps and after the last.
 
-    With a ``scorer`` the student answers the prompts of ``path`` and each answer is scored; ``ceiling`` has the teacher
-    answer them once. With ``teacher`` (a folder of the teacher's weights on this machine, measured on and never learnt
-    from; not needed for a local or a self teacher) the exact divergences over the whole vocabulary are taken too.
+    With a ``scorer``, the student answers the prompts of ``path`` and each answer is graded; with ``ceiling`` the
+    teacher also answers them, once. With ``teacher`` (a folder of the teacher's weights, used only to measure; a local
+    or a self teacher does not need it) the exact divergences over the whole vocabulary are measured too.
 
     Attributes:
         path: Prompts to measure on, in any form that ``[data] path`` takes.
-        every: Steps between measurements; 0 takes the run's ``eval_every``, which is 0 (before and after only).
-        limit: Prompts at most.
-        max_tokens: Of an answer.
-        temperature: Of the answers that are scored; 0 takes the most likely token each time.
-        samples: Answers to each prompt (their scores are averaged).
-        scorer: "exact_match", "numeric_match" (both against the row's ``answer``), or ``module:function`` or
+        every: Steps between measurements; 0 takes the run's ``eval_every`` (0 there: only before and after the run).
+        limit: Largest number of prompts.
+        max_tokens: Largest number of tokens of an answer.
+        temperature: Temperature of the graded answers; 0 always takes the most likely token.
+        samples: Answers to each prompt; their grades are averaged.
+        scorer: "exact_match", "numeric_match" (both compare with the row's ``answer``), or ``module:function`` or
             ``file.py:function``: (row, completion) -> float.
-        ceiling: Have the teacher answer too.
+        ceiling: Whether the teacher answers too.
         teacher: Folder of the teacher's weights, for exact divergences.
-        prefixes: What the divergences are taken on: ``fixed`` is what the untrained student wrote, ``fresh`` what the
-            student writes now, ``teacher`` what the teacher writes; ``[]`` takes none.
-        best: Metric whose best student is kept in ``student-best``; None keeps none.
+        prefixes: Completions to measure divergences on: ``fixed``, which the untrained student wrote, ``fresh``, which
+            the student writes now, ``teacher``, which the teacher writes; ``[]`` measures none.
+        best: Metric by which the best student is kept in ``student-best``; None keeps none.
     """
 
     path: str
@@ -281,10 +281,10 @@ class EvalConfig(Frozen):
 
 
 class TrackConfig(Frozen):
-    """``[track]``: where else the run log's numbers are shown.
+    """``[track]``: other tools that show the numbers of the run log.
 
     TensorBoard files go to ``tensorboard/`` in the run's folder. A wandb run is named after that folder and continued
-    when the run is resumed; where it writes, and whether it is online, is wandb's own matter (WANDB_MODE, WANDB_DIR).
+    when the run is resumed. WANDB_MODE and WANDB_DIR decide whether it is online and where it writes.
     """
 
     tensorboard: bool = False

@@ -1,4 +1,4 @@
-"""Scorers of answers: exact match, numeric match, or a function of the user's own."""
+"""Scorers that grade answers: exact match, numeric match, or a user's function."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
 
 
 def exact_match(row: Row, completion: str) -> float:
-    """Return 1 when the completion is the row's ``answer``, white space at both ends aside."""
+    """Return 1 if the completion equals the row's ``answer``; white space at both ends is ignored."""
     return float(completion.strip() == _read_answer(row).strip())
 
 
 def score_numeric_match(row: Row, completion: str) -> float:
-    """Return 1 when the completion's last number equals the last number of the row's ``answer`` (to 1e-6 of it)."""
+    """Return 1 if the completion's last number equals the last number of the row's ``answer`` (within 1e-6 of it)."""
     wanted, found = _find_last_number(_read_answer(row)), _find_last_number(completion)
     if wanted is None:
         raise DataError("the answer holds no number", got=repr(row.get("answer")), hint='use scorer = "exact_match"')
@@ -33,7 +33,7 @@ _NAMED: dict[str, AnswerScorer] = {"exact_match": exact_match, "numeric_match": 
 
 
 def load_answer_scorer(name: str) -> AnswerScorer:
-    """Load the scorer that a config names; whatever goes wrong inside a user's own is one clear line.
+    """Load the scorer that a config names; an exception in a user's function becomes a ConfigError.
 
     Args:
         name: "exact_match", "numeric_match", ``module:function`` or ``file.py:function``.
@@ -63,8 +63,8 @@ def _read_answer(row: Row) -> str:
     answer = row.get("answer")
     if answer is None or isinstance(answer, list | dict):
         raise DataError(
-            "a row to be scored needs an answer", where=f"row {row.get('id', '?')}", got=f"columns {sorted(row)}",
-            hint="add an answer column, or name a scorer of your own in eval.scorer",
+            "the scorer needs an answer in every row", where=f"row {row.get('id', '?')}", got=f"columns {sorted(row)}",
+            hint="add an answer column, or name your own function in eval.scorer",
         )  # fmt: skip
     return str(answer)
 

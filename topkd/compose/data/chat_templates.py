@@ -1,4 +1,4 @@
-"""Turn a prompt into one side's token ids, with its tokenizer and its chat template, applied once."""
+"""Turns a prompt into token ids for one side (student or teacher), with its tokenizer and its chat template."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from topkd.topk.errors import ConfigError, DataError
 
 Message: TypeAlias = Mapping[str, Any]
 
-_MARK = "\N{BLACK DIAMOND}topkd\N{BLACK DIAMOND}"  # stands where an answer will, so that the text behind it is found
+_MARK = "\N{BLACK DIAMOND}topkd\N{BLACK DIAMOND}"  # placeholder for an answer, to find the text after it
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """Student or teacher, as a reader of prompts.
+    """How the student, or a teacher, turns prompts into ids.
 
     Attributes:
-        tokenizer: The student's (the teacher's is the same, id by id); None when all rows hold ids.
-        chat_template: Jinja text in place of the tokenizer's own.
-        kwargs: Handed to the template, such as ``enable_thinking = false``.
+        tokenizer: The student's (the teacher's has the same ids); None if all rows hold ids.
+        chat_template: Jinja text that replaces the tokenizer's own template.
+        kwargs: Arguments of the template, such as ``enable_thinking = false``.
     """
 
     tokenizer: Any
@@ -40,30 +40,30 @@ class Side:
             raise ConfigError("cannot read the chat template", where=template_file, got=reason) from error
 
     def text(self, text: str, where: str, *, special: bool = True) -> list[int]:
-        """Tokenize plain text; ``special`` lets the tokenizer put its own beginning before it."""
+        """Tokenize plain text; with ``special``, the tokenizer may add its start token."""
         if self.tokenizer is None:
             raise ConfigError("text prompts need the student's tokenizer", where=where)
         return [int(token) for token in self.tokenizer(text, add_special_tokens=special)["input_ids"]]
 
     def chat(self, messages: Sequence[Message], where: str) -> list[int]:
-        """Tokenize a conversation, ready for the assistant's answer."""
+        """Tokenize a conversation, up to the start of the assistant's answer."""
         rendered = self._render(messages, where, tokenize=True, add_generation_prompt=True)
         return [int(token) for token in rendered]
 
     def behind_answer(self, messages: Sequence[Message], later: Sequence[Message], where: str) -> str:
-        """Return what the template writes behind the answer to ``messages``: its end, ``later``, the next opening.
+        """Return the template's text after the answer to ``messages``: its end, ``later``, the next answer's start.
 
-        With nothing later it is the end of the answer alone.
+        Without later messages it is only the end of the answer.
         """
         whole = [*messages, {"role": "assistant", "content": _MARK}, *later]
         text = str(self._render(whole, where, tokenize=False, add_generation_prompt=bool(later)))
         _, mark, behind = text.rpartition(_MARK)
         if not mark:
-            raise DataError("the chat template does not write an answer as it is", where=where, hint="give prompt_ids")
+            raise DataError("the chat template changes the text of an answer", where=where, hint="give prompt_ids")
         return behind
 
     def answer_end(self) -> int | None:
-        """Return the token that the template writes right behind an answer, if a special one; None without template."""
+        """Return the special token that the template writes directly after an answer; None if it writes none."""
         if self.tokenizer is None or not (self.chat_template or getattr(self.tokenizer, "chat_template", None)):
             return None
         behind = self.behind_answer([{"role": "user", "content": "Hello"}], [], "the chat template")

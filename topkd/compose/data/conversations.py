@@ -14,13 +14,13 @@ from topkd.topk.types import Bool, Int32
 class Conversation:
     """The ids of a conversation as the model saw them, and which of them the assistant wrote.
 
-    Rendering a history anew is what goes wrong in several turns: templates drop thinking from earlier answers, and a
-    decoded answer need not give its own tokens back. Here the template writes only what stands between two answers.
+    To render the whole history again would change it: templates drop thinking from earlier answers, and a decoded
+    answer may get other tokens. Here the template writes only the text between two answers.
 
     Args:
-        side: Whose template.
-        messages: Everything before the first answer.
-        where: For error messages.
+        side: The side whose template is used.
+        messages: All messages before the first answer.
+        where: Name of the conversation in errors.
     """
 
     def __init__(self, side: Side, messages: Sequence[Message], where: str = "conversation") -> None:
@@ -34,16 +34,16 @@ class Conversation:
 
     @property
     def ids(self) -> Int32:
-        """Return int32 [T], everything so far; the next answer follows, unless the last message was one."""
+        """Return int32 [T], all ids so far; the next answer goes after them, unless they end with an answer."""
         return np.array(self._ids, dtype=np.int32)
 
     @property
     def mask(self) -> Bool:
-        """Return bool [T], True where the assistant spoke: what a student is trained on."""
+        """Return bool [T], True for the assistant's tokens, on which a student is trained."""
         return np.array(self._mask, dtype=np.bool_)
 
     def answer(self, content: str, ids: Sequence[int] | None = None) -> None:
-        """Append an answer: ``ids`` exactly as they were sampled, or those of ``content`` and the template's end."""
+        """Append an answer: ``ids`` exactly as sampled, or else the ids of ``content`` and of the template's end."""
         if ids is None:
             end = self._end()
             ids = [*self._side.text(content, self._where, special=False), *end]
@@ -54,10 +54,10 @@ class Conversation:
         self._last = content
 
     def say(self, messages: Sequence[Message]) -> None:
-        """Append what is said to the assistant after an answer, up to where it speaks again; none of it trains."""
+        """Append messages after an answer, up to the start of the next answer; none of their tokens are trained."""
         behind = self._side.behind_answer(self._messages, messages, self._where)
         ids = self._side.text(behind, self._where, special=False)
-        if ids and self._mask[-1]:  # the end of the answer stands there already, as far as it was sampled
+        if ids and self._mask[-1]:  # leave out the part of the answer's end that was sampled
             end = self._end()
             have = next((n for n in range(len(end), 0, -1) if self._ids[-n:] == end[:n]), 0)
             ids = ids[have:]
@@ -66,7 +66,7 @@ class Conversation:
         self._messages += [{"role": "assistant", "content": self._last}, *messages]
 
     def _end(self) -> list[int]:
-        """Return the tokens that end an answer: up to the template's end token, not the line break behind it."""
+        """Return the tokens that end an answer, up to the template's end token, without the line break after it."""
         behind = self._side.behind_answer(self._messages, [], self._where)
         ids = self._side.text(behind, self._where, special=False)
         special = self._side.special_ids()
@@ -75,17 +75,17 @@ class Conversation:
 
 
 def read_conversation(side: Side, messages: Sequence[Message], first: int, where: str) -> Conversation:
-    """Read a finished conversation: ``messages[first]`` is the first answer; it and all later answers train."""
+    """Read a finished conversation: ``messages[first]`` is the first answer; all answers from it on are trained."""
     conversation = Conversation(side, messages[:first], where)
-    place = first
-    while place < len(messages):
-        conversation.answer(str(messages[place].get("content") or ""))
+    index = first
+    while index < len(messages):
+        conversation.answer(str(messages[index].get("content") or ""))
         following = next(
-            (n for n in range(place + 1, len(messages)) if messages[n].get("role") == "assistant"), len(messages)
+            (n for n in range(index + 1, len(messages)) if messages[n].get("role") == "assistant"), len(messages)
         )
         if following < len(messages):
-            if following == place + 1:
-                raise DataError("two answers follow one another", where=where, got=f"messages {place} and {following}")
-            conversation.say(messages[place + 1 : following])
-        place = following
+            if following == index + 1:
+                raise DataError("two answers follow one another", where=where, got=f"messages {index} and {following}")
+            conversation.say(messages[index + 1 : following])
+        index = following
     return conversation

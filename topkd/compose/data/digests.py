@@ -1,4 +1,4 @@
-"""Digests of data and weights by content: a file that changed under its name is another file."""
+"""Digests of the content of data and weights: a file that has changed gets another digest."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def digest_contents(path: Path) -> str:
             name, content = file.relative_to(path), _digest_file(file, stat.st_size, stat.st_mtime_ns)
             digest.update(f"{name}\0{content}\0".encode(errors="surrogateescape"))
     except OSError:
-        return ""  # who opens it says what is wrong with it
+        return ""  # the error is raised where the file is opened
     return digest.hexdigest()
 
 
-@cache  # of every file: a bounded one that a folder overflows would read all of it again for each cell
+@cache  # unbounded: a cache with less room than a folder has files would read all of them again for each cell
 def _digest_file(file: Path, _size: int, _changed: int) -> str:
     return str(describe_file(file)["xxh3_128"])
 
 
 def digest_weights(student: Any) -> str:
-    """Hash of every weight of a model."""
+    """Return a hash of all weights of a model."""
     import torch
 
     digest = xxhash.xxh3_128()

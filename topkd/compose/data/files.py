@@ -21,17 +21,17 @@ _JSON_NAMES = {str: "a string", list: "a list", int: "a number", float: "a numbe
 
 
 def check_has_rows(path: Path) -> None:
-    """Raise DataError for data that is not there, and for data without a row: a job of nothing is a mistake."""
+    """Raise DataError if the data is missing, or has no row."""
     if not path.exists():
         raise DataError("no such file or folder", where=str(path))
     if not (path.is_file() or path.is_dir()):
         raise DataError("neither a file nor a folder", where=str(path), hint="a pipe is read once: save its rows first")
     if next(iter_raw_rows(path), None) is None:
-        raise DataError("the data holds no row", where=str(path), hint="was whatever wrote it cut short?")
+        raise DataError("the data holds no row", where=str(path), hint="was the program that wrote it interrupted?")
 
 
 def count_rows(path: Path) -> int:
-    """Count the rows, for a forecast; 0 when that is not known beforehand."""
+    """Count the rows, for a forecast; return 0 for a cache, where the number is not known."""
     if path.is_dir():
         return 0 if (path / FORMAT_FILE).exists() else len(_open_dataset(path))
     if path.suffix == ".parquet":
@@ -41,7 +41,7 @@ def count_rows(path: Path) -> int:
 
 
 def iter_raw_rows(path: Path, chunk: RowChunk | None = None) -> Iterator[tuple[int, Any]]:
-    """Yield rows as they stand: bytes of a JSONL line with its number from 1, else mappings numbered from 0."""
+    """Yield (number, row): the bytes of JSONL lines, numbered from 1, or else mappings, numbered from 0."""
     first, last = (0, None) if chunk is None else (chunk.first, chunk.first + chunk.rows)
     if path.is_dir():
         data = _open_dataset(path)
@@ -139,16 +139,16 @@ def parse_json_object(raw: Any, where: str) -> dict[str, Any]:
         except UnicodeDecodeError as error:
             raise DataError("not a JSON object", where=where, got="not UTF-8 text") from error
         except (ValueError, RecursionError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else "a number of thousands of digits"
+            reason = "nested too deeply" if isinstance(error, RecursionError) else "a number with thousands of digits"
             raise DataError("not a JSON object", where=where, got=reason) from error
     if not isinstance(raw, dict):
         raise DataError("not a JSON object", where=where, got=_JSON_NAMES.get(type(raw), type(raw).__name__))
     return raw
 
 
-UNIT = 64  # rows between two places where a chunk may begin
-_MAX_UNITS = 16  # of a chunk
-_CHUNKS_EACH = 8  # for every worker at least, so that none waits long for the last
+UNIT = 64  # rows of a unit; a chunk consists of whole units
+_MAX_UNITS = 16  # largest number of units in a chunk
+_CHUNKS_EACH = 8  # smallest number of chunks per worker, so that none waits long for the last one
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +156,8 @@ class RowChunk:
     """Consecutive rows.
 
     Attributes:
-        first: How many rows stand before it.
-        rows: How many it has.
+        first: Number of rows before it.
+        rows: Number of its rows.
         line: Number of its first line (JSONL).
         offset: Byte where that line begins (JSONL).
     """
@@ -172,9 +172,9 @@ def group_chunks(units: Iterator[RowChunk], *, workers: int, limit: int | None =
     """Group the units of a file, cut at the limit, into chunks of a size that keeps all workers busy.
 
     Args:
-        units: In the order of the file (``iter_chunks``).
-        workers: How many share the chunks.
-        limit: Rows at most.
+        units: Units in the order of the file (``iter_chunks``).
+        workers: Number of workers.
+        limit: Largest number of rows.
     """
     within = []
     for unit in units:

@@ -1,4 +1,4 @@
-"""Prompts of a run as token ids of both sides, before any model is opened; a bad row is named by its place."""
+"""Prompts of a run as token ids for the student and the teachers, read before any model is loaded."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from topkd.topk.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Readers:
-    """Everyone who reads a row, and how.
+    """How the student and each teacher turn a row into ids.
 
     Attributes:
         student: The student's side.
-        teachers: teacher_id -> that teacher's side; a row of another one is an error. None: any, who reads like the
-            student.
-        privileged: Templates of what only the teacher sees.
-        teacher_column: Where a row names its teacher.
+        teachers: teacher_id -> that teacher's side; a row with another teacher_id is an error. None: every teacher_id
+            is allowed, and its side is the student's.
+        privileged: Templates for text that only the teacher sees.
+        teacher_column: Column with the teacher_id of a row.
         turns: See ``DataConfig``.
     """
 
@@ -40,7 +40,7 @@ class Readers:
     turns: Literal["last", "all"] = "last"
 
     def teacher_of(self, raw: Mapping[str, Any], where: str) -> tuple[str, Side]:
-        """Return which teacher a row is for, and how that teacher reads."""
+        """Return the teacher_id of a row, and that teacher's side."""
         name = raw.get(self.teacher_column)
         name = "" if name is None else name
         if not isinstance(name, str):
@@ -64,14 +64,14 @@ def read_prompts(
     overlong: Literal["drop", "error"],
     limit: int | None = None,
 ) -> tuple[list[PromptRow], list[str]]:
-    """Read the rows as ids; also return the names of over-long rows that were dropped.
+    """Read the rows as ids; also return the names of the rows that were dropped as too long.
 
     Args:
         path: A JSONL or Parquet file, or a folder of ``datasets.Dataset.save_to_disk``.
         readers: Both sides; chat templates are applied here, once.
-        max_tokens: Longest prompt allowed, for the student and the teacher alike.
-        overlong: Drop longer rows (counted) or refuse the file; a prompt is never cut.
-        limit: Keep this many rows at most.
+        max_tokens: Longest prompt allowed, for the student and for the teacher.
+        overlong: Whether to drop longer rows or to raise an error; a prompt is never cut.
+        limit: Largest number of rows to keep.
     """
     rows: list[PromptRow] = []
     dropped: list[str] = []
@@ -99,7 +99,7 @@ def read_prompts(
 
 
 def check_opens(path: Path) -> None:
-    """Read the first row of a data file; raise DataError where there is none."""
+    """Read the first row of a data file; raise DataError if there is none."""
     if next(_iter_objects(path), None) is None:
         raise DataError("no usable prompt", where=str(path), got="no rows")
 
@@ -127,7 +127,8 @@ def _build_prompt_row(raw: dict[str, Any], number: int, readers: Readers, where:
     prompt = render_prompt(row, readers.student, {}, readers.privileged, where)
     if row.teacher_prompt_ids is not None:
         if row.privileged:
-            raise DataError("teacher_prompt_ids is the teacher's whole prompt", where=where, got=sorted(row.privileged))
+            raise DataError("teacher_prompt_ids excludes other text for the teacher", where=where,
+                            got=sorted(row.privileged))  # fmt: skip
         teacher_prompt = check_token_ids(row.teacher_prompt_ids, "a teacher's prompt", where)
     elif row.privileged or teacher != readers.student:
         teacher_prompt = render_prompt(row, teacher, row.privileged, readers.privileged, where)
@@ -145,7 +146,7 @@ def _build_prompt_row(raw: dict[str, Any], number: int, readers: Readers, where:
 
 
 def _split_answer(row: DataRow, readers: Readers, where: str) -> tuple[DataRow, list[int] | None, Any]:
-    """Split off the answer: messages before it, its ids and their mask; a conversation may end before its answer."""
+    """Return the messages before the answer, the answer's ids (None if there is no answer), and their mask."""
     messages = row.messages or []
     if not messages:
         raise DataError("messages needs at least one message", where=where)
@@ -167,10 +168,10 @@ class Prompts:
     """The data of a run as ids.
 
     Attributes:
-        tokenizer: The student's, which is the teachers' too.
-        readers: How each side reads.
-        rows: In the file's order.
-        dropped: Names of the over-long rows that were left out.
+        tokenizer: The tokenizer of the student and the teachers.
+        readers: How each side turns a row into ids.
+        rows: The rows in the file's order.
+        dropped: Names of the rows that were dropped as too long.
     """
 
     tokenizer: Any
@@ -180,7 +181,7 @@ class Prompts:
 
 
 def load_prompts(config: RunConfig, progress: Progress) -> Prompts:
-    """Load the tokenizer and the rows: all that can be known of a run before a model is opened."""
+    """Load the tokenizer and the rows of a run; no model is needed."""
     from topkd.engine.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.student.model)
@@ -199,10 +200,10 @@ def load_prompts(config: RunConfig, progress: Progress) -> Prompts:
 
 
 def _check_privileged_columns(config: RunConfig, rows: list[PromptRow]) -> None:
-    """Raise DataError where the config has templates for what only the teacher sees, and no row has such a column."""
+    """Raise DataError if the config sets templates for the teacher, and no row has a column for them."""
     data = config.data
     named = data.privileged.list_changed()
-    if not named or (data.feedback is not None and "feedback" in named):  # told once a completion is there
+    if not named or (data.feedback is not None and "feedback" in named):  # comes after a completion
         return
     if not any(row.columns.get(name) is not None for row in rows for name in named):
         there = {str(name) for row in rows for name in row.columns}
@@ -210,12 +211,12 @@ def _check_privileged_columns(config: RunConfig, rows: list[PromptRow]) -> None:
         raise DataError(
             f"no row has a column {' or '.join(map(repr, named))} for its template in [data.privileged]",
             where=data.path, got=f"columns {', '.join(sorted(there))}",
-            hint="without one the teacher is told no more than the student: name the column so, or leave the table out",
+            hint="without it the teacher sees no more than the student: rename the column, or remove the table",
         )  # fmt: skip
 
 
 def build_readers(config: RunConfig, tokenizer: Any) -> Readers:
-    """Build the student's and the teachers' sides; what a teacher leaves out it shares with the student."""
+    """Build the student's and the teachers' sides; a teacher without settings of its own gets the student's."""
     student = Side.of(tokenizer, config.student.chat_template, config.student.chat_template_kwargs)
     teachers = {}
     for name, teacher in config.teacher_map().items():

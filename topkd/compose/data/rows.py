@@ -1,4 +1,4 @@
-"""Rows of a data file, and the prompt each side sees: the student's, and the teacher's, which may know more."""
+"""Rows of a data file, and their prompts for the student and for the teacher, which may see more."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from topkd.topk.errors import DataError
 class DataRow(BaseModel):
     """One row; columns that topkd does not use (a source, a difficulty) are allowed too.
 
-    ``hint``, ``reference`` and ``feedback`` are for the teacher alone. ``teacher_prompt_ids`` is its whole prompt, in
-    their place, for rows of ids. ``completion`` and ``completion_ids`` are an answer that came with the row.
+    Only the teacher sees ``hint``, ``reference`` and ``feedback``. ``teacher_prompt_ids`` replaces them in rows of ids:
+    it is the teacher's whole prompt. ``completion`` and ``completion_ids`` are an answer from the data.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
@@ -41,19 +41,19 @@ class DataRow(BaseModel):
     @field_validator("prompt", "messages", "completion", "id", "teacher_id", *PRIVILEGED)
     @classmethod
     def _is_unicode(cls, value: Any) -> Any:
-        """Refuse half of a character (a lone surrogate): JSON can hold one, and nothing that reads text takes it."""
+        """Refuse half of a character (a lone surrogate): JSON can hold it, but tokenizers refuse it."""
         try:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"whole characters, not half of one as at {error.start}") from None
+            raise ValueError(f"text without half a character (a lone surrogate, at {error.start})") from None
         except RecursionError:
-            raise ValueError("something nested less deeply") from None
+            raise ValueError("a value with fewer nested levels") from None
         return value
 
     @property
     def privileged(self) -> dict[str, str]:
-        """Return what only the teacher may see, by column."""
+        """Return the text that only the teacher may see, by column."""
         return {name: text for name in PRIVILEGED if (text := getattr(self, name)) is not None}
 
 
@@ -61,7 +61,7 @@ R = TypeVar("R", bound=DataRow)
 
 
 def parse_row(model: type[R], raw: dict[str, Any], where: str) -> R:
-    """Parse a row of a data file; nulls (tables have every column in every row) are absent keys."""
+    """Parse a row of a data file; a null (a table has every column in every row) counts as an absent key."""
     try:
         return model.model_validate({key: _drop_nulls(value) for key, value in raw.items() if value is not None})
     except ValidationError as error:
@@ -81,7 +81,7 @@ def check_row(raw: dict[str, Any], where: str) -> DataRow:
     strays = {"completion": "prompt", "completion_ids": "prompt_ids", "teacher_prompt_ids": "prompt_ids"}
     for name, form in strays.items():
         if getattr(row, name) is not None and form != forms[0]:
-            raise DataError(f"{name} goes with {form}", where=where, got=f"it is in a row with {forms[0]}")
+            raise DataError(f"{name} goes only with {form}", where=where, got=f"a row with {forms[0]}")
     return row
 
 
@@ -93,21 +93,21 @@ def _drop_nulls(value: Any) -> Any:
 
 
 def tokenize_prompt(row: DataRow, tokenizer: Any, privileged: dict[str, str], where: str) -> list[int]:
-    """Write the prompt as ids by the tokenizer's own template; with ``privileged``, as the teacher sees it."""
+    """Tokenize the prompt with the tokenizer's own template; with ``privileged``, as the teacher sees it."""
     return render_prompt(row, Side(tokenizer), privileged, PrivilegedConfig(), where)
 
 
 def render_prompt(
     row: DataRow, side: Side, privileged: dict[str, str], templates: PrivilegedConfig, where: str
 ) -> list[int]:
-    """Write the prompt as one side sees it, with what only that side sees.
+    """Tokenize the prompt for one side, with the text that only this side sees.
 
     Args:
-        row: In one of its three forms; the messages of a conversation end before the answer.
-        side: Whose tokenizer and template.
+        row: A row with a prompt in one of its three forms; the messages of a conversation end before the answer.
+        side: The side, with its tokenizer and its template.
         privileged: Column -> text; empty for the student.
-        templates: How each of them is put around the prompt.
-        where: For error messages.
+        templates: How to put each of these texts into the prompt.
+        where: Name of the row in errors.
     """
     if row.prompt_ids is not None:
         ids: Sequence[int] = _add_privileged_ids(row.prompt_ids, side, privileged, templates, where)
@@ -119,7 +119,7 @@ def render_prompt(
 
 
 def check_token_ids(ids: Sequence[int], what: str, where: str) -> list[int]:
-    """Return the ids when every one can be an id; a vocabulary's own bound is checked where it is known."""
+    """Return the ids if each can be a token id (0 to 2**31 - 1); other checks compare with the vocabulary's size."""
     if not len(ids) or min(ids) < 0:
         raise DataError(f"{what} needs at least one token and no negative id", where=where, got=list(ids[:8]))
     if max(ids) > np.iinfo(np.int32).max:
@@ -130,15 +130,15 @@ def check_token_ids(ids: Sequence[int], what: str, where: str) -> list[int]:
 def _add_privileged_ids(
     ids: Sequence[int], side: Side, privileged: dict[str, str], templates: PrivilegedConfig, where: str
 ) -> Sequence[int]:
-    """Put privileged text before the prompt's ids, behind a beginning of text that they have."""
+    """Put privileged text before the prompt's ids, but after their start token, if they have one."""
     before = ""
     for name, extra_text in privileged.items():
         template = getattr(templates, name)
         if "{prompt}" in template:
             raise DataError(
-                f"a {name} is written around the text of a prompt, and this row has ids", where=where,
+                f"the template of {name} contains the text of a prompt, and this row has ids", where=where,
                 hint=f"give the teacher's whole prompt as teacher_prompt_ids, or a data.privileged.{name} "
-                "without {prompt}, which stands before the ids",
+                "without {prompt}, which goes before the ids",
             )  # fmt: skip
         before = f"{_fill_template(template, {name: extra_text})}\n{before}"
     if not before:
@@ -171,7 +171,7 @@ def _add_privileged_messages(
             continue
         last = next((message for message in reversed(extra_text) if message.get("role") == "user"), None)
         if last is None:
-            raise DataError(f"the template of {name} rewrites the user's message, and there is none", where=where)
+            raise DataError(f"the template of {name} needs a message of the user, and there is none", where=where)
         last["content"] = _fill_template(template, {name: secret, "prompt": _read_content(last, where)})
     return extra_text
 
@@ -179,7 +179,7 @@ def _add_privileged_messages(
 def _read_content(message: dict[str, Any], where: str) -> str:
     content = message.get("content")
     if not isinstance(content, str):
-        raise DataError("privileged text needs a message of text", where=where, got=type(content).__name__)
+        raise DataError("privileged text can only go into a message of text", where=where, got=type(content).__name__)
     return content
 
 

@@ -1,4 +1,4 @@
-"""Data files to sequences that a teacher scores: JSONL, Parquet, datasets folders and caches, one row at a time."""
+"""Reads sequences for a teacher to score: from JSONL, Parquet, datasets folders and caches, one row at a time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FORMS = "prompt_ids and completion_ids, prompt and completion, or messages"
 
 
 class ScoredRow(DataRow):
-    """A row whose completion is there already; ``logp`` are the logprobs it was sampled with, when they are known."""
+    """A row with a completion; ``logp`` has the logprobs with which it was sampled, if they are known."""
 
     logp: list[float] | None = None
     finish_reason: FinishReason = "stop"
@@ -41,17 +41,17 @@ class ScoredRow(DataRow):
 
 @dataclass(frozen=True, slots=True)
 class ScoreInput:
-    """One sequence: rows ``start ..`` are what a score of it holds.
+    """One sequence; its score begins at position ``start``.
 
     Attributes:
-        number: Line of a JSONL file (from 1), row of any other source (from 0).
-        ids: int32, the prompt as the teacher sees it and the completion.
+        number: Line of a JSONL file (from 1), or row of any other source (from 0).
+        ids: int32, the prompt as the teacher sees it, then the completion.
         start: P - 1.
-        sample_id: The row's own name.
-        teacher_id: Which teacher it is for.
-        logp: float32 [C], what the completion was sampled with, or None.
-        finish_reason: How the completion ended, as the row says.
-        prompt_ids: With ``logp``: the prompt that the completion was sampled from, without what only the teacher sees.
+        sample_id: Name of the row.
+        teacher_id: Id of its teacher.
+        logp: float32 [C], the logprobs with which the completion was sampled, or None.
+        finish_reason: How the completion ended, from the row.
+        prompt_ids: With ``logp``: the prompt from which the completion was sampled, without text for the teacher only.
     """
 
     number: int
@@ -76,12 +76,12 @@ Item: TypeAlias = ScoreInput | BadRow
 
 
 def read_sequences(path: Path, tokenizer: Any = None, chunk: RowChunk | None = None) -> Iterator[Item]:
-    """Read every row in order, lazily; a bad one comes as a ``BadRow`` in its place.
+    """Read every row in order, lazily; yield a ``BadRow`` for a bad one.
 
     Args:
         path: A JSONL or Parquet file, a folder of ``datasets.Dataset.save_to_disk``, or a cache (its rollouts).
-        tokenizer: For rows of text; None when all rows hold ids.
-        chunk: Only these rows (of ``iter_chunks``).
+        tokenizer: Tokenizer for rows of text; None if all rows hold ids.
+        chunk: Read only these rows (from ``iter_chunks``).
     """
     if path.is_dir() and (path / FORMAT_FILE).exists():
         yield from (
@@ -103,8 +103,8 @@ def check_source(path: Path) -> None:
         check_has_rows(path)
     elif next(_iter_rollouts(path), None) is None:
         raise DataError(
-            "the cache holds no rollouts to score", where=str(path), expected="what a run with [cache] recorded",
-            hint="a data file goes in its place",
+            "the cache holds no rollouts to score", where=str(path), expected="a cache that a run has recorded",
+            hint="or give a data file",
         )  # fmt: skip
 
 
@@ -148,9 +148,7 @@ def _build_sequence(number: int, raw: Any, tokenizer: Any, where: str) -> ScoreI
     completion = check_token_ids(completion, "a completion", where)
     name = str(row.id) if row.id is not None else f"row {number}"
     if row.logp is not None and row.prompt_ids is None:
-        raise DataError(
-            "logp needs prompt_ids and completion_ids: text does not say which tokens it is of", where=where
-        )
+        raise DataError("logp needs prompt_ids and completion_ids, because it has a number for each token", where=where)
     logp = None if row.logp is None else np.asarray(row.logp, np.float32)
     if logp is not None and (logp.size != len(completion) or (logp > 0).any()):
         raise DataError(

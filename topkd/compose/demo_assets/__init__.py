@@ -1,4 +1,4 @@
 """Parts of the demo: corpus, tiny models, folders.
 
-Knows: torch. Does not know: how a run goes.
+Knows: torch. Does not know: runs.
 """

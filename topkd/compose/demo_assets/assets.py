@@ -1,4 +1,4 @@
-"""The demo's tokenizer, teacher and student: from the cache, or trained now on the standard library's sources."""
+"""The demo's tokenizer, teacher and student: loaded from a cache, or trained on the standard library's source code."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def cache_root() -> Path:
 
 
 def build_assets(cache: Path, progress: Progress, check_stop: Callable[[], None] | None = None) -> Assets:
-    """Load tokenizer, teacher and student from the cache, or train them now; the key is all they depend on."""
+    """Load tokenizer, teacher and student from the cache, or train them; the cache key covers all they depend on."""
     files = list_library_files(CORPUS_BYTES)
     texts = read_texts(files)
     recipe = json.dumps({"vocab": VOCAB, "teacher": TEACHER, "student": STUDENT, "held_out": HELD_OUT_TOKENS})
@@ -76,7 +76,7 @@ def _train_assets(texts: list[str], folder: Path, progress: Progress, check_stop
             check_stop()
 
     with open_scratch_folder(folder, progress) as staging:
-        if (folder / "stream.npy").exists():  # made by another demo meanwhile
+        if (folder / "stream.npy").exists():  # another demo has made it meanwhile
             return
         progress.note("training a byte-level BPE on the Python standard library's sources")
         train_tokenizer(texts[: len(texts) // 2], VOCAB, staging / "tokenizer")
@@ -89,7 +89,7 @@ def _train_assets(texts: list[str], folder: Path, progress: Progress, check_stop
             save_model(model, staging / name)
             shutil.copytree(staging / "tokenizer", staging / name, dirs_exist_ok=True)
         np.save(staging / "stream.npy", stream)
-        if not folder.exists():  # where files have no locks another demo may have finished first: as good
+        if not folder.exists():  # without file locks, another demo may have made the same models first
             staging.rename(folder)
 
 
@@ -164,7 +164,7 @@ def encode_texts(texts: list[str], folder: Path) -> NDArray[np.int32]:
 
 @dataclass(frozen=True, slots=True)
 class TinyModel:
-    """A Llama-class config and how long it trains."""
+    """The shape of a small Llama model, and its training settings."""
 
     hidden: int
     layers: int
@@ -204,7 +204,7 @@ def build_model(spec: TinyModel) -> Any:
 def train_model(
     model: Any, spec: TinyModel, stream: NDArray[np.int32], on_step: Callable[[int, float], None] | None = None
 ) -> float:
-    """Train on the next tokens of random windows of ``stream``; return the mean loss of the last tenth of it."""
+    """Train on next tokens in random windows of ``stream``; return the mean loss of the last tenth of the steps."""
     import torch
 
     generator = np.random.default_rng(spec.seed)
@@ -238,7 +238,7 @@ def save_model(model: Any, folder: Path) -> None:
 async def continue_prompts(
     model: Student, prompts: Sequence[NDArray[np.int32]], tokens: int, stop_ids: Sequence[int] = ()
 ) -> list[Probe]:
-    """Continue each prompt by at most ``tokens`` that the model draws, the same for the same model."""
+    """Sample at most ``tokens`` tokens after each prompt, with a fixed seed."""
     from topkd.engine.models.divergences import Probe
     from topkd.engine.models.sampler import InProcessSampler
 

@@ -1,4 +1,4 @@
-"""Files that the demo leaves for a newcomer: a run file and everything it names, to serve, train and change."""
+"""Files that the demo writes for a first run: a run file, and the models and prompts that it names."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ samples_per_prompt = {samples_per_prompt}
 max_completion_tokens = {max_completion_tokens}
 
 [learner]
-lr = {lr}                   # full weights of a tiny model: a real one wants about 2e-6, its LoRA adapter 1e-4
+lr = {lr}                   # for all weights of a tiny model; a real model needs about 2e-6, a LoRA adapter 1e-4
 warmup_steps = {warmup_steps}
 
-[eval]                       # the teacher's weights are opened here only to measure; leave it out where you have none
+[eval]                       # reads the teacher's weights, only to measure; remove it if you do not have them
 path = {held_out_q}
 every = {eval_every}
 max_tokens = {max_completion_tokens}
@@ -61,7 +61,7 @@ def write_first_run(
     prompts: Sequence[str],
     held_out: Sequence[str],
 ) -> Path:
-    """Write ``run.toml`` with the models and texts beside it, named by their whole paths; returns it."""
+    """Write ``run.toml``, with the models and prompts beside it, by absolute paths; return its path."""
     folder = folder.absolute()
     folder.mkdir(parents=True)
     shutil.copytree(teacher, folder / "teacher")
@@ -79,7 +79,7 @@ def write_first_run(
         "warmup_steps": config.learner.warmup_steps, "eval_every": config.eval_every,
         **config.rollout.model_dump(include={"prompts_per_step", "samples_per_prompt", "max_completion_tokens"}),
     }  # fmt: skip
-    # A JSON string is TOML's too, but for characters beyond the basic plane where they are escaped as surrogates.
+    # A JSON string is also a TOML string, unless JSON escapes a character as two surrogates.
     quoted = {f"{name}_q": json.dumps(str(path), ensure_ascii=False) for name, path in paths.items()}
     run.write_text(_RUN.format(run=run, teacher=paths["teacher"], **settings, **quoted), encoding="utf-8")
     return run

@@ -1,4 +1,4 @@
-"""Folders of the demo: a run folder of its own, and a scratch folder while its models are made."""
+"""Folders of the demo: its run folder, and a temporary folder in which its models are made."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from topkd.topk.errors import ConfigError
 
 
 def find_free_folder(usual: Path) -> Path:
-    """Find ``usual``, or the first of ``usual-2``, ``usual-3``, ... where nothing lies yet."""
+    """Find ``usual``, or the first of ``usual-2``, ``usual-3``, ... that is missing or empty."""
     names = itertools.chain([usual], (usual.with_name(f"{usual.name}-{number}") for number in itertools.count(2)))
     return next(path for path in names if _is_free(path))
 
 
 @contextlib.contextmanager
 def open_demo_folder(out: Path | None, usual: Path, progress: Progress) -> Iterator[Path]:
-    """Open a folder that holds nothing but this demo's summary; what raises within leaves it as it was.
+    """Make a folder that holds only this demo's summary; undo that if an exception is raised inside.
 
-    ``out`` must be new or empty; None takes ``usual``, or a free folder beside it: nothing is ever written over.
+    ``out`` must be new or empty; None takes ``usual``, or an unused folder beside it. Nothing is ever overwritten.
     """
     while True:
         folder = out or find_free_folder(usual)
         if out is not None and not _is_free(out):
             raise ConfigError(
-                "the demo's --out is " + ("not empty" if out.is_dir() else "no folder"), where=str(out),
-                expected="a new or an empty folder", hint="choose another: the demo writes over nothing",
+                "the demo's --out is not " + ("empty" if out.is_dir() else "a folder"), where=str(out),
+                expected="a new or an empty folder", hint="choose another: the demo overwrites nothing",
             )  # fmt: skip
         there = folder.exists()
         try:
@@ -44,7 +44,7 @@ def open_demo_folder(out: Path | None, usual: Path, progress: Progress) -> Itera
                 continue  # another demo came first: look again
             raise ConfigError("cannot make the output folder", where=str(folder), got=error.strerror) from error
     if folder not in (out, usual):
-        progress.note(f"{usual} is there already and stays as it is: this demo goes to {folder}")
+        progress.note(f"{usual} already exists and is not changed: this demo writes to {folder}")
     try:
         yield folder
     except BaseException:
@@ -57,7 +57,7 @@ def open_demo_folder(out: Path | None, usual: Path, progress: Progress) -> Itera
 
 @contextlib.contextmanager
 def open_scratch_folder(beside: Path, progress: Progress) -> Iterator[Path]:
-    """Open a folder to make ``beside`` in, for one process at a time; gone afterwards, with those of dead processes."""
+    """Make a temporary folder for the contents of ``beside``, under a lock; remove it, and those of dead processes."""
     prefix = f".{beside.name}-"
     with contextlib.ExitStack() as stack:
         try:
@@ -73,7 +73,7 @@ def open_scratch_folder(beside: Path, progress: Progress) -> Iterator[Path]:
 
 
 def _take_lock(file: TextIO, progress: Progress) -> bool:
-    """Take the lock, waiting for whoever has it; False where files have no such locks."""
+    """Take the lock, when its holder has released it; return False if the file system has no locks."""
     try:
         import fcntl
     except ImportError:

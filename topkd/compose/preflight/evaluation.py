@@ -1,4 +1,4 @@
-"""Check the measurements of an ``[eval]`` table before any model is opened."""
+"""Checks the measurements of an ``[eval]`` table before any model is loaded."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from topkd.topk.errors import ConfigError, DataError
 
 @dataclass(frozen=True, slots=True)
 class EvalPlan:
-    """What is measured on which prompts.
+    """The measurements of an evaluation, and the prompts to measure on.
 
     Attributes:
         table: The ``[eval]`` table.
         rows: Prompts to measure on.
-        scorer: Scores an answer; None where answers are not scored.
-        prefixes: Kinds of prefixes that exact divergences are taken on; empty where none are.
+        scorer: Grades an answer; None if answers are not graded.
+        prefixes: Kinds of prefixes on which exact divergences are measured; may be empty.
         left_out: Teachers whose weights are not on this machine.
     """
 
@@ -34,7 +34,7 @@ class EvalPlan:
 
 
 def plan_evaluation(config: RunConfig, table: EvalConfig, readers: Readers, local: AbstractSet[str]) -> EvalPlan:
-    """Read the prompts of ``[eval]``, and refuse one that measures nothing or whose scorer fails on the first row.
+    """Read the prompts of ``[eval]``; refuse a table that measures nothing, or whose scorer fails on the first row.
 
     ``local`` are the names of the teachers whose weights are on this machine.
     """
@@ -62,7 +62,7 @@ def plan_evaluation(config: RunConfig, table: EvalConfig, readers: Readers, loca
 
 
 def score_answer(scorer: AnswerScorer, row: PromptRow, text: str, where: str) -> float:
-    """Score one completion; an error names the row of the data file ``where``."""
+    """Grade one completion; an error names the row of the data file ``where``."""
     try:
         return scorer(row.columns, text)
     except DataError as error:

@@ -1,4 +1,4 @@
-"""Estimate a run's memory, tokens and requests from its config and the model's shape alone."""
+"""Estimates a run's memory, tokens and requests, from its config and the model's shape alone."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Model:
     """A student's shape, without its weights.
 
     Attributes:
-        parameters: All of them, a tied head once.
-        trained: Those that train.
+        parameters: Number of all parameters; a tied head counts once.
+        trained: Number of parameters that are trained.
         layers: Transformer blocks.
         hidden: Width.
         intermediate: Width inside a block.
-        kv_width: Numbers kept of a token per layer while sampling, keys and values together.
+        kv_width: Numbers in the KV cache per token and layer, keys and values together.
         vocab: Rows of the output head.
     """
 
@@ -42,9 +42,9 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Estimates for the student's device and the teacher's bill.
+    """Estimates of the memory that the student needs, and of the requests to the teacher.
 
-    ``memory`` names its parts, in bytes; ``available`` is the device's own, 0 where it is not known.
+    ``memory`` has the bytes of each part; ``available`` is the memory of the device, 0 if it is not known.
     """
 
     model: Model
@@ -61,7 +61,7 @@ class Forecast:
 
     @property
     def memory_total(self) -> int:
-        """Bytes, all parts together."""
+        """Bytes of all parts together."""
         return sum(self.memory.values())
 
 
@@ -100,9 +100,9 @@ def read_model_shape(config: RunConfig) -> Model:
 
 
 def forecast(config: RunConfig, rows: list[PromptRow], device: Any, dialects: Mapping[str, str]) -> Forecast:
-    """Estimate what a run on ``device`` takes, with completions at their longest.
+    """Estimate memory, tokens and requests of a run on ``device``, with completions of full length.
 
-    ``dialects`` has, for the teachers behind servers, how each is asked.
+    ``dialects`` has the dialect of each teacher behind a server.
     """
     model, rollout = read_model_shape(config), config.rollout
     prompts = rollout.prompts_per_step
@@ -144,7 +144,7 @@ def _estimate_memory(config: RunConfig, model: Model, longest: int, device: Any)
     number = 2 if half else size
     completions = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     tokens = max(min(learner.micro_batch_tokens, completions * longest), longest)
-    # A block keeps about its inputs to every matrix product: 10 of the width and 3 of the inner width a token.
+    # A block keeps about the inputs of its matrix products: per token 10 x hidden and 3 x intermediate.
     block = tokens * (10 * model.hidden + 3 * model.intermediate) * number
     kept = tokens * model.hidden * number
     activations = model.layers * kept + block if learner.gradient_checkpointing else model.layers * block

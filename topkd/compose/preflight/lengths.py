@@ -1,4 +1,4 @@
-"""Check before a run that prompts and completions fit, and that all parties end a completion with the same tokens."""
+"""Checks that prompts and completions fit, and that student, template and teachers end text with the same tokens."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from topkd.topk.errors import ConfigError, DataError
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Which tokens end a completion, as each party has it.
+    """The tokens that end a completion, for student, chat template and teachers.
 
     Attributes:
         stops: Ids that end a completion in this run.
-        template: The token that the student's chat template writes behind an answer; None when it has none.
-        teachers: teacher_id -> the end of text of that teacher's own tokenizer, where it is at hand.
-        notes: What a reader should know before the run.
+        template: The token that the student's chat template writes after an answer; None if it writes none.
+        teachers: teacher_id -> the end-of-text id of that teacher's tokenizer, if it is available.
+        notes: Warnings about tokens that differ.
     """
 
     stops: tuple[int, ...]
@@ -31,13 +31,13 @@ class Ends:
 
 
 def check_lengths(config: RunConfig, prompts: Prompts, teachers: Mapping[str, TeacherInfo]) -> None:
-    """Raise ConfigError when the longest prompt leaves no room for its completion, on either side."""
+    """Raise ConfigError if the longest prompt with its completion is too long for the student or a teacher."""
     room = config.rollout.max_completion_tokens
     limit = read_position_limit(config.student.model)
     longest = max(prompts.rows, key=lambda row: row.prompt_ids.size + _count_answer_tokens(row, room))
     if limit is not None and longest.prompt_ids.size + _count_answer_tokens(longest, room) > limit:
         raise ConfigError(
-            "a prompt and its completion are longer than the student's positions",
+            "a prompt and its completion do not fit the student's context",
             where=f"{config.data.path}, {longest.sample_id}",
             got=f"{longest.prompt_ids.size} + {_count_answer_tokens(longest, room)} tokens",
             expected=f"at most {limit}",
@@ -60,17 +60,17 @@ def check_lengths(config: RunConfig, prompts: Prompts, teachers: Mapping[str, Te
 
 
 def _count_answer_tokens(row: PromptRow, room: int) -> int:
-    """Count the tokens behind the prompt at most: the student's own, or the answer that came with the row."""
+    """Count the most tokens that can follow a prompt: a sampled completion, or the row's own."""
     return room if row.completion_ids is None else max(room, row.completion_ids.size)
 
 
 def read_position_limit(model: str) -> int | None:
-    """Read the positions that a model folder's config states; None when it states none."""
+    """Read the context length from a model folder's config; None if it has none."""
     return _read_model_config(model, "max_position_embeddings")
 
 
 def read_vocab_size(model: str) -> int | None:
-    """Read the number of ids that a model folder's config states; None when it states none."""
+    """Read the number of token ids from a model folder's config; None if it has none."""
     return _read_model_config(model, "vocab_size")
 
 
@@ -80,20 +80,20 @@ def _read_model_config(model: str, name: str) -> int | None:
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError):
-        return None  # opening the model itself says what is wrong with it
+        return None  # the error is raised where the model is loaded
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = getattr(text, name, None)
     return int(found) if isinstance(found, int) and found > 0 else None
 
 
 def list_stop_ids(tokenizer: Any, more: Iterable[int] = ()) -> tuple[int, ...]:
-    """List the tokens that end a completion of the student: its tokenizer's end of text, and the config's."""
+    """List the ids that end a completion of the student: its tokenizer's end-of-text id, and ``more``."""
     end = None if tokenizer is None else tokenizer.eos_token_id
     return tuple(dict.fromkeys([*([] if end is None else [int(end)]), *more]))
 
 
 def compare_ends(config: RunConfig, prompts: Prompts) -> Ends:
-    """Compare where student, chat template and teachers end a completion; nothing is changed."""
+    """Compare the tokens with which student, chat template and teachers end a completion; change nothing."""
     from topkd.engine.models.tokenizer import load_tokenizer
 
     tokenizer = prompts.tokenizer
@@ -104,15 +104,15 @@ def compare_ends(config: RunConfig, prompts: Prompts) -> Ends:
     shown = " or ".join(_show_token(tokenizer, stop) for stop in stops) or "nothing"
     if not stops:
         notes.append(
-            "the student's tokenizer has no end of text: every completion runs to "
-            f"{config.rollout.max_completion_tokens} tokens; name its end in rollout.stop_token_ids"
+            "the student's tokenizer has no end-of-text token: every completion has "
+            f"{config.rollout.max_completion_tokens} tokens; set rollout.stop_token_ids"
         )
     if template is not None and template not in stops:
         notes.append(
-            f"the chat template ends an answer with {_show_token(tokenizer, template)}, and the student stops at "
-            f"{shown} "
-            "only: a teacher that was trained on the template ends there, and what the student writes behind it is "
-            "scored as nonsense; "
+            f"the chat template ends an answer with {_show_token(tokenizer, template)}, but the student stops only at "
+            f"{shown}: "
+            "a teacher that was trained on the template ends there, and its scores of the student's text after that "
+            "token mean nothing; "
             f"set rollout.stop_token_ids = [{template}]"
         )
     teachers = {}
@@ -128,9 +128,9 @@ def compare_ends(config: RunConfig, prompts: Prompts) -> Ends:
             who = f"teacher {name!r}" if name else "the teacher"
             notes.append(
                 f"{who} ends its text with {_show_token(tokenizer, int(end))}, the student with {shown}: "
-                f"the student is "
-                "taught an end at which its own sampling does not stop; "
-                f"set rollout.stop_token_ids = [{int(end)}] (a base student of an instruct teacher wants this)"
+                f"the student "
+                "learns an end token at which its own sampling does not stop; "
+                f"set rollout.stop_token_ids = [{int(end)}] (usual for a base student of an instruct teacher)"
             )
     return Ends(stops, template, teachers, tuple(notes))
 
@@ -140,7 +140,7 @@ def _show_token(tokenizer: Any, token: int) -> str:
 
 
 def check_token_ids_fit(config: RunConfig, rows: list[PromptRow], vocab_size: int) -> None:
-    """Raise where the config or a row holds an id that a student of so many ids does not have."""
+    """Raise if a stop id in the config, or an id in a row, is not below the student's ``vocab_size``."""
     for stop in config.rollout.stop_token_ids:
         if stop >= vocab_size:
             raise ConfigError(

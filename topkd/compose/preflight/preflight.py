@@ -1,6 +1,6 @@
 """Every check that can be made before a model is loaded: one list, for a run and for its dry run.
 
-A run stops at the first problem. A dry run goes on and collects them all.
+A run stops at the first problem. A dry run collects all problems.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SYNC_HINTS = {
     "full": "start vLLM with VLLM_SERVER_DEV_MODE=1, or train an adapter: [student.lora]",
     "lora": "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
 }
-TEACHERS = "teachers.json"  # in a run's folder: what its teacher servers answered at the start
+TEACHERS = "teachers.json"  # file in a run's folder with facts about its teacher servers
 
 
 @dataclass(slots=True)
@@ -52,20 +52,20 @@ class Preflight:
     """Checks before a run, and their findings so far.
 
     Attributes:
-        config: Of the run.
-        progress: Where notes go.
-        processes: How many processes share the run: torchrun's.
-        is_replay: The run trains from a cache: no server is asked.
-        cache: The cache of a replay; None takes the config's.
-        teachers_file: Where the answers of the teacher servers are kept, for a resume.
-        is_resumed: The run goes on: a server that says the same of itself is not asked again.
+        config: Config of the run.
+        progress: Shows notes.
+        processes: Number of processes of the run (from torchrun).
+        is_replay: Whether the run trains from a cache, with no server.
+        cache: Folder of a replay's cache; None takes the config's.
+        teachers_file: File for facts about the teacher servers, for a resume.
+        is_resumed: Whether the run is resumed: a server that describes itself as before is not compared again.
         ranks: The processes that share the run.
-        loss: A custom objective's function, where it is loaded already.
-        teachers: teacher_id -> what its server answered.
+        loss: A custom objective's function, if it is already loaded.
+        teachers: teacher_id -> facts about its server.
         prompts: Tokenizer and rows.
-        evaluation: What ``[eval]`` measures.
-        ends: Where completions end.
-        recorded: What a replay finds in its cache.
+        evaluation: The measurements of ``[eval]``.
+        ends: The tokens that end completions.
+        recorded: The rollouts and scores that a replay finds in its cache.
     """
 
     config: RunConfig
@@ -85,20 +85,20 @@ class Preflight:
 
     @property
     def loaded_prompts(self) -> Prompts:
-        """The prompts, once their check has passed."""
+        """The prompts; their check must have passed."""
         if self.prompts is None:
             raise ValueError("the prompts have not been read")
         return self.prompts
 
     @property
     def recorded_run(self) -> RecordedRun:
-        """What the replay's cache holds, once its check has passed."""
+        """The rollouts and scores in a replay's cache; its check must have passed."""
         if self.recorded is None:
             raise ValueError("the cache has not been read")
         return self.recorded
 
     def notes(self) -> dict[str, Any]:
-        """Return what the run log's first event says of the data."""
+        """Return the facts about the data for the run log's first event."""
         prompts = self.loaded_prompts
         data = {"rows": len(prompts.rows), "dropped_overlong": len(prompts.dropped), "dropped": prompts.dropped[:20]}
         ends = self.ends or Ends((), None, {})
@@ -107,16 +107,16 @@ class Preflight:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that would end a run.
+    """One check of a run.
 
     Attributes:
-        name: What other checks call it.
-        run: Raises a ``TopkdError`` for a problem; adds what it finds to the ``Preflight``. A function that is no
-            coroutine reads files, and runs in a thread.
-        needs: Checks that must have passed.
-        live: Whether a live run is checked so.
-        replay: Whether a replay is checked so.
-        dry: Only a dry run checks so: a run does the same when it opens the part, before the student is loaded.
+        name: Name of the check, for ``needs``.
+        run: Raises a ``TopkdError`` for a problem, and adds its results to the ``Preflight``. A function that is not a
+            coroutine reads files, and so runs in a thread.
+        needs: Names of checks that must have passed.
+        live: Whether a live run makes this check.
+        replay: Whether a replay makes this check.
+        dry: Whether only a dry run makes it. A run makes it later, before the student is loaded.
     """
 
     name: str
@@ -127,7 +127,7 @@ class Check:
     dry: bool = False
 
     async def apply(self, state: Preflight) -> None:
-        """Run the check, off the event loop where it reads files."""
+        """Run the check; if it reads files, run it in a thread."""
         try:
             if inspect.iscoroutinefunction(self.run):
                 await self.run(state)
@@ -139,14 +139,14 @@ class Check:
 
 
 def _name_folder(error: TopkdError, state: Preflight) -> None:
-    """Raise the error again with the folder that relative paths are taken from, where it is about a missing file."""
+    """If the error is about a missing file, raise it again with the folder at which relative paths start."""
     if _is_missing_file(error, state):
         hint = "; ".join(filter(None, [error.hint, f"a relative path is taken from {Path.cwd()}"]))
         raise type(error)(error.what, where=error.where, got=error.got, expected=error.expected, hint=hint) from error
 
 
 def _is_missing_file(error: TopkdError, state: Preflight) -> bool:
-    """Whether the error is about a relative path of the config at which nothing lies, and does not say from where."""
+    """Whether the error names a relative path of the config that does not exist, and not the folder it starts at."""
     named = [value for value in flatten_settings(state.config.model_dump()).values() if isinstance(value, str)]
     named += [str(state.cache)] if state.cache is not None else []
     if not error.where or error.where not in {*named, *map(os.path.normpath, named)} or "is taken from" in error.hint:
@@ -155,7 +155,7 @@ def _is_missing_file(error: TopkdError, state: Preflight) -> bool:
 
 
 async def preflight(state: Preflight) -> Preflight:
-    """Raise the first problem that would end the run, before it has cost anything."""
+    """Make every check of a run; raise the first problem."""
     for check in _select_checks(state):
         if not check.dry:
             await check.apply(state)
@@ -167,7 +167,7 @@ async def collect_problems(state: Preflight) -> list[str]:
     problems: list[str] = []
     failed: set[str] = set()
     for check in _select_checks(state):
-        if failed.intersection(check.needs):  # it would fail for the same reason
+        if failed.intersection(check.needs):  # it would find the same problem again
             failed.add(check.name)
             continue
         try:
@@ -179,7 +179,7 @@ async def collect_problems(state: Preflight) -> list[str]:
 
 
 def check_here(config: RunConfig) -> None:
-    """Raise for a model or a data file that this machine lacks."""
+    """Raise an error if the student's model or a data file is missing on this machine."""
     state = Preflight(config)
     try:
         _check_student(state)
@@ -197,13 +197,13 @@ async def _check_processes(state: Preflight) -> None:
     kind = state.config.sampler.kind
     if state.processes > 1 and not state.is_replay and kind != "in_process":
         raise ConfigError(
-            "with several processes each samples from the student in its own memory",
+            "with several processes, each must sample from the student in its own memory",
             got=f"sampler.kind {kind!r}", expected='sampler.kind = "in_process", or one process',
         )  # fmt: skip
     if state.config.rollout.shards % state.processes:
         raise ConfigError(
-            "rollout.shards must be shared evenly by the processes",
-            got=f"{state.config.rollout.shards} parts, {state.processes} processes",
+            "rollout.shards must be a multiple of the number of processes",
+            got=f"{state.config.rollout.shards} shards, {state.processes} processes",
             hint="set a multiple of the number of processes, or 0",
         )
 
@@ -274,7 +274,7 @@ async def _check_teachers(state: Preflight) -> None:
 
 
 async def _check_support(state: Preflight) -> None:
-    """Check that every teacher scores the ids that ``objective.support`` asks it for; a cache holds its own lists."""
+    """Check that every teacher can score chosen ids, if ``objective.support`` needs them; a cache cannot."""
     support = state.config.objective.list_support
     if support == "teacher":
         return
@@ -309,18 +309,18 @@ def require_weight_sync(client: HttpClient) -> Dialect:
     dialect = find_dialect(client.dialect)
     if not dialect.syncs:
         raise UnsupportedError(
-            "this server's weights cannot be changed, so a student that learns cannot be sampled from it",
+            "this server's weights cannot be changed, so it cannot sample a student that is trained",
             where=client.where(), got=f"dialect {client.dialect}", expected="vLLM, SGLang or topkd serve",
         )  # fmt: skip
     return dialect
 
 
 async def check_sampler(config: RunConfig) -> str:
-    """Check the server of ``[sampler]`` and describe it in a line; "" where the student is sampled in this process.
+    """Check the server of ``[sampler]`` and describe it in a line; return "" if the sampler is in this process.
 
     Raises:
-        ServerUnreachableError, ModelNotFoundError: It is not there, or another.
-        UnsupportedError: Weights cannot be brought to it.
+        ServerUnreachableError, ModelNotFoundError: The server does not answer, or does not have the model.
+        UnsupportedError: The server cannot load new weights.
     """
     table = config.sampler
     if not isinstance(table, ServerSampling):
@@ -338,11 +338,11 @@ async def check_sampler(config: RunConfig) -> str:
         missing = [route for route in dialect.load_sink().routes[way] if not await wire.mounted(route)]
         if missing:
             raise UnsupportedError(
-                "the student's server does not take " + ("adapters" if by_adapter else "new weights"),
+                "the student's server cannot load " + ("adapters" if by_adapter else "new weights"),
                 where=client.where(), got=f"no route {missing[0]}", hint=_SYNC_HINTS[way],
             )  # fmt: skip
-        how = "by adapters" if by_adapter else "by reloads"
-        return f"the student is sampled at {table.url} ({info.model}, {client.dialect}), its weights follow {how}"
+        how = "as adapters" if by_adapter else "as whole models"
+        return f"the student is sampled at {table.url} ({info.model}, {client.dialect}), new weights are sent {how}"
 
 
 async def _check_sampler(state: Preflight) -> None:
@@ -362,7 +362,7 @@ async def _check_ids(state: Preflight) -> None:
 
 async def _check_lengths(state: Preflight) -> None:
     config = state.config
-    if state.is_replay and config.replay.order == "shuffled":  # completions of whatever length are there already
+    if state.is_replay and config.replay.order == "shuffled":  # the completions exist, with any length
         config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_completion_tokens": 1})})
     check_lengths(config, state.loaded_prompts, state.teachers)
 

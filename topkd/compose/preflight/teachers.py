@@ -1,4 +1,4 @@
-"""Check every teacher server before loading a model: reachable, K supported, same tokenizer as the student."""
+"""Checks every teacher server before loading a model: reachable, K supported, same tokenizer as the student."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from topkd.compose.progress import Progress
 from topkd.files import write_atomically
 from topkd.topk.errors import ConfigError
 
-_COMPARED = ("same", "yes")  # how a verdict begins that was come to
-_STUDENT = "student"  # in the file: the fingerprint of the tokenizer that was compared
-_SHORT = 8  # tokens of the score that asks for K
+_COMPARED = ("same", "yes")  # first word of ``TeacherInfo.tokenizer`` if the tokenizers were compared
+_STUDENT = "student"  # key in the file: the fingerprint of the student's tokenizer
+_SHORT = 8  # tokens of the request that tries K
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherInfo:
-    """Facts about a teacher's server, as it answered before the run.
+    """Facts about a teacher's server, found before the run.
 
     Attributes:
-        url: Where (one line per replica).
-        model: The served name.
-        dialect: How it speaks.
-        version: The server's own, "" when it does not say.
-        context: Tokens that a request may have, None when it does not say.
-        k: Entries a row that it was seen to serve.
-        tokenizer: "same" when its ids were seen to be the student's, else why that could not be found out.
+        url: Its URL (each replica has its own facts).
+        model: Name of the model on the server.
+        dialect: API of the server.
+        version: Version of the server; "" if it does not return one.
+        context: Largest number of tokens in a request; None if it does not return one.
+        k: Entries per position that it has returned.
+        tokenizer: "same" if its ids are the student's, else the reason why this could not be found out.
     """
 
     url: str
@@ -53,13 +53,13 @@ class TeacherInfo:
 async def check_teachers(
     config: RunConfig, progress: Progress, kept: Path | None = None, *, resumed: bool = False
 ) -> dict[str, TeacherInfo]:
-    """Check every teacher behind a server; one that cannot teach this student is an error that says why.
+    """Check every teacher behind a server; raise an error if one cannot teach this student.
 
-    What is found is written to ``kept``. A run that is ``resumed`` asks no server again that was compared with this
-    very tokenizer and describes itself as it did then.
+    The results are written to ``kept``. In a ``resumed`` run, a server is not compared again if it was compared with
+    the same tokenizer and still describes itself in the same way.
 
     Raises:
-        ServerUnreachableError: within seconds, whatever the run's own patience is.
+        ServerUnreachableError: A server does not answer. It is raised within seconds, whatever the run's retries are.
         KLimitError: K is above the server's limit.
         ConfigError: The teacher's ids are not the student's.
     """
@@ -83,9 +83,9 @@ async def check_teachers(
 
 
 def select_teachers(config: RunConfig) -> dict[str, TeacherConfig]:
-    """Select the teachers that a run asks.
+    """Select the teachers that a run uses.
 
-    Cross-entropy on the data's own completions (sft) asks a server only for the evaluation's ceiling.
+    Cross-entropy on the data's own completions (sft) uses a server only for the ceiling of the evaluation.
     """
     table = config.eval
     has_ceiling = table is not None and table.scorer is not None and table.ceiling
@@ -95,7 +95,7 @@ def select_teachers(config: RunConfig) -> dict[str, TeacherConfig]:
 
 
 def check_same_ids(teacher: str, student: str) -> None:
-    """Raise ConfigError with the first id that the two tokenizers spell differently."""
+    """Raise ConfigError with the first id that stands for different text in the two tokenizers."""
     teacher_map, own_map = load_bytemap(teacher), load_bytemap(student)
     if teacher_map.fingerprint == own_map.fingerprint:
         return
@@ -105,13 +105,13 @@ def check_same_ids(teacher: str, student: str) -> None:
     spellings = ["nothing" if token is None else repr(token.decode("utf-8", "replace")) for token in raw]
     raise ConfigError(
         "the teacher's tokens are not the student's", where=f"{teacher} and {student}",
-        got=f"{len(differ)} ids differ, the first is {differ[0]}: {spellings[0]} there and {spellings[1]} here",
-        expected="one tokenizer for both: ids travel, text does not",
+        got=f"{len(differ)} ids differ, the first is {differ[0]}: teacher {spellings[0]}, student {spellings[1]}",
+        expected="the same tokenizer for both: topkd sends token ids, not text",
     )  # fmt: skip
 
 
 def shorten_patience(config: ClientConfig) -> ClientConfig:
-    """Return the client's settings with retries of seconds, not minutes: for the first question to a server."""
+    """Return the client's settings with retries of seconds, not minutes, for the first request to a server."""
     return config.model_copy(
         update={
             "max_retries": min(config.max_retries, 3),
@@ -157,13 +157,13 @@ async def _compare_tokenizers(session: Session, client: ScoringClient, url: str)
     if found.status == "fail":
         raise ConfigError(
             "the teacher cannot teach this student", where=f"{url}, model {session.info.model}", got=found.detail,
-            expected="one tokenizer for both: ids travel, text does not",
+            expected="the same tokenizer for both: topkd sends token ids, not text",
         )  # fmt: skip
     return "same" if found.value.startswith("yes") else f"{found.value}, {found.detail}"
 
 
 def _load_byte_map(student: str) -> ByteMap | str:
-    """Load what the student's ids stand for, or why that is not known."""
+    """Load the byte map of the student's tokenizer, or return the reason why it cannot be loaded."""
     try:
         return load_student_byte_map(student)
     except ConfigError as error:
@@ -171,7 +171,7 @@ def _load_byte_map(student: str) -> ByteMap | str:
 
 
 def _read_known(kept: Path, student: ByteMap | str) -> dict[str, TeacherInfo]:
-    """Read what an earlier start found of servers that were compared with this very tokenizer."""
+    """Read what an earlier start found about servers that were compared with this tokenizer."""
     if isinstance(student, str):
         return {}
     try:
@@ -180,4 +180,4 @@ def _read_known(kept: Path, student: ByteMap | str) -> dict[str, TeacherInfo]:
         found = [TeacherInfo(**entry) for entry in mine]
         return {info.url: info for info in found if info.tokenizer.startswith(_COMPARED)}
     except (OSError, ValueError, TypeError, AttributeError):
-        return {}  # then it is asked again
+        return {}  # then every server is checked again

@@ -1,4 +1,4 @@
-"""Evaluation while training: answers that are scored, exact divergences, and the best student so far."""
+"""Evaluation while training: grades of answers, exact divergences, and the best student so far."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _LOWER_IS_BETTER = {"reverse_kl", "forward_kl", "jsd"}
 class Evaluation:
     """The ``evaluate`` hook of a run with an ``[eval]`` table.
 
-    ``models`` are the teachers' weights by name, where they are on this machine; the fixed prefixes and the best
-    student are kept in ``out``. ``step`` is the run's step at the moment.
+    ``models`` are the teachers' models by name, if their weights are on this machine. The fixed prefixes and the best
+    student are stored in ``out``. ``step`` is the current step of the run.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Evaluation:
         self._best = self._kept_best()
 
     async def measure_ceiling(self, teachers: Mapping[str, object], progress: Progress) -> None:
-        """Measure the teacher's own accuracy on the same prompts, for the records to state beside the student's."""
+        """Measure the teacher's own accuracy on the same prompts; records show it beside the student's."""
         if self._left_out:
             progress.note(
-                f"exact divergences leave out the rows of {', '.join(map(repr, self._left_out))}: "
-                "those weights are not on this machine"
+                f"exact divergences leave out the rows of teacher {', '.join(map(repr, self._left_out))}: "
+                "its weights are not on this machine"
             )
         if self._scorer is None or not self.table.ceiling:
             return
@@ -71,7 +71,7 @@ class Evaluation:
         for name, rows in self._by_teacher().items():
             sampler = AnswerSampler(self._models[name]) if name in self._models else teachers.get(name)
             if not isinstance(sampler, Sampler):  # a runtime check: a teacher need not sample
-                progress.note("the teacher's ceiling is not measured: its server does not sample")
+                progress.note("the teacher's accuracy (ceiling) is not measured: its server does not sample")
                 return
             answers = await _draw_completions(
                 sampler, [row.teacher_prompt_ids for row in rows], self._build_params(), self.table
@@ -90,7 +90,7 @@ class Evaluation:
         return records
 
     def on_record(self, kind: str, record: Record) -> None:
-        """Note which step the next evaluation is of."""
+        """Remember the step of the next evaluation."""
         if kind == "step":
             self.step = int(record["step"])
 
@@ -134,7 +134,7 @@ class Evaluation:
         return _build_probes(rows, [np.array(ids, dtype=np.int32) for ids in kept[key]])
 
     def _extend(self, model: Student, prompts: list[Any], step: int) -> list[Any]:
-        """Draw continuations at temperature 1: divergences are means over what a policy itself writes."""
+        """Sample continuations at temperature 1: divergences are means over the text that a policy writes."""
         params = SamplingParams(
             max_tokens=self.table.max_tokens,
             stop_token_ids=list_stop_ids(self._tokenizer, self._config.rollout.stop_token_ids),
@@ -145,7 +145,7 @@ class Evaluation:
         return [rollouts[0].completion_ids for rollouts in drawn]
 
     def _kept_prefixes(self) -> dict[str, list[list[int]]]:
-        """Read what the run began with: a resumed run is measured on the same prefixes."""
+        """Read the prefixes from the start of the run: a resumed run is measured on the same ones."""
         place = self._out / _PREFIXES
         return json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
 

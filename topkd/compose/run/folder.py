@@ -1,4 +1,4 @@
-"""A run's folder: one run each, one process at a time, and what it was made with."""
+"""The folder of a run: it holds one run, is locked by one process, and records the versions that made the run."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from topkd.engine.loop.metrics import RECORD_KINDS, read_metrics
 from topkd.report.load.run_folder import CHECKPOINTS, CONFIG, LOCK, RUN_LOG, STUDENT, describe_machine
 from topkd.topk.errors import ConfigError
 
-_TRIES = 5  # to have a run's folder
+_TRIES = 5  # attempts to lock a run's folder
 _PACKAGES = ("torch", "transformers", "safetensors", "peft", "tokenizers", "numpy", "httpx", "vllm")
 
 
 def check_free(out: Path) -> None:
-    """Raise when a new run cannot have ``out``: a run has taken a step there, or something else's files lie there.
+    """Raise if a new run must not use ``out``: a run there has taken a step, or the folder has files of others.
 
-    A run that ended before its first step (a mistake found late) makes room for the next.
+    A folder whose run ended before its first step may be used again.
     """
     try:
         str(out.absolute()).encode()
-    except UnicodeEncodeError as error:  # found out when the first weights are written, otherwise
+    except UnicodeEncodeError as error:  # else the first weights could not be written
         raise ConfigError(
             "the output folder's name is not UTF-8", where=str(out), hint="choose another --out"
         ) from error
@@ -42,24 +42,24 @@ def check_free(out: Path) -> None:
     if others and not ours:
         raise ConfigError(
             "the output folder holds files that are not a run's", where=str(out), got=", ".join(others[:3]),
-            expected="a new or an empty folder", hint="choose another --out: nothing of yours is written over",
+            expected="a new or an empty folder", hint="choose another --out: topkd does not overwrite other files",
         )  # fmt: skip
     if any(record["kind"] == "step" for record in records) or not {STUDENT, CHECKPOINTS}.isdisjoint(others):
         raise ConfigError(
-            "the output folder already holds a run", where=str(out), hint="choose another --out, or go on with --resume"
+            "the output folder already holds a run", where=str(out), hint="choose another --out, or use --resume"
         )
 
 
 def check_resumable(out: Path) -> None:
-    """Raise where a folder holds no run that could be resumed."""
+    """Raise if a folder holds no run that can be resumed."""
     if CONFIG not in (_list_entries(out) or []):
         raise ConfigError("there is no run to resume", where=str(out), hint="leave out --resume")
 
 
 def _list_entries(out: Path) -> list[str] | None:
-    """List the names in a folder, in order; None where there is none yet.
+    """List the names in a folder, in order; return None if there is no folder.
 
-    Without those that begin with a dot: a lock, or the half-written config of a run killed at its first moment.
+    Names that begin with a dot are left out: a lock, or the incomplete config of a run that was killed at its start.
     """
     try:
         if not out.exists():
@@ -72,7 +72,7 @@ def _list_entries(out: Path) -> list[str] | None:
 
 
 def prepare_folder(out: Path) -> None:
-    """Make ``out``, or clear it of a run that took no step; see ``check_free`` for what is refused."""
+    """Make ``out``, or remove the log of a run that took no step; see ``check_free`` for folders that are refused."""
     check_free(out)
     try:
         (out / RUN_LOG).unlink(missing_ok=True)
@@ -91,7 +91,7 @@ def _is_run_config(path: Path) -> bool:
 
 @contextlib.contextmanager
 def lock_folder(out: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder (made now, or there to be resumed) until this one leaves or dies."""
+    """Lock a folder against other processes until the context ends or this process dies; make a missing folder."""
     try:
         import fcntl
     except ImportError:  # no such locks on this platform
@@ -110,8 +110,8 @@ def lock_folder(out: Path) -> Iterator[None]:
             except OSError:
                 if not left:
                     raise ConfigError("another process is at work on this run", where=str(out)) from None
-                time.sleep(0.02)  # a page that asks whether anybody is at work holds it for a moment
-        with contextlib.suppress(OSError):  # a full disk: then nobody knows whose lock it is
+                time.sleep(0.02)  # a report that tests the lock holds it for a moment
+        with contextlib.suppress(OSError):  # on a full disk the lock does not name its holder
             file.truncate(0)
             file.write(describe_machine())
         yield

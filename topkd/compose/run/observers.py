@@ -24,7 +24,7 @@ def _ignore_record(kind: str, record: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Observers:
-    """What watches a run and changes nothing in it.
+    """Hooks that observe a run and do not change it.
 
     Attributes:
         evaluate: Measures the student; None without ``[eval]``.
@@ -39,7 +39,7 @@ class Observers:
 async def open_observers(
     config: RunConfig, student: Any, findings: Preflight, teachers: Teachers, run: Run
 ) -> AsyncIterator[Observers]:
-    """Open evaluation and trackers, on the first rank only; the teacher's own accuracy is measured here."""
+    """Open evaluation and trackers, and measure the teacher's own accuracy; on the first rank only."""
     if not run.is_first_rank:
         yield Observers()
         return
@@ -75,13 +75,13 @@ class _Tracker(Protocol):
 
 
 class Tracking:
-    """The ``on_record`` hook of a run with a ``[track]`` table; the run log stays the record of what happened.
+    """The ``on_record`` hook of a run with a ``[track]`` table: it sends the run log's numbers to trackers.
 
     Args:
-        table: The config's.
+        table: The ``[track]`` table.
         out: The run's folder.
-        config: The resolved config, shown where a tracker shows one.
-        resume_step: The step that a resumed run goes on from; what was shown beyond it is shown again.
+        config: The resolved config, for trackers that show it.
+        resume_step: The step after which a resumed run continues; later values are sent again.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Tracking:
             raise
 
     def on_record(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Show the numbers of a step or an evaluation; events have none."""
+        """Send the numbers of a step or an evaluation to the trackers; events have none."""
         if kind == "event" or not self._trackers:
             return
         place = kind if record.get("prefixes", "fixed") == "fixed" else f"{kind}_{record['prefixes']}"
@@ -107,13 +107,13 @@ class Tracking:
             tracker.log(values, int(record["step"]))
 
     def close(self) -> None:
-        """Write out what is held back."""
+        """Close the trackers, which writes the values that they still hold."""
         for tracker in self._trackers:
             tracker.close()
 
 
 def select_numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the finite numbers of a record by name; those of a table inside it under ``table/name``. No lists."""
+    """Yield the finite numbers of a record by name, and those of a table inside it by ``table/name``; skip lists."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from select_numbers(value, f"{prefix}{name}/")
@@ -129,7 +129,7 @@ class _TensorBoard:
             raise ConfigError(
                 "track.tensorboard needs tensorboard", hint="install it with: pip install 'topkd[track]'"
             ) from error
-        # From purge_step on, an earlier attempt's points are hidden: the resumed run gives them again.
+        # From purge_step on, points from before the resume are hidden: the resumed run writes them again.
         self._writer = SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
         if resume_step is None:
             self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```")
@@ -163,7 +163,7 @@ class _Wandb:
                 dir=str(out),
             )
         except Exception as error:
-            raise ConfigError("wandb does not start", got=f"{type(error).__name__}: {error}") from error
+            raise ConfigError("wandb cannot be started", got=f"{type(error).__name__}: {error}") from error
         kept.write_text(f"{self._run.id}\n", encoding="utf-8")
         self._run.define_metric("topkd/step")
         self._run.define_metric("*", step_metric="topkd/step")

@@ -1,4 +1,4 @@
-"""Going on with a run that ended early: the same config, the newest whole checkpoint, the run log up to it."""
+"""Resumes a run that ended early: with the same config, from the newest intact checkpoint and the run log up to it."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from topkd.topk.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from topkd.engine.checkpoint.checkpoint import Checkpoint
 
-# What may differ when a run is resumed: where its servers are, how they are asked, what is written down.
+# Settings that may change on a resume: addresses and keys of servers, the client, checkpoints, trackers.
 FREE = ("client.*", "checkpoint.*", "track.*", "teacher.url*", "teachers.*.url*", "*.api_key_env", "sampler.url")
 
 
 @dataclass(frozen=True, slots=True)
 class PreviousRun:
-    """What a run has left in its folder.
+    """The run that is already in a folder.
 
     Attributes:
-        checkpoint: Where to go on; None: from the beginning.
-        steps: Its step records up to there.
-        evals: Its evaluations up to there.
-        events: Its events up to there.
-        finished: There is nothing left to do.
-        resumed: The folder held a run.
-        config: What the run goes on with.
+        checkpoint: The checkpoint to continue from; None: from the beginning.
+        steps: Its step records up to the checkpoint.
+        evals: Its evaluations up to the checkpoint.
+        events: Its events up to the checkpoint.
+        finished: Whether the run is finished.
+        resumed: Whether there is a run to resume.
+        config: The config with which the run continues.
     """
 
     checkpoint: Checkpoint | None = None
@@ -50,16 +50,16 @@ class PreviousRun:
 
     @property
     def step(self) -> int:
-        """Steps taken before the checkpoint; 0 without one."""
+        """Number of steps before the checkpoint; 0 without one."""
         return 0 if self.checkpoint is None else self.checkpoint.position.step
 
 
 def read_previous_run(
     out: Path, config: EngineConfig, *, command: str, note: Callable[[str], None] = lambda _: None
 ) -> PreviousRun:
-    """Read the run that a folder holds; refuse one that this command and config cannot resume.
+    """Read the run in a folder; refuse one that this command and config cannot resume.
 
-    Nothing is changed: see ``truncate_to_checkpoint``.
+    Nothing in the folder is changed; ``truncate_to_checkpoint`` does that.
     """
     check_resumable(out)
     records = read_metrics(out / RUN_LOG) if (out / RUN_LOG).exists() else []
@@ -93,14 +93,14 @@ def _select_records(previous: PreviousRun, records: list[dict[str, Any]]) -> Pre
 
 
 def truncate_to_checkpoint(out: Path, previous: PreviousRun) -> None:
-    """Cut a resumed run's folder back to its checkpoint, once all is there to go on: a refusal costs nothing."""
+    """Remove what a resumed run wrote after its checkpoint. Call it last: an error before it then changes nothing."""
     if previous.resumed and previous.config is not None:
         _truncate_records(out, previous.checkpoint)
         save_config(previous.config, out / CONFIG)
 
 
 def preview_resume(out: Path, config: EngineConfig, *, command: str, resume: bool) -> tuple[str, PreviousRun]:
-    """Read what a run would find in its folder, and describe it ("": nothing); raise what would refuse the run."""
+    """Read the run in a folder, and describe it ("": no run); raise the error that a run would raise."""
     if not resume:
         check_free(out)
         return "", PreviousRun()
@@ -109,15 +109,13 @@ def preview_resume(out: Path, config: EngineConfig, *, command: str, resume: boo
     if previous.finished:
         return f"{out} is finished: {len(previous.steps)} steps; nothing to resume", previous
     where = "from the beginning" if previous.checkpoint is None else f"after step {previous.step}"
-    return "; ".join([*damage, f"the run in {out} would go on {where}"]), previous
+    return "; ".join([*damage, f"the run in {out} would continue {where}"]), previous
 
 
 def _refuse_another_command(out: Path, records: list[dict[str, Any]], command: str) -> None:
     former = next((record["command"] for record in records if "command" in record), command)
     if former != command:
-        raise ConfigError(
-            f"this run was made by topkd {former}", where=str(out), hint=f"go on with topkd {former} --resume"
-        )
+        raise ConfigError(f"this run was made by topkd {former}", where=str(out), hint=f"use topkd {former} --resume")
 
 
 def _refuse_changes(out: Path, config: EngineConfig) -> None:
@@ -134,7 +132,7 @@ def _refuse_changes(out: Path, config: EngineConfig) -> None:
         if before.get(key) != now.get(key) and key != "steps" and not any(fnmatchcase(key, free) for free in FREE)
     ]
     if now["steps"] < before["steps"]:
-        changed.append(f"steps {before['steps']} -> {now['steps']} (it may grow)")
+        changed.append(f"steps {before['steps']} -> {now['steps']} (it may only grow)")
     if changed:
         raise ConfigError(
             "the config is not the one that the run began with", where=str(out), got=", ".join(changed),
@@ -143,7 +141,7 @@ def _refuse_changes(out: Path, config: EngineConfig) -> None:
 
 
 def _count_finished_steps(out: Path) -> int:
-    """Count the steps of a run that ended as it should; 0 for any other."""
+    """Count the steps of a finished run; return 0 for any other run."""
     try:
         state = json.loads((out / STUDENT / "topkd.json").read_text(encoding="utf-8"))
         return 0 if state["stopped"] else int(state["version"])
@@ -152,19 +150,19 @@ def _count_finished_steps(out: Path) -> int:
 
 
 def _count_kept_bytes(out: Path, checkpoint: Checkpoint | None) -> int:
-    """Count the bytes of the run log that stay: those before the checkpoint."""
+    """Count the bytes of the run log that are kept: those from before the checkpoint."""
     run_log, length = out / RUN_LOG, 0 if checkpoint is None else checkpoint.run_log_bytes
     there = run_log.stat().st_size if run_log.exists() else 0
     if there < length:
         raise DataError(
-            "the run log is shorter than the checkpoint says", where=str(run_log), got=f"{there} bytes",
+            "the run log is shorter than at the checkpoint", where=str(run_log), got=f"{there} bytes",
             expected=f"at least {length}", hint="was it edited? restore it, or start a new run",
         )  # fmt: skip
     return length
 
 
 def _truncate_records(out: Path, checkpoint: Checkpoint | None) -> None:
-    """Take back what was written after the checkpoint: it will be written again."""
+    """Remove the records from after the checkpoint; they will be written again."""
     length, step = _count_kept_bytes(out, checkpoint), 0 if checkpoint is None else checkpoint.position.step
     if (out / RUN_LOG).exists():
         os.truncate(out / RUN_LOG, length)
@@ -178,11 +176,11 @@ def _is_within(line: bytes, step: int) -> bool:
     try:
         return bool(json.loads(line)["step"] <= step)
     except (ValueError, KeyError, TypeError):
-        return False  # torn by the end of the process
+        return False  # a line that a killed process left incomplete
 
 
 def check_same_rows(events: Sequence[Mapping[str, Any]], note: dict[str, Any], where: str) -> None:
-    """Refuse other prompts than the run log's first event names; a run log without a digest passes."""
+    """Raise DataError if the prompts are not those of the run log; a run log without a digest passes."""
     began = next((event["prompts"] for event in events if "prompts" in event), note)
     if began != note:
         raise DataError(
@@ -190,7 +188,7 @@ def check_same_rows(events: Sequence[Mapping[str, Any]], note: dict[str, Any], w
             where=where,
             got=_describe_prompts(note),
             expected=_describe_prompts(began),
-            hint="put the former file back, or start a new run in another --out",
+            hint="restore the former file, or start a new run in another --out",
         )
 
 
@@ -199,11 +197,11 @@ def _describe_prompts(note: dict[str, Any]) -> str:
 
 
 def describe_process_change(previous: PreviousRun, size: int) -> str:
-    """Warn about a resume with more or fewer processes than before; "" where nothing changed."""
+    """Return a warning about a resume with more or fewer processes than before; "" if nothing changed."""
     before = [event["processes"] for event in previous.events if "processes" in event]
     if not before or before[-1] == size:
         return ""
     return (
-        f"careful: {before[-1]} of torchrun's processes before, {size} now: completions are drawn from other seeds "
-        "from here on, since rollout.shards is 0 (one per process)"
+        f"careful: torchrun had {before[-1]} processes before and has {size} now: completions get other seeds "
+        "from this step on, because rollout.shards is 0 (one per process)"
     )

@@ -1,4 +1,4 @@
-"""One run in a folder: what its commands share, from the lock to the exit stack."""
+"""One open run in a folder: the parts that train and replay share, from the lock to the exit stack."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """Where a run lies, and its records.
+    """The folder and the records of a run.
 
     Attributes:
         out: Its folder.
-        steps: All step records, those before a resume included.
+        steps: All step records, also those from before a resume.
         evals: All evaluations.
-        stopped: The signal that ended it early ("" when it ran to its end).
-        already: It had been finished before; nothing was done.
+        stopped: Why it ended early, such as a signal's name; "" if it ran to its end.
+        already: Whether the run was already finished, so that nothing was done.
     """
 
     out: Path
@@ -53,11 +53,11 @@ class Run:
 
     Attributes:
         out: The run's folder.
-        command: Which command can go on with the run.
-        progress: Where notes go; silent on every rank but the first.
-        previous: What an earlier start has left in the folder.
+        command: The command that made the run and can resume it.
+        progress: Shows notes; silent on all ranks but the first.
+        previous: The run that was already in the folder.
         ranks: The processes that share the run; None for a single process.
-        signals: Signals that end the run in order.
+        signals: Signals on which the run stops between two steps.
     """
 
     out: Path
@@ -70,16 +70,16 @@ class Run:
 
     @property
     def is_first_rank(self) -> bool:
-        """Whether this process writes, measures and asks servers for all of them."""
+        """Whether this process writes, evaluates and checks servers for all ranks."""
         return self.ranks is None or self.ranks.main
 
     @property
     def is_finished(self) -> bool:
-        """Whether a resume finds nothing left to do."""
+        """Whether the run in the folder is finished, so that a resume has nothing to do."""
         return self.previous.finished
 
     def result(self) -> RunResult:
-        """Return what an earlier start has finished."""
+        """Return the result of a run that was already finished."""
         return RunResult(self.out, self.previous.steps, self.previous.evals, already=True)
 
     def enter(self, context: AbstractContextManager[T]) -> T:
@@ -101,9 +101,9 @@ async def open_run(
     progress: Progress | None = None,
     signals: StopSignals | None = None,
 ) -> AsyncIterator[Run]:
-    """Lock a run's folder, read what lies in it, and join the other ranks; see ``Run`` for the arguments."""
+    """Lock a run's folder, read the run in it, and join the other ranks; see ``Run`` for the arguments."""
     out, progress = Path(out), progress or Progress()
-    (check_resumable if resume else check_free)(out)  # before a lock file lies in it
+    (check_resumable if resume else check_free)(out)  # before the lock file is made
     with _convert_write_errors(out), _join_ranks() as ranks, contextlib.ExitStack() as locks:
         previous = PreviousRun()
         if ranks is None or ranks.main:
@@ -119,7 +119,7 @@ async def open_run(
 def open_claimed_run(
     config: EngineConfig, out: Path, progress: Progress | None = None, signals: StopSignals | None = None
 ) -> Iterator[Run]:
-    """Lock a folder that was made for this run, and save the config there: a demo's, or a cell's."""
+    """Lock a folder that was made for this run (of a demo, or of a cell), and save the config there."""
     with _convert_write_errors(out), lock_folder(out):
         save_config(config, out / CONFIG)
         yield Run(out, progress=progress or Progress(), signals=signals)
@@ -153,7 +153,7 @@ def _join_ranks() -> Iterator[Ranks | None]:
             raise
         raise TrainingError(
             "another process of this run is gone, or does not answer", where=f"process {ranks.rank} of {ranks.size}",
-            got=str(error).partition("\n")[0][:200], hint="its own last message says why; then resume with --resume",
+            got=str(error).partition("\n")[0][:200], hint="see its last message; then resume with --resume",
         ) from error  # fmt: skip
     finally:
         ranks.close()
@@ -161,7 +161,7 @@ def _join_ranks() -> Iterator[Ranks | None]:
 
 @contextlib.contextmanager
 def _convert_write_errors(out: Path) -> Iterator[None]:
-    """Turn a run file that cannot be written into one clear error, wherever it is noticed."""
+    """Convert the error about a file that cannot be written into a TrainingError of one line."""
     try:
         yield
     except OSError as error:

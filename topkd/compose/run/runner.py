@@ -1,4 +1,4 @@
-"""Training over opened parts, in a run's folder: run log, provenance, checkpoints, and the student it ends with."""
+"""Trains with the opened parts of a run, in its folder: run log, provenance, checkpoints, and the final student."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from topkd.engine.learner.token_view import TokenLoss
     from topkd.engine.loop.loop import Source
 
-_INTERRUPTS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)  # a request to stop is no error of the run
+_INTERRUPTS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)  # requests to stop, not errors of the run
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +44,19 @@ class TrainingParts:
     """Parts of a training run. Data only.
 
     Attributes:
-        config: What shapes the run.
-        student: The model, as it was before the first step.
-        tokenizer: Saved beside it.
+        config: Settings of the run.
+        student: The model, as it is before the first step.
+        tokenizer: The tokenizer, which is saved with the student.
         rows: Prompts.
-        teachers: What scores.
-        sampling: Where rollouts come from, and how new weights reach it.
+        teachers: The opened teachers.
+        sampling: The sampler of the rollouts, and how it gets new weights.
         observers: Evaluation and trackers.
-        loss: The function of a custom objective, where it was given and not named.
-        source: Gives the rollouts instead of any sampler.
-        context: Gives a row as the teacher is to see it, once it has been answered.
-        is_remembered: Whoever gives the rollouts gives those in flight again: a cache.
-        is_foreign: The rollouts are those of another run.
-        notes: Joins the run log's first event.
+        loss: The function of a custom objective, if the caller passed it and the config does not name it.
+        source: Supplies the rollouts instead of the sampler.
+        context: Builds the row that the teacher sees, given the row and its completion.
+        is_remembered: Whether rollouts in flight can be read again after a resume, from a cache.
+        is_foreign: Whether the rollouts are from another run.
+        notes: Further fields of the run log's first event.
         account: Returns the run log's last event.
     """
 
@@ -86,7 +86,7 @@ class TrainingParts:
         sampling: SamplingSetup,
         observers: Observers,
     ) -> TrainingParts:
-        """Return the parts of a run file, once its preflight has passed."""
+        """Build the parts of a run file whose preflight has passed."""
         prompts = findings.loaded_prompts
         return cls(
             config.with_eval_schedule(),
@@ -118,7 +118,7 @@ async def run_training(run: Run, parts: TrainingParts) -> RunResult:
 
     config, prompts = parts.config, describe_rows(parts.rows)
     checkpoint, start = run.previous.checkpoint, Position()
-    if checkpoint is not None:  # weights before the learner is made, which may copy them into shards
+    if checkpoint is not None:  # load weights before making the learner, which may copy them to shards
         check_same_rows(run.previous.events, prompts, where=str(run.out))
         load_weights(parts.student, read_weights(checkpoint), where=str(checkpoint.path))
     learner = _make_learner(run, parts)
@@ -157,7 +157,7 @@ async def run_training(run: Run, parts: TrainingParts) -> RunResult:
         )
         try:
             steps = await distil(loop_parts, learner, log, hooks, start)
-        except BaseException as error:  # an interrupt, a dead teacher: the student so far is kept, the log says why
+        except BaseException as error:  # an interrupt, a dead teacher: save the student, log the reason
             saver.save_after_error(error)
             raise
         reason = "" if learner.version == config.steps else (run.signals.name if run.signals else "") or "stop"
@@ -208,7 +208,7 @@ def _record_to(run: Run, observers: Observers, evals: list[dict[str, Any]]) -> C
 
 @dataclass(frozen=True, slots=True)
 class _RunSaver:
-    """Writes checkpoints and the student of one run; of several processes the first alone does."""
+    """Writes the checkpoints and the student of a run; with several processes, only the first one writes."""
 
     run: Run
     parts: TrainingParts
@@ -216,7 +216,7 @@ class _RunSaver:
     log: MetricsLog
 
     def checkpoint(self, position: Position) -> None:
-        """Keep the position. Every process calls it: sharded state is only had together."""
+        """Write a checkpoint. Every process must call it, because all of them together hold sharded state."""
         from topkd.engine.checkpoint.checkpoint import save_checkpoint
 
         if not self.learner.ranks.main:
@@ -228,7 +228,7 @@ class _RunSaver:
             learner=self.learner,
             run_log_bytes=self.log.kept(),
             keep=self.parts.config.checkpoint.keep,
-            # Of several processes each has rollouts of its own in flight: only a cache remembers them all.
+            # With several processes, each has its own rollouts in flight, and this checkpoint cannot hold them all.
             remembered=self.parts.is_remembered or self.learner.ranks.size > 1,
             stateful=self.parts.teachers.states,
         )
@@ -252,7 +252,7 @@ class _RunSaver:
             self.run.progress.note(f"stopped after step {learner.version} of {steps}; the student so far: {folder}")
 
     def save_after_error(self, error: BaseException) -> None:
-        """Save the student so far; a second error is a note, since the first is the one to report."""
+        """Save the student so far; if that fails, only show a note, because the first error is the one to report."""
         try:
             self.finish("interrupted" if isinstance(error, _INTERRUPTS) else type(error).__name__)
         except (TopkdError, OSError) as another:

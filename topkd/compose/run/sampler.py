@@ -1,4 +1,4 @@
-"""The student sampled outside the learner: a server that takes its weights, or vLLM beside it in this process."""
+"""Opens the sampler of a run: the learner's model, a server that loads its weights, or vLLM in this process."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from topkd.clients import VllmInProcess
     from topkd.engine.weight_sync.sync import Destination
 
-KEPT_ADAPTERS = 2  # the last one may still be sampled from while the next is loaded
+KEPT_ADAPTERS = 2  # the last one may still be in use while the next is loaded
 
 
 @contextlib.asynccontextmanager
 async def open_sampler(config: RunConfig, student: Any, prompts: Prompts, run: Run) -> AsyncIterator[SamplingSetup]:
-    """Open what samples this run's rollouts; a server is left as it was found when the run is over."""
+    """Open the sampler of this run's rollouts; at the end of the run, a server gets its former state back."""
     table = config.sampler
     if isinstance(table, InProcessSampling):
         yield open_in_process(config, student, prompts.tokenizer)
@@ -42,7 +42,7 @@ async def open_sampler(config: RunConfig, student: Any, prompts: Prompts, run: R
     if isinstance(table, ServerSampling):
         opened = _open_server(table, config, kind, student.vocab_size, KEPT_ADAPTERS + config.max_staleness)
     else:
-        run.progress.note("starting vLLM beside the learner")
+        run.progress.note("starting vLLM in the learner's process")
         opened = _open_engine(table, config, kind, student)
     async with opened as destination:
         sampler = SyncedSampler(
@@ -63,7 +63,7 @@ async def open_sampler(config: RunConfig, student: Any, prompts: Prompts, run: R
 
 def _find_kind(table: ServerSampling | VllmSampling, student: Any) -> Literal["lora", "full"]:
     if table.weights == "lora" and not student.lora:
-        raise ConfigError('sampler.weights is "lora" and the student trains no adapter', hint="add [student.lora]")
+        raise ConfigError('sampler.weights is "lora", but the student trains no adapter', hint="add [student.lora]")
     if table.weights == "auto":
         return "lora" if student.lora else "full"
     return table.weights
@@ -83,7 +83,7 @@ async def _open_server(
         await stack.enter_async_context(client)
         dialect = require_weight_sync(client)
         if not isinstance(client, ScoringClient):
-            raise TypeError(f"{type(client).__name__} takes weights and does not score")
+            raise TypeError(f"{type(client).__name__} can load weights, but cannot score")
         client.vocab_size = vocab_size
         model = await client.model_name()
         sink = await stack.enter_async_context(
@@ -140,7 +140,7 @@ async def _open_engine(
 
 
 class _Sleeper:
-    """An engine that holds the device's memory only while it samples or takes weights."""
+    """An engine that holds the device's memory only while it samples or loads weights."""
 
     def __init__(self, engine: VllmInProcess) -> None:
         self._engine, self._awake, self._busy = engine, True, 0
@@ -175,14 +175,14 @@ class _Sleeper:
 
 @dataclass(frozen=True, slots=True)
 class SamplingSetup:
-    """A sampler and the way weights reach it.
+    """A sampler, and how it gets new weights.
 
     Attributes:
-        sampler: Draws the rollouts.
-        publish: Brings weight version v to it (see ``Hooks.publish``).
-        lock: Held by the learner while weights change; an in-process sampler reads them under it.
-        capture: Keeps a version for ``publish`` (see ``Hooks.capture``): the sampler has weights of its own.
-        publish_while_sampling: It holds several versions (see ``Hooks``).
+        sampler: Samples the rollouts.
+        publish: Sends weight version v to the sampler (see ``Hooks.publish``).
+        lock: The learner holds it while weights change; an in-process sampler holds it while it reads them.
+        capture: Copies a version for ``publish`` (see ``Hooks.capture``), if the sampler has its own weights.
+        publish_while_sampling: Whether the sampler can hold several versions (see ``Hooks``).
     """
 
     sampler: Sampler
@@ -192,12 +192,12 @@ class SamplingSetup:
     publish_while_sampling: bool = False
 
     def drawing_from(self, sampler: Sampler) -> SamplingSetup:
-        """Return the setup with another sampler, which asks this one or stands in for it."""
+        """Return the setup with another sampler, which uses this one or replaces it."""
         return replace(self, sampler=sampler)
 
 
 def open_in_process(config: EngineConfig, student: Any, tokenizer: Any) -> SamplingSetup:
-    """Sample the student itself, in this process: new weights are there at once."""
+    """Sample from the learner's own model in this process, which always has the new weights."""
     from topkd.engine.models.sampler import InProcessSampler
 
     sampler = InProcessSampler(

@@ -1,4 +1,4 @@
-"""Signals that end a run in order: SIGTERM and Ctrl-C become a request that the loop obeys between two steps."""
+"""Stops a run on SIGTERM or Ctrl-C: the signal becomes a request that the loop obeys between two steps."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """While it is entered, the first signal asks the run to stop, and a second one interrupts it where it is.
+    """Inside ``with``, the first signal asks the run to stop, and a second one interrupts it at once.
 
-    Before and after the run itself (a model is being loaded, say) there is nothing to keep: Ctrl-C is KeyboardInterrupt
-    and SIGTERM leaves with status 0 at once. Signals of other threads than the main one are not touched.
+    Before and after the run itself (for example while a model is loaded) there is nothing to save: Ctrl-C raises
+    KeyboardInterrupt, and SIGTERM exits with status 0, both at once. Outside the main thread, signals are not changed.
 
     Attributes:
-        name: The signal that asked, "" when none did.
+        name: The signal that asked for the stop; "" if there was none.
     """
 
     def __init__(self) -> None:
         self.name = ""
-        self._leaving_by: signal.Signals | None = None  # the signal that was to end what came before the run
+        self._leaving_by: signal.Signals | None = None  # a signal from before the run
         self._loop: asyncio.AbstractEventLoop | None = None
         self._event: asyncio.Event | None = None
         self._previous_handlers: dict[signal.Signals, Any] = {}
@@ -43,7 +43,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[asyncio.Event]:
-        """Yield the event that a signal sets; within the running loop."""
+        """Yield the event that a signal sets; call it inside a running event loop."""
         self.obey()
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
         try:
@@ -52,9 +52,9 @@ class StopSignals:
             self._loop = self._event = None
 
     def obey(self) -> None:
-        """Leave now, where a signal was to end what comes before the run and did not.
+        """Exit now, if a signal from before the run should have ended this process and did not.
 
-        What a handler raises is lost where Python happens to be in a ``__del__``: long work asks between its steps.
+        Python drops an exception that a handler raises during a ``__del__``, so long work calls this between its steps.
         """
         if self._leaving_by is not None:
             self._leave(self._leaving_by)

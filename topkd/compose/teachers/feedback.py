@@ -17,10 +17,10 @@ from topkd.topk.samples import Rollout
 
 
 def build_feedback_context(config: RunConfig, prompts: Prompts) -> Callable[[PromptRow, Rollout], PromptRow] | None:
-    """Return what ``[data] feedback`` makes of a row once it has been answered; None without such a function.
+    """Return a function that adds feedback to a row's teacher prompt, given its completion; None without ``feedback``.
 
-    The function is called with the row's columns and the completion's text, in a thread of its own; it must give the
-    same text for the same arguments, or the run does not repeat itself. None leaves the teacher's prompt as it is.
+    ``[data] feedback`` is called with the row's columns and the completion's text, in its own thread. It must return
+    the same text for the same arguments, or else the run cannot be repeated. If it returns None, nothing is added.
     """
     if config.data.feedback is None:
         return None
@@ -39,7 +39,7 @@ def build_feedback_context(config: RunConfig, prompts: Prompts) -> Callable[[Pro
         if feedback is None:
             return row
         if not isinstance(feedback, str):
-            raise ConfigError("feedback is text or None", where=f"{name}; {where}", got=type(feedback).__name__)
+            raise ConfigError("feedback must be text or None", where=f"{name}; {where}", got=type(feedback).__name__)
         data = check_row({key: value for key, value in row.columns.items() if key != "completion"}, where)
         if data.messages and data.messages[-1].get("role") == "assistant":
             data = data.model_copy(update={"messages": data.messages[:-1]})

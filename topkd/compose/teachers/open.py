@@ -40,12 +40,12 @@ _CLIENT = {
 
 
 class TeacherUsage:
-    """Counters of every teacher of a run, read as the difference since the last reading.
+    """Counters of all teachers of a run, read as the difference since the last reading.
 
-    ``requests`` are HTTP exchanges (tries), ``retries`` those after a first one, ``failed_requests`` requests that were
-    given up, ``scored_tokens`` rows that servers returned (nothing for a cache hit), ``teacher_bytes`` reply bodies.
-    What happened is booked to the step whose record is written next: with scores in flight, that is not always the step
-    they are for.
+    ``requests`` counts HTTP requests (tries), ``retries`` those that repeat another, ``failed_requests`` those that
+    failed in the end, ``scored_tokens`` positions that servers returned (0 for a cache hit), ``teacher_bytes`` the size
+    of replies. Counts go to the step whose record is written next. If other scores are in flight then, it may not be
+    the step that they are for.
     """
 
     def __init__(self) -> None:
@@ -53,11 +53,11 @@ class TeacherUsage:
         self._booked: Counter[str] = Counter()
 
     def client(self, meter: Callable[[], Mapping[str, float]]) -> None:
-        """Counts a client's ``metrics`` from now on: meeting the server is no part of any step."""
+        """Count a client's ``metrics`` from now on; the requests before the run belong to no step."""
         self._add(meter, _CLIENT)
 
     def cache(self, meter: Callable[[], Mapping[str, float]]) -> None:
-        """Counts the hits of a caching scorer; one that joined a request under way is a hit too."""
+        """Count the hits of a caching scorer; joining a request in flight is a hit too."""
         self._add(meter, {"hits": "cache_hits", "joined": "cache_hits"})
 
     def since_last(self) -> dict[str, int]:
@@ -88,15 +88,15 @@ class TeacherUsage:
 
 @dataclass(slots=True)
 class Teachers:
-    """What scores the rollouts of a run.
+    """The teachers of a run.
 
     Attributes:
-        scorers: teacher_id -> what training asks: the teacher, or the cache before it.
+        scorers: teacher_id -> the scorer for training: the teacher, or the cache in front of it.
         servers: teacher_id -> the teacher's own client, for teachers behind servers.
-        models: teacher_id -> the weights, for teachers in this process.
-        fingerprints: teacher_id -> who answered, for the run log.
-        followers: teacher_id -> teachers that follow the student.
-        usage: What the teachers were asked; None where nothing counts it.
+        models: teacher_id -> the model, for teachers in this process.
+        fingerprints: teacher_id -> facts about the teacher, for the run log.
+        followers: teacher_id -> the teacher, if its weights follow the student's.
+        usage: Counters of requests; None if nothing is counted.
     """
 
     scorers: dict[str, TeacherScorer] = field(default_factory=dict)
@@ -108,11 +108,11 @@ class Teachers:
 
     @property
     def states(self) -> Mapping[str, Stateful]:
-        """What checkpoints must keep of the teachers."""
+        """The teachers whose state a checkpoint must contain."""
         return {f"teacher-{name or 'self'}": teacher for name, teacher in self.followers.items()}
 
     def add_served(self, name: str, opened: OpenTeacher, revision: str, cache: LiveCache | None) -> None:
-        """Add a teacher behind a server, with the cache before it where there is one."""
+        """Add a teacher behind a server, with the cache in front of it, if there is one."""
         usage = self.usage = self.usage or TeacherUsage()
         usage.client(opened.metrics)
         self.servers[name] = opened.scorer
@@ -150,7 +150,7 @@ class Teachers:
         return cached
 
     def publish_after_step(self, publish: Publish, ranks: Ranks | None = None) -> Publish:
-        """Return ``publish`` with the teachers' own step before it, and their usage in the step's record."""
+        """Return a ``publish`` that first updates teachers that follow the student, and records all teachers' usage."""
         if not self.followers and self.usage is None:
             return publish
         has_begun = False  # the first call is before any step
@@ -170,7 +170,7 @@ class Teachers:
 async def open_teachers(
     config: RunConfig, student: Any, lock: threading.Lock, cache: LiveCache | None
 ) -> AsyncIterator[Teachers]:
-    """Connect to every teacher server, and open the teachers in this process; ``lock`` is held while weights change."""
+    """Connect to every teacher server, and load the teachers of this process; ``lock`` is held while weights change."""
     teachers = Teachers(usage=TeacherUsage())
     async with contextlib.AsyncExitStack() as stack:
         for name, table in select_teachers(config).items():

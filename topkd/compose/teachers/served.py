@@ -15,19 +15,19 @@ from topkd.clients import ClientConfig, Fleet, VllmInProcess, connect
 from topkd.topk.errors import ConfigError
 from topkd.topk.protocols import TeacherScorer
 
-IN_PROCESS = "vllm:"  # before a folder or id, in place of a URL
+IN_PROCESS = "vllm:"  # stands before a folder or a model id, instead of a URL
 
 
 @dataclass(frozen=True, slots=True)
 class OpenTeacher:
-    """A teacher that has answered.
+    """A teacher that is connected.
 
     Attributes:
         scorer: One client, or a fleet of replicas.
-        name: The served model name.
-        context: Tokens that a request may have, None when the server does not say.
-        version: What the server calls itself ("" when it does not say).
-        fleet: The same as ``scorer`` where there are replicas.
+        name: Name of the model on the server.
+        context: Largest number of tokens in a request; None if the server does not return it.
+        version: Version of the server; "" if the server does not return it.
+        fleet: The same as ``scorer`` if there are replicas, else None.
     """
 
     scorer: TeacherScorer
@@ -37,7 +37,7 @@ class OpenTeacher:
     version: str = ""
 
     def fingerprint(self) -> dict[str, str | int | None]:
-        """Who answered, for a run's provenance."""
+        """Return the model, server and replicas, for a run's provenance."""
         dialect = type(self.scorer if self.fleet is None else self.fleet.replicas[0].client).__name__
         return {
             "model": self.name, "dialect": dialect, "server_version": self.version, "max_model_len": self.context,
@@ -45,7 +45,7 @@ class OpenTeacher:
         }  # fmt: skip
 
     def metrics(self) -> dict[str, float]:
-        """The client's counters."""
+        """Return the client's counters."""
         found: dict[str, float] = getattr(self.scorer, "metrics", {})
         return dict(found)
 
@@ -62,14 +62,15 @@ async def open_teacher(
     k: int = 20,
     engine: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[OpenTeacher]:
-    """Connect, and check that every replica has the same model.
+    """Connect to a teacher, and check that every replica has the same model.
 
-    ``vllm:FOLDER`` in place of a URL loads the model into this process, for lists of at most ``k``; ``engine`` has
-    further arguments of ``vllm.LLM``. Ids at or past ``vocab_size`` are refused, in requests and replies.
+    ``vllm:FOLDER`` instead of a URL loads the model in this process, for top-K lists of at most ``k``; ``engine`` has
+    further arguments of ``vllm.LLM``. Ids of ``vocab_size`` or more are refused, in requests and in replies.
     """
     if urls[0].startswith(IN_PROCESS):
         if len(urls) > 1:
-            raise ConfigError("one model in this process, or replicas by URL", got=", ".join(urls))
+            raise ConfigError("vllm:FOLDER cannot be combined with other addresses", got=", ".join(urls),
+                              hint="give one vllm:FOLDER, or the URLs of the replicas of one model")  # fmt: skip
         async with await asyncio.to_thread(
             _load_in_process, urls[0].removeprefix(IN_PROCESS), k, vocab_size, engine or {}
         ) as loaded:
@@ -85,5 +86,5 @@ async def open_teacher(
 
 def _load_in_process(model: str, k: int, vocab_size: int | None, engine: Mapping[str, Any]) -> VllmInProcess:
     if not model:
-        raise ConfigError("vllm: without a model's folder or id", expected="vllm:models/teacher, say")
+        raise ConfigError("vllm: needs the folder or id of a model", expected="for example vllm:models/teacher")
     return VllmInProcess(model, vocab_size=vocab_size, **{"max_logprobs": max(k, 1), **engine})

@@ -1,4 +1,4 @@
-"""Numbers as text: the same digits, signs and units everywhere on the page."""
+"""Formats numbers as text: with the same digits, signs and units everywhere on the page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAMES = {"reverse_kl": "KL(student ‖ teacher)", "forward_kl": "KL(teacher ‖ 
 
 
 def format_number(value: float | None) -> str:
-    """Format four significant digits with a true minus sign; "?" for an unknown value."""
+    """Format a number with four significant digits and a minus sign (−); "?" for an unknown value."""
     if value is None or not math.isfinite(value):
         return "?"
     return f"{value:.4g}".replace("-", "−")
@@ -29,7 +29,7 @@ def format_change(first: float, last: float) -> str:
 
 
 def format_interval(interval: Interval, format_value: Callable[[float], str] = format_number) -> str:
-    """Format a mean with its interval, where there is one."""
+    """Format a mean, with its interval if there is one."""
     if not math.isfinite(interval.low):
         return format_value(interval.mean)
     return f"{format_value(interval.mean)} [{format_value(interval.low)}, {format_value(interval.high)}]"
@@ -41,7 +41,7 @@ def format_percent(share: float) -> str:
 
 
 def compute_mean(values: Iterable[float | None]) -> float | None:
-    """Compute the mean of the values that are known; None where none is."""
+    """Compute the mean of the known values; None if there are none."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     return sum(known) / len(known) if known else None
 

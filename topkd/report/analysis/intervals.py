@@ -28,12 +28,12 @@ class Interval:
     n: int
 
     def within_shares(self) -> Interval:
-        """Return the interval cut at 0 and 1, which no share can leave."""
+        """Return the interval cut at 0 and 1, the bounds of a share."""
         return replace(self, low=max(self.low, 0.0), high=min(self.high, 1.0)) if math.isfinite(self.low) else self
 
 
 def t_quantile(freedom: int) -> float:
-    """Compute the 97.5 % quantile of Student's t to 4 digits; beyond 30 degrees by the first terms of its expansion."""
+    """Compute the 97.5 % quantile of Student's t to 4 digits; above 30 degrees, with the first terms of a series."""
     if freedom <= len(_T95):
         return _T95[freedom - 1]
     return _Z95 + (_Z95**3 + _Z95) / (4 * freedom) + (5 * _Z95**5 + 16 * _Z95**3 + 3 * _Z95) / (96 * freedom**2)

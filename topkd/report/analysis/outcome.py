@@ -1,4 +1,4 @@
-"""First and last values of each run's metrics, how noisy they are, and settings ranked by them."""
+"""First and last values of each run's metrics, their noise, and a ranking of settings by them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVALUATED = ("reverse_kl", "forward_kl", "jsd", "agreement", "accuracy")
 SHARES = {
     "agreement": "eval_tokens",
     "accuracy": "answers",
-}  # shares of one, and the field that counts what they are of
+}  # metrics that are shares, and the field with the number of their items
 _Z95 = 1.96
 
 
@@ -29,13 +29,13 @@ class Outcome:
 
     Attributes:
         run: The run.
-        first: Metric -> value at the first evaluation (or over the first steps, for the estimate).
+        first: Metric -> value at the first evaluation (for an estimate: mean of the first steps).
         last: Metric -> value at the last one.
-        area: Mean of the main metric over the tokens of the run (area under its curve over its width).
-        measurements: How many values of the main metric there are.
+        area: Mean of the main metric over the tokens of the run (area under its curve, divided by its width).
+        measurements: Number of values of the main metric.
         totals: Tokens, requests and seconds.
-        noise: Metric -> half-width of the 95 % interval of last - first; absent where it cannot be known.
-        counts: Share -> how many positions (or answers) it is of.
+        noise: Metric -> half-width of the 95 % interval of last - first; absent if it is not known.
+        counts: Share -> number of its positions (or answers).
     """
 
     run: LoggedRun
@@ -48,13 +48,13 @@ class Outcome:
     counts: dict[str, int] = field(default_factory=dict)
 
     def is_within_noise(self, key: str) -> bool:
-        """Return whether the metric changed by no more than its noise; False where the noise is unknown."""
+        """Return whether the metric changed by at most its noise; False if the noise is unknown."""
         return key in self.noise and abs(self.last[key] - self.first[key]) <= self.noise[key]
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A measure of the distance to the teacher, which the verdict is about."""
+    """A measure of the distance to the teacher, on which the verdict is based."""
 
     key: str
     name: str
@@ -64,14 +64,14 @@ class Metric:
 EXACT = Metric("reverse_kl", NAMES["reverse_kl"], exact=True)
 SAMPLED = Metric("kl_k1", f"estimated {EXACT.name}", exact=False)
 ESTIMATES = (SAMPLED, Metric("sft_loss", "−log p of the data", exact=False))
-# The same field of the run log where the student did not draw the completions: a number, but not a distance.
-LOG_RATIO = Metric("log_ratio", "log student/teacher ratio on the completions it replays", exact=False)
+# The field kl_k1 of a run whose student did not sample the completions: a number, but not a distance.
+LOG_RATIO = Metric("log_ratio", "log student/teacher ratio on replayed completions", exact=False)
 
 
 def choose_metric(groups: Sequence[RunGroup], wanted: Any = None) -> Metric | None:
-    """Choose the exact held-out divergence where every run has it, else an estimate of the steps; None before any.
+    """Choose the exact held-out divergence if every run has it, else an estimate from steps; None if there is none.
 
-    ``wanted`` is the key that a comparison judges by; without it, KL(student || teacher).
+    ``wanted`` is the metric of a comparison; the default is KL(student || teacher).
     """
     runs = [run for group in groups for run in group.runs]
     exact = Metric(wanted, NAMES[wanted], exact=True) if wanted in NAMES else EXACT
@@ -108,7 +108,7 @@ def compute_outcome(run: LoggedRun, metric: Metric) -> Outcome:
         own = metric
         if metric in (SAMPLED, LOG_RATIO):
             own = LOG_RATIO if run.foreign else SAMPLED
-        if known.size:  # single steps are noisy: a tenth of the run at each end
+        if known.size:  # single steps are noisy: use the mean of a tenth of the run at each end
             part = max(1, known.size // 10)
             first[own.key], last[own.key] = float(known[:part].mean()), float(known[-part:].mean())
             if known.size > 2 and own is SAMPLED:
@@ -126,7 +126,7 @@ def _compute_share_noise(first: float, last: float, size: int) -> float:
 
 
 def _compute_step_noise(values: Floats, part: int) -> float:
-    """Compute the 95 % half-width of the difference of two means of ``part`` steps, from how neighbours differ."""
+    """Compute the 95 % half-width of the difference of two means of ``part`` steps, from differences of neighbours."""
     deviation = float(np.sqrt(np.mean(np.diff(values) ** 2) / 2))
     return _Z95 * deviation * math.sqrt(2 / part)
 
@@ -140,7 +140,7 @@ def _compute_area(x: Any, y: Any) -> float:
 
 
 def collect_last_by_seed(outcomes: Sequence[Outcome], key: str) -> dict[int, float]:
-    """Return seed -> last value of the runs that are counted in a verdict."""
+    """Return seed -> last value, for the runs that count in a verdict."""
     return {
         item.run.seed: item.last[key]
         for item in outcomes
@@ -154,21 +154,21 @@ def is_counted(run: LoggedRun) -> bool:
 
 
 def select_counted(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Return the runs that a group's means are over; the only run of a group always counts."""
+    """Return the runs that count in a group's means; the only run of a group always counts."""
     return [item for item in outcomes if is_counted(item.run) or len(outcomes) == 1]
 
 
 def compute_spread(outcomes: Sequence[Outcome], key: str) -> Interval:
-    """Compute the mean of a group's last values with its interval over seeds; a share's stays in [0, 1]."""
+    """Compute the mean of a group's last values with its interval over seeds; cut that of a share to [0, 1]."""
     interval = compute_interval([item.last[key] for item in outcomes if key in item.last and is_counted(item.run)])
     return interval.within_shares() if key in SHARES else interval
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One setting: ``difference`` is to the best one, over the seeds that both have; None for fewer than two.
+    """One setting: ``difference`` is to the best one, over the seeds that both have; None if these are fewer than two.
 
-    A ``control`` is a comparison's yardstick: it stands behind the others, whatever it came to.
+    A ``control`` is a comparison's yardstick: it is ranked after the others, whatever its result is.
     """
 
     group: int
@@ -193,7 +193,7 @@ def rank_groups(
 ) -> list[Rank]:
     """Rank the settings that were run on-policy, best first; replays of other runs' rollouts are not ranked.
 
-    Nor is, by an estimate from rollouts, what trained on completions that the student did not draw.
+    An estimate from rollouts does not rank settings that trained on completions that the student did not sample.
     """
     rows = [
         Rank(

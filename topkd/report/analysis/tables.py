@@ -1,4 +1,4 @@
-"""Tables of the page: results by setting and by run, what ``topkd compare`` worked out, and the settings."""
+"""Tables of the page: results by setting and by run, results of ``topkd compare``, and settings."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ _TITLES = {
 }
 _COLUMNS = ("arm", "learning rate", "area, share of start", "area ratio", "last value ratio", "tokens to target")
 _COSTS = (("teacher_calls", "teacher calls"), ("teacher_tokens", "teacher tokens"), ("teacher_bytes", "teacher bytes"))
-# What a setting is that was left to the kind of run: the configuration has null.
-_LEFT_OUT = {"learner.lr": "2e-6; 1e-4 where only an adapter trains"}
+# Defaults of settings that are null in the config, because they depend on the kind of run.
+_LEFT_OUT = {"learner.lr": "2e-6; 1e-4 if only an adapter is trained"}
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells as text; ``numeric`` columns stand to the right, ``marked`` cells differ (row, column)."""
+    """Cells as text; ``numeric`` columns are aligned right, ``marked`` cells (row, column) are highlighted."""
 
     columns: list[str]
     rows: list[list[str]]
@@ -64,7 +64,7 @@ class Table:
 def build_summary_table(
     groups: Sequence[RunGroup], outcomes: Sequence[Sequence[Outcome]], statement: ReportVerdict
 ) -> Table:
-    """Build a row a setting, best first: last values with 95 % intervals over seeds, differences to the best, cost."""
+    """Build one row per setting, best first: last values with 95 % intervals, differences to the best, costs."""
     gaps = {rank.group: rank.difference for rank in statement.ranks}
     order = [*gaps, *(index for index in range(len(groups)) if index not in gaps)]
     metrics, sums = _select_columns(outcomes)
@@ -112,7 +112,7 @@ def build_runs_table(groups: Sequence[RunGroup], outcomes: Sequence[Sequence[Out
 def build_settings_table(
     collection: Collection, groups: Sequence[RunGroup], baseline: Mapping[str, Any] | None = None
 ) -> Table:
-    """Build the table of all settings, differing ones first and marked; of one group, against topkd's defaults."""
+    """Build the table of all settings, those that differ first and marked; compare one group with topkd's defaults."""
     configs = [{**flatten_settings(group.runs[0].config), **group.runs[0].params} for group in groups]
     for config in configs:
         config.pop("seed", None)
@@ -144,7 +144,7 @@ def _select_columns(outcomes: Sequence[Sequence[Outcome]]) -> tuple[dict[str, st
 
 
 def build_comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
-    """Build a table for each phase of a comparison and one of its tuning; leave out what it does not have."""
+    """Build a table for each phase that a comparison has, and one for its tuning, if it has one."""
     arms = {arm["name"]: arm for arm in comparison.get("arms") or () if isinstance(arm, dict) and "name" in arm}
     tables = []
     for phase, title in _TITLES.items():
@@ -167,27 +167,27 @@ def _build_tuning_table(comparison: Mapping[str, Any], arms: Mapping[str, Mappin
     for name, trial in trials.items():
         areas = dict(zip(trial.get("rates") or (), trial.get("areas") or (), strict=False))
         best, edge = trial.get("best"), trial.get("edge")
-        shown = {rate: "broke" if area is None else format_number(area) for rate, area in areas.items()}
+        shown = {rate: "failed" if area is None else format_number(area) for rate, area in areas.items()}
         cells = [shown.get(rate, "—") for rate in rates]
-        taken = f"{format_number(best)}: the grid's {edge}est, refused" if edge else format_number(best)
+        taken = f"{format_number(best)}: refused, the {edge}est of the grid" if edge else format_number(best)
         if best in rates:
             marked.add((len(rows), 1 + rates.index(best)))
         rows.append([str(arms.get(name, {}).get("label") or name), *cells, taken])
-    columns, title = ["arm", *map(format_number, rates), "taken"], "Learning rates that were tried"
+    columns, title = ["arm", *map(format_number, rates), "chosen"], "Learning rates that were tried"
     note, numeric = _describe_trials(comparison, rates), [False, *[True] * (len(rates) + 1)]
     return [Table(columns, rows, numeric, frozenset(marked), note, title)]
 
 
 def _describe_trials(comparison: Mapping[str, Any], rates: Sequence[float]) -> str:
     tuned = comparison.get("tuned")
-    text = "Mean area of the trials at each rate, on seeds and prompts of their own; the lowest is taken."
+    text = "Mean area of the trials at each rate, on separate seeds and prompts; the rate with the lowest is chosen."
     if not isinstance(tuned, dict):
         return text
     seeds, asked = tuned.get("seeds") or (), tuned.get("rates") or ()
-    text += f" Tuning seeds: {', '.join(map(str, seeds))}; as many trials for every arm."
+    text += f" Tuning seeds: {', '.join(map(str, seeds))}; equally many trials for every arm."
     if len(asked) < len(rates):
         grid = ", ".join(map(format_number, asked))
-        text += f" The grid was {grid}, and grew where the best rate of an arm was at its edge."
+        text += f" The grid was {grid}; it was extended where an arm's best rate was the first or the last."
     return text
 
 
@@ -215,7 +215,7 @@ def _build_table(
     note = (
         f"Ratios are to {reference}, paired by seed, with 95 % intervals; below 1 is better. Area: mean of the "
         f"{NAMES.get(str(metric), metric)} over the tokens trained on, as a share of its first value. Target: "
-        f"{comparison.get('target', '?')} of the first value; runs that never get there are counted, not averaged."
+        f"{comparison.get('target', '?')} of the first value; runs that never reach it are counted, not averaged."
     )
     note = f"On replayed rollouts: {statement} {note}" if statement else note
     return Table(columns, cells, [False, *[True] * (len(columns) - 1)], note=note, title=title)

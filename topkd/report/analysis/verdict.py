@@ -1,4 +1,4 @@
-"""The verdict of a report: what happened, which setting won and by how much, and what to be careful about."""
+"""The verdict of a report: what happened, which setting won and by how much, and warnings."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ from topkd.report.load.collection import Collection, RunGroup, gather
 from topkd.report.load.run_log import LoggedRun, Record, find_last_step, flatten_settings
 
 ENOUGH_SEEDS = 8
-FEW_SEEDS = 4  # below it a comparison is a first look, whatever its intervals say
+FEW_SEEDS = 4  # with fewer, a comparison is a first look, whatever its intervals are
 EMBEDDED = "embedded"
-OF_TEXT = "Next token of real text"  # what accuracy is on the embedded pair, which has no task
+OF_TEXT = "Next token of real text"  # the name of accuracy on the embedded pair, which has no task
 _DATA_LOSS = "sft_loss"
 _CUT = (
-    "The embedded pair has no stop token: every completion is cut at its limit, so that each step has as many tokens."
+    "The embedded pair has no stop token: every completion is cut at the limit, so that all steps have equally many "
+    "tokens."
 )
 _DISTANCES = (("forward_kl", "KL(teacher ‖ student)"), ("jsd", "Jensen-Shannon"))
 _UNDRAWN = (
-    "completions that the learning student did not draw: log s − log t on them is no estimate of "
-    "KL(student ‖ teacher), and neither way is better by itself"
+    "completions that the trained student did not sample: log s − log t on them does not estimate "
+    "KL(student ‖ teacher), and neither a lower nor a higher value is better"
 )
 _BASIS = {
     "kl_k1": "On its own rollouts",
@@ -53,11 +54,11 @@ _BASIS = {
     "log_ratio": f"On {_UNDRAWN}",
 }
 _RESTS = {
-    "kl_k1": ": the verdict rests on the estimate from rollouts",
-    "sft_loss": ": the verdict rests on the training loss on the data",
-    "log_ratio": ", and no estimate of it: [eval] in the run file measures how far student and teacher are apart",
+    "kl_k1": ": the verdict is based on the estimate from rollouts",
+    "sft_loss": ": the verdict is based on the training loss on the data",
+    "log_ratio": ", and no estimate of it: [eval] in the run file measures the distance between student and teacher",
 }
-_UNDECIDED = "No winner: these run logs hold no KL by which the settings could be compared"
+_UNDECIDED = "No winner: these run logs have no KL with which the settings could be compared"
 _SHARES = (("agreement", "Same top token", "positions"), ("accuracy", "Task accuracy", "answers"))
 
 
@@ -66,18 +67,18 @@ class ReportVerdict:
     """The text at the top of the page.
 
     Attributes:
-        headline: The result in one sentence, with its figures.
+        headline: The result in one sentence, with its numbers.
         summary: What was done and whether it worked, in plain words.
-        caveat: Why a comparison is a first look only; "" when it is more.
-        detail: How sure it is.
+        caveat: The reason why a comparison is only a first look; "" if it is more.
+        detail: How certain the result is.
         tone: "won", "open" (no clear winner), "one" (a single setting) or "waiting".
-        facts: Figures beside it: label, value, remark.
-        facts_of: Whose figures they are, where that is not plain.
-        warnings: What a careful reader would ask about.
+        facts: Further numbers: label, value, remark.
+        facts_of: The run or setting of these numbers, if it is not obvious.
+        warnings: Warnings about the runs.
         ranks: Settings from best to worst.
-        metric: What the ranks are by.
-        note: What the comparison says of itself.
-        notes: What to know about its runs.
+        metric: Name of the metric of the ranks.
+        note: The note of the comparison's config.
+        notes: Remarks about the runs.
     """
 
     headline: str
@@ -95,7 +96,7 @@ class ReportVerdict:
 
 
 def write_verdict(collection: Collection, groups: Sequence[RunGroup]) -> tuple[ReportVerdict, list[list[Outcome]]]:
-    """Write the verdict over the groups; return it with the outcomes that it rests on, group by group."""
+    """Compose the verdict on the groups; return it, and for each group the outcomes that it is based on."""
     metric = choose_metric(groups, collection.comparison.get("metric"))
     if metric is None:
         return _describe_nothing(groups), [[] for _ in groups]
@@ -132,7 +133,7 @@ def write_verdict(collection: Collection, groups: Sequence[RunGroup]) -> tuple[R
 
 
 def judge_folder(path: Path) -> ReportVerdict:
-    """Write the verdict over the run, or the comparison, in one folder."""
+    """Compose the verdict on the run, or the comparison, in one folder."""
     collection = gather([path])
     return write_verdict(collection, collection.groups())[0]
 
@@ -158,15 +159,15 @@ def _write_summary(
 
 
 def _summarize_run(item: Outcome, metric: Metric) -> str:
-    """Say in one sentence whether a run worked and what it did."""
+    """Summarize in one sentence whether a run worked and what it did."""
     steps, so_far = _describe_steps(item.run), " so far" if item.run.state == "running" else ""
     if metric.key not in item.last or _is_foreign(item, metric):
-        unknown = "no measurement says whether the student came closer to the teacher"
+        unknown = "no measurement shows whether the student came closer to the teacher"
         return f"Not known whether training worked: {steps}, and {unknown}."
     if item.measurements < 2:
         return f"Not known yet whether training works: {steps}, and the student was measured only once."
     if item.is_within_noise(metric.key):
-        return f"No clear change{so_far}: {steps}, and what the student's distance to the teacher changed is noise."
+        return f"No clear change{so_far}: {steps}, and the change of the distance to the teacher is within noise."
     if _is_closer(item, metric):
         result = "the student came closer to the teacher"
         return f"Training worked{so_far}: {steps}, and {_describe_data_loss(metric, 'better') or result}."
@@ -177,7 +178,7 @@ def _summarize_run(item: Outcome, metric: Metric) -> str:
 
 
 def _summarize_runs(outcomes: Sequence[Outcome], metric: Metric, label: str) -> str:
-    """Say in one sentence in how many runs of one setting training worked."""
+    """Summarize in one sentence in how many runs of one setting training worked."""
     counted = [item for item in outcomes if is_counted(item.run)]
     if metric is LOG_RATIO or not counted:
         return ""
@@ -186,7 +187,7 @@ def _summarize_runs(outcomes: Sequence[Outcome], metric: Metric, label: str) -> 
 
 
 def _summarize_settings(outcomes: Sequence[Sequence[Outcome]], metric: Metric, winner: str, *, finished: bool) -> str:
-    """Say in one sentence which of several settings did best, and in how many runs training worked."""
+    """Summarize in one sentence which of several settings did best, and in how many runs training worked."""
     counted = [item for group in outcomes for item in group if is_counted(item.run)]
     result = f"{winner} did best" if winner else "none is clearly the best"
     what = f"{len(outcomes)} settings were compared in {len(counted)} runs"
@@ -203,7 +204,7 @@ def _describe_steps(run: LoggedRun) -> str:
     steps = find_last_step(run.steps)
     kind = run.params.get("objective.kind") or flatten_settings(run.config).get("objective.kind")
     count = f"{steps:,}" if run.planned in (None, steps) else f"{steps:,} of {run.planned:,}"
-    data = " on completions that it did not draw" if run.foreign else ""
+    data = " on completions that it did not sample" if run.foreign else ""
     return f"{count} step{'s' * (count != '1')}{f' of {kind}' if kind else ''}{data}"
 
 
@@ -232,15 +233,15 @@ def _describe_nothing(groups: Sequence[RunGroup]) -> ReportVerdict:
     losses = [step["loss"] for step in runs[0].steps if _has_list_loss(step)] if len(runs) == 1 else []
     if losses:
         span = f"from {format_number(losses[0])} to {format_number(losses[-1])} nats"
-        detail = f"{steps:,} steps; nothing in the run log measures the distance of student and teacher."
+        detail = f"{steps:,} steps; nothing in the run log measures the distance between student and teacher."
         return ReportVerdict(f"The loss on the teacher's lists went {span}", detail=detail, tone="open")
-    detail = f"{steps:,} steps, and neither an evaluation nor an estimate among them: the curves are below."
-    headline = "Nothing in the run log says how far the student is from its teacher"
+    detail = f"{steps:,} steps, without an evaluation or an estimate of the distance: the curves are below."
+    headline = "Nothing in the run log measures the distance between student and teacher"
     return ReportVerdict(headline, detail=detail, tone="open")
 
 
 def _has_list_loss(step: Record) -> bool:
-    """Return whether the step's loss is over teacher lists: it then knows the mass that they hold."""
+    """Return whether the step's loss is over teacher lists: such a step also logs their mass."""
     return all(isinstance(step.get(key), int | float) and math.isfinite(step[key]) for key in ("loss", "teacher_mass"))
 
 
@@ -259,7 +260,7 @@ def _describe_run(item: Outcome, metric: Metric) -> ReportVerdict:
 
 
 def _format_share(first: float, last: float, *, is_noise: bool) -> str:
-    """Format the change in per cent; say where it is within noise."""
+    """Format the change in per cent; add whether it is within noise."""
     share = format_change(first, last)
     if not is_noise:
         return share
@@ -269,7 +270,7 @@ def _format_share(first: float, last: float, *, is_noise: bool) -> str:
 def _describe_group(group: RunGroup, outcomes: Sequence[Sequence[Outcome]], metric: Metric) -> ReportVerdict:
     ended = [item for item in outcomes[0] if is_counted(item.run) and metric.key in item.last]
     left = len(outcomes[0]) - len(ended)
-    aside = f" {left} other run{'s' * (left > 1)} did not end as planned and count{'s' * (left == 1)} nowhere."
+    aside = f" {left} other run{'s' * (left > 1)} did not end as planned and {'are' if left > 1 else 'is'} not counted."
     aside = aside if left else ""
     if not ended:
         return ReportVerdict(f"No run of {group.label} has ended as planned", tone="open")
@@ -283,7 +284,7 @@ def _describe_group(group: RunGroup, outcomes: Sequence[Sequence[Outcome]], metr
     seeds = {item.run.seed for item in ended}
     differ = "that differ in their seed, with the 95 % interval over them."
     if None in seeds or len(seeds) < len(ended):
-        differ = "of which some share a seed: the interval over them says how they repeat, not how seeds vary."
+        differ = "of which some share a seed: the interval shows how runs repeat, not how seeds differ."
     moved = compute_interval([item.last[metric.key] - item.first[metric.key] for item in ended])
     is_noise = moved.low <= 0.0 <= moved.high
     share = "" if metric is LOG_RATIO else _format_share(first, end.mean, is_noise=is_noise)
@@ -310,7 +311,7 @@ def _describe_several(
     if len(comparable) < 2:
         return ReportVerdict("No two settings have finished runs to compare.", tone="open", ranks=ranks)
     best, *others = comparable
-    # The nearest that cannot be told from it; where all can, the runner-up.
+    # The next setting that is not clearly worse; if all are, the second.
     second = next((item for item in others if item.difference is None or item.difference.low <= 0.0), others[0])
     gap = second.difference
     facts, facts_of = _list_mean_facts(outcomes[best.group]), f"{best.label}, means over seeds"
@@ -318,8 +319,8 @@ def _describe_several(
     ends = f"{best.label} ends at {format_number(best.end.mean)} nats a token"
     ends += f", {second.label} at {format_number(second.end.mean)}"
     if gap is None:
-        statement.headline = f"{best.label} has the lower {metric.name}, but nothing says how surely"
-        statement.detail = f"{ends}. Fewer than two seeds in common: no paired interval, so take it as one draw."
+        statement.headline = f"{best.label} has the lower {metric.name}, but this may be chance"
+        statement.detail = f"{ends}. They have fewer than two seeds in common, so there is no paired interval."
     else:
         span = f"{format_number(gap.low)} to {format_number(gap.high)} nats a token over {gap.n} seeds"
         if gap.low > 0.0:
@@ -328,8 +329,8 @@ def _describe_several(
             statement.detail = f"95 % interval of the paired difference to {second.label}: {span}. {ends}."
         else:
             statement.headline = f"No clear winner between {best.label} and {second.label}"
-            ahead = f"is below zero: where both have a seed, {second.label} is ahead"
-            holds = "holds zero" if gap.high >= 0.0 else ahead
+            ahead = f"is below zero: on the seeds that both have, {second.label} is better"
+            holds = "contains zero" if gap.high >= 0.0 else ahead
             statement.detail = f"The 95 % interval of their paired difference, {span}, {holds}. {ends}."
     statement.warnings += [*filter(None, [aside]), *_list_doubts(comparable, outcomes)]
     return statement
@@ -343,23 +344,23 @@ def _list_doubts(ranks: Sequence[Rank], outcomes: Sequence[Sequence[Outcome]]) -
             f"{seeds} seed{'s' * (seeds > 1)} per setting: intervals from fewer than {ENOUGH_SEEDS} are rough"
         )
     if any(len({dot["seed"] for dot in rank.values}) < len(rank.values) for rank in ranks):
-        repeat = "their interval says how they repeat, not how seeds vary"
+        repeat = "the interval shows how runs repeat, not how seeds differ"
         doubts.append(f"runs of one setting share a seed, or have none: {repeat}")
     tokens = [item.totals["tokens"] for ones in outcomes for item in ones if is_counted(item.run)]
     known = [count for count in tokens if count]
     if known and max(known) > 1.05 * min(known):
-        doubts.append(f"runs trained on {min(known):,.0f} to {max(known):,.0f} tokens: compare at equal tokens, below")
+        doubts.append(f"runs trained on {min(known):,.0f} to {max(known):,.0f} tokens: compare them at equal tokens")
     return doubts
 
 
 def _write_caveat(collection: Collection, groups: Sequence[RunGroup], ranks: Sequence[Rank]) -> str:
-    """Say why a comparison is only a first look; "" when it is more."""
+    """Explain why a comparison is only a first look; "" if it is more."""
     seeds = min((rank.end.n for rank in ranks if rank.end.n and not rank.control), default=0)
     arms = [arm for arm in collection.comparison.get("arms") or () if isinstance(arm, dict)]
     has_rates = any(arm.get("lr") is not None or "learner" in (arm.get("set") or ()) for arm in arms)
     few = [f"{seeds} seed{'s' * (seeds > 1)} per setting"] if 0 < seeds < FEW_SEEDS else []
     if arms and not has_rates and not collection.comparison.get("tuned"):
-        few.append("one learning rate for all, tuned for none")
+        few.append("one learning rate for all, not tuned")
     if not few:
         return ""
     steps = max((find_last_step(run.steps) for group in groups for run in group.runs), default=0)
@@ -367,7 +368,7 @@ def _write_caveat(collection: Collection, groups: Sequence[RunGroup], ranks: Seq
 
 
 def _use_stated_verdict(statement: ReportVerdict, comparison: dict[str, Any]) -> None:
-    """Put a comparison's own verdict in place of the page's: it knows what was tuned, and weighs areas and ends."""
+    """Replace the page's verdict by the comparison's own, which takes tuning, areas and last values into account."""
     statement.note = str(comparison.get("note") or "")
     stated = comparison.get("verdict")
     text = stated.get("text") if isinstance(stated, dict) else None
@@ -391,7 +392,7 @@ def _list_facts(item: Outcome) -> list[tuple[str, str, str]]:
 
 
 def _describe_share(item: Outcome, key: str, unit: str) -> str:
-    """Say what a share was before, of how many it is, and whether the change is within noise."""
+    """Describe a share's first value, its number of items, and whether its change is within noise."""
     noise = ", within noise" if item.is_within_noise(key) and item.measurements > 1 else ""
     size = f" (of {item.counts[key]:,} {unit})" if key in item.counts else ""
     return f"from {format_percent(item.first[key])}{noise}{size}"
@@ -407,7 +408,7 @@ def _list_mean_facts(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str]]:
 
 
 def _list_costs(totals: dict[str, float | None]) -> list[tuple[str, str, str]]:
-    """List tokens, the teacher's work and time; leave out what the run log does not have."""
+    """List tokens, scored tokens and time; leave out values that the run log does not have."""
     costs = []
     if (tokens := totals.get("tokens")) is not None:
         costs.append(("Tokens trained on", format_short_count(tokens), ""))
@@ -421,7 +422,7 @@ def _list_costs(totals: dict[str, float | None]) -> list[tuple[str, str, str]]:
 
 
 def _gather_warnings(warnings: Sequence[tuple[Outcome, RunWarning]], runs: int) -> list[str]:
-    """Gather the warnings of all ``runs``; one that many share is listed once, with their number."""
+    """Gather the warnings of all ``runs``; a kind that more than two runs have is listed once, with their number."""
     by_kind: dict[str, list[tuple[Outcome, RunWarning]]] = {}
     for item, warning in warnings:
         by_kind.setdefault(warning.kind, []).append((item, warning))
@@ -429,7 +430,7 @@ def _gather_warnings(warnings: Sequence[tuple[Outcome, RunWarning]], runs: int) 
     for same in by_kind.values():
         if len(same) > 2:
             item, warning = same[0]
-            gathered.append(f"{len(same)} runs: {warning.text} ({item.run.name}; the others alike)")
+            gathered.append(f"{len(same)} runs: {warning.text} ({item.run.name}; the others are similar)")
         else:
             gathered += [warning.text if runs == 1 else f"{item.run.name}: {warning.text}" for item, warning in same]
     return gathered

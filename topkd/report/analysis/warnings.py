@@ -1,4 +1,4 @@
-"""Warnings about a run, each with what to do about it."""
+"""Warnings about a run, with advice."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from topkd.report.load.columns import FIXED, make_eval_source, read_column
 from topkd.report.load.run_folder import RUN_LOG
 from topkd.report.load.run_log import LoggedRun, Record, find_last_step
 
-_QUIET_S, _QUIET_STEPS = 900.0, 10.0  # of an unfinished run that is still taken to go on
-_FRAGMENT = 64  # tokens: who sets a limit as short means to cut
-_NEARLY_ALL = 0.9  # of the completions
+_QUIET_S, _QUIET_STEPS = 900.0, 10.0  # seconds, and step times, without a record before a run counts as silent
+_FRAGMENT = 64  # tokens: a limit up to this length is meant to cut completions
+_NEARLY_ALL = 0.9  # share of completions
 _ENDS = "raise rollout.max_completion_tokens, or name the tokens that end an answer in rollout.stop_token_ids"
-# Field -> what it is, and what helps where it crossed its limit.
+# Field -> its name, and advice if it crosses its limit.
 _ALARMS: Final = {
     "truncation_rate": ("the share of completions cut at their limit", _ENDS),
     "length_mean": (
         "the mean completion length",
-        "read the samples in the explorer below; a lower learner.lr keeps the student nearer to how it wrote",
+        "read the samples in the explorer below; a lower learner.lr changes the student's text less",
     ),
     "eos_probability": ("the probability of ending", f"the student forgets how to end: lower learner.lr, or {_ENDS}"),
     "mismatch_kl": (
@@ -31,30 +31,30 @@ _ALARMS: Final = {
     ),
     "sync_kl": (
         "KL(sampler ‖ learner) after a push",
-        "see that the server serves the adapter or weights that were pushed, in the learner's precision",
+        "check that the server uses the adapter or weights that were sent, in the learner's precision",
     ),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class RunWarning:
-    """Something to be careful about; runs that share the kind are named together."""
+    """A warning about a run. If more than two runs have the same ``kind``, it is shown once, with their number."""
 
     kind: str
     text: str
 
 
 def find_warnings(item: Outcome) -> list[RunWarning]:
-    """Find what a careful reader would ask about a run."""
+    """Find the warnings about a run."""
     run = item.run
     warnings: list[RunWarning] = []
     last = f"step {find_last_step(run.steps)} of {run.planned or '?'}"
     if run.state == "stopped":
         reason = next((event.get("reason") for event in run.events if event.get("event") == "stopped"), None)
         warnings.append(RunWarning("stopped", f"stopped at {last} ({reason or 'no reason given'})"))
-    onwards = "the same topkd compare goes on" if "arm" in run.params else "--resume goes on from its last checkpoint"
+    onwards = "run the same topkd compare again" if "arm" in run.params else "--resume continues from a checkpoint"
     if run.state == "unfinished":
-        text = f"ended at {last} without a word, and no process of this machine is at work on it: was it killed?"
+        text = f"ended at {last} without a final record, and no process of this machine works on it: was it killed?"
         warnings.append(RunWarning("silent", f"{text} ({onwards})"))
     if run.state == "running" and run.planned is not None and (quiet := find_silence(run)) is not None:
         text = f"unfinished, and nothing was written for {quiet}: was it killed? ({onwards})"
@@ -65,10 +65,10 @@ def find_warnings(item: Outcome) -> list[RunWarning]:
     warnings += alarms[:20]
     if lost := item.totals.get("lost"):
         asked = float(np.nansum(read_column(run.steps, "samples"))) + lost
-        text = f"{lost:,.0f} of {asked:,.0f} samples were lost on the way to the teacher and back"
+        text = f"{lost:,.0f} of {asked:,.0f} samples were lost: they have no score"
         warnings.append(RunWarning("lost", text))
     if skipped := sum(bool(record.get("skipped")) for record in run.steps):
-        text = f"{skipped} of {len(run.steps)} steps changed no weight (`skipped` in the run log says why)"
+        text = f"{skipped} of {len(run.steps)} steps changed no weight (`skipped` in the run log has the reason)"
         warnings.append(RunWarning("skipped", text))
     best = read_column(make_eval_source(run, FIXED).records, "reverse_kl")
     if best.size > 2 and np.isfinite(best).any() and best[-1] > 1.05 * np.nanmin(best):
@@ -80,20 +80,20 @@ def find_warnings(item: Outcome) -> list[RunWarning]:
 
 
 def describe_short_limit(run: LoggedRun) -> str:
-    """Say that a limit of a few tokens cut the completions on purpose; "" elsewhere."""
+    """Describe a limit of a few tokens, which cuts completions on purpose; "" if the limit is higher."""
     rollout = run.config.get("rollout")
     limit = rollout.get("max_completion_tokens") if isinstance(rollout, dict) else None
     truncated, samples = np.nansum(read_column(run.steps, "truncated")), np.nansum(read_column(run.steps, "samples"))
     if not isinstance(limit, int) or limit > _FRAGMENT or not samples or truncated < _NEARLY_ALL * samples:
         return ""
     return (
-        f"Completions were cut at rollout.max_completion_tokens = {limit}, as a limit this short is there to do. "
-        "For answers that end by themselves, raise it."
+        f"Completions were cut at rollout.max_completion_tokens = {limit}, which is normal for so short a limit. "
+        "Raise it for answers that end by themselves."
     )
 
 
 def find_silence(run: LoggedRun) -> str | None:
-    """Say for how long an unfinished run has written nothing, where that is far longer than its steps take."""
+    """Describe for how long an unfinished run has written nothing; None unless that is far longer than its steps."""
     try:
         quiet_s = time.time() - (run.path / RUN_LOG).stat().st_mtime
     except OSError:
@@ -124,7 +124,7 @@ def _find_high_rates(run: LoggedRun) -> list[RunWarning]:
 
 
 def _describe_alarm(event: Record) -> RunWarning:
-    """Describe an alarm; its kind is the field that crossed its limit."""
+    """Describe an alarm; its kind is the name of the field that crossed its limit."""
     kind = str(event.get("alarm") or "alarm")
     value, limit = event.get("value"), event.get("limit")
     name, advice = _ALARMS.get(kind, (kind, ""))

@@ -1,4 +1,4 @@
-"""Runs of a page: one, several, or a comparison; runs that differ only in their seed are one group."""
+"""The runs of a page: one, several, or a comparison. Runs that differ only in their seed form one group."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from topkd.report.load.run_folder import CELLS, COMPARISON, RUN_LOG, parse_cell_
 from topkd.report.load.run_log import LoggedRun, Record, flatten_settings, read_config, read_object, read_run
 from topkd.topk.errors import DataError
 
-# Where a run keeps its things says nothing about what it does.
+# Settings that do not distinguish groups: the seed, folders, and the client.
 _PLACES = ("seed", "cache.path", "out", "client.")
 _FIRST = ("objective.kind", "objective.divergence", "objective.beta", "k", "objective.lam")
 
 
 @dataclass(slots=True)
 class RunGroup:
-    """Runs of one setting: what a colour stands for."""
+    """Runs with one setting; they share a colour on the page."""
 
     label: str
     settings: dict[str, Any]
@@ -27,18 +27,18 @@ class RunGroup:
 
     @property
     def replayed(self) -> bool:
-        """Whether it trained on other runs' rollouts: shown beside the others, and not ranked."""
+        """Whether the runs trained on rollouts of other runs. Such a group is shown, but not ranked."""
         return self.runs[0].replayed
 
     @property
     def foreign(self) -> bool:
-        """Whether it trained on completions that its students did not draw."""
+        """Whether a run trained on completions that its student did not sample."""
         return any(run.foreign for run in self.runs)
 
 
 @dataclass(slots=True)
 class Collection:
-    """All runs of a page, and what the comparison that made them (if one did and has ended) says itself."""
+    """All runs of a page, and the ``compare.json`` of their comparison, if they are of a finished one."""
 
     title: str
     runs: list[LoggedRun]
@@ -61,7 +61,7 @@ class Collection:
             for run, replays in zip(self.runs, is_replayed, strict=True)
         ]
         differing = [key for key in find_differing_keys(settings) if not key.startswith(_PLACES)]
-        # What a comparison varied counts even where it took one value only; a lone group needs no distinction.
+        # Settings of a comparison's arms count even if they have one value only; a single group has no such settings.
         by_key: dict[str, list[int]] = {}
         for index, setting in enumerate(settings):
             by_key.setdefault(json.dumps([setting.get(key) for key in differing], default=str), []).append(index)
@@ -98,7 +98,7 @@ def gather(paths: Sequence[Path], *, waiting: bool = False) -> Collection:
 
 
 def read_listed_cells(folder: Path, comparison: Mapping[str, Any], notes: list[str]) -> list[LoggedRun]:
-    """Read the cells that a finished comparison lists; what is wrong with one goes to ``notes``."""
+    """Read the cells that a finished comparison lists; add a note for each cell that failed or has no run log."""
     cells = comparison.get("cells")
     if not isinstance(cells, list):
         where, got = str(folder / COMPARISON), type(cells).__name__
@@ -113,20 +113,20 @@ def read_listed_cells(folder: Path, comparison: Mapping[str, Any], notes: list[s
             continue
         run = read_run(path, name=name)
         arm = cell.get("arm")
-        # An arm is a setting by itself: the rate that its tuning found is a part of it.
+        # The arm is the setting: it includes the learning rate that its tuning has chosen.
         params = {"arm": labels.get(arm) or arm} if arm else cell.get("params") or {}
         run.params = {key: value for key, value in flatten_settings(params).items() if key != "seed"}
         run.replayed = cell.get("phase") == "replay"
         run.seed = cell["seed"] if isinstance(cell.get("seed"), int) else run.seed
         run.failed = cell.get("status") == "failed"
         if run.failed:
-            notes.append(f"cell {name} failed; its curves end where it did, and it is in no verdict")
+            notes.append(f"cell {name} failed: its curves end early, and no verdict uses it")
         runs.append(run)
     return runs
 
 
 def read_unfinished_cells(folder: Path, notes: list[str]) -> list[LoggedRun]:
-    """Read the cells of an unfinished comparison by their folders' names; tuning trials only until others run."""
+    """Read the cells of an unfinished comparison by folder name; tuning trials only if there are no other cells."""
     labels = _read_labels(read_config(folder))
     found = []
     for run_log in sorted((folder / CELLS).glob(f"*/{RUN_LOG}")):
@@ -137,7 +137,7 @@ def read_unfinished_cells(folder: Path, notes: list[str]) -> list[LoggedRun]:
         found.append((phase, run))
     runs = [run for phase, run in found if phase != "tune"]
     trials = len(found) - len(runs)
-    note = f"the comparison in {folder.resolve().name} is not finished: its cells so far, and no verdict of its own"
+    note = f"the comparison in {folder.resolve().name} is not finished: it has no verdict yet"
     if runs and trials:
         note += f"; {trials} tuning trials are left out"
     notes.append(note if runs or not trials else f"{note}; all of them are trials of learning rates")
@@ -156,7 +156,7 @@ def _read_labels(record: Record | Mapping[str, Any]) -> dict[Any, Any]:
 
 
 def find_differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Find keys that do not have the same value everywhere (absent counts as a value), the most telling first."""
+    """Find keys whose values differ (absent counts as a value), the most informative first."""
     keys = list(dict.fromkeys(key for setting in settings for key in setting))
     missing = object()
     first = settings[0] if settings else {}
@@ -165,7 +165,7 @@ def find_differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _label_groups(settings: Sequence[dict[str, Any]], collection: Collection) -> list[str]:
-    """Write a label for each group: the shortest list of differing settings that tells the groups apart."""
+    """Write a label for each group: a short list of the settings that distinguish the groups."""
     if len(settings) == 1:
         run = collection.runs[0]
         kind = run.params.get("objective.kind") or flatten_settings(run.config).get("objective.kind")

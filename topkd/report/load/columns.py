@@ -1,4 +1,4 @@
-"""Run log records as columns: one float per record, NaN where the record does not say, and the x axes beside them."""
+"""Run log records as columns: one float per record (NaN if the record has no number), and their x axes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ AXES: Final = (
     ("requests", "requests to the teacher", "requests"),
     ("bytes", "bytes from the teacher", "bytes"),
 )
-# Names under which a count of a step may stand; the first that a run has is taken.
+# Names that a count of a step may have in the run log; the first one that a run has is used.
 _COST, _REQUESTS, _BYTES = ("scored_tokens", "completion_tokens"), ("requests",), ("teacher_bytes",)
 _STAGES = ("sample_s", "score_wait_s", "learn_s")
 
 
 def read_column(records: Sequence[Record], key: str) -> Floats:
-    """Read a field of every record; NaN where it is absent, null, or not a number."""
+    """Read a field of every record; NaN if it is absent, null, or not a number."""
     return np.array([_number(record.get(key)) for record in records], dtype=np.float64)
 
 
@@ -53,7 +53,7 @@ def compute_step_axes(run: LoggedRun) -> dict[str, Floats]:
 
 
 def _compute_step_axes(records: Sequence[Record]) -> dict[str, Floats]:
-    # Running sums: after a step without a count every later total is unknown, never too small.
+    # Running sums: after a step without a count, every later sum is unknown (NaN) and not too small.
     axes = {"step": read_column(records, "step")}
     if has_column(records, "tokens"):
         axes["tokens"] = np.cumsum(read_column(records, "tokens"))
@@ -69,9 +69,9 @@ def _compute_step_axes(records: Sequence[Record]) -> dict[str, Floats]:
 
 def compute_axes_at(steps: Floats, axes: dict[str, Floats], at: Floats) -> dict[str, Floats]:
     """Compute the axes at some step numbers: 0 before the first step, NaN at a step that has no record."""
-    place = np.searchsorted(steps, at)
-    inside = (place < steps.size) & (at > 0)
-    safe = np.minimum(place, max(0, steps.size - 1))
+    index = np.searchsorted(steps, at)
+    inside = (index < steps.size) & (at > 0)
+    safe = np.minimum(index, max(0, steps.size - 1))
     exact = inside & (steps[safe] == at) if steps.size else np.zeros(at.shape, dtype=bool)
     out = {}
     for key, values in axes.items():
@@ -82,7 +82,7 @@ def compute_axes_at(steps: Floats, axes: dict[str, Floats], at: Floats) -> dict[
 
 
 def sum_costs(run: LoggedRun) -> dict[str, float | None]:
-    """Sum what a run cost over its steps; None where the run log does not have it."""
+    """Sum the costs of a run over its steps; None for a cost that the run log does not have."""
     names = {"tokens": ("tokens",), "scored_tokens": _COST, "requests": _REQUESTS, "teacher_bytes": _BYTES}
     names |= {"retries": ("retries",), "cache_hits": ("cache_hits",)}
     sums: dict[str, float | None] = {}
@@ -114,7 +114,7 @@ FIXED = "fixed"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A run's records of one kind, with the x axes beside them."""
+    """A run's records of one kind, with their x axes."""
 
     run: LoggedRun
     records: list[Record]
@@ -127,20 +127,20 @@ def make_step_source(run: LoggedRun) -> Source:
 
 
 def make_eval_source(run: LoggedRun, prefixes: str) -> Source:
-    """Return the evaluations on one kind of prefixes, placed on the axes by their step."""
+    """Return the evaluations on one kind of prefixes, with the axes at their steps."""
     records = [record for record in run.evals if read_prefixes(record) == prefixes]
     axes = compute_step_axes(run)
     return Source(run, records, compute_axes_at(axes["step"], axes, read_column(records, "step")))
 
 
 def read_prefixes(record: Record) -> str:
-    """Return which prefixes an evaluation was on; the fixed ones where the record does not say."""
+    """Return the kind of prefixes of an evaluation; the fixed ones if the record names none."""
     value = record.get("prefixes")
     return value if isinstance(value, str) and value else FIXED
 
 
 def list_prefix_kinds(groups: Sequence[RunGroup]) -> list[str]:
-    """List the kinds of prefixes that evaluations were on, the fixed ones first."""
+    """List the kinds of prefixes of all evaluations, the fixed ones first."""
     kinds = {
         read_prefixes(record)
         for group in groups

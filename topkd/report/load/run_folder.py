@@ -1,4 +1,4 @@
-"""Names inside the folders of runs and comparisons, and the lock that says whether a process is at work there."""
+"""Names of the files in folders of runs and comparisons, and the lock that shows whether a process works there."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def parse_cell_name(name: str, arms: Container[str]) -> tuple[str, str, str]:
 def is_deserted(folder: Path) -> bool:
     """Return whether no process works on the run: its lock exists, names this machine, and is free.
 
-    False where that cannot be known: a folder without a lock, one that came (or is shared) from another machine, a
-    platform or a file system without such locks. The lock is held only for as long as it takes to ask.
+    False if that cannot be known: for a folder without a lock, one that is copied or shared from another machine, or
+    a platform or file system without such locks. The test itself holds the lock only for a moment.
     """
     try:
         import fcntl
@@ -42,10 +42,10 @@ def is_deserted(folder: Path) -> bool:
         with (folder / LOCK).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return file.read() == describe_machine()
-    except OSError:  # held; or there is none, or none can be had here
+    except OSError:  # the lock is held, or it does not exist, or locks do not work here
         return False
 
 
 def describe_machine() -> bytes:
-    """Return this machine's name, which a lock holds: copies of it on other machines say nothing about this one."""
+    """Return this machine's name, which a lock contains, because a lock is valid on one machine only."""
     return platform.node().encode(errors="replace")

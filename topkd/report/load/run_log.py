@@ -1,6 +1,6 @@
-"""A run's folder as the page reads it: config, run log and recorded rollouts; what is torn or absent is named.
+"""Reads a run's folder for a report: config, run log and recorded rollouts. A damaged line is an error that names it.
 
-Everything is optional but the run log itself: fields that a run does not have cost it a panel, never the page.
+Only the run log is required. If a run lacks a field, the page lacks a panel, but it is still written.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 @dataclass(slots=True)
 class GrowingFile:
-    """A JSONL file that grows: each ``read`` gives the whole lines that are new since the last one."""
+    """A JSONL file that grows: each ``read`` returns the complete lines that are new since the last one."""
 
     path: Path
     offset: int = 0
@@ -31,7 +31,7 @@ class GrowingFile:
 
     @property
     def shrunk(self) -> bool:
-        """Whether the file is shorter than what was read of it."""
+        """Whether the file is now shorter than the part that was read."""
         return self.offset > 0 and (not self.path.exists() or self.path.stat().st_size < self.offset)
 
     def read(self) -> list[Record]:
@@ -67,7 +67,7 @@ class GrowingFile:
             f"unreadable line ({why})",
             where=f"{self.path}:{self.number}",
             got=line[:60].decode("utf-8", "replace"),
-            expected="one JSON object a line",
+            expected="one JSON object per line",
         )
 
 
@@ -123,18 +123,18 @@ def _index_rollout(path: Path, offset: int, size: int, record: Record) -> Stored
 
 @dataclass(slots=True)
 class LoggedRun:
-    """One run: where it lies, how it was set up, and what it has written so far.
+    """One run: its folder, its settings, and its records so far.
 
     Attributes:
         path: Its folder.
-        name: What the page calls it.
-        config: ``config.json`` ({} when there is none).
-        params: What a comparison varied ({} outside one).
-        seed: Pairs runs of different settings; None when unknown.
-        failed: A comparison says that the run did not finish.
-        left: Nobody is at work on it any more (known of runs of this machine).
-        replayed: A comparison trained it on another run's rollouts: a test of estimators, not of what wins on-policy.
-        derived: What others worked out from the records; forgotten when there are new ones.
+        name: Its name on the page.
+        config: Contents of ``config.json`` ({} if there is none).
+        params: The settings that a comparison varied ({} outside one).
+        seed: Pairs runs of different settings; None if unknown.
+        failed: Whether its comparison lists it as failed.
+        left: Whether no process works on it any more (known only for runs of this machine).
+        replayed: Whether a comparison trained it on another run's rollouts, which tests estimators off-policy.
+        derived: Results that were computed from the records; cleared when there are new records.
     """
 
     path: Path
@@ -154,15 +154,15 @@ class LoggedRun:
     _tokens: GrowingFile | None = None
 
     def refresh(self) -> bool:
-        """Read what was written since the last time; True when there was anything, or its process is gone or back."""
+        """Read new records; return whether there were any, or whether the run's process has ended or come back."""
         was_left = self.left
-        self.left = is_deserted(self.path)  # before reading: what it wrote last is read all the same
+        self.left = is_deserted(self.path)  # test this before reading, so that the last records are read too
         if not self.config:
             self.config = read_config(self.path)
             if self.seed is None and isinstance(self.config.get("seed"), int):
                 self.seed = self.config["seed"]
         if self._run_log is None or self._tokens is None or self._run_log.shrunk or self._tokens.shrunk:
-            # The first look; or a resumed run cut its run log back to a checkpoint, and what was read is void.
+            # The first read; or a resumed run has shortened its run log, so that all records must be read again.
             self._run_log, self._tokens = GrowingFile(self.path / RUN_LOG), GrowingFile(self.path / TOKENS)
             for read in (self.steps, self.evals, self.events, self.rollouts):
                 read.clear()
@@ -180,22 +180,22 @@ class LoggedRun:
 
     @property
     def planned(self) -> int | None:
-        """Steps that the config asks for."""
+        """Number of steps in the config; None if it has none."""
         steps = self.config.get("steps")
         return steps if isinstance(steps, int) else None
 
     @property
     def foreign(self) -> bool:
-        """Whether another policy than the learning student drew its completions: log s - log t on them estimates no KL.
+        """Whether another policy than the trained student sampled its completions: log s - log t then estimates no KL.
 
-        A run on its own rollouts knows how many versions behind they are; a replay of others' says that it cannot.
+        A run on its own rollouts logs their staleness; a run on those of others logs null.
         """
         sampled = next((step for step in self.steps if step.get("kl_k1") is not None), {})
         return "staleness" in sampled and sampled["staleness"] is None
 
     @property
     def state(self) -> str:
-        """One of failed, stopped, finished, unfinished (its process is gone), running (or nobody knows better)."""
+        """One of failed, stopped, finished, unfinished (its process has ended), running (or it is not known)."""
         if self.failed:
             return "failed"
         turns = [event["event"] for event in self.events if event.get("event") in ("start", "resumed", "stopped")]
@@ -208,7 +208,7 @@ class LoggedRun:
 
 
 def split_evaluation(record: Record) -> list[Record]:
-    """Split an evaluation into one flat record for each kind of prefixes in it."""
+    """Split an evaluation into one flat record for each kind of prefixes."""
     flat_, nested = {}, []
     for key, value in record.items():
         if isinstance(value, dict) and MEASURED & value.keys():
@@ -219,10 +219,10 @@ def split_evaluation(record: Record) -> list[Record]:
 
 
 def read_run(path: Path, *, name: str | None = None, waiting: bool = False) -> LoggedRun:
-    """Read the run in a folder. ``waiting`` accepts one without a run log yet (for a page that follows it)."""
+    """Read the run in a folder. ``waiting`` accepts a folder without a run log, for a page that follows the run."""
     if not waiting and not (path / RUN_LOG).exists():
         raise DataError(
-            "no run here",
+            "there is no run in this folder",
             where=str(path),
             got=_what_is_there(path),
             expected=f"a folder with {RUN_LOG} (a run) or {COMPARISON} (a comparison)",
@@ -234,7 +234,7 @@ def read_run(path: Path, *, name: str | None = None, waiting: bool = False) -> L
 
 
 def read_config(path: Path) -> Record:
-    """Read ``config.json`` of a run; {} when there is none, an error when it is damaged."""
+    """Read ``config.json`` of a run; return {} if there is none, and raise DataError if it is damaged."""
     file = path / CONFIG
     if not file.exists():
         return {}
@@ -244,7 +244,7 @@ def read_config(path: Path) -> Record:
 def read_object(file: Path) -> Record:
     """Read a JSON file that holds one object."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"), parse_constant=str)  # no number that JSON cannot say
+        value = json.loads(file.read_text(encoding="utf-8"), parse_constant=str)  # NaN and Infinity are not JSON
     except (OSError, ValueError) as error:
         raise DataError("unreadable JSON file", where=str(file), got=str(error)) from error
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Everything that the page's script draws, as one value that JSON can say."""
+"""The content of the page: everything that its script draws, as one value for JSON."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def build_content(collection: Collection, *, live: bool = False, baseline: Mappi
     sections = [_build_section(section, groups, downsampled, kinds) for section in SECTIONS]
     if collection.comparison.get("base") == EMBEDDED:
         for panel in (panel for section in sections for panel in section["panels"] if panel["key"] == "accuracy"):
-            panel |= {"title": OF_TEXT, "unit": "% of tokens", "note": "Held-out text's own, as the first choice."}
+            note = "How often the next token of held-out text is the student's most likely token."
+            panel |= {"title": OF_TEXT, "unit": "% of tokens", "note": note}
     _relabel_log_ratio(sections, [group for group in groups if not group.replayed])
     recorded = select_transcripts(groups)
     smoothing, colours = _describe_smoothing(downsampled), _describe_colours(groups)
@@ -91,7 +92,7 @@ def build_content(collection: Collection, *, live: bool = False, baseline: Mappi
 
 
 def _find_completions(groups: Sequence[RunGroup], statement: ReportVerdict) -> tuple[list[ExampleCompletion], str]:
-    """Find what a student wrote, of the best setting that recorded it; return the texts and whose they are."""
+    """Find texts that a student wrote, from the best setting that recorded some; return them, and the run's name."""
     order = dict.fromkeys([*(rank.group for rank in statement.ranks), *range(len(groups))])
     runs = [run for index in order for run in groups[index].runs if not run.replayed]
     for run in runs:
@@ -102,7 +103,7 @@ def _find_completions(groups: Sequence[RunGroup], statement: ReportVerdict) -> t
 
 @dataclass(frozen=True, slots=True)
 class ExampleCompletion:
-    """A text that a model wrote to a prompt, under a title."""
+    """A completion that a model wrote, with its prompt and a title."""
 
     title: str
     prompt: str
@@ -110,7 +111,7 @@ class ExampleCompletion:
 
 
 def read_completions(run: LoggedRun) -> list[ExampleCompletion]:
-    """Read what the student wrote first and last; empty where that was not recorded, or the student wrote nothing."""
+    """Read the first and the last text of the student; return none if none was recorded, or it wrote none itself."""
     if (run.path / DEMO).exists():
         try:
             return _read_demo(read_object(run.path / DEMO))
@@ -134,7 +135,7 @@ def _read_demo(summary: Record) -> list[ExampleCompletion]:
 
 
 def _choose_pair(rollouts: Sequence[StoredRollout]) -> tuple[StoredRollout, StoredRollout]:
-    """Choose a rollout of the first and one of the last recorded step: of one prompt, where both steps have it."""
+    """Choose a rollout of the first and of the last recorded step; for the same prompt, if both steps have one."""
     firsts = [rollout for rollout in rollouts if rollout.step == rollouts[0].step]
     lasts = [rollout for rollout in rollouts if rollout.step == rollouts[-1].step]
     pairs = ((first, last) for first in firsts for last in lasts if first.prompt == last.prompt)
@@ -153,7 +154,7 @@ def _build_completion(rollout: Record) -> ExampleCompletion:
 
 
 def _build_measured_tables(groups: Sequence[RunGroup], statement: ReportVerdict) -> list[Table]:
-    """Build tables of the settings that were run on-policy, best first."""
+    """Build tables of the measurements of settings that ran on-policy, best first."""
     order = [rank.group for rank in statement.ranks] or [i for i, group in enumerate(groups) if not group.replayed]
     return [table for table in (list_by_prefixes(groups, order), list_training(groups, order)) if table is not None]
 
@@ -184,27 +185,27 @@ def _build_section(
 
 
 def _is_constant(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
-    """Return whether every line of a panel has the same value at several steps: there is nothing to see in it."""
+    """Return whether all lines of a panel have one and the same value at several steps."""
     values = [[y for y in line["y"] if y is not None] for kind in lines.values() for line in kind]
     return all(len(ys) > 1 for ys in values) and len({y for ys in values for y in ys}) == 1
 
 
 def _relabel_log_ratio(sections: Sequence[dict[str, Any]], groups: Sequence[RunGroup]) -> None:
-    """Relabel log s - log t where a student learnt from completions that it did not draw."""
+    """Relabel the panel of log s - log t if a student learnt from completions that it did not sample."""
     foreign = [group.label for group in groups if group.foreign]
     for panel in (panel for section in sections for panel in section["panels"] if panel["key"] == "kl_k1" and foreign):
         panel["title"] = "Mean log S/T on the completions of a step"
         if len(foreign) == len(groups):
-            panel["note"] = f"{_UNDRAWN} no estimate of KL(S ‖ T)."
+            panel["note"] = f"No estimate of KL(S ‖ T): {_UNDRAWN}."
         else:
-            panel["note"] = f"On fresh rollouts an estimate of KL(S ‖ T). {_UNDRAWN} none: {', '.join(foreign)}."
+            panel["note"] = f"An estimate of KL(S ‖ T), but not for {', '.join(foreign)}: {_UNDRAWN}."
 
 
-_UNDRAWN = "On replayed completions, which the learning student did not draw,"
+_UNDRAWN = "the trained student did not sample these completions"
 
 
 def _share_zero_scale(drawn: Sequence[dict[str, Any]], groups: Sequence[RunGroup]) -> None:
-    """Set whether the axes of exact divergences begin at zero: all of them, as soon as one comes near it, or none."""
+    """Let the axes of exact divergences begin at zero: all of them if one line comes near zero, else none."""
     exact = [panel for panel in drawn if panel["key"] in EXACT_DIVERGENCES]
     ends = [
         (min(known), max(known))
@@ -216,20 +217,20 @@ def _share_zero_scale(drawn: Sequence[dict[str, Any]], groups: Sequence[RunGroup
         panel["zero"] = any(low < _NEAR_ZERO * high for low, high in ends)
 
 
-_NEAR_ZERO = 0.6  # as scales.js has it: of the highest value, where the lowest is so far below that zero is shown, too
+_NEAR_ZERO = 0.6  # zero is shown if the lowest value is below this share of the highest (the same as in scales.js)
 _RATIOS = {
     "key": "ratio_hist",
     "kind": "hist",
     "title": "Importance ratios",
     "unit": "% of tokens, all steps",
-    "note": "New over rollout probability of each sampled token; 1 is on-policy. Bins of equal width in log₂.",
+    "note": "New probability of each sampled token, divided by that at sampling; 1 is on-policy. Equal bins in log₂.",
     "log": False,
     "zero": True,
 }
 
 
 def _list_axes(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
-    """List every choice of x, and whether all runs can be placed on it."""
+    """List every choice of x, and whether all runs have it."""
     tables = [compute_step_axes(run) for group in groups for run in group.runs if run.steps]
     available = {key: bool(tables) and all(key in table for table in tables) for key, *_ in AXES}
     return [{"key": key, "label": label, "unit": unit, "ok": available[key]} for key, label, unit in AXES]
@@ -251,11 +252,11 @@ def _describe_smoothing(downsampled: Downsampling) -> str:
     if not downsampled.windows:
         return ""
     widths = " or ".join(str(width) for width in sorted(downsampled.windows))
-    return f"Bold lines of noisy series are centred means over {widths} steps; the thin line behind them is the values."
+    return f"Bold lines of noisy series are centred means over {widths} steps; the thin lines show the values."
 
 
 def _describe_colours(groups: Sequence[RunGroup]) -> str:
     styles = len(GROUPS["light"]) * len(DASHES)
     if len(groups) <= styles:
         return ""
-    return f"{len(groups)} settings share {styles} line styles: hide some in the legend to tell the rest apart."
+    return f"{len(groups)} settings share {styles} line styles: hide some in the legend to distinguish the rest."

@@ -1,6 +1,6 @@
-"""Long series made short without hiding anything: the lowest and the highest of every stretch are kept.
+"""Down-samples long series: of every stretch, the lowest and the highest value are kept.
 
-Arrays in, arrays out; NaN is a hole and stays one (a stretch of holes becomes one hole): a gap is never bridged.
+The functions take and return arrays. NaN is a hole in a line and stays one: no line is drawn across a hole.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ Rows = NDArray[np.intp]
 
 
 def keep_extremes(values: Floats, points: int) -> Rows:
-    """Keep at most ``points`` rows of ``values``, in order: minimum and maximum of equal stretches, and both ends.
+    """Keep at most ``points`` rows of ``values``: minimum and maximum of each equal stretch, and both ends.
 
-    No value above or below what is kept exists in its stretch. Where all of a stretch is NaN, its first row stands for
-    it. A series that is short enough is kept whole.
+    In a stretch, every dropped value lies between the kept minimum and maximum. A stretch of NaN only keeps its first
+    row. A series of at most ``points`` values is kept whole.
     """
     if values.size <= points:
         return np.arange(values.size)
@@ -37,19 +37,19 @@ def keep_extremes(values: Floats, points: int) -> Rows:
 
 
 def keep_evenly(size: int, points: int) -> Rows:
-    """Keep at most ``points`` rows of a smooth series, evenly spaced, both ends included."""
+    """Keep at most ``points`` evenly spaced rows of a smooth series, with both ends."""
     if size <= points:
         return np.arange(size)
     return np.unique(np.linspace(0, size - 1, points).round().astype(np.intp))
 
 
 def choose_window(size: int) -> int:
-    """Choose how many neighbours a smoothed value averages: a twentieth of the series, odd, 1 when it is short."""
+    """Choose the number of values in a rolling mean: an odd number near a twentieth of the series; 1 if it is short."""
     return 1 if size < 30 else (size // 40) * 2 + 1
 
 
 def compute_rolling_mean(values: Floats, window: int) -> Floats:
-    """Compute the centred mean of the known values in a window cut at the ends; NaN where all are unknown."""
+    """Compute the centred mean of the known values in a window, cut at the ends; NaN if all are unknown."""
     if window <= 1:
         return values
     known = np.isfinite(values)

@@ -1,4 +1,4 @@
-"""The page's panels as figures for papers (PNG and SVG, from the same numbers), and the curve of the demo."""
+"""Draws the page's panels as figures for papers (PNG and SVG, with the same numbers), and the curve of the demo."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from topkd.topk.errors import ConfigError
 
 _COLOURS = GROUPS["light"]
 _STYLES = ("-", (0, (5, 2)), (0, (1.5, 2)))
-_TITLE = 44  # characters of a line
-_INSIDE = 4  # names that fit into the axes beside the lines
+_TITLE = 44  # characters in a line of a title
+_INSIDE = 4  # largest number of legend entries inside the axes
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # told apart with every kind of colour vision
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # distinguishable with every kind of colour vision
 _RC = {
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -29,14 +29,14 @@ _RC = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "legend.fontsize": 7,
-    "svg.fonttype": "none",  # text stays text: it can be edited, and takes the paper's font
+    "svg.fonttype": "none",  # text stays text: it can be edited, and gets the paper's font
     "svg.hashsalt": "topkd",
-    "text.parse_math": False,  # a label is a name that somebody chose, not a formula
+    "text.parse_math": False,  # a label is a name, not a formula
 }
 
 
 def write_figures(page: Page, folder: Path) -> list[Path]:
-    """Draw every panel that the page shows, and the settings seed by seed; returns the files."""
+    """Draw every panel that the page shows, and the strip charts of seeds; return the files."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -83,7 +83,7 @@ def _draw_panel(
         at, style, marker, label = _choose_style(page, line["g"])
         x, y = _replace_holes(line["x"].get(axis["key"]) or line["x"]["step"]), _replace_holes(line["y"])
         if line["role"] == "main":
-            every = max(1, len(y) // 6)  # a shape as well as a colour, without burying the line
+            every = max(1, len(y) // 6)  # a few markers, so that a line has a shape as well as a colour
             offset = line["g"] * every // max(1, len(page.groups))
             axes.plot(
                 x, y, color=at, linestyle=style, lw=1.4, label=label, marker=marker, ms=3.2, markevery=(offset, every)
@@ -109,12 +109,12 @@ def _draw_histogram(axes: Any, page: Page, panel: dict[str, Any]) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(_choose_ratio_ticks(edges)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:.3g}")  # the scale's own ticks are formulas
+    axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:.3g}")  # by default, the ticks of this scale are formulas
     axes.set(title=panel["title"], xlabel="new / rollout probability", ylabel=panel["unit"])
 
 
 def _choose_ratio_ticks(edges: list[float]) -> list[float]:
-    """Choose about five powers of two, 1 among them: labels of all of them run into each other."""
+    """Choose about five powers of two, with 1 among them, because the labels of all would overlap."""
     low, high = (math.log2(edge) for edge in (min(edge for edge in edges if edge > 0.0), max(edges)))
     stride = max(1, math.ceil((high - low) / 4))
     return [2.0**power for power in range(math.ceil(low), math.floor(high) + 1) if power % stride == 0]
@@ -125,7 +125,7 @@ def _draw_strip(axes: Any, page: Page, measure: dict[str, Any], strip: dict[str,
         at, _, marker, _ = _choose_style(page, arm_row["group"])
         if arm_row["low"] is not None:
             axes.hlines(row, arm_row["low"], arm_row["high"], color=at, lw=2, alpha=0.5)
-        for late, shape, face in ((False, marker, at), (True, ">", "none")):  # open: ended before it arrived
+        for late, shape, face in ((False, marker, at), (True, ">", "none")):  # open: it ended before the target
             values = [dot["value"] for dot in arm_row["dots"] if dot["late"] is late]
             axes.plot(values, [row] * len(values), shape, color=at, mfc=face, ms=3.5, alpha=0.7)
         if arm_row["mean"] is not None:
@@ -140,7 +140,7 @@ def _draw_strip(axes: Any, page: Page, measure: dict[str, Any], strip: dict[str,
 
 
 def _draw_legend(figure: Any, axes: Any) -> None:
-    """Draw the legend: a few names inside the axes, many below them in a taller figure."""
+    """Draw the legend: a few entries inside the axes, or many below them in a taller figure."""
     handles, labels = axes.get_legend_handles_labels()
     if 1 < len(labels) <= _INSIDE:
         axes.legend()
@@ -150,7 +150,7 @@ def _draw_legend(figure: Any, axes: Any) -> None:
 
 
 def _select_shown(page: Page, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Select the lines of runs on their own rollouts; the page shows replays of others' on demand."""
+    """Select the lines of runs on their own rollouts; the page shows other runs on demand."""
     return [line for line in lines if not page.groups[line["g"]].replayed]
 
 
@@ -162,7 +162,7 @@ def _choose_style(page: Page, group: int) -> tuple[str, Any, str, str]:
 
 
 def _replace_holes(values: list[float | None]) -> list[float]:
-    """Replace holes by NaN, where matplotlib interrupts a line."""
+    """Replace holes by NaN, at which matplotlib interrupts a line."""
     return [float("nan") if value is None else value for value in values]
 
 

@@ -1,7 +1,7 @@
-"""The page: one HTML file that needs nothing else, and that lets nothing in.
+"""Renders the page: one HTML file that needs no other file and runs no other code.
 
-A content security policy names the one style and the one script by their hashes: whatever a model managed to write into
-a run log could neither run nor load anything, even if it got past the escaping.
+A content security policy allows only this style and this script, by their hashes. Text that a model has written into a
+run log could not run or load anything, even if the escaping failed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCRIPTS = ("core", "scales", "lines", "bars", "strips", "explorer", "tables", "m
 
 
 def render_page(page: Page, *, live: bool = False) -> str:
-    """Render a page as HTML. ``live`` makes it ask its server for news; otherwise it makes no request."""
+    """Render a page as HTML. With ``live`` it requests updates from its server; otherwise it makes no request."""
     style, script = _style(), _script()
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
@@ -40,12 +40,12 @@ def render_page(page: Page, *, live: bool = False) -> str:
 
 
 def render_fragments(page: Page) -> dict[str, str]:
-    """Render the text parts of the page, for a live page to replace: element id -> HTML."""
+    """Render the text parts of the page, which a live page replaces: element id -> HTML."""
     return {name: _template(f"{name}.html").render(page=page) for name in FRAGMENTS}
 
 
 def escape_json(text: str) -> str:
-    """Escape JSON for a script element: no character that could end it or begin a comment."""
+    """Escape JSON for a script element: every character that could end the element or begin a comment."""
     return (
         text.replace("&", "\\u0026")
         .replace("<", "\\u003c")

@@ -1,7 +1,7 @@
-"""Serve the report of a running run on loopback, updated once per second.
+"""Serves the report of a running run on loopback, updated once per second.
 
-Only this machine can reach it, and only under its own name: a request for another host (a page elsewhere whose name
-was pointed here) is refused. It reads the run's folder and nothing else, and changes nothing.
+Only this machine can reach it. A request for another host name is refused: the page of another site whose name points
+to this address must not read it. The server reads only the run's folder, and changes nothing.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from topkd.report.page.html import render_fragments, render_page
 from topkd.topk.errors import ConfigError, DataError
 
 _HOST = "127.0.0.1"
-_SHARE = 0.1  # of one core's time at most: the page may be served by the very process that trains
+_SHARE = 0.1  # largest share of one core's time, because the process that trains may serve the page
 
 
 class LivePage:
-    """A page that follows runs, begun or not, until it is closed; a context manager."""
+    """A page that follows runs, which may not have begun yet, until it is closed; a context manager."""
 
     def __init__(self, paths: Sequence[Path], port: int = 0, baseline: Mapping[str, Any] | None = None) -> None:
         self.paths, self.baseline = list(paths), baseline
@@ -50,18 +50,18 @@ class LivePage:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """Return the port on which the server listens."""
         return int(self._server.server_address[1])
 
     @property
     def url(self) -> str:
-        """What to open."""
+        """Return the URL to open in a browser."""
         return f"http://{_HOST}:{self.port}/"
 
     def news(self) -> tuple[int, Page]:
-        """Read the page's content now, and a number that changes when it does.
+        """Return a version number, which changes with the content, and the page.
 
-        Long runs take their time to read: what was made last is given again until ten times that has passed.
+        To read a long run takes time: the last page is returned again until ten times that time has passed.
         """
         with self._lock:
             began = time.monotonic()
@@ -77,10 +77,10 @@ class LivePage:
             return self._version, self._page
 
     def _refresh(self) -> bool:
-        """Read on; True when there was anything new. A comparison has more runs than it had."""
+        """Read new records and new runs of a comparison; return whether there were any."""
         now = [count_cells(path) for path in self.paths]
         if now == self._cells:
-            # Another run may have taken the folder: what was read is of a run log that is gone then.
+            # If another run has replaced the one in the folder, the old run log is gone: read everything again.
             with contextlib.suppress(DataError):
                 changed = [run.refresh() for run in self._collection.runs]
                 return any(changed)
@@ -104,10 +104,10 @@ class LivePage:
 
 class _Handler(BaseHTTPRequestHandler):
     live: LivePage
-    protocol_version = "HTTP/1.0"  # a connection a reply: one kept alive would outlive the page
+    protocol_version = "HTTP/1.0"  # one connection per reply: a kept-alive one would stay open after the page
 
     def do_GET(self) -> None:
-        """Reply with the page, its news, or one rollout."""
+        """Reply with the page, its updates, or one rollout."""
         if self.headers.get("Host", "").lower() not in {f"{name}:{self.live.port}" for name in (_HOST, "localhost")}:
             self._reply(403, "text/plain", "This page is served to this machine only.\n")
             return
@@ -146,10 +146,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
-        """Log nothing: the terminal belongs to the run."""
+        """Log nothing: the terminal shows the run."""
 
 
 def _find_rollout(page: Page, path: str) -> str | None:
-    place = path.removeprefix("/rollout/").removesuffix(".json")
+    index = path.removeprefix("/rollout/").removesuffix(".json")
     bodies = page.transcripts.bodies
-    return bodies[int(place)] if place.isdecimal() and int(place) < len(bodies) else None
+    return bodies[int(index)] if index.isdecimal() and int(index) < len(bodies) else None

@@ -1,4 +1,4 @@
-"""Tables of what was measured: divergences on every kind of prefixes, and how the training itself went."""
+"""Tables of measurements: divergences on every kind of prefixes, and figures of the training itself."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from topkd.report.load.run_log import LoggedRun
 from topkd.report.page.panels import SECTIONS
 
 _PREFIXES: Final = {
-    "fixed": "fixed: the untrained student's",
-    "fresh": "fresh: the student's own",
-    "teacher": "the teacher's",
+    "fixed": "fixed: written by the untrained student",
+    "fresh": "fresh: written by the student",
+    "teacher": "written by the teacher",
 }
 _PANELS: Final = {panel.key: panel for section in SECTIONS for panel in section.panels}
 
 
 def list_by_prefixes(groups: Sequence[RunGroup], order: Sequence[int]) -> Table | None:
-    """List last values on each kind of prefixes, setting by setting; None where only one kind was measured."""
+    """List last values on each kind of prefixes, setting by setting; None if only one kind was measured."""
     kinds = list_prefix_kinds(groups)
     if len(kinds) < 2:
         return None
@@ -37,12 +37,12 @@ def list_by_prefixes(groups: Sequence[RunGroup], order: Sequence[int]) -> Table 
     kept = [key for key in EVALUATED if any(cells[key] for _, cells in table)]
     columns = ["prefixes", "setting", *(METRICS[key] for key in kept)]
     rows = [[*names, *(cells[key] or "—" for key in kept)] for names, cells in table if any(cells.values())]
-    note = "Of the last evaluation: means over seeds, with 95 % intervals in brackets where there are several."
+    note = "Values of the last evaluation: means over seeds, with 95 % intervals in brackets if there are several."
     return Table(columns, rows, [False, False, *[True] * len(kept)], note=note, title="On each kind of prefixes")
 
 
 def list_training(groups: Sequence[RunGroup], order: Sequence[int]) -> Table | None:
-    """List tokens per step, clipped ratios, and lengths and truncation at both ends of the runs; None without steps."""
+    """List tokens per step, clipped ratios, and first and last lengths and truncation; None without steps."""
     table = [
         (groups[index].label, {name: write(runs) for name, write in _CELLS.items()})
         for index in order
@@ -52,7 +52,7 @@ def list_training(groups: Sequence[RunGroup], order: Sequence[int]) -> Table | N
     if not kept:
         return None
     columns, rows = ["setting", *kept], [[label, *(cells[name] for name in kept)] for label, cells in table]
-    note = "Means over steps and seeds; with an arrow, over the first and over the last tenth of the steps."
+    note = "Means over steps and seeds. With an arrow: means over the first and over the last tenth of the steps."
     return Table(columns, rows, [False, *[True] * len(kept)], note=note, title="How training went")
 
 
@@ -73,7 +73,7 @@ def _format_last(group: RunGroup, kind: str, key: str) -> str:
 
 
 def _format_tokens(runs: Sequence[LoggedRun]) -> str:
-    """Format the number of tokens per step: one number where it is the same in all steps of all runs."""
+    """Format the number of tokens per step: one number if all steps of all runs have the same."""
     every = np.concatenate([read_column(run.steps, "tokens") for run in runs])
     every = every[np.isfinite(every)]
     if not every.size:
@@ -115,5 +115,5 @@ _CELLS: Final[dict[str, Callable[[Sequence[LoggedRun]], str]]] = {
     "effective coefficient": _format_mean("effective_coefficient"),
     "completion length": _format_drift("length"),
     "cut at the limit": _format_drift("truncation", " %"),
-    "chance of ending, a token": _format_drift("eos", " %"),
+    "probability of ending, per token": _format_drift("eos", " %"),
 }

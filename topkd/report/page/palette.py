@@ -1,6 +1,6 @@
-"""The page's colours, light and dark: told apart with every kind of colour vision, and legible (WCAG AA, tested).
+"""The page's colours, light and dark: distinguishable with every kind of colour vision, legible (WCAG AA, tested).
 
-Groups also differ by dash pattern, and a token's colour is always beside its number: colour alone never says anything.
+Groups also differ by dash pattern, and a token's number is always beside its colour: no fact is shown by colour alone.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ THEMES: Final[dict[str, dict[str, str]]] = {
         "page": "#f6f7f9",
         "card": "#ffffff",
         "ink": "#16191d",
-        "soft": "#555c66",  # second rank text
-        "line": "#dfe3e8",  # hairlines that carry no meaning
+        "soft": "#555c66",  # less important text
+        "line": "#dfe3e8",  # thin lines without a meaning
         "axis": "#7d8590",
         "accent": "#0b5cad",
         "focus": "#b3261e",
         "good": "#1b6e3c",
         "warn": "#8a4b00",
         "warn-card": "#fff4e2",
-        "mark": "#fff1c9",  # behind settings that differ
+        "mark": "#fff1c9",  # background of settings that differ
     },
     "dark": {
         "page": "#0f1216",
@@ -38,14 +38,15 @@ THEMES: Final[dict[str, dict[str, str]]] = {
     },
 }
 
-# Blue, orange, green, purple, ochre, grey: searched for the largest distance under every kind of colour vision, at 3:1.
+# Blue, orange, green, purple, ochre, grey: found by a search for the largest distance under every kind of colour
+# vision, with a contrast of 3:1.
 GROUPS: Final[dict[str, list[str]]] = {
     "light": ["#0b8add", "#d46916", "#153e35", "#860c8c", "#564707", "#687081"],
     "dark": ["#1978fb", "#fc5738", "#6af6d7", "#f88ff8", "#fdea9c", "#7f8182"],
 }
 DASHES: Final = ["", "6 3", "2 3"]  # the second and third round of the colours
 
-# Ends of the token ramps; the middle is the card's own colour. Orange and blue for below and above zero.
+# Ends of the colour ramps for tokens; the middle is the card's colour. Below zero is orange, above zero is blue.
 RAMP_ENDS: Final[dict[str, dict[str, str]]] = {
     "light": {"below": "#f3a55c", "above": "#78b6ea", "much": "#b99ae0"},
     "dark": {"below": "#8d4a10", "above": "#1d5c94", "much": "#6a47a3"},
@@ -61,7 +62,7 @@ def make_ramp(theme: str, end: str) -> list[str]:
 
 
 def write_stylesheet() -> str:
-    """Write the colours as CSS custom properties: the system's theme, unless the reader chose one; paper is light."""
+    """Write the colours as CSS properties: the system's theme, or the one that the reader chose; light in print."""
     light, dark = (_properties(theme) for theme in ("light", "dark"))
     return (
         f":root{{color-scheme:light;{light}}}\n"

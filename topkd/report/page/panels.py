@@ -1,4 +1,4 @@
-"""The panels of the page: which field of the run log each shows, in which unit, and where the reader finds it."""
+"""The panels of the page: the run log field that each shows, its unit, and its section."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class Panel:
     """One small chart.
 
     Attributes:
-        key: Unique; also the anchor.
-        title: What is drawn.
-        unit: Of y.
-        fields: Names in the run log; the first that a run has is drawn.
-        source: Which records hold it.
-        note: One sentence on how to read it.
+        key: Unique name; also the anchor on the page.
+        title: Name of the values that are drawn.
+        unit: Unit of the y axis.
+        fields: Names in the run log; the first one that a run has is drawn.
+        source: The kind of records that have the field.
+        note: One sentence on how to read the panel.
         log: Whether y may be switched to a logarithmic axis.
-        share: Values are shares of one, shown as per cent.
-        total: Values are counts of a step, drawn as running totals.
-        per: Field to divide by (a count that becomes a rate).
-        per_fields: The names among ``fields`` that are divided; the others are rates already.
-        over: Numerator and denominator whose means over steps are divided, where one step's ratio says little.
-        smooth: Whether a rolling mean says more than the values: not of a schedule, nor where one step's wait counts.
-        special: Only some runs have it: not missed where it is absent.
+        share: Whether values are shares of one, shown in per cent.
+        total: Whether values are counts of a step, drawn as running totals.
+        per: Field to divide by (a count becomes a rate).
+        per_fields: The names among ``fields`` to divide; the others are already rates.
+        over: Numerator and denominator fields. Their rolling means are divided: the ratio of one step says little.
+        smooth: Whether to draw a rolling mean. False for schedules, and where single steps matter (waiting times).
+        special: Whether only some runs have the panel. If it is absent, the report does not list it as missing.
     """
 
     key: str
@@ -52,7 +52,7 @@ class Panel:
     special: bool = False
 
     def values(self, records: Sequence[Record]) -> Floats | None:
-        """Compute the panel's y for records of its source; None when they do not have it."""
+        """Compute the panel's y values from records of its source; None if they do not have the field."""
         name = find_first_name(records, self.fields)
         if name is None:
             return None
@@ -65,7 +65,7 @@ class Panel:
         return np.cumsum(values) if self.total else values
 
     def smoothed(self, records: Sequence[Record], values: Floats, window: int) -> Floats:
-        """Compute the rolling mean; of a ratio, the ratio of rolling means, unknown where that would divide by <= 0."""
+        """Compute the rolling mean; for ``over``, the ratio of rolling means (NaN unless the denominator is > 0)."""
         if self.over is None or not all(has_column(records, name) for name in self.over):
             return compute_rolling_mean(values, window)
         above, below = (compute_rolling_mean(read_column(records, name), window) for name in self.over)
@@ -73,7 +73,7 @@ class Panel:
             return np.where(below > 0.0, above / below, np.nan)
 
     def window(self, size: int) -> int:
-        """Return how many steps a smoothed value is of; 1 for what is not smoothed."""
+        """Return the number of steps in a rolling mean; 1 if the panel is not smoothed."""
         if self.source == "eval" or self.total or not self.smooth:
             return 1
         return choose_window(size) if self.over is None else max(9, choose_window(size))
@@ -98,8 +98,8 @@ SECTIONS: Final = (
     Section(
         "distance",
         "Distance to the teacher",
-        "Lower is better for divergences, higher for agreement and accuracy. A zigzag at an axis: it does not begin at "
-        "zero.",
+        "Lower is better for divergences, higher for agreement and accuracy. A zigzag at an axis means: it does not "
+        "begin at zero.",
         (
             Panel("reverse_kl", "KL(student ‖ teacher)", NATS, ("reverse_kl",), "eval", _KL_NOTE, log=True),
             Panel("forward_kl", "KL(teacher ‖ student)", NATS, ("forward_kl",), "eval", _KL_NOTE, log=True),
@@ -111,15 +111,15 @@ SECTIONS: Final = (
                 note="Mean of log s − log t over the sampled tokens of a step: unbiased, and noisy.",
             ),
             Panel("sft_loss", "−log p of the data", NATS, ("sft_loss",), log=True, special=True,
-                  note="Of completions from the data, before each step."),
+                  note="Measured on completions from the data, before each step."),
             Panel("divergence_bucket", "Divergence on the lists", NATS, ("divergence_bucket",), log=True, special=True,
-                  note="Of K + 1 bins, on a step's completions: a lower bound of the objective's own divergence."),
+                  note="Over K + 1 bins, on a step's completions: a lower bound of the objective's own divergence."),
         ),
     ),
     Section(
         "gradient",
         "Gradient",
-        "How strongly, and how noisily, each step pulls.",
+        "How large and how noisy the gradient of each step is.",
         (
             Panel(
                 "effective_coefficient", "Effective coefficient", "", ("effective_coefficient",),
@@ -136,7 +136,7 @@ SECTIONS: Final = (
     Section(
         "offpolicy",
         "Off-policy",
-        "How far the student that learns is from the one that sampled.",
+        "How far the trained student is from the policy that sampled.",
         (
             Panel("ess", "Effective sample size", "% of tokens", ("ess",), share=True,
                   note="(Σw)² / nΣw² of the importance ratios; 100 % is on-policy."),
@@ -144,12 +144,12 @@ SECTIONS: Final = (
                   share=True),
             Panel("ratio_max", "Largest importance ratio", "", ("ratio_max",), log=True),
             Panel("staleness", "Staleness", "weight versions", ("staleness",), smooth=False,
-                  note="Versions between the policy that sampled a batch and the one that learnt from it."),
+                  note="Versions between the policy that sampled a batch and the one that is trained on it."),
             Panel("behavior_kl", "KL(rollout policy ‖ current)", NATS, ("behavior_kl_k3",), log=True),
             Panel("mismatch_kl", "KL(sampler ‖ trainer), same weights", NATS, ("mismatch_kl",), log=True, smooth=False,
-                  note="Above rounding, the two compute different probabilities from the same weights. Of steps on "
-                  "rollouts of those very weights: the first alone, where sampling runs ahead."),
-            Panel("sync_kl", "KL after the weights were pushed", NATS, ("sync_kl",), log=True, special=True),
+                  note="Above rounding errors, the two compute different probabilities from the same weights. Measured "
+                  "only if both have these weights: if sampling runs ahead, in the first step only."),
+            Panel("sync_kl", "KL after new weights were sent", NATS, ("sync_kl",), log=True, special=True),
         ),
     ),
     Section(
@@ -158,11 +158,11 @@ SECTIONS: Final = (
         "How much of the teacher's distribution its top-K lists hold.",
         (
             Panel("missing_mass", "Missing mass", "% of tokens", ("missing_mass",), share=True,
-                  note="Sampled tokens whose row has no signal or whose teacher logprob is unknown: masked."),
+                  note="Sampled tokens that are masked: their position has no signal, or no teacher logprob."),
             Panel("tail_mass", "Tail mass", "% of probability", ("tail_mass",), share=True,
-                  note="The teacher's probability outside its own list."),
+                  note="The teacher's probability outside its own top-K list."),
             Panel("topk_overlap", "Top-K overlap", "% of ids", ("topk_overlap",), share=True,
-                  note="Ids of the teacher's list that the student's list holds too."),
+                  note="Ids of the teacher's list that are also in the student's list."),
             Panel("realised", "Sampled token in the list", "% of tokens", ("realised_in_topk",), share=True),
             Panel("entropy_lo", "Teacher entropy, lower bound", NATS, ("entropy_lo",)),
             Panel("entropy_hi", "Teacher entropy, upper bound", NATS, ("entropy_hi",)),
@@ -171,29 +171,29 @@ SECTIONS: Final = (
     Section(
         "lengths",
         "Lengths and ends",
-        "A student that learns to ramble, or to stop at once, shows here first.",
+        "If a student learns to write too much, or to stop at once, it shows here first.",
         (
             Panel("length", "Completion length", "tokens", ("length_mean", "completion_tokens"), per="samples",
                   per_fields=("completion_tokens",)),
             Panel("truncation", "Cut at the length limit", "% of completions", ("truncation_rate", "truncated"),
                   share=True, per="samples", per_fields=("truncated",)),
-            Panel("eos", "Probability of ending", "% a token", ("eos_probability",), share=True),
+            Panel("eos", "Probability of ending", "% per token", ("eos_probability",), share=True),
         ),
     ),
     Section(
         "cost",
         "Cost",
-        "What the teacher was asked for; totals since the start.",
+        "Requests to the teacher, as totals since the start, and the seconds of each step.",
         (
             Panel("scored", "Tokens scored", "tokens", ("scored_tokens", "completion_tokens"), total=True),
             Panel("requests", "Requests", "requests", ("requests",), total=True),
             Panel("retries", "Retries", "requests", ("retries",), total=True),
             Panel("cache_hits", "Cache hits", "scores", ("cache_hits",), total=True),
             Panel("bytes", "Bytes received", "bytes", ("teacher_bytes",), total=True),
-            Panel("sample_s", "Seconds sampling, a step", "s", ("sample_s",), smooth=False),
-            Panel("learn_s", "Seconds learning, a step", "s", ("learn_s",), smooth=False),
-            Panel("wait_s", "Seconds waiting for scores, a step", "s", ("score_wait_s",), smooth=False),
-            Panel("publish_s", "Seconds bringing weights to the sampler", "s", ("publish_s",), smooth=False,
+            Panel("sample_s", "Seconds of sampling per step", "s", ("sample_s",), smooth=False),
+            Panel("learn_s", "Seconds of learning per step", "s", ("learn_s",), smooth=False),
+            Panel("wait_s", "Seconds of waiting for scores per step", "s", ("score_wait_s",), smooth=False),
+            Panel("publish_s", "Seconds of sending weights to the sampler", "s", ("publish_s",), smooth=False,
                   special=True),
         ),
     ),

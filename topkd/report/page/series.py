@@ -1,4 +1,4 @@
-"""Turn columns into plotted series: one line per group, short enough for a page, every approximation counted."""
+"""Turns columns into plotted series: one line per group, short enough for a page; down-sampling is counted."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from topkd.report.load.columns import FIXED, Floats, Source, make_eval_source, m
 from topkd.report.page import downsampling
 from topkd.report.page.panels import Panel
 
-POINTS = 400  # drawn of a series at most; a line is rarely wider than this in pixels
+POINTS = 400  # largest number of points of a line, which is rarely wider than this in pixels
 SMOOTH_POINTS = 160
 
 
 @dataclass(slots=True)
 class Downsampling:
-    """What the page has to say about down-sampling."""
+    """Counts of the down-sampling on a page."""
 
     longest: int = 0
     windows: set[int] = field(default_factory=set)
     series: int = 0
 
     def describe(self) -> str:
-        """Describe the down-sampling in words; "" when every value is drawn."""
+        """Describe the down-sampling in words; "" if every value is drawn."""
         if not self.series:
             return ""
         return (
-            f"Down-sampled for this page: of series with more than {POINTS} values (the longest has {self.longest:,}) "
-            f"the lowest and the highest value of each of {(POINTS - 2) // 2} equal stretches are drawn, so no extreme "
-            "is lost. The run log has every value."
+            f"Down-sampled: if a series has more than {POINTS} values (the longest has {self.longest:,}), "
+            f"the lowest and the highest value of each of {(POINTS - 2) // 2} equal stretches are drawn, so that no "
+            "extreme is lost. The run log has every value."
         )
 
 
@@ -42,8 +42,8 @@ def build_panel_series(
 ) -> list[dict[str, Any]]:
     """Build the lines of one panel.
 
-    A group of one run is drawn as its values, with their rolling mean where they are noisy. Several runs are drawn as
-    their mean over seeds, with each seed (evaluations) or the span of the seeds' rolling means (steps) around it.
+    A group of one run has a line of its values, and one of their rolling mean if they are noisy. A group of several
+    runs has a line of the mean over seeds, with each seed (evaluations) or the range of rolling means (steps) around.
     """
     lines: list[dict[str, Any]] = []
     for index, group in enumerate(groups):
@@ -72,14 +72,14 @@ def _draw_single(
         return [_build_line(index, "main", source.axes, values, rows)]
     smooth = panel.smoothed(source.records, values, window)
     main = _build_line(index, "main", source.axes, smooth, downsampling.keep_evenly(values.size, SMOOTH_POINTS))
-    if panel.over is not None:  # single ratios would only hide the one of means
+    if panel.over is not None:  # ratios of single steps would hide the ratio of means
         return [main]
     downsampled.windows.add(window)
     return [_build_line(index, "raw", source.axes, values, rows), main]
 
 
 def _draw_several(index: int, drawn: list[tuple[Source, Floats]], panel: Panel) -> list[dict[str, Any]]:
-    """Draw means over seeds, which end where the shortest run ends, and the seeds around them."""
+    """Build the line of means over seeds, which ends where the shortest run ends, and the seeds around it."""
     steps = _find_common_steps([source for source, _ in drawn])
     if not steps.size:
         return []
@@ -87,7 +87,7 @@ def _draw_several(index: int, drawn: list[tuple[Source, Floats]], panel: Panel) 
     stacked, axes = [], []
     for source, values in drawn:
         at = np.searchsorted(source.axes["step"], steps)
-        records = [source.records[place] for place in at.tolist()]
+        records = [source.records[index] for index in at.tolist()]
         stacked.append(panel.smoothed(records, values[at], window))
         axes.append({key: axis[at] for key, axis in source.axes.items()})
     table = np.stack(stacked)
@@ -132,7 +132,7 @@ def build_ratio_histogram(groups: Sequence[RunGroup]) -> dict[str, Any] | None:
             if not isinstance(found, list) or not isinstance(at, list) or not found:
                 continue
             edges = edges or at
-            if at != edges or abs(len(at) - len(found)) > 1:  # other bins cannot be added to these
+            if at != edges or abs(len(at) - len(found)) > 1:  # counts in different bins cannot be added
                 continue
             counts = np.asarray(found, dtype=np.float64) + (0.0 if counts is None else counts)
         if counts is not None and counts.sum() > 0:
@@ -141,7 +141,7 @@ def build_ratio_histogram(groups: Sequence[RunGroup]) -> dict[str, Any] | None:
 
 
 def _round_digits(values: Floats, digits: int = 5) -> list[float | int | None]:
-    """Round to plain numbers of so many significant digits; a hole is None."""
+    """Round to ``digits`` significant digits, as plain numbers; a hole becomes None."""
     out: list[float | int | None] = []
     for value in values.tolist():
         if not np.isfinite(value):

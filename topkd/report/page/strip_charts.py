@@ -1,4 +1,4 @@
-"""Seed by seed: every seed a dot, means with intervals, and next to them the pairs that the verdict rests on."""
+"""Strip charts: one dot per seed, means with intervals, and the paired values on which the verdict is based."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DOTS = "A dot is a seed; the bar is the mean with its 95 % interval over seeds.
 
 @dataclass(frozen=True, slots=True)
 class Dot:
-    """One seed. ``late``: a run that ended before it arrived; its value is where it ended."""
+    """One seed. ``late``: the run ended before it reached the target; the value is then where it ended."""
 
     seed: int | None
     value: float
@@ -26,7 +26,7 @@ class Dot:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One setting: its seeds, their mean with a 95 % interval (None: there is none), and what stands beside."""
+    """One setting: its seeds, their mean with a 95 % interval (None: there is none), and the text beside it."""
 
     group: int
     label: str
@@ -39,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Rows over one axis. ``even`` is where two settings are alike; the axis of ratios is logarithmic."""
+    """Rows over one axis. ``even`` is the value at which two settings are equal; the axis of ratios is logarithmic."""
 
     note: str
     rows: list[Row]
@@ -49,7 +49,7 @@ class Strip:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One way to judge settings: its values, and the pairs with the setting that is best by it."""
+    """One way to judge settings: its values, and the paired values of each setting and the best one."""
 
     key: str
     title: str
@@ -83,7 +83,7 @@ def _measure_last(ranks: Sequence[Rank], metric: str) -> list[Measure]:
     ]
     strips = [Strip(f"Nats a token. {_DOTS}", rows)]
     if gaps:
-        note = f"Difference to {known[0].label}, same seed against same seed. Right of zero: ends higher."
+        note = f"Difference to {known[0].label} on the same seed. Right of zero: it ends higher."
         strips.append(Strip(note, gaps, even=0.0))
     return [Measure("last", f"Last {metric}", strips)]
 
@@ -95,7 +95,7 @@ def _build_row(setting: Rank | _Arm, dots: list[Dot], spread: Interval, text: st
 
 @dataclass(frozen=True, slots=True)
 class _Arm:
-    """An arm of a comparison: its colour, its name, and what each of its seeds came to."""
+    """An arm of a comparison: its colour, its name, and the results of its seeds."""
 
     group: int
     label: str
@@ -112,11 +112,11 @@ def _compare_arms(comparison: Mapping[str, Any], groups: Sequence[RunGroup], met
     areas = (arm for arm in arms if arm.values("area"))
     by_area = sorted(areas, key=lambda arm: (arm.control, _mean(arm.values("area").values())))
     rest = [arm for arm in arms if arm not in by_area]
-    # Arms that are alike stay as their areas have them.
+    # Arms with equal speed keep the order of their areas.
     by_tokens = sorted(filter(_find_arrivals, [*by_area, *rest]), key=_rank_speed)
     found = []
     if by_area:
-        note = f"Mean over the tokens trained on, as a share of the first value: 1 learnt nothing. {_DOTS}"
+        note = f"Mean over the tokens trained on, as a share of the first value; 1 means no progress. {_DOTS}"
         seeds = [(arm, arm.values("area")) for arm in by_area]
         rows = [
             _build_row(arm, [Dot(*pair) for pair in v.items()], compute_interval([*v.values()])) for arm, v in seeds
@@ -125,7 +125,7 @@ def _compare_arms(comparison: Mapping[str, Any], groups: Sequence[RunGroup], met
         found.append(Measure("area", f"Area under {metric}", [Strip(note, rows), *ratios]))
     if by_tokens:
         title = f"Tokens until {metric} is {comparison.get('target', '?')} of its first value"
-        note = "A dot is a seed. An open triangle is a run that ended before it got there; with one, no mean is taken."
+        note = "A dot is a seed. An open triangle is a run that ended too early; a row with one has no mean."
         rows = [_find_arrival(arm) for arm in by_tokens]
         ratios = _build_ratio_strip(by_tokens, "tokens_to_target", "tokens")
         found.append(Measure("tokens", title, [Strip(note, rows), *ratios]))
@@ -135,19 +135,19 @@ def _compare_arms(comparison: Mapping[str, Any], groups: Sequence[RunGroup], met
 def _read_arms(comparison: Mapping[str, Any], groups: Sequence[RunGroup]) -> list[_Arm]:
     live = comparison.get("live")
     stated_arms = {arm.get("name"): arm for arm in comparison.get("arms") or () if isinstance(arm, dict)}
-    places = {group.runs[0].params.get("arm"): index for index, group in enumerate(groups) if not group.replayed}
+    indices = {group.runs[0].params.get("arm"): index for index, group in enumerate(groups) if not group.replayed}
     found = []
     for row in (live.get("arms") if isinstance(live, dict) else None) or ():
         arm = stated_arms.get(row.get("arm"), {})
         label = str(arm.get("label") or row.get("arm"))
-        if label in places and isinstance(row.get("seeds"), dict):
+        if label in indices and isinstance(row.get("seeds"), dict):
             seeds = {int(seed): fact for seed, fact in row["seeds"].items()}
-            found.append(_Arm(places[label], label, seeds, control=bool(arm.get("control"))))
+            found.append(_Arm(indices[label], label, seeds, control=bool(arm.get("control"))))
     return found
 
 
 def _find_arrivals(arm: _Arm) -> list[Dot]:
-    """Find where each seed reached the target, or ended without reaching it."""
+    """Find the tokens at which each seed reached the target, or ended without it."""
     dots = []
     for seed, fact in arm.seeds.items():
         late = not _number(fact.get("tokens_to_target"))
@@ -172,7 +172,7 @@ def _rank_speed(arm: _Arm) -> tuple[bool, int, float]:
 
 
 def _build_ratio_strip(arms: Sequence[_Arm], key: str, what: str) -> list[Strip]:
-    """Compute the first arm's value over each other's, seed by seed; the interval is of the mean log-ratio."""
+    """Divide the first arm's value by each other arm's, seed by seed; the interval is that of the mean log-ratio."""
     best, *others = arms
     mine = best.values(key)
     rows = []
@@ -191,8 +191,8 @@ def _build_ratio_strip(arms: Sequence[_Arm], key: str, what: str) -> list[Strip]
         rows.append(Row(arm.group, f"against {arm.label}", dots, mean, low, high, text))
     if not rows:
         return []
-    note = f"{best.label}'s {what} as a share of each other's, same seed against same seed, with the 95 % interval."
-    return [Strip(f"{note} Left of 1: {best.label} is ahead.", rows, even=1.0, ratio=True)]
+    note = f"{best.label}'s {what} divided by each other arm's on the same seed, with the 95 % interval."
+    return [Strip(f"{note} Left of 1: {best.label} is better.", rows, even=1.0, ratio=True)]
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -1,6 +1,6 @@
-"""Recorded rollouts as the page shows them: checked, cut to a budget that is said aloud, one JSON text each.
+"""Recorded rollouts for the page: checked, limited to a budget that the page states, each as one JSON text.
 
-What stands in ``tokens.jsonl`` came out of models: every text in it is untrusted, and stays text.
+The texts in ``tokens.jsonl`` come from models. They are not trusted, and the page shows them only as text.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, Final
 from topkd.report.load.collection import RunGroup
 from topkd.report.load.run_log import LISTED, Record, StoredRollout
 
-BUDGET_CHARS: Final = 5_000_000  # of all rollouts on a page together
+BUDGET_CHARS: Final = 5_000_000  # for all rollouts on a page together
 
 
 @dataclass(frozen=True, slots=True)
 class TranscriptFile:
-    """The rollouts of a page: heads for the menu, bodies by place, and what was left out."""
+    """The rollouts of a page: heads for the menu, bodies in the same order, and a note on what was left out."""
 
     heads: list[dict[str, Any]]
     bodies: list[str]
@@ -27,27 +27,27 @@ class TranscriptFile:
 
 
 def select_transcripts(groups: Sequence[RunGroup], budget: int = BUDGET_CHARS) -> TranscriptFile:
-    """Select as many rollouts as the budget holds, evenly from all runs and from early to late in each."""
-    places = [
+    """Select as many rollouts as the budget allows, evenly from all runs, and from early to late in each."""
+    recorded = [
         (index, run, rollout) for index, group in enumerate(groups) for run in group.runs for rollout in run.rollouts
     ]
-    sizes = [_estimate_size(rollout) for _, _, rollout in places]
+    sizes = [_estimate_size(rollout) for _, _, rollout in recorded]
     chosen = _choose_within(sizes, budget)
-    several = len({id(run) for _, run, _ in places}) > 1
+    several = len({id(run) for _, run, _ in recorded}) > 1
     heads, bodies = [], []
-    for place in chosen:
-        index, run, rollout = places[place]
+    for number in chosen:
+        index, run, rollout = recorded[number]
         record = rollout.read()
         label, count = _write_label(record, run.name if several else ""), len(record["tokens"])
         heads.append({"g": index, "label": label, "step": record.get("step"), "n": count})
         bodies.append(json.dumps(build_body(record), allow_nan=False, ensure_ascii=False, separators=(",", ":")))
-    left = len(places) - len(chosen)
-    note = f"{len(chosen)} of {len(places)} recorded rollouts are on this page; tokens.jsonl has all." if left else ""
+    left = len(recorded) - len(chosen)
+    note = f"{len(chosen)} of {len(recorded)} recorded rollouts are on this page; tokens.jsonl has all." if left else ""
     return TranscriptFile(heads, bodies, note)
 
 
 def build_body(record: Record) -> dict[str, Any]:
-    """Build a rollout in short keys: b, s, t are the rollout's, student's and teacher's logprob of its token."""
+    """Build a rollout with short keys: b, s and t are the rollout's, student's and teacher's logprobs of a token."""
     texts = record.get("texts")
     texts = texts if isinstance(texts, dict) else {}
     tokens = [token for token in record["tokens"] if isinstance(token, dict)]
@@ -100,17 +100,17 @@ def _write_label(record: Record, run: str) -> str:
 
 
 def _estimate_size(rollout: StoredRollout) -> int:
-    """Estimate how many characters a rollout takes on the page."""
+    """Estimate the number of characters of a rollout on the page."""
     return 400 + 110 * rollout.tokens + 30 * rollout.entries
 
 
 def _choose_within(sizes: Sequence[int], budget: int) -> list[int]:
-    """Choose evenly spaced indices whose sizes together stay within the budget: all of them where they fit."""
+    """Choose evenly spaced indices whose sizes together are within the budget; all of them if they fit."""
     count = len(sizes)
     while count > 0:
         step = len(sizes) / count
         chosen = sorted({min(len(sizes) - 1, int(step * (i + 0.5))) for i in range(count)})
-        if sum(sizes[place] for place in chosen) <= budget:
+        if sum(sizes[index] for index in chosen) <= budget:
             return chosen
         count = count * 9 // 10
     return []

@@ -6,7 +6,7 @@ class Histogram extends LineChart {
     const known = log2.filter((edge) => edge !== null && Number.isFinite(edge));
     const step = known.length > 1 ? known[1] - known[0] : 1;
     return this.panel.lines.filter((line) => !state.hidden.has(line.g)).map((line) => {
-      // One more count than edges: the ends are open, and are drawn one bin wide.
+      // There is one more count than edges: the first and the last bin are open, and are drawn one bin wide.
       const open = line.y.length > edges.length - 1;
       const centres = line.y.map((_, i) => (open ? known[0] + (i - 0.5) * step : known[0] + (i + 0.5) * step));
       return { ...line, role: 'main', y: line.y.map((share) => 100 * share), x: { [state.x]: centres } };
@@ -67,7 +67,7 @@ class Histogram extends LineChart {
   }
 
   follow() {
-    // Ratios are no time: the crosshair of the other charts means nothing here.
+    // Ratios are not an x axis like time: this chart does not use the crosshair of the others.
   }
 
   key(event) {

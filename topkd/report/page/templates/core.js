@@ -1,4 +1,4 @@
-// What every part uses: elements, numbers in words, and the one state that all charts share.
+// Used by every part: elements, formatting of numbers, and the state that all charts share.
 const SVG = 'http://www.w3.org/2000/svg';
 
 function fill(node, attributes, children) {
@@ -49,7 +49,7 @@ function remember(key, value) {
   try {
     localStorage.setItem(`topkd.${key}`, value);
   } catch {
-    // nothing is lost but the memory
+    // then the choice is not remembered
   }
 }
 
@@ -61,7 +61,7 @@ const tell = (what) => listeners.forEach((listener) => listener(what));
 const axis = () => data.axes.find((one) => one.key === state.x);
 const groupClass = (g) => `g${g % 18}`;
 
-// A group's own shape, so that colour is never all that tells groups apart; later rounds of the colours shift the shapes.
+// A shape for each group, so that groups differ by more than colour; later rounds of the colours shift the shapes.
 const SHAPES = [
   (x, y, r) => `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0Z`,
   (x, y, r) => `M${x - 0.9 * r} ${y - 0.9 * r}h${1.8 * r}v${1.8 * r}h${-1.8 * r}Z`,

@@ -1,11 +1,11 @@
-// A rollout token by token: coloured by advantage or divergence, each token with both sides' top-K beside one another.
+// A rollout token by token: coloured by advantage or divergence, with the top-K lists of teacher and student side by side.
 const explorer = { at: 0, colour: 'a', body: null, token: 0, pinned: false };
 
 const VISIBLE = { '\n': '↵', '\t': '⇥', '\r': '␍' };
 const legible = (text) => (text === '' ? '∅' : text.replace(/[\n\t\r]/g, (sign) => VISIBLE[sign]).replace(/[\u0000-\u0008\u000b-\u001f\u202a-\u202e\u2066-\u2069]/g, '␦'));
 const chance = (logp) => (logp === null || logp === undefined ? '?' : percent(Math.exp(logp)));
 const percent = (p) => (p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : p >= 1e-5 ? `${Number((100 * p).toPrecision(p >= 0.001 ? 2 : 1))} %` : p > 0 ? '< 0.001 %' : '0 %');
-const named = (text) => (/^ +$/.test(text) ? '␣'.repeat(text.length) : legible(text)); // alone in a cell, a space must show
+const named = (text) => (/^ +$/.test(text) ? '␣'.repeat(text.length) : legible(text)); // make spaces visible
 const inline = (text) => legible(text).replaceAll('↵', '↵\n');
 const signed = (value) => (value === null ? '?' : `${value > 0 ? '+' : ''}${number(value)}`);
 
@@ -64,7 +64,7 @@ async function openRollout(index) {
   try {
     explorer.body = await rolloutBody(index);
   } catch {
-    byId('rollout-note').textContent = 'This rollout cannot be had: the run’s server is gone.';
+    byId('rollout-note').textContent = 'This rollout cannot be loaded: the run’s server has ended.';
     return;
   }
   explorer.token = 0;
@@ -87,7 +87,7 @@ async function openRollout(index) {
   showToken(0);
 }
 
-// Colours saturate at the 95th percentile, so that one wild token does not bleach the rest.
+// Colours saturate at the 95th percentile, so that one extreme token does not make all others pale.
 function reach(values) {
   const sizes = values.map(Math.abs).sort((a, b) => a - b);
   return sizes.length ? sizes[Math.floor(0.95 * (sizes.length - 1))] || sizes.at(-1) || 1 : 1;
@@ -135,7 +135,7 @@ function showToken(index, focus) {
       ['divergence', number(token.d), body.divergence],
     ].map(([name, value, title]) => el('div', { title }, el('dt', { text: name }), el('dd', { text: value })))),
     el('div', { class: 'sides', tabindex: 0, role: 'group', 'aria-label': 'Both lists' }, list('Teacher', token.T, token, both), list('Student', token.S, token, both)),
-    el('p', { class: 'soft', text: `● in both lists (${both.size}), ○ in one; the token drawn is framed.` }));
+    el('p', { class: 'soft', text: `● in both lists (${both.size}), ○ in one; the sampled token is framed.` }));
 }
 
 function list(name, entries, token, both) {

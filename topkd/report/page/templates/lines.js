@@ -1,4 +1,4 @@
-// One line chart: drawn to the width it has, read by pointer, touch or keyboard.
+// One line chart: it fits its width, and shows values for pointer, touch and keyboard.
 class LineChart {
   constructor(panel) {
     this.panel = panel;
@@ -59,7 +59,7 @@ class LineChart {
     const xs = this.lines.flatMap((line) => line.x[state.x]).filter((x) => x !== null);
     this.unit.textContent = [panel.unit, this.log ? 'log scale' : ''].filter(Boolean).join(', ');
     const left = values.length - shown.length;
-    this.note.textContent = [panel.note, left ? `${left} values ≤ 0 have no place on a log scale.` : ''].filter(Boolean).join(' ');
+    this.note.textContent = [panel.note, left ? `${left} values ≤ 0 cannot be shown on a log scale.` : ''].filter(Boolean).join(' ');
     if (!shown.length || !xs.length) {
       this.svg = el('p', { class: 'empty', text: this.lines.length ? 'nothing to draw yet' : 'hidden, or not on this axis' });
       this.plot.prepend(this.svg);
@@ -85,15 +85,15 @@ class LineChart {
     const mains = this.lines.filter((line) => line.role === 'main');
     const room = () => Math.max(0, ...mains.map((line) => textWidth(this.label(line)) + 16));
     this.named = data.groups.length > 1;
-    this.named = this.named && room() <= this.width * 0.36; // names that do not fit all stand in the legend alone
+    this.named = this.named && room() <= this.width * 0.36; // if not all names fit, only the legend has them
     const right = mains.length <= 6 ? room() : 8;
     this.domain = yDomain(Math.min(...shown), Math.max(...shown), this.log, this.panel.unit.startsWith('%'), this.panel.zero);
-    this.cut = !this.log && this.domain[0] > 0; // said and drawn: a line at the floor is not one at zero
+    this.cut = !this.log && this.domain[0] > 0; // shown by a zigzag and in the text: the bottom of the chart is not zero
     const rows = Math.max(2, Math.floor(this.height / 38));
     this.yTicks = this.log ? logTicks(...this.domain, rows) : linearTicks(...this.domain, rows);
     const left = Math.max(...this.yTicks.map((tick) => textWidth(tickText(tick, this.yTicks), 11))) + 12;
     this.box = { left, right: this.width - right - 6, top: 10, bottom: this.height - 24 };
-    const low = Math.min(0, ...xs); // counts begin at nothing, in every panel alike
+    const low = Math.min(0, ...xs); // counts begin at zero in every panel
     const high = Math.max(...xs);
     this.x = scale([low, high > low ? high : low + 1], [this.box.left, this.box.right]);
     this.y = scale(this.domain, [this.box.bottom, this.box.top], this.log);
@@ -150,10 +150,10 @@ class LineChart {
         path += `${pen ? 'L' : 'M'}${at[0].toFixed(1)} ${at[1].toFixed(1)}`;
         dots.push({ at, lone: !pen && !place(i + 1, line.y) });
       }
-      pen = Boolean(at); // a hole lifts the pen: nothing is drawn across it
+      pen = Boolean(at); // no line is drawn across a hole
     });
     this.svg.append(svg('path', { d: path || 'M0 0', class: `${line.role} stroke ${groupClass(line.g)}` }));
-    // Where values are many, some of them carry the group's shape, each group's a little aside from the next one's.
+    // In a long line, only some values have the group's shape; each group's are shifted a little.
     const main = line.role === 'main';
     const few = main && dots.length <= 24;
     const every = main && data.groups.length > 1 ? Math.ceil(dots.length / 5) : Infinity;
@@ -180,7 +180,7 @@ class LineChart {
       if (Math.abs(label.at - label.y) > 4 || this.box.right - label.x > 12) {
         this.svg.append(svg('line', { x1: label.x + 3, y1: label.y, x2: this.box.right + 9, y2: label.at, class: `lead stroke ${g}` }));
       }
-      // A mark beside the name would read as one more value, beyond the axis: the last value itself carries it.
+      // A mark beside the name would look like one more value, so the last value has the mark.
       this.svg.append(
         marker(label.line.g, label.x, label.y, 2.9),
         svg('text', { x: this.box.right + 11, y: label.at + 4, class: 'label', text: this.label(label.line) }));
@@ -223,7 +223,7 @@ class LineChart {
     tell('hover');
   }
 
-  // The crosshair: in the chart that is pointed at with a table of values, in the others as a thin line.
+  // The crosshair: a table of values in the chart under the pointer, a thin line in the others.
   follow() {
     if (!this.cross || !this.svg.isConnected || !(this.lines || []).length) return;
     this.cross.replaceChildren();

@@ -1,4 +1,4 @@
-// The page as a whole: its controls, its sections, and (when it is served by a run that goes on) its news.
+// The whole page: its controls, its sections, and (if a running run serves it) its updates.
 const charts = new Map();
 
 function segmented(name, choices, chosen, choose) {
@@ -37,7 +37,7 @@ function controls() {
   }));
   byId('controls').replaceChildren(...[
     data.groups.length > 1 ? legend : null,
-    segmented('Against', offered.map((one) => [one.key, SHORT[one.key], one.ok ? '' : `not every run's run log says its ${one.label}`]), () => state.x, (key) => {
+    segmented('Against', offered.map((one) => [one.key, SHORT[one.key], one.ok ? '' : `some run logs do not have ${one.label}`]), () => state.x, (key) => {
       state.chosen = true;
       set('x')(key);
     }),
@@ -89,7 +89,7 @@ function sections() {
   }
 }
 
-// Links to the parts of the page that are there now.
+// Links to the parts that the page has now.
 function contents() {
   const parts = [...document.querySelectorAll('main section.card[id]')].filter((node) => !node.hidden);
   byId('contents').replaceChildren(...parts.map((node) => el('a', { href: `#${node.id}`, text: node.querySelector('h2').textContent })));
@@ -114,7 +114,7 @@ function themes() {
 
 function everything() {
   const possible = ['tokens', 'step'].find((key) => data.axes.find((one) => one.key === key).ok) || 'step';
-  if (!state.chosen || !axis()?.ok) state.x = possible; // a run that has just begun has no tokens yet
+  if (!state.chosen || !axis()?.ok) state.x = possible; // a run without a step has no tokens yet
   if (!data.prefixes.includes(state.prefixes)) [state.prefixes] = data.prefixes;
   controls();
   sections();
@@ -125,7 +125,7 @@ function everything() {
   byId('state').classList.toggle('running', data.state.running > 0 && data.live);
 }
 
-// A live page asks for news every second; an unchanged run log answers in a line, and a server that is gone is said so.
+// A live page requests updates every second; if nothing has changed, the reply is short. The page shows if the server has ended.
 async function follow() {
   let version = '';
   let quiet = 0;
@@ -156,7 +156,7 @@ async function follow() {
 }
 
 themes();
-data.groups.forEach((group, g) => { if (group.apart) state.hidden.add(g); }); // replays: on demand, beside what was live
+data.groups.forEach((group, g) => { if (group.apart) state.hidden.add(g); }); // replays are hidden until the reader shows them
 everything();
 let shownWidth = innerWidth;
 addEventListener('resize', () => {

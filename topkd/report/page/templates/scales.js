@@ -1,4 +1,4 @@
-// Scales and ticks: round numbers, as many as fit, never two at the same place.
+// Scales and ticks: round numbers, as many as fit, without overlap.
 function niceStep(span, count) {
   const rough = span / Math.max(1, count);
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -30,7 +30,7 @@ function logTicks(low, high, count) {
   return ticks;
 }
 
-// A tick with as many digits as tell it from its neighbours.
+// The label of a tick, with enough digits to differ from its neighbours.
 function tickText(tick, ticks) {
   const step = ticks.length > 1 ? Math.min(...ticks.slice(1).map((next, i) => next - ticks[i])) : 0;
   if (tick === 0) return '0';
@@ -41,8 +41,8 @@ function tickText(tick, ticks) {
   return String(Number(tick.toFixed(exact))).replace('-', '−');
 }
 
-// The ends of y: zero is shown when the values are not far from it; a flat line gets room above and below.
-// ``zero`` true or false settles it for panels that are read side by side.
+// The ends of y: zero is included if the values are not far from it; a flat line gets space above and below.
+// ``zero`` (true or false) decides this for panels that are compared with one another.
 function yDomain(low, high, log, shares, zero = null) {
   if (shares && !log && low >= 0 && high <= 100) {
     const [bottom, top] = yDomain(low, high, false, false);
@@ -74,7 +74,7 @@ function scale(domain, range, log) {
   return map;
 }
 
-// The entry of a rising list that is nearest to a value; holes (null) are passed over.
+// The entry of an ascending list that is nearest to a value; holes (null) are skipped.
 function nearest(values, wanted) {
   let best = -1;
   let distance = Infinity;
@@ -94,7 +94,7 @@ function nearest(values, wanted) {
   return best;
 }
 
-// Labels pushed apart until none overlaps another, as near as can be to where each belongs.
+// Moves labels until none overlaps another, each as near as possible to its own position.
 function apart(labels, gap, low, high) {
   labels.sort((a, b) => a.y - b.y);
   let last = low - gap;

@@ -1,10 +1,10 @@
-// Seed by seed: a row a setting, each seed a mark, the mean a bar with its interval; below, the pairs with the best one.
+// Strip charts: a row per setting, a mark per seed, a bar for the mean and its interval; below, the pairs with the best setting.
 function drawDots(host) {
   const section = host.closest('section');
   section.hidden = !data.seeds.length;
   if (section.hidden) return;
   const blocks = data.seeds.map((measure) => el('div', { class: 'measure', 'data-measure': measure.key }, el('h3', { text: measure.title })));
-  host.replaceChildren(...blocks); // first in place, so that each knows its width
+  host.replaceChildren(...blocks); // insert them first, so that each has a width
   blocks.forEach((block, i) => {
     for (const one of data.seeds[i].strips) block.append(el('p', { class: 'soft', text: one.note }), strip(one, block.clientWidth || 640));
   });
@@ -27,7 +27,7 @@ function strip({ rows, even, ratio: ratios }, space) {
   const bottom = height - 26;
   const wanted = Math.max(2, Math.floor((width - names - beside) / 64));
   const ticks = (ratios ? logTicks(...ends, wanted) : linearTicks(...ends, wanted));
-  // On a narrow strip the names stand above their rows, and a rule through one would strike it out.
+  // On a narrow strip the names are above their rows, where the line would cross them.
   const rule = (value, kind) => (narrow ? rows.map((_, i) => [i * row + 22, Math.min(bottom, i * row + 46)]) : [[4, bottom]])
     .map(([y1, y2]) => svg('line', { x1: x(value), x2: x(value), y1, y2, class: kind }));
   for (const tick of ticks) {
@@ -55,7 +55,7 @@ function mark(g, dot, x, y) {
   return node;
 }
 
-// A name cut to the room it has.
+// Cuts a name to its space.
 function shortened(text, room) {
   let kept = text;
   while (kept.length > 4 && textWidth(kept === text ? kept : `${kept}…`, 13, 600) > room) kept = kept.slice(0, -1);

@@ -1,4 +1,4 @@
-// Tables to take along: Markdown, a spreadsheet, LaTeX; the curves as CSV; everything as JSON.
+// Copies of the data: tables as Markdown, for a spreadsheet, or as LaTeX; the curves as CSV; everything as JSON.
 function cells(table) {
   return [...table.rows].map((row) => [...row.cells].map((cell) => cell.textContent.trim()));
 }
@@ -26,13 +26,13 @@ async function copy(text) {
     area.value = text;
     document.body.append(area);
     area.select();
-    const done = document.execCommand('copy'); // what is left where a page may not reach the clipboard
+    const done = document.execCommand('copy'); // for pages that may not use the clipboard
     area.remove();
     return done;
   }
 }
 
-// One row a point of a curve, as it is on this page.
+// One row per point of a curve, as drawn on this page.
 function curvesCsv() {
   const quote = (value) => (value === null || value === undefined ? '' : /[",\n]/.test(String(value)) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
   const keys = data.axes.map((one) => one.key);
