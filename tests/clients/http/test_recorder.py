@@ -18,7 +18,7 @@ from topkd.clients.dialects.base import HttpClient, Wire
 from topkd.clients.http import recorder as recording
 from topkd.clients.http.masking import SecretMask
 from topkd.clients.http.recorder import RecordedExchange, Recorder, compact_json, indent_json, read_exchange
-from topkd.clients.http.transport import HttpxTransport, Reply, Request
+from topkd.clients.http.transport import HttpTransport, Reply, Request
 from topkd.clients.probe.probe import probe
 from topkd.topk.errors import AuthError, ConfigError, ServerUnreachableError
 
@@ -274,7 +274,7 @@ async def test_a_probe_that_fails_leaves_what_was_said_so_far(tmp_path: Path):
 
 async def test_clients_that_share_a_recorder_do_not_close_it(tmp_path: Path):
     with served(lambda *_: (200, {"data": [{"id": "t"}]})) as url:
-        recorder = Recorder(tmp_path / "r", HttpxTransport(ONCE))
+        recorder = Recorder(tmp_path / "r", HttpTransport(ONCE))
         for _ in range(2):
             async with HttpClient(url, config=ONCE, transport=recorder) as client:
                 assert await Wire(client).get("/v1/models") == {"data": [{"id": "t"}]}

@@ -14,7 +14,8 @@ from tests.fakes.virtual_time import in_virtual_time
 from tests.faults.server import KEY, VOCAB, FaultyServer
 from topkd.clients import ClientConfig, VllmCompletions
 from topkd.clients.http.endpoint import normalize_url
-from topkd.clients.http.transport import HttpxTransport, Request, _connect_error
+from topkd.clients.http.httpx_connections import _connect_error
+from topkd.clients.http.transport import HttpTransport, Request
 from topkd.topk.errors import (
     ConfigError,
     FinalServerError,
@@ -59,11 +60,13 @@ async def test_every_exception_of_the_http_library_leaves_as_one_of_ours(kind, m
         raise _make(kind)
 
     monkeypatch.setattr(httpx.AsyncClient, "stream", explode)
-    transport = HttpxTransport(QUICK)
+    transport = HttpTransport(QUICK)
     with pytest.raises(TopkdError) as caught:
-        await transport.send(Request("POST", "http://127.0.0.1:1/x", b"{}", private={"authorization": f"Bearer {KEY}"}))
+        await transport.send(
+            Request("POST", "https://127.0.0.1:1/x", b"{}", private={"authorization": f"Bearer {KEY}"})
+        )
     await transport.aclose()
-    assert "http://127.0.0.1:1/x" in str(caught.value)
+    assert "https://127.0.0.1:1/x" in str(caught.value)
     assert KEY not in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -245,19 +248,15 @@ async def test_a_closed_client_says_so():
             await client.score(IDS, 3, 4)
 
 
-async def test_an_untrusted_certificate_is_final():
+async def test_an_untrusted_certificate_is_final(monkeypatch: pytest.MonkeyPatch):
     error = httpx.ConnectError("x")
     error.__cause__ = ssl.SSLCertVerificationError(1, "self-signed certificate")
 
-    class Client:
-        def stream(self, *args, **options):
-            raise error
+    def refuse(*args, **options):
+        raise error
 
-        async def aclose(self) -> None:
-            pass
-
-    transport = HttpxTransport(QUICK)
-    transport._client = lambda kind: Client()  # type: ignore[method-assign, return-value, assignment]
+    monkeypatch.setattr(httpx.AsyncClient, "stream", refuse)
+    transport = HttpTransport(QUICK)
     with pytest.raises(FinalServerError, match="certificate"):
         await transport.send(Request("GET", "https://h/"))
     await transport.aclose()

@@ -102,7 +102,7 @@ class ClientOptions(ConnectOptions, total=False):
     Attributes:
         budget: Shared with other clients.
         metrics: Shared likewise.
-        transport: In place of httpx.
+        transport: In place of topkd's own ``HttpTransport``.
     """
 
     budget: MemoryBudget | None

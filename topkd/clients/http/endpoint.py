@@ -23,7 +23,7 @@ from topkd.clients.http.admission import Admission, MemoryBudget, Permit
 from topkd.clients.http.metrics import Metrics
 from topkd.clients.http.retry import PauseBudget, Total, Try, with_retries
 from topkd.clients.http.status_errors import error_from_reply
-from topkd.clients.http.transport import HttpxTransport, Reply, Request, Transport
+from topkd.clients.http.transport import HttpTransport, Reply, Request, Transport
 from topkd.clients.http.watchdog import Watchdog
 from topkd.topk.errors import (
     ConfigError,
@@ -76,7 +76,7 @@ class Endpoint:
         config: Bounds and time-outs.
         budget: Shared with the other replicas of a fleet.
         metrics: Shared likewise.
-        transport: In place of httpx.
+        transport: In place of ``HttpTransport``.
         key_header: Header that carries the key; ``authorization`` as a bearer token.
     """
 
@@ -96,7 +96,7 @@ class Endpoint:
         self.metrics = metrics or Metrics()
         self.gate = Admission(self.config, self.metrics, budget)
         self._key, self._key_header = load_key(api_key, where=self.url), key_header
-        self._transport = transport or HttpxTransport(self.config)
+        self._transport = transport or HttpTransport(self.config)
         self._threads: ThreadPoolExecutor | None = None
         self._watchdog = Watchdog(self.config.watchdog_s, self.answers, self.metrics)
         self._pause_asked_at, self._asks_pause, self._tells_pause, self._paused = -math.inf, False, True, False

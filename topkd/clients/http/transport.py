@@ -1,4 +1,4 @@
-"""Bytes over HTTP, and nothing else: the only module that knows httpx.
+"""Bytes over HTTP, and nothing else: redirects, time-outs, and which connections carry a request.
 
 Replies are bounded in size and time, key-carrying headers stay on their host, and every exception of the HTTP library
 leaves as one of ours. Anything with ``send`` and ``aclose`` can take its place.
@@ -7,87 +7,38 @@ leaves as one of ours. Anything with ``send`` and ``aclose`` can take its place.
 from __future__ import annotations
 
 import asyncio
-import ssl
+import os
+import sys
 import weakref
-import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
-import httpx
-
 from topkd.clients.config import ClientConfig
-from topkd.topk.errors import (
-    ConfigError,
-    FinalServerError,
-    RequestRefusedError,
-    ResponseError,
-    ServerTimeoutError,
-    ServerUnreachableError,
-    TopkdError,
-)
+from topkd.clients.http.http11 import DirectConnections, broken_connection, read_plain_address
+from topkd.clients.http.messages import SLOW, Reply, Request, Transport
+from topkd.topk.errors import ConfigError, RequestRefusedError, ResponseError, ServerTimeoutError, TopkdError
+
+if TYPE_CHECKING:
+    from topkd.clients.http.httpx_connections import HttpxConnections
+
+__all__ = ["HttpTransport", "Reply", "Request", "Transport"]
 
 _MAX_REDIRECTS = 3
-_Kind = tuple[bool, bool]  # outside this machine, over TLS
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One HTTP request.
+class HttpTransport:
+    """Sends requests: in the clear straight over asyncio, over TLS or through a proxy with httpx.
 
-    ``private`` headers (keys) are dropped on the way to another host and never shown. ``on_bytes`` is called when some
-    of the reply has come; ``stall_s`` bounds the silence within it.
-    """
-
-    method: str
-    url: str
-    content: bytes | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-    private: Mapping[str, str] = field(default_factory=dict, repr=False)
-    timeout_s: float = 60.0
-    max_bytes: int = 2**30
-    stall_s: float = 30.0
-    on_bytes: Callable[[], None] | None = field(default=None, repr=False, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """Status, headers (lower-case names) and the whole body."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-    url: str = ""
-
-
-class Transport(Protocol):
-    """What the endpoint needs of an HTTP library."""
-
-    async def send(self, request: Request) -> Reply:
-        """Send a request; return the whole reply, or raise a ``TopkdError``."""
-        ...
-
-    async def aclose(self) -> None:
-        """Close every connection."""
-        ...
-
-
-class HttpxTransport:
-    """Send requests with httpx: one single-connection client per request in flight, reused afterwards.
-
-    A pool of n connections looks at all of them (and polls their sockets) for every request; n pools of one do not. The
-    gate before this bounds how many there are. Clients belong to the event loop that they were made in.
+    httpx is imported by the first request that needs it.
     """
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
-        self._idle: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[_Kind, list[httpx.AsyncClient]]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._direct = DirectConnections(config)
+        self._through_httpx: HttpxConnections | None = None
         self._closed: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
-        self._tls: ssl.SSLContext | None = None
 
     async def send(self, request: Request) -> Reply:
         """Send a request and follow redirects; see ``Transport``."""
@@ -104,50 +55,17 @@ class HttpxTransport:
                 "the reply was not complete in time",
                 where=where,
                 expected=f"within {request.timeout_s:.3g} s",
-                hint=_SLOW,
+                hint=SLOW,
             ) from error
-        except httpx.ConnectTimeout as error:
-            raise ServerTimeoutError(
-                "no connection in time",
-                where=where,
-                expected=f"within {self._config.connect_timeout_s:.3g} s",
-                hint="is the address right and the server up?",
-            ) from error
-        except httpx.TimeoutException as error:
-            raise ServerTimeoutError("no reply in time", where=where, hint=_SLOW) from error
-        except httpx.UnsupportedProtocol as error:  # our own addresses are http(s): it is the target of a redirect
-            raise ResponseError("the server redirects to an address that cannot be used", where=where) from error
-        except (httpx.InvalidURL, httpx.LocalProtocolError) as error:
-            raise ConfigError(
-                "the address, or the one it redirects to, cannot be used", where=where, expected="http(s)://host:port"
-            ) from error
-        except (httpx.ConnectError, ssl.SSLError) as error:
-            raise _connect_error(error, where) from error
-        except (httpx.HTTPError, httpx.StreamError, httpx.CookieConflict, OSError) as error:
-            raise ServerUnreachableError(
-                "the connection broke before the reply was whole", where=where, got=type(error).__name__
-            ) from error
+        except OSError as error:
+            raise broken_connection(request, type(error).__name__) from error
 
     async def aclose(self) -> None:
         """Close the connections of this loop; a loop closes what it opened."""
-        loop = asyncio.get_running_loop()
-        self._closed.add(loop)
-        for clients in self._idle.pop(loop, {}).values():
-            for client in clients:
-                await client.aclose()
-
-    def _client(self, kind: _Kind) -> httpx.AsyncClient:
-        outside, tls = kind
-        if tls and self._tls is None and self._config.verify_tls:
-            self._tls = httpx.create_ssl_context()  # 100 ms: once, and not for plain HTTP
-        return httpx.AsyncClient(
-            verify=self._tls or False,
-            trust_env=outside,
-            follow_redirects=False,
-            timeout=httpx.Timeout(None, connect=self._config.connect_timeout_s),
-            limits=httpx.Limits(max_connections=1, keepalive_expiry=self._config.keepalive_expiry_s),
-            headers={"accept": "application/json", "accept-encoding": "identity", "user-agent": "topkd"},
-        )
+        self._closed.add(asyncio.get_running_loop())
+        await self._direct.aclose()
+        if self._through_httpx is not None:
+            await self._through_httpx.aclose()
 
     async def _follow(self, request: Request) -> Reply:
         for _ in range(_MAX_REDIRECTS + 1):
@@ -167,48 +85,27 @@ class HttpxTransport:
         raise RequestRefusedError("too many redirects", where=f"{request.method} {request.url}")
 
     async def _once(self, request: Request) -> Reply:
-        parts = urlsplit(request.url)
+        address = read_plain_address(request.url)
         # Proxies from the environment are for the world outside; a loopback server is never behind one.
-        kind = (parts.hostname not in _LOOPBACK, parts.scheme == "https")
-        loop = asyncio.get_running_loop()
-        idle = self._idle.setdefault(loop, {}).setdefault(kind, [])
-        # The one used last: its connection is the least likely to have been closed meanwhile.
-        client = idle.pop() if idle else self._client(kind)
-        headers = {**request.headers, **request.private}
-        try:
-            async with client.stream(request.method, request.url, content=request.content, headers=headers) as response:
-                body = await _read(response, request)
-                return Reply(response.status_code, dict(response.headers), body, request.url)
-        finally:
-            if loop in self._closed:
-                await client.aclose()
-            else:
-                idle.append(client)
+        is_outside = (address.host if address else urlsplit(request.url).hostname) not in _LOOPBACK
+        if address is not None and not (is_outside and _has_proxies()):
+            return await self._direct.send(request, address)
+        if self._through_httpx is None:
+            from topkd.clients.http.httpx_connections import HttpxConnections
+
+            self._through_httpx = HttpxConnections(self._config)
+        return await self._through_httpx.send(request, trust_env=is_outside)
 
 
-_SLOW = "is the server stuck? raise read_timeout_s or read_timeout_per_token_s if it is only slow"
+def _has_proxies() -> bool:
+    """Check for proxies in the environment; which of them are for whom is for httpx to say."""
+    if any(value and name.lower().endswith("_proxy") for name, value in os.environ.items()):
+        return True
+    if sys.platform in {"darwin", "win32"}:  # the system's settings count too
+        from urllib.request import getproxies
 
-
-def _connect_error(error: Exception, where: str) -> Exception:
-    cause: BaseException | None = error
-    hint = _DEAD
-    while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return FinalServerError(
-                "the server's TLS certificate is not trusted",
-                where=where,
-                got=getattr(cause, "verify_message", str(cause)),
-                hint="is it the right server? its own CA: SSL_CERT_FILE=<PEM file of the CA>",
-            )
-        if isinstance(cause, ssl.SSLError):  # its words for a reply in the clear differ between OpenSSL's versions
-            alert = "alert" in str(cause).lower()  # only a server that speaks TLS sends one
-            hint = _REFUSED if alert else "is this a server without TLS, at http://?"
-        cause = cause.__cause__ or cause.__context__
-    return ServerUnreachableError("no connection", where=where, got=str(error) or type(error).__name__, hint=hint)
-
-
-_REFUSED = "does the server want a client's certificate, or another version of TLS?"
-_DEAD = "is the server running, and are host and port right?"
+        return bool(getproxies())
+    return False
 
 
 def _target(url: str, location: str) -> str:
@@ -230,60 +127,3 @@ def _same_host(a: str, b: str) -> bool:
         return False
     upgrade = old.scheme == "http" and new.scheme == "https" and (old.port or 80, new.port or 443) == (80, 443)
     return upgrade or (old.scheme, old.port) == (new.scheme, new.port)
-
-
-async def _read(response: httpx.Response, request: Request) -> bytes:
-    """Read the body, never more than ``max_bytes`` of it, inflated within the same bound."""
-    encoding = response.headers.get("content-encoding", "identity").strip().lower()
-    if encoding in {"", "identity"}:
-        inflate = None
-    elif encoding in {"gzip", "deflate"}:
-        inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
-    else:
-        raise ResponseError("the reply is encoded in a way we did not ask for", where=request.url, got=encoding)
-    announced = response.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > request.max_bytes:
-        raise _too_large(request, f"{announced} bytes announced")
-    chunks, size = [], 0
-    clock = asyncio.get_running_loop().time
-    on_bytes = request.on_bytes or _ignore_bytes
-    on_bytes()
-    limit = asyncio.timeout(request.stall_s)
-    try:
-        async with limit:
-            async for chunk in response.aiter_raw():
-                limit.reschedule(clock() + request.stall_s)
-                on_bytes()
-                data = chunk if inflate is None else inflate.decompress(chunk, request.max_bytes + 1 - size)
-                chunks.append(data)
-                size += len(data)
-                if size > request.max_bytes:
-                    raise _too_large(request, f"more than {request.max_bytes} bytes")
-    except TimeoutError as error:
-        if not limit.expired():
-            raise
-        raise ServerTimeoutError(
-            "the reply stopped in the middle",
-            where=f"{request.method} {request.url}",
-            got=f"{size} bytes, then nothing for {request.stall_s:.3g} s",
-            hint="raise stall_timeout_s if the way is only slow",
-        ) from error
-    except zlib.error as error:
-        raise ResponseError("the reply's compression is broken", where=request.url, got=str(error)) from error
-    if inflate is not None and size and not inflate.eof:
-        raise ResponseError("the reply's compression is broken", where=request.url, got="a stream without its end")
-    return b"".join(chunks)
-
-
-def _ignore_bytes() -> None:
-    """Do nothing."""
-
-
-def _too_large(request: Request, got: str) -> ResponseError:
-    return ResponseError(
-        "the reply is too large",
-        where=request.url,
-        got=got,
-        expected=f"at most {request.max_bytes}",
-        hint="max_reply_bytes",
-    )

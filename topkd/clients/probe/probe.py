@@ -24,7 +24,7 @@ from topkd.clients.decoding.byte_map import ByteMap, load_bytemap
 from topkd.clients.dialects.base import ServerInfo, ServerOptions, Wire
 from topkd.clients.dialects.records import AUTO, find_dialect
 from topkd.clients.http.recorder import Recorder
-from topkd.clients.http.transport import HttpxTransport
+from topkd.clients.http.transport import HttpTransport
 from topkd.clients.probe import tokens as probe_tokens
 from topkd.clients.probe.findings import Capabilities, Finding, Load, ProbeReport, state_probe_verdict
 from topkd.clients.probe.load import list_advice, measure_load
@@ -88,7 +88,7 @@ async def probe(
             got="--record with " + ("--load" if load else "--cached"),
             hint="leave one of the two out",
         )
-    recorder = Recorder(record, HttpxTransport(options["config"]))
+    recorder = Recorder(record, HttpTransport(options["config"]))
     date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     asks = {"url": url, "asked_dialect": dialect, "student": known is not None}
     manifest = {"topkd": topkd.__version__, "date": date, **asks}
