@@ -38,6 +38,24 @@ def test_importing_the_light_parts_loads_no_learning_framework(statement: str) -
     assert out.stdout.strip() == "[]"
 
 
+def test_a_score_over_plain_http_loads_neither_httpx_nor_numba() -> None:
+    """They cost more CPU time than scoring a few hundred short sequences."""
+    code = """
+import asyncio, sys
+from tests.faults.server import FaultyServer
+from topkd.clients import VllmCompletions
+
+async def score():
+    async with FaultyServer() as server, VllmCompletions(server.url, model="t") as client:
+        await client.score(list(range(100, 400)), 0, 20)
+        print(client.metrics["decoded_fast"], sorted({"httpx", "numba"} & sys.modules.keys()))
+
+asyncio.run(score())
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "1.0 []"
+
+
 def test_every_dependency_has_its_reason_in_the_documents() -> None:
     page = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
     rows = {match[1].lower() for match in re.finditer(r"^\| `([\w.\[\]-]+)`", page, flags=re.MULTILINE)}

@@ -248,11 +248,18 @@ def _cut_to_k_with_actual(ids, rows):
 def test_a_reply_that_lies_is_refused_with_its_place(change, kind, words, reader_name, monkeypatch: pytest.MonkeyPatch):
     body, ids = _rows(change)
     assert len(body) > decode._WORTH_IT, "large enough for the fast path to be tried"
-    monkeypatch.setattr(decode, "fast_reader", lambda: READERS[reader_name])
+    monkeypatch.setattr(decode_numpy, "read_rows", READERS[reader_name])
     with pytest.raises(kind, match=words) as caught:
         decode.read_vllm_scores(body, ids=ids, start=99, k=4, vocab_size=2048)
     place = {_shift: "row 0, predicting", _heavy: "source position 249", _drop_last: "rows", _repeat_last: "rows"}
     assert place.get(change, "row 150, predicting position 250") in str(caught.value)
+
+
+@pytest.mark.parametrize("broken", [(b'"rank"', b"rank"), (b'"logprob":-', b'"logprob":NaN,"x":-'), (b"},{", b"},{{")])
+def test_what_a_reader_skips_must_be_json_too(reader, broken: tuple[bytes, bytes]):
+    body, ids = score_reply(300, 4)
+    assert reader(body, ids, 200, 4) is not None
+    assert reader(body.replace(*broken, 1), ids, 200, 4) is None
 
 
 def test_rows_before_the_start_may_be_anything():
@@ -312,11 +319,48 @@ def test_a_listed_id_twice_is_refused():
         decode.read_vllm_scores(body, ids=np.array([3, 5], dtype=np.int32), start=0, k=2)
 
 
-def test_without_numba_the_numpy_reading_is_taken(monkeypatch: pytest.MonkeyPatch):
-    decode.fast_reader.cache_clear()
-    monkeypatch.setattr(decode_numba, "available", lambda: False)
-    assert decode.fast_reader() is decode_numpy.read_rows
-    decode.fast_reader.cache_clear()
+@pytest.mark.parametrize("installed", [True, False])
+def test_numba_takes_over_where_it_is_installed_once_numpy_has_read_enough(installed, monkeypatch: pytest.MonkeyPatch):
+    taken: list[str] = []
+    monkeypatch.setattr(decode_numba, "available", lambda: installed)
+    monkeypatch.setattr(decode_numpy, "read_rows", lambda *_: taken.append("numpy"))
+    monkeypatch.setattr(decode_numba, "read_rows_compiled", lambda *_: taken.append("numba"))
+    reader, ids = decode.FastReader(pays=250), np.arange(3, dtype=np.int32)
+    for _ in range(5):
+        reader.read(b"x" * 100, ids, 0, 1)
+    assert taken == ["numpy"] * 3 + ["numba" if installed else "numpy"] * 2
+
+
+@pytest.mark.skipif(not decode_numba.available(), reason="numba is not installed")
+def test_numba_and_numpy_read_every_number_to_the_same_bits():
+    """Which of them reads depends on how much a process has read: a resumed run may have come less far."""
+    rng = np.random.default_rng(0)
+    texts = [
+        "-0.5",
+        "-12.25",
+        "-7",
+        "0.0",
+        "-0.0",
+        "0",
+        "-9999.0",
+        "-1e-07",
+        "-1.1920928955078125e-07",
+        "-100.25",
+        "-3.40282e-38",
+    ]
+    texts += ["-99.123456789012345678", "-1.12345678", "-1.123456789", "-1.1234567812345678", "-1.12345678123456789"]
+    texts += [repr(float(np.float32(-v))) for v in rng.exponential(5.0, 3000)]
+    texts += [repr(float(np.float32(-v))) for v in rng.exponential(1e-4, 500)]
+    texts += [repr(-float(v)) for v in rng.exponential(5.0, 1500)]
+    ids = np.full(len(texts) + 1, 7, dtype=np.int32)
+    rows = ",".join(f'{{"7":{{"logprob":{text},"rank":1,"decoded_token":"a"}}}}' for text in texts)
+    body = b'{"choices":[{"index":0,"prompt_logprobs":[null,' + rows.encode() + b']}],"pad":"' + b"x" * 100 + b'"}'
+    ours, theirs = (READERS[name](body, ids, 0, 1) for name in ("numpy", "numba"))
+    assert ours is not None
+    assert theirs is not None
+    for mine, other in ((ours[0].logp, theirs[0].logp), (ours[0].actual_logp, theirs[0].actual_logp)):
+        assert mine.view(np.int64).tolist() == other.view(np.int64).tolist()
+    assert np.allclose(ours[0].actual_logp, [float(text) for text in texts], rtol=0, atol=2e-15)
 
 
 @pytest.mark.skipif(not decode_numba.available(), reason="numba is not installed")

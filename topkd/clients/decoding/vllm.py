@@ -1,4 +1,4 @@
-"""vLLM's ``prompt_logprobs`` JSON to arrays: by the fastest reading that this machine has, or by typed decoding.
+"""vLLM's ``prompt_logprobs`` JSON to arrays: by the reading that costs the process least, or by typed decoding.
 
 Typed decoding is the reference path, and the one that explains errors: the faster readings of the same bytes
 (``vllm_numpy``, ``vllm_numba``) hand over to it whenever anything is unusual.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import cache
 from typing import TypeVar
 
 import msgspec
@@ -22,6 +21,9 @@ from topkd.topk.types import PAD_ID, Int32, TopK
 Value = TypeVar("Value")
 Reader = Callable[[bytes, Int32, int, int], tuple[Ranked, bytes] | None]
 _WORTH_IT = 16_384  # bytes below which the typed decoder is as fast
+COMPILING_PAYS = (
+    1 << 28
+)  # bytes that NumPy reads first: by then it took about a second longer, which loading numba costs
 _MAX_ID = int(np.iinfo(np.int32).max)
 
 
@@ -177,10 +179,21 @@ def as_ids(values: list[int], what: str) -> Int32:
     return array.astype(np.int32)
 
 
-@cache
-def fast_reader() -> Reader:
-    """Choose numba's reader where it is installed, else NumPy's."""
-    return vllm_numba.read_rows_compiled if vllm_numba.available() else vllm_numpy.read_rows
+class FastReader:
+    """Reads with NumPy, and with numba (where it is installed) once loading it pays; to the same bits."""
+
+    def __init__(self, pays: int = COMPILING_PAYS) -> None:
+        self._left = pays
+
+    def read(self, body: bytes, ids: Int32, start: int, k: int) -> tuple[Ranked, bytes] | None:
+        """Read rows, as ``vllm_numpy.read_rows``."""
+        if self._left > 0 or not vllm_numba.available():
+            self._left -= len(body)
+            return vllm_numpy.read_rows(body, ids, start, k)
+        return vllm_numba.read_rows_compiled(body, ids, start, k)
+
+
+_FAST = FastReader()
 
 
 def read_vllm_scores(
@@ -204,7 +217,7 @@ def read_generate_scores(
 def _read_scores(  # noqa: PLR0917 - private, and called twice
     body: bytes, read: Callable[[bytes], ScoredChoice], ids: Int32, start: int, k: int, vocab_size: int | None
 ) -> tuple[TopK, int, bool]:
-    fast = fast_reader()(body, ids, start, k) if len(body) >= _WORTH_IT else None
+    fast = _FAST.read(body, ids, start, k) if len(body) >= _WORTH_IT else None
     choice = read(body if fast is None else fast[1])
     refuse_abort(choice.finish_reason)
     check_prompt(choice.prompt_token_ids, ids)

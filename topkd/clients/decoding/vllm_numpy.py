@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +29,7 @@ _CHUNK = 1 << 14  # entries worked on at a time, for the same reason
 _MARGIN = 64  # bytes read beyond an entry's start; shorter replies are not worth a fast path
 _START = b'"prompt_logprobs":['
 _ENTRY_END = re.compile(rb',"rank":\d{1,9}(?:,"decoded_token":(?:null|"(?:[^"\\]|\\.)*"))?\}')
+_JSON = msgspec.json.Decoder(msgspec.Raw)  # checks the whole text and builds nothing
 _NUMBER = re.compile(rb'(-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?),"rank":')
 
 
@@ -83,9 +85,11 @@ def read_rows(body: bytes, ids: Int32, start: int, k: int) -> tuple[Ranked, byte
     None when the reply is not exactly of the expected form.
     """
     try:
-        return _read(body, ids, start, k)
-    except (_UnusualError, IndexError):
+        rows = _read(body, ids, start, k)
+        _JSON.decode(body)  # what the reading skips must be JSON too
+    except (_UnusualError, IndexError, msgspec.DecodeError):
         return None
+    return rows
 
 
 def _read(body: bytes, ids: Int32, start: int, k: int) -> tuple[Ranked, bytes]:
@@ -170,11 +174,16 @@ def _numbers(views: _Views, at: _I64) -> tuple[Float64, _I64]:
         part = slice(low, low + _CHUNK)
         plain = _plain_numbers(views, at[part], logp[part], stop[part])
         for i in (np.flatnonzero(~plain) + low).tolist():  # exponents, 0.0, -9999.0, three digits before the point
-            text = _NUMBER.match(views.body, int(at[i]) + 11)
-            _expect(text)
-            if text:
-                logp[i], stop[i] = float(text[1]), text.end() - 8
+            logp[i], stop[i] = read_odd_number(views.body, int(at[i]) + 11)
     return logp, stop
+
+
+def read_odd_number(body: bytes, at: int) -> tuple[float, int]:
+    """Read a number that is not of the plain form, and the offset behind it."""
+    text = _NUMBER.match(body, at)
+    if text is None:
+        raise _UnusualError
+    return float(text[1]), text.end() - 8
 
 
 def _plain_numbers(views: _Views, brace: _I64, logp: Float64, stop: _I64) -> NDArray[np.bool_]:
