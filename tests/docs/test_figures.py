@@ -46,7 +46,7 @@ def decode():
 
 
 def scoring():
-    rows = result("bench_scoring")["rows"]
+    rows = result("bench_scoring")["tokens"]["rows"]
     sides = {side: [row for row in rows if row["client"] == side] for side in ("topkd", "openai", "trl")}
     faster = {
         side: " / ".join(
