@@ -75,7 +75,7 @@ def checked(read: Callable) -> Callable:
     """What the client does with this reading: every check, and a TopK."""
 
     def run(body: bytes, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        with mock.patch.object(decode, "fast_reader", return_value=read):
+        with mock.patch.object(decode.FastReader, "read", lambda _, *asked: read(*asked)):
             topk = decode.read_vllm_scores(body, ids=ids, start=0, k=k)[0]
         return topk.ids, topk.logp, topk.actual_logp
 
