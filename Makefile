@@ -87,4 +87,4 @@ clean: ## what builds and tests leave behind
 	find topkd tests benchmarks examples docs scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also the environments that make made
-	rm -rf .venv .venv-vllm .venv-vllm-0.31 .venv-sglang .venv-llama .venv-bench .venv-clients .venv-liger
+	rm -rf .venv .venv-vllm .venv-vllm-0.31 .venv-vllm-0.33 .venv-sglang .venv-llama .venv-bench .venv-clients .venv-liger

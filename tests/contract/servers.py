@@ -17,7 +17,7 @@ import httpx
 from pydantic import SecretStr
 
 ROOT = Path(__file__).resolve().parents[2]
-VLLM_PYTHON = Path(os.environ.get("VLLM_VENV", ROOT / ".venv-vllm")) / "bin" / "python"
+VLLM_PYTHON = ROOT / os.environ.get("VLLM_VENV", ".venv-vllm") / "bin" / "python"
 OLDER_VLLM_PYTHON = ROOT / ".venv-vllm-0.31" / "bin" / "python"
 LLAMA_PYTHON = Path(os.environ.get("LLAMA_VENV", ROOT / ".venv-llama")) / "bin" / "python"
 SHIMS = Path(__file__).parent / "shims"

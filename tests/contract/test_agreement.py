@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.contract.servers import Endpoint
-from tests.contract.wire import array, token_ids
+from tests.contract.wire import array, is_at_least, token_ids
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -23,6 +23,13 @@ IDS = token_ids(17, seed=200)
 CHAT = {"messages": [{"role": "user", "content": "import os\n"}]}
 GREEDY = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
 TOLERANCE = 2e-4  # two float32 engines, each within 1e-4 of float64
+
+# How vLLM 0.33 answers otherwise than 0.32, whose replies the embedded server writes.
+SINCE_033 = re.compile(
+    r"\.choices\.\d+\.weight_versions: missing \(real: 'None'\)"
+    r"|\.error\.message: '(You must pass at least one prompt)' instead of '\1 \(parameter=prompt\)'"
+    r"|\.error\.param: None instead of 'prompt'"
+)
 
 # Keys whose values name a moment, a machine or a build.
 FREE = {
@@ -215,6 +222,8 @@ def _compare(real: httpx.Response, ours: httpx.Response) -> list[str]:
 def test_the_embedded_server_answers_as_the_real_vllm(case: str, vllm: Endpoint, embedded: Endpoint):
     method, path, body = CASES[case]
     found = _compare(_send(vllm, method, path, body), _send(embedded, method, path, body))
+    if is_at_least(vllm, 33):
+        found = [line for line in found if not SINCE_033.fullmatch(line)]
     assert not found, "\n".join(found)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.contract.reference import logp_rows
 from tests.contract.servers import Endpoint
-from tests.contract.wire import SCORE, complete, generate, token_ids
+from tests.contract.wire import SCORE, complete, generate, is_at_least, token_ids
 
 SAMPLE = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "return_token_ids": True, "ignore_eos": True}
 TOLERANCE = 1e-4
@@ -102,6 +102,19 @@ def test_the_stop_token_is_kept_and_scored(server: Endpoint):
     assert choice["token_ids"] == whole["token_ids"][:ended]
     assert _logps(choice) == pytest.approx(_logps(whole)[:ended], abs=TOLERANCE)
     assert whole["finish_reason"] == "length"
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_completions_name_the_weights_of_their_tokens_where_asked_since_033(vllm: Endpoint):
+    fields = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    [asked] = complete(vllm, [9, 10], return_weight_versions=True, **fields)
+    [unasked] = complete(vllm, [9, 10], **fields)
+    if is_at_least(vllm, 33):
+        assert asked["weight_versions"] == [{"version": "default", "start": 0, "end": 6}]
+        assert unasked["weight_versions"] is None
+    else:
+        assert "weight_versions" not in asked, "ignored with a 200"
 
 
 def test_generate_samples_tokens_in_and_out_with_the_weights_version(server: Endpoint):

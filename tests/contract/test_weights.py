@@ -12,7 +12,8 @@ import pytest
 from tests.contract.conftest import Models
 from tests.contract.reference import logp_rows
 from tests.contract.servers import Endpoint
-from tests.contract.wire import SCORE, complete, generate, get, post, token_ids, until_busy
+from tests.contract.wire import SCORE, complete, generate, get, is_at_least, post, token_ids, until_busy
+from tests.faults.server import PAUSED
 
 TOLERANCE = 1e-4
 
@@ -91,6 +92,21 @@ def test_requests_sent_while_paused_wait_until_resume(server: Endpoint, cleanup:
     assert done.wait(240)
     waiting.join()
     assert get(server, "/is_paused").json() == {"is_paused": False}
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_pause_for_new_weights_rejects_new_requests_since_033(vllm: Endpoint, cleanup: Callable):
+    cleanup(post, vllm, "/resume", None)
+    assert post(vllm, "/pause?mode=wait", None).json() == {"status": "paused"}
+    body = {"model": vllm.model, "prompt": [9, 10], "max_tokens": 1}
+    if is_at_least(vllm, 33):
+        reply = post(vllm, "/v1/completions", body)
+        assert (reply.status_code, reply.json()) == (503, PAUSED)
+        assert "retry-after" not in reply.headers
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            post(vllm, "/v1/completions", body, timeout=httpx.Timeout(240, read=1.0))
 
 
 def test_pause_abort_ends_what_is_in_flight_as_a_200_marked_abort(server: Endpoint, cleanup: Callable):

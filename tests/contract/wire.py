@@ -32,6 +32,12 @@ def get(server: Endpoint, path: str) -> httpx.Response:
         return http.get(path)
 
 
+def is_at_least(server: Endpoint, minor: int) -> bool:
+    """Whether the server is vLLM 0.``minor`` or newer, by its ``/version``."""
+    major, is_minor = get(server, "/version").json()["version"].split(".")[:2]
+    return (int(major), int(is_minor)) >= (0, minor)
+
+
 def running(server: Endpoint) -> float:
     """How many requests the server works on."""
     lines = get(server, "/metrics").text.splitlines()
