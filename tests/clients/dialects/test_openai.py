@@ -82,6 +82,15 @@ async def test_a_recorded_chat_of_llama_cpp_is_read_by_its_ids_without_a_tokeniz
     np.testing.assert_allclose(rollout.topk.logp[0], [t["logprob"] for t in content[0]["top_logprobs"][:4]], rtol=1e-6)
 
 
+async def test_a_chat_that_a_paused_server_aborted_is_asked_for_again():
+    position = {"token": "token_id:7", "logprob": -0.5, "bytes": None}
+    no_is_paused = 404, {"detail": "Not Found"}
+    up = client(reply(position, text="", finish="abort"), no_is_paused, reply(position, text=""))
+    [rollout] = await draw(up)
+    assert rollout.completion_ids.tolist() == [7]
+    assert (up.metrics["tries"], up.metrics["pauses"]) == (2, 1)
+
+
 async def test_names_like_token_id_7_are_ids():
     body = reply({"token": "token_id:7", "logprob": -0.5, "bytes": None}, text="")
     [rollout] = await draw(client(body))

@@ -127,6 +127,7 @@ def build_vllm_sampling(n: int, params: SamplingParams, k: int) -> dict[str, Any
 
 def check_finish_reason(reason: str | None, where: str = "") -> FinishReason:
     """Return why a completion ended; refuse anything but an end token and the length."""
+    refuse_abort(reason, where)
     if reason not in {"stop", "length"}:
         raise ResponseError("unknown finish_reason", where=where, got=reason, expected="stop or length")
     return cast("FinishReason", reason)
@@ -185,7 +186,6 @@ def _rollouts(reply: Sampled, asked: SampleRequest) -> list[Rollout]:
 
 def _rollout(choice: SampledChoice, reply: Sampled, asked: SampleRequest) -> Rollout:
     where = f"choice {choice.index}"
-    refuse_abort(choice.finish_reason, where)
     finish_reason = check_finish_reason(choice.finish_reason, where)
     if choice.token_ids is None or choice.logprobs is None:
         missing, option = ("token_ids", "return_token_ids") if choice.token_ids is None else ("logprobs", "logprobs")
