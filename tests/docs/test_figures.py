@@ -63,6 +63,16 @@ def scoring():
     yield f"at 1/{min(cpu):.0f} to 1/{max(cpu):.0f} of the CPU"
 
 
+def lengths():
+    rows = result("bench_scoring")["lengths"]["rows"]
+    for client, name in (("openai", "openai-python"), ("trl", "TRL")):
+        warm, cold, process = (
+            " / ".join(share(row[f"ratio_{what}"]) for row in rows if row["client"] == client)
+            for what in ("warm_s", "cold_s", "process_s")
+        )
+        yield f"of {name}'s: warm {warm}, cold {cold}, as a whole process {process}"
+
+
 def fused():
     rows = {(row["dtype"], row["side"]): row for row in result("fused")["results"]}
 
@@ -109,7 +119,7 @@ def report():
     yield f"opens in {min(against):.1f}-{max(against):.1f}x its time"
 
 
-@pytest.mark.parametrize("figures", [pairs, decode, scoring, fused, store, estimators, overlap, report])
+@pytest.mark.parametrize("figures", [pairs, decode, scoring, lengths, fused, store, estimators, overlap, report])
 def test_the_readme_quotes_what_its_script_measured_last(figures):
     missing = [words for words in figures() if words not in PAGE]
     assert missing == [], f"docs/benchmarks.md: {figures.__name__} is now {'; '.join(missing)}"
