@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -284,6 +285,28 @@ async def test_a_model_that_fails_in_the_middle_is_an_error_event(fresh: Starlet
         "code": 500,
     }
     assert engine.load == (0, 0)
+
+
+async def test_a_failure_of_two_prompts_is_one_error_and_nothing_in_the_log(
+    fresh: Starlette, monkeypatch: pytest.MonkeyPatch
+):
+    def failing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory, say")
+
+    served, logged = fresh.state.served, []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context["message"]))
+    monkeypatch.setattr(served.engine.backbone, "hidden", failing)
+
+    async def follow_until_it_fails() -> None:
+        stream = JobStream(served, [EngineJob((9, 10), SamplingJob()), EngineJob((11, 12), SamplingJob())])
+        await _until(lambda: all(pending.future.done() for pending in stream.pending))
+        with pytest.raises(Refusal, match="out of memory, say"):
+            [delta async for delta in stream.follow()]
+        stream.close()
+
+    await follow_until_it_fails()
+    gc.collect()
+    assert logged == []
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
