@@ -68,7 +68,7 @@ bench-clients: ## F2 to F4: decoding and end-to-end scoring, against openai-pyth
 bench-offline: ## F7: the score cache against datasets and Parquet
 bench-engine: ## F5 and F8: overlap, estimators; how fast a report opens
 bench-math: SCRIPTS = $(wildcard benchmarks/bench_pairs.py benchmarks/bench_fused.py)
-bench-clients: SCRIPTS = $(wildcard benchmarks/bench_decode.py benchmarks/bench_scoring.py)
+bench-clients: SCRIPTS = $(wildcard benchmarks/bench_decode.py benchmarks/bench_scoring.py benchmarks/bench_serve.py)
 bench-offline: SCRIPTS = $(wildcard benchmarks/bench_store.py)
 bench-engine: SCRIPTS = $(wildcard benchmarks/bench_overlap.py benchmarks/bench_estimators.py benchmarks/bench_report.py)
 bench-clients: BEFORE = PYTHON="$$bin/python" bash scripts/setup_bench.sh &&

@@ -35,11 +35,13 @@ IN_FLIGHT, PROMPT, DRAWN, SCORED, K = 32, 32, 96, 512, 20
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def make_model(folder: Path, hidden: int, vocab: int) -> None:
-    """Save a random model and a tokenizer of its size."""
-    assets.train_tokenizer(assets.read_texts(assets.list_library_files(600_000)), vocab, folder)
+def make_model(folder: Path, hidden: int, vocab: int) -> np.ndarray:
+    """Save a random model and a tokenizer of its size; return the ids of some Python source."""
+    texts = assets.read_texts(assets.list_library_files(600_000))
+    assets.train_tokenizer(texts, vocab, folder)
     shape = assets.TinyModel(hidden=hidden, layers=3, heads=4, steps=0, vocab_size=vocab, context=1024)
     assets.save_model(assets.build_model(shape), folder)
+    return assets.encode_texts(texts[:20], folder)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -105,16 +107,15 @@ def main() -> None:
     torch.set_num_threads(1)
     from transformers import AutoModelForCausalLM
 
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(8, options.vocab, (IN_FLIGHT, PROMPT))
-    texts = rng.integers(8, options.vocab, (IN_FLIGHT, SCORED))
-    draw = {"temperature": 1.0, "max_tokens": DRAWN, "ignore_eos": True, "return_token_ids": True}
-    draws = [{"prompt": row.tolist(), "logprobs": 0, "seed": place, **draw} for place, row in enumerate(prompts)]
-    score = {"max_tokens": 1, "prompt_logprobs": K, "temperature": 0.0}
-    scores = [{"prompt": row.tolist(), **score} for row in texts]
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
-        make_model(folder, options.hidden, options.vocab)
+        ids = make_model(folder, options.hidden, options.vocab)
+        prompts = ids[: IN_FLIGHT * PROMPT].reshape(IN_FLIGHT, PROMPT).astype(np.int64)
+        texts = ids[: IN_FLIGHT * SCORED].reshape(IN_FLIGHT, SCORED).astype(np.int64)
+        draw = {"temperature": 1.0, "max_tokens": DRAWN, "ignore_eos": True, "return_token_ids": True}
+        draws = [{"prompt": row.tolist(), "logprobs": 0, "seed": place, **draw} for place, row in enumerate(prompts)]
+        score = {"max_tokens": 1, "prompt_logprobs": K, "temperature": 0.0}
+        scores = [{"prompt": row.tolist(), **score} for row in texts]
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         config = ServeConfig(model=str(folder), port=0, max_model_len=1024)
         with ServerProcess(config) as server:

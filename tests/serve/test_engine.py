@@ -78,7 +78,10 @@ async def test_a_paused_server_lets_requests_wait_or_refuses_them_as_it_is_set_u
     async with client(refusing) as http:
         await http.post("/pause?mode=keep")
         reply = await http.post("/v1/completions", json=body)
-        assert (reply.status_code, reply.json()["error"]["message"]) == (503, "Generation is paused")
+        assert (reply.status_code, reply.json()["error"]["message"]) == (
+            503,
+            "Generation is paused. Please retry after it resumes.",
+        )
         assert "retry-after" not in reply.headers
         await http.post("/resume")
         assert (await http.post("/v1/completions", json=body)).status_code == 200

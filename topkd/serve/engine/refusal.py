@@ -61,7 +61,7 @@ def overloaded(waiting: int, limit: int) -> Refusal:
 
 def generation_paused() -> Refusal:
     """Build vLLM 0.33's 503 for a request that comes while the server is paused."""
-    return Refusal("Generation is paused", status=503, kind="ServiceUnavailableError")
+    return Refusal("Generation is paused. Please retry after it resumes.", status=503, kind="ServiceUnavailableError")
 
 
 def check_sequences(job: EngineJob, context: int, room: int) -> None:

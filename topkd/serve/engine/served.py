@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from topkd import __version__
 from topkd.serve.config import ServeConfig
@@ -16,6 +20,8 @@ from topkd.serve.model.backbone import Backbone
 from topkd.serve.model.loading import reload_weights
 from topkd.topk.errors import ConfigError, DataError
 
+P = ParamSpec("P")
+T = TypeVar("T")
 # The dialect this server speaks; clients choose between request schemas by it.
 VLLM_DIALECT = "0.32.0"
 
@@ -34,8 +40,14 @@ class Served:
         self.endings = Endings(tokenizer, model, holds_back=config.dialect != "sglang")
         self.engine = Engine(backbone, self.endings, config, self.context)
         self.adapters: dict[str, str] = {}  # name -> folder
+        # One thread writes the replies: several would only wait for one another, at five times the CPU time.
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="topkd-serve-replies")
         self.started = int(time.time())
         self.fingerprint = f"topkd-{__version__}-{uuid.uuid4().hex[:8]}"
+
+    async def write(self, build: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Build a reply in the replies' thread, so that the event loop goes on."""
+        return await asyncio.get_running_loop().run_in_executor(self._writer, partial(build, *args, **options))
 
     def adapter_of(self, model: str | None) -> str | None:
         """Return the adapter that a request's ``model`` names; None is the base model.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from typing import Any
@@ -30,7 +29,7 @@ def list_generate_routes(served: Served) -> list[Route]:
         body = await read(request, GenerateBody, served.config.max_body_bytes)
         job = _plan(served, body)
         [answer] = await cancel_if_disconnected(request, served.engine.submit([job]))
-        return json_reply(await asyncio.to_thread(_reply, served, body, job, answer))
+        return json_reply(await served.write(_reply, served, body, job, answer))
 
     return list_routes({"/inference/v1/generate": generate}, "POST")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +41,7 @@ def list_openai_routes(served: Served) -> list[Route]:
             jobs = JobStream(served, plan.jobs)
             return EventStream(jobs, _stream_completions(served, body, plan, jobs))
         answers = await cancel_if_disconnected(request, served.engine.submit(plan.jobs))
-        return json_reply(await asyncio.to_thread(_completions_reply, served, body, plan, answers))
+        return json_reply(await served.write(_completions_reply, served, body, plan, answers))
 
     async def chat(request: Request) -> Response:
         body = await read(request, ChatBody, served.config.max_body_bytes)
@@ -51,7 +50,7 @@ def list_openai_routes(served: Served) -> list[Route]:
             jobs = JobStream(served, [job])
             return EventStream(jobs, _stream_chat(served, body, text, jobs))
         [answer] = await cancel_if_disconnected(request, served.engine.submit([job]))
-        reply = await asyncio.to_thread(_chat_reply, served, body, job, answer)
+        reply = await served.write(_chat_reply, served, body, job, answer)
         return json_reply(reply | ({"prompt_text": text} if body.return_prompt_text else {}))
 
     return list_routes({"/v1/completions": completions, "/v1/chat/completions": chat}, "POST")
@@ -143,7 +142,7 @@ async def _stream_completions(
         job, first = plan.jobs[delta.job], delta.drawn.start == 0
         rows = None
         if body.echo and first and plan.logprobs is not None:
-            rows = await asyncio.to_thread(_prompt_rows, served, job, jobs.pending[delta.job].answer)
+            rows = await served.write(_prompt_rows, served, job, jobs.pending[delta.job].answer)
         index = delta.job * job.n + delta.index
         shown = _show_completion(served, body, plan, delta, rows, offset=offsets.get(index, 0))
         if shown["logprobs"] and shown["logprobs"]["tokens"]:

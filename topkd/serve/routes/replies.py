@@ -73,10 +73,14 @@ def prompt_logprobs(
 def _decoded_tokens(texts: Vocabulary, tokens: list[int], actual: Sequence[int], ends: list[int]) -> list[bytes]:
     """Return the text of each token as JSON with its entry's closing brace; ``ends`` are where the rows end."""
     found = list(map(texts.entry_ends.__getitem__, tokens))
-    if b"" in found:  # tokens whose text depends on those before
+    if b"" in found:  # tokens that end inside a character: their text depends on the tokens before
+        begun = [not texts.entry_ends[token] for token in actual]
         for place in [place for place, text in enumerate(found) if not text]:
             row = bisect_right(ends, place)
-            found[place] = encode_json(texts.text(tokens[place], actual[max(0, row - 4) : row])) + b"}"
+            if row and begun[row - 1]:
+                found[place] = encode_json(texts.text(tokens[place], actual[max(0, row - 4) : row])) + b"}"
+            else:
+                found[place] = b'""}'
     return found
 
 

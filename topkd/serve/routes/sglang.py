@@ -8,7 +8,6 @@ to it and an id outside it refused, which end the real server.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import math
 import time
@@ -118,7 +117,7 @@ def list_sglang_routes(served: Served) -> list[Route]:
         begun = time.monotonic()
         answers = await cancel_if_disconnected(request, served.engine.submit(jobs))
         elapsed = time.monotonic() - begun
-        replies = await asyncio.to_thread(
+        replies = await served.write(
             lambda: [
                 _reply(served, item, job, answer, out)
                 for item, job, answer in zip(items, jobs, answers, strict=True)
