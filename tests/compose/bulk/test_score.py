@@ -201,7 +201,7 @@ async def test_bad_rows_are_refused_with_their_line_and_the_rest_is_scored(confi
         13: ({**good, "feedback": "psst"}, "the template of feedback contains the text of a prompt"),
         14: ({"prompt_ids": [1] * 5000, "completion_ids": [2]}, "longer than the server's context"),
         15: ({"prompt_ids": [1], "completion_ids": [900]}, "refuses the request"),
-        16: ({"messages": [{"role": "user", "content": "a"}]}, "the last of at least two messages"),
+        16: ({"messages": [{"role": "user", "content": "a"}]}, "two or more messages"),
     }
     tokenizer = server.config.model
     data = written(tmp_path / "mixed.jsonl", [good, *(row for row, _ in bad.values()), "", ROWS[1]])

@@ -129,7 +129,7 @@ class HttpClient:
 
     @classmethod
     async def matches(cls, server: ServerFacts) -> bool:  # noqa: ARG003 - subclasses ask
-        """Recognise a server of this dialect by which routes answer: a few GETs, no tokens."""
+        """Whether the server speaks this dialect, by its host or a few GET requests; the server generates nothing."""
         return False
 
     def __repr__(self) -> str:

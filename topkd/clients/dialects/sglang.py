@@ -196,7 +196,10 @@ class Sglang(ScoringClient):
         if found is None:  # its vocabulary is not known: ask again, with the proof
             found = await self._score(array, start, k, vocab_size, int(array.max()))
         if found is None:
-            raise AlignmentError("the server hides an id that it was asked to prove", where=self.where())
+            raise AlignmentError(
+                "the server shows token 0 in place of the prompt's largest id, also when asked for that id's logprob",
+                where=self.where(),
+            )
         topk, zeros, flat = found
         self._count_scores(topk, zeros)
         self.metrics_.add("decoded_flat" if flat else "decoded_nested")

@@ -52,7 +52,7 @@ class Breaker:
         self._probing = True
 
     def success(self) -> None:
-        """Record an answer."""
+        """Record a success: forget the failures and close the circuit."""
         self._failures, self._opened, self._probing = 0, None, False
 
     def failure(self) -> bool:

@@ -78,7 +78,7 @@ class Watchdog:
                 "the server makes no progress and gives no sign of life",
                 where=where,
                 got=f"not a byte of any reply for {self._silence_s:.3g} s, and no answer to GET /health",
-                hint="is it hung, or the network between? raise watchdog_s if it is only slow",
+                hint="check the server and the network; if the server is only slow, raise watchdog_s",
             ) from error
 
     async def aclose(self) -> None:

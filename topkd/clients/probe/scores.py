@@ -53,7 +53,7 @@ class Alignment:
 
     @property
     def aligned(self) -> bool:
-        """Check that the rows are where they should be."""
+        """Whether each row scores its own token, not the one before or after it."""
         return self.shift == 0
 
 

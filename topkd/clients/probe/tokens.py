@@ -44,7 +44,7 @@ async def tokenize_remotely(wire: Wire, model: str, text: str) -> Int32 | None:
 
 
 async def check_vocabulary_size(session: Session) -> None:
-    """Check the model's own vocabulary: its last id taken, the next refused, and every id of a reply inside."""
+    """Check the vocabulary's size: the server takes the last id, refuses the next, and no reply held a larger one."""
     size = session.capabilities.vocab_size
     if not size:
         session.report("unknown", "size not stated", "no limit on K names it")

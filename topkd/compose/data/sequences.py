@@ -181,7 +181,7 @@ def _find_last_answer(row: ScoredRow, tokenizer: Any, where: str) -> tuple[list[
     messages = row.messages or []
     if len(messages) < 2 or messages[-1].get("role") != "assistant":
         raise DataError(
-            "the last of at least two messages must be the assistant's", where=where,
+            "a row needs two or more messages, and the last one must be the assistant's", where=where,
             got=[message.get("role") for message in messages][-4:],
         )  # fmt: skip
     prompt = _tokenize_for_teacher(row.model_copy(update={"messages": messages[:-1]}), tokenizer, where)

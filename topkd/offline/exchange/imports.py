@@ -97,7 +97,7 @@ def import_distillkit(
     Args:
         path: The folder, or one Parquet file.
         store: Open for appending.
-        teacher: The teacher that scored it; a lossy capture changes its ``semantics``.
+        teacher: The teacher that scored it. Scores of a lossy capture are stored under another ``semantics``.
         config: The compression settings, where the YAML file is not beside the data.
     """
     root = Path(path)

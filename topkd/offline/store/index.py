@@ -70,7 +70,7 @@ class SortedIndex:
         return cls(np.frombuffer(payload, "<u8", count), np.frombuffer(payload, ENTRY, count, 8 * count))
 
     def to_bytes(self) -> bytes:
-        """Return the column of high key halves, then the entries."""
+        """Return the index as bytes: the high half of every key, then all entries."""
         return self.high.tobytes() + self.entries.tobytes()
 
     def find(self, key: bytes, segment: int) -> list[Place]:

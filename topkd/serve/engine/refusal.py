@@ -99,7 +99,7 @@ def describe_malformed(error: ValidationError) -> Refusal:
 
 
 def restate_error(error: ValidationError, findings: Sequence[Mapping[str, Any]]) -> ValidationError:
-    """Build a ValidationError with other findings, to be raised in a validator."""
+    """Build a ValidationError with ``findings`` in place of those of ``error``, for a validator to raise."""
     lines = [{key: finding[key] for key in ("type", "loc", "input", "ctx") if key in finding} for finding in findings]
     return ValidationError.from_exception_data(error.title, cast("list[InitErrorDetails]", lines))
 
