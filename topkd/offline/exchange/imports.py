@@ -59,7 +59,8 @@ def import_axolotl(
     Args:
         rows: Data rows with ``input_ids`` (or with what ``tokenise`` needs).
         store: Open for appending.
-        teacher: The teacher that scored them; prepared columns and temperatures other than 1 change its ``semantics``.
+        teacher: The teacher that scored them. Prepared columns, or scores at a temperature other than 1, are stored
+            under another ``semantics``.
         logprobs_field: The column of raw logprobs; its last entry is about the last token.
         tokenise: Returns a row's ids, where ``input_ids`` is missing.
         temperature: The temperature of the logprobs.
