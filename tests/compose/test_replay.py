@@ -194,7 +194,7 @@ async def test_every_miss_is_one_clear_error(folders, recorded, tmp_path):
         ({"seed": 2}, CacheMissError, "no such rollouts"),
         ({"teacher": {"url": NOWHERE, "model": "nobody"}}, CacheMissError, "'nobody'"),
         ({"teacher": {"url": NOWHERE, "revision": "v2"}}, CacheMissError, "no scores of this teacher"),
-        ({"k": 21, "replay": {"order": "shuffled"}}, CacheMissError, "K 20 at most, expected K 21; set k = 20"),
+        ({"k": 21, "replay": {"order": "shuffled"}}, CacheMissError, "at most 20 entries, expected K = 21; set k = 20"),
         ({"replay": {"policy": "run-0"}}, ConfigError, "run-0"),
     ]
     for number, (changes, error, words) in enumerate(cases):

@@ -149,7 +149,7 @@ def test_probabilities_in_give_the_same_loss_as_their_logits() -> None:
         ({"labels": torch.tensor([[0, 1, 1], [1, 0, 1]])}, "only 0 and 1"),
         ({"labels": torch.tensor([[5, -1, 1], [1, 0, 1]])}, "negative but not -100"),
         ({"labels": torch.ones(2, 3)}, "labels must be integers"),
-        ({"labels": torch.ones(2, 4, dtype=torch.long)}, "another shape"),
+        ({"labels": torch.ones(2, 4, dtype=torch.long)}, "differ in shape"),
         ({"teacher_logits": torch.zeros(2, 3, 9)}, "differ in shape"),
         ({"num_tokens": 4, "reduction": "sum"}, "num_tokens has no meaning"),
         ({"student_logits": torch.zeros(2, 3, 7, dtype=torch.long)}, "floating-point"),

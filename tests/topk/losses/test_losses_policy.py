@@ -174,7 +174,7 @@ def test_half_precision_is_computed_in_float32_and_float64_stays(dtype: torch.dt
     ("change", "message"),
     [
         ({"mask": torch.ones(4, 7, dtype=torch.long)}, "a mask must be boolean"),
-        ({"mask": torch.ones(4, 6, dtype=torch.bool)}, "another shape"),
+        ({"mask": torch.ones(4, 6, dtype=torch.bool)}, "differ in shape"),
         ({"advantages": torch.zeros(7)}, "advantages and logp_new differ in shape"),
         ({"logp_behavior": torch.full((4, 7), math.nan)}, "logp_behavior is not finite"),
         ({"logp_behavior": torch.full((4, 7), -math.inf)}, "logp_behavior is not finite"),

@@ -225,7 +225,7 @@ def test_wrong_arguments_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             topk_weights(teacher, np.array([[-0.5]]), np.array([-0.5]), **{"beta": 0.5, "lam": 0.3, **change})
-    with pytest.raises(ConfigError, match=r"teacher\.ids"):
+    with pytest.raises(ConfigError, match=r"student_logp_at_ids: wrong shape"):
         topk_weights(teacher, np.array([-0.5]), np.array([-0.5]), beta=0.5, lam=0.3)
     with pytest.raises(ConfigError, match="mass above 1"):
         topk_weights(
