@@ -12,7 +12,7 @@ from tests.faults.server import VOCAB, FaultyServer, actual_logp, assert_nothing
 from tests.faults.test_faults import IDS, START, K
 from topkd.clients import ClientConfig, Fleet, VllmCompletions
 from topkd.clients.http.endpoint import Endpoint, RequestInfo
-from topkd.topk.errors import ServerBusyError, ServerPausedError
+from topkd.topk.errors import ServerBusyError, ServerPausedError, ServerTimeoutError
 from topkd.topk.types import TopK
 
 # One retry: every pause below would lose its rows if it cost a try.
@@ -150,6 +150,33 @@ async def test_what_may_be_sent_once_only_is_sent_again_after_a_rejection():
             reply = await up.endpoint.call("POST", "/v1/completions", body, decode=len, asks=once)
             assert reply > 1000
             assert server.scored == 1
+        await assert_nothing_left(server)
+
+
+@in_virtual_time
+async def test_what_may_be_sent_once_only_and_is_held_ends_at_its_time_out():
+    """The pause may be the sender's own, and its request may be running: it is neither waited for nor sent again."""
+    async with FaultyServer() as server:
+        async with client(server, read_timeout_s=2.0, read_timeout_per_token_s=0.0) as up:
+            server.pause = "hold"
+            body = {"prompt": IDS, "prompt_logprobs": K, "max_tokens": 1}
+            with pytest.raises(ServerTimeoutError) as caught:
+                await up.endpoint.call("POST", "/v1/completions", body, decode=len, asks=RequestInfo(single_try=True))
+            assert not isinstance(caught.value, ServerPausedError)
+            assert "pauses" not in up.metrics
+            server.resume()
+        await assert_nothing_left(server)
+
+
+@in_virtual_time
+async def test_a_question_about_a_pause_that_was_abandoned_keeps_nobody_waiting():
+    """The event loop that asked was stopped while it waited for the answer."""
+    async with FaultyServer() as server:
+        async with client(server) as up:
+            up.endpoint._pause_asked_until = asyncio.get_running_loop().time() + 6.0
+            server.pause = "reject"
+            assert await up.endpoint.is_paused()
+            server.resume()
         await assert_nothing_left(server)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 import zlib
@@ -16,7 +17,7 @@ from tests.fakes.virtual_time import in_virtual_time
 from tests.faults.server import KEY, until
 from topkd.clients import ClientConfig
 from topkd.clients.http.http11 import Address, ReplyReader, build_head, read_plain_address
-from topkd.clients.http.transport import HttpTransport, Reply, Request
+from topkd.clients.http.transport import HttpTransport, Reply, Request, _has_proxies
 from topkd.topk.errors import (
     ConfigError,
     ResponseError,
@@ -482,3 +483,12 @@ async def test_a_proxy_of_the_environment_is_used_for_the_world_outside_only(mon
         await client.send(Request("GET", server.url))
         assert server.heads[0].startswith(b"GET /x HTTP/1.1\r\n")
         assert len(proxy.heads) == 1
+
+
+async def test_a_list_of_hosts_without_a_proxy_is_no_proxy(monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("no_proxy", "localhost,.cluster")
+    assert not _has_proxies()
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    assert _has_proxies()

@@ -38,6 +38,7 @@ from topkd.topk.errors import (
 Result = TypeVar("Result")
 _HOST_AND_PORT = re.compile(r"[\w.-]+(:\d{1,5})?(/v1)?")
 _INLINE_BYTES = 32_768  # below this a hop to a thread costs more than the decoding
+_PAUSE_ASKED_S = 5.0  # how long the server may take to say whether it is paused
 _PAUSE_KNOWN_S = 0.5  # an answer about a pause serves every request that waits
 
 
@@ -99,7 +100,8 @@ class Endpoint:
         self._transport = transport or HttpTransport(self.config)
         self._threads: ThreadPoolExecutor | None = None
         self._watchdog = Watchdog(self.config.watchdog_s, self.answers, self.metrics)
-        self._pause_asked_at, self._asks_pause, self._tells_pause, self._paused = -math.inf, False, True, False
+        self._pause_asked_at = self._pause_asked_until = -math.inf
+        self._tells_pause, self._paused = True, False
 
     def __repr__(self) -> str:
         return f"Endpoint({self.url!r})"
@@ -149,7 +151,8 @@ class Endpoint:
                 )
                 return await self._once(request, decode, permit, where=where, asks=asks)
             except ServerTimeoutError as error:
-                if await self.is_paused():
+                # What is sent once may be slow because of a pause that its own sender began: no reason to wait.
+                if not asks.single_try and await self.is_paused():
                     raise ServerPausedError("the server is paused and holds requests", where=where) from error
                 raise
             finally:
@@ -167,15 +170,16 @@ class Endpoint:
 
         vLLM has the route in development mode, which is also what it takes to pause one.
         """
-        while self._asks_pause:  # noqa: ASYNC110 - another request does, perhaps in another event loop: no Event for both
-            await asyncio.sleep(0.05)
         clock = asyncio.get_running_loop().time
+        # Another request asks, perhaps in another event loop (no Event serves both), which may have been stopped.
+        while clock() < self._pause_asked_until:  # noqa: ASYNC110 - see above
+            await asyncio.sleep(0.05)
         if self._tells_pause and clock() - self._pause_asked_at >= _PAUSE_KNOWN_S:
-            self._asks_pause, self._paused = True, False
+            self._pause_asked_until, self._paused = clock() + 1.2 * _PAUSE_ASKED_S, False
             try:
-                reply = await self._get("/is_paused", 5.0)
+                reply = await self._get("/is_paused", _PAUSE_ASKED_S)
             finally:
-                self._asks_pause, self._pause_asked_at = False, clock()
+                self._pause_asked_until, self._pause_asked_at = -math.inf, clock()
             self._tells_pause = reply is None or reply.status not in {404, 405}
             if reply is not None and reply.status == 200:
                 with contextlib.suppress(msgspec.DecodeError):

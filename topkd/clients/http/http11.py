@@ -303,6 +303,8 @@ class _Connection(asyncio.Protocol):
 
     async def exchange(self, request: Request, head: bytes) -> Reply:
         """Send a request and wait for its whole reply; a failure, and a cancellation too, closes the connection."""
+        if not self.is_open:
+            raise broken_connection(request, "closed before the request was sent")
         reader, content = ReplyReader(request), request.content or b""
         self._request, self._reader, self._failure = request, reader, None
         self._over = self._loop.create_future()

@@ -99,7 +99,8 @@ class HttpTransport:
 
 def _has_proxies() -> bool:
     """Check for proxies in the environment; which of them are for whom is for httpx to say."""
-    if any(value and name.lower().endswith("_proxy") for name, value in os.environ.items()):
+    names = {name.lower() for name, value in os.environ.items() if value}
+    if any(name.endswith("_proxy") for name in names - {"no_proxy"}):
         return True
     if sys.platform in {"darwin", "win32"}:  # the system's settings count too
         from urllib.request import getproxies

@@ -95,15 +95,13 @@ class StoredRollout:
 
     def read(self) -> Record:
         """Read the rollout from its file."""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            line = file.read(self.size)
         try:
-            record = json.loads(line)
-        except ValueError as error:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                return dict(json.loads(file.read(self.size)))
+        except (OSError, ValueError, TypeError) as error:
             what = "the recorded rollouts changed while they were read"
             raise DataError(what, where=str(self.path), hint="did the run resume? make the page again") from error
-        return dict(record)
 
 
 def index_rollouts(file: GrowingFile) -> list[StoredRollout | None]:
