@@ -20,10 +20,13 @@ demo: ## distil a tiny teacher over HTTP and show what it did (DEMO_ARGS="--obje
 test: ## the fast tests (PYTEST_ARGS="tests/topk -k gjs" narrows them)
 	@$(DEV) $(ONE_THREAD) "$$bin/python" -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-test-slow: ## the slow tests, then test-browser and test-vllm
-	@$(DEV) $(ONE_THREAD) "$$bin/python" -m pytest -q -m "slow and not vllm and not sglang and not browser and not clients" -n $(WORKERS) --dist loadfile --durations 25 $(PYTEST_ARGS)
-	@$(MAKE) --no-print-directory test-browser
-	@$(MAKE) --no-print-directory test-vllm
+# The servers of test-vllm start for minutes on one core, so it runs beside the others; it prints when they are done.
+test-slow: ## the slow tests, test-browser and test-vllm
+	@$(DEV) log=$$(mktemp) && trap 'rm -f "$$log"' EXIT && { \
+	$(MAKE) --no-print-directory test-vllm >"$$log" 2>&1 & vllm=$$!; failed=0; \
+	$(ONE_THREAD) "$$bin/python" -m pytest -q -m "slow and not vllm and not sglang and not browser and not clients" -n $(WORKERS) --dist loadfile --durations 25 $(PYTEST_ARGS) || failed=1; \
+	$(MAKE) --no-print-directory test-browser || failed=1; \
+	wait $$vllm || failed=1; cat "$$log"; exit $$failed; }
 
 # A run of its own: the driver's event loop stays in its process, and asyncio tests there would meet it.
 test-browser: ## the report's page in a real Chromium
