@@ -74,7 +74,7 @@ lock() { # flock(1) is not on every system; a lock taken through the inherited d
 install() {
   local quiet=-qq
   [ -t 2 ] && quiet=
-  say "installing topkd[$extras] into $venv (first time: a minute or two)"
+  say "installing topkd[$extras] into $venv (first time: some minutes)"
   rm -f "$venv/.topkd/dev" "$venv/.topkd/$extras"
   pip install $quiet "$@" -e ".[$extras]" || die "pip could not install topkd[$extras] (its reason is above)"
   "$venv/bin/python" -c 'import topkd' || die "topkd was installed into $venv but does not import"

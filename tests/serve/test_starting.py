@@ -45,6 +45,11 @@ def _without_a_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
+def _as_a_run(folder: Path) -> None:
+    shutil.copytree(folder, folder / "student")
+    (folder / "config.json").write_text('{"steps": 12}')
+
+
 def _with_half_a_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
@@ -57,6 +62,7 @@ def _with_half_a_config(folder: Path) -> None:
         (_cut_off, "the model cannot be loaded .*SafetensorError"),
         (_without_a_tokenizer, "the tokenizer cannot be loaded .*no token but special ones"),
         (_without_a_config, "the folder holds no model"),
+        (_as_a_run, r"the folder holds no model .*; did you mean \S+/m/student\?"),
         (_with_half_a_config, "cannot be loaded .*not a valid JSON"),
     ],
 )

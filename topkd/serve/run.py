@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import re
 import signal
 import socket
@@ -82,8 +83,10 @@ def _check_model_path(model: str) -> None:
     folder, where, expected = Path(model), f"model={model}", "config.json, weights and a tokenizer"
     try:
         if folder.is_dir():
-            if not (folder / "config.json").is_file():
-                raise ConfigError("the folder holds no model", where=where, expected=expected)
+            if not _names_a_model(folder / "config.json"):
+                trained = folder / "student"  # in the folder of a run, whose own config.json is another
+                hint = f"did you mean {trained}?" if _names_a_model(trained / "config.json") else ""
+                raise ConfigError("the folder holds no model", where=where, expected=expected, hint=hint)
         elif folder.exists():
             raise ConfigError("the model path is a file", where=where, expected=f"a folder with {expected}")
         elif not _HUB_ID.fullmatch(model):
@@ -98,6 +101,16 @@ def _check_model_path(model: str) -> None:
             raise ConfigError("no such folder, nor such an id in the local Hugging Face cache", where=where, hint=hint)
     except OSError as error:
         raise ConfigError("the model's folder cannot be read", where=where, got=str(error)) from error
+
+
+def _names_a_model(config: Path) -> bool:
+    """Whether the file is a model's config; one that cannot be read is left to the loader."""
+    if not config.is_file():
+        return False
+    try:
+        return not {"model_type", "architectures", "auto_map"}.isdisjoint(json.loads(config.read_bytes()))
+    except (ValueError, TypeError):
+        return True
 
 
 def _is_cached(model: str) -> bool:
