@@ -175,6 +175,23 @@ SECRET = "hunter2AndSomeMore"
         "authorization: Bearer %s",
         '{"error":"key sk-%s is not known"}',
         '{"error":"token hf_%s is not known"}',
+        "DB_PASSWORD=ab,%s port",
+        "DB_PASSWORD=ab;c&d)e]%s port",
+        "DB_PASSWORD=true,%s",
+        "GET /x?a=1&my-api-key=b,c;%s&next=1",
+        "x-api-key: %s\r\nport: 1",
+        "Authorization: Basic %s\nport: 1",
+        "Cookie: session=%s; other=%s\nport: 1",
+        "GITHUB_TOKEN=%s port",
+        "GET /login?token=%s&next=1",
+        '{"env":{"GITHUB_TOKEN":"%s","port":"1"}}',
+        '{"api_key":{"value":"%s","more":["%s",{"a":"}%s"}]},"port":1}',
+        '{"dump":"{\\"api_key\\": {\\"value\\": \\"}%s\\"}, \\"port\\": 1}"}',
+        '{"api_keys":["a]b","%s"],"port":1}',
+        '{"credentials":[{"name":"a","value":"%s"}],"port":1}',
+        '{"port":1,"api_key":"%s',
+        '{"port":1,"api_key":{"value":"%s',
+        '{"port":1,"api_key":["a","%s',
     ],
 )
 def test_a_secret_that_is_not_ours_is_known_by_its_name_or_form(text: str):
@@ -195,6 +212,12 @@ def test_a_secret_that_is_not_ours_is_known_by_its_name_or_form(text: str):
         '{"usage":{"prompt_tokens":3},"token":"user@host","detail":"Unauthorized"}',
         'vllm:prompt_tokens_total{model="t"} 5\napi_key=None',
         "AAAA" * 50_000,
+        '{"content":[{"token":"token_id:5","logprob":-0.1,"bytes":null},{"token":"hello","top_logprobs":[]}]}',
+        '{"tokens":["a","b"],"bos_token":"<s>","max_tokens":5,"api_key":null,"api_keys":[],"secrets":{}}',
+        "Namespace(api_key=None, api_keys=[], hf_token=None, eos_token='</s>')",
+        "-" * 20_000 + "api_key",
+        "--x" * 1_000 + "api_key",
+        "sk-" * 7_000,
     ],
 )  # fmt: skip
 def test_what_is_no_secret_stays(text: str):
@@ -233,6 +256,36 @@ async def test_a_large_body_is_cut_and_says_so(tmp_path: Path, monkeypatch: pyte
     assert [reply and reply.body.size for reply in kept] == [0, 0, 9_000, 9_000, 10_001]
     assert [reply and len(reply.body.text or reply.body.cut) for reply in kept] == [9_000, 9_000, 4096, 4096, 4096]
     assert json.loads((tmp_path / "r" / "manifest.json").read_text())["cut"] == 3
+
+
+@pytest.mark.parametrize("before", [0, 4000, 4085, 4096, 5000])
+async def test_a_key_at_the_cut_of_a_body_is_not_left_in_part(
+    before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(recording, "MOST_BODY_BYTES", 10_000)
+    # Masked keys are short: what comes up from behind the cut must be masked as well.
+    body = b"x" * before + KEY.encode() * 1000
+    exchange = await _record(tmp_path / "r", Reply(200, {}, body), private={"authorization": f"Bearer {KEY}"})
+    assert exchange.reply is not None
+    kept = exchange.reply.body.cut
+    assert kept.startswith("x" * min(before, 2000))
+    assert set(kept) <= {"x", "*"}
+
+
+async def test_a_named_secret_longer_than_what_is_read_of_a_cut_body_is_masked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(recording, "MOST_BODY_BYTES", 10_000)
+    exchange = await _record(tmp_path / "r", Reply(200, {}, b'{"api_key":"' + b"s3cret" * 5000 + b'"}'))
+    assert exchange.reply is not None
+    assert "s3cret" not in exchange.reply.body.cut
+    assert exchange.reply.body.size == 30_014
+
+
+async def test_lists_too_deep_to_be_read_are_recorded_as_text(tmp_path: Path):
+    exchange = await _record(tmp_path / "r", Reply(200, {}, b"[" * 3000))
+    assert exchange.reply is not None
+    assert exchange.reply.body.text == "[" * 3000
 
 
 async def test_a_probe_is_recorded_whole_and_its_report_is_the_same(tmp_path: Path):

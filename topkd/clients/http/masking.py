@@ -12,29 +12,47 @@ from topkd.topk.errors import ConfigError
 MASK = "***"
 _SHORTEST = 4  # a shorter key occurs by chance, and masking it would destroy what is around it
 _HIDDEN = MASK.encode()
-_WORDS = tuple(
-    word.replace("_", joint)
-    for joint in ("_", "-", "")
-    for word in (
-        "api_key", "private_key", "secret", "password", "passwd", "passphrase", "credential", "authorization",
-        "set_cookie", "access_token", "admin_token", "auth_token", "bearer_token", "hf_token", "id_token",
-        "refresh_token", "session_token", "access_key", "encryption_key", "license_key", "signing_key",
-    )
+_WORDS = (
+    "api_key", "private_key", "secret", "password", "passwd", "passphrase", "credential", "authorization", "cookie",
+    "access_token", "admin_token", "auth_token", "bearer_token", "hf_token", "id_token", "refresh_token",
+    "session_token", "access_key", "encryption_key", "license_key", "signing_key",
 )  # fmt: skip
-_NAME = "(?:" + "|".join(_WORDS) + r")[\w-]{0,30}"
-_QUOTED = r"(?P<quote>\\*[\"'])(?:(?!(?P=quote))(?:\\.|[^\\]))+(?P=quote)"
+_NAME = "(?:" + "|".join(word.replace("_", "[_-]?") for word in _WORDS) + r")[\w-]{0,30}"
+_ANCHORS = tuple(word.replace("_", joint) for word in _WORDS for joint in ("_", "-", ""))
+# Every pattern takes the end of the content for a missing end of a value: where it was cut a secret may begin.
+_CHARS = r"(?:(?!(?P=quote))(?:\\[\s\S]|[^\\]))"
+_QUOTED = rf"(?P<quote>\\*[\"']){_CHARS}+(?:(?P=quote)|\\?\Z)"
+_BEFORE = rf"{_NAME}\\*[\"']?\s*[:=]\s*"
+_STRING = rf"(?P=quote){_CHARS}*(?:(?P=quote)|\\?\Z)"
+_REST = r"(?!(?P=quote))[^\[\]{}]"
+for _ in range(3):  # as deep as lists and objects lie in what is masked
+    _REST = rf"{_STRING}|[\[{{](?:{_REST})*+(?:[\]}}]|\Z)|(?!(?P=quote))[^\[\]{{}}]"
+_PLAIN = r"(?!(?:null|None|true|false)[,;)\]}]*(?:[\s\"'\\&]|\Z))(?!\[\s*(?:\\*[\"']|\]))"
+_VALUE = r"(?(query)[^\s\"'\\&#]+|[^\s\"'\\]+)"
 # Words of which a match has one (a look for them is quick in megabytes), the pattern, what a match becomes.
 _UNKNOWN = tuple(
     (tuple(word.encode() for word in words), re.compile(pattern.encode(), re.IGNORECASE), becomes.encode())
     for words, pattern, becomes in (
-        (_WORDS, rf"(?P<name>{_NAME}\\*[\"']?\s*[:=]\s*){_QUOTED}", r"\g<name>\g<quote>***\g<quote>"),
-        (_WORDS, rf"(?P<name>{_NAME}\\*[\"']?\s*[:=]\s*\[\s*(?P<quote>\\*[\"']))[^\]]*\]", r"\g<name>***\g<quote>]"),
-        (_WORDS, rf"(?P<name>--[\w-]{{0,30}}{_NAME}\\*[\"']\s*,\s*){_QUOTED}", r"\g<name>\g<quote>***\g<quote>"),
-        (_WORDS, rf"(?P<name>--[\w-]{{0,30}}{_NAME} +)[^\s\"'\\,&\]]+", r"\g<name>***"),
-        (_WORDS, rf"(?P<name>{_NAME}=)(?!null\b|None\b|true\b|false\b)[^\s\"'\\,;&)\]}}<\[]+", r"\g<name>***"),
+        (_ANCHORS, rf"(?P<name>{_BEFORE}){_QUOTED}", r"\g<name>\g<quote>***\g<quote>"),
+        (_ANCHORS, rf"(?P<name>{_BEFORE}\[)(?=[\s\[{{]*(?P<quote>\\*[\"']))(?:{_REST})*+(?:\]|\Z)",
+         r"\g<name>\g<quote>***\g<quote>]"),
+        (_ANCHORS, rf"(?P<name>{_BEFORE}\{{\s*(?P<quote>\\*[\"']){_CHARS}*(?P=quote)\s*:\s*)(?:{_REST})*+(?:\}}|\Z)",
+         r"\g<name>\g<quote>***\g<quote>}"),
+        (_ANCHORS, rf"(?P<name>(?<!-)--[\w-]{{0,30}}{_NAME}\\*[\"']\s*,\s*){_QUOTED}",
+         r"\g<name>\g<quote>***\g<quote>"),
+        (_ANCHORS, rf"(?P<name>(?<!-)--[\w-]{{0,30}}{_NAME} +)[^\s\"'\\]+", r"\g<name>***"),
+        # The value in the query of a URL ends at the next "&"; any other goes on to a blank or a quote.
+        ((*_ANCHORS, "token="), rf"(?P<name>(?P<query>[?&][\w-]{{0,30}})?(?:{_NAME}|token)=){_PLAIN}{_VALUE}",
+         r"\g<name>***"),
+        # Header lines; a quote before the colon makes a name one of JSON.
+        (("authorization", "cookie"), r"(?P<name>(?:authorization|cookie):[ \t]*)[^\s\"'\\][^\r\n\"'\\]*",
+         r"\g<name>***"),
+        (_ANCHORS, rf"(?P<name>{_NAME}:[ \t]*){_PLAIN}(?!\*\*\*)[^\s\"'\\]+", r"\g<name>***"),
+        # In capitals it is an environment variable; in small letters "token" names a token in every reply.
+        (("_token",), rf"(?P<name>(?-i:_TOKEN)\\*[\"']?\s*[:=]\s*){_QUOTED}", r"\g<name>\g<quote>***\g<quote>"),
         (("@",), r"(?P<name>\b[a-z][a-z0-9+.-]{0,20}:(?:\\?/){2})[^/\s\"'@\\]{1,256}@", r"\g<name>***@"),
         (("bearer",), r"(?P<name>\bbearer\s+)[\w.~+/=-]{8,}", r"\g<name>***"),
-        (("sk-",), r"\bsk-(?=[a-z-]*\d)[\w-]{12,}", "***"),
+        (("sk-",), r"\bsk-(?=[a-z-]{0,200}\d)[\w-]{12,}", "***"),
         (("hf_", "fw_", "tml-", "gh"), r"\b(?:hf_|fw_|tml-|gh[opsu]_)[a-z0-9]{16,}", "***"),
     )
 )  # fmt: skip
@@ -69,6 +87,11 @@ class SecretMask:
             if key not in self._keys:
                 self._keys.add(key)
                 self._forms += [compile_form(form) for form in _list_forms(key)]
+
+    @property
+    def margin(self) -> int:
+        """Bytes that no key is longer than, in any form."""
+        return 1024 + 32 * max(map(len, self._keys), default=0)
 
     def hide(self, content: bytes) -> bytes:
         """Return the content with every secret replaced by ``***``."""

@@ -167,11 +167,16 @@ class Recorder:
         return self.mask.hide_text(parts.path + (f"?{parts.query}" if parts.query else ""))
 
     def _body(self, content: bytes) -> RecordedBody:
-        size, content = len(content), self.mask.hide(content)
+        size = len(content)
         if size > MOST_BODY_BYTES or self.bytes + size > MOST_BYTES:
             self.cut += 1
-            return RecordedBody(cut=content[:_CUT_BYTES].decode("utf-8", "replace"), size=size)
+            read = _CUT_BYTES + self.mask.margin
+            shown = self.mask.hide(content[:read])
+            if size > read:  # a key may be cut off at the end, where the mask does not find it
+                shown = shown[: -self.mask.margin]
+            return RecordedBody(cut=shown[:_CUT_BYTES].decode("utf-8", "replace"), size=size)
         self.bytes += size
+        content = self.mask.hide(content)
         if not content:
             return RecordedBody()
         try:
@@ -180,7 +185,7 @@ class Recorder:
             is_compact = compact_json(content) == content
         except UnicodeDecodeError:
             return RecordedBody(base64=base64.b64encode(content).decode())
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):  # lists in lists, thousands deep
             is_compact = False
         return RecordedBody(json=msgspec.Raw(content)) if is_compact else RecordedBody(text=text)
 
