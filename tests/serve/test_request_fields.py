@@ -1,4 +1,4 @@
-"""A request field that changes the answer is obeyed or refused with 400, never ignored."""
+"""A field that changes the answer is obeyed or refused with 400, never ignored; of SGLang see ``test_sglang``."""
 
 from __future__ import annotations
 
@@ -255,6 +255,62 @@ async def test_a_cut_text_keeps_the_special_tokens_of_its_tokenizer(app: Starlet
     # With a side of its own a request has the ids cut, whatever they are.
     [choice] = await complete(app, "one two three four five", truncation_side="left", **cut)
     assert choice["prompt_token_ids"] == plain[-3:]
+
+
+@pytest.mark.parametrize(
+    ("whole", "plain", "cut", "words"),
+    [
+        ([11, 15, 16, 17], [19, 16, 17], 3, "special tokens cannot be told apart"),  # the prefix joins the first token
+        ([11, 12, 11, 12, 11, 12], [11, 12, 11, 12], 3, "special tokens cannot be told apart"),  # in two places
+        ([1, 15, 16, 2], [15, 16], 1, "truncate_prompt_tokens=1 leaves no room for the 2 special tokens"),
+        ([1, 15, 16, 2], [15, 16], 0, "truncate_prompt_tokens=0 leaves no room for the 2 special tokens"),
+        ([1, 15, 16, 2], [15, 16], 2, [1, 2]),
+        ([1, 15, 16, 2], [15, 16], 3, [1, 16, 2]),
+        ([15, 15, 15, 15], [15, 15, 15], 2, [15, 15]),  # in two places, with one result
+    ],
+)
+async def test_a_text_is_cut_between_its_special_tokens_or_refused(
+    app: Starlette, monkeypatch: pytest.MonkeyPatch, whole: list[int], plain: list[int], cut: int, words: object
+):
+    def encode(text: str, *, add_special_tokens: bool) -> list[int]:
+        return whole if add_special_tokens else plain
+
+    monkeypatch.setattr(app.state.served.words, "encode", encode)
+    fields = {"prompt": "x", "truncate_prompt_tokens": cut, "return_token_ids": True, "max_tokens": 1}
+    if isinstance(words, str):
+        error = await _refusal(app, "/v1/completions", {"model": NAME, **fields})
+        assert words in error["message"]
+        assert error["param"] == "truncate_prompt_tokens"
+    else:
+        [choice] = await complete(app, **fields)
+        assert choice["prompt_token_ids"] == words
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"chat_template": "one {{ messages[0].content }}"},
+        {"continue_final_message": True, "add_generation_prompt": False},
+        {"tools": [TOOL], "chat_template": "{{ tools[0].function.name }}"},
+        {"documents": [{"text": "two"}], "chat_template": "{{ documents[0].text }}"},
+        {"chat_template_kwargs": {"mood": "fine"}, "chat_template": "{{ mood }}"},
+        {"add_special_tokens": True},
+    ],
+)
+async def test_tokenize_renders_messages_as_a_chat_does(
+    app: Starlette, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+):
+    words = app.state.served.words
+    encode = words.encode
+    monkeypatch.setattr(
+        words,
+        "encode",
+        lambda text, *, add_special_tokens: [1, *encode(text, add_special_tokens=False)][not add_special_tokens :],
+    )
+    shown = await post(app, "/tokenize", {"model": NAME, "messages": [USER], **fields})
+    chat = await _chat(app, [USER], **fields, **({"tool_choice": "none"} if "tools" in fields else {}))
+    assert shown["tokens"] == chat["prompt_token_ids"]
+    assert shown["tokens"] != (await post(app, "/tokenize", {"model": NAME, "messages": [USER]}))["tokens"]
 
 
 async def test_generate_without_max_tokens_goes_on_to_the_end_of_the_context(app: Starlette):

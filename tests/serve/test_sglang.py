@@ -150,6 +150,28 @@ async def test_an_adapter_is_chosen_by_its_name(sglang: Starlette, models: Path,
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "neutral"),
+    [
+        ("custom_logit_processor", "code", [None]),
+        ("image_data", ["http://x/a.png"], [None]),
+        ("video_data", "http://x/a.mp4", []),
+        ("audio_data", "http://x/a.wav", None),
+        ("input_embeds", [[0.0, 1.0]], []),
+        ("session_params", {"id": "s"}, {}),
+    ],
+)
+async def test_a_field_that_is_not_done_is_refused_by_name(
+    sglang: Starlette, field: str, value: object, neutral: object
+):
+    ids = [9, 10]
+    async with client(sglang) as http:
+        reply = await http.post("/generate", json={"input_ids": ids, field: value})
+    assert reply.status_code == 400
+    assert f"`{field}` is not supported by topkd serve" in reply.json()["error"]["message"]
+    assert (await _score(sglang, ids, 0, 2, **{field: neutral}))["prompt_tokens"] == 2
+
+
+@pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({}, "Either text, input_ids or input_embeds"),

@@ -19,7 +19,7 @@ from topkd.serve.engine.refusal import Refusal
 from topkd.serve.engine.served import VLLM_DIALECT, Served
 from topkd.serve.routes import generate, openai, sglang
 from topkd.serve.routes.control import Control
-from topkd.serve.routes.prompts import flatten_messages
+from topkd.serve.routes.prompts import render_chat
 from topkd.serve.routes.requests import DetokenizeBody, TokenizeBody, check_prompt_ids
 from topkd.serve.routes.sglang_control import SglangControl
 from topkd.serve.routes.wire import KeyGuard, detail, json_reply, list_routes, read
@@ -79,11 +79,10 @@ def _information(served: Served) -> list[Route]:
         if (body.prompt is None) == (body.messages is None):
             raise Refusal("Give either prompt or messages", param="prompt")
         if body.prompt is not None:
-            ids = served.words.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+            ids = served.words.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
         else:
-            options = {"add_generation_prompt": body.add_generation_prompt, **(body.chat_template_kwargs or {})}
-            text = served.words.render(flatten_messages(served, body.messages or []), **options)
-            ids = served.words.encode(text, add_special_tokens=False)
+            text = render_chat(served, body, body.messages or [])
+            ids = served.words.encode(text, add_special_tokens=bool(body.add_special_tokens))
         strings = served.words.pieces(ids) if body.return_token_strs else None
         return json_reply({"count": len(ids), "max_model_len": served.context, "tokens": ids, "token_strs": strings})
 

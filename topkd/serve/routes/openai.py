@@ -229,7 +229,7 @@ def _plan_chat(served: Served, body: ChatBody) -> tuple[EngineJob, str]:
     limit = served.config.max_logprobs
     scored = check_k(body.prompt_logprobs, served.vocab, limit, what="prompt", field="prompt_logprobs")
     listed = check_k(body.top_logprobs or 0, served.vocab, limit, what="sample", field="top_logprobs")
-    text = render_chat(served, body)
+    text = render_chat(served, body, body.messages)
     ids = check_prompt_ids(encode_chat(served, body, text), served.vocab)
     left = room(served, len(ids))
     wanted = check_max_tokens(left if body.limit is None else min(body.limit, left))

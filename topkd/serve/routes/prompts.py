@@ -8,7 +8,7 @@ from typing import Any
 
 from topkd.serve.engine.refusal import Refusal, bad_parameter
 from topkd.serve.engine.served import Served
-from topkd.serve.routes.requests import ChatBody, CompletionBody, OpenAIBody
+from topkd.serve.routes.requests import ChatBody, CompletionBody, OpenAIBody, TemplateFields
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
 # A template that goes through the parts of a content itself is given them; any other one gets their texts, joined.
@@ -100,12 +100,30 @@ def _encode(served: Served, body: OpenAIBody, text: str, *, reserved: bool) -> l
         return _cut(served, body, ids, reserved=reserved)
     plain = served.words.encode(text, add_special_tokens=False)
     added = len(ids) - len(plain)
-    before = next((count for count in range(added + 1) if ids[count : count + len(plain)] == plain), 0)
-    kept = max(0, limit - added)
-    return [*ids[:before], *plain[len(plain) - kept :], *ids[before + len(plain) :]]
+    if limit < added:
+        raise bad_parameter(
+            f"truncate_prompt_tokens={limit} leaves no room for the {added} special tokens that this tokenizer adds: "
+            "ask for more tokens, or send add_special_tokens=false.",
+            "truncate_prompt_tokens",
+            limit,
+        )
+    kept = plain[len(plain) - (limit - added) :]
+    cuts = {
+        (*ids[:before], *kept, *ids[before + len(plain) :])
+        for before in range(added + 1)
+        if ids[before : before + len(plain)] == plain
+    }
+    if len(cuts) != 1:  # a prefix may join the first token, or the text may begin as the special tokens do
+        raise bad_parameter(
+            "This tokenizer's special tokens cannot be told apart from those of the text, which is to be cut to "
+            f"truncate_prompt_tokens={limit}: send token ids.",
+            "truncate_prompt_tokens",
+            limit,
+        )
+    return list(cuts.pop())
 
 
-def render_chat(served: Served, body: ChatBody) -> str:
+def render_chat(served: Served, body: TemplateFields, messages: list[dict[str, Any]]) -> str:
     """Render the messages with the chat template; what a request says of the template wins over its free options."""
     options: dict[str, Any] = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
@@ -117,7 +135,7 @@ def render_chat(served: Served, body: ChatBody) -> str:
         "add_generation_prompt": body.add_generation_prompt,
         "continue_final_message": body.continue_final_message,
     }
-    return served.words.render(flatten_messages(served, body.messages, body.chat_template), **options)
+    return served.words.render(flatten_messages(served, messages, body.chat_template), **options)
 
 
 def encode_chat(served: Served, body: ChatBody, text: str) -> list[int]:

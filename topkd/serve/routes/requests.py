@@ -153,7 +153,19 @@ class CompletionBody(OpenAIBody):
     logprobs: int | None = None
 
 
-class ChatBody(OpenAIBody):
+class TemplateFields(BaseModel):
+    """What a request says of the chat template."""
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, str]] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+class ChatBody(OpenAIBody, TemplateFields):
     """``/v1/chat/completions``."""
 
     messages: list[dict[str, Any]]
@@ -161,14 +173,7 @@ class ChatBody(OpenAIBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
     add_special_tokens: bool = False
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, str]] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     return_prompt_text: bool | None = None
 
@@ -213,14 +218,12 @@ class GenerateBody(Body):
             raise restate_error(error, [instance, *error.errors(include_url=False)]) from error
 
 
-class TokenizeBody(Body):
+class TokenizeBody(Body, TemplateFields):
     """``/tokenize``."""
 
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool | None = None  # true with a prompt, false with messages
     return_token_strs: bool | None = False
 
 

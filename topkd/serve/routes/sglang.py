@@ -26,6 +26,7 @@ from topkd.serve.engine.jobs import Answer, Completion, EngineJob, SamplingJob
 from topkd.serve.engine.refusal import Refusal
 from topkd.serve.engine.served import Served
 from topkd.serve.routes.requests import SamplingFields, TokenId, check_prompt_ids
+from topkd.serve.routes.unsupported import SGLANG_UNSUPPORTED, refuse_unsupported
 from topkd.serve.routes.wire import cancel_if_disconnected, json_reply, read
 
 SGLANG_DIALECT = "0.5.23"
@@ -68,9 +69,9 @@ class SglangSampling(SamplingFields):
 
 
 class SglangBody(BaseModel):
-    """``/generate``. Unknown keys are ignored, as SGLang does; of a batch, most fields may be a list, one per item."""
+    """``/generate``. Keys unknown to SGLang are ignored; of a batch, most fields may be a list, one per item."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
 
     input_ids: list[TokenId] | list[list[TokenId]] | None = None
     text: str | list[str] | None = None
@@ -111,6 +112,7 @@ def list_sglang_routes(served: Served) -> list[Route]:
 
     async def generate(request: Request) -> Response:
         body = await read(request, SglangBody, served.config.max_body_bytes)
+        refuse_unsupported(body, SGLANG_UNSUPPORTED)
         prompts, many = _prompts(served, body)
         items = [_select(served, body, index, len(prompts), len(ids)) for index, ids in enumerate(prompts)]
         jobs = [_plan(served, item, ids) for item, ids in zip(items, prompts, strict=True)]

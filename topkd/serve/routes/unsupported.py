@@ -1,7 +1,8 @@
-"""Request fields of vLLM and OpenAI that change the answer and that this server does not do: 400, never ignored."""
+"""Request fields that change the answer and that this server does not do: 400, never ignored."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -35,20 +36,32 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "features": (),
     "content_parts": (),
 }
+SGLANG_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "custom_logit_processor": (),
+    "image_data": (),
+    "video_data": (),
+    "audio_data": (),
+    "input_embeds": (),
+    "session_params": (),
+}
 
 
-def refuse_unsupported(fields: BaseModel) -> None:
-    """Refuse a request with a field of UNSUPPORTED, unless its value changes nothing.
+def refuse_unsupported(fields: BaseModel, unsupported: Mapping[str, tuple[object, ...]] = UNSUPPORTED) -> None:
+    """Refuse a request with an unsupported field, unless its value changes nothing.
 
     Args:
         fields: Keeps the fields that it does not declare, as pydantic's ``extra="allow"`` does.
+        unsupported: Those of the route, and their values that change nothing.
 
     Raises:
         Refusal: 400, naming the field.
     """
     extra = fields.model_extra or {}
-    for name in UNSUPPORTED.keys() & extra.keys():
-        if extra[name] and extra[name] not in UNSUPPORTED[name]:
+    for name in unsupported.keys() & extra.keys():
+        value = extra[name]
+        if isinstance(value, list):  # of a batch: an item for each prompt
+            value = [item for item in value if item not in (None, [])]
+        if value and value not in unsupported[name]:
             raise bad_parameter(f"`{name}` is not supported by topkd serve: leave it out.", name)
     if extra.get("spaces_between_special_tokens") is False and not getattr(fields, "skip_special_tokens", True):
         message = "`spaces_between_special_tokens=False` is not supported by topkd serve: leave it out."
