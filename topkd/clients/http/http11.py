@@ -424,12 +424,7 @@ class DirectConnections:
             raise ConfigError("the host's name cannot be looked up", where=where, got=str(error)) from error
         except OSError as error:
             if limit.expired():
-                raise ServerTimeoutError(
-                    "no connection in time",
-                    where=where,
-                    expected=f"within {self._config.connect_timeout_s:.3g} s",
-                    hint="is the address right and the server up?",
-                ) from error
+                raise late_connection(where, self._config.connect_timeout_s) from error
             raise no_connection(where, str(error) or type(error).__name__) from error
 
 
@@ -437,6 +432,12 @@ def no_connection(where: str, got: str, hint: str | None = None) -> ServerUnreac
     """Build the error for a server that cannot be connected to."""
     hint = hint or "is the server running, and are host and port right?"
     return ServerUnreachableError("no connection", where=where, got=got, hint=hint)
+
+
+def late_connection(where: str, limit_s: float) -> ServerTimeoutError:
+    """Build the error for a server that takes too long to accept a connection."""
+    hint = "is the address right and the server up?"
+    return ServerTimeoutError("no connection in time", where=where, expected=f"within {limit_s:.3g} s", hint=hint)
 
 
 def _decode(value: bytes) -> str:

@@ -9,7 +9,7 @@ import weakref
 import httpx
 
 from topkd.clients.config import ClientConfig
-from topkd.clients.http.http11 import broken_connection, no_connection
+from topkd.clients.http.http11 import broken_connection, late_connection, no_connection
 from topkd.clients.http.messages import SLOW, Reply, ReplyBody, Request
 from topkd.topk.errors import ConfigError, FinalServerError, ResponseError, ServerTimeoutError
 
@@ -36,12 +36,7 @@ class HttpxConnections:
         try:
             return await self._send(request, trust_env)
         except httpx.ConnectTimeout as error:
-            raise ServerTimeoutError(
-                "no connection in time",
-                where=where,
-                expected=f"within {self._config.connect_timeout_s:.3g} s",
-                hint="is the address right and the server up?",
-            ) from error
+            raise late_connection(where, self._config.connect_timeout_s) from error
         except httpx.TimeoutException as error:
             raise ServerTimeoutError("no reply in time", where=where, hint=SLOW) from error
         except httpx.UnsupportedProtocol as error:  # our own addresses are http(s): it is the target of a redirect
